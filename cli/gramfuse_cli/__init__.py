@@ -1,0 +1,1 @@
+"""The `gramfuse` command."""

@@ -1,0 +1,76 @@
+"""Entry point: commands, and what their errors become."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import traceback
+from typing import Any, NoReturn
+
+import click
+
+from gramfuse_cli import demo, init, plan, run, simulate
+from gramfuse_protocol.errors import GramfuseError
+
+INTERRUPTED = 130
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="gramfuse")
+def cli() -> None:
+    """Merge language models that were fine-tuned in different data silos, in one exchange, without their data.
+
+    \b
+    See it work:            gramfuse demo
+    Start your own:         gramfuse init my-merge
+    Try it on one machine:  gramfuse simulate my-merge
+    Agree on the contract:  gramfuse plan lock my-merge
+    Between real silos:     gramfuse run my-merge CONNECTION
+
+    Every command takes --json: one JSON object on standard output, everything else on standard error.
+    """
+
+
+cli.add_command(demo.demo)
+cli.add_command(init.init)
+cli.add_command(plan.plan)
+cli.add_command(run.run)
+cli.add_command(simulate.simulate)
+
+
+def main() -> NoReturn:
+    """Run the command line and exit: 0, 2 for wrong usage, 130 after Ctrl-C, else the error's own code."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    as_json = "--json" in sys.argv
+    try:
+        result = cli.main(standalone_mode=False)
+        sys.exit(result if isinstance(result, int) else 0)
+    except GramfuseError as error:
+        _fail(type(error).__name__, str(error), error.exit_code, as_json)
+    except click.ClickException as error:
+        if not as_json:
+            error.show()
+            sys.exit(error.exit_code)
+        _fail("UsageError", error.format_message(), error.exit_code, as_json)
+    except (click.Abort, KeyboardInterrupt):
+        _fail("Interrupted", "interrupted; nothing half-written was kept and no process was left", INTERRUPTED, as_json)
+    except Exception:  # noqa: BLE001  # the last line of defence: the user gets JSON even for our own bugs
+        _fail("InternalError", f"this is a bug in gramfuse\n{traceback.format_exc()}", 1, as_json)
+
+
+def _fail(kind: str, message: str, code: int, as_json: bool) -> NoReturn:
+    if as_json:
+        click.echo(json.dumps({"error": {"type": kind, "message": message, "exit_code": code}}))
+    click.echo(f"{click.style('error', fg='red', bold=True)}: {message}", err=True)
+    if 10 <= code < 100:
+        click.echo(f"exit code {code}; see docs/exit-codes/{code}.md", err=True)
+    sys.exit(code)
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from gramfuse_protocol.plan import Plan
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def as_json(command: F) -> F:
+    """Add --json."""
+    return click.option(
+        "--json", "as_json", is_flag=True, help="Print one JSON object on standard output; all else goes to standard error."
+    )(command)
+
+
+def project_directory(command: F) -> F:
+    """Add the argument DIR."""
+    return click.argument("directory", metavar="DIR", type=click.Path(path_type=Path, exists=True))(command)
+
+
+def settings(command: F) -> F:
+    """Add --set, --seed and --out."""
+    for option in (
+        click.option(
+            "--out", type=click.Path(path_type=Path), help="Run directory to make.  [default: runs/<plan>-<time>]"
+        ),
+        click.option("--seed", type=click.IntRange(0), help="The same as --set training.seed=SEED."),
+        click.option(
+            "--set",
+            "settings",
+            multiple=True,
+            metavar="KEY=VALUE",
+            help="Use another value for a key of the plan, for instance --set merge.alpha=1.0. Can be repeated.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def all_settings(settings: tuple[str, ...], seed: int | None) -> tuple[str, ...]:
+    """Return the settings with --seed among them."""
+    return settings if seed is None else (*settings, f"training.seed={seed}")
+
+
+def run_path(out: Path | None, plan: Plan) -> Path:
+    """Return the run directory: as asked for, or a new one under ./runs."""
+    return (out or Path("runs") / f"{plan.plan.name}-{time.strftime('%Y%m%d-%H%M%S')}").absolute()

@@ -1,0 +1,98 @@
+"""What a run looks like on a terminal, and as plain lines where there is none. All of it on standard error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+TITLES = {
+    "start": "start Flower",
+    "join": "silos join",
+    "train": "silos fine-tune and measure",
+    "upload": "silos upload",
+    "merge": "merge",
+    "evaluate": "measure on held-out data",
+    "write": "write the model",
+}
+
+
+class RunProgress:
+    """Shows phases as they come, and each silo's training steps while they last.
+
+    Args:
+        silos: names, in roster order.
+        poll: returns the last note of a silo's progress (phase, done, total), or None; only asked while training.
+    """
+
+    def __init__(self, silos: tuple[str, ...], poll: Callable[[str], Mapping[str, Any] | None]) -> None:
+        self.console = Console(stderr=True)
+        self.silos = silos
+        self.poll = poll
+        self.phase = ""
+        self._bars: dict[str, TaskID] = {}
+        self._progress = Progress(
+            TextColumn("  {task.description:<12}"),
+            TextColumn("{task.fields[doing]:<8}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=self.console,
+            transient=True,
+            disable=not self.console.is_terminal,
+        )
+
+    def __enter__(self) -> RunProgress:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self._progress.stop()
+
+    def take(self, event: Mapping[str, Any]) -> None:
+        """Show one event of the exchange."""
+        phase = event["phase"]
+        match event["state"]:
+            case "start":
+                self.phase = phase
+                self._say(f"[bold]{TITLES[phase]}[/]")
+                if phase == "train":
+                    self._bars = {s: self._progress.add_task(s, total=None, doing="") for s in self.silos}
+            case "silo":
+                self._silo(event)
+            case "wait":
+                self._say(f"  {event['connected']} of {event['needed']} silos are connected")
+            case "model":
+                shown = "  ".join(f"{k} {v:.3f}" for k, v in event["metrics"].items() if k != "examples")
+                self._say(f"  {event['name']:<12} {shown}")
+            case "end":
+                self._say(f"  [dim]{event['seconds']:.1f} s[/]")
+
+    def refresh(self) -> None:
+        """Look how far the silos are."""
+        if self.phase != "train" or not self.console.is_terminal:
+            return
+        for silo, bar in self._bars.items():
+            note = self.poll(silo)
+            if note is not None:
+                doing = {"train": "training", "measure": "measuring"}.get(note["phase"], note["phase"])
+                self._progress.update(bar, completed=note["done"], total=note["total"], doing=doing)
+
+    def _silo(self, event: Mapping[str, Any]) -> None:
+        silo = event["silo"]
+        match event["phase"]:
+            case "train":
+                if silo in self._bars:
+                    self._progress.remove_task(self._bars.pop(silo))
+                self._say(f"  {silo:<12} ready, {event['examples']} examples")
+            case "upload":
+                if event["piece"] == event["pieces"]:
+                    self._say(f"  {silo:<12} complete")
+            case _:
+                self._say(f"  {silo:<12} ok")
+
+    def _say(self, line: str) -> None:
+        self._progress.console.print(line, highlight=False)

@@ -1,0 +1,103 @@
+"""A directory with `plan.toml` and `silos/<name>.toml`: what most commands are given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import tomlkit
+
+from gramfuse_protocol.documents import read_text
+from gramfuse_protocol.errors import PlanError
+from gramfuse_protocol.layout import Layout
+from gramfuse_protocol.plan import Plan
+
+if TYPE_CHECKING:
+    from gramfuse_client.silo import Silo
+
+
+@dataclass(frozen=True)
+class Project:
+    """A project directory and its plan, as written or with settings applied."""
+
+    directory: Path
+    plan: Plan
+
+    @staticmethod
+    def read(directory: Path, settings: Iterable[str] = ()) -> Project:
+        """Read a project.
+
+        Args:
+            directory: it, or the plan file in it.
+            settings: `section.key=value` overrides.
+        """
+        path = directory / "plan.toml" if directory.is_dir() else directory
+        return Project(path.parent.resolve(), Plan.read(path).override(settings))
+
+    @property
+    def plan_path(self) -> Path:
+        """Where the plan is written."""
+        return self.directory / "plan.toml"
+
+    @property
+    def layout_path(self) -> Path:
+        """Where the layout of a locked plan is written."""
+        return self.directory / "layout.json"
+
+    def locked(self) -> tuple[Plan, Layout]:
+        """Return the plan, locked, and its layout, derived from the base model as it is here.
+
+        A plan that is locked already is checked against the base model; one that is not is locked in memory.
+        """
+        from gramfuse_model.base import load_base
+        from gramfuse_model.tracing import plan_layout
+
+        base = load_base(self.plan, self.directory)
+        layout = plan_layout(self.plan, base)
+        return self.plan.pinned(sha256=base.sha256, layout=layout.digest), layout
+
+    def write_lock(self, plan: Plan, layout: Layout) -> None:
+        """Write the two digests into plan.toml, keeping its comments, and the layout beside it."""
+        document = tomlkit.parse(read_text(self.plan_path))
+        document["model"]["sha256"] = plan.model.sha256  # type: ignore[index]
+        document.setdefault("merge", tomlkit.table())["layout"] = plan.merge.layout
+        _replace(self.layout_path, layout.to_json() + "\n")
+        _replace(self.plan_path, tomlkit.dumps(document))
+
+    def locked_layout(self) -> Layout:
+        """Return the layout of a locked plan as it was written beside it.
+
+        Raises:
+            PlanError: if the plan is not locked, or the file is not the plan's layout.
+        """
+        if not self.plan.locked:
+            raise PlanError(f"{self.plan_path}: the plan is not locked; run: gramfuse plan lock {self.directory}")
+        layout = Layout.read(self.layout_path)
+        if layout.digest != self.plan.merge.layout:
+            raise PlanError(f"{self.layout_path}: is not the plan's layout; run: gramfuse plan lock {self.directory}")
+        return layout
+
+    def silos(self) -> dict[str, Silo]:
+        """Read the silo file of every silo in the roster.
+
+        Raises:
+            PlanError: if one is missing, or is another silo's.
+        """
+        from gramfuse_client.silo import Silo
+
+        silos = {}
+        for name in self.plan.names:
+            path = self.directory / "silos" / f"{name}.toml"
+            silo = Silo.read(path)
+            if silo.name != name:
+                raise PlanError(f"{path}: 'name' is {silo.name!r}; expected {name!r}, as the file is called")
+            silos[name] = silo
+        return silos
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".partial")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)

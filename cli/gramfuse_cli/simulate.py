@@ -1,0 +1,147 @@
+"""`gramfuse simulate`: a whole exchange on one machine, with Flower's simulation engine."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from gramfuse_cli import options
+from gramfuse_cli.options import as_json as json_option
+from gramfuse_cli.options import project_directory
+from gramfuse_cli.options import settings as settings_options
+from gramfuse_cli.processes import contained
+from gramfuse_cli.progress import RunProgress
+from gramfuse_cli.project import Project
+from gramfuse_cli.report import show_report
+from gramfuse_protocol.errors import FederationError, GramfuseError, RunDirectoryError, error_types
+
+LOG_LINES = 30
+
+
+@click.command()
+@project_directory
+@settings_options
+@json_option
+def simulate(directory: Path, settings: tuple[str, ...], seed: int | None, out: Path | None, as_json: bool) -> None:
+    """Run a whole exchange on this machine: all silos of DIR/plan.toml, by Flower's simulation engine.
+
+    Each silo works from its own file (DIR/silos/NAME.toml) as it would in a deployment, but for the approval of the
+    plan. Every silo's own model, their simple average and the RegMean merge are measured on all silos' held-out
+    examples together. With --set, other values can be tried without touching the plan.
+    """
+    project = Project.read(directory, options.all_settings(settings, seed))
+    run = options.run_path(out, project.plan)
+    show_report(run_simulation(project, run), run, as_json)
+
+
+def run_simulation(project: Project, out: Path) -> dict[str, Any]:
+    """Simulate one exchange and return its report.
+
+    Raises:
+        GramfuseError: of the kind that fits; then nothing is left but silos' data as they were.
+    """
+    from gramfuse_client.data import load
+    from gramfuse_client.policy import check_examples, check_plan
+    from gramfuse_client.state import read_progress
+    from gramfuse_cli.engine import simulated_silo
+
+    if out.exists():
+        raise RunDirectoryError(f"{out} exists already; choose another --out, or remove it")
+    silos = project.silos()
+    for silo in silos.values():  # what a silo would refuse later is said now, with the details that only it may see
+        examples, _ = load(silo, project.plan.model)
+        check_examples(silo, len(examples))
+    plan, layout = project.locked()
+    with _scratch() as scratch:
+        state = scratch / "silos"
+        for silo in silos.values():
+            check_plan(simulated_silo(str(silo.path), str(state), plan.digest), plan)
+        spec = {
+            "plan": plan.to_toml(),
+            "layout": layout.to_json(),
+            "directory": str(project.directory),
+            "out": str(out),
+            "silos": [str(silo.path.resolve()) for silo in silos.values()],
+            "state": str(state),
+            "ray": str(scratch / "ray"),
+            "events": str(scratch / "events.jsonl"),
+            "outcome": str(scratch / "outcome.json"),
+            "gpus_per_silo": _gpus_per_silo(len(silos)),
+        }
+        (scratch / "spec.json").write_text(json.dumps(spec), encoding="utf-8")
+        log = scratch / "flower.log"
+        command = [sys.executable, "-m", "gramfuse_cli.engine", str(scratch / "spec.json")]
+        partial = out.with_name(out.name + ".partial")
+        try:
+            with (
+                RunProgress(plan.names, lambda name: read_progress(state / name, plan.digest)) as progress,
+                contained(command, log, {"FLWR_HOME": str(scratch / "flwr")}) as process,
+            ):
+                progress.take({"phase": "start", "state": "start"})
+                events = _tail(scratch / "events.jsonl")
+                while process.poll() is None:
+                    for event in next(events):
+                        progress.take(event)
+                    progress.refresh()
+                    time.sleep(0.1)
+                for event in next(events):
+                    progress.take(event)
+            return _outcome(scratch, log, process.returncode)
+        finally:
+            if not out.exists():
+                shutil.rmtree(partial, ignore_errors=True)
+
+
+def _outcome(scratch: Path, log: Path, code: int) -> dict[str, Any]:
+    try:
+        outcome = json.loads((scratch / "outcome.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        outcome = {"error": "FederationError", "message": f"the simulation's process ended with status {code}"}
+    if "report" in outcome:
+        report: dict[str, Any] = outcome["report"]
+        return report
+    kind: type[GramfuseError] = error_types().get(outcome["error"], FederationError)
+    tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:])
+    click.echo(f"The last lines of Flower's log:\n{tail}\n", err=True)
+    raise kind(outcome["message"])
+
+
+class _scratch:  # noqa: N801  # a context manager that is used like a function
+    """A short-named private directory (Ray puts sockets into it, whose paths must be short), removed on leaving."""
+
+    def __enter__(self) -> Path:
+        self.path = Path(tempfile.mkdtemp(prefix="gf-"))
+        return self.path
+
+    def __exit__(self, *_: object) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+def _tail(path: Path) -> Iterator[list[dict[str, Any]]]:
+    """Yield, each time, the complete lines that were added to a file of JSON lines."""
+    position = 0
+    while True:
+        events = []
+        if path.exists():
+            with path.open("rb") as file:
+                file.seek(position)
+                for line in file:
+                    if not line.endswith(b"\n"):
+                        break
+                    position += len(line)
+                    events.append(json.loads(line))
+        yield events
+
+
+def _gpus_per_silo(silos: int) -> float:
+    import torch
+
+    return min(1.0, torch.cuda.device_count() / silos)

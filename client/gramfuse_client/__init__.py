@@ -1,0 +1,8 @@
+"""What runs at a silo.
+
+Those who have their own Flower ClientApp need only `collect_statistics`.
+"""
+
+from gramfuse_client.statistics import collect_statistics
+
+__all__ = ["collect_statistics"]

@@ -1,0 +1,63 @@
+"""The Flower ClientApp: turns records into messages and back, nothing else.
+
+A silo's operator starts Flower's SuperNode with `--node-config 'silo="/path/to/silo.toml"'`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from gramfuse_client.participant import Participant
+from gramfuse_client.silo import Silo
+from gramfuse_protocol.errors import GramfuseError, PlanError
+from gramfuse_protocol.messages import REQUESTS, refusal
+from gramfuse_protocol.wire import Frame, pack, unpack
+
+
+def client_app(silo_of: Callable[[Context], Silo]) -> ClientApp:
+    """Return a ClientApp that answers for the silo which `silo_of` finds in the node's own context."""
+    app = ClientApp()
+
+    def answer(message: Message, context: Context) -> Message:
+        request = unpack(from_record(message.content), REQUESTS)
+        try:
+            reply = Participant(silo_of(context)).answer(request)
+        except GramfuseError as error:
+            logging.getLogger(__name__).error("%s", error)
+            reply = refusal(request, "unknown", error)
+        return Message(to_record(pack(reply)), reply_to=message)
+
+    app.train()(answer)
+    app.evaluate()(answer)
+    app.query("join")(answer)
+    app.query("upload")(answer)
+    return app
+
+
+def to_record(frame: Frame) -> RecordDict:
+    """Put a frame into Flower's records."""
+    arrays = {f"{n:06}": Array(buffer) for n, buffer in enumerate(frame.buffers)}
+    return RecordDict({"header": ConfigRecord({"json": frame.header}), "arrays": ArrayRecord(arrays)})
+
+
+def from_record(content: RecordDict) -> Frame:
+    """Take a frame out of Flower's records."""
+    arrays = content.array_records["arrays"]
+    buffers = tuple(np.asarray(arrays[key].numpy(), np.uint8) for key in sorted(arrays))
+    return Frame(str(content.config_records["header"]["json"]), buffers)
+
+
+def _silo_of_node(context: Context) -> Silo:
+    path = context.node_config.get("silo")
+    if not isinstance(path, str):
+        raise PlanError("start the SuperNode with --node-config 'silo=\"/path/to/silo.toml\"'")
+    return Silo.read(Path(path))
+
+
+app = client_app(_silo_of_node)

@@ -1,0 +1,87 @@
+"""Local fine-tuning: AdamW, linear warm-up and decay, by the transformers Trainer."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import (
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.utils import logging
+
+from gramfuse_client.batches import Encoded
+from gramfuse_protocol.plan import Training
+
+Progress = Callable[[int, int], None]
+"""Called with (steps done, steps in all)."""
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device that a silo file names; `auto` takes CUDA, then MPS, then the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    return torch.device(name)
+
+
+def finetune(
+    model: PreTrainedModel,
+    encoded: Encoded,
+    tokenizer: PreTrainedTokenizerBase,
+    training: Training,
+    device: torch.device,
+    progress: Progress | None = None,
+) -> None:
+    """Fine-tune `model` in place; frozen parameters stay as they are.
+
+    The result is a function of the arguments, the device and the number of CPU threads, and of nothing else.
+    """
+    steps = -(-len(encoded) // training.batch_size) * training.epochs
+    with tempfile.TemporaryDirectory(prefix="gramfuse-") as scratch, torch.random.fork_rng():
+        arguments = TrainingArguments(
+            output_dir=scratch,
+            per_device_train_batch_size=training.batch_size,
+            num_train_epochs=training.epochs,
+            learning_rate=training.learning_rate,
+            weight_decay=training.weight_decay,
+            warmup_steps=round(training.warmup * steps),
+            lr_scheduler_type="linear",
+            optim="adamw_torch",
+            seed=training.seed,
+            data_seed=training.seed,
+            use_cpu=device.type == "cpu",
+            dataloader_pin_memory=device.type == "cuda",
+            report_to=[],
+            save_strategy="no",
+            logging_strategy="no",
+            train_sampling_strategy="group_by_length",
+            disable_tqdm=progress is not None,
+        )
+        level = logging.get_verbosity()
+        logging.set_verbosity_error()
+        try:
+            Trainer(
+                model=model,
+                args=arguments,
+                train_dataset=encoded,
+                data_collator=DataCollatorWithPadding(tokenizer),
+                callbacks=[] if progress is None else [_Report(progress)],
+            ).train()
+        finally:
+            logging.set_verbosity(level)
+    model.eval()
+
+
+class _Report(TrainerCallback):
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.progress(state.global_step, state.max_steps)

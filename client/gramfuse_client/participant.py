@@ -1,0 +1,167 @@
+"""What a silo does with each message of the protocol. Knows nothing of Flower."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from gramfuse_client.batches import Encoded, batches
+from gramfuse_client.data import Examples, load
+from gramfuse_client.evaluate import evaluate
+from gramfuse_client.finetune import choose_device, finetune
+from gramfuse_client.policy import check_examples, check_plan
+from gramfuse_client.silo import Silo
+from gramfuse_client.state import State
+from gramfuse_client.statistics import collect_statistics
+from gramfuse_model.base import Base, load_base, trainable
+from gramfuse_model.tracing import plan_layout
+from gramfuse_protocol.errors import FederationError, GramfuseError
+from gramfuse_protocol.layout import Layout, delta_block
+from gramfuse_protocol.messages import (
+    EvaluateReply,
+    EvaluateRequest,
+    JoinReply,
+    JoinRequest,
+    Message,
+    TrainReply,
+    TrainRequest,
+    UploadReply,
+    UploadRequest,
+    refusal,
+)
+from gramfuse_protocol.plan import Plan
+from gramfuse_protocol.statistics import Statistics, check_slices
+
+EVALUATION_BATCH = 64
+
+log = logging.getLogger(__name__)
+
+
+class Participant:
+    """One silo's side of the protocol; all that it remembers is on its disk."""
+
+    def __init__(self, silo: Silo) -> None:
+        self.silo = silo
+        if silo.file.threads:
+            torch.set_num_threads(silo.file.threads)
+
+    def answer(self, request: Message) -> Message:
+        """Return the reply to a request; whatever goes wrong becomes a refusal that carries no data."""
+        try:
+            match request:
+                case JoinRequest():
+                    return self._join(request)
+                case TrainRequest():
+                    return self._train(request)
+                case UploadRequest():
+                    return self._upload(request)
+                case EvaluateRequest():
+                    return self._evaluate(request)
+            raise FederationError(f"phase {request.phase!r} is not a silo's to answer")
+        except GramfuseError as error:
+            log.error("silo %s, phase %s: %s: %s", self.silo.name, request.phase, type(error).__name__, error)
+            return refusal(request, self.silo.name, error)
+        except Exception:
+            # Flower would send the exception's text to the coordinator; it may quote data.
+            log.exception("silo %s, phase %s: unexpected error", self.silo.name, request.phase)
+            return refusal(request, self.silo.name, GramfuseError("", reason="an unexpected error at the silo"))
+
+    def _join(self, request: JoinRequest) -> JoinReply:
+        plan = Plan.parse(request.plan_text, "the coordinator's plan")
+        if plan.digest != request.plan:
+            raise FederationError("the plan that came has another digest than its message", reason="plan digest differs")
+        check_plan(self.silo, plan)
+        examples, _ = load(self.silo, plan.model)
+        check_examples(self.silo, len(examples))
+        layout = plan_layout(plan, self._base(plan))
+        if layout.digest != Layout.parse(request.layout, "the coordinator's layout").digest:
+            raise FederationError("the coordinator's layout is not the plan's", reason="layout digest differs")
+        self._state(request).join(request.plan_text, layout)
+        return JoinReply(plan=request.plan, session=request.session, silo=self.silo.name)
+
+    def _train(self, request: TrainRequest) -> TrainReply:
+        state = self._state(request)
+        plan, layout = state.joined()
+        examples, _ = load(self.silo, plan.model)
+        counts = state.counts(examples.digest)
+        if counts is None:
+            statistics = train(self.silo, plan, layout, self._base(plan), examples, state)
+            state.save(statistics, examples.digest)
+            counts = statistics.examples, statistics.tokens
+        return TrainReply(
+            plan=request.plan, session=request.session, silo=self.silo.name, examples=counts[0], tokens=counts[1]
+        )
+
+    def _upload(self, request: UploadRequest) -> UploadReply:
+        state = self._state(request)
+        _, layout = state.joined()
+        pieces = layout.pieces(request.piece_bytes)
+        if request.piece >= len(pieces):
+            raise FederationError(f"piece {request.piece} was asked for; there are {len(pieces)}", reason="no such piece")
+        arrays = state.slices(pieces[request.piece])
+        check_slices(pieces[request.piece], arrays, "this silo")
+        return UploadReply(
+            plan=request.plan, session=request.session, silo=self.silo.name, piece=request.piece, arrays=arrays
+        )
+
+    def _evaluate(self, request: EvaluateRequest) -> EvaluateReply:
+        plan, layout = self._state(request).joined()
+        if plan.privacy.metrics == "none":
+            raise FederationError("the plan lets no metrics leave", reason="the plan lets no metrics leave")
+        base = self._base(plan)
+        check_slices(layout.deltas, request.arrays, "the coordinator's model")
+        parameters = dict(base.model.named_parameters())
+        with torch.no_grad():
+            for tensor in layout.tensors:
+                parameters[tensor.name] += torch.from_numpy(request.arrays[delta_block(tensor.name)].copy())
+        _, held_out = load(self.silo, plan.model)
+        device = choose_device(self.silo.file.device)
+        encoded = Encoded(held_out, base.tokenizer, plan.model.max_length)
+        sums = evaluate(
+            base.model.to(device),
+            batches(encoded, base.tokenizer, EVALUATION_BATCH, device, by_length=True),
+            len(plan.model.labels),
+        )
+        return EvaluateReply(
+            plan=request.plan,
+            session=request.session,
+            silo=self.silo.name,
+            candidate=request.candidate,
+            arrays={"sums": sums},
+        )
+
+    def _base(self, plan: Plan) -> Base:
+        return load_base(plan, self.silo.directory, override=self.silo.file.base)
+
+    def _state(self, request: Message) -> State:
+        return State(self.silo.state, request.plan)
+
+
+def train(silo: Silo, plan: Plan, layout: Layout, base: Base, examples: Examples, state: State | None = None) -> Statistics:
+    """Fine-tune the base model on a silo's examples, in place, and measure it.
+
+    Args:
+        state: where progress is noted, if anywhere.
+    """
+    device = choose_device(silo.file.device)
+    encoded = Encoded(examples, base.tokenizer, plan.model.max_length)
+    before = trainable(base.model)
+    finetune(
+        base.model,
+        encoded,
+        base.tokenizer,
+        plan.training,
+        device,
+        progress=state and (lambda done, total: state.progress("train", done, total)),
+    )
+    size = plan.training.batch_size
+    return collect_statistics(
+        base.model,
+        batches(encoded, base.tokenizer, size, device),
+        layout,
+        base=before,
+        examples=len(examples),
+        limit=plan.merge.tokens,
+        progress=state and (lambda done: state.progress("measure", done, -(-len(encoded) // size))),
+    )

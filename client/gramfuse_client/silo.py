@@ -1,0 +1,77 @@
+"""The silo file: what a silo brings and what it allows. Private to the silo."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from gramfuse_protocol.documents import Section, parse, read_text
+from gramfuse_protocol.plan import Name, Sha256
+
+
+class Data(Section):
+    """`[data]`: where the examples are and which columns count.
+
+    A source is a path to a .jsonl, .jsonl.gz, .csv or .parquet file, or `hf:<hub id or folder>[#split]`.
+    """
+
+    train: Annotated[str, Field(min_length=1)]
+    held_out: str | Annotated[float, Field(gt=0, lt=1)]
+    """A source, or the fraction of `train` that is set aside."""
+    split_seed: int = 0
+    text: str = "text"
+    text_pair: str | None = None
+    label: str = "label"
+
+
+class Limits(Section):
+    """`[limits]`: what this silo refuses."""
+
+    minimum_examples: Annotated[int, Field(ge=1)] = 100
+    open_uploads: bool = False
+    """Whether this silo's own statistics may leave it unmasked."""
+    metrics: Literal["none", "sum", "silo"] = "sum"
+    """The most that may leave of its held-out metrics."""
+
+
+class SiloFile(Section):
+    """A whole silo file. Relative paths start at the directory that the file lies in."""
+
+    name: Name
+    state: str = "state"
+    """Directory for what must survive a restart; it holds fine-tuned weights, so keep it private."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    threads: Annotated[int, Field(ge=0)] = 0
+    """CPU threads; 0 takes what torch finds. Floating-point sums depend on it in their last bits."""
+    base: str | None = None
+    """Where this silo keeps the base model, if not where the plan says."""
+    approved: tuple[Sha256, ...] = ()
+    """Digests of the plans that this silo takes part in."""
+    data: Data
+    limits: Limits = Limits()
+
+
+class Silo:
+    """A silo file and the directory that its paths start at."""
+
+    def __init__(self, path: Path, file: SiloFile) -> None:
+        self.path = path
+        self.file = file
+        self.directory = path.parent.resolve()
+
+    @staticmethod
+    def read(path: Path) -> Silo:
+        """Read `silo.toml`; raises PlanError naming the file and the key."""
+        return Silo(path, parse(SiloFile, read_text(path), str(path)))
+
+    @property
+    def name(self) -> str:
+        """The silo's name in the roster."""
+        return self.file.name
+
+    @property
+    def state(self) -> Path:
+        """Directory for what must survive a restart."""
+        return self.directory / self.file.state

@@ -1,0 +1,110 @@
+"""What a silo keeps on its disk between messages: the plan it joined, its statistics, how far it is.
+
+Every message may reach a new process, so everything that must last is here. Files are written under a temporary
+name and renamed; directories are 0700 and files 0600, since fine-tuned weights remember their data.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from gramfuse_protocol.errors import FederationError
+from gramfuse_protocol.layout import Layout, Slice
+from gramfuse_protocol.plan import Plan
+from gramfuse_protocol.statistics import Statistics
+
+PROGRESS_SECONDS = 0.5
+
+
+class State:
+    """The state of one silo under one plan."""
+
+    def __init__(self, root: Path, plan_digest: str) -> None:
+        self.directory = root / plan_digest
+        self._reported = 0.0
+
+    def join(self, plan_text: str, layout: Layout) -> None:
+        """Keep the plan and the layout."""
+        self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._write("plan.toml", plan_text.encode())
+        self._write("layout.json", layout.to_json().encode())
+
+    def joined(self) -> tuple[Plan, Layout]:
+        """Return the plan and the layout that were joined.
+
+        Raises:
+            FederationError: if this silo did not join under this plan.
+        """
+        if not (self.directory / "layout.json").exists():
+            raise FederationError("a message came for a plan that this silo did not join", reason="not joined")
+        return Plan.read(self.directory / "plan.toml"), Layout.read(self.directory / "layout.json")
+
+    def save(self, statistics: Statistics, data_digest: str) -> None:
+        """Keep statistics, and which data they came from."""
+        about = {"examples": statistics.examples, "tokens": dict(statistics.tokens), "data": data_digest}
+        path = self._statistics
+        temporary = path.with_suffix(".partial")
+        save_file(dict(statistics.blocks), temporary, metadata={"about": json.dumps(about)})
+        temporary.chmod(0o600)
+        os.replace(temporary, path)
+
+    def counts(self, data_digest: str) -> tuple[int, Mapping[str, int]] | None:
+        """Return (examples, tokens by group) of kept statistics, or None if there are none of these data."""
+        if not self._statistics.exists():
+            return None
+        with safe_open(self._statistics, "numpy") as file:
+            about = json.loads(file.metadata()["about"])
+        return (about["examples"], about["tokens"]) if about["data"] == data_digest else None
+
+    def slices(self, slices: tuple[Slice, ...]) -> dict[str, NDArray[np.float32]]:
+        """Read slices of the kept statistics.
+
+        Raises:
+            FederationError: if there are none.
+        """
+        if not self._statistics.exists():
+            raise FederationError("statistics were asked for before training", reason="not trained")
+        arrays = {}
+        with safe_open(self._statistics, "numpy") as file:
+            for piece in slices:
+                block = file.get_tensor(piece.block.name)
+                whole = piece.name == piece.block.name
+                arrays[piece.name] = block if whole else block.reshape(-1)[piece.start : piece.stop]
+        return arrays
+
+    def progress(self, phase: str, done: int, total: int) -> None:
+        """Note how far a phase is, at most twice a second, for whoever watches this silo."""
+        now = time.monotonic()
+        if now - self._reported >= PROGRESS_SECONDS or done == total:
+            self._reported = now
+            self._write("progress.json", json.dumps({"phase": phase, "done": done, "total": total}).encode())
+
+    @property
+    def _statistics(self) -> Path:
+        return self.directory / "statistics.safetensors"
+
+    def _write(self, name: str, content: bytes) -> None:
+        path = self.directory / name
+        temporary = path.with_suffix(".partial")
+        temporary.write_bytes(content)
+        temporary.chmod(0o600)
+        os.replace(temporary, path)
+
+
+def read_progress(root: Path, plan_digest: str) -> dict[str, Any] | None:
+    """Return the last note of a silo's progress (phase, done, total), or None."""
+    try:
+        progress: dict[str, Any] = json.loads((root / plan_digest / "progress.json").read_bytes())
+    except (OSError, ValueError):
+        return None
+    return progress

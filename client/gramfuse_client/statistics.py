@@ -1,0 +1,49 @@
+"""Puts together what a silo contributes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from gramfuse_client.gram import collect_grams
+from gramfuse_model.base import trainable
+from gramfuse_protocol.layout import Layout, Slice, delta_block, gram_block
+from gramfuse_protocol.plan import Merge
+from gramfuse_protocol.statistics import Statistics, check_counts, check_slices
+
+
+def collect_statistics(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, torch.Tensor]],
+    layout: Layout,
+    *,
+    base: Mapping[str, NDArray[np.float32]],
+    examples: int,
+    limit: int = Merge().tokens,
+    progress: Callable[[int], None] | None = None,
+) -> Statistics:
+    """Measure a fine-tuned model: its Gram matrices on local data and its difference from the base.
+
+    Args:
+        model: the fine-tuned model.
+        batches: its training data as keyword arguments of forward (see `gramfuse_client.gram.collect_grams`).
+        layout: from `gramfuse_model.tracing`, made on the base model.
+        base: the base model's trainable parameters by name, float32 (`gramfuse_model.base.trainable`).
+        examples: how many examples the model was fine-tuned on, ≥ 1.
+        limit: most token rows for one Gram matrix.
+
+    Raises:
+        ContributionError: naming the tensor, if the model does not fit the layout or a value is NaN or infinite.
+    """
+    grams = collect_grams(model, batches, layout, limit=limit, progress=progress)
+    blocks = {gram_block(name): gram.mean() for name, gram in grams.items()}
+    tuned = trainable(model)
+    blocks |= {delta_block(name): tuned[name] - base[name] for name in base if name in tuned}
+    tokens = {name: gram.tokens for name, gram in grams.items()}
+    check_counts(layout, examples, tokens, "this silo")
+    check_slices((Slice(block, 0, block.entries) for block in layout.blocks), blocks, "this silo")
+    return Statistics(examples, tokens, blocks)

@@ -1,0 +1,95 @@
+"""Reading TOML into frozen models, with errors that name the file and the key."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from gramfuse_protocol.errors import PlanError
+
+
+class Section(BaseModel):
+    """A frozen table of a TOML file. Keys are kebab-case; unknown keys are refused; types are strict."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        strict=True,
+        extra="forbid",
+        alias_generator=lambda name: name.replace("_", "-"),
+        validate_by_name=True,
+        allow_inf_nan=False,
+    )
+
+
+T = TypeVar("T", bound=Section)
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a UTF-8 file, or raise PlanError naming it."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise PlanError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise PlanError(f"{path}: cannot be read: {error}") from None
+
+
+def parse(model: type[T], text: str, source: str) -> T:
+    """Parse a TOML document into `model`.
+
+    Args:
+        source: what to call the document in errors, usually its path.
+
+    Raises:
+        PlanError: one line per problem, each with the key and what was expected.
+    """
+    try:
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise PlanError(f"{source}: not valid TOML: {error}") from None
+    return build(model, document, source)
+
+
+def build(model: type[T], document: dict[str, object], source: str) -> T:
+    """Build `model` from a parsed document; errors as `parse`."""
+    try:
+        # JSON mode is where strict pydantic still takes a list for a tuple, which is all that TOML has.
+        return model.model_validate_json(json.dumps(document, default=str))
+    except ValidationError as error:
+        lines = [_explain(problem, model) for problem in error.errors(include_url=False)]
+        raise PlanError("\n".join(f"{source}: {line}" for line in lines)) from None
+
+
+def _explain(problem: object, model: type[Section]) -> str:
+    assert isinstance(problem, dict)
+    key = ".".join(str(part) for part in problem["loc"]) or "the document"
+    match problem["type"]:
+        case "extra_forbidden":
+            return f"unknown key {key!r}; known here: {', '.join(_known(model, problem['loc'][:-1]))}"
+        case "missing":
+            return f"{key!r} is missing"
+        case "value_error" | "assertion_error":
+            return f"{key!r}: {problem['ctx']['error']}" if problem["loc"] else str(problem["ctx"]["error"])
+        case _:
+            return f"{key!r}: {problem['msg']} (got {problem['input']!r})"
+
+
+def _known(model: type[Section], path: tuple[object, ...]) -> list[str]:
+    section: type[Section] = model
+    for part in path:
+        if isinstance(part, int):
+            continue
+        for field in section.model_fields.values():
+            if field.alias == part:
+                inner = [a for a in (field.annotation, *getattr(field.annotation, "__args__", ())) if _is_section(a)]
+                if inner:
+                    section = inner[0]
+    return [str(field.alias) for field in section.model_fields.values()]
+
+
+def _is_section(annotation: object) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Section)

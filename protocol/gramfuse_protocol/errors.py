@@ -1,0 +1,88 @@
+"""Every error that gramfuse raises on purpose, and the exit code that each one ends a command with.
+
+    GramfuseError                 1   the root; never raised itself
+    ├── PlanError                10   a plan or silo file that cannot be used as it is
+    ├── DataError                11   a silo's data that does not fit the plan
+    ├── ModelError               12   a base model that cannot be had, or is not the plan's
+    ├── RefusalError             13   a silo that declines what the coordinator asks of it
+    ├── ContributionError        14   statistics that do not fit the layout, or hold NaN or Inf
+    ├── RunDirectoryError        15   a run directory that exists already or cannot be written
+    └── FederationError          16   Flower, or a silo behind it, did not answer as it must
+
+One page for each exit code stands in docs/exit-codes/.
+"""
+
+from __future__ import annotations
+
+
+class GramfuseError(Exception):
+    """Root of the tree.
+
+    `str(error)` says what happened, where, what was expected and what to do. It may quote a silo's
+    data or paths, so it stays where it was raised. What crosses to the other side is `reason`.
+
+    Args:
+        message: the whole story, for whoever owns the files that it names.
+        reason: what the other side may read; by default the class's `summary`, which quotes nothing.
+    """
+
+    exit_code = 1
+    summary = "gramfuse stopped"
+
+    def __init__(self, message: str, *, reason: str | None = None) -> None:
+        super().__init__(message)
+        self.reason = reason if reason is not None else self.summary
+
+
+class PlanError(GramfuseError):
+    """A plan or silo file cannot be used as it is."""
+
+    exit_code = 10
+    summary = "the silo file or the plan cannot be used as it is"
+
+
+class DataError(GramfuseError):
+    """A silo's data does not fit the plan."""
+
+    exit_code = 11
+    summary = "the silo's data does not fit the plan"
+
+
+class ModelError(GramfuseError):
+    """The base model cannot be loaded, or is not the one that the plan names."""
+
+    exit_code = 12
+    summary = "the base model cannot be loaded, or is not the one of the plan"
+
+
+class RefusalError(GramfuseError):
+    """A silo declines what the coordinator asks of it."""
+
+    exit_code = 13
+    summary = "the silo refused"
+
+
+class ContributionError(GramfuseError):
+    """Statistics do not fit the layout, or hold values that are not finite."""
+
+    exit_code = 14
+    summary = "the contribution does not fit the layout or is not finite"
+
+
+class RunDirectoryError(GramfuseError):
+    """A run directory exists already, or cannot be written."""
+
+    exit_code = 15
+    summary = "the run directory cannot be written"
+
+
+class FederationError(GramfuseError):
+    """Flower, or a silo behind it, did not answer as it must."""
+
+    exit_code = 16
+    summary = "the federation did not answer as it must"
+
+
+def error_types() -> dict[str, type[GramfuseError]]:
+    """Return the leaves of the tree by class name, as they are named in refusals and in JSON."""
+    return {cls.__name__: cls for cls in GramfuseError.__subclasses__()}

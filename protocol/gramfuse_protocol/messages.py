@@ -1,0 +1,164 @@
+"""One frozen model per phase and direction.
+
+Every message carries the protocol version, the plan's digest and the session's nonce. Arrays travel beside
+the header (`gramfuse_protocol.wire`), never inside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+from gramfuse_protocol.errors import FederationError, GramfuseError, RefusalError
+from gramfuse_protocol.plan import PROTOCOL_VERSION, Name, Sha256
+
+Session = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+Count = Annotated[int, Field(ge=0)]
+
+
+class Body(BaseModel):
+    """What everything on the wire has.
+
+    Args:
+        arrays: named arrays; their dtypes and shapes are the subclass's to state.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, arbitrary_types_allowed=True)
+
+    phase: ClassVar[str]
+    protocol: Literal[1] = PROTOCOL_VERSION
+    arrays: Mapping[str, NDArray[Any]] = Field(default_factory=dict, exclude=True, repr=False)
+
+
+class StatisticsBody(Body):
+    """A whole contribution outside of a planned run: `arrays` holds every block of the layout, float32."""
+
+    phase = "statistics"
+    layout: str
+    examples: Annotated[int, Field(ge=1)]
+    tokens: Mapping[str, Count]
+
+
+class Message(Body):
+    """What all messages of a planned run have.
+
+    Args:
+        plan: digest of the plan.
+        session: 16 random bytes in hexadecimal, drawn by the coordinator, once per run.
+    """
+
+    plan: Sha256
+    session: Session
+
+
+class JoinRequest(Message):
+    """The plan as TOML text and the layout as JSON text, for the silo to check against its own file and base."""
+
+    phase = "join"
+    plan_text: str
+    layout: str
+
+
+class JoinReply(Message):
+    """The silo takes part."""
+
+    phase = "join"
+    silo: Name
+
+
+class TrainRequest(Message):
+    """Fine-tune and collect statistics; nothing else leaves."""
+
+    phase = "train"
+
+
+class TrainReply(Message):
+    """Statistics are ready on the silo's disk."""
+
+    phase = "train"
+    silo: Name
+    examples: Annotated[int, Field(ge=1)]
+    tokens: Mapping[str, Count]
+
+
+class UploadRequest(Message):
+    """Send one piece of the contribution."""
+
+    phase = "upload"
+    piece: Count
+    piece_bytes: Annotated[int, Field(ge=1)]
+
+
+class UploadReply(Message):
+    """One piece: `arrays` holds the slices of `Layout.pieces(piece_bytes)[piece]`, float32."""
+
+    phase = "upload"
+    silo: Name
+    piece: Count
+
+
+class EvaluateRequest(Message):
+    """Measure a model on held-out data: `arrays` holds `delta:<parameter>` blocks, float32."""
+
+    phase = "evaluate"
+    candidate: str
+
+
+class EvaluateReply(Message):
+    """`arrays` holds `sums`, float64 (`gramfuse_protocol.metrics`)."""
+
+    phase = "evaluate"
+    silo: Name
+    candidate: str
+
+
+class Refusal(Message):
+    """The silo declines: a type and a reason, never data."""
+
+    phase = "refusal"
+    silo: str
+    error: str
+    exit_code: int
+    reason: str
+
+
+REQUESTS: Mapping[str, type[Message]] = {
+    cls.phase: cls for cls in (JoinRequest, TrainRequest, UploadRequest, EvaluateRequest)
+}
+REPLIES: Mapping[str, type[Message]] = {
+    cls.phase: cls for cls in (JoinReply, TrainReply, UploadReply, EvaluateReply, Refusal)
+}
+
+
+def refusal(request: Message, silo: str, error: GramfuseError) -> Refusal:
+    """Turn an error at a silo into the refusal that answers `request`."""
+    return Refusal(
+        plan=request.plan,
+        session=request.session,
+        silo=silo,
+        error=type(error).__name__,
+        exit_code=error.exit_code,
+        reason=error.reason,
+    )
+
+
+def check_reply(request: Message, reply: Message) -> None:
+    """Raise unless `reply` belongs to `request`.
+
+    Raises:
+        RefusalError: if the silo declined; the message names it and gives its reason.
+        FederationError: if plan, session or phase differ.
+    """
+    if (reply.plan, reply.session) != (request.plan, request.session):
+        raise FederationError(f"a reply in phase {request.phase!r} belongs to another plan or session; it was dropped")
+    if isinstance(reply, Refusal):
+        raise RefusalError(
+            f"silo {reply.silo!r} refused in phase {request.phase!r}: {reply.reason} ({reply.error}); "
+            "the silo's own log has the details",
+            reason=reply.reason,
+        )
+    if reply.phase != request.phase:
+        raise FederationError(f"a silo answered phase {request.phase!r} with {reply.phase!r}")

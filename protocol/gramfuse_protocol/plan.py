@@ -1,0 +1,205 @@
+"""The plan: the contract of one merge, public among its participants.
+
+A plan is written as `plan.toml`. `Plan.digest` is the SHA-256 of its canonical form
+(`gramfuse_protocol.canonical`); it binds every message of a run.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomlkit
+from pydantic import Field, model_validator
+
+from gramfuse_protocol.canonical import digest
+from gramfuse_protocol.documents import Section, build, parse, read_text
+from gramfuse_protocol.errors import PlanError
+from gramfuse_protocol.structure import parse_structure
+
+PROTOCOL_VERSION = 1
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Unit = Annotated[float, Field(ge=0, le=1)]
+
+
+class Header(Section):
+    """`[plan]`: what this merge is called."""
+
+    name: Name
+    version: Annotated[int, Field(ge=1)] = 1
+
+
+class Model(Section):
+    """`[model]`: the base model, and what its head is for."""
+
+    base: Annotated[str, Field(min_length=1)]
+    """Hub id, directory, or `bundled:minilm`."""
+    sha256: Sha256 | None = None
+    """Digest of every weight that training starts from, the head included; filled by `plan lock`."""
+    task: Literal["classification", "regression"]
+    labels: tuple[str, ...] = ()
+    pair: bool = False
+    max_length: Annotated[int, Field(ge=2, le=131072)] = 128
+
+    @model_validator(mode="after")
+    def _labels_fit_the_task(self) -> Model:
+        if self.task == "classification" and len(self.labels) < 2:
+            raise ValueError("task 'classification' needs at least two labels")
+        if self.task == "regression" and self.labels:
+            raise ValueError("task 'regression' has no labels")
+        if len(set(self.labels)) != len(self.labels):
+            raise ValueError("a label is listed twice")
+        return self
+
+
+class Training(Section):
+    """`[training]`: AdamW with linear warm-up and decay, the same at every silo."""
+
+    epochs: Annotated[int, Field(ge=1)] = 5
+    learning_rate: Annotated[float, Field(gt=0)] = 5e-5
+    batch_size: Annotated[int, Field(ge=1)] = 16
+    warmup: Unit = 0.06
+    """Fraction of the steps over which the learning rate rises from zero."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 1
+    freeze: tuple[str, ...] = ("*embeddings*",)
+    """Patterns (shell style) of the parameters that stay as they are and never leave a silo."""
+
+
+class Merge(Section):
+    """`[merge]`: the closed form and what it is fed."""
+
+    method: Literal["regmean"] = "regmean"
+    alpha: Unit = 0.9
+    """Share of the off-diagonal of each Gram matrix that is kept."""
+    weighting: Literal["uniform", "examples"] = "uniform"
+    gram: Mapping[str, str] = {"*": "full"}
+    """Pattern of a weight's name to `full`, `block:<b>` or `diagonal`; the longest pattern that fits counts."""
+    exclude: tuple[str, ...] = ()
+    """Patterns of linear weights that are averaged instead."""
+    tokens: Annotated[int, Field(ge=1)] = 100_000
+    """Most token rows that a silo measures for one Gram matrix."""
+    layout: Sha256 | None = None
+    """Digest of the layout; filled by `plan lock`."""
+
+    @model_validator(mode="after")
+    def _gram_patterns(self) -> Merge:
+        for structure in self.gram.values():
+            parse_structure(structure)
+        return self
+
+
+class Privacy(Section):
+    """`[privacy]`: what the coordinator sees."""
+
+    secure_aggregation: bool
+    metrics: Literal["none", "sum", "silo"] = "sum"
+    """Whether held-out metrics leave a silo: not at all, to be shown as a sum only, or silo by silo."""
+
+
+class Silo(Section):
+    """One `[[silo]]` of the roster."""
+
+    name: Name
+
+
+class Plan(Section):
+    """A whole plan."""
+
+    plan: Header
+    model: Model
+    training: Training = Training()
+    merge: Merge = Merge()
+    privacy: Privacy
+    silo: Annotated[tuple[Silo, ...], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _roster(self) -> Plan:
+        names = [silo.name for silo in self.silo]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"[[silo]] names {', '.join(twice)} more than once")
+        if self.privacy.secure_aggregation:
+            raise ValueError(
+                "'privacy.secure-aggregation = true' is not available in this version; set it to false, "
+                "which lets the coordinator see each silo's statistics, or do not run"
+            )
+        return self
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the canonical form: what both sides print, approve and put into every message."""
+        return digest(self.document())
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The silos, in roster order."""
+        return tuple(silo.name for silo in self.silo)
+
+    @property
+    def locked(self) -> bool:
+        """Whether the base model's weights and the layout are pinned."""
+        return self.model.sha256 is not None and self.merge.layout is not None
+
+    def document(self) -> dict[str, Any]:
+        """Return the plan as the nested kebab-case document that its digest is taken of."""
+        return self.model_dump(mode="json", by_alias=True)
+
+    def to_toml(self) -> str:
+        """Return the plan as TOML text; `Plan.parse` gives back an equal plan."""
+        return tomlkit.dumps(self.model_dump(mode="json", by_alias=True, exclude_none=True))
+
+    def pinned(self, *, sha256: str, layout: str) -> Plan:
+        """Return this plan with the two digests of `plan lock` filled in."""
+        return self.model_copy(
+            update={
+                "model": self.model.model_copy(update={"sha256": sha256}),
+                "merge": self.merge.model_copy(update={"layout": layout}),
+            }
+        )
+
+    def override(self, settings: Iterable[str]) -> Plan:
+        """Return this plan with `section.key=value` settings applied and, if there are any, its lock removed.
+
+        Values are TOML (`merge.alpha=1.0`, `training.freeze=["*embeddings*"]`); a bare word is a string.
+
+        Raises:
+            PlanError: for a setting without `=`, an unknown key or a value that does not fit.
+        """
+        document = self.document()
+        settings = tuple(settings)
+        for setting in settings:
+            path, separator, text = setting.partition("=")
+            keys = path.strip().split(".")
+            if not separator or len(keys) < 2:
+                raise PlanError(f"--set {setting}: expected section.key=value, for instance merge.alpha=1.0")
+            table: Any = document
+            for key in keys[:-1]:
+                table = table.setdefault(key, {}) if isinstance(table, dict) else None
+            if not isinstance(table, dict):
+                raise PlanError(f"--set {setting}: {'.'.join(keys[:-1])!r} is not a table of the plan")
+            table[keys[-1]] = _toml_value(text.strip())
+        if settings:
+            document["model"]["sha256"] = document["merge"]["layout"] = None
+        return build(Plan, document, f"--set {' '.join(settings)}" if settings else "plan")
+
+    @staticmethod
+    def read(path: Path) -> Plan:
+        """Read `plan.toml`; raises PlanError naming the file and the key."""
+        return Plan.parse(read_text(path), str(path))
+
+    @staticmethod
+    def parse(text: str, source: str = "plan") -> Plan:
+        """Parse the text of a plan; `source` names it in errors."""
+        return parse(Plan, text, source)
+
+
+def _toml_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text

@@ -1,0 +1,101 @@
+"""What a silo measures and computes: Gram matrices, weight differences and counts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gramfuse_protocol.errors import ContributionError
+from gramfuse_protocol.layout import Layout, Slice
+
+Array = NDArray[Any]
+
+
+class Contribution(Protocol):
+    """One silo's statistics, wherever they lie: in memory, or spooled on disk."""
+
+    @property
+    def examples(self) -> int:
+        """Training examples that the silo fine-tuned on, ≥ 1."""
+        ...
+
+    @property
+    def tokens(self) -> Mapping[str, int]:
+        """Token rows behind each group's Gram matrix, ≥ 0."""
+        ...
+
+    def block(self, name: str) -> Array:
+        """Return a block of the layout in its shape: float32, read-only."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Statistics:
+    """A contribution in memory.
+
+    Args:
+        examples: training examples, ≥ 1.
+        tokens: token rows by group name.
+        blocks: float32 arrays by block name. `gram:<group>` is the packed mean G = XᵀX / tokens over real tokens
+            (zeros where a group saw none); `delta:<parameter>` is W − W₀ in the parameter's own shape.
+    """
+
+    examples: int
+    tokens: Mapping[str, int]
+    blocks: Mapping[str, Array]
+
+    def block(self, name: str) -> Array:
+        """Return one block."""
+        return self.blocks[name]
+
+
+def check_counts(layout: Layout, examples: int, tokens: Mapping[str, int], source: str) -> None:
+    """Raise ContributionError unless the counts of a contribution fit the layout.
+
+    Args:
+        source: who sent them, for the error.
+    """
+    if examples < 1:
+        raise ContributionError(f"{source}: reports {examples} training examples; expected at least one")
+    expected = {group.name for group in layout.groups}
+    if set(tokens) != expected:
+        odd = sorted(set(tokens) ^ expected)[0]
+        raise ContributionError(f"{source}: token counts do not fit the layout; first difference at group {odd!r}")
+    for group, count in tokens.items():
+        if count < 0:
+            raise ContributionError(f"{source}: group {group!r} reports {count} tokens")
+
+
+def check_slices(slices: Iterable[Slice], arrays: Mapping[str, Array], source: str) -> None:
+    """Raise ContributionError unless arrays are exactly these slices of a contribution and every value is finite.
+
+    Args:
+        slices: what must be there, no more and no less.
+        arrays: float32 arrays by slice name; whole blocks in their shape, partial ones flat.
+        source: who sent them, for the error.
+    """
+    slices = tuple(slices)
+    unknown = sorted(set(arrays) - {piece.name for piece in slices})
+    if unknown:
+        raise ContributionError(f"{source}: tensor {unknown[0]!r} is not in the layout; remove it and measure again")
+    for piece in slices:
+        array = arrays.get(piece.name)
+        if array is None:
+            raise ContributionError(f"{source}: tensor {piece.name!r} of the layout is missing")
+        whole = piece.name == piece.block.name
+        shape = piece.block.shape if whole else (piece.stop - piece.start,)
+        if array.dtype != np.float32 or array.shape != shape:
+            raise ContributionError(
+                f"{source}: tensor {piece.name!r} is {array.dtype} {array.shape}, the layout expects float32 {shape}; "
+                "the silo's layout or base model differs from the plan's"
+            )
+        bad = array.size - int(np.count_nonzero(np.isfinite(array)))
+        if bad:
+            raise ContributionError(
+                f"{source}: tensor {piece.name!r} holds {bad} values that are NaN or infinite out of {array.size}; "
+                "training diverged there: lower training.learning-rate or look at the silo's data"
+            )

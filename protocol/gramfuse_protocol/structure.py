@@ -1,0 +1,102 @@
+"""The structure of a Gram matrix: which of its entries are kept.
+
+A Gram matrix of d features is kept as a block-diagonal of symmetric blocks of b consecutive features;
+the last block holds the rest where b does not divide d. `full` is one block of d, `diagonal` is d blocks
+of one. Packed, each block is its upper triangle row by row (b(b+1)/2 entries), blocks in order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[Any]
+
+
+def parse_structure(text: str) -> int | None:
+    """Return the block width that a plan's structure names: None for `full`, 1 for `diagonal`.
+
+    Raises:
+        ValueError: if the text is none of `full`, `block:<b>` with b ≥ 1, `diagonal`.
+    """
+    if text == "full":
+        return None
+    if text == "diagonal":
+        return 1
+    name, _, width = text.partition(":")
+    if name == "block" and width.isascii() and width.isdigit() and int(width) >= 1:
+        return int(width)
+    raise ValueError(f"{text!r} is not a Gram structure; expected 'full', 'block:<width>' or 'diagonal'")
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The blocks of one Gram matrix.
+
+    Args:
+        d: number of features, ≥ 1.
+        b: block width, 1 ≤ b; cut to d.
+    """
+
+    d: int
+    b: int
+
+    @staticmethod
+    def of(structure: str, d: int) -> Blocks:
+        """Return the blocks of a plan's structure over d features."""
+        width = parse_structure(structure)
+        return Blocks(d, d if width is None else min(width, d))
+
+    @property
+    def parts(self) -> tuple[tuple[int, int, int], ...]:
+        """(first feature, number of blocks, width) for the equal blocks and, if there is one, the rest."""
+        count, rest = divmod(self.d, self.b)
+        equal = ((0, count, self.b),)
+        return equal if not rest else (*equal, (count * self.b, 1, rest))
+
+    @property
+    def entries(self) -> int:
+        """Number of packed entries."""
+        return sum(count * _triangle(width) for _, count, width in self.parts)
+
+    def pack(self, parts: list[Floats]) -> Floats:
+        """Pack blocks into one vector.
+
+        Args:
+            parts: one array (count, width, width) for each of `self.parts`, symmetric; the upper triangle is read.
+
+        Returns:
+            (entries,) of the same dtype.
+        """
+        packed = [
+            blocks[(slice(None), *_indices(width))].reshape(-1)
+            for blocks, (_, _, width) in zip(parts, self.parts, strict=True)
+        ]
+        return packed[0] if len(packed) == 1 else np.concatenate(packed)
+
+    def unpack(self, packed: Floats) -> list[Floats]:
+        """Return one symmetric array (count, width, width) for each of `self.parts`; the inverse of `pack`."""
+        blocks, start = [], 0
+        for _, count, width in self.parts:
+            stop = start + count * _triangle(width)
+            rows, columns = _indices(width)
+            values = packed[start:stop].reshape(count, -1)
+            block = np.empty((count, width, width), packed.dtype)
+            block[:, rows, columns] = values
+            block[:, columns, rows] = values
+            blocks.append(block)
+            start = stop
+        return blocks
+
+
+def _triangle(width: int) -> int:
+    return width * (width + 1) // 2
+
+
+@lru_cache(maxsize=4)
+def _indices(width: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    return np.triu_indices(width)

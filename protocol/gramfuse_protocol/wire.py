@@ -1,0 +1,130 @@
+"""Turns a message into a header and a few large buffers, and back.
+
+Header: canonical JSON, `{"arrays": [[name, dtype, shape], …], "body": {…}, "phase": "…"}`. Buffers: the arrays'
+little-endian bytes in C order, one after the other in the order of the header, cut every `BUFFER_BYTES` bytes
+without regard to where an array ends. A transport carries the header and the numbered buffers as it likes.
+Nothing here trusts the sender: names, dtypes, shapes and the total length are checked before a view is made.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from gramfuse_protocol.canonical import canonical_json
+from gramfuse_protocol.errors import FederationError
+from gramfuse_protocol.messages import Body
+
+BUFFER_BYTES = 32 * 2**20
+"""Size of every buffer but the last: large enough to be few, small enough to be copied without pain."""
+
+DTYPES = {"float32": np.dtype("<f4"), "float64": np.dtype("<f8")}
+
+Bytes = NDArray[np.uint8]
+B = TypeVar("B", bound=Body)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A message in transit.
+
+    Args:
+        header: UTF-8 text.
+        buffers: flat uint8 arrays.
+    """
+
+    header: str
+    buffers: tuple[Bytes, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of header and buffers."""
+        return len(self.header.encode("utf-8")) + sum(buffer.nbytes for buffer in self.buffers)
+
+
+def pack(message: Body) -> Frame:
+    """Turn a message into a frame; arrays must be float32 or float64."""
+    index = [[name, str(array.dtype), list(array.shape)] for name, array in message.arrays.items()]
+    header = {"phase": message.phase, "body": message.model_dump(mode="json"), "arrays": index}
+    return Frame(canonical_json(header).decode("utf-8"), tuple(_cut(message.arrays.values())))
+
+
+def unpack(frame: Frame, types: Mapping[str, type[B]]) -> B:
+    """Turn a frame back into a message.
+
+    Args:
+        types: the models that may come, by phase; `REQUESTS` at a silo, `REPLIES` at the coordinator.
+
+    Raises:
+        FederationError: if the header or the buffers are not what `pack` makes of one of `types`.
+    """
+    try:
+        header = json.loads(frame.header)
+        model = types[header["phase"]]
+        arrays = _arrays(header["arrays"], frame.buffers)
+        message = model.model_validate_json(json.dumps(header["body"]))
+    except (KeyError, TypeError, ValueError, ValidationError) as error:
+        raise FederationError(f"a message cannot be read: {error}; do both sides run the same version?") from None
+    return message.model_copy(update={"arrays": arrays})
+
+
+def _cut(arrays: Iterable[NDArray[Any]]) -> Iterator[Bytes]:
+    """Yield the arrays' bytes in buffers of BUFFER_BYTES; a buffer inside one array is a view of it."""
+    pending: list[Bytes] = []
+    size = 0
+    for array in arrays:
+        data = np.ascontiguousarray(array, DTYPES[str(array.dtype)]).reshape(-1).view(np.uint8)
+        while data.size:
+            part, data = data[: BUFFER_BYTES - size], data[BUFFER_BYTES - size :]
+            pending.append(part)
+            size += part.size
+            if size == BUFFER_BYTES:
+                yield _join(pending)
+                pending, size = [], 0
+    if pending:
+        yield _join(pending)
+
+
+def _join(parts: list[Bytes]) -> Bytes:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def _arrays(index: list[list[Any]], buffers: tuple[Bytes, ...]) -> dict[str, NDArray[Any]]:
+    arrays: dict[str, NDArray[Any]] = {}
+    total = sum(buffer.size for buffer in buffers)
+    if any(buffer.size != BUFFER_BYTES for buffer in buffers[:-1]):
+        raise ValueError("a buffer other than the last is not full")
+    start = 0
+    for name, dtype_name, shape in index:
+        if not isinstance(name, str) or name in arrays:
+            raise ValueError(f"array name {name!r} is not a string or comes twice")
+        if not all(type(size) is int and size >= 0 for size in shape):
+            raise ValueError(f"array {name!r} has shape {shape}")
+        dtype = DTYPES[dtype_name]
+        size = math.prod(shape) * dtype.itemsize
+        if start + size > total:
+            raise ValueError(f"array {name!r} ends beyond the {total} bytes that came")
+        arrays[name] = _read(buffers, start, size).view(dtype).reshape(shape)
+        start += size
+    if start != total:
+        raise ValueError(f"{total - start} bytes came that belong to no array")
+    return arrays
+
+
+def _read(buffers: tuple[Bytes, ...], start: int, size: int) -> Bytes:
+    parts = []
+    while size:
+        buffer, offset = divmod(start, BUFFER_BYTES)
+        part = buffers[buffer][offset : offset + size]
+        parts.append(part)
+        start, size = start + part.size, size - part.size
+    joined = _join(parts) if parts else np.empty(0, np.uint8)
+    # A float64 that begins off an eight-byte boundary must be copied before it can be viewed.
+    return joined if joined.ctypes.data % 8 == 0 else joined.copy()

@@ -1,0 +1,77 @@
+"""The Flower ServerApp: one planned exchange, from the run's configuration to a run directory.
+
+The run's configuration holds `plan` (TOML text), `layout` (JSON text), `directory` (where relative paths of the
+plan start) and `run-directory` (where the result goes; must not exist). `gramfuse run` fills it in.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from gramfuse_model.base import load_base
+from gramfuse_protocol.errors import GramfuseError, PlanError
+from gramfuse_protocol.layout import Layout
+from gramfuse_protocol.plan import Plan
+from gramfuse_server.exchange import Exchange, Observer, needed_bytes
+from gramfuse_server.run import RunDirectory
+
+
+def coordinate(
+    grid: Grid,
+    plan: Plan,
+    layout: Layout,
+    directory: Path,
+    out: Path,
+    *,
+    compare_silos: bool = False,
+    observer: Observer = lambda event: None,
+) -> dict[str, Any]:
+    """Run one exchange and return its report; `out` is complete or absent afterwards.
+
+    Args:
+        directory: where relative paths of the plan start.
+        out: the run directory.
+        compare_silos, observer: as `gramfuse_server.exchange.Exchange` has them.
+
+    Raises:
+        GramfuseError: of the kind that fits.
+    """
+    if not plan.locked or layout.digest != plan.merge.layout:
+        raise PlanError("the plan is not locked, or the layout is not the one it is locked to; run: gramfuse plan lock")
+    base = load_base(plan, directory)
+    model_bytes = sum(p.numel() * p.element_size() for p in base.model.parameters())
+    with RunDirectory(out, needed_bytes(layout, len(plan.silo), model_bytes)) as run:
+        exchange = Exchange(grid, plan, layout, base, run, compare_silos=compare_silos, observer=observer)
+        report = exchange.start()
+        run.finish()
+    return report
+
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run the exchange that the run's configuration describes; events go to the log as lines of JSON."""
+    config = {key: str(context.run_config[key]) for key in ("plan", "layout", "directory", "run-directory")}
+    try:
+        coordinate(
+            grid,
+            Plan.parse(config["plan"], "plan of the run"),
+            Layout.parse(config["layout"], "layout of the run"),
+            Path(config["directory"]),
+            Path(config["run-directory"]),
+            observer=_print,
+        )
+    except GramfuseError as error:
+        _print({"phase": "end", "state": "failed", "error": type(error).__name__, "message": str(error)})
+        raise
+
+
+def _print(event: dict[str, Any]) -> None:
+    print(json.dumps(event), flush=True)

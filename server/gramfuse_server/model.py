@@ -1,0 +1,73 @@
+"""Writes the merged model as an ordinary Hugging Face model with tokenizer and card."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from gramfuse_model.base import Base
+from gramfuse_protocol.plan import Plan
+from gramfuse_server.accumulator import Deltas
+
+
+def write_model(directory: Path, base: Base, deltas: Deltas, plan: Plan, metrics: Mapping[str, float] | None) -> None:
+    """Write base + deltas; the base model in memory becomes the merged one.
+
+    The sum is made in float64 and rounded once to the base's dtype.
+
+    Args:
+        directory: made if it is not there.
+        metrics: joint held-out metrics for the card, if any were measured.
+    """
+    parameters = dict(base.model.named_parameters())
+    with torch.no_grad():
+        for name, delta in deltas.items():
+            parameter = parameters[name]
+            parameter.copy_(torch.from_numpy(parameter.numpy().astype(np.float64) + delta))
+    base.model.save_pretrained(directory, safe_serialization=True)
+    base.tokenizer.save_pretrained(directory)
+    (directory / "README.md").write_text(card(plan, metrics), encoding="utf-8")
+
+
+def card(plan: Plan, metrics: Mapping[str, float] | None) -> str:
+    """Return the model card, made from the plan."""
+    lines = ["---", *_front_matter(plan), "---", "", f"# {plan.plan.name}", ""]
+    lines += [
+        f"`{plan.model.base}`, fine-tuned separately at {len(plan.silo)} silos ({', '.join(plan.names)}) and merged in one "
+        f"exchange by RegMean (Jin et al., ICLR 2023) with gramfuse: alpha {plan.merge.alpha}, "
+        f"{plan.merge.weighting} weighting. The silos' data was not pooled.",
+        "",
+        f"Plan digest: `{plan.digest}`",
+        "",
+        "```python",
+        "from transformers import AutoModelForSequenceClassification, AutoTokenizer",
+        "",
+        'model = AutoModelForSequenceClassification.from_pretrained("path/to/this/directory")',
+        'tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory")',
+        "```",
+        "",
+    ]
+    if metrics:
+        lines += ["On the silos' held-out examples together:", "", "| metric | value |", "|---|---|"]
+        lines += [f"| {name} | {value:.4g} |" for name, value in metrics.items()]
+        lines += [""]
+    return "\n".join(lines)
+
+
+def _front_matter(plan: Plan) -> list[str]:
+    public = not plan.model.base.startswith(("bundled:", ".", "/", "~"))
+    base: list[Any] = [f"base_model: {plan.model.base}", "base_model_relation: merge"] if public else []
+    return [
+        *base,
+        "library_name: transformers",
+        "pipeline_tag: text-classification",
+        "tags:",
+        "- gramfuse",
+        "- regmean",
+        "- merge",
+        "- federated-learning",
+    ]

@@ -1,0 +1,106 @@
+"""The run directory: everything that a run leaves behind, or nothing.
+
+While a run is under way its directory is called `<name>.partial`; it gets its name when it is complete.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from gramfuse_protocol.errors import RunDirectoryError
+
+
+class RunDirectory:
+    """A run directory in the making; leaving it with an exception removes it.
+
+    Args:
+        path: its final name; must not exist.
+        needed: bytes that the run will write at most.
+
+    Raises:
+        RunDirectoryError: if it exists, cannot be made, or the disk has not enough room.
+    """
+
+    def __init__(self, path: Path, needed: int) -> None:
+        self.path = path
+        self.partial = path.with_name(path.name + ".partial")
+        self.needed = needed
+
+    def __enter__(self) -> RunDirectory:
+        for path in (self.path, self.partial):
+            if path.exists():
+                raise RunDirectoryError(f"{path} exists already; choose another --out, or remove it")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(self.path.parent).free
+        except OSError as error:
+            raise RunDirectoryError(f"{self.path}: cannot be made: {error}") from None
+        if free < self.needed:
+            raise RunDirectoryError(
+                f"{self.path.parent}: the run needs up to {_size(self.needed)} and the disk has {_size(free)} free; "
+                "make room, or choose another --out"
+            )
+        with self.writing():
+            self.partial.mkdir()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if kind is not None:
+            shutil.rmtree(self.partial, ignore_errors=True)
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Turn what the disk says no to into RunDirectoryError."""
+        try:
+            yield
+        except OSError as error:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            raise RunDirectoryError(
+                f"{self.partial}: {'no space left on the disk' if full else error}; nothing of this run was kept"
+            ) from error
+        except Exception as error:
+            # safetensors reports a full disk by an exception of its own, which has no errno.
+            if "No space left on device" in str(error):
+                raise RunDirectoryError(
+                    f"{self.partial}: no space left on the disk; nothing of this run was kept"
+                ) from error
+            raise
+
+    def write(self, name: str, text: str) -> None:
+        """Write a text file of the run."""
+        with self.writing():
+            (self.partial / name).write_text(text, encoding="utf-8")
+
+    def record(self, entry: dict[str, Any]) -> None:
+        """Append one line to the transcript: what crossed the coordinator's door, and when."""
+        line = json.dumps({"time": round(time.time(), 3), **entry})
+        with self.writing(), (self.partial / "transcript.jsonl").open("a", encoding="utf-8") as transcript:
+            transcript.write(line + "\n")
+
+    def finish(self) -> Path:
+        """Write SHA256SUMS over all files and give the directory its name."""
+        with self.writing():
+            files = sorted(path for path in self.partial.rglob("*") if path.is_file())
+            sums = [f"{_sha256(path)}  {path.relative_to(self.partial).as_posix()}\n" for path in files]
+            (self.partial / "SHA256SUMS").write_text("".join(sums), encoding="utf-8")
+            os.replace(self.partial, self.path)
+        return self.path
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"

@@ -1,0 +1,124 @@
+"""Solves S Δ = T for one group, block by block, and says how it went."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from gramfuse_protocol.layout import Group
+
+JITTERS = (0.0, 1e-10, 1e-8, 1e-6, 1e-4)
+"""Relative ridges that are tried in turn. The last is above any rounding that float32 statistics bring."""
+
+ROUNDING = 2.0**-24
+"""Relative rounding of a float32 statistic."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """How a group was solved.
+
+    Args:
+        group: its name.
+        outcome: `clean`; `jitter` if at least one block needed a ridge; `mean` if at least one block could not be
+            solved and took the mean; `empty` if no silo saw a token there, so that all of it took the mean.
+        jitter: largest relative ridge that a solved block needed.
+        pivot: smallest squared pivot of the solved blocks, of S scaled to a unit diagonal; 1 is perfect, below about
+            1e-6 the float32 statistics carry no information in some direction.
+        dead_features: features that were zero at every silo; their rows took the mean.
+        mean_blocks: blocks that took the mean, of `blocks`.
+    """
+
+    group: str
+    outcome: str
+    jitter: float
+    pivot: float
+    dead_features: int
+    mean_blocks: int
+    blocks: int
+
+
+def solve(
+    group: Group, s: NDArray[np.float64], t: torch.Tensor, mean: torch.Tensor
+) -> tuple[torch.Tensor, Step]:
+    """Return Δ with S Δ = T, in float64.
+
+    S is scaled to a unit diagonal first. Where Cholesky fails, or a pivot lies below what the rounding of the
+    statistics lets us trust, a ridge λ·diag(S) is added on the left and λ·diag(S)·mean on the right: directions that
+    the data say nothing about get the mean, and N equal silos still give back exactly that silo's weights. Blocks for
+    which no ridge helps, and features that are zero everywhere, take the mean.
+
+    Args:
+        group: names and shapes.
+        s: packed S, (entries,).
+        t: T, (d_in, Σ d_out).
+        mean: the weighted mean of the differences, (d_in, Σ d_out).
+
+    Returns:
+        Δ, (d_in, Σ d_out), and how it went.
+    """
+    solution = mean.clone()
+    jitter, pivot, dead, failed, blocks = 0.0, 1.0, 0, 0, 0
+    for part, (first, count, width) in zip(group.blocks.unpack(s), group.blocks.parts, strict=True):
+        blocks += count
+        rows = slice(first, first + count * width)
+        outcome = _solve_blocks(
+            torch.from_numpy(part), t[rows].view(count, width, -1), mean[rows].reshape(count, width, -1)
+        )
+        solution[rows] = outcome.solution.reshape(count * width, -1)
+        jitter, pivot = max(jitter, outcome.jitter), min(pivot, outcome.pivot)
+        dead, failed = dead + outcome.dead, failed + outcome.failed
+    empty = dead == group.d_in
+    name = "empty" if empty else "mean" if failed else "jitter" if jitter else "clean"
+    return solution, Step(group.name, name, jitter, pivot, dead, failed, blocks)
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    solution: torch.Tensor
+    jitter: float
+    pivot: float
+    dead: int
+    failed: int
+
+
+def _solve_blocks(s: torch.Tensor, t: torch.Tensor, mean: torch.Tensor) -> _Blocks:
+    """Solve a batch of blocks: s (count, width, width), t and mean (count, width, out)."""
+    count, width, _ = s.shape
+    solution = mean.clone()
+    diagonal = s.diagonal(dim1=1, dim2=2)  # (count, width)
+    finite = torch.isfinite(s).flatten(1).all(dim=1) & torch.isfinite(t).flatten(1).all(dim=1)
+    dead = ~(diagonal > 0)
+    scale = torch.where(dead, 1.0, diagonal.clamp_min(torch.finfo(torch.float64).tiny).sqrt()).unsqueeze(2)
+    a = s / scale / scale.transpose(1, 2)  # unit diagonal, but for dead features
+    b = t / scale
+    toward = mean * scale
+    # A dead feature's row and column are zero: an identity row makes it independent of all others.
+    a.diagonal(dim1=1, dim2=2)[dead] = 1.0
+    b[dead] = mean[dead]
+    trusted = ROUNDING * math.sqrt(width)
+    todo = torch.nonzero(finite & ~dead.all(dim=1)).flatten()
+    failed = int((~finite).sum()) + int(todo.numel())
+    used, smallest = 0.0, 1.0
+    for jitter in JITTERS:
+        if not todo.numel():
+            break
+        ridged = a[todo]
+        ridged.diagonal(dim1=1, dim2=2).add_(jitter)
+        factor, info = torch.linalg.cholesky_ex(ridged)
+        pivots = factor.diagonal(dim1=1, dim2=2).square().amin(dim=1)
+        good = (info == 0) & (pivots >= trusted)
+        if good.any():
+            solved = todo[good]
+            x = torch.cholesky_solve(b[solved] + jitter * toward[solved], factor[good]) / scale[solved]
+            fine = torch.isfinite(x).flatten(1).all(dim=1)
+            solution[solved[fine]] = x[fine]
+            good[good.clone()] = fine
+            failed -= int(fine.sum())
+            used, smallest = max(used, jitter if bool(fine.any()) else 0.0), min(smallest, float(pivots[good].min()) if bool(good.any()) else 1.0)
+        todo = todo[~good]
+    return _Blocks(solution, used, smallest, int(dead.sum()), failed)

@@ -1,0 +1,185 @@
+"""Pico models and projects: everything is as in a deployment, only small."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
+from transformers import BertConfig, BertModel, GPT2Config, GPT2Model, PreTrainedTokenizerFast
+
+TOPICS = {
+    "animals": "cat dog horse sheep goat duck hen cow",
+    "weather": "rain snow wind sun storm cloud frost hail",
+    "kitchen": "pan pot knife spoon oven plate bowl cup",
+}
+FILLERS = "the a of and with near my your old new big small".split()
+LABELS = list(TOPICS)
+WORDS = sorted({word for words in TOPICS.values() for word in words.split()} | set(FILLERS))
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    vocabulary = {token: index for index, token in enumerate(special + WORDS)}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.post_processor = TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", vocabulary["[CLS]"]), ("[SEP]", vocabulary["[SEP]"])],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
+    )
+
+
+def _save(model: Any, directory: Path) -> Path:
+    model.save_pretrained(directory)
+    _tokenizer().save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def pico_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BERT of two layers, 16 features wide, with a tokenizer for WORDS."""
+    torch.manual_seed(11)
+    config = BertConfig(
+        vocab_size=4 + len(WORDS), hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=24, max_position_embeddings=32, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )
+    return _save(BertModel(config), tmp_path_factory.mktemp("pico-bert"))
+
+
+@pytest.fixture(scope="session")
+def pico_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A GPT-2 of two layers, 16 features wide: its linear layers are Conv1D."""
+    torch.manual_seed(12)
+    config = GPT2Config(
+        vocab_size=4 + len(WORDS), n_positions=32, n_embd=16, n_layer=2, n_head=2, resid_pdrop=0.0, embd_pdrop=0.0,
+        attn_pdrop=0.0, pad_token_id=0, bos_token_id=2, eos_token_id=3,
+    )
+    return _save(GPT2Model(config), tmp_path_factory.mktemp("pico-gpt2"))
+
+
+def messages(count: int, seed: int, favourite: str | None = None) -> list[dict[str, str]]:
+    """Short labelled texts; a favourite label makes up most of them."""
+    rng = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        label = favourite if favourite and rng.random() < 0.7 else rng.choice(LABELS)
+        words = [*rng.sample(TOPICS[label].split(), 2), *rng.choices(FILLERS, k=rng.randint(1, 5))]
+        rng.shuffle(words)
+        rows.append({"text": " ".join(words), "label": label})
+    return rows
+
+
+def write_jsonl(path: Path, rows: list[Any]) -> Path:
+    """Write rows as JSON lines."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@dataclass(frozen=True)
+class PicoProject:
+    """A project directory that `gramfuse simulate` takes, with pico data and a pico model."""
+
+    directory: Path
+    names: tuple[str, ...]
+
+    @property
+    def plan(self) -> Path:
+        return self.directory / "plan.toml"
+
+    def silo(self, name: str) -> Path:
+        return self.directory / "silos" / f"{name}.toml"
+
+    def train(self, name: str) -> Path:
+        return self.directory / "data" / name / "train.jsonl"
+
+    def replace(self, path: Path, old: str, new: str) -> None:
+        """Change one place of one file; the place must be there."""
+        text = path.read_text(encoding="utf-8")
+        assert old in text, f"{old!r} is not in {path}"
+        path.write_text(text.replace(old, new, 1), encoding="utf-8")
+
+
+@pytest.fixture
+def pico_project(tmp_path: Path, pico_bert: Path) -> Callable[..., PicoProject]:
+    """Return a function that makes a project: `pico_project(silos=4)`."""
+
+    def make(silos: int = 4, examples: int = 24, base: Path = pico_bert, name: str = "pico") -> PicoProject:
+        directory = tmp_path / name
+        names = tuple(f"silo-{chr(97 + n)}" for n in range(silos))
+        roster = "".join(f'\n[[silo]]\nname = "{n}"\n' for n in names)
+        directory.mkdir()
+        (directory / "plan.toml").write_text(
+            f"""[plan]
+name = "{name}"
+
+[model]
+base = "{base}"
+task = "classification"
+labels = {json.dumps(LABELS)}
+max-length = 16
+
+[training]
+epochs = 2
+learning-rate = 1e-2
+batch-size = 8
+freeze = ["*embeddings*"]
+
+[merge]
+alpha = 0.9
+gram = {{ "*" = "full" }}
+
+[privacy]
+secure-aggregation = false
+metrics = "silo"
+{roster}"""
+        )
+        for n, silo in enumerate(names):
+            write_jsonl(directory / "data" / silo / "train.jsonl", messages(examples, n, LABELS[n % len(LABELS)]))
+            write_jsonl(directory / "data" / silo / "held-out.jsonl", messages(20, 100 + n))
+            path = directory / "silos" / f"{silo}.toml"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(
+                f"""name = "{silo}"
+state = "../state/{silo}"
+device = "cpu"
+threads = 1
+approved = []
+
+[data]
+train = "../data/{silo}/train.jsonl"
+held-out = "../data/{silo}/held-out.jsonl"
+
+[limits]
+minimum-examples = 10
+open-uploads = true
+metrics = "silo"
+"""
+            )
+        return PicoProject(directory, names)
+
+    return make
+
+
+@pytest.fixture
+def seeded() -> Iterator[torch.Generator]:
+    """A torch generator with a fixed seed."""
+    yield torch.Generator().manual_seed(7)
