@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ TOPICS = {
     "weather": "rain snow wind sun storm cloud frost hail",
     "kitchen": "pan pot knife spoon oven plate bowl cup",
 }
-FILLERS = "the a of and with near my your old new big small".split()
+FILLERS = ["the", "a", "of", "and", "with", "near", "my", "your", "old", "new", "big", "small"]
 LABELS = list(TOPICS)
 WORDS = sorted({word for words in TOPICS.values() for word in words.split()} | set(FILLERS))
 
@@ -58,8 +58,14 @@ def pico_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A BERT of two layers, 16 features wide, with a tokenizer for WORDS."""
     torch.manual_seed(11)
     config = BertConfig(
-        vocab_size=4 + len(WORDS), hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
-        intermediate_size=24, max_position_embeddings=32, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        vocab_size=4 + len(WORDS),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=32,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
     )
     return _save(BertModel(config), tmp_path_factory.mktemp("pico-bert"))
 
@@ -69,8 +75,17 @@ def pico_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A GPT-2 of two layers, 16 features wide: its linear layers are Conv1D."""
     torch.manual_seed(12)
     config = GPT2Config(
-        vocab_size=4 + len(WORDS), n_positions=32, n_embd=16, n_layer=2, n_head=2, resid_pdrop=0.0, embd_pdrop=0.0,
-        attn_pdrop=0.0, pad_token_id=0, bos_token_id=2, eos_token_id=3,
+        vocab_size=4 + len(WORDS),
+        n_positions=32,
+        n_embd=16,
+        n_layer=2,
+        n_head=2,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        pad_token_id=0,
+        bos_token_id=2,
+        eos_token_id=3,
     )
     return _save(GPT2Model(config), tmp_path_factory.mktemp("pico-gpt2"))
 
@@ -180,6 +195,6 @@ metrics = "silo"
 
 
 @pytest.fixture
-def seeded() -> Iterator[torch.Generator]:
+def seeded() -> torch.Generator:
     """A torch generator with a fixed seed."""
-    yield torch.Generator().manual_seed(7)
+    return torch.Generator().manual_seed(7)

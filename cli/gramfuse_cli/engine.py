@@ -106,7 +106,10 @@ def main() -> int:
         code = error.exit_code
     except Exception as error:  # noqa: BLE001  # Flower and Ray raise their own
         traceback.print_exc()
-        outcome = {"error": "FederationError", "message": f"Flower's simulation failed: {type(error).__name__}: {error}"}
+        outcome = {
+            "error": "FederationError",
+            "message": f"Flower's simulation failed: {type(error).__name__}: {error}",
+        }
         code = FederationError.exit_code
     Path(spec["outcome"]).write_text(json.dumps(outcome), encoding="utf-8")
     return code

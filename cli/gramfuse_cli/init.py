@@ -27,7 +27,10 @@ def init(directory: Path, as_json: bool) -> None:
     """
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise PlanError(f"{directory} exists already and is not empty; choose another name")
-    shutil.copytree(DESK, directory, dirs_exist_ok=True)
+    try:
+        shutil.copytree(DESK, directory, dirs_exist_ok=True)
+    except (OSError, shutil.Error) as error:
+        raise PlanError(f"{directory} cannot be made: {error}") from None
     if as_json:
         click.echo(json.dumps({"directory": str(directory.absolute())}))
         return

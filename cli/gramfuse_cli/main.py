@@ -44,7 +44,7 @@ def main() -> NoReturn:
     signal.signal(signal.SIGTERM, _interrupt)
     as_json = "--json" in sys.argv
     try:
-        result = cli.main(standalone_mode=False)
+        result = cli.main(prog_name="gramfuse", standalone_mode=False)
         sys.exit(result if isinstance(result, int) else 0)
     except GramfuseError as error:
         _fail(type(error).__name__, str(error), error.exit_code, as_json)

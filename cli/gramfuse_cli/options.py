@@ -17,7 +17,10 @@ F = TypeVar("F", bound=Callable[..., Any])
 def as_json(command: F) -> F:
     """Add --json."""
     return click.option(
-        "--json", "as_json", is_flag=True, help="Print one JSON object on standard output; all else goes to standard error."
+        "--json",
+        "as_json",
+        is_flag=True,
+        help="Print one JSON object on standard output; all else goes to standard error.",
     )(command)
 
 

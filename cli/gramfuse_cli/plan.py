@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import click
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -37,19 +41,28 @@ def lock(directory: Path, as_json: bool) -> None:
     each silo then has to approve the new digest ('approved' in its silo file).
     """
     project = Project.read(directory)
-    unlocked = Project(project.directory, project.plan.model_copy(update={
-        "model": project.plan.model.model_copy(update={"sha256": None}),
-        "merge": project.plan.merge.model_copy(update={"layout": None}),
-    }))
+    unlocked = Project(
+        project.directory,
+        project.plan.model_copy(
+            update={
+                "model": project.plan.model.model_copy(update={"sha256": None}),
+                "merge": project.plan.merge.model_copy(update={"layout": None}),
+            }
+        ),
+    )
     locked, layout = unlocked.locked()
     project.write_lock(locked, layout)
     if as_json:
-        click.echo(json.dumps({
-            "plan": str(project.plan_path),
-            "plan_digest": locked.digest,
-            "base_sha256": locked.model.sha256,
-            "layout_digest": layout.digest,
-        }))
+        click.echo(
+            json.dumps(
+                {
+                    "plan": str(project.plan_path),
+                    "plan_digest": locked.digest,
+                    "base_sha256": locked.model.sha256,
+                    "layout_digest": layout.digest,
+                }
+            )
+        )
         return
     click.echo(f"base    {locked.model.sha256}\nlayout  {layout.digest}\nplan    {locked.digest}")
 
@@ -58,7 +71,7 @@ def lock(directory: Path, as_json: bool) -> None:
 @project_directory
 @json_option
 def show(directory: Path, as_json: bool) -> None:
-    """Show what a plan merges in closed form, what it averages, and what it costs.
+    """Show what DIR/plan.toml merges in closed form, what it averages, and what it costs.
 
     Nothing is sent or written. Times are measured on this machine for its matrix products and stated for an upload of
     20 MB/s; fine-tuning itself is not in them.
@@ -69,30 +82,55 @@ def show(directory: Path, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(preview))
         return
-    console = Console()
-    state = "locked" if project.plan.locked else "not locked; the digest is what locking would give"
-    console.print(f"plan [bold]{locked.plan.name}[/] {locked.digest} ({state})", soft_wrap=True)
-    console.print(f"base {locked.model.base}, silos {', '.join(locked.names)}, alpha {locked.merge.alpha}\n")
-    table = Table(title="Merged in closed form", title_justify="left")
-    for column, justify in (("weights that share one Gram matrix", "left"), ("d_in", "right"), ("structure", "left"),
-                            ("entries", "right"), ("bytes", "right")):
-        table.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    # A pipe has no width, and lines that are folded in one are of no use to grep.
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    state = "locked" if project.plan.locked else "not locked yet; locking would give this digest"
+    _say(console, f"plan [bold]{locked.plan.name}[/], digest {locked.digest} ({state})")
+    _say(console, f"base {locked.model.base}, alpha {locked.merge.alpha}, silos {', '.join(locked.names)}")
+    _say(console, "mode open: the coordinator sees each silo's statistics\n")
+    table = Table(title="Merged in closed form; one line for each Gram matrix", title_justify="left", box=SIMPLE_HEAD)
+    table.add_column("modules", overflow="fold")
+    for column in ("d_in", "structure", "entries", "bytes"):
+        table.add_column(column, justify="left" if column == "structure" else "right", no_wrap=True)
     for group in preview["groups"]:
-        table.add_row("\n".join(group["weights"]), f"{group['d_in']:,}", group["structure"],
-                      f"{group['entries']:,}", f"{group['bytes']:,}")
+        numbers = [f"{group['d_in']:,}", group["structure"], f"{group['entries']:,}", f"{group['bytes']:,}"]
+        table.add_row(_modules(group["weights"]), *numbers)
     console.print(table)
-    console.print(f"\nAveraged: {', '.join(preview['averaged']) or 'nothing'}", highlight=False)
-    console.print(f"Frozen, never sent: {', '.join(preview['frozen']) or 'nothing'}\n", highlight=False)
+    _say(console, f"\nAveraged: {_families(preview['averaged'])}")
+    _say(console, f"Frozen, never sent: {_families(preview['frozen'])}\n")
     cost = preview["cost"]
-    console.print(
-        f"Each silo sends {cost['upload_bytes'] / 1e6:.1f} MB (Gram matrices {cost['gram_bytes'] / 1e6:.1f}, differences "
-        f"{cost['delta_bytes'] / 1e6:.1f}): about {cost['upload_seconds']:.0f} s at 20 MB/s.\n"
-        f"Each silo needs {cost['silo_memory_bytes'] / 1e6:.0f} MB beside the training, and about "
-        f"{cost['gram_seconds']:.1f} s for Gram matrices of {locked.merge.tokens:,} tokens on this machine.\n"
-        f"The coordinator holds {cost['coordinator_memory_bytes'] / 1e6:.0f} MB of sums, whatever the number of silos, and "
-        f"{cost['coordinator_disk_bytes'] / 1e6:.0f} MB on disk.",
-        highlight=False,
+    _say(
+        console,
+        f"Each silo sends {cost['upload_bytes'] / 1e6:.1f} MB (Gram matrices {cost['gram_bytes'] / 1e6:.1f}, "
+        f"differences {cost['delta_bytes'] / 1e6:.1f}): about {cost['upload_seconds']:.0f} s at 20 MB/s.\n"
+        f"Each silo needs {cost['silo_memory_bytes'] / 1e6:.0f} MB beside the training; Gram matrices of "
+        f"{locked.merge.tokens:,} tokens, the most that the plan allows, take about {cost['gram_seconds']:.0f} s on "
+        f"this machine.\n"
+        f"The coordinator holds {cost['coordinator_memory_bytes'] / 1e6:.0f} MB of sums, whatever the number of silos, "
+        f"and {cost['coordinator_disk_bytes'] / 1e6:.0f} MB on disk.",
     )
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, highlight=False, soft_wrap=True)
+
+
+def _modules(weights: list[str]) -> str:
+    """Write the modules that share a Gram matrix as one name, `attention.{query,key,value}`."""
+    modules = [weight.removesuffix(".weight") for weight in weights]
+    if len(modules) == 1:
+        return modules[0]
+    parents = {module.rpartition(".")[0] for module in modules}
+    if len(parents) > 1:
+        return ", ".join(modules)
+    (parent,) = parents
+    return f"{parent}.{{{','.join(module.rpartition('.')[2] for module in modules)}}}"
+
+
+def _families(names: list[str]) -> str:
+    """Shorten a list of parameters: the same name in several layers is written once, with the number of layers."""
+    counts = Counter(re.sub(r"\.\d+\.", ".*.", name) for name in names)
+    return ", ".join(name if count == 1 else f"{name} (×{count})" for name, count in counts.items()) or "nothing"
 
 
 def _preview(project: Project, plan: Plan, layout: Layout) -> dict[str, Any]:

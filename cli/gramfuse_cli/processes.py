@@ -25,9 +25,7 @@ FLOWER_OFF = {
 
 
 @contextmanager
-def contained(
-    command: Sequence[str], log: Path, environment: Mapping[str, str]
-) -> Iterator[subprocess.Popen[bytes]]:
+def contained(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
     """Run a command with its output in `log`; on leaving, kill it and all its descendants, however they detached.
 
     Descendants are found by a mark in their environment, which detaching and re-parenting do not take away.
@@ -61,6 +59,6 @@ def _kill_marked(mark: str) -> None:
 
 def _has_mark(process: psutil.Process, mark: str) -> bool:
     try:
-        return process.status() != psutil.STATUS_ZOMBIE and process.environ().get(MARK) == mark
+        return bool(process.status() != psutil.STATUS_ZOMBIE and process.environ().get(MARK) == mark)
     except (psutil.Error, OSError):
         return False

@@ -34,6 +34,8 @@ class Project:
             settings: `section.key=value` overrides.
         """
         path = directory / "plan.toml" if directory.is_dir() else directory
+        if path.name != "plan.toml":
+            raise PlanError(f"{path}: expected a project directory, or the plan.toml in it")
         return Project(path.parent.resolve(), Plan.read(path).override(settings))
 
     @property
@@ -61,7 +63,7 @@ class Project:
     def write_lock(self, plan: Plan, layout: Layout) -> None:
         """Write the two digests into plan.toml, keeping its comments, and the layout beside it."""
         document = tomlkit.parse(read_text(self.plan_path))
-        document["model"]["sha256"] = plan.model.sha256  # type: ignore[index]
+        document["model"]["sha256"] = plan.model.sha256
         document.setdefault("merge", tomlkit.table())["layout"] = plan.merge.layout
         _replace(self.layout_path, layout.to_json() + "\n")
         _replace(self.plan_path, tomlkit.dumps(document))

@@ -23,7 +23,7 @@ from gramfuse_cli.processes import FLOWER_OFF
 from gramfuse_cli.progress import RunProgress
 from gramfuse_cli.project import Project
 from gramfuse_cli.report import show_report
-from gramfuse_protocol.errors import FederationError, PlanError, RunDirectoryError, error_types
+from gramfuse_protocol.errors import FederationError, PlanError, error_types
 from gramfuse_protocol.layout import Layout
 from gramfuse_protocol.plan import Plan
 
@@ -43,11 +43,12 @@ def run(directory: Path, connection: str | None, out: Path | None, as_json: bool
     Each silo runs a SuperNode with its own silo file: flower-supernode --superlink HOST:PORT
     --node-config 'silo="/path/to/silo.toml"', and has the plan's digest among 'approved'.
     """
+    from gramfuse_server.run import check_free
+
     project = Project.read(directory)
     layout = project.locked_layout()
     path = options.run_path(out, project.plan)
-    if path.exists():
-        raise RunDirectoryError(f"{path} exists already; choose another --out, or remove it")
+    check_free(path)
     link = _connection(connection)
     with tempfile.TemporaryDirectory(prefix="gramfuse-") as scratch:
         app = Path(scratch) / "app"
@@ -99,17 +100,20 @@ def _connection(name: str | None) -> str:
     name = name or links.get("default")
     link = links.get(name) if name else None
     if not isinstance(link, dict) or str(link.get("address", ":local")).startswith(":local"):
-        known = [k for k, v in links.items() if isinstance(v, dict) and not str(v.get("address", "")).startswith(":local")]
+        known = [
+            k for k, v in links.items() if isinstance(v, dict) and not str(v.get("address", "")).startswith(":local")
+        ]
         raise PlanError(
             f"{path}: {name!r} is not a connection to a SuperLink; known: {', '.join(known) or 'none'}. Write\n"
             '[superlink.NAME]\naddress = "HOST:PORT"\nroot-certificates = "/path/to/ca.crt"\n'
             "or, to run all silos on this machine, use gramfuse simulate"
         )
-    assert isinstance(name, str)
-    return name
+    return str(name)
 
 
 def _follow(app: Path, link: str, project: Project, out: Path) -> dict[str, Any]:
+    from gramfuse_server.run import partial_of
+
     settings = tomlkit.dumps({"directory": str(project.directory), "run-directory": str(out)})
     overrides = app.parent / "run.toml"
     overrides.write_text(settings, encoding="utf-8")
@@ -121,13 +125,15 @@ def _follow(app: Path, link: str, project: Project, out: Path) -> dict[str, Any]
             RunProgress(project.plan.names, lambda name: None) as progress,
             subprocess.Popen(  # noqa: S603
                 [_executable(), "log", run_id, link, "--stream"],
-                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
                 env={**os.environ, **FLOWER_OFF},
             ) as log,
         ):
             try:
-                assert log.stdout is not None
-                for line in log.stdout:
+                for line in log.stdout or ():
                     event = _event(line)
                     if event is not None and event["state"] == "failed":
                         failure = event
@@ -138,7 +144,7 @@ def _follow(app: Path, link: str, project: Project, out: Path) -> dict[str, Any]
         status = _status(run_id, link)
     except KeyboardInterrupt:
         _flwr("stop", run_id, link, "--format", "json")
-        shutil.rmtree(out.with_name(out.name + ".partial"), ignore_errors=True)
+        shutil.rmtree(partial_of(out), ignore_errors=True)
         raise
     if failure is not None:
         raise error_types().get(failure["error"], FederationError)(failure["message"])
@@ -172,7 +178,11 @@ def _event(line: str) -> dict[str, Any] | None:
 def _flwr(*arguments: str) -> dict[str, Any]:
     """Call Flower's command line and return the JSON object that it prints."""
     done = subprocess.run(  # noqa: S603
-        [_executable(), *arguments], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
+        [_executable(), *arguments],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
         env={**os.environ, **FLOWER_OFF},
     )
     try:

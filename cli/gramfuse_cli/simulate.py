@@ -21,7 +21,7 @@ from gramfuse_cli.processes import contained
 from gramfuse_cli.progress import RunProgress
 from gramfuse_cli.project import Project
 from gramfuse_cli.report import show_report
-from gramfuse_protocol.errors import FederationError, GramfuseError, RunDirectoryError, error_types
+from gramfuse_protocol.errors import FederationError, GramfuseError, RefusalError, error_types
 
 LOG_LINES = 30
 
@@ -48,13 +48,13 @@ def run_simulation(project: Project, out: Path) -> dict[str, Any]:
     Raises:
         GramfuseError: of the kind that fits; then nothing is left but silos' data as they were.
     """
+    from gramfuse_cli.engine import simulated_silo
     from gramfuse_client.data import load
     from gramfuse_client.policy import check_examples, check_plan
     from gramfuse_client.state import read_progress
-    from gramfuse_cli.engine import simulated_silo
+    from gramfuse_server.run import check_free, partial_of
 
-    if out.exists():
-        raise RunDirectoryError(f"{out} exists already; choose another --out, or remove it")
+    check_free(out)
     silos = project.silos()
     for silo in silos.values():  # what a silo would refuse later is said now, with the details that only it may see
         examples, _ = load(silo, project.plan.model)
@@ -79,7 +79,6 @@ def run_simulation(project: Project, out: Path) -> dict[str, Any]:
         (scratch / "spec.json").write_text(json.dumps(spec), encoding="utf-8")
         log = scratch / "flower.log"
         command = [sys.executable, "-m", "gramfuse_cli.engine", str(scratch / "spec.json")]
-        partial = out.with_name(out.name + ".partial")
         try:
             with (
                 RunProgress(plan.names, lambda name: read_progress(state / name, plan.digest)) as progress,
@@ -97,7 +96,7 @@ def run_simulation(project: Project, out: Path) -> dict[str, Any]:
             return _outcome(scratch, log, process.returncode)
         finally:
             if not out.exists():
-                shutil.rmtree(partial, ignore_errors=True)
+                shutil.rmtree(partial_of(out), ignore_errors=True)
 
 
 def _outcome(scratch: Path, log: Path, code: int) -> dict[str, Any]:
@@ -109,8 +108,9 @@ def _outcome(scratch: Path, log: Path, code: int) -> dict[str, Any]:
         report: dict[str, Any] = outcome["report"]
         return report
     kind: type[GramfuseError] = error_types().get(outcome["error"], FederationError)
-    tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:])
-    click.echo(f"The last lines of Flower's log:\n{tail}\n", err=True)
+    if kind in (FederationError, RefusalError):  # others say all that there is to say
+        tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:])
+        click.echo(f"The last lines of Flower's log:\n{tail}\n", err=True)
     raise kind(outcome["message"])
 
 

@@ -9,15 +9,15 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from gramfuse_client.participant import Participant
+from gramfuse_client.records import from_record, to_record
 from gramfuse_client.silo import Silo
 from gramfuse_protocol.errors import GramfuseError, PlanError
 from gramfuse_protocol.messages import REQUESTS, refusal
-from gramfuse_protocol.wire import Frame, pack, unpack
+from gramfuse_protocol.wire import pack, unpack
 
 
 def client_app(silo_of: Callable[[Context], Silo]) -> ClientApp:
@@ -38,19 +38,6 @@ def client_app(silo_of: Callable[[Context], Silo]) -> ClientApp:
     app.query("join")(answer)
     app.query("upload")(answer)
     return app
-
-
-def to_record(frame: Frame) -> RecordDict:
-    """Put a frame into Flower's records."""
-    arrays = {f"{n:06}": Array(buffer) for n, buffer in enumerate(frame.buffers)}
-    return RecordDict({"header": ConfigRecord({"json": frame.header}), "arrays": ArrayRecord(arrays)})
-
-
-def from_record(content: RecordDict) -> Frame:
-    """Take a frame out of Flower's records."""
-    arrays = content.array_records["arrays"]
-    buffers = tuple(np.asarray(arrays[key].numpy(), np.uint8) for key in sorted(arrays))
-    return Frame(str(content.config_records["header"]["json"]), buffers)
 
 
 def _silo_of_node(context: Context) -> Silo:

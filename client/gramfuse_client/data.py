@@ -8,6 +8,8 @@ import hashlib
 import json
 import math
 import random
+import tempfile
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,15 +65,19 @@ def load(silo: Silo, model: Model) -> tuple[Examples, Examples]:
     """
     data = silo.file.data
     if model.pair and data.text_pair is None:
-        raise DataError(f"{silo.path}: the plan is about text pairs (model.pair); name the second column in data.text-pair")
+        raise DataError(
+            f"{silo.path}: the plan is about text pairs (model.pair); name the second column in data.text-pair"
+        )
     train = _read(data.train, silo, model)
     if isinstance(data.held_out, str):
         return train, _read(data.held_out, silo, model)
     order = list(range(len(train)))
-    random.Random(data.split_seed).shuffle(order)
+    random.Random(data.split_seed).shuffle(order)  # noqa: S311  # a split, not a secret
     aside = max(1, round(data.held_out * len(train)))
     if aside >= len(train):
-        raise DataError(f"{silo.path}: data.held-out = {data.held_out} leaves nothing of {len(train)} examples to train on")
+        raise DataError(
+            f"{silo.path}: data.held-out = {data.held_out} leaves nothing of {len(train)} examples to train on"
+        )
     return train.take(sorted(order[aside:])), train.take(sorted(order[:aside]))
 
 
@@ -83,13 +89,13 @@ def _read(source: str, silo: Silo, model: Model) -> Examples:
     indices = {label: index for index, label in enumerate(model.labels)}
     for where, row in _rows(source, silo.directory):
         texts.append(_text(row, columns.text, where))
-        if model.pair:
-            assert columns.text_pair is not None
+        if model.pair and columns.text_pair is not None:
             pairs.append(_text(row, columns.text_pair, where))
         value = _column(row, columns.label, where)
         labels.append(_label(value, indices, where) if indices else _target(value, where))
     if not texts:
-        raise DataError(f"{source}: holds no examples; expected at least one")
+        where = source if source.startswith("hf:") else str(silo.directory / source)
+        raise DataError(f"{where}: holds no examples; expected at least one")
     return Examples(texts, pairs if model.pair else None, labels)
 
 
@@ -110,23 +116,36 @@ def _rows(source: str, directory: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 for row in reader:
                     where = f"{path}:{reader.line_num}"
                     if None in row or None in row.values():
-                        raise DataError(f"{where}: has not as many fields as the header's {len(reader.fieldnames or ())}")
+                        raise DataError(
+                            f"{where}: has not as many fields as the header's {len(reader.fieldnames or ())}"
+                        )
                     yield where, row
         elif source.endswith(".parquet"):
             yield from _table(str(path), _parquet(path))
         else:
             raise DataError(f"{path}: not a format that is read here; a source is {READABLE}")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: is not UTF-8: {error}") from None
+    except UnicodeDecodeError:
+        raise DataError(f"{path}:{_line_not_utf8(path)}: is not UTF-8") from None
     except csv.Error as error:
-        raise DataError(f"{path}:{reader.line_num}: not valid CSV: {error}") from None
-    except (OSError, EOFError) as error:
+        raise DataError(f"{path}:{reader.reader.line_num}: not valid CSV: {error}") from None
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read: {error}") from None
 
 
+def _line_not_utf8(path: Path) -> int:
+    """Return the number of the first line that is not UTF-8; text is decoded in chunks, which know no lines."""
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError:
+                return number
+    return number
+
+
 def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
-    with opened as lines:
+    open_text = gzip.open if path.suffix == ".gz" else open
+    with open_text(path, "rt", encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
@@ -135,6 +154,8 @@ def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
                 raise DataError(f"{where}: not valid JSON: {error.msg} at column {error.colno}") from None
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{where}: JSON that cannot be read here: {error}") from None
             if not isinstance(row, dict):
                 raise DataError(f"{where}: expected a JSON object, found {type(row).__name__}")
             yield where, row
@@ -155,23 +176,28 @@ def _hugging_face(source: str, directory: Path) -> Iterator[tuple[str, dict[str,
 
     name, _, split = source.removeprefix("hf:").partition("#")
     folder = directory / name
-    try:
-        if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
-            dataset = datasets.load_from_disk(str(folder))
-            if isinstance(dataset, datasets.DatasetDict):
-                dataset = dataset[split or "train"]
-        else:
-            dataset = datasets.load_dataset(str(folder) if folder.is_dir() else name, split=split or "train")
-    except Exception as error:  # the library raises its own and its dependencies' errors alike
-        raise DataError(f"{source}: the datasets library cannot load it: {error}") from None
-    names = {
-        column: feature for column, feature in dataset.features.items() if isinstance(feature, datasets.ClassLabel)
-    }
-    for where, row in _table(source, dataset):
-        for column, feature in names.items():
-            if isinstance(row[column], int) and row[column] >= 0:
-                row[column] = feature.int2str(row[column])
-        yield where, row
+    datasets.disable_progress_bars()
+    # From a folder, the library copies into a cache that all can read; a silo's data must not stay there.
+    with tempfile.TemporaryDirectory(prefix="gramfuse-") as cache:
+        try:
+            if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
+                dataset = datasets.load_from_disk(str(folder))
+                if isinstance(dataset, datasets.DatasetDict):
+                    dataset = dataset[split or "train"]
+            elif folder.is_dir():
+                dataset = datasets.load_dataset(str(folder), split=split or "train", cache_dir=cache)
+            else:
+                dataset = datasets.load_dataset(name, split=split or "train")
+        except Exception as error:  # noqa: BLE001  # the library raises its own and its dependencies' errors alike
+            raise DataError(f"{source}: the datasets library cannot load it: {error}") from None
+        names = {
+            column: feature for column, feature in dataset.features.items() if isinstance(feature, datasets.ClassLabel)
+        }
+        for where, row in _table(source, dataset):
+            for column, feature in names.items():
+                if isinstance(row[column], int) and row[column] >= 0:
+                    row[column] = feature.int2str(row[column])
+            yield where, row
 
 
 def _table(source: str, rows: Any) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -192,6 +218,8 @@ def _text(row: dict[str, Any], column: str, where: str) -> str:
     value = _column(row, column, where)
     if not isinstance(value, str) or not value.strip():
         raise DataError(f"{where}: column {column!r} must hold text, found {value!r}")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise DataError(f"{where}: column {column!r} holds half of a surrogate pair, which is no text: {value!r}")
     return value
 
 
@@ -209,7 +237,7 @@ def _label(value: Any, indices: dict[str, int], where: str) -> int:
 def _target(value: Any, where: str) -> float:
     try:
         target = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         target = math.nan
     if not math.isfinite(target):
         raise DataError(f"{where}: the target must be a finite number, found {value!r}")

@@ -11,6 +11,7 @@ from transformers import (
     DataCollatorWithPadding,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PrinterCallback,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -67,13 +68,15 @@ def finetune(
         level = logging.get_verbosity()
         logging.set_verbosity_error()
         try:
-            Trainer(
+            trainer = Trainer(
                 model=model,
                 args=arguments,
                 train_dataset=encoded,
                 data_collator=DataCollatorWithPadding(tokenizer),
                 callbacks=[] if progress is None else [_Report(progress)],
-            ).train()
+            )
+            trainer.remove_callback(PrinterCallback)  # it writes to standard output, which is the command's
+            trainer.train()
         finally:
             logging.set_verbosity(level)
     model.eval()

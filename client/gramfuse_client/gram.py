@@ -60,7 +60,9 @@ class Gram:
         self.tokens += rows.shape[0]
         products = []
         for first, count, width in self.group.blocks.parts:
-            x = rows[:, first : first + count * width].reshape(-1, count, width).transpose(0, 1)  # (count, tokens, width)
+            x = (
+                rows[:, first : first + count * width].reshape(-1, count, width).transpose(0, 1)
+            )  # (count, tokens, width)
             products.append((x.transpose(1, 2) @ x).to("cpu", torch.float64))  # (count, width, width)
         if self._sums is None:
             self._sums = products
@@ -151,11 +153,10 @@ def _modules(model: nn.Module, layout: Layout) -> dict[str, nn.Module]:
     modules = {}
     for _, linear in layout.linear():
         module = named.get(linear.weight.rpartition(".")[0])
-        if type(module) not in COLLECTORS:
+        if module is None or type(module) not in COLLECTORS:
             raise ContributionError(
                 f"tensor {linear.weight!r} of the layout is not the weight of a linear module of this model; "
                 "the base model differs from the plan's"
             )
-        assert module is not None
         modules[linear.weight] = module
     return modules

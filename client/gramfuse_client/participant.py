@@ -70,7 +70,9 @@ class Participant:
     def _join(self, request: JoinRequest) -> JoinReply:
         plan = Plan.parse(request.plan_text, "the coordinator's plan")
         if plan.digest != request.plan:
-            raise FederationError("the plan that came has another digest than its message", reason="plan digest differs")
+            raise FederationError(
+                "the plan that came has another digest than its message", reason="plan digest differs"
+            )
         check_plan(self.silo, plan)
         examples, _ = load(self.silo, plan.model)
         check_examples(self.silo, len(examples))
@@ -82,8 +84,9 @@ class Participant:
 
     def _train(self, request: TrainRequest) -> TrainReply:
         state = self._state(request)
-        plan, layout = state.joined()
+        plan, layout = self._joined(state)
         examples, _ = load(self.silo, plan.model)
+        check_examples(self.silo, len(examples))
         counts = state.counts(examples.digest)
         if counts is None:
             statistics = train(self.silo, plan, layout, self._base(plan), examples, state)
@@ -95,10 +98,12 @@ class Participant:
 
     def _upload(self, request: UploadRequest) -> UploadReply:
         state = self._state(request)
-        _, layout = state.joined()
+        _, layout = self._joined(state)
         pieces = layout.pieces(request.piece_bytes)
         if request.piece >= len(pieces):
-            raise FederationError(f"piece {request.piece} was asked for; there are {len(pieces)}", reason="no such piece")
+            raise FederationError(
+                f"piece {request.piece} was asked for; there are {len(pieces)}", reason="no such piece"
+            )
         arrays = state.slices(pieces[request.piece])
         check_slices(pieces[request.piece], arrays, "this silo")
         return UploadReply(
@@ -106,7 +111,7 @@ class Participant:
         )
 
     def _evaluate(self, request: EvaluateRequest) -> EvaluateReply:
-        plan, layout = self._state(request).joined()
+        plan, layout = self._joined(self._state(request))
         if plan.privacy.metrics == "none":
             raise FederationError("the plan lets no metrics leave", reason="the plan lets no metrics leave")
         base = self._base(plan)
@@ -131,6 +136,12 @@ class Participant:
             arrays={"sums": sums},
         )
 
+    def _joined(self, state: State) -> tuple[Plan, Layout]:
+        """Return what was joined, if the silo file still allows it: its owner may have withdrawn since."""
+        plan, layout = state.joined()
+        check_plan(self.silo, plan)
+        return plan, layout
+
     def _base(self, plan: Plan) -> Base:
         return load_base(plan, self.silo.directory, override=self.silo.file.base)
 
@@ -138,7 +149,9 @@ class Participant:
         return State(self.silo.state, request.plan)
 
 
-def train(silo: Silo, plan: Plan, layout: Layout, base: Base, examples: Examples, state: State | None = None) -> Statistics:
+def train(
+    silo: Silo, plan: Plan, layout: Layout, base: Base, examples: Examples, state: State | None = None
+) -> Statistics:
     """Fine-tune the base model on a silo's examples, in place, and measure it.
 
     Args:
@@ -153,7 +166,7 @@ def train(silo: Silo, plan: Plan, layout: Layout, base: Base, examples: Examples
         base.tokenizer,
         plan.training,
         device,
-        progress=state and (lambda done, total: state.progress("train", done, total)),
+        progress=None if state is None else lambda done, total: state.progress("train", done, total),
     )
     size = plan.training.batch_size
     return collect_statistics(
@@ -163,5 +176,5 @@ def train(silo: Silo, plan: Plan, layout: Layout, base: Base, examples: Examples
         base=before,
         examples=len(examples),
         limit=plan.merge.tokens,
-        progress=state and (lambda done: state.progress("measure", done, -(-len(encoded) // size))),
+        progress=None if state is None else lambda done: state.progress("measure", done, -(-len(encoded) // size)),
     )

@@ -19,7 +19,7 @@ def check_plan(silo: Silo, plan: Plan) -> None:
         )
     if silo.name not in plan.names:
         raise RefusalError(
-            f"{silo.path}: the plan's roster ({', '.join(plan.names)}) does not name {silo.name!r}",
+            f"{silo.path}: 'name' is {silo.name!r}; the plan's roster names {', '.join(plan.names)}",
             reason="the plan's roster does not name this silo",
         )
     if not plan.locked:

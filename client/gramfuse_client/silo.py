@@ -5,10 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from gramfuse_protocol.documents import Section, parse, read_text
 from gramfuse_protocol.plan import Name, Sha256
+
+
+def _source_or_fraction(value: str | float) -> str | float:
+    if not isinstance(value, str) and not 0 < value < 1:
+        raise ValueError(f"a fraction lies between 0 and 1 (got {value})")
+    return value
 
 
 class Data(Section):
@@ -18,7 +24,7 @@ class Data(Section):
     """
 
     train: Annotated[str, Field(min_length=1)]
-    held_out: str | Annotated[float, Field(gt=0, lt=1)]
+    held_out: Annotated[str | float, AfterValidator(_source_or_fraction)]
     """A source, or the fraction of `train` that is set aside."""
     split_seed: int = 0
     text: str = "text"

@@ -113,7 +113,8 @@ def freeze(model: nn.Module, patterns: Iterable[str]) -> None:
         fitting = [parameter for name, parameter in parameters.items() if fnmatchcase(name, pattern)]
         if not fitting:
             raise ModelError(
-                f"training.freeze: no parameter of the base model fits {pattern!r}; its names look like {next(iter(parameters))!r}"
+                f"training.freeze: no parameter of the base model fits {pattern!r}; "
+                f"its names look like {next(iter(parameters))!r}"
             )
         for parameter in fitting:
             parameter.requires_grad_(False)
@@ -133,7 +134,7 @@ def weights_digest(model: nn.Module) -> str:
         tensor = state[name].detach().cpu().contiguous()
         dtype = str(tensor.dtype).removeprefix("torch.")
         hasher.update(f"{name} {dtype} {','.join(map(str, tensor.shape))}\n".encode())
-        hasher.update(memoryview(_bytes(tensor)))
+        hasher.update(_bytes(tensor).data)
     return hasher.hexdigest()
 
 

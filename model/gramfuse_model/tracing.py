@@ -108,5 +108,5 @@ def _inputs(model: nn.Module, batch: Mapping[str, Any], modules: Mapping[str, nn
 def _structure(merge: Merge, weight: str) -> str:
     fitting = [pattern for pattern in merge.gram if fnmatchcase(weight, pattern)]
     if not fitting:
-        raise ModelError(f"merge.gram: no pattern fits {weight!r}; add a pattern \"*\"")
+        raise ModelError(f'merge.gram: no pattern fits {weight!r}; add a pattern "*"')
     return merge.gram[max(fitting, key=lambda pattern: (len(pattern), pattern))]

@@ -40,10 +40,12 @@ def _ordered(value: Any) -> Any:
     if isinstance(value, float):
         if not math.isfinite(value):
             raise ValueError(f"{value} has no canonical form")
-        return repr(value)
+        return float.__repr__(value)
     if isinstance(value, list | tuple):
         return [_ordered(item) for item in value]
     if isinstance(value, dict):
+        if not all(isinstance(key, str) for key in value):
+            raise ValueError("a key that is not a string has no canonical form")
         # RFC 8785 section 3.2.3 sorts by UTF-16 code units; big-endian bytes sort the same way.
         return {key: _ordered(value[key]) for key in sorted(value, key=lambda k: k.encode("utf-16-be"))}
     raise ValueError(f"a {type(value).__name__} has no canonical form")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
 
 from gramfuse_protocol.errors import PlanError
 
@@ -58,14 +59,16 @@ def build(model: type[T], document: dict[str, object], source: str) -> T:
     """Build `model` from a parsed document; errors as `parse`."""
     try:
         # JSON mode is where strict pydantic still takes a list for a tuple, which is all that TOML has.
-        return model.model_validate_json(json.dumps(document, default=str))
+        # A date or time of TOML becomes an object, which no key takes.
+        text = json.dumps(document, default=lambda value: {"not a JSON value": str(value)})
+        return model.model_validate_json(text, by_alias=True, by_name=False)
     except ValidationError as error:
-        lines = [_explain(problem, model) for problem in error.errors(include_url=False)]
+        problems = [p for p in error.errors(include_url=False) if not (p["type"] == "too_short" and p["input"])]
+        lines = [_explain(problem, model) for problem in problems]
         raise PlanError("\n".join(f"{source}: {line}" for line in lines)) from None
 
 
-def _explain(problem: object, model: type[Section]) -> str:
-    assert isinstance(problem, dict)
+def _explain(problem: ErrorDetails, model: type[Section]) -> str:
     key = ".".join(str(part) for part in problem["loc"]) or "the document"
     match problem["type"]:
         case "extra_forbidden":

@@ -63,10 +63,15 @@ class RefusalError(GramfuseError):
 
 
 class ContributionError(GramfuseError):
-    """Statistics do not fit the layout, or hold values that are not finite."""
+    """Statistics do not fit the layout, or hold values that are not finite.
+
+    Its messages name tensors, shapes and counts and quote no data, so they are the reason too.
+    """
 
     exit_code = 14
-    summary = "the contribution does not fit the layout or is not finite"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, reason=message)
 
 
 class RunDirectoryError(GramfuseError):

@@ -12,12 +12,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from gramfuse_protocol.canonical import canonical_json, digest
 from gramfuse_protocol.documents import read_text
 from gramfuse_protocol.errors import PlanError
-from gramfuse_protocol.structure import Blocks
+from gramfuse_protocol.structure import Blocks, parse_structure
 
 ITEM_BYTES = 4
 """Statistics travel as little-endian float32."""
@@ -25,7 +25,12 @@ ITEM_BYTES = 4
 PIECE_BYTES = 128 * 2**20
 """Most bytes of statistics in one piece."""
 
-Positive = Annotated[int, Field(ge=1)]
+Positive = Annotated[int, Field(ge=1, le=2**53 - 1)]
+
+
+def _structure(text: str) -> str:
+    parse_structure(text)
+    return text
 
 
 class _Frozen(BaseModel):
@@ -48,7 +53,7 @@ class Group(_Frozen):
 
     name: str
     d_in: Positive
-    structure: str
+    structure: Annotated[str, AfterValidator(_structure)]
     weights: Annotated[tuple[Linear, ...], Field(min_length=1)]
 
     @cached_property
@@ -105,6 +110,22 @@ class Layout(_Frozen):
     tensors: Annotated[tuple[Tensor, ...], Field(min_length=1)]
     frozen: tuple[str, ...]
 
+    @model_validator(mode="after")
+    def _holds_together(self) -> Layout:
+        for kind, names in (("group", [g.name for g in self.groups]), ("tensor", [t.name for t in self.tensors])):
+            if len(set(names)) != len(names):
+                raise ValueError(f"a {kind} name comes twice")
+        merged = {tensor.name: tensor.shape for tensor in self.tensors if tensor.merge == "regmean"}
+        expected = {}
+        for group, linear in self.linear():
+            if linear.weight in expected:
+                raise ValueError(f"weight {linear.weight!r} is in two groups")
+            shape = (linear.d_out, group.d_in)
+            expected[linear.weight] = shape if linear.transposed else shape[::-1]
+        if merged != expected:
+            raise ValueError("groups and tensors do not fit together")
+        return self
+
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the canonical form."""
@@ -158,7 +179,9 @@ class Layout(_Frozen):
         try:
             return Layout.model_validate_json(text)
         except ValidationError as error:
-            raise PlanError(f"{source}: not a layout: {error.errors(include_url=False)[0]['msg']}") from None
+            problem = error.errors(include_url=False)[0]
+            key = ".".join(map(str, problem["loc"])) or "the document"
+            raise PlanError(f"{source}: not a layout: {key!r}: {problem['msg']}") from None
 
     @staticmethod
     def read(path: Path) -> Layout:

@@ -7,13 +7,13 @@ the header (`gramfuse_protocol.wire`), never inside it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from gramfuse_protocol.errors import FederationError, GramfuseError, RefusalError
-from gramfuse_protocol.plan import PROTOCOL_VERSION, Name, Sha256
+from gramfuse_protocol.plan import Name, Sha256
 
 Session = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 Count = Annotated[int, Field(ge=0)]
@@ -29,7 +29,7 @@ class Body(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, arbitrary_types_allowed=True)
 
     phase: ClassVar[str]
-    protocol: Literal[1] = PROTOCOL_VERSION
+    protocol: Literal[1] = 1
     arrays: Mapping[str, NDArray[Any]] = Field(default_factory=dict, exclude=True, repr=False)
 
 
@@ -145,12 +145,15 @@ def refusal(request: Message, silo: str, error: GramfuseError) -> Refusal:
     )
 
 
-def check_reply(request: Message, reply: Message) -> None:
-    """Raise unless `reply` belongs to `request`.
+M = TypeVar("M", bound=Message)
+
+
+def expect(kind: type[M], request: Message, reply: Message) -> M:
+    """Return `reply` if it belongs to `request` and is of the expected kind.
 
     Raises:
         RefusalError: if the silo declined; the message names it and gives its reason.
-        FederationError: if plan, session or phase differ.
+        FederationError: if plan, session or kind differ.
     """
     if (reply.plan, reply.session) != (request.plan, request.session):
         raise FederationError(f"a reply in phase {request.phase!r} belongs to another plan or session; it was dropped")
@@ -160,5 +163,6 @@ def check_reply(request: Message, reply: Message) -> None:
             "the silo's own log has the details",
             reason=reply.reason,
         )
-    if reply.phase != request.phase:
+    if not isinstance(reply, kind):
         raise FederationError(f"a silo answered phase {request.phase!r} with {reply.phase!r}")
+    return reply

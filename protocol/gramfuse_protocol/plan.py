@@ -19,10 +19,10 @@ from gramfuse_protocol.documents import Section, build, parse, read_text
 from gramfuse_protocol.errors import PlanError
 from gramfuse_protocol.structure import parse_structure
 
-PROTOCOL_VERSION = 1
-
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+LARGEST = 2**53 - 1
+Count = Annotated[int, Field(ge=1, le=LARGEST)]
 Unit = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -30,7 +30,7 @@ class Header(Section):
     """`[plan]`: what this merge is called."""
 
     name: Name
-    version: Annotated[int, Field(ge=1)] = 1
+    version: Count = 1
 
 
 class Model(Section):
@@ -59,9 +59,9 @@ class Model(Section):
 class Training(Section):
     """`[training]`: AdamW with linear warm-up and decay, the same at every silo."""
 
-    epochs: Annotated[int, Field(ge=1)] = 5
+    epochs: Count = 5
     learning_rate: Annotated[float, Field(gt=0)] = 5e-5
-    batch_size: Annotated[int, Field(ge=1)] = 16
+    batch_size: Count = 16
     warmup: Unit = 0.06
     """Fraction of the steps over which the learning rate rises from zero."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
@@ -81,7 +81,7 @@ class Merge(Section):
     """Pattern of a weight's name to `full`, `block:<b>` or `diagonal`; the longest pattern that fits counts."""
     exclude: tuple[str, ...] = ()
     """Patterns of linear weights that are averaged instead."""
-    tokens: Annotated[int, Field(ge=1)] = 100_000
+    tokens: Count = 100_000
     """Most token rows that a silo measures for one Gram matrix."""
     layout: Sha256 | None = None
     """Digest of the layout; filled by `plan lock`."""

@@ -25,7 +25,7 @@ from gramfuse_protocol.messages import Body
 BUFFER_BYTES = 32 * 2**20
 """Size of every buffer but the last: large enough to be few, small enough to be copied without pain."""
 
-DTYPES = {"float32": np.dtype("<f4"), "float64": np.dtype("<f8")}
+DTYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "float64": np.dtype("<f8")}
 
 Bytes = NDArray[np.uint8]
 B = TypeVar("B", bound=Body)
@@ -52,8 +52,12 @@ class Frame:
 def pack(message: Body) -> Frame:
     """Turn a message into a frame; arrays must be float32 or float64."""
     index = [[name, str(array.dtype), list(array.shape)] for name, array in message.arrays.items()]
-    header = {"phase": message.phase, "body": message.model_dump(mode="json"), "arrays": index}
-    return Frame(canonical_json(header).decode("utf-8"), tuple(_cut(message.arrays.values())))
+    return Frame(_header(message.phase, message, index), tuple(_cut(message.arrays.values())))
+
+
+def _header(phase: str, message: Body, index: list[list[Any]]) -> str:
+    header = {"phase": phase, "body": message.model_dump(mode="json"), "arrays": index}
+    return canonical_json(header).decode("utf-8")
 
 
 def unpack(frame: Frame, types: Mapping[str, type[B]]) -> B:
@@ -70,7 +74,9 @@ def unpack(frame: Frame, types: Mapping[str, type[B]]) -> B:
         model = types[header["phase"]]
         arrays = _arrays(header["arrays"], frame.buffers)
         message = model.model_validate_json(json.dumps(header["body"]))
-    except (KeyError, TypeError, ValueError, ValidationError) as error:
+        if _header(model.phase, message, header["arrays"]) != frame.header:
+            raise ValueError("the header is not in canonical form")
+    except (KeyError, TypeError, ValueError, RecursionError, ValidationError) as error:
         raise FederationError(f"a message cannot be read: {error}; do both sides run the same version?") from None
     return message.model_copy(update={"arrays": arrays})
 
@@ -99,13 +105,16 @@ def _join(parts: list[Bytes]) -> Bytes:
 def _arrays(index: list[list[Any]], buffers: tuple[Bytes, ...]) -> dict[str, NDArray[Any]]:
     arrays: dict[str, NDArray[Any]] = {}
     total = sum(buffer.size for buffer in buffers)
-    if any(buffer.size != BUFFER_BYTES for buffer in buffers[:-1]):
-        raise ValueError("a buffer other than the last is not full")
+    if any(buffer.dtype != np.uint8 or buffer.ndim != 1 for buffer in buffers):
+        raise ValueError("a buffer is not a flat array of bytes")
+    sizes = [buffer.size for buffer in buffers]
+    if any(size != BUFFER_BYTES for size in sizes[:-1]) or not all(0 < size <= BUFFER_BYTES for size in sizes[-1:]):
+        raise ValueError("a buffer has not the size that its place asks for")
     start = 0
     for name, dtype_name, shape in index:
         if not isinstance(name, str) or name in arrays:
             raise ValueError(f"array name {name!r} is not a string or comes twice")
-        if not all(type(size) is int and size >= 0 for size in shape):
+        if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
             raise ValueError(f"array {name!r} has shape {shape}")
         dtype = DTYPES[dtype_name]
         size = math.prod(shape) * dtype.itemsize

@@ -7,10 +7,10 @@ import json
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from flwr.serverapp import Grid
@@ -23,13 +23,11 @@ from gramfuse_protocol.messages import (
     EvaluateRequest,
     JoinReply,
     JoinRequest,
-    Message,
-    Refusal,
     TrainReply,
     TrainRequest,
     UploadReply,
     UploadRequest,
-    check_reply,
+    expect,
 )
 from gramfuse_protocol.metrics import Sums, metrics, sums_shape
 from gramfuse_protocol.plan import Plan
@@ -45,6 +43,9 @@ UPLOADS = 2
 
 WAIT_SECONDS = 600.0
 """How long to wait for all silos to be connected."""
+
+Q = TypeVar("Q", TrainRequest, UploadRequest, EvaluateRequest)
+R = TypeVar("R", TrainReply, UploadReply, EvaluateReply)
 
 Observer = Callable[[dict[str, Any]], None]
 """Takes events: `{"phase", "state": "start" | "silo" | "end", …}`."""
@@ -131,22 +132,19 @@ class Exchange:
         refusals = []
         for label, _, reply in self.post.exchange(nodes, {label: [request] for label in nodes}, len(nodes)):
             try:
-                check_reply(request, reply)
+                joined = expect(JoinReply, request, reply).silo
             except RefusalError as error:
-                assert isinstance(reply, Refusal)
                 refusals.append(error)
-                self._rename(label, reply.silo)
                 continue
-            assert isinstance(reply, JoinReply)
-            if reply.silo in self.nodes:
+            if joined in self.nodes:
                 raise FederationError(
-                    f"two nodes say that they are silo {reply.silo!r}; stop one of them, or give each its own silo file"
+                    f"two nodes say that they are silo {joined!r}; stop one of them, or give each its own silo file"
                 )
-            if reply.silo not in self.plan.names:
-                raise FederationError(f"{label} says that it is silo {reply.silo!r}, which the roster does not name")
-            self.nodes[reply.silo] = nodes[label]
-            self._rename(label, reply.silo)
-            self._tell("join", "silo", silo=reply.silo)
+            if joined not in self.plan.names:
+                raise FederationError(f"{label} says that it is silo {joined!r}, which the roster does not name")
+            self.nodes[joined] = nodes[label]
+            self.post.rename(label, joined)
+            self._tell("join", "silo", silo=joined)
         missing = [name for name in self.plan.names if name not in self.nodes]
         if refusals and missing:
             raise refusals[0] if len(refusals) == 1 else RefusalError("\n".join(map(str, refusals)))
@@ -165,20 +163,16 @@ class Exchange:
                 self._tell("join", "wait", connected=told, needed=needed)
             if time.monotonic() > deadline:
                 raise FederationError(
-                    f"{len(nodes)} of {needed} silos connected within {WAIT_SECONDS:.0f} s; start the others' SuperNodes"
+                    f"{len(nodes)} of {needed} silos connected within {WAIT_SECONDS:.0f} s; start the SuperNodes of "
+                    "the others"
                 )
             time.sleep(0.2)
         return nodes
 
-    def _rename(self, label: str, silo: str) -> None:
-        for traffic in (self.post.received, self.post.sent):
-            traffic[silo] = traffic.pop(label)
-
     def _train(self) -> dict[str, TrainReply]:
         request = TrainRequest(**self._about)
         trained = {}
-        for silo, reply in self._ask({name: [request] for name in self.nodes}, len(self.nodes)):
-            assert isinstance(reply, TrainReply)
+        for silo, _, reply in self._ask(TrainReply, {name: [request] for name in self.nodes}, len(self.nodes)):
             check_counts(self.layout, reply.examples, reply.tokens, f"silo {silo!r}")
             trained[silo] = reply
             self._tell("train", "silo", silo=silo, examples=reply.examples)
@@ -193,10 +187,9 @@ class Exchange:
             ]
             for name in self.nodes
         }
-        for silo, reply in self._ask(requests, UPLOADS):
-            assert isinstance(reply, UploadReply)
-            if reply.piece >= len(spool.pieces):
-                raise FederationError(f"silo {silo!r} sent piece {reply.piece}; there are {len(spool.pieces)}")
+        for silo, request, reply in self._ask(UploadReply, requests, UPLOADS):
+            if reply.piece != request.piece:
+                raise FederationError(f"silo {silo!r} sent piece {reply.piece}; piece {request.piece} was asked for")
             check_slices(spool.pieces[reply.piece], reply.arrays, f"silo {silo!r}")
             with self.run.writing():
                 spool.save(silo, reply.piece, reply.arrays)
@@ -209,9 +202,7 @@ class Exchange:
         models = []
         if self.compare_silos:
             for name, contribution in contributions.items():
-                arrays = {
-                    delta_block(t.name): contribution.block(delta_block(t.name)) for t in self.layout.tensors
-                }
+                arrays = {delta_block(t.name): contribution.block(delta_block(t.name)) for t in self.layout.tensors}
                 models.append(self._measure(name, "silo", arrays))
         for kind, deltas in (("simple", mean), ("regmean", merged.deltas)):
             arrays = {delta_block(name): delta.astype(np.float32) for name, delta in deltas.items()}
@@ -223,24 +214,30 @@ class Exchange:
         request = EvaluateRequest(**self._about, candidate=name, arrays=arrays)
         shape = sums_shape(len(self.plan.model.labels))
         sums: dict[str, Sums] = {}
-        for silo, reply in self._ask({silo: [request] for silo in self.nodes}, len(self.nodes)):
-            assert isinstance(reply, EvaluateReply)
+        for silo, _, reply in self._ask(EvaluateReply, {silo: [request] for silo in self.nodes}, len(self.nodes)):
             found = reply.arrays.get("sums")
-            if found is None or found.shape != shape or not np.isfinite(found).all():
-                raise FederationError(f"silo {silo!r} sent metrics that do not fit the plan; expected {shape} finite sums")
+            if reply.candidate != name or found is None or found.dtype != np.float64 or found.shape != shape:
+                raise FederationError(
+                    f"silo {silo!r} sent metrics of {reply.candidate!r} that do not fit; expected float64 sums of "
+                    f"shape {shape} of {name!r}"
+                )
+            if not np.isfinite(found).all() or (self.plan.model.labels and (found.min() < 0 or found.sum() < 1)):
+                raise FederationError(f"silo {silo!r} sent metrics of {name!r} that are no counts of examples")
             sums[silo] = found
-        model = {"name": name, "kind": kind, "metrics": metrics(sum(sums[silo] for silo in self.nodes))}
+        joint = np.sum([sums[silo] for silo in self.nodes], axis=0)
+        model = {"name": name, "kind": kind, "metrics": metrics(joint)}
         if self.plan.privacy.metrics == "silo":
             model["silos"] = {silo: metrics(sums[silo]) for silo in self.nodes}
         self._tell("evaluate", "model", **model)
         return model
 
-    def _ask(self, requests: Mapping[str, list[Any]], in_flight: int) -> Iterator[tuple[str, Message]]:
-        for silo, request, reply in self.post.exchange(self.nodes, requests, in_flight):
-            check_reply(request, reply)
-            if getattr(reply, "silo", None) != silo:
-                raise FederationError(f"the node of silo {silo!r} answered as {getattr(reply, 'silo', None)!r}")
-            yield silo, reply
+    def _ask(self, kind: type[R], requests: Mapping[str, Sequence[Q]], in_flight: int) -> Iterator[tuple[str, Q, R]]:
+        """Ask the silos and yield (silo, request, reply), each reply checked to be that silo's and of its kind."""
+        for silo, request, message in self.post.exchange(self.nodes, requests, in_flight):
+            reply = expect(kind, request, message)
+            if reply.silo != silo:
+                raise FederationError(f"the node of silo {silo!r} answered as {reply.silo!r}")
+            yield silo, request, reply
 
     def _report(
         self, trained: Mapping[str, TrainReply], models: list[dict[str, Any]], merged: Merged
@@ -258,7 +255,9 @@ class Exchange:
             "bytes": {silo: dict(phases) for silo, phases in self.post.received.items()},
             "bytes_to_silos": {silo: dict(phases) for silo, phases in self.post.sent.items()},
             "seconds": {phase: round(seconds, 3) for phase, seconds in self.seconds.items()},
-            "versions": {name: importlib.metadata.version(name) for name in ("gramfuse", "flwr", "torch", "transformers")},
+            "versions": {
+                name: importlib.metadata.version(name) for name in ("gramfuse", "flwr", "torch", "transformers")
+            },
         }
 
     @contextmanager

@@ -37,8 +37,8 @@ def card(plan: Plan, metrics: Mapping[str, float] | None) -> str:
     """Return the model card, made from the plan."""
     lines = ["---", *_front_matter(plan), "---", "", f"# {plan.plan.name}", ""]
     lines += [
-        f"`{plan.model.base}`, fine-tuned separately at {len(plan.silo)} silos ({', '.join(plan.names)}) and merged in one "
-        f"exchange by RegMean (Jin et al., ICLR 2023) with gramfuse: alpha {plan.merge.alpha}, "
+        f"`{plan.model.base}`, fine-tuned separately at {len(plan.silo)} silos ({', '.join(plan.names)}) and merged "
+        f"in one exchange by RegMean (Jin et al., ICLR 2023) with gramfuse: alpha {plan.merge.alpha}, "
         f"{plan.merge.weighting} weighting. The silos' data was not pooled.",
         "",
         f"Plan digest: `{plan.digest}`",

@@ -6,7 +6,7 @@ import hashlib
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from flwr.app import Message as FlowerMessage
 from flwr.app import RecordDict
@@ -18,6 +18,8 @@ from gramfuse_protocol.wire import Frame, pack, unpack
 from gramfuse_server.records import from_record, to_record
 
 FLOWER_TYPES = {"join": "query.join", "train": "train", "upload": "query.upload", "evaluate": "evaluate"}
+
+M = TypeVar("M", bound=Message)
 
 LOST = (3, 5, 8)
 """Flower's error codes for a reply that got lost, a node that is away, and a ClientApp that was killed."""
@@ -47,8 +49,8 @@ class Post:
         self._packed: tuple[Message, Frame, RecordDict] | None = None
 
     def exchange(
-        self, nodes: Mapping[str, int], requests: Mapping[str, Iterable[Message]], in_flight: int
-    ) -> Iterator[tuple[str, Message, Message]]:
+        self, nodes: Mapping[str, int], requests: Mapping[str, Iterable[M]], in_flight: int
+    ) -> Iterator[tuple[str, M, Message]]:
         """Send every silo its requests, one after the other, and yield (silo, request, reply) as replies come.
 
         A silo's requests follow each other before the next silo's begin, where `in_flight` is the narrower.
@@ -62,7 +64,7 @@ class Post:
             FederationError: if a silo does not answer after ATTEMPTS tries, or cannot be read.
         """
         waiting = deque((silo, iter(requests[silo])) for silo in requests)
-        active: dict[str, tuple[str, Iterator[Message], Message, int]] = {}
+        active: dict[str, tuple[str, Iterator[M], M, int]] = {}
         pause = 0.02
         while waiting or active:
             while waiting and len(active) < in_flight:
@@ -92,18 +94,21 @@ class Post:
             if active and not progress:
                 time.sleep(pause)
 
+    def rename(self, label: str, silo: str) -> None:
+        """Count what a node sent and received so far as a silo's, now that it said which one it is."""
+        for traffic in (self.received, self.sent):
+            traffic[silo] = traffic.pop(label)
+
     def _send(self, silo: str, node: int, request: Message) -> str:
         if self._packed is None or self._packed[0] is not request:
             frame = pack(request)
             self._packed = request, frame, to_record(frame)
         _, frame, content = self._packed
-        message = FlowerMessage(
-            content=content, dst_node_id=node, message_type=FLOWER_TYPES[request.phase], ttl=LONG
-        )
+        message = FlowerMessage(content=content, dst_node_id=node, message_type=FLOWER_TYPES[request.phase], ttl=LONG)
         self.sent[silo][request.phase] += frame.nbytes
         self._note("to", silo, request.phase, frame)
         (message_id,) = self.grid.push_messages([message])
-        return message_id
+        return str(message_id)
 
     def _receive(self, silo: str, answer: FlowerMessage) -> Message:
         frame = from_record(answer.content)
@@ -115,7 +120,5 @@ class Post:
     def _note(self, direction: str, silo: str, phase: str, frame: Frame) -> None:
         digest = hashlib.sha256(frame.header.encode())
         for buffer in frame.buffers:
-            digest.update(memoryview(buffer))
-        self.record(
-            {direction: silo, "phase": phase, "bytes": frame.nbytes, "sha256": digest.hexdigest()}
-        )
+            digest.update(buffer.data)
+        self.record({direction: silo, "phase": phase, "bytes": frame.nbytes, "sha256": digest.hexdigest()})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from gramfuse_protocol.wire import Frame
@@ -17,5 +16,5 @@ def to_record(frame: Frame) -> RecordDict:
 def from_record(content: RecordDict) -> Frame:
     """Take a frame out of Flower's records, which are emptied on the way so that memory holds it once."""
     arrays = content.array_records["arrays"]
-    buffers = tuple(np.asarray(arrays.pop(key).numpy(), np.uint8) for key in sorted(arrays))
+    buffers = tuple(arrays.pop(key).numpy() for key in sorted(arrays))
     return Frame(str(content.config_records["header"]["json"]), buffers)

@@ -33,13 +33,11 @@ class RunDirectory:
 
     def __init__(self, path: Path, needed: int) -> None:
         self.path = path
-        self.partial = path.with_name(path.name + ".partial")
+        self.partial = partial_of(path)
         self.needed = needed
 
     def __enter__(self) -> RunDirectory:
-        for path in (self.path, self.partial):
-            if path.exists():
-                raise RunDirectoryError(f"{path} exists already; choose another --out, or remove it")
+        check_free(self.path)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(self.path.parent).free
@@ -95,6 +93,18 @@ class RunDirectory:
             (self.partial / "SHA256SUMS").write_text("".join(sums), encoding="utf-8")
             os.replace(self.partial, self.path)
         return self.path
+
+
+def partial_of(path: Path) -> Path:
+    """Return what a run directory is called while its run is under way."""
+    return path.with_name(path.name + ".partial")
+
+
+def check_free(path: Path) -> None:
+    """Raise RunDirectoryError if a run directory, finished or under way, has this name already."""
+    for taken in (path, partial_of(path)):
+        if taken.exists():
+            raise RunDirectoryError(f"{taken} exists already; choose another --out, or remove it")
 
 
 def _sha256(path: Path) -> str:

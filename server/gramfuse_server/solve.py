@@ -42,9 +42,7 @@ class Step:
     blocks: int
 
 
-def solve(
-    group: Group, s: NDArray[np.float64], t: torch.Tensor, mean: torch.Tensor
-) -> tuple[torch.Tensor, Step]:
+def solve(group: Group, s: NDArray[np.float64], t: torch.Tensor, mean: torch.Tensor) -> tuple[torch.Tensor, Step]:
     """Return Δ with S Δ = T, in float64.
 
     S is scaled to a unit diagonal first. Where Cholesky fails, or a pivot lies below what the rounding of the
@@ -88,7 +86,7 @@ class _Blocks:
 
 def _solve_blocks(s: torch.Tensor, t: torch.Tensor, mean: torch.Tensor) -> _Blocks:
     """Solve a batch of blocks: s (count, width, width), t and mean (count, width, out)."""
-    count, width, _ = s.shape
+    width = s.shape[-1]
     solution = mean.clone()
     diagonal = s.diagonal(dim1=1, dim2=2)  # (count, width)
     finite = torch.isfinite(s).flatten(1).all(dim=1) & torch.isfinite(t).flatten(1).all(dim=1)
@@ -119,6 +117,9 @@ def _solve_blocks(s: torch.Tensor, t: torch.Tensor, mean: torch.Tensor) -> _Bloc
             solution[solved[fine]] = x[fine]
             good[good.clone()] = fine
             failed -= int(fine.sum())
-            used, smallest = max(used, jitter if bool(fine.any()) else 0.0), min(smallest, float(pivots[good].min()) if bool(good.any()) else 1.0)
+            used, smallest = (
+                max(used, jitter if bool(fine.any()) else 0.0),
+                min(smallest, float(pivots[good].min()) if bool(good.any()) else 1.0),
+            )
         todo = todo[~good]
     return _Blocks(solution, used, smallest, int(dead.sum()), failed)

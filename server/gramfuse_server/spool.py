@@ -48,7 +48,7 @@ class Spool:
         parts = []
         for number, part in self._places[name]:
             with safe_open(self._path(silo, number), "numpy") as file:
-                parts.append(file.get_tensor(part.name))
+                parts.append(np.asarray(file.get_tensor(part.name)))
         if len(parts) == 1:
             return parts[0]
         return np.concatenate([part.reshape(-1) for part in parts]).reshape(self._places[name][0][1].block.shape)

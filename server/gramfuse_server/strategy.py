@@ -1,11 +1,11 @@
 """RegMean as a Flower strategy, for those who have their own ServerApp and ClientApp.
 
-    # ServerApp                                              # ClientApp, in @app.train()
-    RegMean(alpha=0.9).start(                                statistics = collect_statistics(model, batches, layout, ...)
-        grid=grid,                                           content = statistics_record(statistics, layout)
-        initial_arrays=ArrayRecord(model.state_dict()),      return Message(content, reply_to=message)
-        num_rounds=1,
-    )
+    # in the ServerApp
+    RegMean(alpha=0.9).start(grid=grid, initial_arrays=ArrayRecord(model.state_dict()), num_rounds=1)
+
+    # in the ClientApp, under @app.train(), after fine-tuning
+    statistics = collect_statistics(model, batches, layout, base=base, examples=len(data))
+    return Message(statistics_record(statistics, layout), reply_to=message)
 
 It is FedAvg but for what the clients send and how it is put together. The planned exchange of the gramfuse app,
 with pieces, spool and checks against a locked plan, is `gramfuse_server.exchange`.
@@ -66,7 +66,8 @@ class RegMean(FedAvg):
     ) -> Iterable[Message]:
         """Send the current arrays to every sampled node, and remember them as this round's base."""
         self._arrays = arrays
-        return super().configure_train(server_round, arrays, config, grid)
+        messages: Iterable[Message] = super().configure_train(server_round, arrays, config, grid)
+        return messages
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -77,12 +78,12 @@ class RegMean(FedAvg):
             ContributionError: naming the node and the tensor, if a contribution does not fit its layout, is not
                 finite, or has another layout than the others.
         """
-        answered = [reply for reply in replies if not self._failed(reply)]
-        if not answered:
-            return None, None
-        accumulator: Accumulator | None = None
         # The order in which floating-point numbers are added must not depend on who answers first.
-        for reply in sorted(answered, key=lambda message: message.metadata.src_node_id):
+        answered = sorted(
+            (reply for reply in replies if not self._failed(reply)), key=lambda reply: reply.metadata.src_node_id
+        )
+        accumulator: Accumulator | None = None
+        for reply in answered:
             source = f"node {reply.metadata.src_node_id}"
             body = unpack(from_record(reply.content), {StatisticsBody.phase: StatisticsBody})
             layout = Layout.parse(body.layout, f"layout of {source}")
@@ -92,7 +93,8 @@ class RegMean(FedAvg):
                 raise ContributionError(f"{source}: its layout differs from that of the nodes before it")
             check_slices((Slice(block, 0, block.entries) for block in layout.blocks), body.arrays, source)
             accumulator.fold(Statistics(body.examples, body.tokens, body.arrays), source)
-        assert accumulator is not None
+        if accumulator is None:
+            return None, None
         merged = accumulator.merge()
         self.steps = merged.steps
         arrays = ArrayRecord(dict(self._arrays))
@@ -101,7 +103,9 @@ class RegMean(FedAvg):
                 raise ContributionError(f"tensor {name!r} of the layout is not among the initial arrays")
             base = arrays[name].numpy()
             if base.shape != delta.shape:
-                raise ContributionError(f"tensor {name!r} has shape {delta.shape}, the initial arrays have {base.shape}")
+                raise ContributionError(
+                    f"tensor {name!r} has shape {delta.shape}, the initial arrays have {base.shape}"
+                )
             arrays[name] = Array((base.astype(np.float64) + delta).astype(base.dtype))
         metrics = self.train_metrics_aggr_fn([reply.content for reply in answered], self.weighted_by_key)
         return arrays, metrics
@@ -109,4 +113,4 @@ class RegMean(FedAvg):
     def _failed(self, reply: Message) -> bool:
         if reply.has_error():
             log(INFO, "\t> node %d failed: %s", reply.metadata.src_node_id, reply.error.reason)
-        return reply.has_error()
+        return bool(reply.has_error())

@@ -1,0 +1,39 @@
+# Every target makes or reuses a virtual environment inside this clone.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check bench clean
+
+help: ## Show this help
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+demo: $(READY) ## Merge four front desks, simulated on this machine (about 3 minutes)
+	$(BIN)/gramfuse demo
+
+test: $(READY) ## Run all tests (under 10 minutes on two cores)
+	$(BIN)/pytest
+
+check: $(READY) ## Format, lint, dependency rule, types, unit tests (under a minute)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+	$(BIN)/mypy
+	$(BIN)/pytest -q tests/unit
+
+bench: $(READY) ## Accuracy of the demo over three seeds, memory of the coordinator (about 20 minutes)
+	$(BIN)/python benchmarks/accuracy.py desk
+	$(BIN)/python benchmarks/memory.py
+
+clean: ## Remove the environment, caches and benchmark results; keep runs/
+	rm -rf $(VENV) dist benchmarks/out .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "gramfuse needs Python 3.11 or newer; set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[demo,dev]'
+	touch $(READY)

@@ -1,0 +1,107 @@
+"""`gramfuse simulate` as a process: Ctrl-C, and failures that only show while it runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import signal
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from loopback import BIN
+
+
+class Command:
+    """A running command whose descendants can be told from all other processes."""
+
+    def __init__(self, *arguments: str, scratch: Path) -> None:
+        self.mark = secrets.token_hex(8)
+        scratch.mkdir()
+        self.scratch = scratch
+        self.process = subprocess.Popen(
+            [str(BIN / "gramfuse"), *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "GRAMFUSE_TEST_MARK": self.mark, "TMPDIR": str(scratch)},
+        )
+
+    def descendants(self) -> list[psutil.Process]:
+        return [p for p in psutil.process_iter() if self._ours(p) and p.pid != self.process.pid]
+
+    def _ours(self, process: psutil.Process) -> bool:
+        try:
+            return process.status() != psutil.STATUS_ZOMBIE and process.environ().get("GRAMFUSE_TEST_MARK") == self.mark
+        except (psutil.Error, OSError):
+            return False
+
+    def finish(self) -> tuple[int, str, str]:
+        out, err = self.process.communicate(timeout=120)
+        return self.process.returncode, out, err
+
+
+@pytest.fixture
+def command() -> Iterator[Callable[..., Command]]:
+    # Ray's sockets need a short path, which pytest's own directories are not.
+    with tempfile.TemporaryDirectory(prefix="t-") as directory:
+        started = []
+
+        def start(*arguments: str) -> Command:
+            started.append(Command(*arguments, scratch=Path(directory) / str(len(started))))
+            return started[-1]
+
+        yield start
+        for running in started:
+            running.process.kill()
+            running.process.communicate()
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_simulation_leaves_nothing(
+    stop: signal.Signals, tmp_path: Path, pico_project: Callable[..., Any], command: Callable[..., Command]
+) -> None:
+    project = pico_project(silos=2)
+    out = tmp_path / "run"
+    running = command(
+        "simulate", str(project.directory), "--set", "training.epochs=100000", "--out", str(out), "--json"
+    )
+    assert running.process.stderr is not None
+    for line in running.process.stderr:
+        if "fine-tune" in line:
+            break
+    assert running.descendants()
+    running.process.send_signal(stop)
+    code, stdout, _ = running.finish()
+    assert code == 130
+    assert json.loads(stdout)["error"]["type"] == "Interrupted"
+    assert running.descendants() == []
+    assert not out.exists()
+    assert not out.with_name("run.partial").exists()
+    assert list(running.scratch.iterdir()) == []
+
+
+def test_training_that_diverges_names_silo_and_tensor_and_fails(
+    tmp_path: Path, pico_project: Callable[..., Any], command: Callable[..., Command]
+) -> None:
+    project = pico_project(silos=2)
+    out = tmp_path / "run"
+    running = command(
+        "simulate", str(project.directory), "--set", "training.learning-rate=1e20", "--out", str(out), "--json"
+    )
+    code, stdout, _ = running.finish()
+    error = json.loads(stdout)["error"]
+    assert code == 13 == error["exit_code"]
+    assert error["type"] == "RefusalError"
+    assert "silo-" in error["message"]
+    assert "tensor 'gram:" in error["message"] or "tensor 'delta:" in error["message"]
+    assert "NaN" in error["message"]
+    assert list(tmp_path.glob("run*")) == []
+    assert running.descendants() == []
+    assert list(running.scratch.iterdir()) == []

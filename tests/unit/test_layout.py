@@ -1,0 +1,200 @@
+"""The layout: cutting a contribution into pieces, and the JSON that both sides agree on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gramfuse_protocol.errors import PlanError
+from gramfuse_protocol.layout import Group, Layout, Linear, Tensor
+
+
+def _layout() -> Layout:
+    return Layout(
+        groups=(
+            Group(
+                name="q",
+                d_in=6,
+                structure="block:4",
+                weights=(
+                    Linear(weight="q.weight", d_out=3, transposed=True),
+                    Linear(weight="k.weight", d_out=2, transposed=True),
+                ),
+            ),
+            Group(name="ü", d_in=5, structure="full", weights=(Linear(weight="c.weight", d_out=1, transposed=False),)),
+        ),
+        tensors=(
+            Tensor(name="q.weight", shape=(3, 6), merge="regmean"),
+            Tensor(name="k.weight", shape=(2, 6), merge="regmean"),
+            Tensor(name="scale", shape=(), merge="mean"),
+            Tensor(name="c.weight", shape=(5, 1), merge="regmean"),
+        ),
+        frozen=("embeddings.weight",),
+    )
+
+
+BLOCKS = [
+    ("gram:q", (13,)),
+    ("gram:ü", (15,)),
+    ("delta:q.weight", (3, 6)),
+    ("delta:k.weight", (2, 6)),
+    ("delta:scale", ()),
+    ("delta:c.weight", (5, 1)),
+]
+"""By hand: 4·5/2 + 2·3/2 entries in blocks of 4 and 2, 5·6/2 in full."""
+
+SIZES = {"gram:q": 13, "gram:ü": 15, "delta:q.weight": 18, "delta:k.weight": 12, "delta:scale": 1, "delta:c.weight": 5}
+
+DOCUMENT = (
+    '{"frozen":["embeddings.weight"],'
+    '"groups":[{"d_in":6,"name":"q","structure":"block:4","weights":['
+    '{"d_out":3,"transposed":true,"weight":"q.weight"},{"d_out":2,"transposed":true,"weight":"k.weight"}]},'
+    '{"d_in":5,"name":"ü","structure":"full","weights":[{"d_out":1,"transposed":false,"weight":"c.weight"}]}],'
+    '"tensors":[{"merge":"regmean","name":"q.weight","shape":[3,6]},{"merge":"regmean","name":"k.weight","shape":[2,6]},'
+    '{"merge":"mean","name":"scale","shape":[]},{"merge":"regmean","name":"c.weight","shape":[5,1]}],"version":1}'
+)
+
+
+def test_the_blocks_are_the_gram_matrices_then_the_differences() -> None:
+    layout = _layout()
+    assert [tuple(block) for block in layout.blocks] == BLOCKS
+    assert {block.name: block.entries for block in layout.blocks} == SIZES
+    assert [piece.name for piece in layout.deltas] == [name for name, _ in BLOCKS[2:]]
+    assert layout.contribution_bytes == 4 * 64
+
+
+def test_frozen_parameters_are_in_no_block() -> None:
+    layout = _layout()
+    assert not {block.name for block in layout.blocks} & {f"delta:{name}" for name in layout.frozen}
+
+
+@given(limit=st.integers(4, 300))
+def test_pieces_cover_every_element_once_in_order_and_respect_the_limit(limit: int) -> None:
+    layout = _layout()
+    pieces = layout.pieces(limit)
+    expected = [(name, element) for name, size in SIZES.items() for element in range(size)]
+    assert [(s.block.name, e) for piece in pieces for s in piece for e in range(s.start, s.stop)] == expected
+    sizes = [4 * sum(s.stop - s.start for s in piece) for piece in pieces]
+    assert max(sizes) <= limit
+    assert all(size == 4 * (limit // 4) for size in sizes[:-1]), "every piece but the last is full"
+    assert min(sizes) > 0
+    names = [s.name for piece in pieces for s in piece]
+    assert len(set(names)) == len(names)
+
+
+def test_a_block_larger_than_the_limit_spans_pieces_and_its_slices_say_where() -> None:
+    pieces = _layout().pieces(10 * 4)
+    assert [[s.name for s in piece] for piece in pieces] == [
+        ["gram:q[0:10]"],
+        ["gram:q[10:13]", "gram:ü[0:7]"],
+        ["gram:ü[7:15]", "delta:q.weight[0:2]"],
+        ["delta:q.weight[2:12]"],
+        ["delta:q.weight[12:18]", "delta:k.weight[0:4]"],
+        ["delta:k.weight[4:12]", "delta:scale", "delta:c.weight[0:1]"],
+        ["delta:c.weight[1:5]"],
+    ]
+
+
+def test_a_contribution_within_the_limit_is_one_piece_of_whole_blocks() -> None:
+    (piece,) = _layout().pieces()
+    assert [s.name for s in piece] == list(SIZES)
+    assert _layout().pieces(4 * 64) == (piece,)
+    assert len(_layout().pieces(4 * 64 - 1)) == 2
+
+
+def test_a_layout_written_and_read_again_is_equal(tmp_path: Path) -> None:
+    layout = _layout()
+    assert layout.to_json() == DOCUMENT
+    path = tmp_path / "layout.json"
+    path.write_text(json.dumps(json.loads(DOCUMENT), indent=2, sort_keys=False) + "\n", encoding="utf-8")
+    again = Layout.read(path)
+    assert again == layout
+    assert again.blocks == layout.blocks
+    assert again.to_json() == DOCUMENT
+
+
+def test_the_digest_is_of_the_canonical_text_and_changes_with_everything() -> None:
+    assert _layout().digest == hashlib.sha256(DOCUMENT.encode("utf-8")).hexdigest()
+    changes = [
+        ('"q.weight"', '"r.weight"'),
+        ('"d_in":6', '"d_in":7'),
+        ('"block:4"', '"block:3"'),
+        ('"d_out":3', '"d_out":4'),
+        ('"transposed":false', '"transposed":true'),
+        ('"merge":"mean"', '"merge":"regmean"'),
+        ('"shape":[3,6]', '"shape":[6,3]'),
+        ('"frozen":["embeddings.weight"]', '"frozen":[]'),
+    ]
+    documents = [DOCUMENT.replace(old, new) for old, new in changes]
+    assert DOCUMENT not in documents
+    digests = {hashlib.sha256(document.encode()).hexdigest() for document in documents}
+    assert len(digests) == len(changes)
+    order = _layout().model_copy(update={"groups": tuple(reversed(_layout().groups))})
+    assert order.digest != _layout().digest
+
+
+def _with(path: str, value: Any) -> str:
+    document = json.loads(DOCUMENT)
+    *keys, last = (int(key) if key.isdigit() else key for key in path.split("."))
+    place = document
+    for key in keys:
+        place = place[key]
+    place[last] = value
+    return json.dumps(document)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}", "\x00", DOCUMENT[:-1], DOCUMENT + "x"], ids=repr)
+def test_text_that_is_no_layout_is_refused_with_its_source(text: str) -> None:
+    with pytest.raises(PlanError, match=r"^node 7: not a layout: "):
+        Layout.parse(text, "node 7")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "key"),
+    [
+        ("version", 2, "version"),
+        ("extra", 1, "extra"),
+        ("groups.0.d_in", 0, "d_in"),
+        ("groups.0.d_in", "6", "d_in"),
+        ("groups.0.d_in", 2**53, "d_in"),
+        ("groups.0.weights", [], "weights"),
+        ("groups.0.structure", "block:0", "structure"),
+        ("groups.1.structure", "half", "structure"),
+        ("groups.1.name", "q", "name"),
+        ("tensors", [], "tensors"),
+        ("tensors.0.shape", [3, -6], "shape"),
+        ("tensors.0.shape", [3, 0], "shape"),
+        ("tensors.0.merge", "fisher", "merge"),
+        ("tensors.1.name", "q.weight", "name"),
+    ],
+)
+def test_a_layout_that_does_not_hold_together_is_refused_with_source_and_key(path: str, value: Any, key: str) -> None:
+    with pytest.raises(PlanError, match=rf"^node 7: not a layout: .*{key}"):
+        Layout.parse(_with(path, value), "node 7")
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("groups.0.weights.0.weight", "nowhere.weight"),
+        ("groups.0.weights.0.d_out", 4),
+        ("groups.0.weights.1.weight", "q.weight"),
+        ("tensors.0.shape", [6, 3]),
+        ("tensors.0.merge", "mean"),
+        ("tensors.2.merge", "regmean"),
+    ],
+)
+def test_a_layout_whose_groups_do_not_fit_its_tensors_is_refused(path: str, value: Any) -> None:
+    with pytest.raises(PlanError, match=r"^node 7: not a layout: "):
+        Layout.parse(_with(path, value), "node 7")
+
+
+def test_a_layout_file_that_is_missing_is_named(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match=r"layout.json: no such file"):
+        Layout.read(tmp_path / "layout.json")

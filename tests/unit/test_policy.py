@@ -1,0 +1,424 @@
+"""What a silo refuses, and that a refusal tells the coordinator why but nothing of the silo's own."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import stat
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from gramfuse_client import participant as participant_module
+from gramfuse_client.participant import Participant
+from gramfuse_client.policy import check_examples, check_plan
+from gramfuse_client.silo import Data, Limits, Silo, SiloFile
+from gramfuse_model.base import load_base
+from gramfuse_model.tracing import plan_layout
+from gramfuse_protocol.errors import FederationError, ModelError, RefusalError, error_types
+from gramfuse_protocol.layout import Layout
+from gramfuse_protocol.messages import (
+    EvaluateReply,
+    EvaluateRequest,
+    JoinReply,
+    JoinRequest,
+    Message,
+    Refusal,
+    TrainReply,
+    TrainRequest,
+    UploadReply,
+    UploadRequest,
+)
+from gramfuse_protocol.plan import Plan
+
+SESSION = "0123456789abcdef" * 2
+OTHER_SESSION = "fedcba9876543210" * 2
+
+PLAN = Plan.parse(
+    f"""
+    [plan]
+    name = "pico"
+    [model]
+    base = "pico"
+    sha256 = "{"1" * 64}"
+    task = "classification"
+    labels = ["animals", "weather"]
+    [merge]
+    layout = "{"2" * 64}"
+    [privacy]
+    secure-aggregation = false
+    metrics = "sum"
+    [[silo]]
+    name = "silo-a"
+    """
+)
+WITH_SILO_METRICS = PLAN.override(['privacy.metrics="silo"']).pinned(sha256="1" * 64, layout="2" * 64)
+UNLOCKED = PLAN.override(["merge.alpha=1.0"])
+PATH = Path("private") / "silo-a.toml"
+
+
+def willing(**changes: Any) -> Silo:
+    """Return a silo that takes PLAN, but for what is changed; keys of [limits] go there."""
+    limits = {key: changes.pop(key) for key in list(changes) if key in Limits.model_fields}
+    file = {"name": "silo-a", "approved": (PLAN.digest, WITH_SILO_METRICS.digest, UNLOCKED.digest), **changes}
+    data = Data(train="train.jsonl", held_out="held-out.jsonl")
+    return Silo(PATH, SiloFile(data=data, limits=Limits(**{"open_uploads": True, "metrics": "sum", **limits}), **file))
+
+
+def test_a_plan_within_the_silos_limits_is_accepted() -> None:
+    check_plan(willing(), PLAN)
+    check_plan(willing(metrics="silo"), WITH_SILO_METRICS)
+    check_plan(willing(metrics="silo"), PLAN)
+    check_examples(willing(minimum_examples=10), 10)
+
+
+@pytest.mark.parametrize(
+    ("silo", "plan", "key"),
+    [
+        (willing(approved=()), PLAN, "'approved'"),
+        (willing(approved=("3" * 64,)), PLAN, "'approved'"),
+        (willing(name="silo-b"), PLAN, "'name'"),
+        (willing(), UNLOCKED, "plan lock"),
+        (willing(open_uploads=False), PLAN, "'limits.open-uploads'"),
+        (willing(metrics="none"), PLAN, "'limits.metrics'"),
+        (willing(metrics="sum"), WITH_SILO_METRICS, "'limits.metrics'"),
+    ],
+    ids=[
+        "nothing approved",
+        "another plan approved",
+        "not in the roster",
+        "unlocked",
+        "open",
+        "no metrics",
+        "sum only",
+    ],
+)
+def test_a_plan_beyond_the_silo_file_is_refused_by_its_key(silo: Silo, plan: Plan, key: str) -> None:
+    with pytest.raises(RefusalError) as caught:
+        check_plan(silo, plan)
+    assert str(caught.value).startswith(f"{PATH}: ")
+    assert key in str(caught.value)
+    quotes_nothing(caught.value.reason, [str(PATH), *silo.file.approved, silo.name])
+
+
+def test_too_few_examples_are_refused_by_the_key_and_not_counted_for_the_coordinator() -> None:
+    with pytest.raises(RefusalError) as caught:
+        check_examples(willing(minimum_examples=58), 57)
+    assert str(caught.value).startswith(f"{PATH}: 57 training examples")
+    assert "'limits.minimum-examples' = 58" in str(caught.value)
+    quotes_nothing(caught.value.reason, [str(PATH), "57", "58"])
+
+
+def test_limits_are_strict_unless_the_silo_file_loosens_them() -> None:
+    strict = Silo(PATH, willing().file.model_copy(update={"limits": Limits()}))
+    with pytest.raises(RefusalError, match=r"limits\.open-uploads"):
+        check_plan(strict, PLAN)
+    with pytest.raises(RefusalError, match=r"limits\.minimum-examples"):
+        check_examples(strict, 99)
+
+
+def quotes_nothing(reason: str, secrets: list[str]) -> None:
+    """Assert that a reason, which crosses to the coordinator, holds none of the silo's own."""
+    assert reason
+    for secret in secrets:
+        assert secret not in reason
+
+
+@dataclass(frozen=True)
+class Site:
+    """A silo with pico data and a pico model that has approved a locked plan."""
+
+    path: Path
+    plan: Plan
+    layout: Layout
+
+    @property
+    def silo(self) -> Silo:
+        """The silo file as it is now."""
+        return Silo.read(self.path)
+
+    @property
+    def statistics(self) -> Path:
+        return self.silo.state / self.plan.digest / "statistics.safetensors"
+
+    def answer(self, request: Message) -> Message:
+        """Answer in a new process, as it were: nothing is remembered but what is on disk."""
+        return Participant(self.silo).answer(request)
+
+    def edit(self, old: str, new: str) -> None:
+        text = self.path.read_text()
+        assert old in text
+        self.path.write_text(text.replace(old, new, 1))
+
+    def join(self, **changes: Any) -> JoinRequest:
+        return JoinRequest(
+            **{
+                "plan": self.plan.digest,
+                "session": SESSION,
+                "plan_text": self.plan.to_toml(),
+                "layout": self.layout.to_json(),
+                **changes,
+            }
+        )
+
+    def train(self, session: str = SESSION) -> TrainRequest:
+        return TrainRequest(plan=self.plan.digest, session=session)
+
+    def upload(self, piece: int = 0, piece_bytes: int = 2**20) -> UploadRequest:
+        return UploadRequest(plan=self.plan.digest, session=SESSION, piece=piece, piece_bytes=piece_bytes)
+
+    def evaluate(self) -> EvaluateRequest:
+        arrays = {piece.name: np.zeros(piece.block.shape, np.float32) for piece in self.layout.deltas}
+        return EvaluateRequest(plan=self.plan.digest, session=SESSION, candidate="regmean", arrays=arrays)
+
+
+@pytest.fixture
+def site(pico_project: Callable[..., Any]) -> Callable[..., Site]:
+    """Return a function that makes a Site; its arguments are settings of the plan."""
+
+    def make(*settings: str) -> Site:
+        project = pico_project(silos=1)
+        plan = Plan.read(project.plan).override(["training.epochs=1", *settings])
+        base = load_base(plan, project.directory)
+        layout = plan_layout(plan, base)
+        plan = plan.pinned(sha256=base.sha256, layout=layout.digest)
+        site = Site(project.silo("silo-a"), plan, layout)
+        site.edit("approved = []", f'approved = ["{plan.digest}"]')
+        return site
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def _umask() -> Iterator[None]:
+    # The most careless umask there is: what is private must be so by the code's own doing.
+    before = os.umask(0)
+    yield
+    os.umask(before)
+
+
+def refused(site: Site, request: Message, kind: type[Exception]) -> Refusal:
+    """Return the refusal that a request must get, after a look at what it gives away."""
+    reply = site.answer(request)
+    assert isinstance(reply, Refusal)
+    assert (reply.error, reply.plan, reply.session) == (kind.__name__, request.plan, request.session)
+    assert reply.exit_code == error_types()[kind.__name__].exit_code
+    assert not reply.arrays
+    quotes_nothing(reply.reason, [str(site.path.parent), "/", "cat", "dog", ".jsonl"])
+    return reply
+
+
+def test_a_plan_that_is_not_approved_is_refused_and_leaves_no_trace(site: Callable[..., Site]) -> None:
+    here = site()
+    other = here.plan.override(["merge.alpha=0.5"]).pinned(sha256=here.plan.model.sha256, layout=here.plan.merge.layout)
+    refused(here, here.join(plan=other.digest, plan_text=other.to_toml()), RefusalError)
+    assert not here.silo.state.exists()
+
+
+def test_an_approved_digest_does_not_cover_the_text_of_another_plan(site: Callable[..., Site]) -> None:
+    here = site()
+    other = here.plan.override(["merge.tokens=7"]).pinned(sha256=here.plan.model.sha256, layout=here.layout.digest)
+    refused(here, here.join(plan_text=other.to_toml()), FederationError)
+    assert not here.silo.state.exists()
+
+
+def test_another_base_model_is_refused_however_alike_it_looks(
+    site: Callable[..., Site], tmp_path: Path, pico_bert: Path
+) -> None:
+    from transformers import AutoModel, AutoTokenizer
+
+    here = site()
+    twin = AutoModel.from_pretrained(pico_bert)
+    with torch.no_grad():
+        weight = twin.encoder.layer[1].output.dense.weight
+        weight[0, 0] = torch.nextafter(weight[0, 0], torch.tensor(1.0))
+    twin.save_pretrained(tmp_path / "twin")
+    AutoTokenizer.from_pretrained(pico_bert).save_pretrained(tmp_path / "twin")
+    here.edit('device = "cpu"', f'device = "cpu"\nbase = "{tmp_path / "twin"}"')
+    refused(here, here.join(), ModelError)
+    assert not here.silo.state.exists()
+
+
+def test_another_architecture_is_refused(site: Callable[..., Site], pico_gpt2: Path) -> None:
+    here = site()
+    here.edit('device = "cpu"', f'device = "cpu"\nbase = "{pico_gpt2}"')
+    refused(here, here.join(), ModelError)
+
+
+def test_a_layout_that_is_not_the_plans_is_refused(site: Callable[..., Site]) -> None:
+    here = site()
+    wider = here.layout.model_copy(update={"frozen": ()})
+    refused(here, here.join(layout=wider.to_json()), FederationError)
+    assert not here.silo.state.exists()
+
+
+def test_data_that_do_not_fit_the_plan_are_refused_without_being_quoted(site: Callable[..., Site]) -> None:
+    here = site()
+    row = {"text": "Anna Example, born in 1950", "label": "confidential-label"}
+    with (here.silo.directory / here.silo.file.data.train).open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    reply = here.answer(here.join())
+    assert isinstance(reply, Refusal)
+    assert (reply.error, reply.exit_code) == ("DataError", 11)
+    quotes_nothing(
+        reply.model_dump_json(), ["Anna", "1950", "confidential-label", "train.jsonl", str(here.path.parent)]
+    )
+
+
+@pytest.mark.parametrize("request_of", [Site.train, Site.upload, Site.evaluate], ids=["train", "upload", "evaluate"])
+def test_nothing_is_answered_before_joining(request_of: Callable[[Site], Message], site: Callable[..., Site]) -> None:
+    here = site()
+    assert refused(here, request_of(here), FederationError).reason == "not joined"
+    assert not here.silo.state.exists()
+
+
+def test_nothing_is_uploaded_before_training(site: Callable[..., Site]) -> None:
+    here = site()
+    assert isinstance(here.answer(here.join()), JoinReply)
+    assert refused(here, here.upload(), FederationError).reason == "not trained"
+
+
+def test_pieces_beyond_the_contribution_are_refused_and_those_within_make_it_up(site: Callable[..., Site]) -> None:
+    here = site()
+    here.answer(here.join())
+    here.answer(here.train())
+    pieces = here.layout.pieces(10_000)
+    assert len(pieces) > 2
+    received = 0
+    for n, piece in enumerate(pieces):
+        reply = here.answer(here.upload(n, 10_000))
+        assert isinstance(reply, UploadReply)
+        assert list(reply.arrays) == [part.name for part in piece]
+        assert all(array.dtype == np.float32 for array in reply.arrays.values())
+        received += sum(array.nbytes for array in reply.arrays.values())
+    assert received == here.layout.contribution_bytes
+    refused(here, here.upload(len(pieces), 10_000), FederationError)
+    refused(here, here.upload(2**40, 10_000), FederationError)
+
+
+def test_no_metrics_leave_if_the_plan_says_none(site: Callable[..., Site]) -> None:
+    here = site('privacy.metrics="none"')
+    assert isinstance(here.answer(here.join()), JoinReply)
+    refused(here, here.evaluate(), FederationError)
+
+
+def test_a_model_that_does_not_fit_the_layout_is_not_evaluated(site: Callable[..., Site]) -> None:
+    here = site()
+    here.answer(here.join())
+    request = here.evaluate()
+    assert isinstance(here.answer(request), EvaluateReply)
+    name, array = next(iter(request.arrays.items()))
+    for wrong in (array.reshape(-1)[:-1], array * np.nan):
+        reply = here.answer(request.model_copy(update={"arrays": {**request.arrays, name: wrong}}))
+        assert isinstance(reply, Refusal)
+        assert reply.error == "ContributionError"
+    reply = here.answer(request.model_copy(update={"arrays": {**request.arrays, "delta:not.of.this.model": array}}))
+    assert isinstance(reply, Refusal)
+
+
+@pytest.mark.parametrize(
+    ("request_of", "withdrawal"),
+    [
+        (Site.train, ("approved = [", "approved = [] #")),
+        (Site.upload, ("approved = [", "approved = [] #")),
+        (Site.evaluate, ("approved = [", "approved = [] #")),
+        (Site.upload, ("open-uploads = true", "open-uploads = false")),
+    ],
+    ids=["approval, train", "approval, upload", "approval, evaluate", "open uploads, upload"],
+)
+def test_what_the_operator_withdraws_after_joining_holds_from_then_on(
+    request_of: Callable[[Site], Message], withdrawal: tuple[str, str], site: Callable[..., Site]
+) -> None:
+    here = site()
+    here.answer(here.join())
+    here.answer(here.train())
+    assert not isinstance(here.answer(request_of(here)), Refusal)
+    here.edit(*withdrawal)
+    refused(here, request_of(here), RefusalError)
+
+
+@pytest.mark.parametrize(
+    "secret",
+    ["Anna Example, born in 1950", "/srv/patients/train.jsonl"],
+)
+def test_an_unexpected_exception_becomes_a_refusal_that_holds_nothing_of_it(
+    secret: str, site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    here = site()
+
+    def fail(*_: object) -> None:
+        raise KeyError(secret)
+
+    monkeypatch.setattr(participant_module, "load", fail)
+    with caplog.at_level(logging.ERROR):
+        reply = here.answer(here.join())
+    assert isinstance(reply, Refusal)
+    assert reply.exit_code != 0
+    quotes_nothing(reply.model_dump_json(), [secret, "KeyError", "Traceback"])
+    assert secret in caplog.text, "the silo's own log has the whole story"
+
+
+def test_training_is_not_repeated_for_the_same_plan_and_data(site: Callable[..., Site]) -> None:
+    here = site()
+    here.answer(here.join())
+    first = here.answer(here.train())
+    assert isinstance(first, TrainReply)
+    before = (here.statistics.read_bytes(), here.statistics.stat().st_mtime_ns, here.statistics.stat().st_ino)
+    again = here.answer(here.train())
+    # Another run of the same plan joins anew; its training is the one that was done.
+    here.answer(here.join(session=OTHER_SESSION))
+    other = here.answer(here.train(OTHER_SESSION))
+    assert again == first
+    assert isinstance(other, TrainReply)
+    assert (other.examples, other.tokens) == (first.examples, first.tokens)
+    after = (here.statistics.read_bytes(), here.statistics.stat().st_mtime_ns, here.statistics.stat().st_ino)
+    assert after == before
+
+
+def test_training_is_repeated_when_the_data_change(site: Callable[..., Site]) -> None:
+    here = site()
+    here.answer(here.join())
+    first = here.answer(here.train())
+    before = here.statistics.read_bytes()
+    with (here.silo.directory / here.silo.file.data.train).open("a") as file:
+        file.write('{"text": "the old cat", "label": "animals"}\n')
+    second = here.answer(here.train())
+    assert isinstance(first, TrainReply)
+    assert isinstance(second, TrainReply)
+    assert second.examples == first.examples + 1
+    assert here.statistics.read_bytes() != before
+
+
+def test_data_that_shrink_below_the_minimum_after_joining_are_not_trained_on(site: Callable[..., Site]) -> None:
+    here = site()
+    here.answer(here.join())
+    path = here.silo.directory / here.silo.file.data.train
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:3]))
+    refused(here, here.train(), RefusalError)
+    assert not here.statistics.exists()
+
+
+def test_state_is_private_to_its_owner(site: Callable[..., Site]) -> None:
+    here = site()
+    for request in (here.join(), here.train(), here.upload(), here.evaluate()):
+        assert not isinstance(here.answer(request), Refusal)
+    files = [path for path in here.silo.state.rglob("*") if path.is_file()]
+    assert {"plan.toml", "layout.json", "statistics.safetensors"} <= {path.name for path in files}
+    assert not [path for path in files if path.name.endswith(".partial")]
+    for path in files:
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600, path.name
+        assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700, path.name
+
+
+def test_a_request_for_one_plan_does_not_reach_the_statistics_of_another(site: Callable[..., Site]) -> None:
+    here = site()
+    here.answer(here.join())
+    here.answer(here.train())
+    elsewhere = replace(here, plan=here.plan.override(["merge.alpha=0.5"]))
+    assert refused(elsewhere, elsewhere.upload(), FederationError).reason == "not joined"

@@ -1,0 +1,156 @@
+"""The run directory: complete and under its name, or not there at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from gramfuse_protocol.errors import RunDirectoryError
+from gramfuse_server.run import RunDirectory
+
+
+def test_a_finished_run_has_its_name_and_sums_that_verify(tmp_path: Path) -> None:
+    with RunDirectory(tmp_path / "runs" / "one", needed=1) as run:
+        assert not run.path.exists(), "nobody may take a run under way for a complete one"
+        run.write("report.json", '{"label": "Müller"}')
+        run.record({"phase": "join", "silo": "silo-a"})
+        run.record({"phase": "train", "silo": "silo-a"})
+        (run.partial / "model").mkdir()
+        (run.partial / "model" / "weights.bin").write_bytes(bytes(range(256)) * 100)
+        path = run.finish()
+    assert path == tmp_path / "runs" / "one"
+    assert [p.name for p in path.parent.iterdir()] == ["one"]
+    entries = [json.loads(line) for line in (path / "transcript.jsonl").read_text().splitlines()]
+    assert [entry["phase"] for entry in entries] == ["join", "train"]
+    sums = dict(line.split("  ")[::-1] for line in (path / "SHA256SUMS").read_text().splitlines())
+    files = {p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()}
+    assert set(sums) == files - {"SHA256SUMS"} == {"report.json", "transcript.jsonl", "model/weights.bin"}
+    for name, digest in sums.items():
+        assert hashlib.sha256((path / name).read_bytes()).hexdigest() == digest
+
+
+@pytest.mark.parametrize("name", ["one", "one.partial"])
+@pytest.mark.parametrize("kind", ["directory", "file"])
+def test_a_run_directory_that_exists_is_named_and_left_as_it_is(name: str, kind: str, tmp_path: Path) -> None:
+    there = tmp_path / name
+    content = there if kind == "file" else there / "report.json"
+    content.parent.mkdir(exist_ok=True)
+    content.write_text("precious")
+    with pytest.raises(RunDirectoryError, match="exists already") as caught, RunDirectory(tmp_path / "one", needed=1):
+        pytest.fail("was entered")
+    assert str(there) in str(caught.value)
+    assert "--out" in str(caught.value)
+    assert content.read_text() == "precious"
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+def test_too_little_room_is_said_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=3_000_000))
+    with RunDirectory(tmp_path / "fits", needed=3_000_000) as run:
+        run.finish()
+    with (
+        pytest.raises(RunDirectoryError, match=r"needs up to 2\.50 GB .* has 3 MB free"),
+        RunDirectory(tmp_path / "too-large", needed=2_500_000_000),
+    ):
+        pytest.fail("was entered")
+    assert [p.name for p in tmp_path.iterdir()] == ["fits"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_whatever_ends_a_run_leaves_nothing_of_it(error: type[BaseException], tmp_path: Path) -> None:
+    def fail() -> None:
+        with RunDirectory(tmp_path / "one", needed=1) as run:
+            run.write("report.json", "{}")
+            (run.partial / "spool").mkdir()
+            run.record({"phase": "join"})
+            raise error("stop")
+
+    with pytest.raises(error):
+        fail()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_name_taken_in_the_meantime_is_an_error_and_not_overwritten(tmp_path: Path) -> None:
+    def race() -> None:
+        with RunDirectory(tmp_path / "one", needed=1) as run:
+            run.write("report.json", "{}")
+            (tmp_path / "one").mkdir()
+            (tmp_path / "one" / "report.json").write_text("theirs")
+            run.finish()
+
+    with pytest.raises(RunDirectoryError):
+        race()
+    assert [p.name for p in tmp_path.iterdir()] == ["one"]
+    assert (tmp_path / "one" / "report.json").read_text() == "theirs"
+    assert not (tmp_path / "one" / "SHA256SUMS").exists()
+
+
+def test_a_parent_that_is_a_file_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("not a directory")
+    with (
+        pytest.raises(RunDirectoryError, match="cannot be made") as caught,
+        RunDirectory(tmp_path / "runs" / "one", needed=1),
+    ):
+        pytest.fail("was entered")
+    assert str(tmp_path / "runs" / "one") in str(caught.value)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 256 kB of its own."""
+    mount, umount = shutil.which("mount"), shutil.which("umount")
+    if mount is None or umount is None:
+        pytest.skip("there is no mount command")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    done = subprocess.run([mount, "-t", "tmpfs", "-o", "size=256k", "tmpfs", disk], capture_output=True, check=False)
+    if done.returncode:
+        pytest.skip("mounting a file system is not permitted")
+    try:
+        yield disk
+    finally:
+        subprocess.run([umount, disk], check=True)
+
+
+def _text(run: RunDirectory) -> None:
+    run.write("report.json", "x" * 1_000_000)
+
+
+def _transcript(run: RunDirectory) -> None:
+    for piece in range(1000):
+        run.record({"phase": "upload", "piece": piece, "note": "x" * 1000})
+
+
+def _tensors(run: RunDirectory) -> None:
+    with run.writing():
+        save_file({"weight": np.zeros(250_000, np.float32)}, run.partial / "model.safetensors")
+
+
+def _sums(run: RunDirectory) -> None:
+    free = shutil.disk_usage(run.partial).free
+    (run.partial / "model.bin").write_bytes(b"\0" * free)
+    run.finish()
+
+
+@pytest.mark.parametrize("fill", [_text, _transcript, _tensors, _sums])
+def test_a_disk_that_fills_up_is_an_error_and_nothing_stays(
+    fill: Callable[[RunDirectory], None], small_disk: Path
+) -> None:
+    def run_out() -> None:
+        with RunDirectory(small_disk / "one", needed=1) as run:
+            run.record({"phase": "join"})
+            fill(run)
+
+    with pytest.raises(RunDirectoryError, match="no space left on the disk") as caught:
+        run_out()
+    assert str(small_disk / "one") in str(caught.value)
+    assert list(small_disk.iterdir()) == []

@@ -1,0 +1,209 @@
+"""The layout: which weights share an input, which are averaged, and which are left out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from gramfuse_model.base import Base, load_base
+from gramfuse_model.tracing import derive_layout, plan_layout
+from gramfuse_protocol.errors import ModelError
+from gramfuse_protocol.layout import Layout
+from gramfuse_protocol.plan import Merge, Plan
+
+BATCH = {
+    "input_ids": torch.tensor([[4, 5, 6, 7], [8, 9, 0, 0]]),
+    "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]),
+}
+
+
+def a_plan(base: Path, merge: str = "", freeze: str = "'*embeddings*'") -> Plan:
+    return Plan.parse(
+        f"""
+        [plan]
+        name = "tracing"
+        [model]
+        base = "{base}"
+        task = "classification"
+        labels = ["a", "b", "c"]
+        [training]
+        freeze = [{freeze}]
+        [merge]
+        {merge}
+        [privacy]
+        secure-aggregation = false
+        [[silo]]
+        name = "one"
+        """
+    )
+
+
+def base_of(plan: Plan) -> Base:
+    return load_base(plan, Path())
+
+
+def groups(layout: Layout) -> list[tuple[str, ...]]:
+    return [tuple(weight.weight.removesuffix(".weight") for weight in group.weights) for group in layout.groups]
+
+
+def merged_by(layout: Layout) -> dict[str, str]:
+    return {tensor.name: tensor.merge for tensor in layout.tensors}
+
+
+class Toy(nn.Module):
+    """Three linear layers on one input, which is changed in place before the third; one is never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 2)
+        self.second = nn.Linear(4, 3)
+        self.after = nn.Linear(4, 2)
+        self.idle = nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x * 1.0
+        total = self.first(x).sum() + self.second(x).sum()
+        return total + self.after(x.add_(1)).sum()
+
+
+def test_query_key_and_value_of_a_bert_share_a_group_and_all_else_stands_alone(pico_bert: Path) -> None:
+    layout = derive_layout(base_of(a_plan(pico_bert)).model, BATCH)
+    expected: list[tuple[str, ...]] = []
+    for n in range(2):
+        layer = f"bert.encoder.layer.{n}"
+        attention = f"{layer}.attention.self"
+        expected += [
+            (f"{attention}.query", f"{attention}.key", f"{attention}.value"),
+            (f"{layer}.attention.output.dense",),
+            (f"{layer}.intermediate.dense",),
+            (f"{layer}.output.dense",),
+        ]
+    expected += [("bert.pooler.dense",), ("classifier",)]
+    assert groups(layout) == expected
+    assert [group.d_in for group in layout.groups] == [16, 16, 16, 24] * 2 + [16, 16]
+    assert [weight.d_out for weight in layout.groups[2].weights] == [24]
+    assert all(weight.transposed for _, weight in layout.linear())
+    closed = {name for name, merge in merged_by(layout).items() if merge == "regmean"}
+    assert closed == {f"{module}.weight" for members in expected for module in members}
+
+
+def test_frozen_parameters_are_named_and_belong_to_no_group(pico_bert: Path) -> None:
+    model = base_of(
+        a_plan(pico_bert, freeze="'*embeddings*', '*layer.0.attention.self.key*', '*layer.1.output*'")
+    ).model
+    layout = derive_layout(model, BATCH)
+    expected = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert set(layout.frozen) == expected
+    assert "bert.encoder.layer.0.attention.self.key.weight" in expected
+    assert not expected & {tensor.name for tensor in layout.tensors}
+    attention = "bert.encoder.layer.0.attention.self"
+    assert groups(layout)[0] == (f"{attention}.query", f"{attention}.value")
+    assert not any("layer.1.output" in name for members in groups(layout) for name in members)
+
+
+def test_a_weight_tied_to_an_embedding_is_averaged() -> None:
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=40, n_positions=16, n_embd=8, n_layer=1, n_head=2)).eval()
+    assert model.lm_head.weight is model.transformer.wte.weight
+    layout = derive_layout(model, BATCH)
+    assert all("lm_head" not in name for members in groups(layout) for name in members)
+    assert merged_by(layout)["transformer.wte.weight"] == "mean"
+
+
+def test_conv1d_of_a_gpt2_is_stored_untransposed_and_its_head_transposed(pico_gpt2: Path) -> None:
+    layout = derive_layout(base_of(a_plan(pico_gpt2, freeze="'*wte*', '*wpe*'")).model, BATCH)
+    shapes = {tensor.name: tensor.shape for tensor in layout.tensors}
+    for group, weight in layout.linear():
+        assert weight.transposed == (weight.weight == "score.weight")
+        stored = (weight.d_out, group.d_in) if weight.transposed else (group.d_in, weight.d_out)
+        assert shapes[weight.weight] == stored
+    assert ("transformer.h.0.attn.c_attn",) in groups(layout)
+    assert len(layout.groups) == 2 * 4 + 1
+
+
+def test_a_tensor_changed_in_place_between_two_layers_is_not_shared() -> None:
+    layout = derive_layout(Toy(), {"x": torch.ones(2, 4)})
+    assert groups(layout) == [("first", "second"), ("after",)]
+
+
+def test_a_module_that_is_never_called_is_averaged() -> None:
+    layout = derive_layout(Toy(), {"x": torch.ones(2, 4)})
+    assert merged_by(layout)["idle.weight"] == "mean"
+
+
+def test_excluded_weights_are_averaged(pico_bert: Path) -> None:
+    plan = a_plan(pico_bert, merge="exclude = ['classifier*', '*layer.1*']")
+    layout = derive_layout(base_of(plan).model, BATCH, plan.merge)
+    assert all("layer.0" in name or "pooler" in name for members in groups(layout) for name in members)
+    assert merged_by(layout)["classifier.weight"] == "mean"
+    assert merged_by(layout)["bert.encoder.layer.1.output.dense.weight"] == "mean"
+    assert merged_by(layout)["bert.encoder.layer.0.output.dense.weight"] == "regmean"
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_the_longest_gram_pattern_wins_whatever_the_order(pico_bert: Path, reverse: bool) -> None:
+    patterns = {"*": "full", "*.output.dense.weight": "block:8", "*attention.output.dense.weight": "diagonal"}
+    merge = Merge(gram=dict(sorted(patterns.items(), reverse=reverse)))
+    layout = derive_layout(base_of(a_plan(pico_bert)).model, BATCH, merge)
+    structures = {group.name: group.structure for group in layout.groups}
+    for n in range(2):
+        layer = f"bert.encoder.layer.{n}"
+        assert structures[f"{layer}.attention.output.dense"] == "diagonal"
+        assert structures[f"{layer}.output.dense"] == "block:8"
+        assert structures[f"{layer}.intermediate.dense"] == "full"
+
+
+def test_weights_with_one_input_but_different_structures_are_different_groups(pico_bert: Path) -> None:
+    layout = derive_layout(base_of(a_plan(pico_bert)).model, BATCH, Merge(gram={"*": "full", "*query*": "diagonal"}))
+    attention = "bert.encoder.layer.0.attention.self"
+    assert groups(layout)[:2] == [(f"{attention}.query",), (f"{attention}.key", f"{attention}.value")]
+    assert [group.structure for group in layout.groups[:2]] == ["diagonal", "full"]
+
+
+def test_a_weight_that_no_gram_pattern_fits_is_an_error_that_names_it(pico_bert: Path) -> None:
+    with pytest.raises(ModelError, match=r"merge\.gram.*'bert\.pooler\.dense\.weight'"):
+        derive_layout(base_of(a_plan(pico_bert)).model, BATCH, Merge(gram={"*encoder*": "full", "classifier*": "full"}))
+
+
+@pytest.mark.parametrize(
+    "merge",
+    [Merge(gram={"*": "full", "*quary*": "diagonal"}), Merge(exclude=("*clasifier*",))],
+    ids=["gram", "exclude"],
+)
+def test_a_pattern_that_fits_no_parameter_is_an_error_that_names_it(pico_bert: Path, merge: Merge) -> None:
+    with pytest.raises(ModelError, match=r"\*quary\*|\*clasifier\*"):
+        derive_layout(base_of(a_plan(pico_bert)).model, BATCH, merge)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_tracing_leaves_the_model_as_it_was_even_when_the_model_fails(pico_bert: Path, training: bool) -> None:
+    model = base_of(a_plan(pico_bert)).model.train(training)
+    weights = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    first = derive_layout(model, BATCH)
+    with pytest.raises(IndexError):
+        derive_layout(model, {**BATCH, "labels": torch.tensor([0, 99])})
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert all(torch.equal(parameter, weights[name]) for name, parameter in model.named_parameters())
+    assert all(module.training == training for module in model.modules())
+    assert derive_layout(model, BATCH).digest == first.digest
+
+
+def test_a_part_that_was_in_evaluation_mode_stays_there(pico_bert: Path) -> None:
+    model = base_of(a_plan(pico_bert)).model.train()
+    model.bert.embeddings.eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    derive_layout(model, BATCH)
+    assert {name: module.training for name, module in model.named_modules()} == before
+
+
+def test_a_plan_locked_to_another_layout_is_refused(pico_bert: Path) -> None:
+    plan = a_plan(pico_bert)
+    base = base_of(plan)
+    layout = plan_layout(plan, base)
+    assert plan_layout(plan.pinned(sha256=base.sha256, layout=layout.digest), base).digest == layout.digest
+    with pytest.raises(ModelError, match=layout.digest):
+        plan_layout(plan.pinned(sha256=base.sha256, layout="0" * 64), base)
