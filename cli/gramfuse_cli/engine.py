@@ -75,6 +75,7 @@ def simulate(spec: dict[str, Any]) -> dict[str, Any]:
             )
         )
 
+    cores = os.cpu_count() or 1
     run_simulation(
         server_app=server,
         client_app=client_app(SimulatedSilos(spec["silos"], spec["state"], plan.digest)),
@@ -82,11 +83,12 @@ def simulate(spec: dict[str, Any]) -> dict[str, Any]:
         backend_config={
             "init_args": {
                 "include_dashboard": False,
-                "num_cpus": os.cpu_count() or 1,
+                "num_cpus": cores,
                 "_temp_dir": spec["ray"],
                 "log_to_driver": True,
             },
-            "client_resources": {"num_cpus": 1, "num_gpus": spec["gpus_per_silo"]},
+            # Ray gives a silo's process as many threads, where its file does not say how many.
+            "client_resources": {"num_cpus": max(1, cores // len(plan.silo)), "num_gpus": spec["gpus_per_silo"]},
         },
     )
     if not reports:

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from gramfuse_model.linear import KINDS
+from gramfuse_model.observation import Hook, observing
 from gramfuse_protocol.errors import ContributionError
 from gramfuse_protocol.layout import Group, Layout
 
@@ -36,10 +38,11 @@ def rows_of_features(module: nn.Module, x: torch.Tensor, mask: torch.Tensor | No
     The mask applies where the leading dimensions are the mask's, (batch, length, d_in) or flattened to
     (batch·length, d_in). Inputs that hold one row for each example, as a pooled head's do, have no padding.
     """
-    rows = x.reshape(-1, x.shape[-1])  # (tokens, d_in)
-    if mask is not None and rows.shape[0] == mask.numel():
-        rows = rows[mask.reshape(-1)]
-    return rows
+    if mask is not None and x.dim() > 2 and x.shape[:2] == mask.shape:
+        x = x[mask]
+    elif mask is not None and x.dim() == 2 and x.shape[0] == mask.numel():
+        x = x[mask.reshape(-1)]
+    return x.reshape(-1, x.shape[-1])  # (tokens, d_in)
 
 
 class Gram:
@@ -108,7 +111,7 @@ def collect_grams(
     mask: torch.Tensor | None = None
     seen: dict[str, list[torch.Tensor]] = {}
 
-    def hook(group: Group, position: int) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+    def hook(group: Group, position: int) -> Hook:
         def receive(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
             x = arguments[0]
             if position == 0:
@@ -122,41 +125,40 @@ def collect_grams(
 
         return receive
 
-    handles = [
-        modules[weight.weight].register_forward_pre_hook(hook(group, position))
+    hooks = [
+        (modules[weight.weight], hook(group, position))
         for group in layout.groups
         for position, weight in enumerate(group.weights)
     ]
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            for number, batch in enumerate(batches, 1):
-                inputs = {key: value for key, value in batch.items() if key != "labels"}
-                attention = inputs.get("attention_mask")
-                mask = None if attention is None else attention.bool()
-                model(**inputs)
-                seen.clear()
-                if progress is not None:
-                    progress(number)
-                if grams and all(gram.full for gram in grams.values()):
-                    break
-    finally:
-        model.train(training)
-        for handle in handles:
-            handle.remove()
+    with observing(model, hooks):
+        for number, batch in enumerate(batches, 1):
+            inputs = {key: value for key, value in batch.items() if key != "labels"}
+            attention = inputs.get("attention_mask")
+            mask = None if attention is None else attention.bool()
+            model(**inputs)
+            seen.clear()
+            if progress is not None:
+                progress(number)
+            if grams and all(gram.full for gram in grams.values()):
+                break
     return grams
 
 
 def _modules(model: nn.Module, layout: Layout) -> dict[str, nn.Module]:
     named = dict(model.named_modules())
     modules = {}
-    for _, linear in layout.linear():
+    for group, linear in layout.linear():
         module = named.get(linear.weight.rpartition(".")[0])
         if module is None or type(module) not in COLLECTORS:
             raise ContributionError(
                 f"tensor {linear.weight!r} of the layout is not the weight of a linear module of this model; "
                 "the base model differs from the plan's"
+            )
+        expected = (linear.d_out, group.d_in) if linear.transposed else (group.d_in, linear.d_out)
+        if tuple(module.weight.shape) != expected or KINDS[type(module)].transposed != linear.transposed:
+            raise ContributionError(
+                f"tensor {linear.weight!r} is {tuple(module.weight.shape)} in a {type(module).__name__} of this model, "
+                f"the layout expects {expected}; the base model differs from the plan's"
             )
         modules[linear.weight] = module
     return modules

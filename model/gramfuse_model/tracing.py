@@ -11,6 +11,7 @@ from torch import nn
 
 from gramfuse_model.base import Base
 from gramfuse_model.linear import linear_modules
+from gramfuse_model.observation import Hook, observing
 from gramfuse_protocol.errors import ModelError
 from gramfuse_protocol.layout import Group, Layout, Linear, Tensor
 from gramfuse_protocol.plan import Merge, Plan
@@ -45,9 +46,14 @@ def derive_layout(model: nn.Module, batch: Mapping[str, Any], merge: Merge | Non
         merge: structures and exclusions; by default full Gram matrices for everything.
     """
     merge = merge or Merge()
+    linears = list(linear_modules(model))
+    for key, patterns in (("gram", tuple(merge.gram)), ("exclude", merge.exclude)):
+        for pattern in patterns:
+            if not any(fnmatchcase(linear.weight, pattern) for linear in linears):
+                raise ModelError(f"merge.{key}: pattern {pattern!r} fits no linear weight of the base model")
     candidates = {
         linear.weight: linear
-        for linear in linear_modules(model)
+        for linear in linears
         if linear.module.weight.requires_grad and not any(fnmatchcase(linear.weight, p) for p in merge.exclude)
     }
     inputs = _inputs(model, batch, {weight: linear.module for weight, linear in candidates.items()})
@@ -82,7 +88,7 @@ def _inputs(model: nn.Module, batch: Mapping[str, Any], modules: Mapping[str, nn
     calls: dict[str, tuple[Any, ...]] = {}
     alive: list[torch.Tensor] = []  # an identity is only good while the tensor lives
 
-    def record(weight: str) -> Any:
+    def record(weight: str) -> Hook:
         def hook(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
             x = arguments[0]
             alive.append(x)
@@ -91,17 +97,9 @@ def _inputs(model: nn.Module, batch: Mapping[str, Any], modules: Mapping[str, nn
 
         return hook
 
-    handles = [module.register_forward_pre_hook(record(weight)) for weight, module in modules.items()]
-    training = model.training
-    model.eval()
-    try:
-        device = next(model.parameters()).device
-        with torch.no_grad():
-            model(**{key: value.to(device) for key, value in batch.items()})
-    finally:
-        model.train(training)
-        for handle in handles:
-            handle.remove()
+    device = next(model.parameters()).device
+    with observing(model, [(module, record(weight)) for weight, module in modules.items()]):
+        model(**{key: value.to(device) for key, value in batch.items()})
     return calls
 
 

@@ -11,11 +11,17 @@ from numpy.typing import NDArray
 
 from gramfuse_protocol.layout import Group
 
-JITTERS = (0.0, 1e-10, 1e-8, 1e-6, 1e-4)
-"""Relative ridges that are tried in turn. The last is above any rounding that float32 statistics bring."""
-
 ROUNDING = 2.0**-24
 """Relative rounding of a float32 statistic."""
+
+TINY = 2.0**-126
+"""The smallest normal float32: a diagonal entry below it is that of a feature that was never active."""
+
+RIDGES = (0.0, 2.0, 8.0, 32.0, 128.0)
+"""Ridges that are tried in turn, as multiples of what rounding may do to an eigenvalue, ROUNDING · √width.
+
+Smaller ones would only let through directions in which the statistics hold nothing but their rounding.
+"""
 
 
 @dataclass(frozen=True)
@@ -25,10 +31,10 @@ class Step:
     Args:
         group: its name.
         outcome: `clean`; `jitter` if at least one block needed a ridge; `mean` if at least one block could not be
-            solved and took the mean; `empty` if no silo saw a token there, so that all of it took the mean.
+            solved and took the mean; `empty` if nothing but zeros ever came there, so that all of it took the mean.
         jitter: largest relative ridge that a solved block needed.
-        pivot: smallest squared pivot of the solved blocks, of S scaled to a unit diagonal; 1 is perfect, below about
-            1e-6 the float32 statistics carry no information in some direction.
+        smallest_eigenvalue: estimate, over all blocks, of S scaled to a unit diagonal, before any ridge; 1 is perfect,
+            below about 1e-6 the float32 statistics hold no information in some direction; 0 if Cholesky failed.
         dead_features: features that were zero at every silo; their rows took the mean.
         mean_blocks: blocks that took the mean, of `blocks`.
     """
@@ -36,7 +42,7 @@ class Step:
     group: str
     outcome: str
     jitter: float
-    pivot: float
+    smallest_eigenvalue: float
     dead_features: int
     mean_blocks: int
     blocks: int
@@ -45,10 +51,10 @@ class Step:
 def solve(group: Group, s: NDArray[np.float64], t: torch.Tensor, mean: torch.Tensor) -> tuple[torch.Tensor, Step]:
     """Return Δ with S Δ = T, in float64.
 
-    S is scaled to a unit diagonal first. Where Cholesky fails, or a pivot lies below what the rounding of the
-    statistics lets us trust, a ridge λ·diag(S) is added on the left and λ·diag(S)·mean on the right: directions that
-    the data say nothing about get the mean, and N equal silos still give back exactly that silo's weights. Blocks for
-    which no ridge helps, and features that are zero everywhere, take the mean.
+    S is scaled to a unit diagonal first. Where Cholesky fails, or the smallest eigenvalue lies below what the rounding
+    of the statistics lets us trust, a ridge λ·diag(S) is added on the left and λ·diag(S)·mean on the right: directions
+    that the data say nothing about get the mean, and N equal silos still give back exactly that silo's weights. Blocks
+    for which no ridge helps, and features that are zero everywhere, take the mean.
 
     Args:
         group: names and shapes.
@@ -60,7 +66,7 @@ def solve(group: Group, s: NDArray[np.float64], t: torch.Tensor, mean: torch.Ten
         Δ, (d_in, Σ d_out), and how it went.
     """
     solution = mean.clone()
-    jitter, pivot, dead, failed, blocks = 0.0, 1.0, 0, 0, 0
+    jitter, smallest, dead, failed, blocks = 0.0, 1.0, 0, 0, 0
     for part, (first, count, width) in zip(group.blocks.unpack(s), group.blocks.parts, strict=True):
         blocks += count
         rows = slice(first, first + count * width)
@@ -68,18 +74,18 @@ def solve(group: Group, s: NDArray[np.float64], t: torch.Tensor, mean: torch.Ten
             torch.from_numpy(part), t[rows].view(count, width, -1), mean[rows].reshape(count, width, -1)
         )
         solution[rows] = outcome.solution.reshape(count * width, -1)
-        jitter, pivot = max(jitter, outcome.jitter), min(pivot, outcome.pivot)
+        jitter, smallest = max(jitter, outcome.jitter), min(smallest, outcome.smallest_eigenvalue)
         dead, failed = dead + outcome.dead, failed + outcome.failed
     empty = dead == group.d_in
     name = "empty" if empty else "mean" if failed else "jitter" if jitter else "clean"
-    return solution, Step(group.name, name, jitter, pivot, dead, failed, blocks)
+    return solution, Step(group.name, name, jitter, smallest, dead, failed, blocks)
 
 
 @dataclass(frozen=True)
 class _Blocks:
     solution: torch.Tensor
     jitter: float
-    pivot: float
+    smallest_eigenvalue: float
     dead: int
     failed: int
 
@@ -90,36 +96,42 @@ def _solve_blocks(s: torch.Tensor, t: torch.Tensor, mean: torch.Tensor) -> _Bloc
     solution = mean.clone()
     diagonal = s.diagonal(dim1=1, dim2=2)  # (count, width)
     finite = torch.isfinite(s).flatten(1).all(dim=1) & torch.isfinite(t).flatten(1).all(dim=1)
-    dead = ~(diagonal > 0)
+    dead = finite.unsqueeze(1) & ~(diagonal >= TINY)
     scale = torch.where(dead, 1.0, diagonal.clamp_min(torch.finfo(torch.float64).tiny).sqrt()).unsqueeze(2)
     a = s / scale / scale.transpose(1, 2)  # unit diagonal, but for dead features
     b = t / scale
     toward = mean * scale
     # A dead feature's row and column are zero: an identity row makes it independent of all others.
+    a.masked_fill_(dead.unsqueeze(1) | dead.unsqueeze(2), 0.0)
     a.diagonal(dim1=1, dim2=2)[dead] = 1.0
     b[dead] = mean[dead]
     trusted = ROUNDING * math.sqrt(width)
     todo = torch.nonzero(finite & ~dead.all(dim=1)).flatten()
-    failed = int((~finite).sum()) + int(todo.numel())
     used, smallest = 0.0, 1.0
-    for jitter in JITTERS:
+    for ridge in RIDGES:
         if not todo.numel():
             break
+        jitter = ridge * trusted
         ridged = a[todo]
         ridged.diagonal(dim1=1, dim2=2).add_(jitter)
         factor, info = torch.linalg.cholesky_ex(ridged)
-        pivots = factor.diagonal(dim1=1, dim2=2).square().amin(dim=1)
-        good = (info == 0) & (pivots >= trusted)
+        eigenvalues = torch.where(info == 0, _smallest_eigenvalue(factor), 0.0)
+        if not ridge:
+            smallest = float(eigenvalues.min())
+        x = torch.cholesky_solve(b[todo] + jitter * toward[todo], factor) / scale[todo]
+        good = (eigenvalues >= trusted) & torch.isfinite(x).flatten(1).all(dim=1)
         if good.any():
-            solved = todo[good]
-            x = torch.cholesky_solve(b[solved] + jitter * toward[solved], factor[good]) / scale[solved]
-            fine = torch.isfinite(x).flatten(1).all(dim=1)
-            solution[solved[fine]] = x[fine]
-            good[good.clone()] = fine
-            failed -= int(fine.sum())
-            used, smallest = (
-                max(used, jitter if bool(fine.any()) else 0.0),
-                min(smallest, float(pivots[good].min()) if bool(good.any()) else 1.0),
-            )
+            solution[todo[good]] = x[good]
+            used = jitter
         todo = todo[~good]
-    return _Blocks(solution, used, smallest, int(dead.sum()), failed)
+    return _Blocks(solution, used, smallest, int(dead.sum()), int((~finite).sum()) + todo.numel())
+
+
+def _smallest_eigenvalue(factor: torch.Tensor) -> torch.Tensor:
+    """Estimate from above the smallest eigenvalue of each L Lᵀ, (count,), by inverse iteration."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(*factor.shape[:2], 1, generator=generator, dtype=factor.dtype)
+    for _ in range(4):
+        x = torch.cholesky_solve(x / x.norm(dim=1, keepdim=True), factor)
+    inverse: torch.Tensor = x.norm(dim=1).squeeze(1)
+    return 1.0 / inverse

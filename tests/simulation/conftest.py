@@ -1,4 +1,4 @@
-"""Flower without Ray: a grid that carries messages to functions in this process, and loses or changes what it is told."""
+"""Flower without Ray: a grid in this process, which loses and changes what it is told to."""
 
 from __future__ import annotations
 

@@ -116,11 +116,11 @@ def test_a_direction_lost_in_float32_rounding_does_not_push_weights_away_from_al
     assert np.linalg.norm(direction @ (solution - mean)) <= farthest
 
 
-def test_a_singular_system_is_visible_in_the_reported_pivot() -> None:
+def test_a_singular_system_is_visible_in_the_report() -> None:
     rng = np.random.default_rng(7)
     x = rng.standard_normal((5, 16))
     _, step = run(a_group(16), x.T @ x, np.zeros((16, OUT)), np.zeros((16, OUT)))
-    assert step.pivot < 1e-6, "the ridge hides how little the statistics hold"
+    assert step.smallest_eigenvalue < 1e-6, "the ridge hides how little the statistics hold"
 
 
 def test_a_feature_that_is_always_zero_takes_the_mean_and_changes_no_other_row() -> None:

@@ -146,7 +146,12 @@ def test_excluded_weights_are_averaged(pico_bert: Path) -> None:
 
 @pytest.mark.parametrize("reverse", [False, True])
 def test_the_longest_gram_pattern_wins_whatever_the_order(pico_bert: Path, reverse: bool) -> None:
-    patterns = {"*": "full", "*.output.dense.weight": "block:8", "*attention.output.dense.weight": "diagonal"}
+    patterns = {
+        "*": "full",
+        "*layer.*": "block:4",
+        "*.output.dense.weight": "block:8",
+        "*attention.output.dense.weight": "diagonal",
+    }
     merge = Merge(gram=dict(sorted(patterns.items(), reverse=reverse)))
     layout = derive_layout(base_of(a_plan(pico_bert)).model, BATCH, merge)
     structures = {group.name: group.structure for group in layout.groups}
@@ -154,7 +159,8 @@ def test_the_longest_gram_pattern_wins_whatever_the_order(pico_bert: Path, rever
         layer = f"bert.encoder.layer.{n}"
         assert structures[f"{layer}.attention.output.dense"] == "diagonal"
         assert structures[f"{layer}.output.dense"] == "block:8"
-        assert structures[f"{layer}.intermediate.dense"] == "full"
+        assert structures[f"{layer}.intermediate.dense"] == "block:4"
+    assert structures["classifier"] == "full"
 
 
 def test_weights_with_one_input_but_different_structures_are_different_groups(pico_bert: Path) -> None:
