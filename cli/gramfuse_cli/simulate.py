@@ -25,6 +25,9 @@ from gramfuse_protocol.errors import FederationError, GramfuseError, RefusalErro
 
 LOG_LINES = 30
 
+SCRATCH = "/tmp" if sys.platform == "darwin" else None  # noqa: S108  # a private directory is made in it
+"""Where a simulation works: Ray makes sockets there, and the usual place on macOS is too long for their paths."""
+
 
 @click.command()
 @project_directory
@@ -55,12 +58,14 @@ def run_simulation(project: Project, out: Path) -> dict[str, Any]:
     from gramfuse_server.run import check_free, partial_of
 
     check_free(out)
+    click.echo("read the silos' data and the base model", err=True)
     silos = project.silos()
     for silo in silos.values():  # what a silo would refuse later is said now, with the details that only it may see
         examples, _ = load(silo, project.plan.model)
         check_examples(silo, len(examples))
     plan, layout = project.locked()
-    with _scratch() as scratch:
+    with tempfile.TemporaryDirectory(prefix="gf-", dir=SCRATCH, ignore_cleanup_errors=True) as name:
+        scratch = Path(name)
         state = scratch / "silos"
         for silo in silos.values():
             check_plan(simulated_silo(str(silo.path), str(state), plan.digest), plan)
@@ -81,7 +86,7 @@ def run_simulation(project: Project, out: Path) -> dict[str, Any]:
         command = [sys.executable, "-m", "gramfuse_cli.engine", str(scratch / "spec.json")]
         try:
             with (
-                RunProgress(plan.names, lambda name: read_progress(state / name, plan.digest)) as progress,
+                RunProgress(plan.names, lambda silo: read_progress(state / silo, plan.digest)) as progress,
                 contained(command, log, {"FLWR_HOME": str(scratch / "flwr")}) as process,
             ):
                 progress.take({"phase": "start", "state": "start"})
@@ -112,17 +117,6 @@ def _outcome(scratch: Path, log: Path, code: int) -> dict[str, Any]:
         tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:])
         click.echo(f"The last lines of Flower's log:\n{tail}\n", err=True)
     raise kind(outcome["message"])
-
-
-class _scratch:  # noqa: N801  # a context manager that is used like a function
-    """A short-named private directory (Ray puts sockets into it, whose paths must be short), removed on leaving."""
-
-    def __enter__(self) -> Path:
-        self.path = Path(tempfile.mkdtemp(prefix="gf-"))
-        return self.path
-
-    def __exit__(self, *_: object) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)
 
 
 def _tail(path: Path) -> Iterator[list[dict[str, Any]]]:

@@ -25,6 +25,7 @@ def client_app(silo_of: Callable[[Context], Silo]) -> ClientApp:
     app = ClientApp()
 
     def answer(message: Message, context: Context) -> Message:
+        _show_log()
         request = unpack(from_record(message.content), REQUESTS)
         try:
             reply = Participant(silo_of(context)).answer(request)
@@ -38,6 +39,16 @@ def client_app(silo_of: Callable[[Context], Silo]) -> ClientApp:
     app.query("join")(answer)
     app.query("upload")(answer)
     return app
+
+
+def _show_log() -> None:
+    """Let the silo's operator see what this silo does; Flower shows only its own log."""
+    logger = logging.getLogger("gramfuse_client")
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
 
 
 def _silo_of_node(context: Context) -> Silo:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from collections.abc import Callable
 from typing import Any
@@ -63,7 +64,7 @@ def finetune(
             save_strategy="no",
             logging_strategy="no",
             train_sampling_strategy="group_by_length",
-            disable_tqdm=progress is not None,
+            disable_tqdm=not sys.stderr.isatty(),
         )
         level = logging.get_verbosity()
         logging.set_verbosity_error()

@@ -48,6 +48,7 @@ class Participant:
 
     def answer(self, request: Message) -> Message:
         """Return the reply to a request; whatever goes wrong becomes a refusal that carries no data."""
+        log.info("silo %s, phase %s, plan %s", self.silo.name, request.phase, request.plan)
         try:
             match request:
                 case JoinRequest():

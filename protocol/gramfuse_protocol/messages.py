@@ -148,21 +148,24 @@ def refusal(request: Message, silo: str, error: GramfuseError) -> Refusal:
 M = TypeVar("M", bound=Message)
 
 
-def expect(kind: type[M], request: Message, reply: Message) -> M:
+def expect(kind: type[M], request: Message, reply: Message, source: str) -> M:
     """Return `reply` if it belongs to `request` and is of the expected kind.
 
+    Args:
+        source: who it came from, for errors.
+
     Raises:
-        RefusalError: if the silo declined; the message names it and gives its reason.
+        RefusalError: if the silo declined; the message gives its reason.
         FederationError: if plan, session or kind differ.
     """
     if (reply.plan, reply.session) != (request.plan, request.session):
-        raise FederationError(f"a reply in phase {request.phase!r} belongs to another plan or session; it was dropped")
+        raise FederationError(f"{source} answered phase {request.phase!r} for another plan or session")
     if isinstance(reply, Refusal):
         raise RefusalError(
-            f"silo {reply.silo!r} refused in phase {request.phase!r}: {reply.reason} ({reply.error}); "
+            f"{source} refused in phase {request.phase!r}: {reply.reason} ({reply.error}); "
             "the silo's own log has the details",
             reason=reply.reason,
         )
     if not isinstance(reply, kind):
-        raise FederationError(f"a silo answered phase {request.phase!r} with {reply.phase!r}")
+        raise FederationError(f"{source} answered phase {request.phase!r} with {reply.phase!r}")
     return reply

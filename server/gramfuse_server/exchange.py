@@ -23,6 +23,7 @@ from gramfuse_protocol.messages import (
     EvaluateRequest,
     JoinReply,
     JoinRequest,
+    Refusal,
     TrainReply,
     TrainRequest,
     UploadReply,
@@ -132,7 +133,8 @@ class Exchange:
         refusals = []
         for label, _, reply in self.post.exchange(nodes, {label: [request] for label in nodes}, len(nodes)):
             try:
-                joined = expect(JoinReply, request, reply).silo
+                source = f"silo {reply.silo!r} ({label})" if isinstance(reply, Refusal) else label
+                joined = expect(JoinReply, request, reply, source).silo
             except RefusalError as error:
                 refusals.append(error)
                 continue
@@ -234,7 +236,7 @@ class Exchange:
     def _ask(self, kind: type[R], requests: Mapping[str, Sequence[Q]], in_flight: int) -> Iterator[tuple[str, Q, R]]:
         """Ask the silos and yield (silo, request, reply), each reply checked to be that silo's and of its kind."""
         for silo, request, message in self.post.exchange(self.nodes, requests, in_flight):
-            reply = expect(kind, request, message)
+            reply = expect(kind, request, message, f"silo {silo!r}")
             if reply.silo != silo:
                 raise FederationError(f"the node of silo {silo!r} answered as {reply.silo!r}")
             yield silo, request, reply
@@ -252,8 +254,8 @@ class Exchange:
             "silos": [{"name": name, "examples": trained[name].examples} for name in self.plan.names],
             "models": models,
             "solve": [asdict(step) for step in merged.steps],
-            "bytes": {silo: dict(phases) for silo, phases in self.post.received.items()},
-            "bytes_to_silos": {silo: dict(phases) for silo, phases in self.post.sent.items()},
+            "bytes": {silo: dict(self.post.received[silo]) for silo in self.nodes},
+            "bytes_to_silos": {silo: dict(self.post.sent[silo]) for silo in self.nodes},
             "seconds": {phase: round(seconds, 3) for phase, seconds in self.seconds.items()},
             "versions": {
                 name: importlib.metadata.version(name) for name in ("gramfuse", "flwr", "torch", "transformers")

@@ -111,8 +111,11 @@ class Post:
         return str(message_id)
 
     def _receive(self, silo: str, answer: FlowerMessage) -> Message:
-        frame = from_record(answer.content)
-        reply = unpack(frame, REPLIES)
+        try:
+            frame = from_record(answer.content)
+            reply = unpack(frame, REPLIES)
+        except FederationError as error:
+            raise FederationError(f"silo {silo!r}: {error}") from None
         self.received[silo][reply.phase] += frame.nbytes
         self._note("from", silo, reply.phase, frame)
         return reply

@@ -23,7 +23,7 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
-from gramfuse_protocol.errors import ContributionError
+from gramfuse_protocol.errors import ContributionError, FederationError
 from gramfuse_protocol.layout import Layout, Slice
 from gramfuse_protocol.messages import StatisticsBody
 from gramfuse_protocol.statistics import Statistics, check_slices
@@ -50,6 +50,8 @@ class RegMean(FedAvg):
     ) -> None:
         if not 0 <= alpha <= 1:
             raise ValueError(f"alpha must lie in [0, 1], not {alpha}")
+        if weighting not in ("uniform", "examples"):
+            raise ValueError(f"weighting must be 'uniform' or 'examples', not {weighting!r}")
         super().__init__(**fedavg)
         self.alpha = alpha
         self.weighting = weighting
@@ -85,7 +87,10 @@ class RegMean(FedAvg):
         accumulator: Accumulator | None = None
         for reply in answered:
             source = f"node {reply.metadata.src_node_id}"
-            body = unpack(from_record(reply.content), {StatisticsBody.phase: StatisticsBody})
+            try:
+                body = unpack(from_record(reply.content), {StatisticsBody.phase: StatisticsBody})
+            except FederationError as error:
+                raise ContributionError(f"{source}: {error}; expected gramfuse_client.statistics_record") from None
             layout = Layout.parse(body.layout, f"layout of {source}")
             if accumulator is None:
                 accumulator = Accumulator(layout, alpha=self.alpha, weighting=self.weighting)
