@@ -760,6 +760,30 @@ def test_a_lie_in_a_later_piece_is_found_and_names_the_slice(honest: Honest, in_
     assert repr(pieces[number][0].name) in message
 
 
+@pytest.mark.parametrize("metrics", ["none", "sum"])
+def test_a_merge_that_float32_cannot_hold_ends_the_run_and_names_the_tensor(
+    honest: Honest, in_process_grid: Any, place: Path, metrics: str
+) -> None:
+    """Every value that one silo sends is finite, and still the closed form goes beyond what the model can hold."""
+    rng = np.random.default_rng(0)
+    silos = honest.scripted()
+    true = silos["silo-b"].statistics
+    blocks = {
+        name: rng.choice([-3.3e38, 3.3e38], block.shape).astype(np.float32)
+        if name.startswith("delta:")
+        else block * np.float32(1000)
+        for name, block in true.blocks.items()
+    }
+    silos["silo-b"].statistics = Statistics(true.examples, true.tokens, blocks)
+    plan = honest.plan.override([f"privacy.metrics={metrics}"]).pinned(
+        sha256=honest.plan.model.sha256, layout=honest.layout.digest
+    )
+    with pytest.raises(ContributionError) as caught:
+        exchange(in_process_grid(silos), honest, place / "run", plan=plan)
+    assert any(repr(tensor.name) in str(caught.value) for tensor in honest.layout.tensors)
+    assert not list(place.iterdir())
+
+
 def test_a_piece_that_was_not_asked_for_is_refused(honest: Honest, in_process_grid: Any, place: Path) -> None:
     kept: list[Any] = []
 
