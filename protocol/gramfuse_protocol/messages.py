@@ -119,10 +119,10 @@ class Refusal(Message):
     """The silo declines: a type and a reason, never data."""
 
     phase = "refusal"
-    silo: str
-    error: str
-    exit_code: int
-    reason: str
+    silo: Name
+    error: Annotated[str, Field(pattern=r"^[A-Za-z]{1,64}$")]
+    exit_code: Annotated[int, Field(ge=1, le=255)]
+    reason: Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]{0,2000}$")]
 
 
 REQUESTS: Mapping[str, type[Message]] = {
@@ -141,7 +141,7 @@ def refusal(request: Message, silo: str, error: GramfuseError) -> Refusal:
         silo=silo,
         error=type(error).__name__,
         exit_code=error.exit_code,
-        reason=error.reason,
+        reason=" ".join(error.reason.split())[:2000],
     )
 
 

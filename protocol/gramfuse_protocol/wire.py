@@ -76,7 +76,13 @@ def unpack(frame: Frame, types: Mapping[str, type[B]]) -> B:
         message = model.model_validate_json(json.dumps(header["body"]))
         if _header(model.phase, message, header["arrays"]) != frame.header:
             raise ValueError("the header is not in canonical form")
-    except (KeyError, TypeError, ValueError, RecursionError, ValidationError) as error:
+    except ValidationError as error:
+        problem = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(map(str, problem["loc"])) or "the body"
+        raise FederationError(
+            f"a message cannot be read: {where}: {problem['msg']}; do both sides run the same version?"
+        ) from None
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise FederationError(f"a message cannot be read: {error}; do both sides run the same version?") from None
     return message.model_copy(update={"arrays": arrays})
 

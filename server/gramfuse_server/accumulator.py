@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from gramfuse_protocol.errors import ContributionError
 from gramfuse_protocol.layout import Group, Layout, Linear, delta_block, gram_block
 from gramfuse_protocol.statistics import Contribution, check_counts
 from gramfuse_server.solve import Step, solve
@@ -74,14 +75,19 @@ class Accumulator:
         self.weight += c
 
     def mean(self) -> Deltas:
-        """Return the weighted mean of the differences: the simple average."""
-        return {name: total / self.weight for name, total in self._m.items()}
+        """Return the weighted mean of the differences: the simple average.
+
+        Raises:
+            ContributionError: naming the tensor, if a value is beyond float32.
+        """
+        return _representable({name: total / self.weight for name, total in self._m.items()})
 
     def merge(self) -> Merged:
         """Solve every group; all other tensors get the mean.
 
         Raises:
             ValueError: if nothing was folded.
+            ContributionError: naming the tensor, if a value is beyond float32.
         """
         if not self.weight:
             raise ValueError("nothing was folded")
@@ -96,7 +102,18 @@ class Accumulator:
                 columns = solution[:, start : start + weight.d_out]
                 deltas[weight.weight] = (columns.T if weight.transposed else columns).contiguous().numpy()
                 start += weight.d_out
-        return Merged(deltas, tuple(steps))
+        return Merged(_representable(deltas), tuple(steps))
+
+
+def _representable(deltas: dict[str, Float64]) -> Deltas:
+    for name, delta in deltas.items():
+        # Half of the range is left for the base that the difference is added to.
+        if not (np.abs(delta) <= np.finfo(np.float32).max / 2).all():
+            raise ContributionError(
+                f"tensor {name!r}: the merged difference is beyond what float32 can hold; a silo's training diverged, "
+                "or its statistics are wrong. Measure the silos' own models to find which"
+            )
+    return deltas
 
 
 def _width(group: Group) -> int:

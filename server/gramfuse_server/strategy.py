@@ -111,7 +111,10 @@ class RegMean(FedAvg):
                 raise ContributionError(
                     f"tensor {name!r} has shape {delta.shape}, the initial arrays have {base.shape}"
                 )
-            arrays[name] = Array((base.astype(np.float64) + delta).astype(base.dtype))
+            merged_array = (base.astype(np.float64) + delta).astype(base.dtype)
+            if not np.isfinite(merged_array).all():
+                raise ContributionError(f"tensor {name!r}: the merged values are beyond what {base.dtype} can hold")
+            arrays[name] = Array(merged_array)
         metrics = self.train_metrics_aggr_fn([reply.content for reply in answered], self.weighted_by_key)
         return arrays, metrics
 

@@ -81,7 +81,7 @@ def test_what_crosses_is_the_summary_and_never_the_message(leaf: type[GramfuseEr
     assert isinstance(reply, Refusal)
     assert (reply.error, reply.exit_code, reply.reason) == (leaf.__name__, leaf.exit_code, leaf.summary)
     with pytest.raises(RefusalError, match=f"silo 'ward-3' refused in phase 'train': {leaf.summary}") as caught:
-        expect(TrainReply, request, reply)
+        expect(TrainReply, request, reply, "silo 'ward-3'")
     assert caught.value.reason == leaf.summary
 
 
