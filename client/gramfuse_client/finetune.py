@@ -20,6 +20,7 @@ from transformers import (
 from transformers.utils import logging
 
 from gramfuse_client.batches import Encoded
+from gramfuse_protocol.errors import PlanError
 from gramfuse_protocol.plan import Training
 
 Progress = Callable[[int, int], None]
@@ -27,9 +28,16 @@ Progress = Callable[[int, int], None]
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device that a silo file names; `auto` takes CUDA, then MPS, then the CPU."""
+    """Return the device that a silo file names; `auto` takes CUDA, then MPS, then the CPU.
+
+    Raises:
+        PlanError: if the one that is named is not there.
+    """
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = next(device for device, available in there.items() if available)
+    elif not there[name]:
+        raise PlanError(f"device = {name!r} in the silo file: torch finds none here; use 'auto' or 'cpu'")
     return torch.device(name)
 
 

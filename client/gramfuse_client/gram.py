@@ -66,7 +66,7 @@ class Gram:
             x = (
                 rows[:, first : first + count * width].reshape(-1, count, width).transpose(0, 1)
             )  # (count, tokens, width)
-            products.append((x.transpose(1, 2) @ x).to("cpu", torch.float64))  # (count, width, width)
+            products.append((x.transpose(1, 2) @ x).cpu().double())  # (count, width, width)
         if self._sums is None:
             self._sums = products
         else:

@@ -1,0 +1,76 @@
+"""Local fine-tuning: a function of its arguments, and of nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from gramfuse_client.batches import Encoded
+from gramfuse_client.data import load
+from gramfuse_client.finetune import choose_device, finetune
+from gramfuse_client.silo import Silo
+from gramfuse_model.base import load_base
+from gramfuse_protocol.errors import PlanError
+from gramfuse_protocol.plan import Plan
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def tuned(pico_project: Callable[..., Any]) -> Callable[..., dict[str, np.ndarray]]:
+    """Return a function that fine-tunes a fresh base model: `tuned(training.epochs=2)` as --set settings."""
+    project = pico_project(silos=2)
+    silo = Silo.read(project.silo("silo-a"))
+
+    def run(*settings: str, progress: Callable[[int, int], None] | None = None) -> dict[str, np.ndarray]:
+        plan = Plan.read(project.plan).override(settings)
+        base = load_base(plan, Path(project.directory))
+        examples, _ = load(silo, plan.model)
+        encoded = Encoded(examples, base.tokenizer, plan.model.max_length)
+        finetune(base.model, encoded, base.tokenizer, plan.training, CPU, progress)
+        assert not base.model.training
+        return {name: p.detach().numpy() for name, p in base.model.named_parameters()}
+
+    return run
+
+
+def test_the_same_plan_and_data_give_the_same_weights_whatever_was_drawn_before(
+    tuned: Callable[..., dict[str, np.ndarray]],
+) -> None:
+    first = tuned()
+    torch.manual_seed(999)
+    np.random.seed(999)  # what a silo's other code may do to the global state
+    before = torch.get_rng_state()
+    second = tuned()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(np.array_equal(first[name], second[name]) for name in first)
+    other = tuned("training.seed=2")
+    assert not all(np.array_equal(first[name], other[name]) for name in first)
+
+
+def test_frozen_parameters_stay_and_all_others_move(tuned: Callable[..., dict[str, np.ndarray]]) -> None:
+    start = tuned("training.learning-rate=1e-30", "training.weight-decay=0.0")
+    end = tuned()
+    for name, values in end.items():
+        # A constant added to every key moves no attention weight, so the keys' biases have no gradient.
+        if name.endswith("key.bias"):
+            continue
+        assert np.array_equal(values, start[name]) == ("embeddings" in name), name
+
+
+def test_progress_counts_every_step(tuned: Callable[..., dict[str, np.ndarray]]) -> None:
+    seen: list[tuple[int, int]] = []
+    tuned("training.epochs=3", "training.batch-size=10", progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(step, 9) for step in range(1, 10)]  # 24 examples in batches of 10, three times
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_a_device_that_is_not_there_is_refused() -> None:
+    assert choose_device("auto").type in ("cpu", "mps")
+    with pytest.raises(PlanError, match="cuda"):
+        choose_device("cuda")
