@@ -76,7 +76,10 @@ class Project:
         """
         if not self.plan.locked:
             raise PlanError(f"{self.plan_path}: the plan is not locked; run: gramfuse plan lock {self.directory}")
-        layout = Layout.read(self.layout_path)
+        try:
+            layout = Layout.read(self.layout_path)
+        except PlanError as error:
+            raise PlanError(f"{error}; run: gramfuse plan lock {self.directory}") from None
         if layout.digest != self.plan.merge.layout:
             raise PlanError(f"{self.layout_path}: is not the plan's layout; run: gramfuse plan lock {self.directory}")
         return layout

@@ -23,7 +23,8 @@ def show_report(report: Mapping[str, Any], run: Path, as_json: bool) -> None:
     if report["models"]:
         metrics = [name for name in report["models"][0]["metrics"] if name != "examples"]
         examples = int(report["models"][0]["metrics"]["examples"])
-        table = Table(title=f"On the {examples:,} held-out examples of all silos together", title_justify="left")
+        console.print(f"On the {examples:,} held-out examples of all silos together:")
+        table = Table()
         table.add_column("model")
         for metric in metrics:
             table.add_column(metric, justify="right")

