@@ -10,6 +10,8 @@ import json
 import logging
 import os
 import sys
+import threading
+import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -96,8 +98,21 @@ def simulate(spec: dict[str, Any]) -> dict[str, Any]:
     return reports[0]
 
 
+def _end_with_parent() -> None:
+    """End this process when the command that started it is gone and can clean up no more; Ray ends with us."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def main() -> int:
     """Run the simulation that the file named on the command line describes."""
+    _end_with_parent()
     logging.basicConfig(level=logging.INFO)
     spec = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     try:

@@ -41,7 +41,9 @@ cli.add_command(simulate.simulate)
 
 def main() -> NoReturn:
     """Run the command line and exit: 0, 2 for wrong usage, 130 after Ctrl-C, else the error's own code."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    for stop in (signal.SIGTERM, signal.SIGHUP):  # a closed terminal stops a run as Ctrl-C does, unless under nohup
+        if signal.getsignal(stop) is not signal.SIG_IGN:
+            signal.signal(stop, _interrupt)
     as_json = "--json" in sys.argv
     try:
         result = cli.main(prog_name="gramfuse", standalone_mode=False)

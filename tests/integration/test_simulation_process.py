@@ -8,6 +8,7 @@ import secrets
 import signal
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def command() -> Iterator[Callable[..., Command]]:
             running.process.communicate()
 
 
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGHUP])
 def test_an_interrupted_simulation_leaves_nothing(
     stop: signal.Signals, tmp_path: Path, pico_project: Callable[..., Any], command: Callable[..., Command]
 ) -> None:
@@ -85,6 +86,26 @@ def test_an_interrupted_simulation_leaves_nothing(
     assert not out.exists()
     assert not out.with_name("run.partial").exists()
     assert list(running.scratch.iterdir()) == []
+
+
+def test_a_killed_command_takes_its_simulation_with_it(
+    tmp_path: Path, pico_project: Callable[..., Any], command: Callable[..., Command]
+) -> None:
+    project = pico_project(silos=2)
+    running = command(
+        "simulate", str(project.directory), "--set", "training.epochs=100000", "--out", str(tmp_path / "run")
+    )
+    assert running.process.stderr is not None
+    for line in running.process.stderr:
+        if "fine-tune" in line:
+            break
+    assert running.descendants()
+    running.process.kill()
+    running.process.wait()
+    deadline = time.monotonic() + 60
+    while running.descendants():
+        assert time.monotonic() < deadline, [process.cmdline() for process in running.descendants()]
+        time.sleep(0.5)
 
 
 def test_training_that_diverges_names_silo_and_tensor_and_fails(
