@@ -41,16 +41,7 @@ def lock(directory: Path, as_json: bool) -> None:
     each silo then has to approve the new digest ('approved' in its silo file).
     """
     project = Project.read(directory)
-    unlocked = Project(
-        project.directory,
-        project.plan.model_copy(
-            update={
-                "model": project.plan.model.model_copy(update={"sha256": None}),
-                "merge": project.plan.merge.model_copy(update={"layout": None}),
-            }
-        ),
-    )
-    locked, layout = unlocked.locked()
+    locked, layout = Project(project.directory, project.plan.unlocked()).locked()
     project.write_lock(locked, layout)
     if as_json:
         click.echo(

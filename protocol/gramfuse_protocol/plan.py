@@ -153,7 +153,11 @@ class Plan(Section):
         """Return the plan as TOML text; `Plan.parse` gives back an equal plan."""
         return tomlkit.dumps(self.model_dump(mode="json", by_alias=True, exclude_none=True))
 
-    def pinned(self, *, sha256: str, layout: str) -> Plan:
+    def unlocked(self) -> Plan:
+        """Return this plan without the two digests of `plan lock`."""
+        return self.pinned(sha256=None, layout=None)
+
+    def pinned(self, *, sha256: str | None, layout: str | None) -> Plan:
         """Return this plan with the two digests of `plan lock` filled in."""
         return self.model_copy(
             update={

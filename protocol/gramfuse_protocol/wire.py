@@ -52,11 +52,11 @@ class Frame:
 def pack(message: Body) -> Frame:
     """Turn a message into a frame; arrays must be float32 or float64."""
     index = [[name, str(array.dtype), list(array.shape)] for name, array in message.arrays.items()]
-    return Frame(_header(message.phase, message, index), tuple(_cut(message.arrays.values())))
+    return Frame(_header(message, index), tuple(_cut(message.arrays.values())))
 
 
-def _header(phase: str, message: Body, index: list[list[Any]]) -> str:
-    header = {"phase": phase, "body": message.model_dump(mode="json"), "arrays": index}
+def _header(message: Body, index: list[list[Any]]) -> str:
+    header = {"phase": message.phase, "body": message.model_dump(mode="json"), "arrays": index}
     return canonical_json(header).decode("utf-8")
 
 
@@ -74,7 +74,7 @@ def unpack(frame: Frame, types: Mapping[str, type[B]]) -> B:
         model = types[header["phase"]]
         arrays = _arrays(header["arrays"], frame.buffers)
         message = model.model_validate_json(json.dumps(header["body"]))
-        if _header(model.phase, message, header["arrays"]) != frame.header:
+        if _header(message, header["arrays"]) != frame.header:
             raise ValueError("the header is not in canonical form")
     except ValidationError as error:
         problem = error.errors(include_url=False, include_input=False)[0]

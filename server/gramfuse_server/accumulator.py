@@ -22,9 +22,16 @@ Deltas = Mapping[str, Float64]
 
 @dataclass(frozen=True)
 class Merged:
-    """What a merge gives: differences from the base, and how each group was solved."""
+    """What a merge gives.
+
+    Args:
+        deltas: differences of the merged model from the base.
+        mean: those of the simple average, which the merge falls back to.
+        steps: how each group was solved.
+    """
 
     deltas: Deltas
+    mean: Deltas
     steps: tuple[Step, ...]
 
 
@@ -91,7 +98,8 @@ class Accumulator:
         """
         if not self.weight:
             raise ValueError("nothing was folded")
-        deltas = dict(self.mean())
+        average = self.mean()
+        deltas = dict(average)
         steps = []
         for group in self.layout.groups:
             mean = torch.cat([_inward(w, deltas[w.weight]) for w in group.weights], dim=1)
@@ -102,7 +110,7 @@ class Accumulator:
                 columns = solution[:, start : start + weight.d_out]
                 deltas[weight.weight] = (columns.T if weight.transposed else columns).contiguous().numpy()
                 start += weight.d_out
-        return Merged(_representable(deltas), tuple(steps))
+        return Merged(_representable(deltas), average, tuple(steps))
 
 
 def _representable(deltas: dict[str, Float64]) -> Deltas:

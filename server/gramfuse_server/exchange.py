@@ -33,7 +33,7 @@ from gramfuse_protocol.messages import (
 from gramfuse_protocol.metrics import Sums, metrics, sums_shape
 from gramfuse_protocol.plan import Plan
 from gramfuse_protocol.statistics import check_counts, check_slices
-from gramfuse_server.accumulator import Accumulator, Deltas, Merged
+from gramfuse_server.accumulator import Accumulator, Merged
 from gramfuse_server.model import write_model
 from gramfuse_server.post import Post
 from gramfuse_server.run import RunDirectory
@@ -117,7 +117,7 @@ class Exchange:
                 accumulator.fold(contribution, f"silo {name!r}")
             merged = accumulator.merge()
         with self._phase("evaluate"):
-            models = self._evaluate(contributions, accumulator.mean(), merged)
+            models = self._evaluate(contributions, merged)
         with self._phase("write"):
             shutil.rmtree(spool.directory)
             joint = next((model["metrics"] for model in models if model["kind"] == "regmean"), None)
@@ -198,7 +198,7 @@ class Exchange:
             self._tell("upload", "silo", silo=silo, piece=reply.piece + 1, pieces=len(spool.pieces))
         return spool
 
-    def _evaluate(self, contributions: Mapping[str, Spooled], mean: Deltas, merged: Merged) -> list[dict[str, Any]]:
+    def _evaluate(self, contributions: Mapping[str, Spooled], merged: Merged) -> list[dict[str, Any]]:
         if self.plan.privacy.metrics == "none":
             return []
         models = []
@@ -206,7 +206,7 @@ class Exchange:
             for name, contribution in contributions.items():
                 arrays = {delta_block(t.name): contribution.block(delta_block(t.name)) for t in self.layout.tensors}
                 models.append(self._measure(name, "silo", arrays))
-        for kind, deltas in (("simple", mean), ("regmean", merged.deltas)):
+        for kind, deltas in (("simple", merged.mean), ("regmean", merged.deltas)):
             arrays = {delta_block(name): delta.astype(np.float32) for name, delta in deltas.items()}
             models.append(self._measure(kind, kind, arrays))
         return models
