@@ -7,7 +7,8 @@
     ├── RefusalError             13   a silo that declines what the coordinator asks of it
     ├── ContributionError        14   statistics that do not fit the layout, or hold NaN or Inf
     ├── RunDirectoryError        15   a run directory that exists already or cannot be written
-    └── FederationError          16   Flower, or a silo behind it, did not answer as it must
+    ├── FederationError          16   Flower, or a silo behind it, did not answer as it must
+    └── SecurityError            17   a message that breaks the secure sum's protocol
 
 One page for each exit code stands in docs/exit-codes/.
 """
@@ -86,6 +87,18 @@ class FederationError(GramfuseError):
 
     exit_code = 16
     summary = "the federation did not answer as it must"
+
+
+class SecurityError(GramfuseError):
+    """A message breaks the protocol of the secure sum: forged, replayed, contradictory, or beyond what is allowed.
+
+    Its messages name silos, phases and what was expected, and hold no secret, so they are the reason too.
+    """
+
+    exit_code = 17
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, reason=message)
 
 
 def error_types() -> dict[str, type[GramfuseError]]:

@@ -1,0 +1,126 @@
+"""Keys: Ed25519 identities, X25519 pairs, and one table of everything that a key or a hash is used for.
+
+A field that enters a hash, a signature or a derivation is always preceded by its length, and every such byte string
+begins with a label of its own, so that nothing made for one purpose can be taken for another.
+
+Sources: Ed25519 RFC 8032, X25519 RFC 7748, HKDF RFC 5869.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import StrEnum
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+from gramfuse_protocol.errors import PlanError, SecurityError
+
+KEY_BYTES = 32
+SIGNATURE_BYTES = 64
+
+Random = Callable[[int], bytes]
+"""Returns that many random bytes; `secrets.token_bytes` outside of tests."""
+
+
+class Label(StrEnum):
+    """What a byte string is for: its first field."""
+
+    ADVERT = "gramfuse/1 advert"
+    """Signed: the public keys that a silo uses in one session."""
+    SESSION = "gramfuse/1 session"
+    """Hashed: the session's identifier."""
+    COMMITMENT = "gramfuse/1 commitment"
+    """Hashed: the self-mask seed, published before it is shared."""
+    CHANNEL = "gramfuse/1 channel"
+    """Derived: the key that seals one silo's shares for another; also the seal's associated data."""
+    PAIR = "gramfuse/1 pair mask"
+    """Derived: the key of the mask that two silos have in common."""
+    SELF = "gramfuse/1 self mask"
+    """Derived: the key of the mask that a silo has alone."""
+    SURVIVORS = "gramfuse/1 survivors"
+    """Signed: whose contributions are in a sum."""
+    CONTEXT = "gramfuse/1 context"
+    """Hashed: what a sum of metrics is about."""
+
+
+def framed(label: Label, *fields: bytes | str) -> bytes:
+    """Return label and fields, each preceded by its length in four bytes, little-endian; text is UTF-8."""
+    parts = []
+    for field in (str(label), *fields):
+        data = field.encode("utf-8") if isinstance(field, str) else field
+        parts += [len(data).to_bytes(4, "little"), data]
+    return b"".join(parts)
+
+
+def derive(secret: bytes, label: Label, *fields: bytes | str) -> bytes:
+    """Return a 32-byte key: HKDF-SHA-256 without salt, `info` = `framed(label, *fields)`."""
+    return HKDF(SHA256(), KEY_BYTES, salt=None, info=framed(label, *fields)).derive(secret)
+
+
+def public_of(private: bytes) -> bytes:
+    """Return the X25519 public key of a private one."""
+    return X25519PrivateKey.from_private_bytes(private).public_key().public_bytes_raw()
+
+
+def agree(private: bytes, public: bytes, owner: str) -> bytes:
+    """Return the X25519 shared secret, 32 bytes.
+
+    Args:
+        owner: whose public key it is, for the error.
+
+    Raises:
+        SecurityError: if the result is all zeros, as a public key of low order makes it (RFC 7748, section 6.1).
+    """
+    try:
+        return X25519PrivateKey.from_private_bytes(private).exchange(X25519PublicKey.from_public_bytes(public))
+    except ValueError:
+        raise SecurityError(f"the public key of silo {owner!r} gives an all-zero secret; it is no honest key") from None
+
+
+class Identity:
+    """A silo's Ed25519 private key. Its repr shows the public half only."""
+
+    def __init__(self, private: bytes) -> None:
+        self._key = Ed25519PrivateKey.from_private_bytes(private)
+
+    def __repr__(self) -> str:
+        return f"Identity(public={self.public.hex()})"
+
+    @property
+    def public(self) -> bytes:
+        """The public key, 32 bytes."""
+        return self._key.public_key().public_bytes_raw()
+
+    def sign(self, statement: bytes) -> bytes:
+        """Return the signature over a statement, 64 bytes."""
+        return self._key.sign(statement)
+
+    def to_pem(self) -> str:
+        """Return the private key as PKCS#8 in PEM, unencrypted."""
+        return self._key.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        ).decode("ascii")
+
+    @staticmethod
+    def parse(text: str, source: str) -> Identity:
+        """Read what `to_pem` made; raises PlanError naming `source` and never quoting the text."""
+        try:
+            key = serialization.load_pem_private_key(text.encode("utf-8"), password=None)
+        except (ValueError, TypeError):
+            key = None
+        if not isinstance(key, Ed25519PrivateKey):
+            raise PlanError(f"{source}: is not an Ed25519 private key in PEM; make one with: gramfuse silo keygen")
+        return Identity(key.private_bytes_raw())
+
+
+def verify(public: bytes, signature: bytes, statement: bytes, what: str) -> None:
+    """Raise SecurityError, saying what was signed, unless the signature is that key's over the statement."""
+    try:
+        Ed25519PublicKey.from_public_bytes(public).verify(signature, statement)
+    except (InvalidSignature, ValueError):
+        raise SecurityError(f"{what} is not signed with the key that the plan's roster names") from None

@@ -1,0 +1,442 @@
+"""The secure sum: what each silo does in turn, and how the coordinator takes the masks off. No disk, no network.
+
+Every step is a function of (state, message, randomness) and gives back a new state; whatever must not be is raised as
+SecurityError, and then nothing may leave the silo any more. The order at a silo is
+
+    advertise → share → receive → masks → sign → release        (the last three once for each sum)
+
+Source: Bonawitz et al., "Practical Secure Aggregation for Privacy-Preserving Machine Learning", CCS 2017, figure 4 with
+the consistency check of the variant for active adversaries, on the complete graph. Differences: two sums share one
+exchange of keys and shares; vectors are modulo 2^64; the reconstructed secrets are checked against what their owner
+committed to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+from pydantic import BaseModel, ConfigDict, Field
+
+from gramfuse_protocol.errors import SecurityError
+from gramfuse_protocol.keys import KEY_BYTES, Identity, Label, Random, agree, derive, framed, public_of, verify
+from gramfuse_protocol.masks import Mask
+from gramfuse_protocol.roster import Roster
+from gramfuse_protocol.shares import SHARE_BYTES, check_share, combine, split
+from gramfuse_protocol.transcript import (
+    SUMS,
+    Advert,
+    Hex32,
+    Nonce,
+    Sum,
+    advert_statement,
+    commitment,
+    session_id,
+    survivors_statement,
+)
+
+Kind = Literal["mask", "seed"]
+KINDS: tuple[Kind, ...] = ("mask", "seed")
+"""The two secrets behind a sum: the private mask key, opened for the dead, and the self-mask seed, for survivors."""
+
+SEALED_BYTES = len(SUMS) * len(KINDS) * SHARE_BYTES + 16
+"""Shares of one silo for another, and the seal's tag."""
+
+_ONE_USE = bytes(12)  # nonce of a seal: its key is used once
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Secrets(_Frozen):
+    """What only this silo knows: X25519 private keys and self-mask seeds, hexadecimal. The repr is empty."""
+
+    channel: Hex32 = Field(repr=False)
+    mask: Mapping[Sum, Hex32] = Field(repr=False)
+    seed: Mapping[Sum, Hex32] = Field(repr=False)
+
+
+class Signed(_Frozen):
+    """What this silo has signed of one sum."""
+
+    survivors: tuple[str, ...]
+    context: Hex32
+
+
+Shares = Mapping[Sum, Mapping[Kind, str]]
+
+
+class Member(_Frozen):
+    """One silo's state in one session.
+
+    Args:
+        nonce: of the session.
+        cohort: the silos that the coordinator invited.
+        secrets, advert: this silo's keys.
+        adverts: the keys of all silos that are in, in roster order; empty before `share`.
+        own: shares of this silo's own secrets that it keeps for itself.
+        held: shares of its peers' secrets, by peer.
+        members: by sum, the silos whose masks are in it, this one among them.
+        uploaded: by sum, the digest of what was masked.
+        signed: by sum, what was signed.
+    """
+
+    nonce: Nonce
+    cohort: tuple[str, ...]
+    secrets: Secrets
+    advert: Advert
+    adverts: tuple[Advert, ...] = ()
+    own: Shares = Field({}, repr=False)
+    held: Mapping[str, Shares] = Field({}, repr=False)
+    members: Mapping[Sum, tuple[str, ...]] = {}
+    uploaded: Mapping[Sum, str] = {}
+    signed: Mapping[Sum, Signed] = {}
+
+    @property
+    def name(self) -> str:
+        """This silo."""
+        return self.advert.silo
+
+    def with_(self, **changes: Any) -> Member:
+        """Return this state with some of it replaced."""
+        return self.model_copy(update=changes)
+
+
+def check_cohort(roster: Roster, names: Sequence[str], what: str, *, within: Sequence[str] | None = None) -> None:
+    """Raise SecurityError unless names are distinct, known, in roster order, and enough to go on with.
+
+    Args:
+        what: what they are called in the error.
+        within: the silos that they must be among; the roster by default.
+    """
+    known = roster.names if within is None else tuple(within)
+    if len(set(names)) != len(names):
+        raise SecurityError(f"{what} names a silo twice")
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise SecurityError(f"{what} names {unknown[0]!r}, which cannot be there")
+    if list(names) != [name for name in roster.names if name in names]:
+        raise SecurityError(f"{what} is not in the order of the roster")
+    if len(names) < roster.floor:
+        raise SecurityError(f"{what} has {len(names)} silos; the plan asks for {roster.floor} at least")
+
+
+def advertise(
+    roster: Roster, nonce: str, name: str, cohort: Sequence[str], identity: Identity, random: Random
+) -> Member:
+    """Make this silo's keys for a session: `Member.advert` is what it sends.
+
+    Args:
+        random: asked for 32 bytes five times: channel, then mask and seed of each sum.
+
+    Raises:
+        SecurityError: if the cohort is too small, leaves this silo out or is not of the roster, or if the roster has
+            another key for this silo.
+    """
+    check_cohort(roster, cohort, "the cohort")
+    if name not in cohort:
+        raise SecurityError(f"the cohort leaves out silo {name!r}, which was asked for its keys")
+    if roster.keys[name] != identity.public:
+        raise SecurityError(f"the roster has another key for silo {name!r} than its identity file")
+    channel = random(KEY_BYTES)
+    mask, seed = {}, {}
+    for sum_name in SUMS:
+        mask[sum_name], seed[sum_name] = random(KEY_BYTES), random(KEY_BYTES)
+    unsigned = Advert(
+        silo=name,
+        channel=public_of(channel).hex(),
+        masks={sum_name: public_of(key).hex() for sum_name, key in mask.items()},
+        commitments={sum_name: commitment(value) for sum_name, value in seed.items()},
+        signature="0" * 128,
+    )
+    signature = identity.sign(advert_statement(roster.plan, nonce, unsigned.fields))
+    secrets = Secrets(
+        channel=channel.hex(),
+        mask={s: key.hex() for s, key in mask.items()},
+        seed={s: v.hex() for s, v in seed.items()},
+    )
+    advert = unsigned.model_copy(update={"signature": signature.hex()})
+    return Member(nonce=nonce, cohort=tuple(cohort), secrets=secrets, advert=advert)
+
+
+def check_adverts(roster: Roster, nonce: str, cohort: Sequence[str], adverts: Sequence[Advert]) -> None:
+    """Raise SecurityError unless these are honestly signed keys of enough silos of the cohort, in roster order."""
+    check_cohort(roster, [advert.silo for advert in adverts], "the list of keys", within=cohort)
+    for advert in adverts:
+        statement = advert_statement(roster.plan, nonce, advert.fields)
+        verify(
+            roster.keys[advert.silo],
+            bytes.fromhex(advert.signature),
+            statement,
+            f"the list of keys: silo {advert.silo!r}",
+        )
+    keys = [key for advert in adverts for key in (advert.channel, *advert.masks.values())]
+    if len(set(keys)) != len(keys):
+        raise SecurityError("the list of keys holds one key twice")
+
+
+def share(roster: Roster, member: Member, adverts: Sequence[Advert], random: Random) -> tuple[Member, dict[str, bytes]]:
+    """Share this silo's secrets among all silos that are in.
+
+    Args:
+        adverts: of all silos that are in, this one's among them as it was sent.
+        random: as `gramfuse_protocol.shares.split` asks for it; sums in order, mask before seed.
+
+    Returns:
+        The new state, and for each peer the sealed shares, SEALED_BYTES.
+
+    Raises:
+        SecurityError: if a key is forged, missing, of low order, or there are too few.
+    """
+    if member.adverts:
+        raise SecurityError("shares were made already; a second list of keys came")
+    check_adverts(roster, member.nonce, member.cohort, adverts)
+    if member.advert not in adverts:
+        raise SecurityError(f"the list of keys does not hold those of silo {member.name!r} as they were sent")
+    for advert in adverts:  # a key of low order is found before anything depends on it
+        if advert.silo != member.name:
+            for sum_name in SUMS:
+                agree(bytes.fromhex(member.secrets.mask[sum_name]), bytes.fromhex(advert.masks[sum_name]), advert.silo)
+    points = {advert.silo: roster.index(advert.silo) for advert in adverts}
+    split_up = {
+        (sum_name, kind): split(
+            bytes.fromhex(getattr(member.secrets, kind)[sum_name]), roster.threshold, points.values(), random
+        )
+        for sum_name in SUMS
+        for kind in KINDS
+    }
+    shares = {
+        silo: {s: {kind: split_up[s, kind][point].hex() for kind in KINDS} for s in SUMS}
+        for silo, point in points.items()
+    }
+    session = session_id(roster.plan, member.nonce, adverts)
+    sealed = {}
+    for advert in adverts:
+        if advert.silo != member.name:
+            key = _channel(member, session, advert, member.name, advert.silo)
+            plain = b"".join(bytes.fromhex(shares[advert.silo][s][kind]) for s in SUMS for kind in KINDS)
+            about = framed(Label.CHANNEL, session, member.name, advert.silo)
+            sealed[advert.silo] = ChaCha20Poly1305(key).encrypt(_ONE_USE, plain, about)
+    return member.with_(adverts=tuple(adverts), own=shares[member.name]), sealed
+
+
+def receive(roster: Roster, member: Member, sealed: Mapping[str, bytes]) -> Member:
+    """Open the shares that peers sealed for this silo; whoever sent some, and this silo, are members of the sums.
+
+    Raises:
+        SecurityError: if they come from a stranger or too few, do not open, or hold no shares.
+    """
+    if not member.adverts:
+        raise SecurityError("shares came before the list of keys")
+    if "statistics" in member.members:
+        raise SecurityError("shares came a second time")
+    if member.name in sealed:
+        raise SecurityError(f"shares came that silo {member.name!r} is said to have sealed for itself")
+    present = {advert.silo: advert for advert in member.adverts}
+    unknown = sorted(set(sealed) - set(present))
+    if unknown:
+        raise SecurityError(f"shares came from {unknown[0]!r}, whose keys are not in the list")
+    members = tuple(name for name in roster.names if name in sealed or name == member.name)
+    check_cohort(roster, members, "the list of those who shared")
+    session = session_id(roster.plan, member.nonce, member.adverts)
+    held = {}
+    for name, data in sealed.items():
+        key = _channel(member, session, present[name], name, member.name)
+        try:
+            plain = ChaCha20Poly1305(key).decrypt(_ONE_USE, data, framed(Label.CHANNEL, session, name, member.name))
+        except InvalidTag:
+            raise SecurityError(
+                f"the shares of silo {name!r} for silo {member.name!r} do not open: they were changed, belong to "
+                "another silo or session, or the two were told different lists of keys"
+            ) from None
+        parts = [plain[at : at + SHARE_BYTES] for at in range(0, len(plain), SHARE_BYTES)]
+        if len(plain) != SEALED_BYTES - 16:
+            raise SecurityError(f"silo {name!r} sealed {len(plain)} bytes that are no shares")
+        for part in parts:
+            check_share(part)
+        values = iter(part.hex() for part in parts)
+        held[name] = {s: {kind: next(values) for kind in KINDS} for s in SUMS}
+    return member.with_(held=held, members={"statistics": members})
+
+
+def masks(roster: Roster, member: Member, name: Sum) -> list[Mask]:
+    """Return the masks of this silo's contribution to a sum: its own, and one with every other member.
+
+    Of two silos, the one that comes first in the roster adds their mask and the other subtracts it.
+
+    Raises:
+        SecurityError: if it is not yet known who the members are.
+    """
+    members = _members(member, name)
+    session = session_id(roster.plan, member.nonce, member.adverts)
+    seed, private = bytes.fromhex(member.secrets.seed[name]), bytes.fromhex(member.secrets.mask[name])
+    found = [_self_mask(seed, session, name, member.name)]
+    for advert in member.adverts:
+        if advert.silo in members and advert.silo != member.name:
+            secret = agree(private, bytes.fromhex(advert.masks[name]), advert.silo)
+            found.append(_pair_mask(roster, secret, session, name, member.name, advert.silo))
+    return found
+
+
+def mark_uploaded(member: Member, name: Sum, digest: str) -> Member:
+    """Note what was masked.
+
+    Raises:
+        SecurityError: if something else was masked for this sum before: two vectors under one mask show their
+            difference.
+    """
+    if member.uploaded.get(name, digest) != digest:
+        raise SecurityError(f"the sum of {name} was asked for twice, with different contents")
+    return member.with_(uploaded={**member.uploaded, name: digest})
+
+
+def sign(
+    roster: Roster, member: Member, identity: Identity, name: Sum, survivors: Sequence[str], context: str
+) -> tuple[Member, bytes]:
+    """Sign whose contributions are in a sum; afterwards no other set is signed for it.
+
+    Args:
+        context: what the sum is about, as this silo knows it (`survivors_statement`).
+
+    Raises:
+        SecurityError: if this silo sent nothing or is missing, a silo is named twice or unknown, there are too few,
+            or another set was signed before.
+    """
+    members = _members(member, name)
+    if name not in member.uploaded:
+        raise SecurityError(f"survivors of the sum of {name} came, and silo {member.name!r} sent nothing for it")
+    check_cohort(roster, survivors, "the list of survivors", within=members)
+    if member.name not in survivors:
+        raise SecurityError(f"the list of survivors leaves out silo {member.name!r}, which is alive and was asked")
+    signed = Signed(survivors=tuple(survivors), context=context)
+    if member.signed.get(name, signed) != signed:
+        raise SecurityError(f"a second list of survivors came for the sum of {name}")
+    session = session_id(roster.plan, member.nonce, member.adverts)
+    signature = identity.sign(survivors_statement(session, name, members, survivors, context))
+    # What comes after the first sum is among its survivors.
+    later = {s: tuple(survivors) for s in SUMS[SUMS.index(name) + 1 :]}
+    state = member.with_(signed={**member.signed, name: signed}, members={**member.members, **later})
+    return state, signature
+
+
+def check_signatures(
+    roster: Roster,
+    session: bytes,
+    name: Sum,
+    members: Sequence[str],
+    signed: Signed,
+    signatures: Mapping[str, bytes],
+) -> None:
+    """Raise SecurityError unless at least `threshold` survivors signed exactly this set, and nobody else anything."""
+    unknown = sorted(set(signatures) - set(signed.survivors))
+    if unknown:
+        raise SecurityError(f"a signature came from {unknown[0]!r}, which is no survivor")
+    if len(signatures) < roster.threshold:
+        raise SecurityError(f"{len(signatures)} silos signed the survivors; the threshold is {roster.threshold}")
+    statement = survivors_statement(session, name, members, signed.survivors, signed.context)
+    for silo, signature in signatures.items():
+        verify(roster.keys[silo], signature, statement, f"the list of survivors: silo {silo!r}")
+
+
+def release(roster: Roster, member: Member, name: Sum, signatures: Mapping[str, bytes]) -> dict[str, bytes]:
+    """Return one share for each member of a sum: of the seed of a survivor, of the mask key of one that is not.
+
+    Raises:
+        SecurityError: if this silo did not sign, or fewer than `threshold` survivors signed the same.
+    """
+    if name not in member.signed:
+        raise SecurityError(f"shares for the sum of {name} were asked for before its survivors were signed")
+    if name not in member.secrets.seed:
+        raise SecurityError(f"the secrets of the sum of {name} are wiped; a second request for shares came")
+    members, signed = _members(member, name), member.signed[name]
+    session = session_id(roster.plan, member.nonce, member.adverts)
+    check_signatures(roster, session, name, members, signed, signatures)
+    everyone = {**member.held, member.name: member.own}
+    return {
+        silo: bytes.fromhex(everyone[silo][name]["seed" if silo in signed.survivors else "mask"]) for silo in members
+    }
+
+
+def forget(member: Member, name: Sum) -> Member:
+    """Return the state without the secrets of a sum that is over."""
+
+    def rest(values: Mapping[Sum, Any]) -> dict[Sum, Any]:
+        return {s: value for s, value in values.items() if s != name}
+
+    secrets = member.secrets.model_copy(update={"mask": rest(member.secrets.mask), "seed": rest(member.secrets.seed)})
+    held = {peer: rest(shares) for peer, shares in member.held.items()}
+    return member.with_(secrets=secrets, own=rest(member.own), held=held)
+
+
+def unmasking(
+    roster: Roster,
+    nonce: str,
+    adverts: Sequence[Advert],
+    name: Sum,
+    members: Sequence[str],
+    survivors: Sequence[str],
+    shares: Mapping[str, Mapping[str, bytes]],
+) -> list[Mask]:
+    """Return what takes the masks off the sum of the survivors' vectors. This is the coordinator's last step.
+
+    Args:
+        adverts: of all silos that are in, in roster order.
+        shares: by the silo that released them, then by the silo that they belong to.
+
+    Raises:
+        SecurityError: if there are too few shares, or a secret is not what its owner committed to.
+    """
+    session = session_id(roster.plan, nonce, adverts)
+    present = {advert.silo: advert for advert in adverts}
+    for silo, released in shares.items():
+        if set(released) != set(members):
+            raise SecurityError(f"silo {silo!r} did not release exactly one share for each member of the sum")
+
+    def secret(owner: str) -> bytes:
+        return combine({roster.index(silo): released[owner] for silo, released in shares.items()}, roster.threshold)
+
+    found = []
+    for owner in members:
+        value, advert = secret(owner), present[owner]
+        if owner in survivors:
+            if commitment(value) != advert.commitments[name]:
+                raise SecurityError(_not_committed(owner, shares))
+            found.append(_self_mask(value, session, name, owner).inverse)
+        else:
+            if public_of(value).hex() != advert.masks[name]:
+                raise SecurityError(_not_committed(owner, shares))
+            for survivor in survivors:
+                agreed = agree(value, bytes.fromhex(present[survivor].masks[name]), survivor)
+                found.append(_pair_mask(roster, agreed, session, name, survivor, owner).inverse)
+    return found
+
+
+def _not_committed(owner: str, shares: Mapping[str, Mapping[str, bytes]]) -> str:
+    return (
+        f"the shares do not give back what silo {owner!r} committed to; one of {', '.join(shares)} released a wrong "
+        f"share, or {owner!r} dealt wrong ones"
+    )
+
+
+def _members(member: Member, name: Sum) -> tuple[str, ...]:
+    if name not in member.members:
+        raise SecurityError(f"the sum of {name} was asked for before its members are known")
+    return member.members[name]
+
+
+def _channel(member: Member, session: bytes, peer: Advert, sender: str, receiver: str) -> bytes:
+    secret = agree(bytes.fromhex(member.secrets.channel), bytes.fromhex(peer.channel), peer.silo)
+    return derive(secret, Label.CHANNEL, session, sender, receiver)
+
+
+def _self_mask(seed: bytes, session: bytes, name: Sum, owner: str) -> Mask:
+    return Mask(derive(seed, Label.SELF, session, name, owner), 1)
+
+
+def _pair_mask(roster: Roster, secret: bytes, session: bytes, name: Sum, own: str, peer: str) -> Mask:
+    """Return the mask between two silos as `own` applies it."""
+    first, second = sorted((own, peer), key=roster.index)
+    return Mask(derive(secret, Label.PAIR, session, name, first, second), 1 if own == first else -1)

@@ -1,0 +1,106 @@
+"""What a secure sum signs and hashes: the one place that says which bytes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from gramfuse_protocol.keys import Label, framed
+from gramfuse_protocol.plan import Name, Sha256
+
+Sum = Literal["statistics", "metrics"]
+SUMS: tuple[Sum, ...] = ("statistics", "metrics")
+"""The two sums of a session. Each has masks of its own, since opening one tells what masked it."""
+
+Hex32 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Hex64 = Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]
+Nonce = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+
+
+class Advert(BaseModel):
+    """The public keys that one silo uses in one session.
+
+    Args:
+        silo: its name in the roster.
+        channel: X25519 public key for sealing shares, hexadecimal.
+        masks: X25519 public key for masks, one for each sum.
+        commitments: `commitment` of the self-mask seed, one for each sum.
+        signature: Ed25519 over `advert_statement`, by the key of the roster.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    silo: Name
+    channel: Hex32
+    masks: Mapping[Sum, Hex32]
+    commitments: Mapping[Sum, Sha256]
+    signature: Hex64
+
+    @model_validator(mode="after")
+    def _both_sums(self) -> Advert:
+        if set(self.masks) != set(SUMS) or set(self.commitments) != set(SUMS):
+            raise ValueError(f"expected a mask key and a commitment for each of {', '.join(SUMS)}")
+        return self
+
+    @property
+    def fields(self) -> tuple[bytes | str, ...]:
+        """Name and keys, as they enter statements."""
+        keys = [self.channel]
+        for name in SUMS:
+            keys += [self.masks[name], self.commitments[name]]
+        return (self.silo, *(bytes.fromhex(key) for key in keys))
+
+
+def commitment(seed: bytes) -> str:
+    """Return the commitment to a self-mask seed, hexadecimal."""
+    return hashlib.sha256(framed(Label.COMMITMENT, seed)).hexdigest()
+
+
+def advert_statement(plan: str, nonce: str, fields: Sequence[bytes | str]) -> bytes:
+    """Return what a silo signs of its keys.
+
+    Args:
+        plan: digest of the plan, hexadecimal.
+        nonce: the session's nonce, hexadecimal.
+        fields: `Advert.fields`.
+    """
+    return framed(Label.ADVERT, bytes.fromhex(plan), bytes.fromhex(nonce), *fields)
+
+
+def session_id(plan: str, nonce: str, adverts: Sequence[Advert]) -> bytes:
+    """Return the session's identifier, 32 bytes: it enters every derivation, so other keys give other masks.
+
+    Args:
+        adverts: of all silos that are in, in roster order.
+    """
+    fields = [field for advert in adverts for field in advert.fields]
+    return hashlib.sha256(framed(Label.SESSION, bytes.fromhex(plan), bytes.fromhex(nonce), *fields)).digest()
+
+
+def survivors_statement(
+    session: bytes, name: Sum, members: Sequence[str], survivors: Sequence[str], context: str
+) -> bytes:
+    """Return what the survivors sign.
+
+    Args:
+        session: `session_id`.
+        name: which sum.
+        members: the silos whose masks are in it, in roster order.
+        survivors: those whose contributions are in it, in roster order.
+        context: what the sum is about, hexadecimal: the layout's digest, or `metrics_context`.
+    """
+    lists = [framed(Label.SURVIVORS, *names) for names in (members, survivors)]
+    return framed(Label.SURVIVORS, session, name, *lists, bytes.fromhex(context))
+
+
+def metrics_context(candidates: Mapping[str, str]) -> str:
+    """Return what a sum of metrics is about, hexadecimal.
+
+    Args:
+        candidates: digest of each measured model by its name, in the order in which their sums stand in the vector.
+    """
+    fields = [field for name, digest in candidates.items() for field in (name, bytes.fromhex(digest))]
+    return hashlib.sha256(framed(Label.CONTEXT, *fields)).hexdigest()
