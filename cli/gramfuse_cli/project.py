@@ -57,7 +57,8 @@ class Project:
         from gramfuse_model.tracing import plan_layout
 
         base = load_base(self.plan, self.directory)
-        layout = plan_layout(self.plan, base)
+        given = Layout.read(self.layout_path) if self.plan.locked and self.layout_path.exists() else None
+        layout = plan_layout(self.plan, base, given)
         return self.plan.pinned(sha256=base.sha256, layout=layout.digest), layout
 
     def write_lock(self, plan: Plan, layout: Layout) -> None:

@@ -68,6 +68,6 @@ def _refuse(values: Floats, scaled: Floats, limit: float, name: str) -> None:
     worst = float(np.abs(scaled).max() / limit)
     raise ContributionError(
         f"tensor {name!r} holds {beyond} values out of {values.size} beyond what the plan's fixed-point range takes, "
-        f"the largest by a factor of {worst:.3g}; training diverged, or the silo's data are unlike anything that the base "
-        "model knows: lower training.learning-rate, exclude the tensor (merge.exclude), or look at the data"
+        f"the largest by a factor of {worst:.3g}; training diverged, or the silo's data are unlike anything that the "
+        "base model knows: lower training.learning-rate, exclude the tensor (merge.exclude), or look at the data"
     )

@@ -27,6 +27,10 @@ PIECE_BYTES = 128 * 2**20
 
 Positive = Annotated[int, Field(ge=1, le=2**53 - 1)]
 
+EXPONENT = 40
+Exponent = Annotated[int, Field(ge=-EXPONENT, le=EXPONENT)]
+"""Of two, of a feature's amplitude."""
+
 
 def _structure(text: str) -> str:
     parse_structure(text)
@@ -55,11 +59,24 @@ class Group(_Frozen):
     d_in: Positive
     structure: Annotated[str, AfterValidator(_structure)]
     weights: Annotated[tuple[Linear, ...], Field(min_length=1)]
+    exponents: tuple[Exponent, ...] = ()
+    """For each feature, the power of two that its root mean square on public text does not exceed; for secure sums."""
+
+    @model_validator(mode="after")
+    def _one_exponent_for_each_feature(self) -> Group:
+        if len(self.exponents) not in (0, self.d_in):
+            raise ValueError(f"group {self.name!r} has {len(self.exponents)} exponents for {self.d_in} features")
+        return self
 
     @cached_property
     def blocks(self) -> Blocks:
         """The blocks of this group's Gram matrix."""
         return Blocks.of(self.structure, self.d_in)
+
+    @property
+    def d_out(self) -> int:
+        """Outputs of all its weights together."""
+        return sum(weight.d_out for weight in self.weights)
 
 
 class Tensor(_Frozen):
@@ -137,6 +154,24 @@ class Layout(_Frozen):
         grams = tuple(Block(gram_block(group.name), (group.blocks.entries,)) for group in self.groups)
         return grams + tuple(Block(delta_block(tensor.name), tensor.shape) for tensor in self.tensors)
 
+    @cached_property
+    def sums(self) -> tuple[Block, ...]:
+        """All blocks of what is summed over silos, in order (`gramfuse_model.summands`).
+
+        `count`: weight c, examples, and token rows of each group. `s:<group>`: packed c·Ĝ. `t:<group>`: c·Ĝ·Δ, (d_in,
+        d_out), weights side by side. `m:<parameter>`: c·Δ, in the parameter's own shape.
+        """
+        count = Block("count", (2 + len(self.groups),))
+        s = tuple(Block(f"s:{group.name}", (group.blocks.entries,)) for group in self.groups)
+        t = tuple(Block(f"t:{group.name}", (group.d_in, group.d_out)) for group in self.groups)
+        m = tuple(Block(f"m:{tensor.name}", tensor.shape) for tensor in self.tensors)
+        return (count, *s, *t, *m)
+
+    @cached_property
+    def sum_entries(self) -> int:
+        """Number of elements of what is summed over silos."""
+        return sum(block.entries for block in self.sums)
+
     @property
     def deltas(self) -> tuple[Slice, ...]:
         """The blocks that a whole model is sent as: each tensor's difference from the base."""
@@ -162,6 +197,16 @@ class Layout(_Frozen):
                 room -= stop - start
                 start = stop
         return tuple(tuple(piece) for piece in pieces)
+
+    def follows(self, derived: Layout) -> bool:
+        """Whether this layout is one that was derived anew, but for what rounding may do to exponents: one step."""
+        if self.model_copy(update={"groups": derived.groups}) != derived or len(self.groups) != len(derived.groups):
+            return False
+        return all(
+            own.model_copy(update={"exponents": other.exponents}) == other
+            and all(abs(a - b) <= 1 for a, b in zip(own.exponents, other.exponents, strict=True))
+            for own, other in zip(self.groups, derived.groups, strict=True)
+        )
 
     def linear(self) -> Iterator[tuple[Group, Linear]]:
         """Yield each weight that is merged in closed form with its group."""

@@ -14,9 +14,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from gramfuse_protocol.errors import FederationError, GramfuseError, RefusalError
 from gramfuse_protocol.plan import Name, Sha256
+from gramfuse_protocol.secure_sum import SEALED_BYTES
+from gramfuse_protocol.shares import SHARE_BYTES
+from gramfuse_protocol.transcript import Advert, Hex64, Nonce, Sum
 
-Session = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 Count = Annotated[int, Field(ge=0)]
+Sealed = Annotated[str, Field(pattern=rf"^[0-9a-f]{{{2 * SEALED_BYTES}}}$")]
+Share = Annotated[str, Field(pattern=rf"^[0-9a-f]{{{2 * SHARE_BYTES}}}$")]
 
 
 class Body(BaseModel):
@@ -51,7 +55,7 @@ class Message(Body):
     """
 
     plan: Sha256
-    session: Session
+    session: Nonce
 
 
 class JoinRequest(Message):
@@ -76,16 +80,105 @@ class TrainRequest(Message):
 
 
 class TrainReply(Message):
-    """Statistics are ready on the silo's disk."""
+    """Statistics are ready on the silo's disk. Under secure aggregation nothing more is said."""
 
     phase = "train"
     silo: Name
-    examples: Annotated[int, Field(ge=1)]
-    tokens: Mapping[str, Count]
+    examples: Annotated[int, Field(ge=1)] | None = None
+    tokens: Mapping[str, Count] = {}
+
+
+class KeysRequest(Message):
+    """Make keys for this session. The cohort is in roster order."""
+
+    phase = "keys"
+    cohort: tuple[Name, ...]
+
+
+class KeysReply(Message):
+    """The silo's public keys, signed."""
+
+    phase = "keys"
+    silo: Name
+    advert: Advert
+
+
+class SharesRequest(Message):
+    """Share your secrets among the silos whose keys these are, in roster order."""
+
+    phase = "shares"
+    adverts: tuple[Advert, ...]
+
+
+class SharesReply(Message):
+    """Sealed shares for each peer, hexadecimal."""
+
+    phase = "shares"
+    silo: Name
+    sealed: Mapping[Name, Sealed]
+
+
+class MaskedRequest(Message):
+    """Send one piece of the masked contribution to a sum.
+
+    Args:
+        sealed: the shares that peers sealed for this silo, the same with every piece; only for the statistics.
+        candidates: the measured models whose metrics are summed, in order; only for the metrics.
+    """
+
+    phase = "masked"
+    sum_of: Sum
+    sealed: Mapping[Name, Sealed] = {}
+    candidates: tuple[str, ...] = ()
+    piece: Count
+    piece_bytes: Annotated[int, Field(ge=16, multiple_of=16)]
+
+
+class MaskedReply(Message):
+    """One piece: `arrays` holds `masked`, uint64, the words from piece · piece_bytes / 8 on."""
+
+    phase = "masked"
+    silo: Name
+    sum_of: Sum
+    piece: Count
+
+
+class SurvivorsRequest(Message):
+    """Sign whose contributions are in a sum; in roster order."""
+
+    phase = "survivors"
+    sum_of: Sum
+    survivors: tuple[Name, ...]
+
+
+class SurvivorsReply(Message):
+    """The silo's signature (`gramfuse_protocol.transcript.survivors_statement`), hexadecimal."""
+
+    phase = "survivors"
+    silo: Name
+    sum_of: Sum
+    signature: Hex64
+
+
+class UnmaskRequest(Message):
+    """Release one share for each member of a sum; here are the survivors' signatures, hexadecimal."""
+
+    phase = "unmask"
+    sum_of: Sum
+    signatures: Mapping[Name, Hex64]
+
+
+class UnmaskReply(Message):
+    """Shares by the silo that they belong to, hexadecimal."""
+
+    phase = "unmask"
+    silo: Name
+    sum_of: Sum
+    shares: Mapping[Name, Share]
 
 
 class UploadRequest(Message):
-    """Send one piece of the contribution."""
+    """Send one piece of the contribution, in the clear."""
 
     phase = "upload"
     piece: Count
@@ -108,7 +201,7 @@ class EvaluateRequest(Message):
 
 
 class EvaluateReply(Message):
-    """`arrays` holds `sums`, float64 (`gramfuse_protocol.metrics`)."""
+    """`arrays` holds `sums`, float64 (`gramfuse_protocol.metrics`); nothing if they leave through a secure sum."""
 
     phase = "evaluate"
     silo: Name
@@ -126,10 +219,33 @@ class Refusal(Message):
 
 
 REQUESTS: Mapping[str, type[Message]] = {
-    cls.phase: cls for cls in (JoinRequest, TrainRequest, UploadRequest, EvaluateRequest)
+    cls.phase: cls
+    for cls in (
+        JoinRequest,
+        TrainRequest,
+        KeysRequest,
+        SharesRequest,
+        MaskedRequest,
+        SurvivorsRequest,
+        UnmaskRequest,
+        UploadRequest,
+        EvaluateRequest,
+    )
 }
 REPLIES: Mapping[str, type[Message]] = {
-    cls.phase: cls for cls in (JoinReply, TrainReply, UploadReply, EvaluateReply, Refusal)
+    cls.phase: cls
+    for cls in (
+        JoinReply,
+        TrainReply,
+        KeysReply,
+        SharesReply,
+        MaskedReply,
+        SurvivorsReply,
+        UnmaskReply,
+        UploadReply,
+        EvaluateReply,
+        Refusal,
+    )
 }
 
 

@@ -17,6 +17,7 @@ from pydantic import Field, model_validator
 from gramfuse_protocol.canonical import digest
 from gramfuse_protocol.documents import Section, build, parse, read_text
 from gramfuse_protocol.errors import PlanError
+from gramfuse_protocol.roster import Roster, check_terms, smallest_threshold
 from gramfuse_protocol.structure import parse_structure
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
@@ -96,7 +97,14 @@ class Merge(Section):
 class Privacy(Section):
     """`[privacy]`: what the coordinator sees."""
 
-    secure_aggregation: bool
+    secure_aggregation: bool = True
+    """Whether the coordinator sees sums over silos only, or each silo's statistics."""
+    colluding: Annotated[int, Field(ge=0, le=LARGEST)] = 1
+    """Silos that may be on the coordinator's side without the others' contributions being seen."""
+    threshold: Count | None = None
+    """Shares that open a silo's mask; by default the smallest that is safe."""
+    minimum_survivors: Count | None = None
+    """Fewest silos that a merge may be of; by default the threshold, or without secure aggregation all of them."""
     metrics: Literal["none", "sum", "silo"] = "sum"
     """Whether held-out metrics leave a silo: not at all, to be shown as a sum only, or silo by silo."""
 
@@ -105,6 +113,8 @@ class Silo(Section):
     """One `[[silo]]` of the roster."""
 
     name: Name
+    public_key: Sha256 | None = None
+    """Ed25519 public key in hexadecimal, as `gramfuse silo keygen` prints it."""
 
 
 class Plan(Section):
@@ -114,7 +124,7 @@ class Plan(Section):
     model: Model
     training: Training = Training()
     merge: Merge = Merge()
-    privacy: Privacy
+    privacy: Privacy = Privacy()
     silo: Annotated[tuple[Silo, ...], Field(min_length=1)]
 
     @model_validator(mode="after")
@@ -123,12 +133,42 @@ class Plan(Section):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"[[silo]] names {', '.join(twice)} more than once")
+        keys = [silo.public_key for silo in self.silo if silo.public_key is not None]
+        if len(set(keys)) != len(keys):
+            raise ValueError("[[silo]] names one public key twice; every silo makes its own with: gramfuse silo keygen")
         if self.privacy.secure_aggregation:
-            raise ValueError(
-                "'privacy.secure-aggregation = true' is not available in this version; set it to false, "
-                "which lets the coordinator see each silo's statistics, or do not run"
-            )
+            check_terms(len(self.silo), self.privacy.colluding, self.threshold, self.minimum_survivors)
+        elif self.minimum_survivors > len(self.silo):
+            raise ValueError(f"'privacy.minimum-survivors' is more than the {len(self.silo)} silos of the roster")
         return self
+
+    @property
+    def threshold(self) -> int:
+        """Shares that open a silo's mask: as the plan says, or the smallest that is safe."""
+        return self.privacy.threshold or smallest_threshold(len(self.silo), self.privacy.colluding)
+
+    @property
+    def minimum_survivors(self) -> int:
+        """Fewest silos that a merge may be of."""
+        if self.privacy.minimum_survivors is not None:
+            return self.privacy.minimum_survivors
+        return self.threshold if self.privacy.secure_aggregation else len(self.silo)
+
+    @property
+    def roster(self) -> Roster:
+        """The silos and their keys, on the terms of a secure sum.
+
+        Raises:
+            PlanError: naming the silos that have no key.
+        """
+        missing = [silo.name for silo in self.silo if silo.public_key is None]
+        if missing:
+            raise PlanError(
+                f"plan: no public key for {', '.join(missing)}; each of them runs gramfuse silo keygen, and the key "
+                "that it prints goes into the plan as 'public-key' of its [[silo]]"
+            )
+        keys = {silo.name: bytes.fromhex(silo.public_key or "") for silo in self.silo}
+        return Roster(self.digest, keys, self.threshold, self.minimum_survivors)
 
     @property
     def digest(self) -> str:
@@ -156,6 +196,11 @@ class Plan(Section):
     def unlocked(self) -> Plan:
         """Return this plan without the two digests of `plan lock`."""
         return self.pinned(sha256=None, layout=None)
+
+    def with_keys(self, keys: Mapping[str, str]) -> Plan:
+        """Return this plan with other public keys, by silo."""
+        roster = tuple(silo.model_copy(update={"public_key": keys[silo.name]}) for silo in self.silo)
+        return self.model_copy(update={"silo": roster})
 
     def pinned(self, *, sha256: str | None, layout: str | None) -> Plan:
         """Return this plan with the two digests of `plan lock` filled in."""

@@ -89,8 +89,8 @@ class Member(_Frozen):
     secrets: Secrets
     advert: Advert
     adverts: tuple[Advert, ...] = ()
-    own: Shares = Field({}, repr=False)
-    held: Mapping[str, Shares] = Field({}, repr=False)
+    own: Shares = Field(default={}, repr=False)
+    held: Mapping[str, Shares] = Field(default={}, repr=False)
     members: Mapping[Sum, tuple[str, ...]] = {}
     uploaded: Mapping[Sum, str] = {}
     signed: Mapping[Sum, Signed] = {}

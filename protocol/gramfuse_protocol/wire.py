@@ -25,7 +25,11 @@ from gramfuse_protocol.messages import Body
 BUFFER_BYTES = 32 * 2**20
 """Size of every buffer but the last: large enough to be few, small enough to be copied without pain."""
 
-DTYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "float64": np.dtype("<f8")}
+DTYPES: dict[str, np.dtype[Any]] = {
+    "float32": np.dtype("<f4"),
+    "float64": np.dtype("<f8"),
+    "uint64": np.dtype("<u8"),
+}
 
 Bytes = NDArray[np.uint8]
 B = TypeVar("B", bound=Body)
@@ -50,7 +54,7 @@ class Frame:
 
 
 def pack(message: Body) -> Frame:
-    """Turn a message into a frame; arrays must be float32 or float64."""
+    """Turn a message into a frame; arrays must be float32, float64 or uint64."""
     index = [[name, str(array.dtype), list(array.shape)] for name, array in message.arrays.items()]
     return Frame(_header(message, index), tuple(_cut(message.arrays.values())))
 

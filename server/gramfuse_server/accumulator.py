@@ -10,8 +10,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from gramfuse_model.summands import inward, summands
+from gramfuse_protocol.encoding import decode
 from gramfuse_protocol.errors import ContributionError
-from gramfuse_protocol.layout import Group, Layout, Linear, delta_block, gram_block
+from gramfuse_protocol.layout import Layout
+from gramfuse_protocol.scales import scales
 from gramfuse_protocol.statistics import Contribution, check_counts
 from gramfuse_server.solve import Step, solve
 
@@ -40,20 +43,25 @@ class Accumulator:
 
         S = Σ cᵢ Ĝᵢ    T = Σ cᵢ Ĝᵢ Δᵢ    M = Σ cᵢ Δᵢ    C = Σ cᵢ    with Ĝ = α G + (1 − α) diag(G)
 
-    S and T belong to groups, M to every tensor. cᵢ is 1 (`uniform`) or the number of examples (`examples`).
-
-    Source: Jin et al., "Dataless Knowledge Fusion by Merging Weights of Language Models", ICLR 2023, equation 2
-    and section 3.3, written for the differences from a common base.
+    S and T belong to groups, M to every tensor (`gramfuse_model.summands`). Open contributions are folded in one by
+    one; a secure sum is loaded once, as it was decoded.
     """
 
     def __init__(self, layout: Layout, *, alpha: float, weighting: Literal["uniform", "examples"] = "uniform") -> None:
         self.layout = layout
         self.alpha = alpha
         self.weighting = weighting
-        self.weight = 0.0
-        self._s = {group.name: np.zeros(group.blocks.entries) for group in layout.groups}  # packed
-        self._t = {group.name: torch.zeros(group.d_in, _width(group), dtype=torch.float64) for group in layout.groups}
-        self._m = {tensor.name: np.zeros(tensor.shape) for tensor in layout.tensors}
+        self._sums = {block.name: np.zeros(block.shape) for block in layout.sums}
+
+    @property
+    def weight(self) -> float:
+        """C."""
+        return float(self._sums["count"][0])
+
+    @property
+    def examples(self) -> int:
+        """Training examples of all silos together."""
+        return int(self._sums["count"][1])
 
     def fold(self, contribution: Contribution, source: str) -> None:
         """Add one silo's contribution, whose blocks were checked when they came.
@@ -65,21 +73,23 @@ class Accumulator:
             ContributionError: if its counts do not fit the layout; the sums are then unchanged.
         """
         check_counts(self.layout, contribution.examples, contribution.tokens, source)
-        c = float(contribution.examples) if self.weighting == "examples" else 1.0
-        for tensor in self.layout.tensors:
-            self._m[tensor.name] += c * contribution.block(delta_block(tensor.name))
-        for group in self.layout.groups:
-            parts = group.blocks.unpack(contribution.block(gram_block(group.name)).astype(np.float64))
-            delta = torch.cat([_inward(w, contribution.block(delta_block(w.weight))) for w in group.weights], dim=1)
-            for part, (first, count, width) in zip(parts, group.blocks.parts, strict=True):
-                gram = torch.from_numpy(part)  # (count, width, width)
-                diagonal = gram.diagonal(dim1=1, dim2=2).clone()
-                gram *= self.alpha * c
-                gram.diagonal(dim1=1, dim2=2).copy_(c * diagonal)
-                rows = slice(first, first + count * width)
-                self._t[group.name][rows] += (gram @ delta[rows].view(count, width, -1)).view(count * width, -1)
-            self._s[group.name] += group.blocks.pack(parts)
-        self.weight += c
+        for block, values in summands(self.layout, contribution, alpha=self.alpha, weighting=self.weighting):
+            self._sums[block.name] += values
+
+    def load(self, words: NDArray[np.uint64], silos: int) -> None:
+        """Take a whole secure sum.
+
+        Args:
+            words: the sum without its masks, uint64 (layout.sum_entries,); its memory is used up.
+            silos: in the plan's roster, which the scales depend on.
+        """
+        start = 0
+        for block, scale in scales(self.layout, silos, self.weighting):
+            part = words[start : start + block.entries].reshape(block.shape)
+            values = part.view(np.float64)
+            values[:] = decode(part, scale)
+            self._sums[block.name] = values
+            start += block.entries
 
     def mean(self) -> Deltas:
         """Return the weighted mean of the differences: the simple average.
@@ -87,7 +97,7 @@ class Accumulator:
         Raises:
             ContributionError: naming the tensor, if a value is beyond float32.
         """
-        return _representable({name: total / self.weight for name, total in self._m.items()})
+        return _representable({t.name: self._sums[f"m:{t.name}"] / self.weight for t in self.layout.tensors})
 
     def merge(self) -> Merged:
         """Solve every group; all other tensors get the mean.
@@ -102,8 +112,9 @@ class Accumulator:
         deltas = dict(average)
         steps = []
         for group in self.layout.groups:
-            mean = torch.cat([_inward(w, deltas[w.weight]) for w in group.weights], dim=1)
-            solution, step = solve(group, self._s[group.name], self._t[group.name], mean)
+            mean = torch.cat([inward(w, deltas[w.weight]) for w in group.weights], dim=1)
+            s, t = self._sums[f"s:{group.name}"], torch.from_numpy(self._sums[f"t:{group.name}"])
+            solution, step = solve(group, s, t, mean)
             steps.append(step)
             start = 0
             for weight in group.weights:
@@ -122,13 +133,3 @@ def _representable(deltas: dict[str, Float64]) -> Deltas:
                 "or its statistics are wrong. Measure the silos' own models to find which"
             )
     return deltas
-
-
-def _width(group: Group) -> int:
-    return sum(weight.d_out for weight in group.weights)
-
-
-def _inward(weight: Linear, array: NDArray[np.floating]) -> torch.Tensor:
-    """Return a weight's difference as float64 (d_in, d_out)."""
-    tensor = torch.from_numpy(np.array(array, np.float64))
-    return tensor.T if weight.transposed else tensor

@@ -1,0 +1,76 @@
+"""The fixed-point scale of everything that is summed over silos.
+
+What a feature's amplitude is on public text, 2^e, is in the layout (`Group.exponents`). With K bits for one silo's
+integer (`gramfuse_protocol.encoding.capacity`), w bits for its weight c, and 8 bits by which an amplitude may exceed
+that on public text, an element is multiplied by 2^f with
+
+    s, features j and k    f = K − w − 16 − e_j − e_k
+    t, row j               f = K − w − 16 − e_j − g      g: the smallest with 4^g ≥ Σ 4^e over the group's features
+    m                      f = K − w − 8                 a weight that moves by more than 256 is an error
+    count                  f = 0
+
+and w is 0 under weighting `uniform`, 20 under `examples`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gramfuse_protocol.encoding import capacity
+from gramfuse_protocol.layout import Block, Group, Layout
+
+AMPLITUDE_BITS = 8
+WEIGHT_BITS = {"uniform": 0, "examples": 20}
+
+METRICS_SCALE = {"classification": 1.0, "regression": 2.0**20}
+"""Scale of the metrics' sums: a confusion matrix holds counts, the moments of a regression do not."""
+
+Scale = NDArray[np.float64] | float
+
+
+def scales(layout: Layout, silos: int, weighting: Literal["uniform", "examples"]) -> Iterator[tuple[Block, Scale]]:
+    """Yield each block of `layout.sums` with its scale 2^f, which broadcasts to the block's shape.
+
+    Raises:
+        ValueError: if the layout has no exponents.
+    """
+    if any(len(group.exponents) != group.d_in for group in layout.groups):
+        raise ValueError("the layout has no exponents; derive it with gramfuse_model.tracing")
+    room = capacity(silos) - WEIGHT_BITS[weighting]
+    product = 2.0 ** (room - 2 * AMPLITUDE_BITS)
+    makers: list[Any] = [lambda: 1.0]
+    makers += [lambda group=group: product * _packed(group) for group in layout.groups]
+    makers += [lambda group=group: product * _rows(group) for group in layout.groups]
+    makers += [lambda: 2.0 ** (room - AMPLITUDE_BITS) for _ in layout.tensors]
+    for block, make in zip(layout.sums, makers, strict=True):
+        yield block, make()
+
+
+def spread(group: Group) -> int:
+    """Return the smallest g with 4^g ≥ Σ 4^e over a group's features."""
+    lowest = min(group.exponents)
+    total = sum(1 << 2 * (e - lowest) for e in group.exponents)
+    return lowest + ((total - 1).bit_length() + 1) // 2
+
+
+def _packed(group: Group) -> NDArray[np.float64]:
+    """Return 2^(−e_j−e_k) for each packed entry."""
+    p = _powers(group)
+    parts = []
+    for first, count, width in group.blocks.parts:
+        rows = p[first : first + count * width].reshape(count, width)
+        parts.append(rows[:, :, None] * rows[:, None, :])
+    return group.blocks.pack(parts)
+
+
+def _rows(group: Group) -> NDArray[np.float64]:
+    """Return 2^(−e_j−g) for each row, (d_in, 1)."""
+    return (_powers(group) * 2.0 ** -spread(group))[:, None]
+
+
+def _powers(group: Group) -> NDArray[np.float64]:
+    return np.exp2(-np.array(group.exponents, np.float64))
