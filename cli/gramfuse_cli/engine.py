@@ -35,14 +35,15 @@ class SimulatedSilos:
 
 
 def simulated_silo(file: str, state: str, plan_digest: str) -> Any:
-    """Return a Silo as in its file, but with the plan approved and its state in a directory of the simulation.
+    """Return a Silo as in its file, but with the plan approved, its state and its key in a directory of the simulation.
 
     Whoever simulates owns all silos' data already, so there is nobody to ask for approval. All other limits hold.
     """
     from gramfuse_client.silo import Silo
 
     silo = Silo.read(Path(file))
-    changes = {"approved": (plan_digest,), "state": str(Path(state) / silo.name)}
+    own = Path(state) / silo.name
+    changes = {"approved": (plan_digest,), "state": str(own), "identity": str(own / "identity.pem")}
     return Silo(silo.path, silo.file.model_copy(update=changes))
 
 
@@ -52,6 +53,7 @@ def simulate(spec: dict[str, Any]) -> dict[str, Any]:
     from flwr.simulation import run_simulation
 
     from gramfuse_client.app import client_app
+    from gramfuse_client.state import State
     from gramfuse_server.app import coordinate
 
     plan = Plan.parse(spec["plan"])
@@ -72,7 +74,7 @@ def simulate(spec: dict[str, Any]) -> dict[str, Any]:
                 layout,
                 Path(spec["directory"]),
                 Path(spec["out"]),
-                compare_silos=True,
+                own_models=lambda name: State(Path(spec["state"]) / name, plan.digest).contribution(),
                 observer=observe,
             )
         )

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 import click
 
-from gramfuse_cli import demo, init, plan, run, simulate
+from gramfuse_cli import demo, init, plan, run, silo, simulate
 from gramfuse_protocol.errors import GramfuseError
 
 INTERRUPTED = 130
@@ -25,6 +25,7 @@ def cli() -> None:
     See it work:            gramfuse demo
     Start your own:         gramfuse init my-merge
     Try it on one machine:  gramfuse simulate my-merge
+    Make a silo's key:      gramfuse silo keygen silo.toml
     Agree on the contract:  gramfuse plan lock my-merge
     Between real silos:     gramfuse run my-merge CONNECTION
 
@@ -36,6 +37,7 @@ cli.add_command(demo.demo)
 cli.add_command(init.init)
 cli.add_command(plan.plan)
 cli.add_command(run.run)
+cli.add_command(silo.silo)
 cli.add_command(simulate.simulate)
 
 

@@ -20,6 +20,7 @@ from gramfuse_cli.options import project_directory
 from gramfuse_cli.project import Project
 from gramfuse_protocol.layout import ITEM_BYTES, Layout
 from gramfuse_protocol.plan import Plan
+from gramfuse_protocol.roster import tolerated
 
 
 @click.group()
@@ -37,10 +38,13 @@ def plan() -> None:
 def lock(directory: Path, as_json: bool) -> None:
     """Pin the base model's weights and the layout in DIR/plan.toml, and print the plan's digest.
 
+    A plan that is not safe is refused, and so is one with secure aggregation in which a silo has no public key.
     Writes model.sha256 and merge.layout into plan.toml and the layout into layout.json. Do it again after any change;
     each silo then has to approve the new digest ('approved' in its silo file).
     """
     project = Project.read(directory)
+    if project.plan.privacy.secure_aggregation:
+        _ = project.plan.roster  # without the silos' keys there is nothing to agree on
     locked, layout = Project(project.directory, project.plan.unlocked()).locked()
     project.write_lock(locked, layout)
     if as_json:
@@ -78,7 +82,9 @@ def show(directory: Path, as_json: bool) -> None:
     state = "locked" if project.plan.locked else "not locked yet; locking would give this digest"
     _say(console, f"plan [bold]{locked.plan.name}[/], digest {locked.digest} ({state})")
     _say(console, f"base {locked.model.base}, alpha {locked.merge.alpha}, silos {', '.join(locked.names)}")
-    _say(console, "mode open: the coordinator sees each silo's statistics\n")
+    for line in _privacy(locked):
+        _say(console, line)
+    _say(console, "")
     table = Table(title="Merged in closed form; one line for each Gram matrix", title_justify="left", box=SIMPLE_HEAD)
     table.add_column("modules", overflow="fold")
     for column in ("d_in", "structure", "entries", "bytes"):
@@ -93,13 +99,40 @@ def show(directory: Path, as_json: bool) -> None:
     _say(
         console,
         f"Each silo sends {cost['upload_bytes'] / 1e6:.1f} MB (Gram matrices {cost['gram_bytes'] / 1e6:.1f}, "
-        f"differences {cost['delta_bytes'] / 1e6:.1f}): about {cost['upload_seconds']:.0f} s at 20 MB/s.\n"
-        f"Each silo needs {cost['silo_memory_bytes'] / 1e6:.0f} MB beside the training; Gram matrices of "
+        f"differences {cost['delta_bytes'] / 1e6:.1f}{_products(cost)}): "
+        f"about {cost['upload_seconds']:.0f} s at 20 MB/s.\n"
+        f"Each silo needs {cost['silo_memory_bytes'] / 1e6:.0f} MB of memory beside the training; Gram matrices of "
         f"{locked.merge.tokens:,} tokens, the most that the plan allows, take about {cost['gram_seconds']:.0f} s on "
         f"this machine.\n"
         f"The coordinator holds {cost['coordinator_memory_bytes'] / 1e6:.0f} MB of sums, whatever the number of silos, "
         f"and {cost['coordinator_disk_bytes'] / 1e6:.0f} MB on disk.",
     )
+
+
+def _privacy(plan: Plan) -> list[str]:
+    """Say who sees what, and what a secure sum tolerates."""
+    metrics = {
+        "none": "no metrics leave a silo",
+        "sum": "metrics are shown summed over silos",
+        "silo": "metrics are shown silo by silo",
+    }[plan.privacy.metrics]
+    if not plan.privacy.secure_aggregation:
+        return [f"mode open: the coordinator sees each silo's statistics; {metrics}"]
+    silos, threshold, minimum = len(plan.silo), plan.threshold, plan.minimum_survivors
+    withstands = tolerated(silos, threshold, minimum)
+    missing = [silo.name for silo in plan.silo if silo.public_key is None]
+    return [
+        f"mode secure: the coordinator sees sums over at least {minimum} silos only; {metrics}",
+        f"  silos {silos}, threshold {threshold}, minimum of survivors {minimum}",
+        f"  may drop out                              {withstands['dropouts']}",
+        f"  may collude with a coordinator that lies  {withstands['colluding']} (the plan asks for "
+        f"{plan.privacy.colluding})",
+        *([f"  no public key yet: {', '.join(missing)}; they run: gramfuse silo keygen"] if missing else []),
+    ]
+
+
+def _products(cost: dict[str, Any]) -> str:
+    return f", products {cost['product_bytes'] / 1e6:.1f}" if cost["product_bytes"] else ""
 
 
 def _say(console: Console, text: str) -> None:
@@ -128,12 +161,23 @@ def _preview(project: Project, plan: Plan, layout: Layout) -> dict[str, Any]:
     gram_entries = sum(group.blocks.entries for group in layout.groups)
     products = sum(group.d_in * sum(weight.d_out for weight in group.weights) for group in layout.groups)
     delta_entries = sum(block.entries for block in layout.blocks) - gram_entries
+    secure = plan.privacy.secure_aggregation
+    item = 8 if secure else ITEM_BYTES
+    upload = 8 * layout.sum_entries if secure else layout.contribution_bytes
     flops = sum(2 * count * width * width for group in layout.groups for _, count, width in group.blocks.parts)
     return {
         "plan_digest": plan.digest,
         "locked": project.plan.locked,
         "base_sha256": plan.model.sha256,
         "layout_digest": layout.digest,
+        "privacy": {
+            "secure_aggregation": secure,
+            "silos": len(plan.silo),
+            "threshold": plan.threshold if secure else None,
+            "minimum_survivors": plan.minimum_survivors,
+            "tolerates": tolerated(len(plan.silo), plan.threshold, plan.minimum_survivors) if secure else None,
+            "metrics": plan.privacy.metrics,
+        },
         "groups": [
             {
                 "name": group.name,
@@ -141,22 +185,23 @@ def _preview(project: Project, plan: Plan, layout: Layout) -> dict[str, Any]:
                 "d_in": group.d_in,
                 "structure": group.structure,
                 "entries": group.blocks.entries,
-                "bytes": ITEM_BYTES * group.blocks.entries,
+                "bytes": item * group.blocks.entries,
             }
             for group in layout.groups
         ],
         "averaged": [tensor.name for tensor in layout.tensors if tensor.merge == "mean"],
         "frozen": list(layout.frozen),
         "cost": {
-            "upload_bytes": layout.contribution_bytes,
-            "gram_bytes": ITEM_BYTES * gram_entries,
-            "delta_bytes": ITEM_BYTES * delta_entries,
-            "upload_seconds": layout.contribution_bytes / 20e6,
+            "upload_bytes": upload,
+            "gram_bytes": item * gram_entries,
+            "delta_bytes": item * delta_entries,
+            "product_bytes": item * products if secure else 0,
+            "upload_seconds": upload / 20e6,
             "gram_seconds": flops * plan.merge.tokens / _flops_per_second(),
             # Gram sums in float64, and the contribution that is put together from them.
             "silo_memory_bytes": 8 * gram_entries + layout.contribution_bytes,
             "coordinator_memory_bytes": 8 * (gram_entries + products + delta_entries),
-            "coordinator_disk_bytes": len(plan.silo) * layout.contribution_bytes,
+            "coordinator_disk_bytes": len(plan.silo) * upload,
         },
     }
 

@@ -14,8 +14,16 @@ TITLES = {
     "join": "silos join",
     "train": "silos fine-tune and measure",
     "upload": "silos upload",
+    "keys": "silos exchange keys",
+    "shares": "silos share the secrets of their masks",
+    "masked": "silos upload, masked",
+    "survivors": "silos sign who is in the sum",
+    "unmask": "silos release what opens the sum",
     "merge": "merge",
     "evaluate": "measure on held-out data",
+    "masked-metrics": "silos upload metrics, masked",
+    "survivors-metrics": "silos sign who is in the sum of metrics",
+    "unmask-metrics": "silos release what opens the sum of metrics",
     "write": "write the model",
 }
 
@@ -65,9 +73,10 @@ class RunProgress:
                 self._silo(event)
             case "wait":
                 self._say(f"  {event['connected']} of {event['needed']} silos are connected")
-            case "model":
-                shown = "  ".join(f"{k} {v:.3f}" for k, v in event["metrics"].items() if k != "examples")
-                self._say(f"  {event['name']:<12} {shown}")
+            case "lost":
+                self._say(f"  [yellow]{event['silo']:<12} lost: {event['reason']}[/]")
+            case "measured":
+                self._say(f"  {event['name']:<12} measured")
             case "end":
                 self._say(f"  [dim]{event['seconds']:.1f} s[/]")
 
@@ -87,8 +96,8 @@ class RunProgress:
             case "train":
                 if silo in self._bars:
                     self._progress.remove_task(self._bars.pop(silo))
-                self._say(f"  {silo:<12} ready, {event['examples']} examples")
-            case "upload":
+                self._say(f"  {silo:<12} ready" + (f", {event['examples']} examples" if event["examples"] else ""))
+            case "upload" | "masked":
                 if event["piece"] == event["pieces"]:
                     self._say(f"  {silo:<12} complete")
             case _:

@@ -11,6 +11,11 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+MODES = {
+    "open": "The coordinator saw each silo's statistics.",
+    "secure": "The coordinator saw their sums only.",
+}
+
 NAMES = {"silo": "{name} alone", "simple": "simple average", "regmean": "RegMean"}
 
 
@@ -33,13 +38,20 @@ def show_report(report: Mapping[str, Any], run: Path, as_json: bool) -> None:
             cells = [f"{model['metrics'][metric]:.3f}" for metric in metrics]
             table.add_row(NAMES[model["kind"]].format(name=model["name"]), *cells, style=style)
         console.print(table)
+    else:
+        console.print(f"[yellow]No metrics: {report['unmeasured']}[/]", highlight=False, soft_wrap=True)
+    for lost in report["lost"]:
+        console.print(f"[yellow]Lost on the way: {lost['name']}: {lost['reason']}[/]", highlight=False, soft_wrap=True)
     for step in report["solve"]:
         if step["outcome"] != "clean":
             console.print(f"[yellow]{step['group']}: {_explain(step)}[/]", highlight=False, soft_wrap=True)
     sent = sum(sum(phases.values()) for phases in report["bytes"].values())
+    seen = MODES[report["mode"]]
+    if report["mode"] == "secure":
+        seen += f" Their keys are {report['identities']}."
     console.print(
-        f"\n{len(report['silos'])} silos sent {sent / 1e6:.1f} MB in all, in {sum(report['seconds'].values()):.0f} s."
-        f"\nplan {report['plan_digest']}\nrun  {run}\n\n"
+        f"\n{len(report['silos'])} silos sent {sent / 1e6:.1f} MB in all, in {sum(report['seconds'].values()):.0f} s. "
+        f"{seen}\nplan {report['plan_digest']}\nrun  {run}\n\n"
         "from transformers import AutoModelForSequenceClassification\n"
         f'model = AutoModelForSequenceClassification.from_pretrained("{run / "model"}")',
         highlight=False,

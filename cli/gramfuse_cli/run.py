@@ -27,13 +27,30 @@ from gramfuse_protocol.errors import FederationError, PlanError, error_types
 from gramfuse_protocol.layout import Layout
 from gramfuse_protocol.plan import Plan
 
+WAIT = 600.0
+
 
 @click.command()
 @project_directory
 @click.argument("connection", metavar="[CONNECTION]", required=False)
 @click.option("--out", type=click.Path(path_type=Path), help="Run directory to make.  [default: runs/<plan>-<time>]")
+@click.option(
+    "--resume",
+    metavar="RUN",
+    type=click.Path(path_type=Path),
+    help="Go on with an interrupted run, given by the run directory that it was to make.",
+)
+@click.option(
+    "--wait",
+    type=click.FloatRange(min=0),
+    default=WAIT,
+    show_default=True,
+    help="Seconds to wait for all silos; then the run goes on without the missing ones, if the plan allows it.",
+)
 @json_option
-def run(directory: Path, connection: str | None, out: Path | None, as_json: bool) -> None:
+def run(
+    directory: Path, connection: str | None, out: Path | None, resume: Path | None, wait: float, as_json: bool
+) -> None:
     """Run the locked plan in DIR between the silos that are connected to a SuperLink.
 
     CONNECTION is the name of a SuperLink in Flower's configuration ($FLWR_HOME/config.toml, by default
@@ -42,18 +59,28 @@ def run(directory: Path, connection: str | None, out: Path | None, as_json: bool
 
     Each silo runs a SuperNode with its own silo file: flower-supernode --superlink HOST:PORT
     --node-config 'silo="/path/to/silo.toml"', and has the plan's digest among 'approved'.
-    """
-    from gramfuse_server.run import check_free
 
+    A silo that goes away is left out, as long as the plan's minimum-survivors are there. A run that was interrupted
+    after the silos had trained (the ServerApp was killed, too many silos went away) can go on with --resume: no silo
+    trains again.
+    """
+    from gramfuse_server.run import check_free, read_checkpoint
+
+    if out is not None and resume is not None:
+        raise click.UsageError("--resume goes on in the directory of the interrupted run; leave out --out")
     project = Project.read(directory)
     layout = project.locked_layout()
-    path = options.run_path(out, project.plan)
-    check_free(path)
+    path = options.run_path(out or resume, project.plan)
+    if resume is None:
+        check_free(path)
+    else:
+        path = path.with_name(path.name.removesuffix(".partial"))
+        read_checkpoint(path)
     link = _connection(connection)
     with tempfile.TemporaryDirectory(prefix="gramfuse-") as scratch:
         app = Path(scratch) / "app"
         write_app(app, project.plan, layout)
-        report = _follow(app, link, project, path)
+        report = _follow(app, link, project, path, {"resume": resume is not None, "wait": wait})
     show_report(report, path, as_json)
 
 
@@ -80,6 +107,8 @@ def write_app(directory: Path, plan: Plan, layout: Layout) -> None:
                         "layout": layout.to_json(),
                         "directory": "",
                         "run-directory": "",
+                        "resume": False,
+                        "wait": WAIT,
                     },
                 }
             }
@@ -111,10 +140,10 @@ def _connection(name: str | None) -> str:
     return str(name)
 
 
-def _follow(app: Path, link: str, project: Project, out: Path) -> dict[str, Any]:
-    from gramfuse_server.run import partial_of
+def _follow(app: Path, link: str, project: Project, out: Path, how: dict[str, Any]) -> dict[str, Any]:
+    from gramfuse_server.run import CHECKPOINT, partial_of
 
-    settings = tomlkit.dumps({"directory": str(project.directory), "run-directory": str(out)})
+    settings = tomlkit.dumps({"directory": str(project.directory), "run-directory": str(out), **how})
     overrides = app.parent / "run.toml"
     overrides.write_text(settings, encoding="utf-8")
     started = _flwr("run", str(app), link, "--run-config", str(overrides), "--format", "json")
@@ -146,12 +175,15 @@ def _follow(app: Path, link: str, project: Project, out: Path) -> dict[str, Any]
         _flwr("stop", run_id, link, "--format", "json")
         shutil.rmtree(partial_of(out), ignore_errors=True)
         raise
+    go_on = ""
+    if (partial_of(out) / CHECKPOINT).exists():
+        go_on = f"\nWhat was done is kept; go on with: gramfuse run {project.directory} {link} --resume {out}"
     if failure is not None:
-        raise error_types().get(failure["error"], FederationError)(failure["message"])
+        raise error_types().get(failure["error"], FederationError)(failure["message"] + go_on)
     if status["status"] != "finished:completed" or not out.exists():
         raise FederationError(
             f"Flower run {run_id} ended as {status['status']} ({status.get('status-details') or 'no details'}); "
-            f"see: flwr log {run_id} {link} --show"
+            f"see: flwr log {run_id} {link} --show{go_on}"
         )
     report: dict[str, Any] = json.loads((out / "report.json").read_text(encoding="utf-8"))
     return report

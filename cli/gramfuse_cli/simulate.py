@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 import shutil
 import sys
 import tempfile
@@ -22,6 +23,7 @@ from gramfuse_cli.progress import RunProgress
 from gramfuse_cli.project import Project
 from gramfuse_cli.report import show_report
 from gramfuse_protocol.errors import FederationError, GramfuseError, RefusalError, error_types
+from gramfuse_protocol.keys import KEY_BYTES, Identity
 
 LOG_LINES = 30
 
@@ -37,8 +39,9 @@ def simulate(directory: Path, settings: tuple[str, ...], seed: int | None, out: 
     """Run a whole exchange on this machine: all silos of DIR/plan.toml, by Flower's simulation engine.
 
     Each silo works from its own file (DIR/silos/NAME.toml) as it would in a deployment, but for the approval of the
-    plan. Every silo's own model, their simple average and the RegMean merge are measured on all silos' held-out
-    examples together. With --set, other values can be tried without touching the plan.
+    plan, and for its key, which is made for the run. Every silo's own model, their simple average and the RegMean merge
+    are measured on all silos' held-out examples together. With --set, other values can be tried without touching the
+    plan.
     """
     project = Project.read(directory, options.all_settings(settings, seed))
     run = options.run_path(out, project.plan)
@@ -54,6 +57,7 @@ def run_simulation(project: Project, out: Path) -> dict[str, Any]:
     from gramfuse_cli.engine import simulated_silo
     from gramfuse_client.data import load
     from gramfuse_client.policy import check_examples, check_plan
+    from gramfuse_client.silo import write_identity
     from gramfuse_client.state import read_progress
     from gramfuse_server.run import check_free, partial_of
 
@@ -64,9 +68,14 @@ def run_simulation(project: Project, out: Path) -> dict[str, Any]:
         examples, _ = load(silo, project.plan.model)
         check_examples(silo, len(examples))
     plan, layout = project.locked()
-    with tempfile.TemporaryDirectory(prefix="gf-", dir=SCRATCH, ignore_cleanup_errors=True) as name:
-        scratch = Path(name)
+    identities = {name: Identity(secrets.token_bytes(KEY_BYTES)) for name in silos}
+    if plan.privacy.secure_aggregation:
+        plan = plan.with_keys({name: identity.public.hex() for name, identity in identities.items()})
+    with tempfile.TemporaryDirectory(prefix="gf-", dir=SCRATCH, ignore_cleanup_errors=True) as made:
+        scratch = Path(made)
         state = scratch / "silos"
+        for name, identity in identities.items():
+            write_identity(state / name / "identity.pem", identity)
         for silo in silos.values():
             check_plan(simulated_silo(str(silo.path), str(state), plan.digest), plan)
         spec = {

@@ -36,8 +36,8 @@ def client_app(silo_of: Callable[[Context], Silo]) -> ClientApp:
 
     app.train()(answer)
     app.evaluate()(answer)
-    app.query("join")(answer)
-    app.query("upload")(answer)
+    for phase in ("join", "keys", "shares", "masked", "survivors", "unmask", "upload"):
+        app.query(phase)(answer)
     return app
 
 

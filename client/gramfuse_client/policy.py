@@ -33,6 +33,12 @@ def check_plan(silo: Silo, plan: Plan) -> None:
             "'limits.open-uploads' is false here",
             reason="this silo allows no open uploads",
         )
+    if plan.privacy.secure_aggregation and plan.roster.keys[silo.name] != silo.identity().public:
+        raise RefusalError(
+            f"{silo.path}: the plan's roster has another public key for {silo.name!r} than {silo.identity_path} holds; "
+            f"here it is {silo.identity().public.hex()}",
+            reason="the plan's roster has another key for this silo",
+        )
     if _ORDER.index(plan.privacy.metrics) > _ORDER.index(file.limits.metrics):
         raise RefusalError(
             f"{silo.path}: the plan asks for privacy.metrics = {plan.privacy.metrics!r}, 'limits.metrics' here is "

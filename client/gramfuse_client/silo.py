@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
 from gramfuse_protocol.documents import Section, parse, read_text
+from gramfuse_protocol.errors import PlanError
+from gramfuse_protocol.keys import Identity
 from gramfuse_protocol.plan import Name, Sha256
 
 
@@ -46,6 +49,8 @@ class SiloFile(Section):
     """A whole silo file. Relative paths start at the directory that the file lies in."""
 
     name: Name
+    identity: str = "identity.pem"
+    """The silo's Ed25519 private key, made by `gramfuse silo keygen`; its public half is in the plan's roster."""
     state: str = "state"
     """Directory for what must survive a restart; it holds fine-tuned weights, so keep it private."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -57,6 +62,25 @@ class SiloFile(Section):
     """Digests of the plans that this silo takes part in."""
     data: Data
     limits: Limits = Limits()
+
+
+def write_identity(path: Path, identity: Identity) -> None:
+    """Write a private key to a new file that only its owner can read.
+
+    Raises:
+        PlanError: if the file is there already, or cannot be made.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        raise PlanError(
+            f"{path} exists already; a silo keeps its key, since plans name it. Move it away first"
+        ) from None
+    except OSError as error:
+        raise PlanError(f"{path}: cannot be made: {error}") from None
+    with os.fdopen(descriptor, "w", encoding="ascii") as file:
+        file.write(identity.to_pem())
 
 
 class Silo:
@@ -76,6 +100,28 @@ class Silo:
     def name(self) -> str:
         """The silo's name in the roster."""
         return self.file.name
+
+    @property
+    def identity_path(self) -> Path:
+        """Where the silo's private key is."""
+        return self.directory / self.file.identity
+
+    def identity(self) -> Identity:
+        """Read the silo's private key.
+
+        Raises:
+            PlanError: if it is not there, is no such key, or others on this machine can read it.
+        """
+        path = self.identity_path
+        try:
+            mode = path.stat().st_mode
+        except OSError:
+            raise PlanError(
+                f"{path}: no such file; make this silo's key with: gramfuse silo keygen {self.path}"
+            ) from None
+        if mode & 0o077:
+            raise PlanError(f"{path}: others on this machine can read it; run: chmod 600 {path}")
+        return Identity.parse(read_text(path), str(path))
 
     @property
     def state(self) -> Path:

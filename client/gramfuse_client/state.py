@@ -11,14 +11,17 @@ import logging
 import os
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from gramfuse_client.session import Session
 from gramfuse_protocol.errors import FederationError
 from gramfuse_protocol.layout import Layout, Slice
 from gramfuse_protocol.plan import Plan
@@ -27,6 +30,30 @@ from gramfuse_protocol.statistics import Statistics
 PROGRESS_SECONDS = 0.5
 
 log = logging.getLogger(__name__)
+
+
+class Contributed(BaseModel):
+    """The sum that this silo is in under a plan: over whom, and of which data."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    survivors: tuple[str, ...]
+    data: str
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Statistics on disk: a `gramfuse_protocol.statistics.Contribution`."""
+
+    path: Path
+    examples: int
+    tokens: Mapping[str, int]
+
+    def block(self, name: str) -> NDArray[np.float32]:
+        """Read one block."""
+        with safe_open(self.path, "numpy") as file:
+            block: NDArray[np.float32] = file.get_tensor(name)
+        return block
 
 
 class State:
@@ -63,11 +90,51 @@ class State:
 
     def counts(self, data_digest: str) -> tuple[int, Mapping[str, int]] | None:
         """Return (examples, tokens by group) of kept statistics, or None if there are none of these data."""
-        if not self._statistics.exists():
+        if not self.trained:
             return None
-        with safe_open(self._statistics, "numpy") as file:
-            about = json.loads(file.metadata()["about"])
+        about = self._about()
         return (about["examples"], about["tokens"]) if about["data"] == data_digest else None
+
+    @property
+    def trained(self) -> bool:
+        """Whether there are statistics."""
+        return self._statistics.exists()
+
+    def contribution(self) -> Kept:
+        """Return the kept statistics, to be read block by block.
+
+        Raises:
+            FederationError: if there are none.
+        """
+        about = self._about()
+        return Kept(self._statistics, about["examples"], about["tokens"])
+
+    def data_digest(self) -> str:
+        """Return which data the kept statistics came from; raises as `contribution`."""
+        return str(self._about()["data"])
+
+    def session(self, nonce: str) -> Session:
+        """Return a session under this plan."""
+        return Session(self.directory / "sessions" / nonce)
+
+    def join_session(self, nonce: str) -> None:
+        """Begin a session, or go on with it; all others under this plan are over, and their secrets wiped."""
+        session = self.session(nonce)
+        for other in session.directory.parent.glob("*"):
+            if other.name != nonce:
+                Session(other).end("another session began")
+        session.begin()
+
+    def contributed(self) -> Contributed | None:
+        """Return what was contributed to under this plan, if anything."""
+        try:
+            return Contributed.model_validate_json((self.directory / "contributed.json").read_bytes())
+        except FileNotFoundError:
+            return None
+
+    def contribute(self, contributed: Contributed) -> None:
+        """Keep what was contributed to."""
+        self._write("contributed.json", contributed.model_dump_json().encode())
 
     def slices(self, slices: tuple[Slice, ...]) -> dict[str, NDArray[np.float32]]:
         """Read slices of the kept statistics.
@@ -75,14 +142,12 @@ class State:
         Raises:
             FederationError: if there are none.
         """
-        if not self._statistics.exists():
-            raise FederationError("statistics were asked for before training", reason="not trained")
+        contribution = self.contribution()
         arrays = {}
-        with safe_open(self._statistics, "numpy") as file:
-            for piece in slices:
-                block = file.get_tensor(piece.block.name)
-                whole = piece.name == piece.block.name
-                arrays[piece.name] = block if whole else block.reshape(-1)[piece.start : piece.stop]
+        for piece in slices:
+            block = contribution.block(piece.block.name)
+            whole = piece.name == piece.block.name
+            arrays[piece.name] = block if whole else block.reshape(-1)[piece.start : piece.stop]
         return arrays
 
     def progress(self, phase: str, done: int, total: int) -> None:
@@ -97,6 +162,13 @@ class State:
     @property
     def _statistics(self) -> Path:
         return self.directory / "statistics.safetensors"
+
+    def _about(self) -> dict[str, Any]:
+        if not self.trained:
+            raise FederationError("statistics were asked for before training", reason="not trained")
+        with safe_open(self._statistics, "numpy") as file:
+            about: dict[str, Any] = json.loads(file.metadata()["about"])
+        return about
 
     def _write(self, name: str, content: bytes) -> None:
         path = self.directory / name

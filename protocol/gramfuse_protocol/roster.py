@@ -56,6 +56,11 @@ def smallest_threshold(silos: int, colluding: int) -> int:
     return (silos + colluding) // 2 + 1
 
 
+def tolerated(silos: int, threshold: int, minimum: int) -> dict[str, int]:
+    """Return how many silos may drop out of a secure sum on safe terms, and how many may collude."""
+    return {"dropouts": silos - max(threshold, minimum), "colluding": min(2 * threshold - silos - 1, minimum - 2)}
+
+
 def check_terms(silos: int, colluding: int, threshold: int, minimum: int) -> None:
     """Raise ValueError, saying what to change, unless a secure sum on these terms keeps its promise."""
     if silos < 3:

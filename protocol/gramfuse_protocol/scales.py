@@ -25,6 +25,7 @@ from gramfuse_protocol.layout import Block, Group, Layout
 
 AMPLITUDE_BITS = 8
 WEIGHT_BITS = {"uniform": 0, "examples": 20}
+MOST_EXAMPLES = 2 ** WEIGHT_BITS["examples"]
 
 METRICS_SCALE = {"classification": 1.0, "regression": 2.0**20}
 """Scale of the metrics' sums: a confusion matrix holds counts, the moments of a regression do not."""

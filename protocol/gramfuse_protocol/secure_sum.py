@@ -162,17 +162,17 @@ def advertise(
     return Member(nonce=nonce, cohort=tuple(cohort), secrets=secrets, advert=advert)
 
 
+def check_advert(roster: Roster, nonce: str, advert: Advert) -> None:
+    """Raise SecurityError unless these keys are signed with the key of the roster, for this plan and session."""
+    statement = advert_statement(roster.plan, nonce, advert.fields)
+    verify(roster.keys[advert.silo], bytes.fromhex(advert.signature), statement, f"the keys of silo {advert.silo!r}")
+
+
 def check_adverts(roster: Roster, nonce: str, cohort: Sequence[str], adverts: Sequence[Advert]) -> None:
     """Raise SecurityError unless these are honestly signed keys of enough silos of the cohort, in roster order."""
     check_cohort(roster, [advert.silo for advert in adverts], "the list of keys", within=cohort)
     for advert in adverts:
-        statement = advert_statement(roster.plan, nonce, advert.fields)
-        verify(
-            roster.keys[advert.silo],
-            bytes.fromhex(advert.signature),
-            statement,
-            f"the list of keys: silo {advert.silo!r}",
-        )
+        check_advert(roster, nonce, advert)
     keys = [key for advert in adverts for key in (advert.channel, *advert.masks.values())]
     if len(set(keys)) != len(keys):
         raise SecurityError("the list of keys holds one key twice")
@@ -322,6 +322,14 @@ def sign(
     return state, signature
 
 
+def check_signature(
+    roster: Roster, session: bytes, name: Sum, members: Sequence[str], signed: Signed, silo: str, signature: bytes
+) -> None:
+    """Raise SecurityError unless this silo signed exactly this set of survivors, in this context."""
+    statement = survivors_statement(session, name, members, signed.survivors, signed.context)
+    verify(roster.keys[silo], signature, statement, f"the list of survivors, by silo {silo!r},")
+
+
 def check_signatures(
     roster: Roster,
     session: bytes,
@@ -336,9 +344,8 @@ def check_signatures(
         raise SecurityError(f"a signature came from {unknown[0]!r}, which is no survivor")
     if len(signatures) < roster.threshold:
         raise SecurityError(f"{len(signatures)} silos signed the survivors; the threshold is {roster.threshold}")
-    statement = survivors_statement(session, name, members, signed.survivors, signed.context)
     for silo, signature in signatures.items():
-        verify(roster.keys[silo], signature, statement, f"the list of survivors: silo {silo!r}")
+        check_signature(roster, session, name, members, signed, silo, signature)
 
 
 def release(roster: Roster, member: Member, name: Sum, signatures: Mapping[str, bytes]) -> dict[str, bytes]:

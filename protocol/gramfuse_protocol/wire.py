@@ -8,6 +8,7 @@ Nothing here trusts the sender: names, dtypes, shapes and the total length are c
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -51,6 +52,14 @@ class Frame:
     def nbytes(self) -> int:
         """Bytes of header and buffers."""
         return len(self.header.encode("utf-8")) + sum(buffer.nbytes for buffer in self.buffers)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the header's bytes and then the buffers, in hexadecimal."""
+        hasher = hashlib.sha256(self.header.encode("utf-8"))
+        for buffer in self.buffers:
+            hasher.update(buffer.data)
+        return hasher.hexdigest()
 
 
 def pack(message: Body) -> Frame:

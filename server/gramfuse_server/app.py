@@ -1,7 +1,8 @@
 """The Flower ServerApp: one planned exchange, from the run's configuration to a run directory.
 
 The run's configuration holds `plan` (TOML text), `layout` (JSON text), `directory` (where relative paths of the
-plan start) and `run-directory` (where the result goes; must not exist). `gramfuse run` fills it in.
+plan start), `run-directory` (where the result goes; must not exist), `resume` (go on with what an interrupted run left
+there) and `wait` (seconds for all silos to be connected). `gramfuse run` fills it in.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from gramfuse_model.base import load_base
 from gramfuse_protocol.errors import GramfuseError, PlanError
 from gramfuse_protocol.layout import Layout
 from gramfuse_protocol.plan import Plan
-from gramfuse_server.exchange import Exchange, Observer, needed_bytes
+from gramfuse_server.conductor import WAIT_SECONDS, Observer
+from gramfuse_server.exchange import Exchange, OwnModels, needed_bytes
 from gramfuse_server.run import RunDirectory
 
 
@@ -28,15 +30,18 @@ def coordinate(
     directory: Path,
     out: Path,
     *,
-    compare_silos: bool = False,
+    own_models: OwnModels | None = None,
     observer: Observer = lambda event: None,
+    resume: bool = False,
+    wait: float = WAIT_SECONDS,
 ) -> dict[str, Any]:
     """Run one exchange and return its report; `out` is complete or absent afterwards.
 
     Args:
         directory: where relative paths of the plan start.
         out: the run directory.
-        compare_silos, observer: as `gramfuse_server.exchange.Exchange` has them.
+        own_models, observer, wait: as `gramfuse_server.exchange.Exchange` has them.
+        resume: go on with what an interrupted run left there.
 
     Raises:
         GramfuseError: of the kind that fits.
@@ -45,8 +50,8 @@ def coordinate(
         raise PlanError("the plan is not locked, or the layout is not the one it is locked to; run: gramfuse plan lock")
     base = load_base(plan, directory)
     model_bytes = sum(p.numel() * p.element_size() for p in base.model.parameters())
-    with RunDirectory(out, needed_bytes(layout, len(plan.silo), model_bytes)) as run:
-        exchange = Exchange(grid, plan, layout, base, run, compare_silos=compare_silos, observer=observer)
+    with RunDirectory(out, needed_bytes(plan, layout, model_bytes), resume=resume) as run:
+        exchange = Exchange(grid, plan, layout, base, run, own_models=own_models, observer=observer, wait=wait)
         report = exchange.start()
         run.finish()
     return report
@@ -67,6 +72,8 @@ def main(grid: Grid, context: Context) -> None:
             Path(config["directory"]),
             Path(config["run-directory"]),
             observer=_print,
+            resume=bool(context.run_config["resume"]),
+            wait=float(context.run_config["wait"]),
         )
     except GramfuseError as error:
         _print({"phase": "end", "state": "failed", "error": type(error).__name__, "message": str(error)})

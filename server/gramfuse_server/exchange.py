@@ -1,55 +1,38 @@
-"""One planned exchange: join, train, upload, merge, evaluate."""
+"""One planned exchange, from the first message to the merged model."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
-import secrets
 import shutil
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from flwr.serverapp import Grid
 
 from gramfuse_model.base import Base
-from gramfuse_protocol.errors import FederationError, RefusalError
+from gramfuse_protocol.errors import FederationError, GramfuseError
 from gramfuse_protocol.layout import PIECE_BYTES, Layout, delta_block
 from gramfuse_protocol.messages import (
-    EvaluateReply,
-    EvaluateRequest,
-    JoinReply,
-    JoinRequest,
-    Refusal,
     TrainReply,
     TrainRequest,
     UploadReply,
     UploadRequest,
-    expect,
 )
-from gramfuse_protocol.metrics import Sums, metrics, sums_shape
 from gramfuse_protocol.plan import Plan
-from gramfuse_protocol.statistics import check_counts, check_slices
+from gramfuse_protocol.statistics import Contribution, check_counts, check_slices
 from gramfuse_server.accumulator import Accumulator, Merged
+from gramfuse_server.conductor import WAIT_SECONDS, Conductor, Observer
+from gramfuse_server.evaluation import Candidate, Evaluation
 from gramfuse_server.model import write_model
-from gramfuse_server.post import Post
 from gramfuse_server.run import RunDirectory
+from gramfuse_server.secure import UPLOADS, SecureSums
 from gramfuse_server.spool import Spool, Spooled
 
-UPLOADS = 2
-"""Silos that upload at the same time."""
-
-WAIT_SECONDS = 600.0
-"""How long to wait for all silos to be connected."""
-
-Q = TypeVar("Q", TrainRequest, UploadRequest, EvaluateRequest)
-R = TypeVar("R", TrainReply, UploadReply, EvaluateReply)
-
-Observer = Callable[[dict[str, Any]], None]
-"""Takes events: `{"phase", "state": "start" | "silo" | "end", …}`."""
+OwnModels = Callable[[str], Contribution]
+"""Returns what a silo measured, by its name: only whoever simulates all silos has that."""
 
 
 class Exchange:
@@ -61,9 +44,10 @@ class Exchange:
         layout: the plan's.
         base: the plan's base model; it becomes the merged model.
         run: the run directory, entered.
-        compare_silos: whether each silo's own model is sent to all silos to be measured; for simulations only,
+        own_models: if given, each silo's own model is sent to all silos to be measured too; for simulations only,
             since it shows one silo's model to the others.
-        piece_bytes: most bytes of statistics in one message.
+        piece_bytes: most bytes of a contribution in one message; a multiple of 16.
+        wait: seconds to wait for all silos to be connected.
     """
 
     def __init__(
@@ -74,22 +58,19 @@ class Exchange:
         base: Base,
         run: RunDirectory,
         *,
-        compare_silos: bool = False,
+        own_models: OwnModels | None = None,
         observer: Observer = lambda event: None,
         piece_bytes: int = PIECE_BYTES,
+        wait: float = WAIT_SECONDS,
     ) -> None:
-        self.grid = grid
         self.plan = plan
         self.layout = layout
         self.base = base
         self.run = run
-        self.compare_silos = compare_silos
-        self.observer = observer
+        self.own_models = own_models
         self.piece_bytes = piece_bytes
-        self.post = Post(grid, run.record)
-        self.nodes: dict[str, int] = {}
-        self.seconds: dict[str, float] = {}
-        self._about: dict[str, Any] = {"plan": plan.digest, "session": secrets.token_hex(16)}
+        self.conductor = Conductor(grid, plan, run, observer, wait)
+        self.secure = SecureSums(self.conductor, piece_bytes) if plan.privacy.secure_aggregation else None
 
     def start(self) -> dict[str, Any]:
         """Run all phases and write the run directory, but for its checksums and its final name.
@@ -100,180 +81,147 @@ class Exchange:
         Raises:
             GramfuseError: of the kind that fits; the message names the silo.
         """
+        conductor = self.conductor
         self.run.write("plan.toml", self.plan.to_toml())
         self.run.write("layout.json", self.layout.to_json())
-        with self._phase("join"):
-            self._join()
-        with self._phase("train"):
-            trained = self._train()
-        with self._phase("upload"):
-            spool = self._upload()
-        with self._phase("merge"):
-            accumulator = Accumulator(self.layout, alpha=self.plan.merge.alpha, weighting=self.plan.merge.weighting)
-            contributions = {
-                name: Spooled(spool, name, trained[name].examples, trained[name].tokens) for name in self.plan.names
-            }
-            for name, contribution in contributions.items():
-                accumulator.fold(contribution, f"silo {name!r}")
+        with conductor.phase("join"):
+            conductor.join(self.layout)
+        trained = conductor.step("train", self._train)
+        accumulator = Accumulator(self.layout, alpha=self.plan.merge.alpha, weighting=self.plan.merge.weighting)
+        survivors = self._sum_open(accumulator, trained) if self.secure is None else self._sum_masked(accumulator)
+        with conductor.phase("merge"):
             merged = accumulator.merge()
-        with self._phase("evaluate"):
-            models = self._evaluate(contributions, merged)
-        with self._phase("write"):
-            shutil.rmtree(spool.directory)
+        models, unmeasured = self._evaluate(survivors, merged)
+        with conductor.phase("write"):
             joint = next((model["metrics"] for model in models if model["kind"] == "regmean"), None)
             with self.run.writing():
-                write_model(self.run.partial / "model", self.base, merged.deltas, self.plan, joint)
-        report = self._report(trained, models, merged)
+                write_model(self.run.partial / "model", self.base, merged.deltas, self.plan, survivors, joint)
+                for spool in self.run.partial.glob("spool*"):
+                    shutil.rmtree(spool)
+        report = self._report(trained, survivors, accumulator, models, unmeasured, merged)
         self.run.write("report.json", json.dumps(report, indent=2) + "\n")
         return report
 
-    def _join(self) -> None:
-        nodes = {f"node {node}": node for node in self._wait_for_nodes()}
-        request = JoinRequest(**self._about, plan_text=self.plan.to_toml(), layout=self.layout.to_json())
-        refusals = []
-        for label, _, reply in self.post.exchange(nodes, {label: [request] for label in nodes}, len(nodes)):
-            try:
-                source = f"silo {reply.silo!r} ({label})" if isinstance(reply, Refusal) else label
-                joined = expect(JoinReply, request, reply, source).silo
-            except RefusalError as error:
-                refusals.append(error)
-                continue
-            if joined in self.nodes:
-                raise FederationError(
-                    f"two nodes say that they are silo {joined!r}; stop one of them, or give each its own silo file"
-                )
-            if joined not in self.plan.names:
-                raise FederationError(f"{label} says that it is silo {joined!r}, which the roster does not name")
-            self.nodes[joined] = nodes[label]
-            self.post.rename(label, joined)
-            self._tell("join", "silo", silo=joined)
-        missing = [name for name in self.plan.names if name not in self.nodes]
-        if refusals and missing:
-            raise refusals[0] if len(refusals) == 1 else RefusalError("\n".join(map(str, refusals)))
-        if missing:
-            raise FederationError(
-                f"silos {', '.join(missing)} of the roster did not join; {len(nodes)} nodes were connected"
-            )
-        self.nodes = {name: self.nodes[name] for name in self.plan.names}
-
-    def _wait_for_nodes(self) -> list[int]:
-        deadline = time.monotonic() + WAIT_SECONDS
-        needed, told = len(self.plan.silo), -1
-        while len(nodes := list(self.grid.get_node_ids())) < needed:
-            if len(nodes) != told:
-                told = len(nodes)
-                self._tell("join", "wait", connected=told, needed=needed)
-            if time.monotonic() > deadline:
-                raise FederationError(
-                    f"{len(nodes)} of {needed} silos connected within {WAIT_SECONDS:.0f} s; start the SuperNodes of "
-                    "the others"
-                )
-            time.sleep(0.2)
-        return nodes
-
-    def _train(self) -> dict[str, TrainReply]:
-        request = TrainRequest(**self._about)
+    def _train(self) -> dict[str, dict[str, Any]]:
         trained = {}
-        for silo, _, reply in self._ask(TrainReply, {name: [request] for name in self.nodes}, len(self.nodes)):
-            check_counts(self.layout, reply.examples, reply.tokens, f"silo {silo!r}")
-            trained[silo] = reply
-            self._tell("train", "silo", silo=silo, examples=reply.examples)
-        return trained
+        request = TrainRequest(**self.conductor.about)
+        open_mode = self.secure is None
 
-    def _upload(self) -> Spool:
-        spool = Spool(self.run.partial / "spool", self.layout, self.piece_bytes)
+        def check(silo: str, _: TrainRequest, reply: TrainReply) -> None:
+            if open_mode:
+                check_counts(self.layout, reply.examples or 0, reply.tokens, f"silo {silo!r}")
+            elif reply.examples is not None or reply.tokens:
+                raise FederationError(f"silo {silo!r} reports counts, which secure aggregation keeps from everyone")
+
+        for silo, _, reply in self.conductor.ask(
+            TrainReply,
+            {name: [request] for name in self.conductor.nodes},
+            needed=self.plan.minimum_survivors,
+            stall=None,
+            check=check,
+        ):
+            trained[silo] = {"examples": reply.examples, "tokens": dict(reply.tokens)}
+            self.conductor.tell("train", "silo", silo=silo, examples=reply.examples)
+        return {name: trained[name] for name in self.plan.names if name in trained}
+
+    def _sum_open(self, accumulator: Accumulator, trained: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:
+        """Collect every silo's statistics and fold them in, in roster order."""
+        spool, pieces = Spool(self.run.partial / "spool"), self.layout.pieces(self.piece_bytes)
+        survivors = tuple(self.conductor.step("upload", lambda: self._upload(spool, tuple(trained))))
+        for name in survivors:
+            about = trained[name]
+            accumulator.fold(Spooled(spool, name, pieces, about["examples"], about["tokens"]), f"silo {name!r}")
+        return survivors
+
+    def _upload(self, spool: Spool, silos: tuple[str, ...]) -> list[str]:
+        pieces = self.layout.pieces(self.piece_bytes)
         requests = {
             name: [
-                UploadRequest(**self._about, piece=number, piece_bytes=self.piece_bytes)
-                for number in range(len(spool.pieces))
+                UploadRequest(**self.conductor.about, piece=number, piece_bytes=self.piece_bytes)
+                for number in range(len(pieces))
+                if not spool.has(name, number)
             ]
-            for name in self.nodes
+            for name in silos
+            if name in self.conductor.nodes
         }
-        for silo, request, reply in self._ask(UploadReply, requests, UPLOADS):
+
+        def check(silo: str, request: UploadRequest, reply: UploadReply) -> None:
             if reply.piece != request.piece:
                 raise FederationError(f"silo {silo!r} sent piece {reply.piece}; piece {request.piece} was asked for")
-            check_slices(spool.pieces[reply.piece], reply.arrays, f"silo {silo!r}")
+            check_slices(pieces[reply.piece], reply.arrays, f"silo {silo!r}")
+
+        for silo, _, reply in self.conductor.ask(
+            UploadReply, requests, in_flight=UPLOADS, needed=self.plan.minimum_survivors, check=check
+        ):
             with self.run.writing():
                 spool.save(silo, reply.piece, reply.arrays)
-            self._tell("upload", "silo", silo=silo, piece=reply.piece + 1, pieces=len(spool.pieces))
-        return spool
+            self.conductor.tell("upload", "silo", silo=silo, piece=reply.piece + 1, pieces=len(pieces))
+        return [name for name in silos if all(spool.has(name, number) for number in range(len(pieces)))]
 
-    def _evaluate(self, contributions: Mapping[str, Spooled], merged: Merged) -> list[dict[str, Any]]:
+    def _sum_masked(self, accumulator: Accumulator) -> tuple[str, ...]:
+        """Have the silos' statistics added under masks."""
+        assert self.secure is not None  # noqa: S101
+        self.secure.prepare()
+        words, survivors = self.secure.statistics(self.layout.sum_entries, self.layout.digest)
+        accumulator.load(words, len(self.plan.silo))
+        return survivors
+
+    def _evaluate(self, survivors: tuple[str, ...], merged: Merged) -> tuple[list[dict[str, Any]], str | None]:
+        """Measure the models at all survivors; return what was found, or why nothing was.
+
+        The merge is done by now, so whatever goes wrong here costs the metrics and not the model.
+        """
         if self.plan.privacy.metrics == "none":
-            return []
-        models = []
-        if self.compare_silos:
-            for name, contribution in contributions.items():
-                arrays = {delta_block(t.name): contribution.block(delta_block(t.name)) for t in self.layout.tensors}
-                models.append(self._measure(name, "silo", arrays))
+            return [], "the plan lets no metrics leave"
+        self.conductor.keep_only(survivors)
+        try:
+            return Evaluation(self.conductor, self.secure).measure(self._candidates(survivors, merged), survivors), None
+        except GramfuseError as error:
+            return [], str(error)
+
+    def _candidates(self, survivors: tuple[str, ...], merged: Merged) -> Iterator[Candidate]:
+        if self.own_models is not None:
+            for name in survivors:
+                own = self.own_models(name)
+                arrays = {delta_block(t.name): own.block(delta_block(t.name)) for t in self.layout.tensors}
+                yield Candidate(name, "silo", arrays)
         for kind, deltas in (("simple", merged.mean), ("regmean", merged.deltas)):
-            arrays = {delta_block(name): delta.astype(np.float32) for name, delta in deltas.items()}
-            models.append(self._measure(kind, kind, arrays))
-        return models
-
-    def _measure(self, name: str, kind: str, arrays: Mapping[str, Any]) -> dict[str, Any]:
-        """Have every silo measure a model on its held-out examples, and add up."""
-        request = EvaluateRequest(**self._about, candidate=name, arrays=arrays)
-        shape = sums_shape(len(self.plan.model.labels))
-        sums: dict[str, Sums] = {}
-        for silo, _, reply in self._ask(EvaluateReply, {silo: [request] for silo in self.nodes}, len(self.nodes)):
-            found = reply.arrays.get("sums")
-            if reply.candidate != name or found is None or found.dtype != np.float64 or found.shape != shape:
-                raise FederationError(
-                    f"silo {silo!r} sent metrics of {reply.candidate!r} that do not fit; expected float64 sums of "
-                    f"shape {shape} of {name!r}"
-                )
-            if not np.isfinite(found).all() or (self.plan.model.labels and (found.min() < 0 or found.sum() < 1)):
-                raise FederationError(f"silo {silo!r} sent metrics of {name!r} that are no counts of examples")
-            sums[silo] = found
-        joint = np.sum([sums[silo] for silo in self.nodes], axis=0)
-        model = {"name": name, "kind": kind, "metrics": metrics(joint)}
-        if self.plan.privacy.metrics == "silo":
-            model["silos"] = {silo: metrics(sums[silo]) for silo in self.nodes}
-        self._tell("evaluate", "model", **model)
-        return model
-
-    def _ask(self, kind: type[R], requests: Mapping[str, Sequence[Q]], in_flight: int) -> Iterator[tuple[str, Q, R]]:
-        """Ask the silos and yield (silo, request, reply), each reply checked to be that silo's and of its kind."""
-        for silo, request, message in self.post.exchange(self.nodes, requests, in_flight):
-            reply = expect(kind, request, message, f"silo {silo!r}")
-            if reply.silo != silo:
-                raise FederationError(f"the node of silo {silo!r} answered as {reply.silo!r}")
-            yield silo, request, reply
+            yield Candidate(kind, kind, {delta_block(name): d.astype(np.float32) for name, d in deltas.items()})
 
     def _report(
-        self, trained: Mapping[str, TrainReply], models: list[dict[str, Any]], merged: Merged
+        self,
+        trained: Mapping[str, Mapping[str, Any]],
+        survivors: tuple[str, ...],
+        accumulator: Accumulator,
+        models: list[dict[str, Any]],
+        unmeasured: str | None,
+        merged: Merged,
     ) -> dict[str, Any]:
+        conductor = self.conductor
         return {
             "run": self.run.path.name,
             "name": self.plan.plan.name,
             "plan_digest": self.plan.digest,
             "layout_digest": self.layout.digest,
             "base": {"name": self.plan.model.base, "sha256": self.base.sha256},
-            "mode": "open",
-            "silos": [{"name": name, "examples": trained[name].examples} for name in self.plan.names],
+            "mode": "open" if self.secure is None else "secure",
+            "identities": "made for this run" if self.own_models else "those of the plan",
+            "silos": [{"name": name, "examples": trained[name]["examples"]} for name in survivors],
+            "lost": [{"name": name, "reason": str(error)} for name, error in conductor.lost.items()],
+            "examples": accumulator.examples,
             "models": models,
+            "unmeasured": unmeasured,
             "solve": [asdict(step) for step in merged.steps],
-            "bytes": {silo: dict(self.post.received[silo]) for silo in self.nodes},
-            "bytes_to_silos": {silo: dict(self.post.sent[silo]) for silo in self.nodes},
-            "seconds": {phase: round(seconds, 3) for phase, seconds in self.seconds.items()},
+            "bytes": {silo: dict(phases) for silo, phases in conductor.post.received.items()},
+            "bytes_to_silos": {silo: dict(phases) for silo, phases in conductor.post.sent.items()},
+            "seconds": {phase: round(seconds, 3) for phase, seconds in conductor.seconds.items()},
             "versions": {
                 name: importlib.metadata.version(name) for name in ("gramfuse", "flwr", "torch", "transformers")
             },
         }
 
-    @contextmanager
-    def _phase(self, name: str) -> Iterator[None]:
-        self._tell(name, "start")
-        began = time.monotonic()
-        yield
-        self.seconds[name] = time.monotonic() - began
-        self._tell(name, "end", seconds=round(self.seconds[name], 3))
 
-    def _tell(self, phase: str, state: str, **more: Any) -> None:
-        self.observer({"phase": phase, "state": state, **more})
-
-
-def needed_bytes(layout: Layout, silos: int, model_bytes: int) -> int:
+def needed_bytes(plan: Plan, layout: Layout, model_bytes: int) -> int:
     """Bytes that a run writes at most: all contributions, the model, and some room."""
-    return silos * layout.contribution_bytes + 2 * model_bytes + 50 * 2**20
+    each = 8 * layout.sum_entries if plan.privacy.secure_aggregation else layout.contribution_bytes
+    return len(plan.silo) * each + 2 * model_bytes + 50 * 2**20

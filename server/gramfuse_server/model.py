@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +13,21 @@ from gramfuse_protocol.plan import Plan
 from gramfuse_server.accumulator import Deltas
 
 
-def write_model(directory: Path, base: Base, deltas: Deltas, plan: Plan, metrics: Mapping[str, float] | None) -> None:
+def write_model(
+    directory: Path,
+    base: Base,
+    deltas: Deltas,
+    plan: Plan,
+    silos: Sequence[str],
+    metrics: Mapping[str, float] | None,
+) -> None:
     """Write base + deltas; the base model in memory becomes the merged one.
 
     The sum is made in float64 and rounded once to the base's dtype.
 
     Args:
         directory: made if it is not there.
+        silos: whose contributions are in it.
         metrics: joint held-out metrics for the card, if any were measured.
     """
     parameters = dict(base.model.named_parameters())
@@ -29,16 +37,21 @@ def write_model(directory: Path, base: Base, deltas: Deltas, plan: Plan, metrics
             parameter.copy_(torch.from_numpy(parameter.numpy().astype(np.float64) + delta))
     base.model.save_pretrained(directory, safe_serialization=True)
     base.tokenizer.save_pretrained(directory)
-    (directory / "README.md").write_text(card(plan, metrics), encoding="utf-8")
+    (directory / "README.md").write_text(card(plan, silos, metrics), encoding="utf-8")
 
 
-def card(plan: Plan, metrics: Mapping[str, float] | None) -> str:
+def card(plan: Plan, silos: Sequence[str], metrics: Mapping[str, float] | None) -> str:
     """Return the model card, made from the plan."""
     lines = ["---", *_front_matter(plan), "---", "", f"# {plan.plan.name}", ""]
     lines += [
-        f"`{plan.model.base}`, fine-tuned separately at {len(plan.silo)} silos ({', '.join(plan.names)}) and merged "
+        f"`{plan.model.base}`, fine-tuned separately at {len(silos)} silos ({', '.join(silos)}) and merged "
         f"in one exchange by RegMean (Jin et al., ICLR 2023) with gramfuse: alpha {plan.merge.alpha}, "
-        f"{plan.merge.weighting} weighting. The silos' data was not pooled.",
+        f"{plan.merge.weighting} weighting. The silos' data was not pooled; "
+        + (
+            "the coordinator saw sums over the silos only (secure aggregation)."
+            if plan.privacy.secure_aggregation
+            else "the coordinator saw each silo's statistics."
+        ),
         "",
         f"Plan digest: `{plan.digest}`",
         "",

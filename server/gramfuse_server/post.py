@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
 
 from flwr.app import Message as FlowerMessage
 from flwr.app import RecordDict
@@ -17,16 +17,32 @@ from gramfuse_protocol.messages import REPLIES, Message
 from gramfuse_protocol.wire import Frame, pack, unpack
 from gramfuse_server.records import from_record, to_record
 
-FLOWER_TYPES = {"join": "query.join", "train": "train", "upload": "query.upload", "evaluate": "evaluate"}
+FLOWER_TYPES = {"train": "train", "evaluate": "evaluate"}
+"""Flower's message types; all other phases are named queries."""
 
 M = TypeVar("M", bound=Message)
 
-LOST = (3, 5, 8)
+AWAY = 5
+LOST = (3, AWAY, 8)
 """Flower's error codes for a reply that got lost, a node that is away, and a ClientApp that was killed."""
 
 ATTEMPTS = 3
 LONG = 7 * 24 * 3600.0
 """Seconds for which Flower keeps a message: fine-tuning may take days."""
+
+
+@dataclass(frozen=True)
+class _Sent(Generic[M]):
+    """A request that is under way, and those of the same silo that are still to be sent."""
+
+    silo: str
+    remaining: Iterator[M]
+    request: M
+    attempt: int = 1
+    since: float = field(default_factory=time.monotonic)
+
+    def again(self) -> _Sent[M]:
+        return _Sent(self.silo, self.remaining, self.request, self.attempt + 1)
 
 
 class Post:
@@ -49,46 +65,57 @@ class Post:
         self._packed: tuple[Message, Frame, RecordDict] | None = None
 
     def exchange(
-        self, nodes: Mapping[str, int], requests: Mapping[str, Iterable[M]], in_flight: int
-    ) -> Iterator[tuple[str, M, Message]]:
+        self,
+        nodes: Mapping[str, int],
+        requests: Mapping[str, Iterable[M]],
+        in_flight: int,
+        stall: float | None = None,
+    ) -> Iterator[tuple[str, M, Message | FederationError]]:
         """Send every silo its requests, one after the other, and yield (silo, request, reply) as replies come.
 
         A silo's requests follow each other before the next silo's begin, where `in_flight` is the narrower.
-        A reply that Flower lost is asked for again; silos answer the same request with the same reply.
+        A reply that Flower lost is asked for again; silos answer the same request with the same reply. A silo that
+        does not answer, or whose answer cannot be read, is given up: the error comes instead of its reply, and
+        its other requests are not sent.
 
         Args:
             nodes: Flower's node id of each silo.
             in_flight: most requests under way at a time, ≥ 1.
-
-        Raises:
-            FederationError: if a silo does not answer after ATTEMPTS tries, or cannot be read.
+            stall: seconds after which a silo that answered nothing is given up; None leaves it to Flower, which
+                gives up nodes that are away.
         """
         waiting = deque((silo, iter(requests[silo])) for silo in requests)
-        active: dict[str, tuple[str, Iterator[M], M, int]] = {}
+        active: dict[str, _Sent[M]] = {}
         pause = 0.02
         while waiting or active:
             while waiting and len(active) < in_flight:
                 silo, remaining = waiting.popleft()
                 request = next(remaining, None)
                 if request is not None:
-                    active[self._send(silo, nodes[silo], request)] = (silo, remaining, request, 1)
+                    sent = _Sent(silo, remaining, request)
+                    active[self._send(silo, nodes[silo], request)] = sent
             progress = False
             for message_id in list(active):
                 for answer in self.grid.pull_messages([message_id]):
-                    silo, remaining, request, attempt = active.pop(message_id)
+                    sent = active.pop(message_id)
                     progress = True
-                    if answer.has_error():
-                        if answer.error.code not in LOST or attempt == ATTEMPTS:
-                            raise FederationError(
-                                f"silo {silo!r} gave no answer in phase {request.phase!r} after {attempt} "
-                                f"{'try' if attempt == 1 else 'tries'}: Flower error {answer.error.code}, "
-                                f"{answer.error.reason}"
-                            )
-                        active[self._send(silo, nodes[silo], request)] = (silo, remaining, request, attempt + 1)
+                    if answer.has_error() and self._worth_another_try(answer, nodes[sent.silo], sent.attempt):
+                        active[self._send(sent.silo, nodes[sent.silo], sent.request)] = sent.again()
                         continue
-                    reply = self._receive(silo, answer)
-                    waiting.appendleft((silo, remaining))
-                    yield silo, request, reply
+                    reply = self._receive(sent, answer)
+                    if not isinstance(reply, FederationError):
+                        waiting.appendleft((sent.silo, sent.remaining))
+                    yield sent.silo, sent.request, reply
+                if stall is not None and message_id in active and time.monotonic() - active[message_id].since > stall:
+                    sent = active.pop(message_id)
+                    progress = True
+                    yield (
+                        sent.silo,
+                        sent.request,
+                        FederationError(
+                            f"silo {sent.silo!r} gave no answer in phase {sent.request.phase!r} within {stall:.0f} s"
+                        ),
+                    )
             # Each look costs a request to the SuperLink, so look less often while nothing comes.
             pause = 0.02 if progress else min(1.0, pause * 1.5)
             if active and not progress:
@@ -104,24 +131,32 @@ class Post:
             frame = pack(request)
             self._packed = request, frame, to_record(frame)
         _, frame, content = self._packed
-        message = FlowerMessage(content=content, dst_node_id=node, message_type=FLOWER_TYPES[request.phase], ttl=LONG)
+        kind = FLOWER_TYPES.get(request.phase, f"query.{request.phase}")
+        message = FlowerMessage(content=content, dst_node_id=node, message_type=kind, ttl=LONG)
         self.sent[silo][request.phase] += frame.nbytes
         self._note("to", silo, request.phase, frame)
         (message_id,) = self.grid.push_messages([message])
         return str(message_id)
 
-    def _receive(self, silo: str, answer: FlowerMessage) -> Message:
+    def _worth_another_try(self, answer: FlowerMessage, node: int, attempt: int) -> bool:
+        lost = answer.error.code in LOST and attempt < ATTEMPTS
+        return lost and (answer.error.code != AWAY or node in self.grid.get_node_ids())
+
+    def _receive(self, sent: _Sent[M], answer: FlowerMessage) -> Message | FederationError:
+        silo = sent.silo
+        if answer.has_error():
+            return FederationError(
+                f"silo {silo!r} gave no answer in phase {sent.request.phase!r} after {sent.attempt} "
+                f"{'try' if sent.attempt == 1 else 'tries'}: Flower error {answer.error.code}, {answer.error.reason}"
+            )
         try:
             frame = from_record(answer.content)
             reply = unpack(frame, REPLIES)
         except FederationError as error:
-            raise FederationError(f"silo {silo!r}: {error}") from None
+            return FederationError(f"silo {silo!r}: {error}")
         self.received[silo][reply.phase] += frame.nbytes
         self._note("from", silo, reply.phase, frame)
         return reply
 
     def _note(self, direction: str, silo: str, phase: str, frame: Frame) -> None:
-        digest = hashlib.sha256(frame.header.encode())
-        for buffer in frame.buffers:
-            digest.update(buffer.data)
-        self.record({direction: silo, "phase": phase, "bytes": frame.nbytes, "sha256": digest.hexdigest()})
+        self.record({direction: silo, "phase": phase, "bytes": frame.nbytes, "sha256": frame.digest})

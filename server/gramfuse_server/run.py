@@ -17,26 +17,42 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from gramfuse_protocol.errors import RunDirectoryError
+from gramfuse_protocol.errors import FederationError, RunDirectoryError
+
+CHECKPOINT = "checkpoint.json"
+RESUMABLE = "train"
+"""The phase whose result makes a run worth resuming."""
 
 
 class RunDirectory:
-    """A run directory in the making; leaving it with an exception removes it.
+    """A run directory in the making.
+
+    Leaving it with an exception removes it, unless what happened is that silos or Flower went away after the silos
+    had trained: then it stays under its partial name, to be resumed.
 
     Args:
         path: its final name; must not exist.
         needed: bytes that the run will write at most.
+        resume: go on with what an interrupted run left under the partial name.
+
+    Attributes:
+        done: results of the phases that are over, as JSON values by phase; empty but for a resumed run.
 
     Raises:
-        RunDirectoryError: if it exists, cannot be made, or the disk has not enough room.
+        RunDirectoryError: if it exists, cannot be made or resumed, or the disk has not enough room.
     """
 
-    def __init__(self, path: Path, needed: int) -> None:
+    def __init__(self, path: Path, needed: int, *, resume: bool = False) -> None:
         self.path = path
         self.partial = partial_of(path)
         self.needed = needed
+        self.resume = resume
+        self.done: dict[str, Any] = {}
 
     def __enter__(self) -> RunDirectory:
+        if self.resume:
+            self.done = read_checkpoint(self.path)
+            return self
         check_free(self.path)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,7 +69,7 @@ class RunDirectory:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if kind is not None:
+        if kind is not None and not (RESUMABLE in self.done and isinstance(error, FederationError)):
             shutil.rmtree(self.partial, ignore_errors=True)
 
     @contextmanager
@@ -79,6 +95,17 @@ class RunDirectory:
         with self.writing():
             (self.partial / name).write_text(text, encoding="utf-8")
 
+    def keep(self, phase: str, result: Any) -> None:
+        """Keep the result of a phase, a JSON value, so that a resumed run need not repeat it."""
+        self.done[phase] = result
+        temporary = self.partial / f"{CHECKPOINT}.partial"
+        with self.writing():
+            with temporary.open("w", encoding="utf-8") as file:
+                json.dump(self.done, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, self.partial / CHECKPOINT)
+
     def record(self, entry: dict[str, Any]) -> None:
         """Append one line to the transcript: what crossed the coordinator's door, and when."""
         line = json.dumps({"time": round(time.time(), 3), **entry})
@@ -88,6 +115,7 @@ class RunDirectory:
     def finish(self) -> Path:
         """Write SHA256SUMS over all files and give the directory its name."""
         with self.writing():
+            (self.partial / CHECKPOINT).unlink(missing_ok=True)
             files = sorted(path for path in self.partial.rglob("*") if path.is_file())
             sums = [f"{_sha256(path)}  {path.relative_to(self.partial).as_posix()}\n" for path in files]
             (self.partial / "SHA256SUMS").write_text("".join(sums), encoding="utf-8")
@@ -100,11 +128,34 @@ def partial_of(path: Path) -> Path:
     return path.with_name(path.name + ".partial")
 
 
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Return what an interrupted run had done.
+
+    Raises:
+        RunDirectoryError: if there is nothing to go on with.
+    """
+    file = partial_of(path) / CHECKPOINT
+    try:
+        done: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RunDirectoryError(
+            f"{path}: nothing to resume; expected {file}, which a run leaves that was interrupted after the silos had "
+            "trained"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise RunDirectoryError(f"{file}: cannot be read: {error}") from None
+    return done
+
+
 def check_free(path: Path) -> None:
     """Raise RunDirectoryError if a run directory, finished or under way, has this name already."""
     for taken in (path, partial_of(path)):
         if taken.exists():
-            raise RunDirectoryError(f"{taken} exists already; choose another --out, or remove it")
+            raise RunDirectoryError(f"{taken} exists already; choose another --out, or {_other_way(taken)}")
+
+
+def _other_way(taken: Path) -> str:
+    return "resume it with --resume, or remove it" if (taken / CHECKPOINT).exists() else "remove it"
 
 
 def _sha256(path: Path) -> str:

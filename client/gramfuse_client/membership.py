@@ -1,0 +1,243 @@
+"""What a silo does in the phases of the secure sum: keys, shares, masked, survivors, unmask.
+
+The cryptography is `gramfuse_protocol.secure_sum`; here is what it is fed with, and what is kept on disk. A message
+that breaks the protocol raises SecurityError; `Participant` then ends the session: its secrets are wiped and nothing
+more leaves.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gramfuse_client.masking import read_masked, write_masked
+from gramfuse_client.session import Answer, Measured, Record, answered, with_answer
+from gramfuse_client.silo import Silo
+from gramfuse_client.state import Contributed, State
+from gramfuse_model.summands import summands
+from gramfuse_protocol import secure_sum
+from gramfuse_protocol.errors import ContributionError, FederationError, RefusalError, SecurityError
+from gramfuse_protocol.layout import Layout
+from gramfuse_protocol.messages import (
+    EvaluateRequest,
+    KeysReply,
+    KeysRequest,
+    MaskedReply,
+    MaskedRequest,
+    Message,
+    SharesReply,
+    SharesRequest,
+    SurvivorsReply,
+    SurvivorsRequest,
+    UnmaskReply,
+    UnmaskRequest,
+)
+from gramfuse_protocol.metrics import Sums
+from gramfuse_protocol.plan import Plan
+from gramfuse_protocol.scales import METRICS_SCALE, MOST_EXAMPLES, Scale, scales
+from gramfuse_protocol.secure_sum import Member
+from gramfuse_protocol.transcript import metrics_context
+from gramfuse_protocol.wire import pack
+
+SecureRequest = KeysRequest | SharesRequest | MaskedRequest | SurvivorsRequest | UnmaskRequest
+
+
+class Membership:
+    """One silo's part in one session."""
+
+    def __init__(self, silo: Silo, plan: Plan, layout: Layout, state: State, nonce: str) -> None:
+        if not plan.privacy.secure_aggregation:
+            raise FederationError("the plan has no secure sum", reason="the plan has no secure sum")
+        self.silo = silo
+        self.plan = plan
+        self.layout = layout
+        self.state = state
+        self.session = state.session(nonce)
+        self.roster = plan.roster
+
+    def answer(self, request: SecureRequest) -> Message:
+        """Return the reply to a request of the secure phases.
+
+        Raises:
+            SecurityError: if it breaks the protocol; the session must be ended then.
+            GramfuseError: of another kind, for what is no attack; the session goes on.
+        """
+        match request:
+            case KeysRequest():
+                return self._keys(request)
+            case SharesRequest():
+                return self._shares(request)
+            case MaskedRequest():
+                return self._masked(request)
+            case SurvivorsRequest():
+                return self._survivors(request)
+            case UnmaskRequest():
+                return self._unmask(request)
+
+    def measured(self, request: EvaluateRequest) -> bool:
+        """Whether the metrics of this model are kept already.
+
+        Raises:
+            SecurityError: if another model came under the same name, or after the metrics were sent.
+        """
+        record = self.session.read()
+        known = record.measured.get(request.candidate)
+        if known is not None and known.request != pack(request).digest:
+            raise SecurityError(f"two different models came as {request.candidate!r}")
+        if known is None and "masked:metrics" in record.answers:
+            raise SecurityError(f"model {request.candidate!r} came after the metrics were sent")
+        return known is not None
+
+    def keep_metrics(self, request: EvaluateRequest, sums: Sums) -> None:
+        """Keep the metrics of a model until they are asked for, masked."""
+        record = self.session.read()
+        measured = Measured(request=pack(request).digest, sums=tuple(sums.reshape(-1).tolist()))
+        self.session.write(record.model_copy(update={"measured": {**record.measured, request.candidate: measured}}))
+
+    def _keys(self, request: KeysRequest) -> Message:
+        record = self.session.read()
+        if reply := answered(record, "keys", request, KeysReply):
+            return reply
+        if not self.state.trained:
+            raise FederationError("keys were asked for before training", reason="not trained")
+        member = secure_sum.advertise(
+            self.roster,
+            request.session,
+            self.silo.name,
+            request.cohort,
+            self.silo.identity(),
+            secrets.token_bytes,
+        )
+        reply = KeysReply(**self._about(request), advert=member.advert)
+        self.session.write(with_answer(record, "keys", request, reply, member=member))
+        return reply
+
+    def _shares(self, request: SharesRequest) -> Message:
+        record = self.session.read()
+        if reply := answered(record, "shares", request, SharesReply):
+            return reply
+        member, sealed = secure_sum.share(self.roster, self._member(record), request.adverts, secrets.token_bytes)
+        reply = SharesReply(**self._about(request), sealed={name: data.hex() for name, data in sealed.items()})
+        self.session.write(with_answer(record, "shares", request, reply, member=member))
+        return reply
+
+    def _masked(self, request: MaskedRequest) -> Message:
+        record = self.session.read()
+        name = request.sum_of
+        whole = pack(request.model_copy(update={"piece": 0})).digest
+        key = f"masked:{name}"
+        if key not in record.answers:
+            self._write_vector(record, request, key, whole)
+        elif record.answers[key].request != whole:
+            raise SecurityError(f"a second, different request for the sum of {name} came")
+        path, words = self.session.masked(name), request.piece_bytes // 8
+        if not path.exists():
+            raise RefusalError(
+                f"{path}: the masked vector was removed; it cannot be made again", reason="the sum is over at this silo"
+            )
+        found = read_masked(path, request.piece * words, words)
+        if not found.size:
+            raise FederationError(f"piece {request.piece} was asked for; there are fewer", reason="no such piece")
+        return MaskedReply(**self._about(request), sum_of=name, piece=request.piece, arrays={"masked": found})
+
+    def _write_vector(self, record: Record, request: MaskedRequest, key: str, whole: str) -> None:
+        """Mask this silo's vector once and for all; from here on it is read from disk."""
+        member, name = self._member(record), request.sum_of
+        if name == "statistics":
+            sealed = {peer: bytes.fromhex(data) for peer, data in request.sealed.items()}
+            member = secure_sum.receive(self.roster, member, sealed)
+            blocks = self._statistics()
+        else:
+            if self.plan.privacy.metrics != "sum":
+                raise SecurityError("a sum of metrics was asked for; the plan has none")
+            if request.candidates != tuple(record.measured):
+                raise SecurityError("a sum of metrics was asked for, of other models than were measured here")
+            blocks = self._metrics(record)
+        masks = secure_sum.masks(self.roster, member, name)
+        path = self.session.masked(name)
+        write_masked(path, blocks, len(self.roster.keys), masks)
+        member = secure_sum.mark_uploaded(member, name, whole)
+        answers = {**record.answers, key: Answer(request=whole)}
+        self.session.write(record.model_copy(update={"member": member, "answers": answers}))
+
+    def _statistics(self) -> Iterator[tuple[str, NDArray[np.float64], Scale]]:
+        contribution, merge = self.state.contribution(), self.plan.merge
+        if merge.weighting == "examples" and contribution.examples > MOST_EXAMPLES:
+            raise ContributionError(
+                f"{contribution.examples} examples are more than the {MOST_EXAMPLES} that a secure sum can weigh; "
+                "agree on merge.weighting = 'uniform'"
+            )
+        values = summands(self.layout, contribution, alpha=merge.alpha, weighting=merge.weighting)
+        for (block, array), (_, scale) in zip(
+            values, scales(self.layout, len(self.roster.keys), merge.weighting), strict=True
+        ):
+            yield block.name, array, scale
+
+    def _metrics(self, record: Record) -> Iterator[tuple[str, NDArray[np.float64], Scale]]:
+        for name, measured in record.measured.items():
+            yield f"metrics of {name}", np.array(measured.sums), METRICS_SCALE[self.plan.model.task]
+
+    def _survivors(self, request: SurvivorsRequest) -> Message:
+        record = self.session.read()
+        name = request.sum_of
+        key = f"survivors:{name}"
+        if reply := answered(record, key, request, SurvivorsReply):
+            return reply
+        context = (
+            self.layout.digest
+            if name == "statistics"
+            else metrics_context({candidate: m.request for candidate, m in record.measured.items()})
+        )
+        member, signature = secure_sum.sign(
+            self.roster, self._member(record), self.silo.identity(), name, request.survivors, context
+        )
+        if name == "statistics":
+            self._contribute(request.survivors)
+        reply = SurvivorsReply(**self._about(request), sum_of=name, signature=signature.hex())
+        self.session.write(with_answer(record, key, request, reply, member=member))
+        return reply
+
+    def _contribute(self, survivors: tuple[str, ...]) -> None:
+        """Note that a sum over these survivors may become known, before anything is signed.
+
+        Raises:
+            SecurityError: if another set was signed under this plan: the difference of two sums is somebody's input.
+        """
+        before = self.state.contributed()
+        if before is not None and before.survivors != survivors:
+            raise SecurityError(
+                "the sum of another set of silos was signed under this plan before, and the difference of the two "
+                "would show single silos' statistics; agree on a new version of the plan"
+            )
+        if before is None:
+            self.state.contribute(Contributed(survivors=survivors, data=self.state.data_digest()))
+
+    def _unmask(self, request: UnmaskRequest) -> Message:
+        record = self.session.read()
+        name = request.sum_of
+        key = f"unmask:{name}"
+        if reply := answered(record, key, request, UnmaskReply):
+            return reply
+        member = self._member(record)
+        signatures = {peer: bytes.fromhex(signature) for peer, signature in request.signatures.items()}
+        shares = secure_sum.release(self.roster, member, name, signatures)
+        reply = UnmaskReply(
+            **self._about(request), sum_of=name, shares={peer: share.hex() for peer, share in shares.items()}
+        )
+        last = name == "metrics" or self.plan.privacy.metrics != "sum"
+        rest = None if last else secure_sum.forget(member, name)
+        self.session.write(with_answer(record, key, request, reply, member=rest))
+        self.session.masked(name).unlink(missing_ok=True)
+        return reply
+
+    def _member(self, record: Record) -> Member:
+        if record.member is None:
+            raise SecurityError("a message of a secure phase came before the keys, or after the last sum was opened")
+        return record.member
+
+    def _about(self, request: Message) -> dict[str, Any]:
+        return {"plan": request.plan, "session": request.session, "silo": self.silo.name}

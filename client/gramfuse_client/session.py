@@ -1,0 +1,156 @@
+"""What a silo keeps of one session of the secure sum: its secrets, what it answered, what it measured.
+
+One file holds all of it and is replaced as a whole before the reply that depends on it leaves, so a silo that is
+killed at any moment either answered nothing or gives the same answer again. Files are 0600 in a directory 0700.
+What is wiped is deleted; neither CPython nor a file system promises that no copy of it is left.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from gramfuse_protocol.errors import RefusalError, SecurityError
+from gramfuse_protocol.messages import Message
+from gramfuse_protocol.secure_sum import Member
+from gramfuse_protocol.transcript import Sum
+from gramfuse_protocol.wire import pack
+
+M = TypeVar("M", bound=Message)
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Answer(_Frozen):
+    """A request, by its digest, and the reply that it got, as JSON."""
+
+    request: str
+    reply: str = ""
+
+
+class Measured(_Frozen):
+    """A model that was measured: the digest of the request that brought it, and the sums of its metrics."""
+
+    request: str
+    sums: tuple[float, ...]
+
+
+class Record(_Frozen):
+    """All that is kept.
+
+    Args:
+        member: state of the secure sum; None before the keys are made and after the last sum is open.
+        answers: by phase and sum.
+        measured: by candidate, in the order in which they came.
+        ended: why nothing leaves in this session any more, or None.
+    """
+
+    member: Member | None = None
+    answers: Mapping[str, Answer] = {}
+    measured: Mapping[str, Measured] = {}
+    ended: str | None = None
+
+
+class Session:
+    """One session on a silo's disk.
+
+    Args:
+        directory: its own, under the plan's state.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    @property
+    def exists(self) -> bool:
+        """Whether this silo joined the session."""
+        return self._file.exists()
+
+    def begin(self) -> None:
+        """Begin the session, unless it is under way already.
+
+        Raises:
+            RefusalError: if it is over.
+        """
+        if self.exists:
+            self.read()
+            return
+        self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self.write(Record())
+
+    def read(self) -> Record:
+        """Return what is kept.
+
+        Raises:
+            RefusalError: if the session is over, or was never joined.
+        """
+        record = self._read()
+        if record.ended is not None:
+            raise RefusalError(
+                f"{self.directory}: this session is over: {record.ended}", reason="the session is over at this silo"
+            )
+        return record
+
+    def write(self, record: Record) -> None:
+        """Replace what is kept, as a whole, and have it on the disk before returning."""
+        temporary = self._file.with_suffix(".partial")
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(record.model_dump_json())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, self._file)
+
+    def end(self, why: str) -> None:
+        """Wipe secrets and masked vectors; nothing leaves in this session any more."""
+        if self.exists and self._read().ended is None:
+            self.write(Record(ended=why))
+        for path in self.directory.glob("*.masked*"):
+            path.unlink()
+
+    def masked(self, name: Sum) -> Path:
+        """Where the masked vector of a sum is kept."""
+        return self.directory / f"{name}.masked"
+
+    @property
+    def _file(self) -> Path:
+        return self.directory / "session.json"
+
+    def _read(self) -> Record:
+        try:
+            return Record.model_validate_json(self._file.read_bytes())
+        except FileNotFoundError:
+            raise RefusalError(
+                f"{self.directory}: a message came for a session that this silo did not join", reason="not joined"
+            ) from None
+        except ValidationError:
+            raise RefusalError(
+                f"{self._file}: is damaged or of another version; remove the directory and start a new session",
+                reason="the session cannot be read at this silo",
+            ) from None
+
+
+def answered(record: Record, key: str, request: Message, kind: type[M]) -> M | None:
+    """Return the reply that this request got before, or None if nothing with this key was asked yet.
+
+    Raises:
+        SecurityError: if another request with this key was answered.
+    """
+    answer = record.answers.get(key)
+    if answer is None:
+        return None
+    if answer.request != pack(request).digest:
+        raise SecurityError(f"a second, different request of phase {request.phase!r} came")
+    return kind.model_validate_json(answer.reply)
+
+
+def with_answer(record: Record, key: str, request: Message, reply: Message, **changes: Any) -> Record:
+    """Return the record with a reply noted, and other changes."""
+    answer = Answer(request=pack(request).digest, reply=reply.model_dump_json())
+    return record.model_copy(update={"answers": {**record.answers, key: answer}, **changes})

@@ -1,0 +1,216 @@
+"""The coordinator's part in a secure sum: passes keys and shares on, adds masked vectors, takes the masks off."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gramfuse_protocol import masks, secure_sum
+from gramfuse_protocol.errors import FederationError, SecurityError
+from gramfuse_protocol.messages import (
+    KeysReply,
+    KeysRequest,
+    MaskedReply,
+    MaskedRequest,
+    SharesReply,
+    SharesRequest,
+    SurvivorsReply,
+    SurvivorsRequest,
+    UnmaskReply,
+    UnmaskRequest,
+)
+from gramfuse_protocol.secure_sum import Signed
+from gramfuse_protocol.transcript import Advert, Sum, session_id
+from gramfuse_server.conductor import Conductor
+from gramfuse_server.spool import Spool
+
+Words = NDArray[np.uint64]
+
+UPLOADS = 2
+"""Silos that upload at the same time."""
+
+
+class SecureSums:
+    """The secure sums of one session. Every phase is checkpointed, so that a resumed run goes on where it stopped.
+
+    Args:
+        conductor: leads the silos.
+        piece_bytes: most bytes of a vector in one message.
+    """
+
+    def __init__(self, conductor: Conductor, piece_bytes: int) -> None:
+        self.conductor = conductor
+        self.roster = conductor.plan.roster
+        self.piece_bytes = piece_bytes
+        self.adverts: tuple[Advert, ...] = ()
+        self.sealed: Mapping[str, Mapping[str, str]] = {}
+
+    def prepare(self) -> None:
+        """Exchange keys and shares among the silos that are there.
+
+        Raises:
+            GramfuseError: if fewer are left than the plan asks for.
+        """
+        kept = self.conductor.step("keys", self._keys)
+        self.adverts = tuple(Advert.model_validate_json(text) for text in kept)
+        self.sealed = self.conductor.step("shares", self._shares)
+
+    def statistics(self, entries: int, context: str) -> tuple[Words, tuple[str, ...]]:
+        """Return the sum of the silos' vectors and whose they are.
+
+        Args:
+            entries: words of a vector.
+            context: the layout's digest.
+        """
+        members = [advert.silo for advert in self.adverts if advert.silo in self.sealed]
+        about = {
+            silo: {"sealed": {peer: self.sealed[peer][silo] for peer in members if peer != silo}} for silo in members
+        }
+        return self._sum("statistics", members, about, entries, context)
+
+    def metrics(
+        self, members: Sequence[str], candidates: Sequence[str], entries: int, context: str
+    ) -> tuple[Words, tuple[str, ...]]:
+        """Return the sum of the metrics of all candidates, one after the other, and whose they are.
+
+        Args:
+            members: survivors of the statistics.
+            context: `gramfuse_protocol.transcript.metrics_context`.
+        """
+        about = {silo: {"candidates": tuple(candidates)} for silo in members}
+        return self._sum("metrics", members, about, entries, context)
+
+    def _keys(self) -> list[str]:
+        conductor, adverts = self.conductor, {}
+        cohort = tuple(conductor.decide("cohort", list(conductor.nodes)))
+        request = KeysRequest(**conductor.about, cohort=cohort)
+
+        def check(silo: str, _: KeysRequest, reply: KeysReply) -> None:
+            if reply.advert.silo != silo:
+                raise SecurityError(f"silo {silo!r} sent the keys of {reply.advert.silo!r}")
+            secure_sum.check_advert(self.roster, conductor.nonce, reply.advert)
+
+        for silo, _, reply in conductor.ask(
+            KeysReply,
+            {name: [request] for name in cohort if name in conductor.nodes},
+            needed=self.roster.floor,
+            check=check,
+        ):
+            adverts[silo] = reply.advert
+            conductor.tell("keys", "silo", silo=silo)
+        present = [adverts[name] for name in cohort if name in adverts]
+        secure_sum.check_adverts(self.roster, conductor.nonce, cohort, present)
+        return [advert.model_dump_json() for advert in present]
+
+    def _shares(self) -> dict[str, dict[str, str]]:
+        conductor, sealed = self.conductor, {}
+        names = [advert.silo for advert in self.adverts if advert.silo in conductor.nodes]
+        request = SharesRequest(**conductor.about, adverts=self.adverts)
+
+        def check(silo: str, _: SharesRequest, reply: SharesReply) -> None:
+            if set(reply.sealed) != {advert.silo for advert in self.adverts} - {silo}:
+                raise SecurityError(f"silo {silo!r} did not seal shares for exactly its peers")
+
+        for silo, _, reply in conductor.ask(
+            SharesReply, {name: [request] for name in names}, needed=self.roster.floor, check=check
+        ):
+            sealed[silo] = dict(reply.sealed)
+            conductor.tell("shares", "silo", silo=silo)
+        return sealed
+
+    def _sum(
+        self, name: Sum, members: Sequence[str], about: Mapping[str, Mapping[str, Any]], entries: int, context: str
+    ) -> tuple[Words, tuple[str, ...]]:
+        suffix = "" if name == "statistics" else "-metrics"
+        step = self.conductor.step
+        spool = Spool(self.conductor.run.partial / f"spool{suffix}")
+        survivors = tuple(step(f"masked{suffix}", lambda: self._masked(name, spool, about, entries)))
+        signed = Signed(survivors=survivors, context=context)
+        signatures = step(f"survivors{suffix}", lambda: self._survivors(name, members, signed))
+        shares = step(f"unmask{suffix}", lambda: self._unmask(name, members, signatures))
+        words = np.zeros(entries, "<u8")
+        for silo in survivors:
+            for piece, (start, stop) in enumerate(self._pieces(entries)):
+                words[start:stop] += spool.read(silo, piece, "masked")
+        released = {silo: {owner: bytes.fromhex(share) for owner, share in of.items()} for silo, of in shares.items()}
+        masks.apply(
+            words,
+            secure_sum.unmasking(self.roster, self.conductor.nonce, self.adverts, name, members, survivors, released),
+        )
+        return words, survivors
+
+    def _pieces(self, entries: int) -> list[tuple[int, int]]:
+        size = self.piece_bytes // 8
+        return [(start, min(entries, start + size)) for start in range(0, entries, size)]
+
+    def _masked(self, name: Sum, spool: Spool, about: Mapping[str, Mapping[str, Any]], entries: int) -> list[str]:
+        conductor, pieces = self.conductor, self._pieces(entries)
+        requests = {
+            silo: [
+                MaskedRequest(**conductor.about, sum_of=name, **about[silo], piece=piece, piece_bytes=self.piece_bytes)
+                for piece in range(len(pieces))
+                if not spool.has(silo, piece)
+            ]
+            for silo in about
+            if silo in conductor.nodes
+        }
+
+        def check(silo: str, request: MaskedRequest, reply: MaskedReply) -> None:
+            start, stop = pieces[request.piece]
+            found = reply.arrays.get("masked")
+            if (reply.sum_of, reply.piece) != (name, request.piece):
+                raise FederationError(f"silo {silo!r} sent piece {reply.piece}; piece {request.piece} was asked for")
+            if len(reply.arrays) != 1 or found is None or found.dtype != np.uint64 or found.shape != (stop - start,):
+                raise FederationError(
+                    f"silo {silo!r} sent a piece of another form; expected uint64 {(stop - start,)} as 'masked'"
+                )
+
+        complete = [silo for silo in about if silo not in requests and spool.has(silo, len(pieces) - 1)]
+        for silo, request, reply in conductor.ask(
+            MaskedReply,
+            requests,
+            in_flight=UPLOADS if len(pieces) > 1 else None,
+            needed=self.roster.floor - len(complete),
+            check=check,
+        ):
+            with conductor.run.writing():
+                spool.save(silo, request.piece, {"masked": reply.arrays["masked"]})
+            conductor.tell("masked", "silo", silo=silo, piece=request.piece + 1, pieces=len(pieces))
+        return [silo for silo in about if all(spool.has(silo, piece) for piece in range(len(pieces)))]
+
+    def _survivors(self, name: Sum, members: Sequence[str], signed: Signed) -> dict[str, str]:
+        conductor, signatures = self.conductor, {}
+        request = SurvivorsRequest(**conductor.about, sum_of=name, survivors=signed.survivors)
+        session = session_id(self.roster.plan, conductor.nonce, self.adverts)
+
+        def check(silo: str, _: SurvivorsRequest, reply: SurvivorsReply) -> None:
+            secure_sum.check_signature(
+                self.roster, session, name, members, signed, silo, bytes.fromhex(reply.signature)
+            )
+
+        present = [silo for silo in signed.survivors if silo in conductor.nodes]
+        for silo, _, reply in conductor.ask(
+            SurvivorsReply, {s: [request] for s in present}, needed=self.roster.threshold, check=check
+        ):
+            signatures[silo] = reply.signature
+            conductor.tell("survivors", "silo", silo=silo)
+        return {silo: signatures[silo] for silo in signed.survivors if silo in signatures}
+
+    def _unmask(self, name: Sum, members: Sequence[str], signatures: Mapping[str, str]) -> dict[str, dict[str, str]]:
+        conductor, shares = self.conductor, {}
+        request = UnmaskRequest(**conductor.about, sum_of=name, signatures=signatures)
+
+        def check(silo: str, _: UnmaskRequest, reply: UnmaskReply) -> None:
+            if set(reply.shares) != set(members):
+                raise SecurityError(f"silo {silo!r} did not release exactly one share for each member of the sum")
+
+        present = [silo for silo in signatures if silo in conductor.nodes]
+        for silo, _, reply in conductor.ask(
+            UnmaskReply, {s: [request] for s in present}, needed=self.roster.threshold, check=check
+        ):
+            shares[silo] = dict(reply.shares)
+            conductor.tell("unmask", "silo", silo=silo)
+        return shares
