@@ -52,7 +52,7 @@ def plan_layout(plan: Plan, base: Base, given: Layout | None = None) -> Layout:
         ModelError: if the plan is locked to another layout.
     """
     batch = base.tokenizer(list(PUBLIC_TEXT), padding=True, return_tensors="pt")
-    layout = derive_layout(base.model, dict(batch), plan.merge)
+    layout = derive_layout(base.model, dict(batch), plan.merge, scaled=True)
     if given is not None and given.digest == plan.merge.layout and given.follows(layout):
         return given
     if plan.merge.layout is not None and layout.digest != plan.merge.layout:
@@ -63,7 +63,9 @@ def plan_layout(plan: Plan, base: Base, given: Layout | None = None) -> Layout:
     return layout
 
 
-def derive_layout(model: nn.Module, batch: Mapping[str, Any], merge: Merge | None = None) -> Layout:
+def derive_layout(
+    model: nn.Module, batch: Mapping[str, Any], merge: Merge | None = None, *, scaled: bool = False
+) -> Layout:
     """Run a model once on a public batch and find its groups.
 
     Linear modules belong to one group if every one of their calls received the identical tensor, and if they
@@ -72,6 +74,8 @@ def derive_layout(model: nn.Module, batch: Mapping[str, Any], merge: Merge | Non
     Args:
         batch: keyword arguments of the model's forward; values only need the right shapes.
         merge: structures and exclusions; by default full Gram matrices for everything.
+        scaled: whether the layout says how large each feature is on this batch, which a secure sum needs; the batch
+            must then be public.
     """
     merge = merge or Merge()
     linears = list(linear_modules(model))
@@ -96,7 +100,7 @@ def derive_layout(model: nn.Module, batch: Mapping[str, Any], merge: Merge | Non
             weights=tuple(
                 Linear(weight=w, d_out=candidates[w].d_out, transposed=candidates[w].kind.transposed) for w in weights
             ),
-            exponents=_exponents(power[weights[0]]),
+            exponents=_exponents(power[weights[0]]) if scaled else (),
         )
         for (_, structure), weights in members.items()
     )

@@ -123,4 +123,4 @@ def verify(public: bytes, signature: bytes, statement: bytes, what: str) -> None
     try:
         Ed25519PublicKey.from_public_bytes(public).verify(signature, statement)
     except (InvalidSignature, ValueError):
-        raise SecurityError(f"{what} is not signed with the key that the plan's roster names") from None
+        raise SecurityError(f"{what}: not signed with the key that the plan's roster names") from None

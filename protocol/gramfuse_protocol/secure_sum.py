@@ -327,7 +327,7 @@ def check_signature(
 ) -> None:
     """Raise SecurityError unless this silo signed exactly this set of survivors, in this context."""
     statement = survivors_statement(session, name, members, signed.survivors, signed.context)
-    verify(roster.keys[silo], signature, statement, f"the list of survivors, by silo {silo!r},")
+    verify(roster.keys[silo], signature, statement, f"the list of survivors by silo {silo!r}")
 
 
 def check_signatures(

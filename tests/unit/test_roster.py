@@ -10,7 +10,7 @@ import pytest
 from gramfuse_protocol.errors import PlanError
 from gramfuse_protocol.keys import Identity
 from gramfuse_protocol.plan import Plan
-from gramfuse_protocol.roster import MOST_SILOS, Roster, check_terms, smallest_threshold
+from gramfuse_protocol.roster import MOST_SILOS, Roster, check_terms, smallest_threshold, tolerated
 
 KEYS = [Identity(random.Random(n).randbytes(32)).public.hex() for n in range(12)]
 
@@ -56,6 +56,22 @@ def test_every_set_of_terms_is_accepted_exactly_if_it_is_safe() -> None:
 def test_the_smallest_threshold_is_the_smallest_by_trying() -> None:
     for n, c in itertools.product(range(1, 60), range(60)):
         assert smallest_threshold(n, c) == next(t for t in range(200) if 2 * t > n + c)
+
+
+def test_what_safe_terms_tolerate_is_the_most_that_they_do() -> None:
+    def safe(n: int, c: int, t: int, m: int) -> bool:
+        try:
+            check_terms(n, c, t, m)
+        except ValueError:
+            return False
+        return True
+
+    for n, t, m in itertools.product(range(3, 13), range(1, 13), range(1, 13)):
+        if safe(n, 0, t, m):
+            assert tolerated(n, t, m) == {
+                "dropouts": max(gone for gone in range(n) if n - gone >= t and n - gone >= m),
+                "colluding": max(c for c in range(n) if safe(n, c, t, m)),
+            }
 
 
 def test_the_number_of_silos_is_bounded() -> None:

@@ -93,7 +93,7 @@ def hex_of(words: masks.Words) -> str:
     return words.astype("<u8").tobytes().hex()
 
 
-def exponent_list(layout: Layout, silos: int, weighting: str) -> list[int]:
+def exponent_list(layout: Layout, silos: int, weighting: Any) -> list[int]:
     """f of every word of the statistics."""
     found: list[int] = []
     for block, scale in scales(layout, silos, weighting):
@@ -172,7 +172,7 @@ def contribution_json(statistics: Statistics) -> Json:
     }
 
 
-def statistics_values(layout: Layout, statistics: Statistics, weighting: str) -> list[float]:
+def statistics_values(layout: Layout, statistics: Statistics, weighting: Any) -> list[float]:
     found: list[float] = []
     for _, values in summands(layout, statistics, alpha=ALPHA, weighting=weighting):
         found += values.reshape(-1).tolist()
@@ -306,12 +306,11 @@ class Session:
                 points = {advert.silo: self.roster.index(advert.silo) for advert in self.adverts}
                 secret = bytes.fromhex(getattr(secrets, kind)[name])
                 shares = split(secret, self.roster.threshold, points.values(), _replay(part))
-                entry = found[f"{name} {kind}"] = {
-                    "shares": {peer: shares[point].hex() for peer, point in points.items()}
-                }
+                entry: Json = {"shares": {peer: shares[point].hex() for peer, point in points.items()}}
                 if not self.brief:
                     coefficients = [int.from_bytes(c, "little") >> 7 for c in drawn]
                     entry["coefficients"] = [c.to_bytes(SHARE_BYTES, "little").hex() for c in coefficients]
+                found[f"{name} {kind}"] = entry
         return found
 
     def _sealing(self, sender: str, receiver: str, sealed: bytes) -> Json:
@@ -702,8 +701,8 @@ class Refused:
 
     An entry's `session` is the session that it departs from, `silo` the one that is asked, `after` the last step of
     that session which the silo has done before, `again` whether it has done `step` itself as well, the good way. In a
-    list of adverts, a name stands for that silo's advert of the session, and where sealed shares should be, for those
-    that this silo sealed.
+    list of adverts, a name stands for that silo's advert of the session, and where sealed or released shares should be,
+    for that silo's own.
     """
 
     def __init__(self, good: Sequence[Json]) -> None:
@@ -945,11 +944,12 @@ def _refused_releases(bad: Refused) -> None:
 
 
 def _refused_unmasking(bad: Refused) -> None:
-    def case(name: str, session: str, change: Callable[[Json], None]) -> None:
+    def case(name: str, session: str, change: Callable[[Json], Any]) -> None:
         good = bad.sessions[session]["sums"][0]
         released = copy.deepcopy(good["released"])
         change(released)
-        given = {"sum": "statistics", "released": released}
+        named = {silo: silo if shares == good["released"][silo] else shares for silo, shares in released.items()}
+        given = {"sum": "statistics", "released": named}
         bad.step(name, "unmask", "", "", given, session=session)
 
     four, five = bad.sessions["four silos"], bad.sessions["five silos"]
@@ -1034,6 +1034,7 @@ def _refused_messages(bad: Refused) -> None:
     def replaced(name: str, good: Json, old: str, new: str, buffers: list[str] | None = None) -> None:
         case(name, good, good["header"].replace(old, new, 1), buffers)
 
+    moved = survivors["header"].partition('"body"')[2].removesuffix("}")
     case("bytes after the last array", masked, buffers=[masked["buffers"][0] + "00"])
     case("an array with a byte missing", masked, buffers=[masked["buffers"][0][:-2]])
     case("no buffer where an array is announced", masked, buffers=[])
@@ -1044,7 +1045,8 @@ def _refused_messages(bad: Refused) -> None:
     case("a header with a line break at the end", survivors, survivors["header"] + "\n")
     replaced("a header with a space", survivors, '"arrays":', '"arrays": ')
     replaced("a header with an escaped letter", survivors, '"south"', '"\\u0073outh"')
-    replaced("a header with its keys in another order", survivors, '{"arrays":[],', "{")
+    replaced("a header without its arrays", survivors, '{"arrays":[],', "{")
+    case("a header with its keys in another order", survivors, '{"body"' + moved + ',"arrays":[]}')
     replaced("a header with one key twice", survivors, '"protocol":1', '"protocol":1,"protocol":1')
     replaced("a header with one key more", survivors, '"phase"', '"extra":1,"phase"')
     replaced("a body with one key more", survivors, '"protocol"', '"more":1,"protocol"')
