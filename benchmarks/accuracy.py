@@ -78,7 +78,8 @@ def measure(benchmark: str, data: Path | None, seed: int, alpha: float) -> dict[
         report = simulate(write_project(Path(scratch) / "silos", benchmark, silos, labels, alpha), seed)
         seconds = time.monotonic() - began
         everyone = tuple([row for rows in silos.values() for row in rows[part]] for part in (0, 1))
-        joint = simulate(write_project(Path(scratch) / "joint", benchmark, {"joint": everyone}, labels, alpha), seed)
+        alone = write_project(Path(scratch) / "joint", benchmark, {"joint": everyone}, labels, alpha, secure=False)
+        joint = simulate(alone, seed)
     models = [model for model in report["models"] if model["kind"] != "silo" or len(silos) > 1]
     models.append({**next(m for m in joint["models"] if m["kind"] == "silo"), "kind": "joint"})
     return {
@@ -121,15 +122,26 @@ def silos_of(benchmark: str, data: Path | None, seed: int, scratch: Path) -> dic
 
 
 def write_project(
-    directory: Path, benchmark: str, silos: Mapping[str, tuple[Rows, ...]], labels: Sequence[str], alpha: float
+    directory: Path,
+    benchmark: str,
+    silos: Mapping[str, tuple[Rows, ...]],
+    labels: Sequence[str],
+    alpha: float,
+    *,
+    secure: bool = True,
 ) -> Path:
-    """Write a project; the training settings are the demo's where the benchmark names none."""
+    """Write a project; the training settings are the demo's where the benchmark names none.
+
+    Args:
+        secure: whether the coordinator sees sums only; if not, the silos allow open uploads.
+    """
     subprocess.run([gramfuse(), "init", str(directory)], check=True, capture_output=True)
     plan = (directory / "plan.toml").read_text(encoding="utf-8").partition("[[silo]]")[0]
     lines = []
     for line in plan.splitlines():
         key = line.partition(" =")[0]
-        value = {"labels": list(labels), "alpha": alpha, "metrics": "sum", **SETTINGS[benchmark]}.get(key)
+        own = {"labels": list(labels), "alpha": alpha, "secure-aggregation": secure, **SETTINGS[benchmark]}
+        value = own.get(key)
         lines.append(line if value is None else f"{key} = {json.dumps(value)}")
     roster = "".join(f'\n[[silo]]\nname = "{name}"\n' for name in silos)
     (directory / "plan.toml").write_text("\n".join(lines) + "\n" + roster, encoding="utf-8")
@@ -144,6 +156,8 @@ def write_project(
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in content)
             (folder / f"{part}.jsonl").write_text(text, encoding="utf-8")
         text = template.replace("bank", name)
+        if not secure:
+            text = text.replace("open-uploads = false", "open-uploads = true")
         if len(silos) == 1:
             text = text.replace("threads = 1", "threads = 0")
         (directory / "silos" / f"{name}.toml").write_text(text, encoding="utf-8")

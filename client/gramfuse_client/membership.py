@@ -40,7 +40,7 @@ from gramfuse_protocol.metrics import Sums
 from gramfuse_protocol.plan import Plan
 from gramfuse_protocol.scales import METRICS_SCALE, MOST_EXAMPLES, Scale, scales
 from gramfuse_protocol.secure_sum import Member
-from gramfuse_protocol.transcript import metrics_context
+from gramfuse_protocol.transcript import Sum, metrics_context
 from gramfuse_protocol.wire import pack
 
 SecureRequest = KeysRequest | SharesRequest | MaskedRequest | SurvivorsRequest | UnmaskRequest
@@ -195,26 +195,24 @@ class Membership:
         member, signature = secure_sum.sign(
             self.roster, self._member(record), self.silo.identity(), name, request.survivors, context
         )
-        if name == "statistics":
-            self._contribute(request.survivors)
+        self._contribute(name, request.survivors)
         reply = SurvivorsReply(**self._about(request), sum_of=name, signature=signature.hex())
         self.session.write(with_answer(record, key, request, reply, member=member))
         return reply
 
-    def _contribute(self, survivors: tuple[str, ...]) -> None:
+    def _contribute(self, name: Sum, survivors: tuple[str, ...]) -> None:
         """Note that a sum over these survivors may become known, before anything is signed.
 
         Raises:
             SecurityError: if another set was signed under this plan: the difference of two sums is somebody's input.
         """
-        before = self.state.contributed()
-        if before is not None and before.survivors != survivors:
+        contributed = self.state.contributed() or Contributed(data=self.state.data_digest())
+        if contributed.survivors.get(name, survivors) != survivors:
             raise SecurityError(
-                "the sum of another set of silos was signed under this plan before, and the difference of the two "
-                "would show single silos' statistics; agree on a new version of the plan"
+                f"a sum of {name} over other silos was signed under this plan before, and the difference of the two "
+                "would show single silos' part; agree on a new version of the plan"
             )
-        if before is None:
-            self.state.contribute(Contributed(survivors=survivors, data=self.state.data_digest()))
+        self.state.contribute(contributed.model_copy(update={"survivors": {**contributed.survivors, name: survivors}}))
 
     def _unmask(self, request: UnmaskRequest) -> Message:
         record = self.session.read()

@@ -26,6 +26,7 @@ from gramfuse_protocol.errors import FederationError
 from gramfuse_protocol.layout import Layout, Slice
 from gramfuse_protocol.plan import Plan
 from gramfuse_protocol.statistics import Statistics
+from gramfuse_protocol.transcript import Sum
 
 PROGRESS_SECONDS = 0.5
 
@@ -33,11 +34,11 @@ log = logging.getLogger(__name__)
 
 
 class Contributed(BaseModel):
-    """The sum that this silo is in under a plan: over whom, and of which data."""
+    """The sums that this silo is in under a plan: over whom, and of which data."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    survivors: tuple[str, ...]
+    survivors: Mapping[Sum, tuple[str, ...]] = {}
     data: str
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from gramfuse_protocol.errors import FederationError, RunDirectoryError
+from gramfuse_protocol.errors import FederationError, GramfuseError, RunDirectoryError
 
 CHECKPOINT = "checkpoint.json"
 RESUMABLE = "train"
@@ -27,8 +27,8 @@ RESUMABLE = "train"
 class RunDirectory:
     """A run directory in the making.
 
-    Leaving it with an exception removes it, unless what happened is that silos or Flower went away after the silos
-    had trained: then it stays under its partial name, to be resumed.
+    Leaving it with an exception removes it, unless silos, Flower or this process failed after the silos had trained:
+    then it stays under its partial name, to be resumed. Ctrl-C and errors that a resumed run would meet again remove it.
 
     Args:
         path: its final name; must not exist.
@@ -69,7 +69,10 @@ class RunDirectory:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if kind is not None and not (RESUMABLE in self.done and isinstance(error, FederationError)):
+        if error is None:
+            return
+        final = isinstance(error, GramfuseError) and not isinstance(error, FederationError)
+        if RESUMABLE not in self.done or final or isinstance(error, KeyboardInterrupt):
             shutil.rmtree(self.partial, ignore_errors=True)
 
     @contextmanager

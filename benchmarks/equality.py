@@ -1,0 +1,77 @@
+"""How far a merge under secure aggregation is from the open one: the same silos, data and training, both ways.
+
+    python benchmarks/equality.py desk
+    python benchmarks/equality.py hwu64 --data PATH/TO/SETS
+
+The relative difference of a tensor is ‖secure − open‖ / ‖open‖ over its merged weights, in the Frobenius norm; that of
+the model is over all weights that were trained, together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from accuracy import SETTINGS, silos_of, simulate, write_project
+from gramfuse_protocol.layout import Layout
+
+LIMIT = 1e-6
+
+
+def main() -> None:
+    """Merge both ways and print the differences."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("benchmark", choices=SETTINGS)
+    parser.add_argument("--data", type=Path, help="folder of the sets (not needed for desk)")
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args()
+    reports, weights = {}, {}
+    with tempfile.TemporaryDirectory(prefix="gramfuse-") as scratch:
+        silos = silos_of(options.benchmark, options.data, options.seed, Path(scratch))
+        labels = sorted({row["label"] for train, _ in silos.values() for row in train})
+        for mode, secure in (("open", False), ("secure", True)):
+            project = write_project(Path(scratch) / mode, options.benchmark, silos, labels, 0.9, secure=secure)
+            reports[mode] = simulate(project, options.seed)
+            weights[mode] = load_file(project / "run" / "model" / "model.safetensors")
+            layout = Layout.read(project / "run" / "layout.json")
+    # The head's name differs where the file keeps the encoder under a prefix of its own; the model's names are kept.
+    trained = [tensor.name for tensor in layout.tensors]
+    apart = {name: relative(weights["secure"][name], weights["open"][name]) for name in trained}
+    whole = relative(*(torch.cat([weights[mode][name].flatten() for name in trained]) for mode in ("secure", "open")))
+    worst = max(apart, key=lambda name: apart[name])
+    print(f"{SETTINGS[options.benchmark]['title']}; seed {options.seed}")
+    print("\n| | open | secure |\n|---|---|---|")
+    for model in reports["open"]["models"]:
+        other = next(m for m in reports["secure"]["models"] if m["name"] == model["name"])
+        cells = [" / ".join(f"{v:.4f}" for k, v in m["metrics"].items() if k != "examples") for m in (model, other)]
+        print(f"| {model['name']} | {cells[0]} | {cells[1]} |")
+    for what, value in (("MB from each silo", sent), ("seconds", seconds)):
+        print(f"| {what} | {value(reports['open']):.1f} | {value(reports['secure']):.1f} |")
+    print(f"\nrelative difference of the merged weights: {whole:.2e} over all, {worst} {apart[worst]:.2e} at most")
+    print(f"at most {LIMIT:g}: {'yes' if max(whole, apart[worst]) <= LIMIT else 'MISSED'}")
+    print(f"({platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__})")
+
+
+def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """Return ‖ours − theirs‖ / ‖theirs‖."""
+    return float((ours.double() - theirs.double()).norm() / theirs.double().norm())
+
+
+def sent(report: dict) -> float:  # type: ignore[type-arg]
+    """Return the megabytes that one silo sent on average."""
+    return sum(sum(phases.values()) for phases in report["bytes"].values()) / len(report["bytes"]) / 1e6
+
+
+def seconds(report: dict) -> float:  # type: ignore[type-arg]
+    """Return the seconds of all phases but training."""
+    return float(sum(value for phase, value in report["seconds"].items() if phase != "train"))
+
+
+if __name__ == "__main__":
+    main()
