@@ -42,7 +42,7 @@ def summands(
             t[rows] = (gram @ delta[rows].view(count, width, -1)).view(count * width, -1)
         yield next(blocks), t.numpy()
     for tensor in layout.tensors:
-        yield next(blocks), c * contribution.block(delta_block(tensor.name)).astype(np.float64)
+        yield next(blocks), np.asarray(c * contribution.block(delta_block(tensor.name)).astype(np.float64))
 
 
 def inward(weight: Linear, array: NDArray[Any]) -> torch.Tensor:

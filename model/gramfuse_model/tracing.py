@@ -145,7 +145,7 @@ def _inputs(
 
 
 def _exponents(power: torch.Tensor) -> tuple[int, ...]:
-    """Return the smallest e with 2^e at least each feature's root mean square, raised to QUIETEST below the highest."""
+    """Return the smallest e with 2^e above each feature's root mean square, raised to QUIETEST below the highest."""
     amplitudes = power.sqrt().tolist()
     found = [math.frexp(amplitude)[1] if amplitude else -EXPONENT for amplitude in amplitudes]
     floor = max(found) - QUIETEST

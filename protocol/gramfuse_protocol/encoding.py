@@ -2,7 +2,7 @@
 
 A value x is the integer q = round(x · 2^f) in two's complement, f being an exponent that all silos share; a sum of
 integers is divided by 2^f again. Rounding is to the nearest, ties to even, so the same value always gives the same
-word. With n silos every |q| is at most 2^(62 − ⌈log₂ n⌉): the sum stays below 2^62 and cannot wrap, and its error is
+word. With n silos every |q| is at most 2^(62 − ⌈log₂ n⌉): the sum is at most 2^62 and cannot wrap, and its error is
 at most n/2 · 2^−f. A value beyond that is an error, never a silent clip.
 """
 
@@ -37,8 +37,9 @@ def encode(values: Floats, scale: Floats | float, silos: int, name: str, out: Wo
     Raises:
         ContributionError: naming the tensor and how many values are NaN, infinite or beyond the range.
     """
+    scaled = np.empty(values.shape)
     with np.errstate(over="ignore", invalid="ignore", under="ignore"):
-        scaled = np.multiply(values, scale)
+        np.multiply(values, scale, out=scaled)
     np.rint(scaled, out=scaled)
     limit = 2.0 ** capacity(silos)
     if scaled.size and not max(scaled.max(), -scaled.min()) <= limit:

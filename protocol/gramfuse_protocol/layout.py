@@ -60,7 +60,7 @@ class Group(_Frozen):
     structure: Annotated[str, AfterValidator(_structure)]
     weights: Annotated[tuple[Linear, ...], Field(min_length=1)]
     exponents: tuple[Exponent, ...] = ()
-    """For each feature, the power of two that its root mean square on public text does not exceed; for secure sums."""
+    """For each feature, the power of two that its root mean square on public text stays below; for secure sums."""
 
     @model_validator(mode="after")
     def _one_exponent_for_each_feature(self) -> Group:

@@ -50,7 +50,7 @@ def apply(target: Words, masks: Sequence[Mask], start: int = 0) -> None:
     """
     if start % 2:
         raise ValueError(f"a stream is entered at an even word, not at {start}")
-    if not masks:
+    if not masks or not target.size:
         return
     workers = min(os.cpu_count() or 1, -(-target.size // WORDS)) or 1
     each = -(-target.size // workers // WORDS) * WORDS

@@ -4,7 +4,7 @@ A silo turns its predictions into one small float64 array; the arrays of several
 sum is turned into numbers. So a joint metric over all silos is exact, and no single prediction leaves a silo.
 
 * classification: the confusion matrix, shape (labels, labels), rows are the truth, columns the prediction.
-* regression: (7,): n, Σt, Σp, Σt², Σp², Σtp, Σ|t−p|, Σ(t−p)² for truth t and prediction p.
+* regression: (8,): n, Σt, Σp, Σt², Σp², Σtp, Σ|t−p|, Σ(t−p)² for truth t and prediction p.
 """
 
 from __future__ import annotations

@@ -271,6 +271,8 @@ def masks(roster: Roster, member: Member, name: Sum) -> list[Mask]:
         SecurityError: if it is not yet known who the members are.
     """
     members = _members(member, name)
+    if name not in member.secrets.seed:
+        raise SecurityError(f"the secrets of the sum of {name} are wiped; it was asked for again")
     session = session_id(roster.plan, member.nonce, member.adverts)
     seed, private = bytes.fromhex(member.secrets.seed[name]), bytes.fromhex(member.secrets.mask[name])
     found = [_self_mask(seed, session, name, member.name)]
@@ -399,6 +401,8 @@ def unmasking(
     session = session_id(roster.plan, nonce, adverts)
     present = {advert.silo: advert for advert in adverts}
     for silo, released in shares.items():
+        if silo not in survivors:
+            raise SecurityError(f"shares came from {silo!r}, which is no survivor")
         if set(released) != set(members):
             raise SecurityError(f"silo {silo!r} did not release exactly one share for each member of the sum")
 

@@ -97,7 +97,9 @@ class Accumulator:
         Raises:
             ContributionError: naming the tensor, if a value is beyond float32.
         """
-        return _representable({t.name: self._sums[f"m:{t.name}"] / self.weight for t in self.layout.tensors})
+        return _representable(
+            {t.name: np.asarray(self._sums[f"m:{t.name}"] / self.weight) for t in self.layout.tensors}
+        )
 
     def merge(self) -> Merged:
         """Solve every group; all other tensors get the mean.

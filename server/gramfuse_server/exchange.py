@@ -186,7 +186,7 @@ class Exchange:
                 arrays = {delta_block(t.name): own.block(delta_block(t.name)) for t in self.layout.tensors}
                 yield Candidate(name, "silo", arrays)
         for kind, deltas in (("simple", merged.mean), ("regmean", merged.deltas)):
-            yield Candidate(kind, kind, {delta_block(name): d.astype(np.float32) for name, d in deltas.items()})
+            yield Candidate(kind, kind, {delta_block(name): np.asarray(d, np.float32) for name, d in deltas.items()})
 
     def _report(
         self,

@@ -28,7 +28,7 @@ class RunDirectory:
     """A run directory in the making.
 
     Leaving it with an exception removes it, unless silos, Flower or this process failed after the silos had trained:
-    then it stays under its partial name, to be resumed. Ctrl-C and errors that a resumed run would meet again remove it.
+    then it stays under its partial name, to be resumed. Ctrl-C, and errors that it would meet again, remove it.
 
     Args:
         path: its final name; must not exist.

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from gramfuse_protocol import errors
-from gramfuse_protocol.errors import ContributionError, GramfuseError, RefusalError, error_types
+from gramfuse_protocol.errors import ContributionError, GramfuseError, RefusalError, SecurityError, error_types
 from gramfuse_protocol.messages import REPLIES, Refusal, TrainReply, TrainRequest, expect, refusal
 from gramfuse_protocol.wire import pack, unpack
 
@@ -15,8 +15,10 @@ PAGES = Path(__file__).parents[2] / "docs" / "exit-codes"
 LEAVES = list(error_types().values())
 SECRET = "/data/ward-3/patients.jsonl:17: unknown label 'HIV positive'"
 
-# A message about tensors is made of names, shapes and counts, so it may cross; all others may quote data or paths.
-QUOTING = [leaf for leaf in LEAVES if leaf is not ContributionError]
+# A message about tensors is made of names, shapes and counts, one about the protocol of silos and phases, so they may
+# cross; all others may quote data or paths.
+CROSSING = [ContributionError, SecurityError]
+QUOTING = [leaf for leaf in LEAVES if leaf not in CROSSING]
 
 by_leaf = pytest.mark.parametrize("leaf", LEAVES, ids=lambda leaf: leaf.__name__)
 by_quoting_leaf = pytest.mark.parametrize("leaf", QUOTING, ids=lambda leaf: leaf.__name__)
@@ -97,8 +99,9 @@ def test_an_empty_reason_stays_empty() -> None:
     assert RefusalError(SECRET, reason="").reason == ""
 
 
-def test_what_is_wrong_with_a_tensor_crosses_as_it_is() -> None:
+@pytest.mark.parametrize("leaf", CROSSING)
+def test_what_is_wrong_with_a_tensor_or_a_message_crosses_as_it_is(leaf: type[GramfuseError]) -> None:
     message = "this silo: tensor 'delta:x' holds 3 values that are NaN or infinite out of 9"
     request = TrainRequest(plan="0" * 64, session="1" * 32)
-    reply = refusal(request, "ward-3", ContributionError(message))
-    assert (reply.error, reply.exit_code, reply.reason) == ("ContributionError", 14, message)
+    reply = refusal(request, "ward-3", leaf(message))
+    assert (reply.error, reply.exit_code, reply.reason) == (leaf.__name__, leaf.exit_code, message)

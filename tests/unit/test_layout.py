@@ -26,6 +26,7 @@ def _layout() -> Layout:
                     Linear(weight="q.weight", d_out=3, transposed=True),
                     Linear(weight="k.weight", d_out=2, transposed=True),
                 ),
+                exponents=(-3, 0, 40, -40, 2, 1),
             ),
             Group(name="ü", d_in=5, structure="full", weights=(Linear(weight="c.weight", d_out=1, transposed=False),)),
         ),
@@ -53,9 +54,9 @@ SIZES = {"gram:q": 13, "gram:ü": 15, "delta:q.weight": 18, "delta:k.weight": 12
 
 DOCUMENT = (
     '{"frozen":["embeddings.weight"],'
-    '"groups":[{"d_in":6,"name":"q","structure":"block:4","weights":['
+    '"groups":[{"d_in":6,"exponents":[-3,0,40,-40,2,1],"name":"q","structure":"block:4","weights":['
     '{"d_out":3,"transposed":true,"weight":"q.weight"},{"d_out":2,"transposed":true,"weight":"k.weight"}]},'
-    '{"d_in":5,"name":"ü","structure":"full","weights":[{"d_out":1,"transposed":false,"weight":"c.weight"}]}],'
+    '{"d_in":5,"exponents":[],"name":"ü","structure":"full","weights":[{"d_out":1,"transposed":false,"weight":"c.weight"}]}],'
     '"tensors":[{"merge":"regmean","name":"q.weight","shape":[3,6]},{"merge":"regmean","name":"k.weight","shape":[2,6]},'
     '{"merge":"mean","name":"scale","shape":[]},{"merge":"regmean","name":"c.weight","shape":[5,1]}],"version":1}'
 )
@@ -125,6 +126,8 @@ def test_the_digest_is_of_the_canonical_text_and_changes_with_everything() -> No
         ('"q.weight"', '"r.weight"'),
         ('"d_in":6', '"d_in":7'),
         ('"block:4"', '"block:3"'),
+        ("[-3,0,40", "[-2,0,40"),
+        ('"exponents":[]', '"exponents":[0,0,0,0,0]'),
         ('"d_out":3', '"d_out":4'),
         ('"transposed":false', '"transposed":true'),
         ('"merge":"mean"', '"merge":"regmean"'),
@@ -166,6 +169,9 @@ def test_text_that_is_no_layout_is_refused_with_its_source(text: str) -> None:
         ("groups.0.weights", [], "weights"),
         ("groups.0.structure", "block:0", "structure"),
         ("groups.1.structure", "half", "structure"),
+        ("groups.0.exponents", [0, 0, 0, 0, 0], "exponents"),
+        ("groups.0.exponents.2", 41, "exponents"),
+        ("groups.0.exponents.2", 0.5, "exponents"),
         ("groups.1.name", "q", "name"),
         ("tensors", [], "tensors"),
         ("tensors.0.shape", [3, -6], "shape"),

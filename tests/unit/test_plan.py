@@ -39,10 +39,13 @@ name = "b"
 """
 
 EVERY_KEY = """
-silo = [{name = "north-1"}, {name = "south"}]   # tables and keys in another order than the plan writes them
+silo = [{public-key = "KEY", name = "north-1"}, {name = "south"}]   # another order than the plan writes
 
 [privacy]
 metrics = "none"
+minimum-survivors = 2
+threshold = 9007199254740991
+colluding = 0
 secure-aggregation = false
 
 [merge]
@@ -74,7 +77,7 @@ base = "../models/tïny"
 [plan]
 version = 12
 name = "every-key"
-""".replace("LAYOUT", "0" * 63 + "f").replace("SHA256", "ab" * 32)
+""".replace("LAYOUT", "0" * 63 + "f").replace("SHA256", "ab" * 32).replace("KEY", "0" * 64)
 
 SMALL_CANONICAL = (
     '{"merge":{"alpha":"0.9","exclude":[],"gram":{"*":"full"},"layout":null,"method":"regmean","tokens":100000,'
@@ -82,12 +85,12 @@ SMALL_CANONICAL = (
     '"model":{"base":"bundled:minilm","labels":["no","yes"],"max-length":128,"pair":false,"sha256":null,'
     '"task":"classification"},'
     '"plan":{"name":"small","version":1},'
-    '"privacy":{"metrics":"sum","secure-aggregation":false},'
-    '"silo":[{"name":"a"},{"name":"b"}],'
+    '"privacy":{"colluding":1,"metrics":"sum","minimum-survivors":null,"secure-aggregation":false,"threshold":null},'
+    '"silo":[{"name":"a","public-key":null},{"name":"b","public-key":null}],'
     '"training":{"batch-size":16,"epochs":5,"freeze":["*embeddings*"],"learning-rate":"5e-05","seed":1,"warmup":"0.06",'
     '"weight-decay":"0.01"}}'
 )
-SMALL_DIGEST = "61ec3235f608adc51e79b3d6a8bc56ee2c51e72b8d23c3647bae6d35e6f55b7d"
+SMALL_DIGEST = "35759982a9b122d17501dcef7c0eada75865639a8ffaedfc21cab0ad9261a8e0"
 
 
 def _edit(text: str, old: str, new: str) -> str:
@@ -203,8 +206,12 @@ def test_values_arrive_as_written() -> None:
             "epochs, learning-rate, batch-size, warmup, weight-decay, seed, freeze",
         ),
         ("[merge]\nbeta = 1", "merge.beta", "method, alpha, weighting, gram, exclude, tokens, layout"),
-        ("[privacy]\nnoise = {x = 1}", "privacy.noise", "secure-aggregation, metrics"),
-        ("[[silo]]\ncolour = 1", "silo.0.colour", "name"),
+        (
+            "[privacy]\nnoise = {x = 1}",
+            "privacy.noise",
+            "secure-aggregation, colluding, threshold, minimum-survivors, metrics",
+        ),
+        ("[[silo]]\ncolour = 1", "silo.0.colour", "name, public-key"),
     ],
 )
 def test_an_unknown_key_is_refused_with_file_key_and_the_known_keys(
@@ -229,7 +236,7 @@ def test_an_unknown_key_in_the_only_silo_is_the_only_complaint() -> None:
     text = _edit(SMALL, '[[silo]]\nname = "b"\n', "") + "colour = 1\n"
     with pytest.raises(PlanError) as caught:
         Plan.parse(text, "plan.toml")
-    assert str(caught.value) == "plan.toml: unknown key 'silo.0.colour'; known here: name"
+    assert str(caught.value) == "plan.toml: unknown key 'silo.0.colour'; known here: name, public-key"
 
 
 @pytest.mark.parametrize(
@@ -262,8 +269,13 @@ def test_an_unknown_key_in_the_only_silo_is_the_only_complaint() -> None:
         ("[privacy]", '[merge.gram]\n"*" = 8\n[privacy]', "merge.gram.*"),
         ("[privacy]", '[merge.gram]\n"*" = "block:0"\n[privacy]', "block:0"),
         ("secure-aggregation = false", "secure-aggregation = 0", "privacy.secure-aggregation"),
-        ("secure-aggregation = false", "", "privacy.secure-aggregation"),
         ("secure-aggregation = false", 'secure-aggregation = false\nmetrics = "all"', "privacy.metrics"),
+        ("secure-aggregation = false", "secure-aggregation = false\ncolluding = -1", "privacy.colluding"),
+        ("secure-aggregation = false", "secure-aggregation = false\nthreshold = 0", "privacy.threshold"),
+        ("secure-aggregation = false", "secure-aggregation = false\nthreshold = 1.0", "privacy.threshold"),
+        ("secure-aggregation = false", "minimum-survivors = 0", "privacy.minimum-survivors"),
+        ("secure-aggregation = false", "secure-aggregation = false\nminimum-survivors = 3", "privacy.minimum-survivors"),
+        ('name = "b"', 'name = "b"\npublic-key = "AB"', "silo.1.public-key"),
         ('name = "b"', 'name = "-b"', "silo.1.name"),
         ('name = "b"', "", "silo.1.name"),
     ],
@@ -290,7 +302,7 @@ def test_an_integer_without_canonical_form_is_refused_with_the_file_not_when_the
 
 
 def test_every_problem_of_a_file_is_listed() -> None:
-    text = _edit(_edit(SMALL, 'name = "small"', "name = 1"), "secure-aggregation = false", "metrics = 2")
+    text = _edit(_edit(SMALL, 'name = "small"', "name = 1"), "aggregation = false", "aggregation = 0\nmetrics = 2")
     with pytest.raises(PlanError) as caught:
         Plan.parse(text, "plan.toml")
     lines = str(caught.value).splitlines()
@@ -305,9 +317,10 @@ def test_every_problem_of_a_file_is_listed() -> None:
         ('labels = ["no", "yes"]', 'labels = ["no"]', "needs at least two labels"),
         ('task = "classification"', 'task = "regression"', "task 'regression' has no labels"),
         ('name = "b"', 'name = "a"', r"\[\[silo\]\] names a more than once"),
-        ("secure-aggregation = false", "secure-aggregation = true", "is not available in this version"),
+        ("secure-aggregation = false", "secure-aggregation = true", "secure aggregation of 2 silos hides nothing"),
+        ("secure-aggregation = false", "", "secure aggregation of 2 silos hides nothing"),
     ],
-    ids=["duplicate label", "one label", "regression with labels", "duplicate silo", "secure aggregation"],
+    ids=["duplicate label", "one label", "regression with labels", "duplicate silo", "secure sum of two", "by default"],
 )
 def test_what_contradicts_itself_is_refused(old: str, new: str, message: str) -> None:
     with pytest.raises(PlanError, match=f"^plan.toml: .*{message}"):
@@ -393,7 +406,8 @@ def test_settings_are_applied_in_order_and_together() -> None:
         ("merge.alpha=", "'merge.alpha'"),
         ("merge.alpha=2", "'merge.alpha'"),
         ("training.freeze=[", "'training.freeze'"),
-        ("privacy.secure-aggregation=true", "not available in this version"),
+        ("privacy.secure-aggregation=true", "secure aggregation of 2 silos hides nothing"),
+        ("privacy.minimum-survivors=3", "'privacy.minimum-survivors' is more than the 2 silos of the roster"),
     ],
 )
 def test_a_setting_that_does_not_fit_is_refused_and_quoted(setting: str, message: str) -> None:
@@ -475,6 +489,9 @@ CHANGED: dict[tuple[str, ...], Any] = {
     ("merge", "tokens"): 99_999,
     ("merge", "layout"): "0" * 64,
     ("privacy", "secure-aggregation"): True,
+    ("privacy", "colluding"): 0,
+    ("privacy", "threshold"): 2,
+    ("privacy", "minimum-survivors"): 2,
     ("privacy", "metrics"): "none",
     ("silo",): [{"name": "b"}, {"name": "a"}],
 }
@@ -494,7 +511,9 @@ def test_the_digest_changes_when_any_key_changes() -> None:
             value = tuple(reversed(plan.silo))
         changed = section.model_copy(update={name: tuple(value) if isinstance(value, list) else value})
         digests.add((changed if section is plan else plan.model_copy(update={path[0]: changed})).digest)
-    assert len(digests) == 1 + len(CHANGED)
+    keys = [plan.with_keys({"a": "0" * 64, "b": other * 64}) for other in "12"]
+    digests |= {keyed.digest for keyed in keys}
+    assert len(digests) == 1 + len(CHANGED) + len(keys)
 
 
 # Canonical form
