@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from collections.abc import Callable
@@ -16,6 +17,9 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import BertConfig, BertModel, GPT2Config, GPT2Model, PreTrainedTokenizerFast
+
+from gramfuse_client.silo import write_identity
+from gramfuse_protocol.keys import Identity
 
 TOPICS = {
     "animals": "cat dog horse sheep goat duck hen cow",
@@ -126,6 +130,10 @@ class PicoProject:
     def train(self, name: str) -> Path:
         return self.directory / "data" / name / "train.jsonl"
 
+    def identity(self, name: str) -> Path:
+        """Where the silo file says that the silo's private key is."""
+        return self.directory / "state" / f"{name}.pem"
+
     def replace(self, path: Path, old: str, new: str) -> None:
         """Change one place of one file; the place must be there."""
         text = path.read_text(encoding="utf-8")
@@ -133,15 +141,31 @@ class PicoProject:
         path.write_text(text.replace(old, new, 1), encoding="utf-8")
 
 
+def make_identities(project: PicoProject) -> dict[str, str]:
+    """Make every silo's private key, the same for the same name; return the public keys by silo."""
+    keys = {}
+    for name in project.names:
+        identity = Identity(hashlib.sha256(name.encode()).digest())
+        write_identity(project.identity(name), identity)
+        keys[name] = identity.public.hex()
+    return keys
+
+
 @pytest.fixture
 def pico_project(tmp_path: Path, pico_bert: Path) -> Callable[..., PicoProject]:
-    """Return a function that makes a project: `pico_project(silos=4)`."""
+    """Return a function that makes a project: `pico_project(silos=4)`; with `secure`, its plan has the silos' keys."""
 
-    def make(silos: int = 4, examples: int = 24, base: Path = pico_bert, name: str = "pico") -> PicoProject:
+    def make(
+        silos: int = 4, examples: int = 24, base: Path = pico_bert, name: str = "pico", *, secure: bool = False
+    ) -> PicoProject:
         directory = tmp_path / name
         names = tuple(f"silo-{chr(97 + n)}" for n in range(silos))
-        roster = "".join(f'\n[[silo]]\nname = "{n}"\n' for n in names)
-        directory.mkdir()
+        project = PicoProject(directory, names)
+        keys = {n: f'public-key = "{key}"\n' for n, key in make_identities(project).items()} if secure else {}
+        roster = "".join(f'\n[[silo]]\nname = "{n}"\n{keys.get(n, "")}' for n in names)
+        privacy = 'metrics = "sum"' if secure else 'secure-aggregation = false\nmetrics = "silo"'
+        limits = f'open-uploads = {"false" if secure else "true"}\nmetrics = "{"sum" if secure else "silo"}"'
+        directory.mkdir(exist_ok=True)
         (directory / "plan.toml").write_text(
             f"""[plan]
 name = "{name}"
@@ -163,8 +187,7 @@ alpha = 0.9
 gram = {{ "*" = "full" }}
 
 [privacy]
-secure-aggregation = false
-metrics = "silo"
+{privacy}
 {roster}"""
         )
         for n, silo in enumerate(names):
@@ -174,6 +197,7 @@ metrics = "silo"
             path.parent.mkdir(exist_ok=True)
             path.write_text(
                 f"""name = "{silo}"
+identity = "../state/{silo}.pem"
 state = "../state/{silo}"
 device = "cpu"
 threads = 1
@@ -185,11 +209,10 @@ held-out = "../data/{silo}/held-out.jsonl"
 
 [limits]
 minimum-examples = 10
-open-uploads = true
-metrics = "silo"
+{limits}
 """
             )
-        return PicoProject(directory, names)
+        return project
 
     return make
 

@@ -88,6 +88,11 @@ def check_terms(silos: int, colluding: int, threshold: int, minimum: int) -> Non
         raise ValueError(
             f"'privacy.minimum-survivors' = {minimum} is below the threshold of {threshold}; raise it, or leave it out"
         )
+    if silos - colluding < 2:
+        raise ValueError(
+            f"'privacy.colluding' = {colluding} of {silos} silos would leave a single honest silo in every sum; "
+            "lower it or add silos"
+        )
     if minimum - colluding < 2:
         raise ValueError(
             f"'privacy.minimum-survivors' = {minimum} with {colluding} colluding silos would leave a single honest "

@@ -48,13 +48,17 @@ _ONE_USE = bytes(12)  # nonce of a seal: its key is used once
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, hide_input_in_errors=True)
 
 
 class Secrets(_Frozen):
-    """What only this silo knows: X25519 private keys and self-mask seeds, hexadecimal. The repr is empty."""
+    """What only this silo knows: X25519 private keys and self-mask seeds, hexadecimal. The repr is empty.
 
-    channel: Hex32 = Field(repr=False)
+    The channel key is None once the peers' shares are open: with it, whoever recorded the sealed shares could open
+    them again after they were wiped.
+    """
+
+    channel: Hex32 | None = Field(repr=False)
     mask: Mapping[Sum, Hex32] = Field(repr=False)
     seed: Mapping[Sum, Hex32] = Field(repr=False)
 
@@ -179,7 +183,8 @@ def check_adverts(roster: Roster, nonce: str, cohort: Sequence[str], adverts: Se
 
 
 def share(roster: Roster, member: Member, adverts: Sequence[Advert], random: Random) -> tuple[Member, dict[str, bytes]]:
-    """Share this silo's secrets among all silos that are in.
+    """Share this silo's secrets among all silos that are in. Done twice with one state, it would use a seal's key twice:
+    the new state must be kept before anything that was sealed leaves.
 
     Args:
         adverts: of all silos that are in, this one's among them as it was sent.
@@ -255,11 +260,15 @@ def receive(roster: Roster, member: Member, sealed: Mapping[str, bytes]) -> Memb
         parts = [plain[at : at + SHARE_BYTES] for at in range(0, len(plain), SHARE_BYTES)]
         if len(plain) != SEALED_BYTES - 16:
             raise SecurityError(f"silo {name!r} sealed {len(plain)} bytes that are no shares")
-        for part in parts:
-            check_share(part)
+        try:
+            for part in parts:
+                check_share(part)
+        except SecurityError as error:
+            raise SecurityError(f"silo {name!r} sealed what is no share: {error}") from None
         values = iter(part.hex() for part in parts)
         held[name] = {s: {kind: next(values) for kind in KINDS} for s in SUMS}
-    return member.with_(held=held, members={"statistics": members})
+    secrets = member.secrets.model_copy(update={"channel": None})
+    return member.with_(secrets=secrets, held=held, members={"statistics": members})
 
 
 def masks(roster: Roster, member: Member, name: Sum) -> list[Mask]:
@@ -400,6 +409,8 @@ def unmasking(
     """
     session = session_id(roster.plan, nonce, adverts)
     present = {advert.silo: advert for advert in adverts}
+    if len(shares) < roster.threshold:
+        raise SecurityError(f"{len(shares)} silos released shares; the threshold is {roster.threshold}")
     for silo, released in shares.items():
         if silo not in survivors:
             raise SecurityError(f"shares came from {silo!r}, which is no survivor")
@@ -407,7 +418,10 @@ def unmasking(
             raise SecurityError(f"silo {silo!r} did not release exactly one share for each member of the sum")
 
     def secret(owner: str) -> bytes:
-        return combine({roster.index(silo): released[owner] for silo, released in shares.items()}, roster.threshold)
+        try:
+            return combine({roster.index(silo): released[owner] for silo, released in shares.items()}, roster.threshold)
+        except SecurityError:
+            raise SecurityError(_not_committed(owner, shares)) from None
 
     found = []
     for owner in members:
@@ -439,6 +453,7 @@ def _members(member: Member, name: Sum) -> tuple[str, ...]:
 
 
 def _channel(member: Member, session: bytes, peer: Advert, sender: str, receiver: str) -> bytes:
+    assert member.secrets.channel is not None  # noqa: S101 - it is there until `receive` is done
     secret = agree(bytes.fromhex(member.secrets.channel), bytes.fromhex(peer.channel), peer.silo)
     return derive(secret, Label.CHANNEL, session, sender, receiver)
 

@@ -367,7 +367,7 @@ RECEIVE = [
     Lie(
         "sealed, and beyond the prime",
         with_sealed(b=lambda at, _: at.seal(3 * bytes(SHARE_BYTES) + PRIME.to_bytes(SHARE_BYTES, "little"))),
-        "not a number below 2^521 − 1",
+        ("silo 'b' sealed what is no share", "not a number below 2^521 − 1"),
     ),
     Lie(
         "before the list of keys",
@@ -587,11 +587,11 @@ def unmasking(at: Stage, shares: Mapping[str, Mapping[str, bytes]]) -> list[secu
             "silo 'b' did not release exactly one share for each member",
         ),
         (lambda s: {**s, "zz": s["a"]}, "silo 'b' did not release exactly one share for each member"),
-        (lambda s: {**s, "c": s["c"][:-1]}, "share"),
-        (lambda s: {**s, "c": b"\xff" * SHARE_BYTES}, "share"),
-        (lambda s: {**s, "c": s["d"]}, "share"),
-        (lambda s: {**s, "e": s["a"]}, "share"),
-        (lambda s: dict.fromkeys(s, bytes(SHARE_BYTES)), "share"),
+        (lambda s: {**s, "c": s["c"][:-1]}, "what silo 'c' committed to"),
+        (lambda s: {**s, "c": b"\xff" * SHARE_BYTES}, "what silo 'c' committed to"),
+        (lambda s: {**s, "c": s["d"]}, "what silo 'c' committed to"),
+        (lambda s: {**s, "e": s["a"]}, "what silo 'e' committed to"),
+        (lambda s: dict.fromkeys(s, bytes(SHARE_BYTES)), "what silo 'a' committed to"),
     ],
     ids=["one missing", "one too many", "cut off", "too large", "another's", "another kind", "zeros"],
 )
@@ -624,6 +624,13 @@ def test_three_shares_open_nothing(at: Stage) -> None:
         unmasking(at, shares)
 
 
+def test_a_share_from_one_that_is_no_survivor_is_not_taken(at: Stage) -> None:
+    shares = {n: secure_sum.release(at.roster, at.signed[n], "statistics", at.signatures) for n in at.survivors}
+    for stranger in ("e", "zz"):
+        with pytest.raises(SecurityError, match=f"shares came from '{stranger}', which is no survivor"):
+            unmasking(at, {**shares, stranger: shares["a"]})
+
+
 # Text. --------------------------------------------------------------------------------------------------------------
 
 
@@ -653,3 +660,23 @@ def test_what_is_forgotten_is_gone_from_the_state(at: Stage) -> None:
         assert all(share in text for share in shares["metrics"].values())
     assert secure_sum.forget(forgotten, "statistics") == forgotten
     assert Member.model_validate_json(text) == forgotten
+    with pytest.raises(SecurityError, match="the secrets of the sum of statistics are wiped"):
+        secure_sum.masks(at.roster, forgotten, "statistics")
+
+
+def test_once_shares_are_open_the_key_that_opens_them_is_gone(at: Stage) -> None:
+    # Otherwise a recording of what the coordinator passed on, and the state of later, would bring wiped shares back.
+    for name in NAMES:
+        channel = at.invited[name].secrets.channel
+        assert channel in at.shared[name].model_dump_json()
+        assert channel not in at.joined[name].model_dump_json()
+
+
+def test_a_damaged_state_is_refused_without_being_quoted(at: Stage) -> None:
+    secrets = at.uploaded["a"].secrets
+    text = at.uploaded["a"].model_dump_json()
+    for secret in (*secrets.mask.values(), *secrets.seed.values()):
+        for damaged in (secret[:-1], secret.upper(), secret + '"'):
+            with pytest.raises(ValueError, match="validation error") as caught:
+                Member.model_validate_json(text.replace(secret, damaged))
+            assert secret[:12] not in str(caught.value).lower()

@@ -35,10 +35,7 @@ def gramfuse(*arguments: str, environment: dict[str, str] | None = None) -> dict
 
 
 def agree(project: Any) -> str:
-    """Every silo makes its key, the plan is locked, and every silo approves it. Returns the plan's digest."""
-    for name in project.names:
-        public = gramfuse("silo", "keygen", str(project.silo(name)))["public_key"]
-        project.replace(project.plan, f'name = "{name}"\n', f'name = "{name}"\npublic-key = "{public}"\n')
+    """Lock the plan and have every silo approve it. Returns the plan's digest."""
     digest: str = gramfuse("plan", "lock", str(project.directory))["plan_digest"]
     for name in project.names:
         project.replace(project.silo(name), "approved = []", f'approved = ["{digest}"]')

@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import random
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ from gramfuse_cli.project import Project
 from gramfuse_client.app import client_app
 from gramfuse_client.records import from_record, to_record
 from gramfuse_client.silo import Silo
+from gramfuse_client.state import State
 from gramfuse_model.base import Base, load_base
 from gramfuse_protocol.errors import (
     ContributionError,
@@ -43,7 +45,7 @@ from gramfuse_protocol.messages import (
     UploadReply,
 )
 from gramfuse_protocol.plan import Plan
-from gramfuse_protocol.statistics import Statistics
+from gramfuse_protocol.statistics import Contribution, Statistics
 from gramfuse_protocol.wire import pack, unpack
 from gramfuse_server import post
 from gramfuse_server.app import coordinate
@@ -65,6 +67,11 @@ def simulated(project: Any, plan: Plan, state: Path) -> dict[str, Any]:
         silo = simulated_silo(str(project.silo(name)), str(state), plan.digest)
         apps[name] = client_app(lambda _, silo=silo: silo)
     return apps
+
+
+def own_models(plan: Plan, state: Path) -> Callable[[str], Contribution]:
+    """What `gramfuse simulate` gives to have every silo's own model measured."""
+    return lambda name: State(state / name, plan.digest).contribution()
 
 
 @dataclass(repr=False)
@@ -172,7 +179,8 @@ def honest(
         place = tmp_path_factory.mktemp("honest")
         recorder = Recorder()
         grid = in_process_grid(simulated(project, plan, place / "state"), fault=recorder)
-        report = coordinate(grid, plan, layout, project.directory, place / "run", compare_silos=True)
+        own = own_models(plan, place / "state")
+        report = coordinate(grid, plan, layout, project.directory, place / "run", own_models=own)
         sums = {name: recorder.sums(name) for name in SILOS}
         base = load_base(plan, project.directory)
         _kept.append(Honest(project, plan, layout, place / "run", report, grid.sent, recorder.statistics(), sums, base))
@@ -188,10 +196,16 @@ def place(tmp_path: Path) -> Iterator[Path]:
 
 
 def exchange(
-    grid: Any, honest: Honest, out: Path, piece_bytes: int = PIECE_BYTES, plan: Plan | None = None, **more: Any
+    grid: Any,
+    honest: Honest,
+    out: Path,
+    piece_bytes: int = PIECE_BYTES,
+    plan: Plan | None = None,
+    resume: bool = False,
+    **more: Any,
 ) -> dict[str, Any]:
     """As `coordinate`, with a base model that is loaded already and other pieces."""
-    with RunDirectory(out, 0) as run:
+    with RunDirectory(out, 0, resume=resume) as run:
         base = copy.deepcopy(honest.base)
         report = Exchange(grid, plan or honest.plan, honest.layout, base, run, piece_bytes=piece_bytes, **more).start()
         run.finish()
@@ -430,7 +444,9 @@ def test_no_more_metrics_come_than_the_plan_says(
         sha256=honest.plan.model.sha256, layout=honest.layout.digest
     )
     grid = in_process_grid(honest.scripted())
-    report = exchange(grid, honest, place / "run", plan=plan, compare_silos=True, observer=events.append)
+    own = honest.statistics.__getitem__
+    report = exchange(grid, honest, place / "run", plan=plan, own_models=own, observer=events.append)
+    assert report["unmeasured"] == ("the plan lets no metrics leave" if metrics == "none" else None)
     if metrics == "none":
         assert report["models"] == []
         assert "evaluate" not in {phase for _, phase in grid.sent}
@@ -533,12 +549,30 @@ def test_three_losses_in_a_row_end_the_run(
         return deliver()
 
     grid = in_process_grid(honest.scripted(), fault=fault)
-    message = failure(FederationError, grid, honest, place)
+    message = (unmeasured if phase == "evaluate" else failure_of(FederationError))(grid, honest, place)
     assert grid.sent.count(("silo-b", phase)) == post.ATTEMPTS == 3
     for part in (repr(phase), f"error {code}", "it is gone"):
         assert part in message
     # Before it has joined, a silo is known by its node alone.
     assert ("silo 'silo-b'" if phase != "join" else f"node {grid.number('silo-b')}") in message
+
+
+def test_a_run_that_lost_a_silo_after_training_goes_on_where_it_stopped(
+    honest: Honest, in_process_grid: Any, place: Path
+) -> None:
+    def fault(visit: Any, deliver: Callable[[], RecordDict]) -> RecordDict | Error:
+        return Error(5, "it is gone") if (visit.node, visit.phase) == ("silo-c", "upload") else deliver()
+
+    silos = honest.scripted()
+    with pytest.raises(FederationError, match="silo-c"):
+        exchange(in_process_grid(silos, fault=fault), honest, place / "run")
+    grid = in_process_grid(silos)
+    report = exchange(grid, honest, place / "run", resume=True)
+    assert not [sent for sent in grid.sent if sent[1] == "train"]
+    assert {silo for silo, phase in grid.sent if phase == "upload"} == {"silo-c"}
+    assert_identical(weights_of(place / "run"), honest.weights)
+    assert report["models"] == honest.report["models"][-2:]
+    assert [path.name for path in place.iterdir()] == ["run"]
 
 
 def test_a_silo_whose_app_raises_is_not_asked_again(honest: Honest, in_process_grid: Any, place: Path) -> None:
@@ -555,13 +589,40 @@ def test_a_silo_whose_app_raises_is_not_asked_again(honest: Honest, in_process_g
 
 
 def failure(kind: type[GramfuseError], grid: Any, honest: Honest, place: Path, piece_bytes: int = ONE_PIECE) -> str:
-    """Run an exchange that must end in exactly this error; return its message. Nothing may be left of the run."""
+    """Run an exchange that must end in exactly this error; return its message.
+
+    Nothing may be left of the run, unless Flower or a silo failed it after the silos had trained: then it can be
+    resumed.
+    """
     before = sorted(place.rglob("*"))
     with pytest.raises(kind) as caught:
         exchange(grid, honest, place / "run", piece_bytes)
     assert type(caught.value) is kind
+    if kind is FederationError and "upload" in {phase for _, phase in grid.sent}:
+        assert set(json.loads((place / "run.partial" / "checkpoint.json").read_text())) == {"session", "train"}
+        shutil.rmtree(place / "run.partial")
     assert sorted(place.rglob("*")) == before
     return str(caught.value)
+
+
+def failure_of(kind: type[GramfuseError]) -> Callable[[Any, Honest, Path], str]:
+    return lambda grid, honest, place: failure(kind, grid, honest, place)
+
+
+def unmeasured(grid: Any, honest: Honest, place: Path) -> str:
+    """Run an exchange that ends with the model and without metrics; return why."""
+    events: list[dict[str, Any]] = []
+    report = exchange(grid, honest, place / "run", ONE_PIECE, observer=events.append)
+    assert_identical(weights_of(place / "run"), honest.weights)
+    assert json.loads((place / "run" / "report.json").read_text()) == report
+    assert report["models"] == []
+    assert report["silos"] == honest.report["silos"]
+    why = str(report["unmeasured"])
+    assert report["lost"] == [{"name": "silo-b", "reason": why}]
+    assert [e for e in events if e["state"] == "lost"] == [
+        {"phase": "evaluate", "state": "lost", "silo": "silo-b", "reason": why}
+    ]
+    return why
 
 
 # Each silo once: silos whose contributions are unit vectors
@@ -840,7 +901,7 @@ METRICS: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("lie", METRICS)
 def test_metrics_that_do_not_fit_name_the_silo(honest: Honest, in_process_grid: Any, place: Path, lie: str) -> None:
     grid = in_process_grid(honest.scripted(), fault=lying("evaluate", METRICS[lie]))
-    assert "silo 'silo-b'" in failure(FederationError, grid, honest, place)
+    assert "silo 'silo-b'" in unmeasured(grid, honest, place)
 
 
 IDENTITIES: dict[str, Callable[[Any], Any]] = {
@@ -857,7 +918,8 @@ def test_an_answer_that_belongs_elsewhere_names_the_silo(
     honest: Honest, in_process_grid: Any, place: Path, lie: str, phase: str
 ) -> None:
     grid = in_process_grid(honest.scripted(), fault=lying(phase, IDENTITIES[lie]))
-    assert "silo 'silo-b'" in failure(FederationError, grid, honest, place)
+    end = unmeasured if phase == "evaluate" else failure_of(FederationError)
+    assert "silo 'silo-b'" in end(grid, honest, place)
     assert grid.sent.count(("silo-b", phase)) == 1
 
 
@@ -888,7 +950,7 @@ def test_an_answer_of_another_phase_names_the_silo(
     honest: Honest, in_process_grid: Any, place: Path, asked: str, answered: str
 ) -> None:
     grid = in_process_grid(honest.scripted(), fault=lying(asked, as_phase(answered)))
-    message = failure(FederationError, grid, honest, place)
+    message = (unmeasured if asked == "evaluate" else failure_of(FederationError))(grid, honest, place)
     for part in ("silo 'silo-b'", repr(asked), repr(answered)):
         assert part in message
 
@@ -918,11 +980,11 @@ def refused(reply: Any, silo: str) -> Refusal:
 
 
 @pytest.mark.parametrize("phase", ["train", "upload", "evaluate"])
-def test_a_refusal_ends_the_run_with_the_silos_name_and_reason(
+def test_a_refusal_ends_the_run_or_the_measuring_with_the_silos_name_and_reason(
     honest: Honest, in_process_grid: Any, place: Path, phase: str
 ) -> None:
     grid = in_process_grid(honest.scripted(), fault=lying(phase, lambda reply: refused(reply, "silo-b")))
-    message = failure(RefusalError, grid, honest, place)
+    message = (unmeasured if phase == "evaluate" else failure_of(RefusalError))(grid, honest, place)
     for part in ("silo 'silo-b'", repr(phase), "the data is bad", "DataError"):
         assert part in message
     assert grid.sent.count(("silo-b", phase)) == 1
@@ -931,9 +993,8 @@ def test_a_refusal_ends_the_run_with_the_silos_name_and_reason(
 @pytest.mark.parametrize("phase", ["train", "upload", "evaluate"])
 def test_a_silo_cannot_refuse_in_anothers_name(honest: Honest, in_process_grid: Any, place: Path, phase: str) -> None:
     grid = in_process_grid(honest.scripted(), fault=lying(phase, lambda reply: refused(reply, "silo-a")))
-    with pytest.raises((RefusalError, FederationError), match="silo 'silo-b'"):
-        exchange(grid, honest, place / "run")
-    assert not list(place.iterdir())
+    end = unmeasured if phase == "evaluate" else failure_of(RefusalError)
+    assert "silo 'silo-b'" in end(grid, honest, place)
 
 
 # What cannot be read

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
 
+from gramfuse_model.summands import summands
+from gramfuse_protocol.encoding import encode
 from gramfuse_protocol.errors import ContributionError
 from gramfuse_protocol.layout import Group, Layout, Linear, Tensor
+from gramfuse_protocol.scales import scales
 from gramfuse_protocol.statistics import Statistics
 from gramfuse_server.accumulator import Accumulator, Merged
 
@@ -332,6 +336,34 @@ def test_folding_does_not_change_what_the_silo_sent() -> None:
         block.flags.writeable = False
     merge(layout, [silo, silo], alpha=0.5)
     assert_same(silo.blocks, copies)
+
+
+@pytest.mark.parametrize("weighting", ["uniform", "examples"])
+@pytest.mark.parametrize("structure", ["full", "block:5", "diagonal"])
+def test_a_sum_of_words_gives_the_merge_of_what_was_encoded(structure: str, weighting: Any) -> None:
+    rng = np.random.default_rng(10)
+    plain = a_layout(structure)
+    groups = [g.model_copy(update={"exponents": tuple(int(e) for e in rng.integers(0, 3, D))}) for g in plain.groups]
+    layout = plain.model_copy(update={"groups": tuple(groups)})
+    silos = [
+        statistics(layout, inputs_of(layout, rng, 30), deltas_of(layout, rng), examples=e, dtype=np.float32)
+        for e in (5, 700, 31)
+    ]
+    words = np.zeros(layout.sum_entries, np.uint64)
+    for silo in silos:
+        blocks = summands(layout, silo, alpha=0.9, weighting=weighting)
+        parts = [
+            encode(values, scale, 5, block.name).reshape(-1)
+            for (block, values), (_, scale) in zip(blocks, scales(layout, 5, weighting), strict=True)
+        ]
+        words += np.concatenate(parts)
+    folded, expected = merge(layout, silos, alpha=0.9, weighting=weighting)
+    loaded = Accumulator(layout, alpha=0.9, weighting=weighting)
+    loaded.load(words, 5)
+    assert (loaded.weight, loaded.examples) == (expected.weight, expected.examples)
+    for name, delta in loaded.merge().deltas.items():
+        np.testing.assert_allclose(delta, folded.deltas[name], rtol=1e-7, atol=1e-8, err_msg=name)
+    assert [step.outcome for step in loaded.merge().steps] == ["clean", "clean"]
 
 
 def test_merging_nothing_is_refused() -> None:

@@ -142,6 +142,35 @@ def test_the_digest_is_of_the_canonical_text_and_changes_with_everything() -> No
     assert order.digest != _layout().digest
 
 
+def test_what_is_summed_over_silos_in_order() -> None:
+    layout = _layout()
+    assert [tuple(block) for block in layout.sums] == [
+        ("count", (4,)),
+        ("s:q", (13,)),
+        ("s:ü", (15,)),
+        ("t:q", (6, 5)),
+        ("t:ü", (5, 1)),
+        *((f"m:{name.removeprefix('delta:')}", shape) for name, shape in BLOCKS[2:]),
+    ]
+    assert layout.sum_entries == 4 + 28 + 30 + 5 + 36
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "follows"),
+    [
+        ("groups.0.exponents", [-2, 1, 39, -39, 1, 0], True),
+        ("groups.0.exponents.0", -1, False),
+        ("groups.0.structure", "block:3", False),
+        ("groups.0.name", "p", False),
+        ("groups.1.exponents", [0] * 5, False),
+        ("frozen", [], False),
+    ],
+)
+def test_a_layout_derived_anew_may_differ_in_its_exponents_by_one(path: str, value: Any, follows: bool) -> None:
+    other = Layout.parse(_with(path, value))
+    assert _layout().follows(other) == other.follows(_layout()) == follows
+
+
 def _with(path: str, value: Any) -> str:
     document = json.loads(DOCUMENT)
     *keys, last = (int(key) if key.isdigit() else key for key in path.split("."))

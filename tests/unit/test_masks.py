@@ -93,6 +93,7 @@ def test_a_mask_and_its_inverse_cancel_whatever_lies_between_them() -> None:
     np.testing.assert_array_equal(target, plain + np.uint64(3))
     assert [mask.inverse.inverse for mask in masks] == masks
     apply(target, [])
+    apply(target[:0], masks)
     np.testing.assert_array_equal(target, plain + np.uint64(3))
 
 

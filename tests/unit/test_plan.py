@@ -38,7 +38,8 @@ name = "a"
 name = "b"
 """
 
-EVERY_KEY = """
+EVERY_KEY = (
+    """
 silo = [{public-key = "KEY", name = "north-1"}, {name = "south"}]   # another order than the plan writes
 
 [privacy]
@@ -77,7 +78,10 @@ base = "../models/tïny"
 [plan]
 version = 12
 name = "every-key"
-""".replace("LAYOUT", "0" * 63 + "f").replace("SHA256", "ab" * 32).replace("KEY", "0" * 64)
+""".replace("LAYOUT", "0" * 63 + "f")
+    .replace("SHA256", "ab" * 32)
+    .replace("KEY", "0" * 64)
+)
 
 SMALL_CANONICAL = (
     '{"merge":{"alpha":"0.9","exclude":[],"gram":{"*":"full"},"layout":null,"method":"regmean","tokens":100000,'
@@ -274,7 +278,11 @@ def test_an_unknown_key_in_the_only_silo_is_the_only_complaint() -> None:
         ("secure-aggregation = false", "secure-aggregation = false\nthreshold = 0", "privacy.threshold"),
         ("secure-aggregation = false", "secure-aggregation = false\nthreshold = 1.0", "privacy.threshold"),
         ("secure-aggregation = false", "minimum-survivors = 0", "privacy.minimum-survivors"),
-        ("secure-aggregation = false", "secure-aggregation = false\nminimum-survivors = 3", "privacy.minimum-survivors"),
+        (
+            "secure-aggregation = false",
+            "secure-aggregation = false\nminimum-survivors = 3",
+            "privacy.minimum-survivors",
+        ),
         ('name = "b"', 'name = "b"\npublic-key = "AB"', "silo.1.public-key"),
         ('name = "b"', 'name = "-b"', "silo.1.name"),
         ('name = "b"', "", "silo.1.name"),

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from gramfuse_protocol.errors import RunDirectoryError
+from gramfuse_protocol.errors import ContributionError, FederationError, RefusalError, RunDirectoryError, SecurityError
 from gramfuse_server.run import RunDirectory
 
 
@@ -77,6 +77,55 @@ def test_whatever_ends_a_run_leaves_nothing_of_it(error: type[BaseException], tm
     with pytest.raises(error):
         fail()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "kept"),
+    [(e, True) for e in (FederationError, RuntimeError, SystemExit)]
+    + [(e, False) for e in (KeyboardInterrupt, RefusalError, ContributionError, SecurityError, RunDirectoryError)],
+)
+def test_what_fails_after_training_can_be_resumed_unless_it_would_fail_again(
+    error: type[BaseException], kept: bool, tmp_path: Path
+) -> None:
+    def fail() -> None:
+        with RunDirectory(tmp_path / "one", needed=1) as run:
+            run.keep("session", "ab" * 16)
+            run.keep("train", {"silo-a": 3})
+            run.record({"phase": "train"})
+            raise error("stop")
+
+    with pytest.raises(error):
+        fail()
+    assert [path.name for path in tmp_path.iterdir()] == (["one.partial"] if kept else [])
+    if not kept:
+        with (
+            pytest.raises(RunDirectoryError, match="nothing to resume"),
+            RunDirectory(tmp_path / "one", 1, resume=True),
+        ):
+            pytest.fail("was entered")
+        return
+    with pytest.raises(RunDirectoryError, match="--resume"), RunDirectory(tmp_path / "one", needed=1):
+        pytest.fail("was entered")
+    with RunDirectory(tmp_path / "one", needed=1, resume=True) as run:
+        assert run.done == {"session": "ab" * 16, "train": {"silo-a": 3}}
+        run.record({"phase": "upload"})
+        path = run.finish()
+    assert {file.name for file in path.iterdir()} == {"SHA256SUMS", "transcript.jsonl"}
+    phases = [json.loads(line)["phase"] for line in (path / "transcript.jsonl").read_text().splitlines()]
+    assert phases == ["train", "upload"]
+
+
+def test_a_damaged_checkpoint_is_named_and_kept(tmp_path: Path) -> None:
+    (tmp_path / "one.partial").mkdir()
+    file = tmp_path / "one.partial" / "checkpoint.json"
+    file.write_text('{"train": ')
+    with (
+        pytest.raises(RunDirectoryError, match="cannot be read") as caught,
+        RunDirectory(tmp_path / "one", 1, resume=True),
+    ):
+        pytest.fail("was entered")
+    assert str(file) in str(caught.value)
+    assert file.read_text() == '{"train": '
 
 
 def test_a_name_taken_in_the_meantime_is_an_error_and_not_overwritten(tmp_path: Path) -> None:

@@ -1,0 +1,573 @@
+"""Cost of a secure sum: seconds, memory and bytes at a silo and at the coordinator, next to Flower's own SecAgg+.
+
+    python benchmarks/secure_cost.py
+    python benchmarks/secure_cost.py --elements 2000000 --silos 5 --out cost.json
+
+The layout is a BERT-like encoder's with full Gram blocks up to 3072 wide, and as many layers as fit; a plain tensor
+takes the rest. Its values are random, made block by block, and the seconds that making them takes are subtracted; all
+else counts, the scales among it. Every measurement is a process of its own. Memory is what its peak resident size
+(ru_maxrss) grew by over the measured part; the absolute peak, with interpreter, torch and Flower loaded, is given too.
+
+What counts as a silo's work, from the plain values to what is handed to the transport:
+
+* gramfuse: keys, shares, masks; encode, mask and write (with fsync); read back and pack each piece.
+* Flower: the functions of its client mod in their order, from serialized float32 parameters to serialized integers.
+
+At the coordinator: from the spooled vectors (Flower: the replies in memory, where its workflow keeps all of them) to
+the decoded sum, with all silos there and with one dead. Neither side counts the network. Linux only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import resource
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Literal
+from unittest import mock
+
+import numpy as np
+import psutil
+from flwr.client.mod.secure_aggregation.secaggplus_mod import (
+    SecAggPlusState,
+    _collect_masked_vectors,
+    _setup,
+    _share_keys,
+    _unmask,
+)
+from flwr.common import Parameters, bytes_to_ndarray, ndarray_to_bytes
+from flwr.common.secure_aggregation.crypto.shamir import combine_shares
+from flwr.common.secure_aggregation.crypto.symmetric_encryption import generate_shared_key
+from flwr.common.secure_aggregation.ndarrays_arithmetic import (
+    factor_extract,
+    get_parameters_shape,
+    parameters_addition,
+    parameters_mod,
+    parameters_subtraction,
+)
+from flwr.common.secure_aggregation.quantization import dequantize
+from flwr.common.secure_aggregation.secaggplus_constants import Key
+from flwr.common.secure_aggregation.secaggplus_utils import pseudo_rand_gen
+from flwr.supercore.primitives.asymmetric import bytes_to_private_key, bytes_to_public_key
+from numpy.typing import NDArray
+
+from gramfuse_client.masking import BUFFER_WORDS, read_masked, write_masked
+from gramfuse_protocol import masks, secure_sum
+from gramfuse_protocol.encoding import encode
+from gramfuse_protocol.keys import Identity
+from gramfuse_protocol.layout import PIECE_BYTES, Block, Group, Layout, Linear, Tensor
+from gramfuse_protocol.messages import MaskedReply
+from gramfuse_protocol.roster import Roster, smallest_threshold
+from gramfuse_protocol.scales import Scale, scales
+from gramfuse_protocol.secure_sum import Member
+from gramfuse_protocol.wire import pack
+from gramfuse_server.accumulator import Accumulator
+from gramfuse_server.spool import Spool
+
+Figures = dict[str, Any]
+Floats = NDArray[np.float64]
+
+WEIGHTING: Literal["uniform"] = "uniform"
+COLLUDING = 1
+HIDDEN = 768
+EXAMPLES = 1000
+CONTEXT = "0" * 64
+WORKS = ("silo", "coordinator, all there", "coordinator, one dead")
+CHECKED = 1000  # words at both ends of the first Gram block and of the last tensor that are checked
+
+FASTER = 5.0
+MEMORY = 1.3
+MASKS_GB = 1.5
+BYTES = 8 * 1.01
+
+# The defaults of Flower's SecAggPlusWorkflow.
+FLOWER = {
+    Key.CLIPPING_RANGE: 8.0,
+    Key.TARGET_RANGE: 2**22,
+    Key.MOD_RANGE: 2**32,
+    Key.MAX_WEIGHT: 1000.0,
+}
+FLOWER_FEWER = 10_000_000
+
+
+def main() -> None:
+    """Measure, print two Markdown tables, and say which targets are missed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--elements", type=int, default=100_000_000, help="of one silo's contribution")
+    parser.add_argument("--silos", type=int, default=5, help="of the cohort; four at least, so that one may be dead")
+    parser.add_argument("--out", type=Path, help="file for all figures, as JSON")
+    options = parser.parse_args()
+    if options.elements < 1000 or options.silos < 4:
+        parser.error("it takes 1000 elements and 4 silos at least")
+    results = measure(options.elements, options.silos)
+    if options.out is not None:
+        options.out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    print(tables(results))
+
+
+def measure(elements: int, silos: int) -> Figures:
+    """Run every measurement in a fresh process."""
+    fewer = elements if fits_flower(elements, silos) else min(elements, FLOWER_FEWER)
+    results: Figures = {"elements": elements, "flower_elements": fewer, "silos": silos, "machine": machine()}
+    results["parts"] = alone(parts, elements, silos)
+    with tempfile.TemporaryDirectory(prefix="gramfuse-") as folder:
+        results["silo"] = alone(silo, elements, silos, Path(folder))
+        for dead, name in enumerate(WORKS[1:]):
+            results[name] = alone(coordinator, elements, silos, dead, Path(folder))
+    with tempfile.TemporaryDirectory(prefix="gramfuse-") as folder:
+        results["flower silo"], public = alone(flower_silo, fewer, silos, Path(folder))
+        for dead, name in enumerate(WORKS[1:]):
+            results[f"flower {name}"] = alone(flower_coordinator, fewer, silos, dead, Path(folder), public)
+    return results
+
+
+def alone(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function in a fresh process and return what it returns."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def fits_flower(elements: int, silos: int) -> bool:
+    """Whether Flower's coordinator has room: all replies, and three vectors more, all in int64."""
+    return bool(psutil.virtual_memory().available > 1.25 * 8 * (silos + 3) * elements)
+
+
+class Meter:
+    """Seconds spent in its `with` blocks, and the process's peak memory when it was made and after the last block."""
+
+    def __init__(self) -> None:
+        self.wall = self.cpu = 0.0
+        self.before = self.peak = high_water()
+
+    def __enter__(self) -> Meter:
+        self._began = time.perf_counter(), time.process_time()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.wall += time.perf_counter() - self._began[0]
+        self.cpu += time.process_time() - self._began[1]
+        self.peak = high_water()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Stop for a while inside a `with` block."""
+        self.__exit__()
+        yield
+        self.__enter__()
+
+
+def together(steps: Mapping[str, Meter]) -> Figures:
+    """Return the figures of steps that are one work; the meters were made before the first."""
+    before, peak = min(m.before for m in steps.values()), max(m.peak for m in steps.values())
+    return {
+        "wall": sum(m.wall for m in steps.values()),
+        "cpu": sum(m.cpu for m in steps.values()),
+        "grown": peak - before,
+        "peak": peak,
+        "steps": {name: {"wall": m.wall, "cpu": m.cpu} for name, m in steps.items()},
+    }
+
+
+def high_water() -> int:
+    """Return the peak resident memory of this process so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+# What is summed
+
+
+def layout_of(elements: int) -> Layout:
+    """Return a layout whose sums have exactly that many elements."""
+    hidden = HIDDEN
+    while sum_entries(one := layer(0, hidden)) > elements - 3:
+        hidden //= 2
+    count = (elements - 3) // sum_entries(one)
+    groups = [group for number in range(count) for group in layer(number, hidden)]
+    tensors = [
+        Tensor(name=weight.weight, shape=(weight.d_out, group.d_in), merge="regmean")
+        for group in groups
+        for weight in group.weights
+    ]
+    rest = Tensor(name="rest", shape=(elements - 2 - count * sum_entries(one),), merge="mean")
+    return Layout(groups=tuple(groups), tensors=(*tensors, rest), frozen=())
+
+
+def layer(number: int, hidden: int) -> list[Group]:
+    """Return the groups of one encoder layer: attention's input and output, the two linear maps of the MLP."""
+    sizes = {
+        "qkv": (hidden, (hidden, hidden, hidden)),
+        "attention": (hidden, (hidden,)),
+        "up": (hidden, (4 * hidden,)),
+        "down": (4 * hidden, (hidden,)),
+    }
+    groups = []
+    for name, (d_in, outputs) in sizes.items():
+        name = f"{number}.{name}"
+        weights = tuple(Linear(weight=f"{name}.{at}", d_out=d_out, transposed=True) for at, d_out in enumerate(outputs))
+        exponents = tuple(j % 8 - 4 for j in range(d_in))
+        groups.append(Group(name=name, d_in=d_in, structure="full", weights=weights, exponents=exponents))
+    return groups
+
+
+def sum_entries(groups: Sequence[Group]) -> int:
+    """Return how many elements groups add to `Layout.sums`: s, t, m and a count of token rows."""
+    return sum(group.blocks.entries + 2 * group.d_in * group.d_out + 1 for group in groups)
+
+
+def values(block: Block, silo: int, index: int) -> Floats:
+    """Return one silo's values of block number `index`; the weight is 1, and the other counts are whole numbers."""
+    if block.name == "count":
+        return np.array([1, *[EXAMPLES] * (block.entries - 1)], np.float64)
+    return np.random.default_rng([silo, index]).standard_normal(block.shape)
+
+
+def contribution(layout: Layout, silos: int, silo: int, meter: Meter) -> Iterator[tuple[str, Floats, Scale]]:
+    """Yield what `write_masked` takes, block by block; the meter stops while values are made, not for the scales."""
+    for index, (block, scale) in enumerate(scales(layout, silos, WEIGHTING)):
+        with meter.paused():
+            found = values(block, silo, index)
+        yield block.name, found, scale
+        del found, scale
+
+
+# gramfuse
+
+
+@dataclass
+class Federation:
+    """All silos of a session. What is random is drawn from a seed, so that every process has the same."""
+
+    roster: Roster
+    nonce: str
+    identities: Mapping[str, Identity]
+    members: dict[str, Member]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The silos."""
+        return self.roster.names
+
+    def released(self, survivors: Sequence[str]) -> dict[str, dict[str, bytes]]:
+        """Return what the survivors release of their shares."""
+        signatures = {}
+        for name in survivors:
+            member = secure_sum.mark_uploaded(self.members[name], "statistics", CONTEXT)
+            self.members[name], signatures[name] = secure_sum.sign(
+                self.roster, member, self.identities[name], "statistics", survivors, CONTEXT
+            )
+        return {
+            name: secure_sum.release(self.roster, self.members[name], "statistics", signatures) for name in survivors
+        }
+
+
+def federation(silos: int, meter: Meter) -> Federation:
+    """Exchange keys and shares; what the first silo does is metered."""
+    draw = random.Random(silos).randbytes
+    names = [f"silo-{n + 1}" for n in range(silos)]
+    identities = {name: Identity(draw(32)) for name in names}
+    threshold = smallest_threshold(silos, COLLUDING)
+    roster = Roster("0" * 64, {name: key.public for name, key in identities.items()}, threshold, threshold)
+    nonce, members, sealed = draw(16).hex(), {}, {}
+    others = Meter()
+    for name in names:
+        with meter if name == names[0] else others:
+            members[name] = secure_sum.advertise(roster, nonce, name, names, identities[name], draw)
+    adverts = [member.advert for member in members.values()]
+    for name in names:
+        with meter if name == names[0] else others:
+            members[name], sealed[name] = secure_sum.share(roster, members[name], adverts, draw)
+    for name in names:
+        theirs = {peer: sealed[peer][name] for peer in names if peer != name}
+        with meter if name == names[0] else others:
+            members[name] = secure_sum.receive(roster, members[name], theirs)
+    return Federation(roster, nonce, identities, members)
+
+
+def cut(elements: int) -> list[tuple[int, int]]:
+    """Return the pieces of a vector as (start, stop)."""
+    size = PIECE_BYTES // 8
+    return [(start, min(elements, start + size)) for start in range(0, elements, size)]
+
+
+def parts(elements: int, silos: int) -> Figures:
+    """Measure encoding alone and masking alone, on one core, into buffers that are used again and again."""
+    layout = layout_of(elements)
+    session = federation(silos, Meter())
+    keys = secure_sum.masks(session.roster, session.members[session.names[0]], "statistics")
+    out = np.ones(max(block.entries for block in layout.sums), "<u8")
+    encoding, masking = Meter(), Meter()
+    for index, (block, scale) in enumerate(scales(layout, silos, WEIGHTING)):
+        found, place = values(block, 0, index), out[: block.entries].reshape(block.shape)
+        with encoding:
+            encode(found, scale, silos, block.name, place)
+    buffer = out[:BUFFER_WORDS]
+    with mock.patch("os.cpu_count", return_value=1), masking:
+        for start in range(0, elements, buffer.size):
+            masks.apply(buffer[: elements - start], keys, start)
+    return {
+        "encode GB/s": 8 * elements / encoding.cpu / 1e9,
+        "encode ns": encoding.cpu / elements * 1e9,
+        "masks": len(keys),
+        "masks GB/s": 8 * elements * len(keys) / masking.cpu / 1e9,
+        "mask ns": masking.cpu / elements * 1e9,
+    }
+
+
+def silo(elements: int, silos: int, folder: Path) -> Figures:
+    """Measure all that the first silo does; afterwards put every silo's vector into the spool."""
+    layout, path, spool = layout_of(elements), folder / "masked", Spool(folder / "spool")
+    keys, writing, packing = Meter(), Meter(), Meter()
+    session = federation(silos, keys)
+    with keys:
+        streams = secure_sum.masks(session.roster, session.members[session.names[0]], "statistics")
+    with writing:
+        write_masked(path, contribution(layout, silos, 0, writing), silos, streams)
+    about: dict[str, Any] = {"plan": session.roster.plan, "session": session.nonce, "silo": session.names[0]}
+    sent = 0
+    for piece, (start, stop) in enumerate(cut(elements)):
+        with packing:
+            found = {"masked": read_masked(path, start, stop - start)}
+            sent += pack(MaskedReply(**about, sum_of="statistics", piece=piece, arrays=found)).nbytes
+        del found
+    steps = {"keys and shares": keys, "scales, encode, mask, write": writing, "read back and pack": packing}
+    figures = {**together(steps), "bytes": sent}
+    for number, name in enumerate(session.names):
+        if number:
+            streams = secure_sum.masks(session.roster, session.members[name], "statistics")
+            with Meter() as unused:
+                write_masked(path, contribution(layout, silos, number, unused), silos, streams)
+        for piece, (start, stop) in enumerate(cut(elements)):
+            spool.save(name, piece, {"masked": read_masked(path, start, stop - start)})
+    return figures
+
+
+def coordinator(elements: int, silos: int, dead: int, folder: Path) -> Figures:
+    """Measure the sum of the survivors' spooled vectors, taking the masks off, and decoding."""
+    layout, spool, session = layout_of(elements), Spool(folder / "spool"), federation(silos, Meter())
+    members, survivors = session.names, session.names[: silos - dead]
+    adverts = [session.members[name].advert for name in members]
+    released = session.released(survivors)
+    accumulator = Accumulator(layout, alpha=0.9, weighting=WEIGHTING)
+    adding, unmasking, decoding = Meter(), Meter(), Meter()
+    with adding:  # as gramfuse_server.secure.SecureSums does it
+        words = np.zeros(elements, "<u8")
+        for name in survivors:
+            for piece, (start, stop) in enumerate(cut(elements)):
+                words[start:stop] += spool.read(name, piece, "masked")
+    with unmasking:
+        masks.apply(
+            words,
+            secure_sum.unmasking(session.roster, session.nonce, adverts, "statistics", members, survivors, released),
+        )
+    summed = {index: part.copy() for index, part in spots(layout, words)}
+    with decoding:
+        accumulator.load(words, silos)
+    figures = together({"add": adding, "unmask": unmasking, "decode": decoding})
+    for index, (block, scale) in enumerate(scales(layout, silos, WEIGHTING)):
+        if index in summed:
+            each = [encode(values(block, n, index), scale, silos, block.name) for n in range(len(survivors))]
+            np.testing.assert_array_equal(summed[index], ends(sum(each[1:], each[0]).reshape(-1)))
+    if (accumulator.weight, accumulator.examples) != (len(survivors), EXAMPLES * len(survivors)):
+        raise AssertionError("the sum is wrong")
+    return figures
+
+
+def spots(layout: Layout, words: NDArray[np.uint64]) -> Iterator[tuple[int, NDArray[np.uint64]]]:
+    """Yield index and checked words of the first Gram block and of the last tensor."""
+    start = 0
+    for index, block in enumerate(layout.sums):
+        if index in (1, len(layout.sums) - 1):
+            yield index, ends(words[start : start + block.entries])
+        start += block.entries
+
+
+def ends(array: NDArray[Any]) -> NDArray[Any]:
+    """Return the first and the last CHECKED entries; all, if there are fewer."""
+    return array if array.size <= 2 * CHECKED else np.concatenate([array[:CHECKED], array[-CHECKED:]])
+
+
+# Flower
+
+
+def flower_silo(elements: int, silos: int, folder: Path) -> tuple[Figures, Figures]:
+    """Measure what Flower's client mod does at the first silo; afterwards keep every silo's vector in a file.
+
+    Returns:
+        The figures, and what the coordinator knows: public keys by node, and released shares by number of the dead.
+    """
+    threshold = smallest_threshold(silos, COLLUDING)
+    configs = {**FLOWER, Key.SAMPLE_NUMBER: silos, Key.SHARE_NUMBER: silos, Key.THRESHOLD: threshold}
+    states = {nid: SecAggPlusState(nid=nid) for nid in range(silos)}
+    parameters = flower_parameters(elements, 0)
+    keys, masking, others = Meter(), Meter(), Meter()
+    public: dict[int, tuple[bytes, bytes]] = {}
+    mailbox: dict[int, dict[str, list[Any]]] = {nid: {Key.SOURCE_LIST: [], Key.CIPHERTEXT_LIST: []} for nid in states}
+    for nid, state in states.items():
+        with others if nid else keys:
+            reply = _setup(state, configs)
+        public[nid] = (reply[Key.PUBLIC_KEY_1], reply[Key.PUBLIC_KEY_2])
+    for nid, state in states.items():
+        with others if nid else keys:
+            reply = _share_keys(state, {str(peer): both for peer, both in public.items()})
+        for peer, sealed in zip(reply[Key.DESTINATION_LIST], reply[Key.CIPHERTEXT_LIST], strict=True):
+            mailbox[peer][Key.SOURCE_LIST].append(nid)
+            mailbox[peer][Key.CIPHERTEXT_LIST].append(sealed)
+    with masking:
+        reply = _collect_masked_vectors(states[0], mailbox[0], EXAMPLES, parameters)
+    figures = together({"keys and shares": keys, "quantize, mask, serialize": masking})
+    figures["bytes"] = sum(map(len, reply[Key.MASKED_PARAMETERS]))
+    for nid, state in states.items():
+        if nid:
+            del reply, parameters
+            parameters = flower_parameters(elements, nid)
+            reply = _collect_masked_vectors(state, mailbox[nid], EXAMPLES, parameters)
+        for index, data in enumerate(reply[Key.MASKED_PARAMETERS]):
+            (folder / f"{nid}-{index}").write_bytes(data)
+    released: dict[int, dict[int, list[bytes]]] = {}
+    for dead in (0, 1):
+        active, gone = list(states)[: silos - dead], list(states)[silos - dead :]
+        released[dead] = {nid: [] for nid in states}
+        for nid in active:
+            about = {Key.ACTIVE_NODE_ID_LIST: active, Key.DEAD_NODE_ID_LIST: gone}
+            reply = _unmask(states[nid], about)
+            for owner, share in zip(reply[Key.NODE_ID_LIST], reply[Key.SHARE_LIST], strict=True):
+                released[dead][owner].append(share)
+    return figures, {"keys": public, "released": released}
+
+
+def flower_parameters(elements: int, silo: int) -> Parameters:
+    """Return one silo's values as Flower's clients send them: float32, serialized tensor by tensor."""
+    tensors = [
+        ndarray_to_bytes(values(block, silo, index).astype(np.float32))
+        for index, block in enumerate(layout_of(elements).sums)
+    ]
+    return Parameters(tensors=tensors, tensor_type="numpy.ndarray")
+
+
+def flower_coordinator(elements: int, silos: int, dead: int, folder: Path, public: Figures) -> Figures:
+    """Measure what Flower's workflow does with the replies, which it has in memory all at once.
+
+    The statements are those of SecAggPlusWorkflow.collect_masked_vectors_stage and .unmask_stage, without the messages
+    and the strategy. Reading the replies is not timed; their memory counts.
+    """
+    layout, active = layout_of(elements), range(silos - dead)
+    modulus, target, clip = FLOWER[Key.MOD_RANGE], FLOWER[Key.TARGET_RANGE], FLOWER[Key.CLIPPING_RANGE]
+    adding, unmasking, decoding = Meter(), Meter(), Meter()
+    count = len(layout.sums) + 1  # the weight comes first
+    replies = [[(folder / f"{nid}-{index}").read_bytes() for index in range(count)] for nid in active]
+    with adding:
+        vector = None
+        for reply in replies:
+            theirs = [bytes_to_ndarray(data) for data in reply]
+            vector = theirs if vector is None else parameters_addition(vector, theirs)
+        vector = parameters_mod(vector, modulus)
+    with unmasking:
+        for nid, shares in public["released"][dead].items():
+            secret = combine_shares(shares)
+            if nid in active:
+                mask = pseudo_rand_gen(secret, modulus, get_parameters_shape(vector))
+                vector = parameters_subtraction(vector, mask)
+                continue
+            for peer in public["keys"]:
+                if peer == nid:
+                    continue
+                shared = generate_shared_key(bytes_to_private_key(secret), bytes_to_public_key(public["keys"][peer][0]))
+                mask = pseudo_rand_gen(shared, modulus, get_parameters_shape(vector))
+                vector = (parameters_addition if nid > peer else parameters_subtraction)(vector, mask)
+        vector = parameters_mod(vector, modulus)
+    with decoding:
+        weight, vector = factor_extract(vector)
+        means = dequantize(vector, clip, target)
+        for mean in means:
+            mean += -(len(active) - 1) * clip
+            mean *= target / weight
+    figures = together({"add": adding, "unmask": unmasking, "decode": decoding})
+    last = len(layout.sums) - 1
+    expected = np.mean([ends(values(layout.sums[last], nid, last)) for nid in active], axis=0)
+    np.testing.assert_allclose(ends(means[last]), expected, atol=1e-4)
+    return figures
+
+
+# What is printed
+
+
+def machine() -> str:
+    """Say what this runs on."""
+    info = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    cpu = info.partition("model name")[2].partition("\n")[0].strip(" :\t") or platform.machine()
+    memory, load = psutil.virtual_memory().total / 2**30, os.getloadavg()[0]
+    packages = ", ".join(f"{name} {version(name)}" for name in ("numpy", "cryptography", "flwr"))
+    return (
+        f"{cpu}, {os.cpu_count()} cores, {memory:.0f} GiB, load {load:.1f} at the start; "
+        f"Python {platform.python_version()}, {packages}"
+    )
+
+
+def tables(results: Figures) -> str:
+    """Return the Markdown text."""
+    elements, fewer, parts = results["elements"], results["flower_elements"], results["parts"]
+    note = "" if fewer == elements else f" Flower was measured with {fewer:,} elements, as memory is short, and scaled."
+    text = [
+        f"A contribution of {elements:,} elements ({8 * elements / 1e6:,.0f} MB), {results['silos']} silos.{note}",
+        f"{results['machine']}.\n",
+        "| work | s per 100 M elements | CPU s per 100 M | ns per element | memory grew by | contributions | peak |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name in WORKS:
+        text += rows(f"{name}: gramfuse", results[name], elements)
+        text += rows(f"{name}: Flower SecAgg+", results[f"flower {name}"], fewer)
+    text += [
+        f"\nOn one core, into reused buffers: encoding {parts['encode GB/s']:.2f} GB/s "
+        f"({parts['encode ns']:.2f} ns per element); {parts['masks']} masks {parts['masks GB/s']:.2f} GB/s each ({parts['mask ns']:.2f} ns per element).\n",
+        "| target | measured | asked for | |",
+        "|---|---|---|---|",
+        *judgements(results),
+    ]
+    return "\n".join(text)
+
+
+def rows(name: str, figures: Figures, size: int) -> Iterator[str]:
+    """Yield the row of a work and those of its steps."""
+    grown, peak = figures["grown"], figures["peak"]
+    memory = f"{grown / 1e6:,.0f} MB | {grown / (8 * size):.2f} | {peak / 1e6:,.0f} MB"
+    for what, of, rest in [(f"**{name}**", figures, memory), *((n, f, "| |") for n, f in figures["steps"].items())]:
+        wall, cpu = of["wall"] / size, of["cpu"] / size
+        yield f"| {what} | {wall * 1e8:.2f} | {cpu * 1e8:.2f} | {wall * 1e9:.2f} | {rest} |"
+
+
+def judgements(results: Figures) -> Iterator[str]:
+    """Yield a row for each target, with MISSED where it is missed."""
+    elements, fewer, gigabytes = results["elements"], results["flower_elements"], results["parts"]["masks GB/s"]
+
+    def ratio(name: str, key: str) -> float:
+        """Return Flower's figure, per element, over ours."""
+        return float(results[f"flower {name}"][key] / fewer / (results[name][key] / elements))
+
+    def row(what: str, measured: str, asked: str, met: bool) -> str:
+        return f"| {what} | {measured} | {asked} | {'met' if met else 'MISSED'} |"
+
+    for key, what in (("wall", "seconds"), ("cpu", "CPU seconds")):
+        found = ratio("silo", key)
+        yield row(f"silo: {what} of Flower over ours", f"{found:.1f}", f"≥ {FASTER:g}", found >= FASTER)
+    for name in WORKS:
+        grown = results[name]["grown"] / (8 * elements)
+        measured = f"{grown:.2f} (Flower takes {ratio(name, 'grown'):.1f} times ours)"
+        yield row(f"{name}: memory in contributions", measured, f"≤ {MEMORY:g}", grown <= MEMORY)
+    yield row("masks made and added, GB/s per core", f"{gigabytes:.2f}", f"≥ {MASKS_GB:g}", gigabytes >= MASKS_GB)
+    each, theirs = results["silo"]["bytes"] / elements, results["flower silo"]["bytes"] / fewer
+    yield row("bytes per element", f"{each:.5f} (Flower: {theirs:.5f})", f"≤ {BYTES:g}", 8 <= each <= BYTES)
+
+
+if __name__ == "__main__":
+    main()
