@@ -18,7 +18,6 @@ from gramfuse_client.masking import read_masked, write_masked
 from gramfuse_client.session import Answer, Measured, Record, answered, with_answer
 from gramfuse_client.silo import Silo
 from gramfuse_client.state import Contributed, State
-from gramfuse_model.summands import summands
 from gramfuse_protocol import secure_sum
 from gramfuse_protocol.errors import ContributionError, FederationError, RefusalError, SecurityError
 from gramfuse_protocol.layout import Layout
@@ -165,6 +164,8 @@ class Membership:
         self.session.write(record.model_copy(update={"member": member, "answers": answers}))
 
     def _statistics(self) -> Iterator[tuple[str, NDArray[np.float64], Scale]]:
+        from gramfuse_model.summands import summands  # the only use of torch in the secure phases
+
         contribution, merge = self.state.contribution(), self.plan.merge
         if merge.weighting == "examples" and contribution.examples > MOST_EXAMPLES:
             raise ContributionError(

@@ -81,7 +81,8 @@ class Session:
         if self.exists:
             self.read()
             return
-        self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for directory in (self.directory.parent, self.directory):  # parents=True would ignore the mode
+            directory.mkdir(exist_ok=True, mode=0o700)
         self.write(Record())
 
     def read(self) -> Record:

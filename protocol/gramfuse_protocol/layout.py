@@ -204,6 +204,7 @@ class Layout(_Frozen):
             return False
         return all(
             own.model_copy(update={"exponents": other.exponents}) == other
+            and len(own.exponents) == len(other.exponents)
             and all(abs(a - b) <= 1 for a, b in zip(own.exponents, other.exponents, strict=True))
             for own, other in zip(self.groups, derived.groups, strict=True)
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -69,6 +69,7 @@ class Conductor:
         nodes = {f"node {node}": node for node in self._connected(len(expected))}
         request = JoinRequest(**self.about, plan_text=self.plan.to_toml(), layout=layout.to_json())
         errors: list[GramfuseError] = []
+        refused: dict[str, GramfuseError] = {}
         for label, _, reply in self.post.exchange(nodes, {label: [request] for label in nodes}, len(nodes)):
             try:
                 if isinstance(reply, FederationError):
@@ -77,7 +78,9 @@ class Conductor:
                 joined = expect(JoinReply, request, reply, source).silo
             except (RefusalError, FederationError) as error:
                 errors.append(error)
-                self._tell_lost("join", reply.silo if isinstance(reply, Refusal) else label, error)
+                said = reply.silo if isinstance(reply, Refusal) else label
+                refused[said] = error
+                self._tell_lost("join", said, error)
                 continue
             if joined in self.nodes:
                 raise FederationError(
@@ -93,7 +96,7 @@ class Conductor:
         absent = FederationError(
             f"silos {', '.join(missing)} of the roster did not join; {len(nodes)} nodes were connected"
         )
-        self.lost |= dict.fromkeys(missing, absent)
+        self.lost |= {name: refused.get(name, absent) for name in missing}
         if len(self.nodes) < self.plan.minimum_survivors:
             raise _together(errors) if errors else absent
 
@@ -127,13 +130,14 @@ class Conductor:
         Raises:
             GramfuseError: once too few silos are left; it says what became of the others.
         """
-        errors: list[GramfuseError] = []
+        given_up: set[str] = set()
         if len(requests) < needed:
             raise FederationError(
                 f"{len(requests)} silos are left where the plan asks for {needed}; lost: "
                 + "; ".join(f"{name}: {error}" for name, error in self.lost.items())
             )
-        for silo, request, message in self.post.exchange(self.nodes, requests, in_flight or len(requests), stall):
+        remaining = {silo: _until(given_up, silo, of) for silo, of in requests.items()}
+        for silo, request, message in self.post.exchange(self.nodes, remaining, in_flight or len(requests), stall):
             try:
                 if isinstance(message, FederationError):
                     raise message
@@ -143,11 +147,11 @@ class Conductor:
                     raise FederationError(f"the node of silo {silo!r} answered as {said!r}")
                 check(silo, request, reply)
             except GramfuseError as error:
-                errors.append(error)
+                given_up.add(silo)
                 self.lost[silo] = error
                 self._tell_lost(request.phase, silo, error)
-                if len(requests) - len(errors) < needed:
-                    raise _together(errors) from None
+                if len(requests) - len(given_up) < needed:
+                    raise _together(list(self.lost.values())) from None
                 continue
             yield silo, request, reply
         self.nodes = {name: node for name, node in self.nodes.items() if name not in self.lost}
@@ -158,6 +162,8 @@ class Conductor:
             with self.phase(phase):
                 result = work()
             self.run.keep("session", self.nonce)
+            if self.lost:
+                self.run.keep("lost", self.run.done.get("lost", {}) | {n: str(error) for n, error in self.lost.items()})
             self.run.keep(phase, result)
         return self.run.done[phase]
 
@@ -194,6 +200,14 @@ class Conductor:
                 )
             time.sleep(0.2)
         return nodes
+
+
+def _until(given_up: set[str], silo: str, requests: Iterable[Q]) -> Iterator[Q]:
+    """Yield a silo's requests until it is given up."""
+    for request in requests:
+        if silo in given_up:
+            return
+        yield request
 
 
 def _together(errors: Sequence[GramfuseError]) -> GramfuseError:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
@@ -96,8 +95,6 @@ class Exchange:
             joint = next((model["metrics"] for model in models if model["kind"] == "regmean"), None)
             with self.run.writing():
                 write_model(self.run.partial / "model", self.base, merged.deltas, self.plan, survivors, joint)
-                for spool in self.run.partial.glob("spool*"):
-                    shutil.rmtree(spool)
         report = self._report(trained, survivors, accumulator, models, unmeasured, merged)
         self.run.write("report.json", json.dumps(report, indent=2) + "\n")
         return report
@@ -198,6 +195,9 @@ class Exchange:
         merged: Merged,
     ) -> dict[str, Any]:
         conductor = self.conductor
+        # A silo that was lost before the run was resumed may have come back.
+        before = {name: reason for name, reason in self.run.done.get("lost", {}).items() if name not in survivors}
+        lost = before | {name: str(error) for name, error in conductor.lost.items()}
         return {
             "run": self.run.path.name,
             "name": self.plan.plan.name,
@@ -207,18 +207,22 @@ class Exchange:
             "mode": "open" if self.secure is None else "secure",
             "identities": "made for this run" if self.own_models else "those of the plan",
             "silos": [{"name": name, "examples": trained[name]["examples"]} for name in survivors],
-            "lost": [{"name": name, "reason": str(error)} for name, error in conductor.lost.items()],
+            "lost": [{"name": name, "reason": reason} for name, reason in lost.items()],
             "examples": accumulator.examples,
             "models": models,
             "unmeasured": unmeasured,
             "solve": [asdict(step) for step in merged.steps],
-            "bytes": {silo: dict(phases) for silo, phases in conductor.post.received.items()},
-            "bytes_to_silos": {silo: dict(phases) for silo, phases in conductor.post.sent.items()},
+            "bytes": self._of_silos(conductor.post.received),
+            "bytes_to_silos": self._of_silos(conductor.post.sent),
             "seconds": {phase: round(seconds, 3) for phase, seconds in conductor.seconds.items()},
             "versions": {
                 name: importlib.metadata.version(name) for name in ("gramfuse", "flwr", "torch", "transformers")
             },
         }
+
+    def _of_silos(self, traffic: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, int]]:
+        """Return traffic by silo, without that of nodes which did not join as one."""
+        return {name: dict(traffic[name]) for name in self.plan.names if name in traffic}
 
 
 def needed_bytes(plan: Plan, layout: Layout, model_bytes: int) -> int:

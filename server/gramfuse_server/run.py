@@ -20,6 +20,7 @@ from typing import Any
 from gramfuse_protocol.errors import FederationError, GramfuseError, RunDirectoryError
 
 CHECKPOINT = "checkpoint.json"
+SUMS = "SHA256SUMS"
 RESUMABLE = "train"
 """The phase whose result makes a run worth resuming."""
 
@@ -116,12 +117,16 @@ class RunDirectory:
             transcript.write(line + "\n")
 
     def finish(self) -> Path:
-        """Write SHA256SUMS over all files and give the directory its name."""
+        """Write SHA256SUMS over all files, remove what only a resumed run needs, and give the directory its name."""
         with self.writing():
-            (self.partial / CHECKPOINT).unlink(missing_ok=True)
-            files = sorted(path for path in self.partial.rglob("*") if path.is_file())
+            spools = list(self.partial.glob("spool*"))
+            away = {self.partial / CHECKPOINT, self.partial / SUMS}.union(*(spool.rglob("*") for spool in spools))
+            files = sorted(path for path in self.partial.rglob("*") if path.is_file() and path not in away)
             sums = [f"{_sha256(path)}  {path.relative_to(self.partial).as_posix()}\n" for path in files]
-            (self.partial / "SHA256SUMS").write_text("".join(sums), encoding="utf-8")
+            (self.partial / SUMS).write_text("".join(sums), encoding="utf-8")
+            (self.partial / CHECKPOINT).unlink(missing_ok=True)
+            for spool in spools:
+                shutil.rmtree(spool)
             os.replace(self.partial, self.path)
         return self.path
 

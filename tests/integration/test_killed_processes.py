@@ -98,7 +98,7 @@ def test_a_killed_silo_is_left_out_and_a_killed_coordinator_goes_on(
         try:
             wait_for(lambda: ("from", LOST, "shares") in messages(partial), 120)
             kill("flower-supernode", f"{LOST}.toml", home)
-            wait_for(lambda: ("to", LEFT[0], "survivors") in messages(partial), 150)
+            wait_for(lambda: ("to", LEFT[0], "survivors") in messages(partial), 220)
             kill("flwr-serverapp", "", home)
         finally:
             running.kill()
