@@ -10,8 +10,9 @@ else counts, the scales among it. Every measurement is a process of its own. Mem
 
 What counts as a silo's work, from the plain values to what is handed to the transport:
 
-* gramfuse: keys, shares, masks; encode, mask and write (with fsync); read back and pack each piece.
+* gramfuse: keys, shares, masks; scales, encode, mask; write with fsync; read back and pack each piece.
 * Flower: the functions of its client mod in their order, from serialized float32 parameters to serialized integers.
+  It keeps them in memory, so the ratio is given with our disk and without it.
 
 At the coordinator: from the spooled vectors (Flower: the replies in memory, where its workflow keeps all of them) to
 the decoded sum, with all silos there and with one dead. Neither side counts the network. Linux only.
@@ -541,8 +542,8 @@ def tables(results: Figures) -> str:
     elements, fewer, parts = results["elements"], results["flower_elements"], results["parts"]
     note = "" if fewer == elements else f" Flower was measured with {fewer:,} elements, as memory is short, and scaled."
     speeds = (
-        f"\nOn one core, into reused buffers: encoding {parts['encode GB/s']:.2f} GB/s, {parts['encode ns']:.2f} ns "
-        f"per element; {parts['masks']} masks {parts['masks GB/s']:.2f} GB/s each, together {parts['mask ns']:.2f} ns.\n"
+        f"On one core, into reused buffers: encoding {parts['encode GB/s']:.2f} GB/s, {parts['encode ns']:.2f} ns "
+        f"per element; {parts['masks']} masks {parts['masks GB/s']:.2f} GB/s each, together {parts['mask ns']:.2f} ns."
     )
     text = [
         f"A contribution of {elements:,} elements ({8 * elements / 1e6:,.0f} MB), {results['silos']} silos.{note}",
@@ -554,7 +555,7 @@ def tables(results: Figures) -> str:
         text += rows(f"{name}: gramfuse", results[name], elements)
         text += rows(f"{name}: Flower SecAgg+", results[f"flower {name}"], fewer)
     text += [
-        speeds,
+        f"\n{speeds}\n",
         "| target | measured | asked for | |",
         "|---|---|---|---|",
         *judgements(results),
@@ -584,7 +585,7 @@ def judgements(results: Figures) -> Iterator[str]:
 
     for what, of in (
         ("silo, whole work", results["silo"]),
-        ("silo, without writing and reading back, which Flower has not", results["silo"]["without disk"]),
+        ("silo, without the disk, which Flower does not use", results["silo"]["without disk"]),
     ):
         for key, unit in (("wall", "seconds"), ("cpu", "CPU seconds")):
             found = ratio("silo", key, of)

@@ -161,7 +161,8 @@ class Membership:
         write_masked(path, blocks, len(self.roster.keys), masks)
         member = secure_sum.mark_uploaded(member, name, whole)
         answers = {**record.answers, key: Answer(request=whole)}
-        self.session.write(record.model_copy(update={"member": member, "answers": answers}))
+        data = self.state.data_digest() if name == "statistics" else record.data
+        self.session.write(record.model_copy(update={"member": member, "answers": answers, "data": data}))
 
     def _statistics(self) -> Iterator[tuple[str, NDArray[np.float64], Scale]]:
         from gramfuse_model.summands import summands  # the only use of torch in the secure phases
@@ -196,18 +197,27 @@ class Membership:
         member, signature = secure_sum.sign(
             self.roster, self._member(record), self.silo.identity(), name, request.survivors, context
         )
-        self._contribute(name, request.survivors)
+        self._contribute(name, request.survivors, record.data)
         reply = SurvivorsReply(**self._about(request), sum_of=name, signature=signature.hex())
         self.session.write(with_answer(record, key, request, reply, member=member))
         return reply
 
-    def _contribute(self, name: Sum, survivors: tuple[str, ...]) -> None:
+    def _contribute(self, name: Sum, survivors: tuple[str, ...], data: str) -> None:
         """Note that a sum over these survivors may become known, before anything is signed.
 
+        Args:
+            data: what the masked statistics were measured on; what is on the disk may be newer.
+
         Raises:
-            SecurityError: if another set was signed under this plan: the difference of two sums is somebody's input.
+            SecurityError: if another set, or other data, were signed under this plan: the difference of two sums is
+                somebody's input.
         """
-        contributed = self.state.contributed() or Contributed(data=self.state.data_digest())
+        contributed = self.state.contributed() or Contributed(data=data)
+        if contributed.data != data:
+            raise SecurityError(
+                "a sum of other data of this silo was signed under this plan before, and the difference of the two "
+                "would show what changed; agree on a new version of the plan"
+            )
         if contributed.survivors.get(name, survivors) != survivors:
             raise SecurityError(
                 f"a sum of {name} over other silos was signed under this plan before, and the difference of the two "

@@ -48,12 +48,14 @@ class Record(_Frozen):
         member: state of the secure sum; None before the keys are made and after the last sum is open.
         answers: by phase and sum.
         measured: by candidate, in the order in which they came.
+        data: digest of what the masked statistics were measured on; empty before they are masked.
         ended: why nothing leaves in this session any more, or None.
     """
 
     member: Member | None = None
     answers: Mapping[str, Answer] = {}
     measured: Mapping[str, Measured] = {}
+    data: str = ""
     ended: str | None = None
 
 

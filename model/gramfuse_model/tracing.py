@@ -37,7 +37,7 @@ PUBLIC_TEXT = (
 )
 """What activations are measured on to find the scale of each feature; it is nobody's data."""
 
-QUIETEST = 10
+QUIETEST = 8
 """Powers of two by which a feature's scale may lie below that of the loudest in its group."""
 
 

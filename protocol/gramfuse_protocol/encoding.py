@@ -3,7 +3,7 @@
 A value x is the integer q = round(x · 2^f) in two's complement, f being an exponent that all silos share; a sum of
 integers is divided by 2^f again. Rounding is to the nearest, ties to even, so the same value always gives the same
 word. With n silos every |q| is at most 2^(62 − ⌈log₂ n⌉): the sum is at most 2^62 and cannot wrap, and its error is
-at most n/2 · 2^−f, to which `decode` adds the rounding of float64. A value beyond that is an error, never a silent clip.
+at most n/2 · 2^−f, to which `decode` adds the rounding of float64. A value beyond is an error, never a silent clip.
 """
 
 from __future__ import annotations

@@ -1,15 +1,16 @@
 """The fixed-point scale of everything that is summed over silos.
 
 What a feature's amplitude is on public text, 2^e, is in the layout (`Group.exponents`). With K bits for one silo's
-integer (`gramfuse_protocol.encoding.capacity`), w bits for its weight c, and 8 bits by which an amplitude may exceed
+integer (`gramfuse_protocol.encoding.capacity`), w bits for its weight c, and 10 bits by which an amplitude may exceed
 that on public text, an element is multiplied by 2^f with
 
-    s, features j and k    f = K − w − 16 − e_j − e_k
-    t, row j               f = K − w − 16 − e_j − g      g: the smallest with 4^g ≥ Σ 4^e over the group's features
+    s, features j and k    f = K − w − 20 − e_j − e_k
+    t, row j               f = K − w − 20 − e_j − g      g: the smallest with 4^g ≥ Σ 4^e over the group's features
     m                      f = K − w − 8                 a weight that moves by more than 256 is an error
     count                  f = 0
 
-and w is 0 under weighting `uniform`, 20 under `examples`.
+and w is 0 under weighting `uniform`, 18 under `examples`. A t is at most the product of a feature's amplitude and that of
+what the change of the weights adds to one output, and has its place if that is at most 2^(g + 10).
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from numpy.typing import NDArray
 from gramfuse_protocol.encoding import capacity
 from gramfuse_protocol.layout import Block, Group, Layout
 
-AMPLITUDE_BITS = 8
-WEIGHT_BITS = {"uniform": 0, "examples": 20}
+AMPLITUDE_BITS = 10
+DELTA_BITS = 8
+WEIGHT_BITS = {"uniform": 0, "examples": 18}
 MOST_EXAMPLES = 2 ** WEIGHT_BITS["examples"]
 
 METRICS_SCALE = {"classification": 1.0, "regression": 2.0**20}
@@ -46,7 +48,7 @@ def scales(layout: Layout, silos: int, weighting: Literal["uniform", "examples"]
     makers: list[Any] = [lambda: 1.0]
     makers += [lambda group=group: product * _packed(group) for group in layout.groups]
     makers += [lambda group=group: product * _rows(group) for group in layout.groups]
-    makers += [lambda: 2.0 ** (room - AMPLITUDE_BITS) for _ in layout.tensors]
+    makers += [lambda: 2.0 ** (room - DELTA_BITS) for _ in layout.tensors]
     for block, make in zip(layout.sums, makers, strict=True):
         yield block, make()
 

@@ -183,8 +183,9 @@ def check_adverts(roster: Roster, nonce: str, cohort: Sequence[str], adverts: Se
 
 
 def share(roster: Roster, member: Member, adverts: Sequence[Advert], random: Random) -> tuple[Member, dict[str, bytes]]:
-    """Share this silo's secrets among all silos that are in. Done twice with one state, it would use a seal's key twice:
-    the new state must be kept before anything that was sealed leaves.
+    """Share this silo's secrets among all silos that are in.
+
+    Done twice with one state, it would use a seal's key twice: keep the new state before anything sealed leaves.
 
     Args:
         adverts: of all silos that are in, this one's among them as it was sent.

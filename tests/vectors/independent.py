@@ -160,7 +160,7 @@ def packed(group: Mapping[str, Any]) -> list[tuple[int, int]]:
 
 def exponents(layout: Mapping[str, Any], silos: int, weighting: str) -> list[int]:
     """f for every word of the statistics."""
-    room = capacity(silos) - {"uniform": 0, "examples": 20}[weighting]
+    room = capacity(silos) - {"uniform": 0, "examples": 18}[weighting]
     s: list[int] = []
     t: list[int] = []
     for group in layout["groups"]:
@@ -169,8 +169,8 @@ def exponents(layout: Mapping[str, Any], silos: int, weighting: str) -> list[int
         while Fraction(4) ** g < sum(Fraction(4) ** x for x in e):
             g += 1
         outputs = sum(weight["d_out"] for weight in group["weights"])
-        s += [room - 16 - e[j] - e[k] for j, k in packed(group)]
-        t += [room - 16 - x - g for x in e for _ in range(outputs)]
+        s += [room - 20 - e[j] - e[k] for j, k in packed(group)]
+        t += [room - 20 - x - g for x in e for _ in range(outputs)]
     m = [room - 8] * sum(math.prod(tensor["shape"]) for tensor in layout["tensors"])
     return [0] * (2 + len(layout["groups"])) + s + t + m
 
