@@ -104,7 +104,7 @@ class Silo:
     @property
     def identity_path(self) -> Path:
         """Where the silo's private key is."""
-        return self.directory / self.file.identity
+        return (self.directory / self.file.identity).resolve()
 
     def identity(self) -> Identity:
         """Read the silo's private key.

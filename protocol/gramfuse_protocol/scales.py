@@ -9,8 +9,8 @@ that on public text, an element is multiplied by 2^f with
     m                      f = K − w − 8                 a weight that moves by more than 256 is an error
     count                  f = 0
 
-and w is 0 under weighting `uniform`, 18 under `examples`. A t is at most the product of a feature's amplitude and that of
-what the change of the weights adds to one output, and has its place if that is at most 2^(g + 10).
+and w is 0 under weighting `uniform`, 18 under `examples`. A t is at most the product of a feature's amplitude and that
+of what the change of the weights adds to one output, and has its place if that is at most 2^(g + 10).
 """
 
 from __future__ import annotations

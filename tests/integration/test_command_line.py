@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,6 +23,8 @@ import tomlkit
 
 from gramfuse_cli import simulate as simulate_module
 from gramfuse_cli.main import cli, main
+from gramfuse_cli.project import Project
+from gramfuse_protocol.keys import Identity
 from gramfuse_protocol.layout import Layout
 from gramfuse_protocol.plan import Plan
 
@@ -344,7 +347,7 @@ def test_run_without_a_connection_shows_how_to_write_one(
         ("merge.alhpa=1.0", ["'merge.alhpa'", "alpha"]),
         ("merge.alpha=1.5", ["'merge.alpha'", "1.5"]),
         ("merge.alpha", ["merge.alpha", "section.key=value"]),
-        ("privacy.secure-aggregation=true", ["not available"]),
+        ("privacy.secure-aggregation=true", ["secure aggregation of 2 silos"]),
     ],
 )
 def test_a_setting_that_does_not_fit_is_named(
@@ -567,6 +570,90 @@ def test_show_prints_a_line_for_each_gram_matrix(
         words = [modules[0].rpartition(".")[0], *(module.rpartition(".")[2] for module in modules)]
         numbers = [f"{group['d_in']:,}", group["structure"], f"{group['entries']:,}", f"{group['bytes']:,}"]
         assert any(line.split()[-4:] == numbers and all(word in line for word in words) for line in lines), modules
+
+
+def test_keygen_makes_a_private_file_once_and_prints_what_the_plan_takes(
+    pico_project: Callable[..., Any], gramfuse: Callable[..., Outcome]
+) -> None:
+    project = pico_project(silos=3)
+    made = gramfuse("silo", "keygen", project.silo("silo-a"))
+    assert made.code == 0, made.stderr
+    key = project.identity("silo-a")
+    assert key.stat().st_mode & 0o777 == 0o600
+    identity = Identity.parse(key.read_text(), str(key))
+    assert made.stdout == f'[[silo]]\nname = "silo-a"\npublic-key = "{identity.public.hex()}"\n'
+    assert "PRIVATE" not in made.stdout + made.stderr
+
+    before = key.read_bytes()
+    check_failure(gramfuse("silo", "keygen", project.silo("silo-a"), "--json"), "PlanError", 10, ["exists already"])
+    assert key.read_bytes() == before
+    other = gramfuse("silo", "keygen", project.silo("silo-b"), "--json").object
+    assert other["name"] == "silo-b"
+    assert other["identity"] == str(project.identity("silo-b"))
+    assert other["public_key"] != identity.public.hex()
+
+
+@pytest.mark.parametrize(
+    ("change", "quoted"),
+    [
+        (('public-key = "', 'version = "'), ["silo.0.version"]),
+        (("[privacy]", "[privacy]\nthreshold = 2"), ["'privacy.threshold' = 2", "set it to 3 or more"]),
+        (("[privacy]", "[privacy]\nminimum-survivors = 2"), ["'privacy.minimum-survivors' = 2", "threshold of 3"]),
+        (("[privacy]", "[privacy]\ncolluding = 3"), ["'privacy.colluding' = 3"]),
+    ],
+    ids=["unknown key of a silo", "2t ≤ n + c", "survivors below t", "too many colluding"],
+)
+def test_lock_refuses_a_plan_that_is_not_safe(
+    change: tuple[str, str],
+    quoted: list[str],
+    pico_project: Callable[..., Any],
+    gramfuse: Callable[..., Outcome],
+) -> None:
+    project = pico_project(silos=4, secure=True)
+    project.replace(project.plan, *change)
+    before = tree(project.directory)
+    check_failure(gramfuse("plan", "lock", project.directory, "--json"), "PlanError", 10, quoted)
+    assert tree(project.directory) == before
+
+
+def test_lock_wants_every_silos_key_and_two_silos_are_too_few(
+    pico_project: Callable[..., Any], gramfuse: Callable[..., Outcome]
+) -> None:
+    project = pico_project(silos=4, secure=True, name="four")
+    text = project.plan.read_text()
+    project.plan.write_text(re.sub(r'public-key = "[0-9a-f]+"\n', "", text, count=1))
+    quoted = ["no public key for silo-a", "gramfuse silo keygen"]
+    check_failure(gramfuse("plan", "lock", project.directory, "--json"), "PlanError", 10, quoted)
+    project = pico_project(silos=2, secure=True, name="two")
+    quoted = ["secure aggregation of 2 silos hides nothing"]
+    check_failure(gramfuse("plan", "lock", project.directory, "--json"), "PlanError", 10, quoted)
+
+
+def test_show_says_what_a_secure_plan_tolerates(
+    pico_project: Callable[..., Any], gramfuse: Callable[..., Outcome]
+) -> None:
+    project = pico_project(silos=5, secure=True)
+    shown = gramfuse("plan", "show", project.directory)
+    assert shown.code == 0, shown.stderr
+    words = " ".join(shown.stdout.split())
+    assert "sums over at least 4 silos only" in words
+    assert "silos 5, threshold 4, minimum of survivors 4" in words
+    assert "may drop out 1 " in words
+    preview = gramfuse("plan", "show", project.directory, "--json").object
+    assert preview["privacy"]["tolerates"] == {"dropouts": 1, "colluding": 2}
+    _, layout = Project.read(project.directory).locked()
+    assert preview["cost"]["upload_bytes"] == 8 * layout.sum_entries
+
+
+def test_there_is_nothing_to_resume_where_nothing_was_interrupted(
+    pico_project: Callable[..., Any], gramfuse: Callable[..., Outcome], place: Path
+) -> None:
+    project = pico_project(silos=4, secure=True)
+    assert gramfuse("plan", "lock", project.directory).code == 0
+    outcome = gramfuse("run", project.directory, "somewhere", "--resume", place / "run", "--json")
+    check_failure(outcome, "RunDirectoryError", 15, ["nothing to resume", "run.partial"])
+    both = gramfuse("run", project.directory, "somewhere", "--resume", place / "run", "--out", place / "other")
+    assert both.code == 2
 
 
 def _commands(command: click.Command, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], click.Command]]:
