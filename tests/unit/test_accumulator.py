@@ -361,8 +361,10 @@ def test_a_sum_of_words_gives_the_merge_of_what_was_encoded(structure: str, weig
     loaded = Accumulator(layout, alpha=0.9, weighting=weighting)
     loaded.load(words, 5)
     assert (loaded.weight, loaded.examples) == (expected.weight, expected.examples)
+    # Weighed by examples, an integer leaves 18 bits to their number; these silos use few of them.
+    rtol, atol = (1e-7, 1e-8) if weighting == "uniform" else (1e-5, 1e-6)
     for name, delta in loaded.merge().deltas.items():
-        np.testing.assert_allclose(delta, folded.deltas[name], rtol=1e-7, atol=1e-8, err_msg=name)
+        np.testing.assert_allclose(delta, folded.deltas[name], rtol=rtol, atol=atol, err_msg=name)
     assert [step.outcome for step in loaded.merge().steps] == ["clean", "clean"]
 
 
