@@ -165,8 +165,12 @@ class Membership:
         self.session.write(record.model_copy(update={"member": member, "answers": answers, "data": data}))
 
     def _statistics(self) -> Iterator[tuple[str, NDArray[np.float64], Scale]]:
-        from gramfuse_model.summands import summands  # the only use of torch in the secure phases
+        import torch  # nothing else in the secure phases needs it, and it takes seconds to load
 
+        from gramfuse_model.summands import summands
+
+        if self.silo.file.threads:
+            torch.set_num_threads(self.silo.file.threads)
         contribution, merge = self.state.contribution(), self.plan.merge
         if merge.weighting == "examples" and contribution.examples > MOST_EXAMPLES:
             raise ContributionError(

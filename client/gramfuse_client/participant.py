@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import logging
+from typing import TYPE_CHECKING
 
-import torch
-
-from gramfuse_client.batches import Encoded, batches
-from gramfuse_client.data import Examples, load
-from gramfuse_client.evaluate import evaluate
-from gramfuse_client.finetune import choose_device, finetune
+from gramfuse_client.data import load
 from gramfuse_client.membership import Membership
 from gramfuse_client.policy import check_examples, check_plan
 from gramfuse_client.silo import Silo
 from gramfuse_client.state import State
-from gramfuse_client.statistics import collect_statistics
-from gramfuse_model.base import Base, load_base, trainable
-from gramfuse_model.tracing import plan_layout
 from gramfuse_protocol.errors import FederationError, GramfuseError, RefusalError, SecurityError
-from gramfuse_protocol.layout import Layout, delta_block
+from gramfuse_protocol.layout import Layout
 from gramfuse_protocol.messages import (
     EvaluateReply,
     EvaluateRequest,
@@ -37,9 +30,10 @@ from gramfuse_protocol.messages import (
     refusal,
 )
 from gramfuse_protocol.plan import Plan
-from gramfuse_protocol.statistics import Statistics, check_slices
+from gramfuse_protocol.statistics import check_slices
 
-EVALUATION_BATCH = 64
+if TYPE_CHECKING:
+    from gramfuse_client.workbench import Workbench
 
 log = logging.getLogger(__name__)
 
@@ -49,8 +43,6 @@ class Participant:
 
     def __init__(self, silo: Silo) -> None:
         self.silo = silo
-        if silo.file.threads:
-            torch.set_num_threads(silo.file.threads)
 
     def answer(self, request: Message) -> Message:
         """Return the reply to a request; whatever goes wrong becomes a refusal that carries no data."""
@@ -90,7 +82,7 @@ class Participant:
         given = Layout.parse(request.layout, "the coordinator's layout")
         if given.digest != plan.merge.layout:
             raise FederationError("the coordinator's layout is not the plan's", reason="layout digest differs")
-        layout = plan_layout(plan, self._base(plan), given)
+        layout = self._workbench(plan).check_layout(given)
         state = self._state(request)
         state.join(request.plan_text, layout)
         if plan.privacy.secure_aggregation:
@@ -111,7 +103,7 @@ class Participant:
             )
         counts = state.counts(examples.digest)
         if counts is None:
-            statistics = train(self.silo, plan, layout, self._base(plan), examples, state)
+            statistics = self._workbench(plan).measure(layout, examples, state)
             state.save(statistics, examples.digest)
             counts = statistics.examples, statistics.tokens
         secure = plan.privacy.secure_aggregation
@@ -143,7 +135,6 @@ class Participant:
         plan, layout = self._joined(self._state(request), request)
         if plan.privacy.metrics == "none":
             raise FederationError("the plan lets no metrics leave", reason="the plan lets no metrics leave")
-        base = self._base(plan)
         check_slices(layout.deltas, request.arrays, "the coordinator's model")
         summed = plan.privacy.secure_aggregation and plan.privacy.metrics == "sum"
         membership = self._membership(request) if summed else None
@@ -152,18 +143,7 @@ class Participant:
         )
         if membership is not None and membership.measured(request):
             return reply
-        parameters = dict(base.model.named_parameters())
-        with torch.no_grad():
-            for tensor in layout.tensors:
-                parameters[tensor.name] += torch.from_numpy(request.arrays[delta_block(tensor.name)].copy())
-        _, held_out = load(self.silo, plan.model)
-        device = choose_device(self.silo.file.device)
-        encoded = Encoded(held_out, base.tokenizer, plan.model.max_length)
-        sums = evaluate(
-            base.model.to(device),
-            batches(encoded, base.tokenizer, EVALUATION_BATCH, device, by_length=True),
-            len(plan.model.labels),
-        )
+        sums = self._workbench(plan).evaluate(layout, request.arrays)
         if membership is not None:
             membership.keep_metrics(request, sums)
             return reply
@@ -181,39 +161,10 @@ class Participant:
             state.session(request.session).read()
         return plan, layout
 
-    def _base(self, plan: Plan) -> Base:
-        return load_base(plan, self.silo.directory, override=self.silo.file.base)
+    def _workbench(self, plan: Plan) -> Workbench:
+        from gramfuse_client.workbench import Workbench  # torch takes seconds to load, and few phases need it
+
+        return Workbench(self.silo, plan)
 
     def _state(self, request: Message) -> State:
         return State(self.silo.state, request.plan)
-
-
-def train(
-    silo: Silo, plan: Plan, layout: Layout, base: Base, examples: Examples, state: State | None = None
-) -> Statistics:
-    """Fine-tune the base model on a silo's examples, in place, and measure it.
-
-    Args:
-        state: where progress is noted, if anywhere.
-    """
-    device = choose_device(silo.file.device)
-    encoded = Encoded(examples, base.tokenizer, plan.model.max_length)
-    before = trainable(base.model)
-    finetune(
-        base.model,
-        encoded,
-        base.tokenizer,
-        plan.training,
-        device,
-        progress=None if state is None else lambda done, total: state.progress("train", done, total),
-    )
-    size = plan.training.batch_size
-    return collect_statistics(
-        base.model,
-        batches(encoded, base.tokenizer, size, device),
-        layout,
-        base=before,
-        examples=len(examples),
-        limit=plan.merge.tokens,
-        progress=None if state is None else lambda done: state.progress("measure", done, -(-len(encoded) // size)),
-    )

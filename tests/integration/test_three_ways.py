@@ -19,8 +19,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from gramfuse_client.batches import Encoded, batches
 from gramfuse_client.data import load
 from gramfuse_client.evaluate import evaluate
-from gramfuse_client.participant import train
 from gramfuse_client.silo import Silo
+from gramfuse_client.workbench import train
 from gramfuse_model.base import load_base
 from gramfuse_model.tracing import plan_layout
 from gramfuse_protocol.metrics import metrics

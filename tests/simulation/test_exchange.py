@@ -19,7 +19,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, 
 from safetensors.numpy import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-import gramfuse_client.participant
+import gramfuse_client.workbench
 from gramfuse_cli.engine import simulated_silo
 from gramfuse_cli.project import Project
 from gramfuse_client.app import client_app
@@ -509,13 +509,13 @@ def test_what_is_lost_is_asked_again_and_nobody_trains_twice(
     honest: Honest, in_process_grid: Any, place: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
     trainings = []
-    finetune = gramfuse_client.participant.finetune
+    finetune = gramfuse_client.workbench.finetune
 
     def counted(*arguments: Any, **more: Any) -> None:
         trainings.append(arguments)
         finetune(*arguments, **more)
 
-    monkeypatch.setattr(gramfuse_client.participant, "finetune", counted)
+    monkeypatch.setattr(gramfuse_client.workbench, "finetune", counted)
     lost = []
 
     def fault(visit: Any, deliver: Callable[[], RecordDict]) -> RecordDict | Error:

@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from gramfuse_cli.project import Project
-from gramfuse_client import membership, participant
+from gramfuse_client import membership, workbench
 from gramfuse_client.app import client_app
 from gramfuse_client.data import load
 from gramfuse_client.participant import Participant
@@ -134,7 +134,7 @@ def site(_kept: list[Site], pico_project: Any) -> Site:
         for name in NAMES:
             silo = Silo.read(project.silo(name))
             examples, _ = load(silo, plan.model)
-            found = participant.train(silo, plan, layout, copy.deepcopy(base), examples)
+            found = workbench.train(silo, plan, layout, copy.deepcopy(base), examples)
             # Weighed by examples, an integer leaves 18 bits to their number: let them be as many as silos have.
             statistics[name] = replace(found, examples=100 * len(examples))
         _kept.append(Site(project, base, layout, statistics))
@@ -176,9 +176,9 @@ def watched(site: Site, monkeypatch: pytest.MonkeyPatch) -> Watched:
         directory.mkdir(exist_ok=True)
         save_file({name: np.ascontiguousarray(delta) for name, delta in deltas.items()}, directory / "deltas")
 
-    monkeypatch.setattr(participant, "train", train)
-    monkeypatch.setattr(participant, "load_base", lambda *_, **__: copy.deepcopy(site.base))
-    monkeypatch.setattr(participant, "plan_layout", lambda *_: site.layout)
+    monkeypatch.setattr(workbench, "train", train)
+    monkeypatch.setattr(workbench, "load_base", lambda *_, **__: copy.deepcopy(site.base))
+    monkeypatch.setattr(workbench, "plan_layout", lambda *_: site.layout)
     monkeypatch.setattr(membership, "write_masked", counted)
     monkeypatch.setattr(Session, "write", spied)
     monkeypatch.setattr(exchange_module, "write_model", write_model)
