@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +26,7 @@ def write_masked(
     The file is 0600 and appears under its name when it is complete.
 
     Args:
-        blocks: name, values, and the scale that broadcasts to their shape.
+        blocks: name, values, and their scale as `gramfuse_protocol.encoding.encode` has it.
         silos: in the plan's roster.
 
     Raises:
@@ -35,11 +35,13 @@ def write_masked(
     temporary = path.with_name(path.name + ".partial")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     try:
-        with os.fdopen(descriptor, "wb", buffering=0) as file:
-            for start, words in _buffered(_encoded(blocks, silos)):
-                apply(words, masks, start)
-                _write(file, words)
-            os.fsync(file.fileno())
+        try:
+            with _Masker(descriptor, masks) as masker:
+                for name, values, scale in blocks:
+                    encode(values, scale, silos, name, masker.room)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
     except BaseException:
         temporary.unlink()
         raise
@@ -47,32 +49,62 @@ def write_masked(
 
 
 def read_masked(path: Path, start: int, count: int) -> Words:
-    """Return `count` words from `start` on, or as many as are left."""
-    return np.fromfile(path, "<u8", count=count, offset=8 * start)
+    """Return `count` words from `start` on, or as many as are left; they are read when they are used."""
+    count = min(count, path.stat().st_size // 8 - start)
+    if count <= 0:
+        return np.empty(0, "<u8")
+    return np.asarray(np.memmap(path, "<u8", "r", 8 * start, (count,)))
 
 
-def _encoded(blocks: Iterable[tuple[str, NDArray[np.float64], Scale]], silos: int) -> Iterable[Words]:
-    for name, values, scale in blocks:
-        yield encode(values, scale, silos, name).reshape(-1)
+class _Masker:
+    """Takes words in order, masks them, and writes them while the next ones are made."""
+
+    def __init__(self, descriptor: int, masks: Sequence[Mask]) -> None:
+        self._descriptor = descriptor
+        self._masks = masks
+        self._buffers = [np.empty(BUFFER_WORDS, "<u8") for _ in range(2)]
+        self._start = 0  # place of the first buffered word in the vector; even, as streams are entered at even words
+        self._filled = 0
+        self._writer = ThreadPoolExecutor(1)
+        self._writing: Future[None] | None = None
+
+    def __enter__(self) -> _Masker:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self._flush(self._filled)
+                self._wait()
+        finally:
+            self._writer.shutdown()
+
+    def room(self, count: int) -> Words:
+        """Return where the next `count` words go."""
+        if self._filled + count > BUFFER_WORDS:
+            self._flush(self._filled - self._filled % 2)
+        if count > BUFFER_WORDS - self._filled:  # a row that is longer than the buffers
+            self._buffers = [np.concatenate([self._buffers[0], np.empty(count, "<u8")]), np.empty(2 * count, "<u8")]
+        self._filled += count
+        return self._buffers[0][self._filled - count : self._filled]
+
+    def _flush(self, count: int) -> None:
+        """Mask and hand on the first words; the odd one out, if there is one, stays."""
+        current, other = self._buffers
+        apply(current[:count], self._masks, self._start)
+        self._wait()
+        self._writing = self._writer.submit(_write, self._descriptor, current[:count])
+        rest = self._filled - count
+        other[:rest] = current[count : self._filled]
+        self._buffers = [other, current]
+        self._start, self._filled = self._start + count, rest
+
+    def _wait(self) -> None:
+        if self._writing is not None:
+            self._writing.result()
 
 
-def _buffered(arrays: Iterable[Words]) -> Iterable[tuple[int, Words]]:
-    """Yield (place of the first word, words) in one reused buffer; every place is even."""
-    buffer = np.empty(BUFFER_WORDS, "<u8")
-    start = filled = 0
-    for array in arrays:
-        while array.size:
-            part, array = array[: BUFFER_WORDS - filled], array[BUFFER_WORDS - filled :]
-            buffer[filled : filled + part.size] = part
-            filled += part.size
-            if filled == BUFFER_WORDS:
-                yield start, buffer
-                start, filled = start + filled, 0
-    if filled:
-        yield start, buffer[:filled]
-
-
-def _write(file: Any, words: Words) -> None:
+def _write(descriptor: int, words: Words) -> None:
     data = words.view(np.uint8).data
     while data:
-        data = data[file.write(data) :]
+        data = data[os.write(descriptor, data) :]

@@ -8,12 +8,17 @@ at most n/2 · 2^−f, to which `decode` adds the rounding of float64. A value b
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import numpy as np
 from numpy.typing import NDArray
 
 from gramfuse_protocol.errors import ContributionError
 
 SUM_BITS = 62
+
+PART = 2**16
+"""Values that are worked on at a time, so that they stay in the processor's cache."""
 
 Words = NDArray[np.uint64]
 Floats = NDArray[np.float64]
@@ -24,51 +29,88 @@ def capacity(silos: int) -> int:
     return SUM_BITS - (silos - 1).bit_length()
 
 
-def encode(values: Floats, scale: Floats | float, silos: int, name: str, out: Words | None = None) -> Words:
+def encode(
+    values: Floats, scale: Floats | float, silos: int, name: str, room: Callable[[int], Words] | None = None
+) -> Words:
     """Turn values into words.
 
     Args:
-        values: float64 (k,).
-        scale: 2^f as float64, (k,) or one for all.
+        values: float64, of any shape.
+        scale: 2^f as float64: one for all, one for each, or one for each row of two-dimensional values, (rows, 1).
         silos: most silos that a sum is over.
         name: the tensor, for errors.
-        out: where to, if not into a new array.
+        room: asked, for each part in order, for a flat array of so many words to write into; by default the parts
+            of one new array.
+
+    Returns:
+        The new array, in the values' shape; empty if `room` is given.
 
     Raises:
         ContributionError: naming the tensor and how many values are NaN, infinite or beyond the range.
     """
-    scaled = np.empty(values.shape)
-    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
-        np.multiply(values, scale, out=scaled)
-    np.rint(scaled, out=scaled)
+    words = np.empty(values.size if room is None else 0, np.uint64)
     limit = 2.0 ** capacity(silos)
-    if scaled.size and not max(scaled.max(), -scaled.min()) <= limit:
-        _refuse(values, scaled, limit, name)
-    words = scaled.astype(np.int64).view(np.uint64)
-    if out is None:
-        return words
-    out[:] = words
-    return out
+    scratch = np.empty(0)
+    start = 0
+    for part, factor in _parts(values, scale):
+        if part.size > scratch.size:  # the first part is the largest; a row may be longer than PART
+            scratch = np.empty(part.size)
+        scaled = scratch[: part.size]
+        with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+            np.multiply(part, factor, out=scaled.reshape(part.shape))
+        np.rint(scaled, out=scaled)
+        if not max(scaled.max(), -scaled.min()) <= limit:
+            _refuse(values, scale, limit, name)
+        target = words[start : start + part.size] if room is None else room(part.size)
+        target.view(np.int64)[:] = scaled
+        start += part.size
+    return words.reshape(values.shape) if room is None else words
 
 
-def decode(words: Words, scale: Floats | float) -> Floats:
-    """Return the values of words, or of their sum: float64 (k,). Exact where the integer has at most 53 bits."""
-    values = words.view(np.int64).astype(np.float64)
-    np.divide(values, scale, out=values)
+def decode(words: Words, scale: Floats | float, out: Floats | None = None) -> Floats:
+    """Return the values of words, or of their sum: float64. Exact where the integer has at most 53 bits.
+
+    Args:
+        scale: as `encode` has it.
+        out: where to, if not into a new array; it may be the words' own memory.
+    """
+    values = np.empty(words.shape) if out is None else out
+    flat = values.reshape(-1)
+    start = 0
+    for part, factor in _parts(words, scale):
+        target = flat[start : start + part.size].reshape(part.shape)
+        target[:] = part.view(np.int64)
+        np.divide(target, factor, out=target)
+        start += part.size
     return values
 
 
-def _refuse(values: Floats, scaled: Floats, limit: float, name: str) -> None:
+def _parts(array: NDArray[np.generic], scale: Floats | float) -> Iterator[tuple[NDArray[np.generic], Floats | float]]:
+    """Cut an array into parts of at most PART elements, or single rows, each with its scale."""
+    if isinstance(scale, np.ndarray) and scale.shape != array.shape:
+        rows = max(1, PART // array.shape[1])
+        for row in range(0, array.shape[0], rows):
+            yield array[row : row + rows], scale[row : row + rows]
+        return
+    flat = array.reshape(-1)
+    factors = scale.reshape(-1) if isinstance(scale, np.ndarray) else None
+    for start in range(0, flat.size, PART):
+        yield flat[start : start + PART], scale if factors is None else factors[start : start + PART]
+
+
+def _refuse(values: Floats, scale: Floats | float, limit: float, name: str) -> None:
     bad = values.size - int(np.count_nonzero(np.isfinite(values)))
     if bad:
         raise ContributionError(
             f"tensor {name!r} holds {bad} values that are NaN or infinite out of {values.size}; training diverged: "
             "lower training.learning-rate or look at the silo's data"
         )
-    beyond = int(np.count_nonzero(~(np.abs(scaled) <= limit)))
-    worst = float(np.abs(scaled).max() / limit)
+    with np.errstate(over="ignore"):
+        share = np.abs(np.rint(values * scale)) / limit
+    beyond = int(np.count_nonzero(share > 1))
     raise ContributionError(
         f"tensor {name!r} holds {beyond} values out of {values.size} beyond what the plan's fixed-point range takes, "
-        f"the largest by a factor of {worst:.3g}; training diverged, or the silo's data are unlike anything that the "
-        "base model knows: lower training.learning-rate, exclude the tensor (merge.exclude), or look at the data"
+        f"the largest by a factor of {float(share.max()):.3g}; training diverged, or the silo's data are unlike "
+        "anything that the base model knows: lower training.learning-rate, exclude the tensor (merge.exclude), or look "
+        "at the data"
     )

@@ -46,7 +46,7 @@ def scales(layout: Layout, silos: int, weighting: Literal["uniform", "examples"]
     room = capacity(silos) - WEIGHT_BITS[weighting]
     product = 2.0 ** (room - 2 * AMPLITUDE_BITS)
     makers: list[Any] = [lambda: 1.0]
-    makers += [lambda group=group: product * _packed(group) for group in layout.groups]
+    makers += [lambda group=group: _packed(group, product) for group in layout.groups]
     makers += [lambda group=group: product * _rows(group) for group in layout.groups]
     makers += [lambda: 2.0 ** (room - DELTA_BITS) for _ in layout.tensors]
     for block, make in zip(layout.sums, makers, strict=True):
@@ -60,14 +60,17 @@ def spread(group: Group) -> int:
     return lowest + ((total - 1).bit_length() + 1) // 2
 
 
-def _packed(group: Group) -> NDArray[np.float64]:
-    """Return 2^(−e_j−e_k) for each packed entry."""
+def _packed(group: Group, factor: float) -> NDArray[np.float64]:
+    """Return factor · 2^(−e_j−e_k) for each packed entry."""
     p = _powers(group)
-    parts = []
+    packed = np.empty(group.blocks.entries)
+    start = 0
     for first, count, width in group.blocks.parts:
-        rows = p[first : first + count * width].reshape(count, width)
-        parts.append(rows[:, :, None] * rows[:, None, :])
-    return group.blocks.pack(parts)
+        for row in range(first, first + count * width):
+            stop = first + ((row - first) // width + 1) * width  # of the block that the row is in
+            np.multiply(p[row:stop], factor * p[row], out=packed[start : start + stop - row])
+            start += stop - row
+    return packed
 
 
 def _rows(group: Group) -> NDArray[np.float64]:

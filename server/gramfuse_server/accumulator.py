@@ -86,9 +86,7 @@ class Accumulator:
         start = 0
         for block, scale in scales(self.layout, silos, self.weighting):
             part = words[start : start + block.entries].reshape(block.shape)
-            values = part.view(np.float64)
-            values[:] = decode(part, scale)
-            self._sums[block.name] = values
+            self._sums[block.name] = decode(part, scale, out=part.view(np.float64))
             start += block.entries
 
     def mean(self) -> Deltas:

@@ -33,6 +33,19 @@ UPLOADS = 2
 """Silos that upload at the same time."""
 
 
+def add_up(spool: Spool, survivors: Sequence[str], pieces: Sequence[tuple[int, int]]) -> Words:
+    """Return the sum of the survivors' spooled vectors modulo 2^64, all masks still on; its memory is all it takes.
+
+    Args:
+        pieces: how a vector is cut, as (start, stop).
+    """
+    words = np.zeros(pieces[-1][1], "<u8")
+    for piece, (start, stop) in enumerate(pieces):
+        for silo in survivors:
+            spool.add_to(words[start:stop], silo, piece, "masked")
+    return words
+
+
 class SecureSums:
     """The secure sums of one session. Every phase is checkpointed, so that a resumed run goes on where it stopped.
 
@@ -131,10 +144,7 @@ class SecureSums:
         signed = Signed(survivors=survivors, context=context)
         signatures = step(f"survivors{suffix}", lambda: self._survivors(name, members, signed))
         shares = step(f"unmask{suffix}", lambda: self._unmask(name, members, signatures))
-        words = np.zeros(entries, "<u8")
-        for silo in survivors:
-            for piece, (start, stop) in enumerate(self._pieces(entries)):
-                words[start:stop] += spool.read(silo, piece, "masked")
+        words = add_up(spool, survivors, self._pieces(entries))
         released = {silo: {owner: bytes.fromhex(share) for owner, share in of.items()} for silo, of in shares.items()}
         masks.apply(
             words,

@@ -17,6 +17,9 @@ from gramfuse_protocol.layout import Slice
 
 Array = NDArray[Any]
 
+CHUNK = 2**19
+"""Elements that are read at a time where an array is only added to another."""
+
 
 class Spool:
     """A directory with one file for each silo and piece. Made if it is not there."""
@@ -40,6 +43,14 @@ class Spool:
         """Read one array of a piece."""
         with safe_open(self._path(silo, piece), "numpy") as file:
             return np.asarray(file.get_tensor(name))
+
+    def add_to(self, total: Array, silo: str, piece: int, name: str) -> None:
+        """Add one flat array of a piece to another, in place, without having it in memory as a whole."""
+        with safe_open(self._path(silo, piece), "numpy") as file:
+            kept = file.get_slice(name)
+            for start in range(0, total.size, CHUNK):
+                stop = min(total.size, start + CHUNK)
+                total[start:stop] += kept[start:stop]
 
     def _path(self, silo: str, piece: int) -> Path:
         return self.directory / silo / f"{piece:06}.safetensors"

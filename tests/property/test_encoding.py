@@ -106,7 +106,7 @@ def test_what_has_no_place_is_named_and_counted(values: list[float], told: str) 
         encode(np.array(values), 2.0**100, 4, "s:layer")
     assert caught.value.reason == str(caught.value)
     with pytest.raises(ContributionError, match=told):
-        encode(np.array(values), np.full(len(values), 2.0**100), 4, "s:layer", np.zeros(len(values), np.uint64))
+        encode(np.array(values), np.full(len(values), 2.0**100), 4, "s:layer", lambda n: np.zeros(n, np.uint64))
 
 
 @MANY
@@ -120,7 +120,7 @@ def test_the_same_values_give_the_same_words_however_they_are_asked_for(pairs: l
     kept = values.copy()
     words = encode(values, scale, n, "t")
     out = np.full(len(pairs) + 2, 7, np.uint64)
-    encode(values, scale, n, "t", out[1:-1])
+    encode(values, scale, n, "t", lambda count: out[1 : 1 + count])
     assert out.tolist() == [7, *words.tolist(), 7]
     assert words.tolist() == [int(encode(np.array([x]), 2.0**f, n, "t")[0]) for x, f in pairs]
     assert encode(values[:0], scale[:0], n, "t").size == 0
