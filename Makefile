@@ -15,7 +15,7 @@ demo: $(READY) ## Merge four front desks, simulated on this machine (about 3 min
 	$(BIN)/gramfuse demo
 
 test: $(READY) ## Run all tests (under 10 minutes on two cores)
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist worksteal
 
 check: $(READY) ## Format, lint, dependency rule, types, unit tests (under a minute)
 	$(BIN)/ruff format --check .
@@ -24,8 +24,10 @@ check: $(READY) ## Format, lint, dependency rule, types, unit tests (under a min
 	$(BIN)/mypy
 	$(BIN)/pytest -q tests/unit
 
-bench: $(READY) ## Accuracy of the demo over three seeds, memory of the coordinator (about 20 minutes)
+bench: $(READY) ## Accuracy of the demo, secure against open, cost of a secure sum, memory (about 35 minutes)
 	$(BIN)/python benchmarks/accuracy.py desk
+	$(BIN)/python benchmarks/equality.py desk
+	$(BIN)/python benchmarks/secure_cost.py
 	$(BIN)/python benchmarks/memory.py
 
 clean: ## Remove the environment, caches and benchmark results; keep runs/

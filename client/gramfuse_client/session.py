@@ -112,10 +112,16 @@ class Session:
 
     def end(self, why: str) -> None:
         """Wipe secrets and masked vectors; nothing leaves in this session any more."""
-        if self.exists and self._read().ended is None:
+        if self.exists and not self._over():
             self.write(Record(ended=why))
         for path in self.directory.glob("*.masked*"):
             path.unlink()
+
+    def _over(self) -> bool:
+        try:
+            return self._read().ended is not None
+        except RefusalError:  # what cannot be read may still hold secrets
+            return False
 
     def masked(self, name: Sum) -> Path:
         """Where the masked vector of a sum is kept."""

@@ -135,7 +135,7 @@ class State:
 
     def contribute(self, contributed: Contributed) -> None:
         """Keep what was contributed to."""
-        self._write("contributed.json", contributed.model_dump_json().encode())
+        self._write("contributed.json", contributed.model_dump_json().encode(), durable=True)
 
     def slices(self, slices: tuple[Slice, ...]) -> dict[str, NDArray[np.float32]]:
         """Read slices of the kept statistics.
@@ -171,10 +171,14 @@ class State:
             about: dict[str, Any] = json.loads(file.metadata()["about"])
         return about
 
-    def _write(self, name: str, content: bytes) -> None:
+    def _write(self, name: str, content: bytes, *, durable: bool = False) -> None:
         path = self.directory / name
         temporary = path.with_suffix(".partial")
-        temporary.write_bytes(content)
+        with temporary.open("wb") as file:
+            file.write(content)
+            if durable:  # a power failure must not undo it
+                file.flush()
+                os.fsync(file.fileno())
         temporary.chmod(0o600)
         os.replace(temporary, path)
 

@@ -64,8 +64,9 @@ class Conductor:
         Raises:
             RefusalError, FederationError: if fewer silos join than the plan asks for; the message names the others.
         """
-        # A resumed run has no use for silos that were lost before.
-        expected = tuple(self.run.done.get("train", self.plan.names))
+        # A resumed run has no use for silos that had not trained, and does not wait for those that were lost since.
+        useful = tuple(self.run.done.get("train", self.plan.names))
+        expected = tuple(name for name in useful if name not in self.run.done.get("lost", {}))
         nodes = {f"node {node}": node for node in self._connected(len(expected))}
         request = JoinRequest(**self.about, plan_text=self.plan.to_toml(), layout=layout.to_json())
         errors: list[GramfuseError] = []
@@ -91,7 +92,7 @@ class Conductor:
             self.nodes[joined] = nodes[label]
             self.post.rename(label, joined)
             self.tell("join", "silo", silo=joined)
-        self.nodes = {name: self.nodes[name] for name in expected if name in self.nodes}
+        self.nodes = {name: self.nodes[name] for name in useful if name in self.nodes}
         missing = [name for name in expected if name not in self.nodes]
         absent = FederationError(
             f"silos {', '.join(missing)} of the roster did not join; {len(nodes)} nodes were connected"

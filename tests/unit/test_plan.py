@@ -591,7 +591,7 @@ class _Colour(enum.Enum):
         -math.inf,
         {1: "a"},
         {None: 1},
-        {"a", "b"},
+        {"a"},
         b"bytes",
         1j,
         _Colour.RED,
