@@ -56,7 +56,8 @@ def make_project(directory: Path, silos: int) -> Path:
     subprocess.run([str(BIN / "gramfuse"), "init", str(directory)], check=True, capture_output=True)
     names = [path.stem for path in sorted((directory / "silos").iterdir())]
     plan = (directory / "plan.toml").read_text(encoding="utf-8").partition("[[silo]]")[0]
-    plan = plan.replace("epochs = 5", "epochs = 1").replace('metrics = "silo"', 'metrics = "none"')
+    plan = plan.replace("epochs = 5", "epochs = 1").replace('metrics = "sum"', 'metrics = "none"')
+    plan = plan.replace("secure-aggregation = true", "secure-aggregation = false")  # which takes four silos at least
     roster = []
     for n in range(silos):
         house = names[n % len(names)]
@@ -67,6 +68,7 @@ def make_project(directory: Path, silos: int) -> Path:
             (folder / f"{part}.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
         text = (directory / "silos" / f"{names[0]}.toml").read_text(encoding="utf-8")
         text = text.replace(names[0], f"silo-{n}").replace("minimum-examples = 100", "minimum-examples = 1")
+        text = text.replace("open-uploads = false", "open-uploads = true")
         (directory / "silos" / f"silo-{n}.toml").write_text(text, encoding="utf-8")
         roster.append(f'\n[[silo]]\nname = "silo-{n}"\n')
     for name in names:
