@@ -15,7 +15,7 @@ demo: $(READY) ## Merge four front desks, simulated on this machine (about 3 min
 	$(BIN)/gramfuse demo
 
 test: $(READY) ## Run all tests (under 10 minutes on two cores)
-	$(BIN)/pytest -n 2 --dist worksteal
+	$(BIN)/pytest -n 3 --dist worksteal
 
 check: $(READY) ## Format, lint, dependency rule, types, unit tests (under a minute)
 	$(BIN)/ruff format --check .
