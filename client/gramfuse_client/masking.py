@@ -39,7 +39,6 @@ def write_masked(
             with _Masker(descriptor, masks) as masker:
                 for name, values, scale in blocks:
                     encode(values, scale, silos, name, masker.room)
-            os.fsync(descriptor)
         finally:
             os.close(descriptor)
     except BaseException:
@@ -108,3 +107,4 @@ def _write(descriptor: int, words: Words) -> None:
     data = words.view(np.uint8).data
     while data:
         data = data[os.write(descriptor, data) :]
+    os.fsync(descriptor)  # here, the disk works while the next words are made
