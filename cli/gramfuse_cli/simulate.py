@@ -92,11 +92,14 @@ def run_simulation(project: Project, out: Path) -> dict[str, Any]:
         }
         (scratch / "spec.json").write_text(json.dumps(spec), encoding="utf-8")
         log = scratch / "flower.log"
+        # A silo that is ended in the middle of its work cleans nothing up; what it leaves goes with the scratch.
+        environment = {"FLWR_HOME": str(scratch / "flwr"), "TMPDIR": str(scratch / "tmp")}
+        (scratch / "tmp").mkdir()
         command = [sys.executable, "-m", "gramfuse_cli.engine", str(scratch / "spec.json")]
         try:
             with (
                 RunProgress(plan.names, lambda silo: read_progress(state / silo, plan.digest)) as progress,
-                contained(command, log, {"FLWR_HOME": str(scratch / "flwr")}) as process,
+                contained(command, log, environment) as process,
             ):
                 progress.take({"phase": "start", "state": "start"})
                 events = _tail(scratch / "events.jsonl")
