@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from gramfuse_client.private import open_private
 from gramfuse_protocol.encoding import encode
 from gramfuse_protocol.masks import Mask, Words, apply
 from gramfuse_protocol.scales import Scale
@@ -33,7 +34,7 @@ def write_masked(
         ContributionError: naming the tensor, if a value has no place in the range; no file is left then.
     """
     temporary = path.with_name(path.name + ".partial")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    descriptor = open_private(temporary)
     try:
         try:
             with _Masker(descriptor, masks) as masker:

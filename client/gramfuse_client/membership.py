@@ -65,17 +65,26 @@ class Membership:
             SecurityError: if it breaks the protocol; the session must be ended then.
             GramfuseError: of another kind, for what is no attack; the session goes on.
         """
+        if isinstance(request, MaskedRequest):
+            return self._masked(request)
+        record = self.session.read()
+        key = request.phase if isinstance(request, KeysRequest | SharesRequest) else _key(request.phase, request.sum_of)
+        if reply := answered(record, key, request):
+            return reply
+        member: Member | None
         match request:
             case KeysRequest():
-                return self._keys(request)
+                reply, member = self._keys(request)
             case SharesRequest():
-                return self._shares(request)
-            case MaskedRequest():
-                return self._masked(request)
+                reply, member = self._shares(record, request)
             case SurvivorsRequest():
-                return self._survivors(request)
+                reply, member = self._survivors(record, request)
             case UnmaskRequest():
-                return self._unmask(request)
+                reply, member = self._unmask(record, request)
+        self.session.write(with_answer(record, key, request, reply, member=member))
+        if isinstance(request, UnmaskRequest):
+            self.session.masked(request.sum_of).unlink(missing_ok=True)
+        return reply
 
     def measured(self, request: EvaluateRequest) -> bool:
         """Whether the metrics of this model are kept already.
@@ -87,7 +96,7 @@ class Membership:
         known = record.measured.get(request.candidate)
         if known is not None and known.request != pack(request).digest:
             raise SecurityError(f"two different models came as {request.candidate!r}")
-        if known is None and "masked:metrics" in record.answers:
+        if known is None and _key("masked", "metrics") in record.answers:
             raise SecurityError(f"model {request.candidate!r} came after the metrics were sent")
         return known is not None
 
@@ -97,10 +106,7 @@ class Membership:
         measured = Measured(request=pack(request).digest, sums=tuple(sums.reshape(-1).tolist()))
         self.session.write(record.model_copy(update={"measured": {**record.measured, request.candidate: measured}}))
 
-    def _keys(self, request: KeysRequest) -> Message:
-        record = self.session.read()
-        if reply := answered(record, "keys", request, KeysReply):
-            return reply
+    def _keys(self, request: KeysRequest) -> tuple[Message, Member]:
         if not self.state.trained:
             raise FederationError("keys were asked for before training", reason="not trained")
         member = secure_sum.advertise(
@@ -111,24 +117,17 @@ class Membership:
             self.silo.identity(),
             secrets.token_bytes,
         )
-        reply = KeysReply(**self._about(request), advert=member.advert)
-        self.session.write(with_answer(record, "keys", request, reply, member=member))
-        return reply
+        return KeysReply(**self._about(request), advert=member.advert), member
 
-    def _shares(self, request: SharesRequest) -> Message:
-        record = self.session.read()
-        if reply := answered(record, "shares", request, SharesReply):
-            return reply
+    def _shares(self, record: Record, request: SharesRequest) -> tuple[Message, Member]:
         member, sealed = secure_sum.share(self.roster, self._member(record), request.adverts, secrets.token_bytes)
-        reply = SharesReply(**self._about(request), sealed={name: data.hex() for name, data in sealed.items()})
-        self.session.write(with_answer(record, "shares", request, reply, member=member))
-        return reply
+        return SharesReply(**self._about(request), sealed={name: data.hex() for name, data in sealed.items()}), member
 
     def _masked(self, request: MaskedRequest) -> Message:
         record = self.session.read()
         name = request.sum_of
         whole = pack(request.model_copy(update={"piece": 0})).digest
-        key = f"masked:{name}"
+        key = _key(request.phase, name)
         if key not in record.answers:
             self._write_vector(record, request, key, whole)
         elif record.answers[key].request != whole:
@@ -187,12 +186,8 @@ class Membership:
         for name, measured in record.measured.items():
             yield f"metrics of {name}", np.array(measured.sums), METRICS_SCALE[self.plan.model.task]
 
-    def _survivors(self, request: SurvivorsRequest) -> Message:
-        record = self.session.read()
+    def _survivors(self, record: Record, request: SurvivorsRequest) -> tuple[Message, Member]:
         name = request.sum_of
-        key = f"survivors:{name}"
-        if reply := answered(record, key, request, SurvivorsReply):
-            return reply
         context = (
             self.layout.digest
             if name == "statistics"
@@ -202,9 +197,7 @@ class Membership:
             self.roster, self._member(record), self.silo.identity(), name, request.survivors, context
         )
         self._contribute(name, request.survivors, record.data)
-        reply = SurvivorsReply(**self._about(request), sum_of=name, signature=signature.hex())
-        self.session.write(with_answer(record, key, request, reply, member=member))
-        return reply
+        return SurvivorsReply(**self._about(request), sum_of=name, signature=signature.hex()), member
 
     def _contribute(self, name: Sum, survivors: tuple[str, ...], data: str) -> None:
         """Note that a sum over these survivors may become known, before anything is signed.
@@ -229,23 +222,15 @@ class Membership:
             )
         self.state.contribute(contributed.model_copy(update={"survivors": {**contributed.survivors, name: survivors}}))
 
-    def _unmask(self, request: UnmaskRequest) -> Message:
-        record = self.session.read()
-        name = request.sum_of
-        key = f"unmask:{name}"
-        if reply := answered(record, key, request, UnmaskReply):
-            return reply
-        member = self._member(record)
+    def _unmask(self, record: Record, request: UnmaskRequest) -> tuple[Message, Member | None]:
+        member, name = self._member(record), request.sum_of
         signatures = {peer: bytes.fromhex(signature) for peer, signature in request.signatures.items()}
         shares = secure_sum.release(self.roster, member, name, signatures)
         reply = UnmaskReply(
             **self._about(request), sum_of=name, shares={peer: share.hex() for peer, share in shares.items()}
         )
         last = name == "metrics" or self.plan.privacy.metrics != "sum"
-        rest = None if last else secure_sum.forget(member, name)
-        self.session.write(with_answer(record, key, request, reply, member=rest))
-        self.session.masked(name).unlink(missing_ok=True)
-        return reply
+        return reply, None if last else secure_sum.forget(member, name)
 
     def _member(self, record: Record) -> Member:
         if record.member is None:
@@ -254,3 +239,8 @@ class Membership:
 
     def _about(self, request: Message) -> dict[str, Any]:
         return {"plan": request.plan, "session": request.session, "silo": self.silo.name}
+
+
+def _key(phase: str, name: Sum) -> str:
+    """Under what the answer of a phase that comes once for each sum is kept."""
+    return f"{phase}:{name}"

@@ -132,12 +132,13 @@ class Participant:
         )
 
     def _evaluate(self, request: EvaluateRequest) -> EvaluateReply:
-        plan, layout = self._joined(self._state(request), request)
+        state = self._state(request)
+        plan, layout = self._joined(state, request)
         if plan.privacy.metrics == "none":
             raise FederationError("the plan lets no metrics leave", reason="the plan lets no metrics leave")
         check_slices(layout.deltas, request.arrays, "the coordinator's model")
         summed = plan.privacy.secure_aggregation and plan.privacy.metrics == "sum"
-        membership = self._membership(request) if summed else None
+        membership = Membership(self.silo, plan, layout, state, request.session) if summed else None
         reply = EvaluateReply(
             plan=request.plan, session=request.session, silo=self.silo.name, candidate=request.candidate
         )

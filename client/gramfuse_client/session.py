@@ -7,20 +7,18 @@ What is wiped is deleted; neither CPython nor a file system promises that no cop
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from gramfuse_client.private import write_private
 from gramfuse_protocol.errors import RefusalError, SecurityError
-from gramfuse_protocol.messages import Message
+from gramfuse_protocol.messages import REPLIES, Message
 from gramfuse_protocol.secure_sum import Member
 from gramfuse_protocol.transcript import Sum
 from gramfuse_protocol.wire import pack
-
-M = TypeVar("M", bound=Message)
 
 
 class _Frozen(BaseModel):
@@ -102,13 +100,7 @@ class Session:
 
     def write(self, record: Record) -> None:
         """Replace what is kept, as a whole, and have it on the disk before returning."""
-        temporary = self._file.with_suffix(".partial")
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(record.model_dump_json())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self._file)
+        write_private(self._file, record.model_dump_json().encode(), durable=True)
 
     def end(self, why: str) -> None:
         """Wipe secrets and masked vectors; nothing leaves in this session any more."""
@@ -145,7 +137,7 @@ class Session:
             ) from None
 
 
-def answered(record: Record, key: str, request: Message, kind: type[M]) -> M | None:
+def answered(record: Record, key: str, request: Message) -> Message | None:
     """Return the reply that this request got before, or None if nothing with this key was asked yet.
 
     Raises:
@@ -156,7 +148,7 @@ def answered(record: Record, key: str, request: Message, kind: type[M]) -> M | N
         return None
     if answer.request != pack(request).digest:
         raise SecurityError(f"a second, different request of phase {request.phase!r} came")
-    return kind.model_validate_json(answer.reply)
+    return REPLIES[request.phase].model_validate_json(answer.reply)
 
 
 def with_answer(record: Record, key: str, request: Message, reply: Message, **changes: Any) -> Record:

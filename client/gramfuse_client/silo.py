@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
+from gramfuse_client.private import open_private
 from gramfuse_protocol.documents import Section, parse, read_text
 from gramfuse_protocol.errors import PlanError
 from gramfuse_protocol.keys import Identity
@@ -72,7 +73,7 @@ def write_identity(path: Path, identity: Identity) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        descriptor = open_private(path, os.O_EXCL)
     except FileExistsError:
         raise PlanError(
             f"{path} exists already; a silo keeps its key, since plans name it. Move it away first"

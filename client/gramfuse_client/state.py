@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from gramfuse_client.private import write_private
 from gramfuse_client.session import Session
 from gramfuse_protocol.errors import FederationError
 from gramfuse_protocol.layout import Layout, Slice
@@ -172,15 +173,7 @@ class State:
         return about
 
     def _write(self, name: str, content: bytes, *, durable: bool = False) -> None:
-        path = self.directory / name
-        temporary = path.with_suffix(".partial")
-        with temporary.open("wb") as file:
-            file.write(content)
-            if durable:  # a power failure must not undo it
-                file.flush()
-                os.fsync(file.fileno())
-        temporary.chmod(0o600)
-        os.replace(temporary, path)
+        write_private(self.directory / name, content, durable=durable)
 
 
 def read_progress(root: Path, plan_digest: str) -> dict[str, Any] | None:

@@ -16,7 +16,7 @@ of what the change of the weights adds to one output, and has its place if that 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,12 +45,14 @@ def scales(layout: Layout, silos: int, weighting: Literal["uniform", "examples"]
         raise ValueError("the layout has no exponents; derive it with gramfuse_model.tracing")
     room = capacity(silos) - WEIGHT_BITS[weighting]
     product = 2.0 ** (room - 2 * AMPLITUDE_BITS)
-    makers: list[Any] = [lambda: 1.0]
-    makers += [lambda group=group: _packed(group, product) for group in layout.groups]
-    makers += [lambda group=group: product * _rows(group) for group in layout.groups]
-    makers += [lambda: 2.0 ** (room - DELTA_BITS) for _ in layout.tensors]
-    for block, make in zip(layout.sums, makers, strict=True):
-        yield block, make()
+    blocks = iter(layout.sums)
+    yield next(blocks), 1.0
+    for group in layout.groups:
+        yield next(blocks), _packed(group, product)
+    for group in layout.groups:
+        yield next(blocks), product * _rows(group)
+    for block in blocks:
+        yield block, 2.0 ** (room - DELTA_BITS)
 
 
 def spread(group: Group) -> int:

@@ -27,7 +27,7 @@ Q = TypeVar("Q", bound=Message)
 R = TypeVar("R", bound=Message)
 
 Observer = Callable[[dict[str, Any]], None]
-"""Takes events: `{"phase", "state": "start" | "wait" | "silo" | "lost" | "model" | "end", …}`."""
+"""Takes events: `{"phase", "state": "start" | "wait" | "silo" | "lost" | "measured" | "end", …}`."""
 
 
 class Conductor:

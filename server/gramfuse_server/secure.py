@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ from gramfuse_protocol.messages import (
 )
 from gramfuse_protocol.secure_sum import Signed
 from gramfuse_protocol.transcript import Advert, Sum, session_id
-from gramfuse_server.conductor import Conductor
+from gramfuse_server.conductor import Conductor, Q, R
 from gramfuse_server.spool import Spool
 
 Words = NDArray[np.uint64]
@@ -97,7 +97,7 @@ class SecureSums:
         return self._sum("metrics", members, about, entries, context)
 
     def _keys(self) -> list[str]:
-        conductor, adverts = self.conductor, {}
+        conductor = self.conductor
         cohort = tuple(conductor.decide("cohort", list(conductor.nodes)))
         request = KeysRequest(**conductor.about, cohort=cohort)
 
@@ -106,33 +106,21 @@ class SecureSums:
                 raise SecurityError(f"silo {silo!r} sent the keys of {reply.advert.silo!r}")
             secure_sum.check_advert(self.roster, conductor.nonce, reply.advert)
 
-        for silo, _, reply in conductor.ask(
-            KeysReply,
-            {name: [request] for name in cohort if name in conductor.nodes},
-            needed=self.roster.floor,
-            check=check,
-        ):
-            adverts[silo] = reply.advert
-            conductor.tell("keys", "silo", silo=silo)
-        present = [adverts[name] for name in cohort if name in adverts]
+        replies = self._gather(KeysReply, request, cohort, self.roster.floor, check)
+        present = [replies[name].advert for name in cohort if name in replies]
         secure_sum.check_adverts(self.roster, conductor.nonce, cohort, present)
         return [advert.model_dump_json() for advert in present]
 
     def _shares(self) -> dict[str, dict[str, str]]:
-        conductor, sealed = self.conductor, {}
-        names = [advert.silo for advert in self.adverts if advert.silo in conductor.nodes]
-        request = SharesRequest(**conductor.about, adverts=self.adverts)
+        names = [advert.silo for advert in self.adverts]
+        request = SharesRequest(**self.conductor.about, adverts=self.adverts)
 
         def check(silo: str, _: SharesRequest, reply: SharesReply) -> None:
-            if set(reply.sealed) != {advert.silo for advert in self.adverts} - {silo}:
+            if set(reply.sealed) != set(names) - {silo}:
                 raise SecurityError(f"silo {silo!r} did not seal shares for exactly its peers")
 
-        for silo, _, reply in conductor.ask(
-            SharesReply, {name: [request] for name in names}, needed=self.roster.floor, check=check
-        ):
-            sealed[silo] = dict(reply.sealed)
-            conductor.tell("shares", "silo", silo=silo)
-        return sealed
+        replies = self._gather(SharesReply, request, names, self.roster.floor, check)
+        return {silo: dict(reply.sealed) for silo, reply in replies.items()}
 
     def _sum(
         self, name: Sum, members: Sequence[str], about: Mapping[str, Mapping[str, Any]], entries: int, context: str
@@ -192,35 +180,34 @@ class SecureSums:
         return [silo for silo in about if all(spool.has(silo, piece) for piece in range(len(pieces)))]
 
     def _survivors(self, name: Sum, members: Sequence[str], signed: Signed) -> dict[str, str]:
-        conductor, signatures = self.conductor, {}
-        request = SurvivorsRequest(**conductor.about, sum_of=name, survivors=signed.survivors)
-        session = session_id(self.roster.plan, conductor.nonce, self.adverts)
+        request = SurvivorsRequest(**self.conductor.about, sum_of=name, survivors=signed.survivors)
+        session = session_id(self.roster.plan, self.conductor.nonce, self.adverts)
 
         def check(silo: str, _: SurvivorsRequest, reply: SurvivorsReply) -> None:
             secure_sum.check_signature(
                 self.roster, session, name, members, signed, silo, bytes.fromhex(reply.signature)
             )
 
-        present = [silo for silo in signed.survivors if silo in conductor.nodes]
-        for silo, _, reply in conductor.ask(
-            SurvivorsReply, {s: [request] for s in present}, needed=self.roster.threshold, check=check
-        ):
-            signatures[silo] = reply.signature
-            conductor.tell("survivors", "silo", silo=silo)
-        return {silo: signatures[silo] for silo in signed.survivors if silo in signatures}
+        replies = self._gather(SurvivorsReply, request, signed.survivors, self.roster.threshold, check)
+        return {silo: replies[silo].signature for silo in signed.survivors if silo in replies}
 
     def _unmask(self, name: Sum, members: Sequence[str], signatures: Mapping[str, str]) -> dict[str, dict[str, str]]:
-        conductor, shares = self.conductor, {}
-        request = UnmaskRequest(**conductor.about, sum_of=name, signatures=signatures)
+        request = UnmaskRequest(**self.conductor.about, sum_of=name, signatures=signatures)
 
         def check(silo: str, _: UnmaskRequest, reply: UnmaskReply) -> None:
             if set(reply.shares) != set(members):
                 raise SecurityError(f"silo {silo!r} did not release exactly one share for each member of the sum")
 
-        present = [silo for silo in signatures if silo in conductor.nodes]
-        for silo, _, reply in conductor.ask(
-            UnmaskReply, {s: [request] for s in present}, needed=self.roster.threshold, check=check
-        ):
-            shares[silo] = dict(reply.shares)
-            conductor.tell("unmask", "silo", silo=silo)
-        return shares
+        replies = self._gather(UnmaskReply, request, tuple(signatures), self.roster.threshold, check)
+        return {silo: dict(reply.shares) for silo, reply in replies.items()}
+
+    def _gather(
+        self, kind: type[R], request: Q, silos: Sequence[str], needed: int, check: Callable[[str, Q, R], None]
+    ) -> dict[str, R]:
+        """Send one request to those of the silos that are still there, and return their checked replies."""
+        conductor, replies = self.conductor, {}
+        requests = {silo: [request] for silo in silos if silo in conductor.nodes}
+        for silo, _, reply in conductor.ask(kind, requests, needed=needed, check=check):
+            replies[silo] = reply
+            conductor.tell(request.phase, "silo", silo=silo)
+        return replies
