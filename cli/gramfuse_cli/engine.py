@@ -43,7 +43,8 @@ def simulated_silo(file: str, state: str, plan_digest: str) -> Any:
 
     silo = Silo.read(Path(file))
     own = Path(state) / silo.name
-    changes = {"approved": (plan_digest,), "state": str(own), "identity": str(own / "identity.pem")}
+    changes: dict[str, Any] = {"approved": (plan_digest,), "state": str(own), "identity": str(own / "identity.pem")}
+    changes["coordinator"] = None  # there is none, so no node key is needed
     return Silo(silo.path, silo.file.model_copy(update=changes))
 
 
@@ -52,7 +53,7 @@ def simulate(spec: dict[str, Any]) -> dict[str, Any]:
     from flwr.serverapp import ServerApp
     from flwr.simulation import run_simulation
 
-    from gramfuse_client.app import client_app
+    from gramfuse_client.app import SiloApp
     from gramfuse_client.state import State
     from gramfuse_server.app import coordinate
 
@@ -82,7 +83,7 @@ def simulate(spec: dict[str, Any]) -> dict[str, Any]:
     cores = os.cpu_count() or 1
     run_simulation(
         server_app=server,
-        client_app=client_app(SimulatedSilos(spec["silos"], spec["state"], plan.digest)),
+        client_app=SiloApp(SimulatedSilos(spec["silos"], spec["state"], plan.digest)),
         num_supernodes=len(plan.silo),
         backend_config={
             "init_args": {

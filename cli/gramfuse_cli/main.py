@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 import click
 
-from gramfuse_cli import demo, init, plan, run, silo, simulate
+from gramfuse_cli import demo, init, pki, plan, run, server, silo, simulate
 from gramfuse_protocol.errors import GramfuseError
 
 INTERRUPTED = 130
@@ -25,7 +25,8 @@ def cli() -> None:
     See it work:            gramfuse demo
     Start your own:         gramfuse init my-merge
     Try it on one machine:  gramfuse simulate my-merge
-    Make a silo's key:      gramfuse silo keygen silo.toml
+    Make a silo's keys:     gramfuse silo keygen silo.toml
+    Make certificates:      gramfuse pki init DIR
     Agree on the contract:  gramfuse plan lock my-merge
     Between real silos:     gramfuse run my-merge CONNECTION
 
@@ -35,8 +36,10 @@ def cli() -> None:
 
 cli.add_command(demo.demo)
 cli.add_command(init.init)
+cli.add_command(pki.pki)
 cli.add_command(plan.plan)
 cli.add_command(run.run)
+cli.add_command(server.server)
 cli.add_command(silo.silo)
 cli.add_command(simulate.simulate)
 

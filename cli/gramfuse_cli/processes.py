@@ -1,17 +1,24 @@
-"""Starts a process and, when it is over, ends everything that it started."""
+"""How processes are started here, and how they end with everything that they started."""
 
 from __future__ import annotations
 
 import os
 import secrets
+import signal
 import subprocess
+import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
 
+BIN = Path(sys.executable).parent
+"""Where Flower's commands are installed, beside this Python."""
+
 MARK = "GRAMFUSE_PROCESS_MARK"
+GRACE_SECONDS = 10.0
 
 FLOWER_OFF = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -22,6 +29,9 @@ FLOWER_OFF = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 """Flower and Ray: no telemetry, no update check, nothing installed at run time."""
+
+GIVE_BACK = {"MALLOC_ARENA_MAX": "2", "MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
+"""glibc: the memory of a large message goes back to the system once the message is gone."""
 
 
 @contextmanager
@@ -43,11 +53,41 @@ def contained(command: Sequence[str], log: Path, environment: Mapping[str, str])
     try:
         yield process
     finally:
-        _kill_marked(mark)
+        kill_marked(mark)
         process.wait()
 
 
-def _kill_marked(mark: str) -> None:
+def end(leaders: Sequence[psutil.Process], mark: str) -> None:
+    """End processes in the reverse order of their start, then kill whatever they started that is still there.
+
+    All of them together have GRACE_SECONDS to end by themselves.
+
+    Args:
+        leaders: each the first process of a session of its own.
+        mark: in the environment of all of them; what they started inherits it.
+    """
+    deadline = time.monotonic() + GRACE_SECONDS
+    for process in reversed(leaders):
+        with suppress(psutil.Error):
+            process.terminate()
+            process.wait(max(0.0, deadline - time.monotonic()))
+    for process in leaders:
+        kill_session(process.pid)
+    kill_marked(mark)
+
+
+def kill_session(leader: int) -> None:
+    """Kill what is left of a session's process group.
+
+    The mark alone does not find all of it: a process that hides its environment, as Flower's SuperExec does, can be
+    read by root only.
+    """
+    with suppress(ProcessLookupError, PermissionError):  # macOS says the latter of a group of zombies
+        os.killpg(leader, signal.SIGKILL)
+
+
+def kill_marked(mark: str) -> None:
+    """Kill every process with this mark in its environment."""
     while marked := [process for process in psutil.process_iter() if _has_mark(process, mark)]:
         for process in marked:
             try:

@@ -25,6 +25,7 @@ TITLES = {
     "survivors-metrics": "silos sign who is in the sum of metrics",
     "unmask-metrics": "silos release what opens the sum of metrics",
     "write": "write the model",
+    "finish": "silos wipe what they kept of the session",
 }
 
 
@@ -73,6 +74,8 @@ class RunProgress:
                 self._silo(event)
             case "wait":
                 self._say(f"  {event['connected']} of {event['needed']} silos are connected")
+            case "waiting":
+                self._say(f"  [dim]{event['silo']:<12} has not answered for {event['seconds'] // 60} min[/]")
             case "lost":
                 self._say(f"  [yellow]{event['silo']:<12} lost: {event['reason']}[/]")
             case "measured":

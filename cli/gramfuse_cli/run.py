@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
-import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +14,9 @@ import click
 import tomlkit
 
 from gramfuse_cli import options
+from gramfuse_cli.link import UNREGISTERED, Link
 from gramfuse_cli.options import as_json as json_option
 from gramfuse_cli.options import project_directory
-from gramfuse_cli.processes import FLOWER_OFF
 from gramfuse_cli.progress import RunProgress
 from gramfuse_cli.project import Project
 from gramfuse_cli.report import show_report
@@ -51,14 +48,15 @@ WAIT = 600.0
 def run(
     directory: Path, connection: str | None, out: Path | None, resume: Path | None, wait: float, as_json: bool
 ) -> None:
-    """Run the locked plan in DIR between the silos that are connected to a SuperLink.
+    """Run the locked plan in DIR between real silos.
 
-    CONNECTION is the name of a SuperLink in Flower's configuration ($FLWR_HOME/config.toml, by default
-    ~/.flwr/config.toml), where each has an address and its certificates; without it, Flower's default is taken.
-    Run this on the coordinator's host: the SuperLink's ServerApp writes the run directory there.
+    CONNECTION is the directory of 'gramfuse server start', on whose machine this runs: the ServerApp writes the run
+    directory there. It can also be the name of a SuperLink in Flower's configuration ($FLWR_HOME/config.toml, by
+    default ~/.flwr/config.toml), where each has an address and its certificates; without it, Flower's default is taken.
 
-    Each silo runs a SuperNode with its own silo file: flower-supernode --superlink HOST:PORT
-    --node-config 'silo="/path/to/silo.toml"', and has the plan's digest among 'approved'.
+    Each silo runs 'gramfuse silo start SILO_TOML' and has the plan's digest among 'approved'. The node keys of the
+    plan's roster are registered at the SuperLink first, so that these silos may connect; over TLS a silo without one
+    could not.
 
     A silo that goes away is left out, as long as the plan's minimum-survivors are there. A run that was interrupted
     after the silos had trained (the ServerApp was killed, too many silos went away) can go on with --resume: no silo
@@ -76,11 +74,14 @@ def run(
     else:
         path = path.with_name(path.name.removesuffix(".partial"))
         read_checkpoint(path)
-    link = _connection(connection)
+    link = Link.find(connection)
+    check_roster(project, link)
     with tempfile.TemporaryDirectory(prefix="gramfuse-") as scratch:
         app = Path(scratch) / "app"
         write_app(app, project.plan, layout)
-        report = _follow(app, link, project, path, {"resume": resume is not None, "wait": wait})
+        register(project.plan, link)
+        how = {"resume": resume is not None, "wait": wait, "authenticated": not link.insecure}
+        report = _follow(app, link, project, path, how)
     show_report(report, path, as_json)
 
 
@@ -109,6 +110,8 @@ def write_app(directory: Path, plan: Plan, layout: Layout) -> None:
                         "run-directory": "",
                         "resume": False,
                         "wait": WAIT,
+                        "patience": 0.0,
+                        "authenticated": False,
                     },
                 }
             }
@@ -117,48 +120,57 @@ def write_app(directory: Path, plan: Plan, layout: Layout) -> None:
     (directory / "pyproject.toml").write_text(tomlkit.dumps(document), encoding="utf-8")
 
 
-def _connection(name: str | None) -> str:
-    """Return the name of a SuperLink connection; refuse those that would start one on the side."""
-    path = Path(os.environ.get("FLWR_HOME", Path.home() / ".flwr")) / "config.toml"
-    try:
-        links = tomllib.loads(path.read_text(encoding="utf-8")).get("superlink", {})
-    except FileNotFoundError:
-        links = {}
-    except tomllib.TOMLDecodeError as error:
-        raise PlanError(f"{path}: not valid TOML: {error}") from None
-    name = name or links.get("default")
-    link = links.get(name) if name else None
-    if not isinstance(link, dict) or str(link.get("address", ":local")).startswith(":local"):
-        known = [
-            k for k, v in links.items() if isinstance(v, dict) and not str(v.get("address", "")).startswith(":local")
-        ]
+def check_roster(project: Project, link: Link) -> None:
+    """Raise PlanError if a silo of the roster could not connect, since the SuperLink asks for a key that it lacks."""
+    lacking = [] if link.insecure else [silo.name for silo in project.plan.silo if silo.node_key is None]
+    if lacking:
         raise PlanError(
-            f"{path}: {name!r} is not a connection to a SuperLink; known: {', '.join(known) or 'none'}. Write\n"
-            '[superlink.NAME]\naddress = "HOST:PORT"\nroot-certificates = "/path/to/ca.crt"\n'
-            "or, to run all silos on this machine, use gramfuse simulate"
+            f"{project.plan_path}: has no node-key for {', '.join(lacking)}, and the SuperLink at {link.address} lets "
+            "nobody connect without one; have each print it with gramfuse silo keygen, write it into its [[silo]], and "
+            f"run: gramfuse plan lock {project.directory}"
         )
-    return str(name)
 
 
-def _follow(app: Path, link: str, project: Project, out: Path, how: dict[str, Any]) -> dict[str, Any]:
+def register(plan: Plan, link: Link) -> None:
+    """Let the roster's silos connect, those that may not yet.
+
+    Raises:
+        PlanError: if one of their keys was revoked.
+    """
+    known = {node.key: node for node in link.nodes()}
+    for silo in plan.silo:
+        if silo.node_key is None:
+            continue
+        node = known.get(silo.node_key)
+        if node is None:
+            link.register(silo.name, silo.node_key)
+        elif node.status == UNREGISTERED:
+            raise PlanError(
+                f"the node key of {silo.name!r} in the plan ({node.fingerprint}) was revoked at the SuperLink, which "
+                "never takes it again; have the silo make another (gramfuse pki silo SILO_TOML --renew), write that "
+                "one into the plan, and lock it again"
+            )
+
+
+def _follow(app: Path, link: Link, project: Project, out: Path, how: dict[str, Any]) -> dict[str, Any]:
     from gramfuse_server.run import CHECKPOINT, partial_of
 
     settings = tomlkit.dumps({"directory": str(project.directory), "run-directory": str(out), **how})
     overrides = app.parent / "run.toml"
     overrides.write_text(settings, encoding="utf-8")
-    started = _flwr("run", str(app), link, "--run-config", str(overrides), "--format", "json")
+    started = link.flwr("run", str(app), link.name, "--run-config", str(overrides))
     run_id = str(started["run-id"])
     failure: dict[str, Any] | None = None
     try:
         with (
             RunProgress(project.plan.names, lambda name: None) as progress,
             subprocess.Popen(  # noqa: S603
-                [_executable(), "log", run_id, link, "--stream"],
+                link.command("log", run_id, link.name, "--stream"),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 text=True,
-                env={**os.environ, **FLOWER_OFF},
+                env=link.environment,
             ) as log,
         ):
             try:
@@ -172,27 +184,27 @@ def _follow(app: Path, link: str, project: Project, out: Path, how: dict[str, An
                 log.terminate()
         status = _status(run_id, link)
     except KeyboardInterrupt:
-        _flwr("stop", run_id, link, "--format", "json")
+        link.flwr("stop", run_id, link.name)
         shutil.rmtree(partial_of(out), ignore_errors=True)
         raise
     go_on = ""
     if (partial_of(out) / CHECKPOINT).exists():
-        go_on = f"\nWhat was done is kept; go on with: gramfuse run {project.directory} {link} --resume {out}"
+        go_on = f"\nWhat was done is kept; go on with: gramfuse run {project.directory} {link.given} --resume {out}"
     if failure is not None:
         raise error_types().get(failure["error"], FederationError)(failure["message"] + go_on)
     if status["status"] != "finished:completed" or not out.exists():
         raise FederationError(
             f"Flower run {run_id} ended as {status['status']} ({status.get('status-details') or 'no details'}); "
-            f"see: flwr log {run_id} {link} --show{go_on}"
+            f"see: FLWR_HOME={link.home} flwr log {run_id} {link.name} --show{go_on}"
         )
     report: dict[str, Any] = json.loads((out / "report.json").read_text(encoding="utf-8"))
     return report
 
 
-def _status(run_id: str, link: str) -> dict[str, Any]:
+def _status(run_id: str, link: Link) -> dict[str, Any]:
     """Wait until a run is finished, and return what Flower says of it."""
     while True:
-        (run,) = _flwr("list", link, "--run-id", run_id, "--format", "json")["runs"]
+        (run,) = link.flwr("list", link.name, "--run-id", run_id)["runs"]
         if str(run["status"]).startswith("finished"):
             return dict(run)
         time.sleep(1)
@@ -205,27 +217,3 @@ def _event(line: str) -> dict[str, Any] | None:
     except ValueError:
         return None
     return event if isinstance(event, dict) and {"phase", "state"} <= event.keys() else None
-
-
-def _flwr(*arguments: str) -> dict[str, Any]:
-    """Call Flower's command line and return the JSON object that it prints."""
-    done = subprocess.run(  # noqa: S603
-        [_executable(), *arguments],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, **FLOWER_OFF},
-    )
-    try:
-        answer: dict[str, Any] = json.loads(done.stdout[done.stdout.index("{") :])
-    except ValueError:
-        answer = {"success": False, "error-message": (done.stderr or done.stdout).strip()}
-    if done.returncode or not answer.get("success", True):
-        raise FederationError(f"flwr {arguments[0]}: {answer.get('error-message') or done.stderr.strip()}")
-    return answer
-
-
-def _executable() -> str:
-    """Path of the flwr command that is installed beside this Python."""
-    return str(Path(sys.executable).with_name("flwr"))

@@ -1,7 +1,4 @@
-"""The Flower ClientApp: turns records into messages and back, nothing else.
-
-A silo's operator starts Flower's SuperNode with `--node-config 'silo="/path/to/silo.toml"'`.
-"""
+"""The Flower ClientApp: requests in, replies out through `Egress`, nothing else."""
 
 from __future__ import annotations
 
@@ -12,33 +9,58 @@ from pathlib import Path
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
+from gramfuse_client.bundle import check_bundle
+from gramfuse_client.egress import Egress, failed
 from gramfuse_client.participant import Participant
-from gramfuse_client.records import from_record, to_record
+from gramfuse_client.records import request_of, to_record
 from gramfuse_client.silo import Silo
 from gramfuse_protocol.errors import GramfuseError, PlanError
-from gramfuse_protocol.messages import REQUESTS, refusal
-from gramfuse_protocol.wire import pack, unpack
+from gramfuse_protocol.wire import pack
+
+SiloOf = Callable[[Context], Silo]
+"""Finds a node's silo in the node's own context, never in what a run brings along."""
+
+log = logging.getLogger(__name__)
 
 
-def client_app(silo_of: Callable[[Context], Silo]) -> ClientApp:
-    """Return a ClientApp that answers for the silo which `silo_of` finds in the node's own context."""
-    app = ClientApp()
+def silo_of_node(context: Context) -> Silo:
+    """Return the silo whose file the SuperNode was started with: `--node-config 'silo="/path/to/silo.toml"'`."""
+    path = context.node_config.get("silo")
+    if not isinstance(path, str):
+        raise PlanError("start the silo with: gramfuse silo start SILO_TOML")
+    return Silo.read(Path(path))
 
-    def answer(message: Message, context: Context) -> Message:
+
+class SiloApp(ClientApp):
+    """Answers for a silo. It overrides how Flower calls an app, so that its mod sees unknown types of message too.
+
+    Args:
+        silo_of: finds the silo.
+        bundle: the app bundle that the run brought, to be checked; None where nobody could bring another
+            (a simulation), or where Flower itself runs bundles (the stock SuperNode).
+    """
+
+    def __init__(self, silo_of: SiloOf = silo_of_node, bundle: bytes | None = None) -> None:
+        super().__init__()
+        self._silo_of = silo_of
+        self._bundle = bundle
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        """Answer one message."""
         _show_log()
-        request = unpack(from_record(message.content), REQUESTS)
         try:
-            reply = Participant(silo_of(context)).answer(request)
+            silo = self._silo_of(context)
         except GramfuseError as error:
-            logging.getLogger(__name__).error("%s", error)
-            reply = refusal(request, "unknown", error)
-        return Message(to_record(pack(reply)), reply_to=message)
+            log.error("%s", error)
+            return failed(message, PlanError("", reason="this silo's own file cannot be used"))
 
-    app.train()(answer)
-    app.evaluate()(answer)
-    for phase in ("join", "keys", "shares", "masked", "survivors", "unmask", "upload"):
-        app.query(phase)(answer)
-    return app
+        def answer(message: Message, context: Context) -> Message:
+            if self._bundle is not None:
+                check_bundle(silo, self._bundle)
+            reply = Participant(silo).answer(request_of(message))
+            return Message(to_record(pack(reply)), reply_to=message)
+
+        return Egress(silo)(message, context, answer)
 
 
 def _show_log() -> None:
@@ -51,11 +73,4 @@ def _show_log() -> None:
         logger.setLevel(logging.INFO)
 
 
-def _silo_of_node(context: Context) -> Silo:
-    path = context.node_config.get("silo")
-    if not isinstance(path, str):
-        raise PlanError("start the SuperNode with --node-config 'silo=\"/path/to/silo.toml\"'")
-    return Silo.read(Path(path))
-
-
-app = client_app(_silo_of_node)
+app = SiloApp()

@@ -220,7 +220,9 @@ class Membership:
                 f"a sum of {name} over other silos was signed under this plan before, and the difference of the two "
                 "would show single silos' part; agree on a new version of the plan"
             )
-        self.state.contribute(contributed.model_copy(update={"survivors": {**contributed.survivors, name: survivors}}))
+        survivors_of = {**contributed.survivors, name: survivors}
+        sessions = tuple(dict.fromkeys((*contributed.sessions, self.session.directory.name)))
+        self.state.contribute(contributed.model_copy(update={"survivors": survivors_of, "sessions": sessions}))
 
     def _unmask(self, record: Record, request: UnmaskRequest) -> tuple[Message, Member | None]:
         member, name = self._member(record), request.sum_of

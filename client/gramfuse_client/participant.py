@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import logging
+from datetime import datetime
 from typing import TYPE_CHECKING
 
 from gramfuse_client.data import load
 from gramfuse_client.membership import Membership
-from gramfuse_client.policy import check_examples, check_plan
+from gramfuse_client.policy import check_bytes, check_examples, check_hours, check_plan, check_repeat
 from gramfuse_client.silo import Silo
 from gramfuse_client.state import State
-from gramfuse_protocol.errors import FederationError, GramfuseError, RefusalError, SecurityError
+from gramfuse_protocol.errors import FederationError, GramfuseError, RefusalError, SecurityError, disk_is_full
 from gramfuse_protocol.layout import Layout
 from gramfuse_protocol.messages import (
     EvaluateReply,
     EvaluateRequest,
+    FinishReply,
+    FinishRequest,
     JoinReply,
     JoinRequest,
     KeysRequest,
@@ -45,7 +48,7 @@ class Participant:
         self.silo = silo
 
     def answer(self, request: Message) -> Message:
-        """Return the reply to a request; whatever goes wrong becomes a refusal that carries no data."""
+        """Return the reply to a request. What goes wrong becomes a refusal, but for bugs, which raise."""
         log.info("silo %s, phase %s, plan %s", self.silo.name, request.phase, request.plan)
         try:
             match request:
@@ -57,6 +60,8 @@ class Participant:
                     return self._upload(request)
                 case EvaluateRequest():
                     return self._evaluate(request)
+                case FinishRequest():
+                    return self._finish(request)
                 case KeysRequest() | SharesRequest() | MaskedRequest() | SurvivorsRequest() | UnmaskRequest():
                     return self._membership(request).answer(request)
             raise FederationError(f"phase {request.phase!r} is not a silo's to answer")
@@ -65,10 +70,11 @@ class Participant:
             if isinstance(error, SecurityError):
                 self._state(request).session(request.session).end(str(error))
             return refusal(request, self.silo.name, error)
-        except Exception:
-            # Flower would send the exception's text to the coordinator; it may quote data.
-            log.exception("silo %s, phase %s: unexpected error", self.silo.name, request.phase)
-            return refusal(request, self.silo.name, GramfuseError("", reason="an unexpected error at the silo"))
+        except Exception as error:
+            if not disk_is_full(error):
+                raise
+            log.error("silo %s, phase %s: no space left on the disk: %s", self.silo.name, request.phase, error)
+            return refusal(request, self.silo.name, RefusalError("", reason="no space left on this silo's disk"))
 
     def _join(self, request: JoinRequest) -> JoinReply:
         plan = Plan.parse(request.plan_text, "the coordinator's plan")
@@ -77,13 +83,17 @@ class Participant:
                 "the plan that came has another digest than its message", reason="plan digest differs"
             )
         check_plan(self.silo, plan)
+        state = self._state(request)
+        check_repeat(self.silo, state, request.session)
         examples, _ = load(self.silo, plan.model)
         check_examples(self.silo, len(examples))
+        if state.counts(examples.digest) is None:
+            check_hours(self.silo, datetime.now())
         given = Layout.parse(request.layout, "the coordinator's layout")
         if given.digest != plan.merge.layout:
             raise FederationError("the coordinator's layout is not the plan's", reason="layout digest differs")
+        check_bytes(self.silo, plan, given)
         layout = self._workbench(plan).check_layout(given)
-        state = self._state(request)
         state.join(request.plan_text, layout)
         if plan.privacy.secure_aggregation:
             state.join_session(request.session)
@@ -103,6 +113,7 @@ class Participant:
             )
         counts = state.counts(examples.digest)
         if counts is None:
+            check_hours(self.silo, datetime.now())
             statistics = self._workbench(plan).measure(layout, examples, state)
             state.save(statistics, examples.digest)
             counts = statistics.examples, statistics.tokens
@@ -127,6 +138,7 @@ class Participant:
             )
         arrays = state.slices(pieces[request.piece])
         check_slices(pieces[request.piece], arrays, "this silo")
+        state.contribute_openly(request.session)
         return UploadReply(
             plan=request.plan, session=request.session, silo=self.silo.name, piece=request.piece, arrays=arrays
         )
@@ -150,6 +162,10 @@ class Participant:
             return reply
         return reply.model_copy(update={"arrays": {"sums": sums}})
 
+    def _finish(self, request: FinishRequest) -> FinishReply:
+        self._state(request).session(request.session).end("the run is over")
+        return FinishReply(plan=request.plan, session=request.session, silo=self.silo.name)
+
     def _membership(self, request: Message) -> Membership:
         state = self._state(request)
         return Membership(self.silo, *self._joined(state, request), state, request.session)
@@ -158,6 +174,8 @@ class Participant:
         """Return what was joined, if the silo file still allows it and the session goes on."""
         plan, layout = state.joined()
         check_plan(self.silo, plan)
+        check_bytes(self.silo, plan, layout)
+        check_repeat(self.silo, state, request.session)
         if plan.privacy.secure_aggregation:
             state.session(request.session).read()
         return plan, layout

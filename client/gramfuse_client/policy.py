@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from datetime import datetime
+
 from gramfuse_client.silo import Silo
+from gramfuse_client.state import State
 from gramfuse_protocol.errors import RefusalError
+from gramfuse_protocol.layout import Layout
 from gramfuse_protocol.plan import Plan
 
 _ORDER = ("none", "sum", "silo")
@@ -39,6 +43,13 @@ def check_plan(silo: Silo, plan: Plan) -> None:
             f"here it is {silo.identity().public.hex()}",
             reason="the plan's roster has another key for this silo",
         )
+    node_key = next(entry.node_key for entry in plan.silo if entry.name == silo.name)
+    if node_key is not None and silo.file.coordinator is not None and node_key != silo.node_key():
+        raise RefusalError(
+            f"{silo.path}: the plan's roster has another node key for {silo.name!r} than {silo.node_key_path} holds; "
+            f"here it is {silo.node_key()}",
+            reason="the plan's roster has another node key for this silo",
+        )
     if _ORDER.index(plan.privacy.metrics) > _ORDER.index(file.limits.metrics):
         raise RefusalError(
             f"{silo.path}: the plan asks for privacy.metrics = {plan.privacy.metrics!r}, 'limits.metrics' here is "
@@ -55,3 +66,45 @@ def check_examples(silo: Silo, examples: int) -> None:
             f"{silo.file.limits.minimum_examples}",
             reason="this silo has fewer examples than its own minimum",
         )
+
+
+def check_bytes(silo: Silo, plan: Plan, layout: Layout) -> None:
+    """Raise RefusalError if one contribution has more bytes than the silo lets leave."""
+    most = silo.file.limits.maximum_bytes
+    size = contribution_bytes(plan, layout)
+    if most is not None and size > most:
+        raise RefusalError(
+            f"{silo.path}: a contribution under this plan has {size:,} bytes; 'limits.maximum-bytes' is {most:,}",
+            reason="a contribution under this plan has more bytes than this silo lets leave",
+        )
+
+
+def check_hours(silo: Silo, now: datetime) -> None:
+    """Raise RefusalError outside of the hours in which the silo trains.
+
+    Args:
+        now: by the silo's own clock, in its own time zone.
+    """
+    hours = silo.file.limits.train_hours
+    if hours is not None and now.time() not in hours:
+        raise RefusalError(
+            f"{silo.path}: it is {now:%H:%M}; 'limits.train-hours' is {hours}",
+            reason=f"this silo trains between {hours} by its own clock",
+        )
+
+
+def check_repeat(silo: Silo, state: State, session: str) -> None:
+    """Raise RefusalError if something was contributed under this plan in another session, unless that is allowed."""
+    contributed = state.contributed()
+    if contributed is None or session in contributed.sessions or silo.file.limits.repeat_contributions:
+        return
+    raise RefusalError(
+        f"{silo.path}: this silo contributed under this plan before; agree on a new version of the plan, go on with "
+        "the run that was interrupted (gramfuse run --resume), or set 'limits.repeat-contributions = true'",
+        reason="this silo contributed under this plan before",
+    )
+
+
+def contribution_bytes(plan: Plan, layout: Layout) -> int:
+    """Bytes of one contribution, as it leaves."""
+    return 8 * layout.sum_entries if plan.privacy.secure_aggregation else layout.contribution_bytes

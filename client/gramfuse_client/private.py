@@ -18,9 +18,13 @@ def write_private(path: Path, content: bytes, *, durable: bool = False) -> None:
         durable: have it on the disk before returning, so that a power failure does not undo it.
     """
     temporary = path.with_suffix(".partial")
-    with os.fdopen(open_private(temporary), "wb") as file:
-        file.write(content)
-        if durable:
-            file.flush()
-            os.fsync(file.fileno())
+    try:
+        with os.fdopen(open_private(temporary), "wb") as file:
+            file.write(content)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     os.replace(temporary, path)

@@ -1,22 +1,23 @@
-"""Frames as Flower records, at a silo."""
+"""Frames as Flower records, and requests out of them, at a silo."""
 
 from __future__ import annotations
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import Message as FlowerMessage
 
 from gramfuse_protocol.errors import FederationError
 from gramfuse_protocol.layout import Layout
-from gramfuse_protocol.messages import StatisticsBody
+from gramfuse_protocol.messages import PHASES, REQUESTS, Message, StatisticsBody
 from gramfuse_protocol.npy import decode, encode
 from gramfuse_protocol.statistics import Statistics
-from gramfuse_protocol.wire import Frame, pack
+from gramfuse_protocol.wire import Frame, pack, unpack
 
 
 def to_record(frame: Frame) -> RecordDict:
     """Put a frame into Flower's records."""
     arrays = {
-        f"{n:06}": Array("uint8", (buffer.size,), "numpy.ndarray", encode(buffer))
-        for n, buffer in enumerate(frame.buffers)
+        key: Array("uint8", (buffer.size,), "numpy.ndarray", encode(buffer))
+        for key, buffer in zip(_keys(len(frame.buffers)), frame.buffers, strict=True)
     }
     return RecordDict({"header": ConfigRecord({"json": frame.header}), "arrays": ArrayRecord(arrays)})
 
@@ -25,14 +26,37 @@ def from_record(content: RecordDict) -> Frame:
     """Take a frame out of Flower's records.
 
     Raises:
-        FederationError: if the records are not what `to_record` makes.
+        FederationError: if the records are not exactly what `to_record` makes; nothing travels beside a frame.
     """
+    arrays = content.array_records.get("arrays", {})
+    header = content.config_records.get("header", {})
+    keys = sorted(arrays)
+    if set(content) != {"header", "arrays"} or set(header) != {"json"} or keys != _keys(len(keys)):
+        raise FederationError("a message cannot be read: its records are not those of gramfuse")
+    return Frame(str(header["json"]), tuple(decode(arrays[key].data) for key in keys))
+
+
+def request_of(message: FlowerMessage) -> Message:
+    """Return the request that a message from Flower is.
+
+    Raises:
+        FederationError: if its type is not of the protocol, or it is not what that type carries.
+    """
+    kind = message.metadata.message_type
+    phase = PHASES.get(kind)
+    if phase is None:
+        raise FederationError(
+            f"a message of type {kind[:100]!r} came; the protocol has {', '.join(PHASES)}",
+            reason="a message came whose type is not in the protocol",
+        )
     try:
-        arrays = content.array_records["arrays"]
-        header = content.config_records["header"]["json"]
-    except KeyError as error:
-        raise FederationError(f"a message cannot be read: it has no {error}") from None
-    return Frame(str(header), tuple(decode(arrays[key].data) for key in sorted(arrays)))
+        return unpack(from_record(message.content), {phase: REQUESTS[phase]})
+    except FederationError as error:
+        raise FederationError(str(error), reason="a message came that cannot be read") from None
+
+
+def _keys(count: int) -> list[str]:
+    return [f"{number:06}" for number in range(count)]
 
 
 def statistics_record(statistics: Statistics, layout: Layout, **metrics: float) -> RecordDict:

@@ -104,10 +104,11 @@ class Session:
 
     def end(self, why: str) -> None:
         """Wipe secrets and masked vectors; nothing leaves in this session any more."""
+        for pattern in ("*.masked*", "*.partial"):  # a write that was interrupted may have left secrets
+            for path in self.directory.glob(pattern):
+                path.unlink(missing_ok=True)
         if self.exists and not self._over():
             self.write(Record(ended=why))
-        for path in self.directory.glob("*.masked*"):
-            path.unlink()
 
     def _over(self) -> bool:
         try:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
+from datetime import time
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from gramfuse_client.private import open_private
 from gramfuse_protocol.documents import Section, parse, read_text
 from gramfuse_protocol.errors import PlanError
 from gramfuse_protocol.keys import Identity
+from gramfuse_protocol.node_key import public_of
 from gramfuse_protocol.plan import Name, Sha256
 
 
@@ -36,6 +39,34 @@ class Data(Section):
     label: str = "label"
 
 
+class Hours(BaseModel):
+    """A stretch of the day, by the silo's own clock; it may go over midnight."""
+
+    model_config = ConfigDict(frozen=True)
+
+    start: time
+    end: time
+
+    def __contains__(self, moment: time) -> bool:
+        if self.start <= self.end:
+            return self.start <= moment < self.end
+        return moment >= self.start or moment < self.end
+
+    def __str__(self) -> str:
+        return f"{self.start:%H:%M}-{self.end:%H:%M}"
+
+    @staticmethod
+    def parse(text: object) -> object:
+        """Parse `HH:MM-HH:MM`; raises ValueError."""
+        moment = r"([01][0-9]|2[0-3]):[0-5][0-9]"
+        if not isinstance(text, str) or not re.fullmatch(f"{moment}-{moment}", text):
+            raise ValueError(f"expected hours such as 20:00-06:00 (got {text!r})")
+        start, end = text.split("-")
+        if start == end:
+            raise ValueError(f"{text} is no time at all; leave the key out to train at any hour")
+        return Hours(start=time.fromisoformat(start), end=time.fromisoformat(end))
+
+
 class Limits(Section):
     """`[limits]`: what this silo refuses."""
 
@@ -44,16 +75,45 @@ class Limits(Section):
     """Whether this silo's own statistics may leave it unmasked."""
     metrics: Literal["none", "sum", "silo"] = "sum"
     """The most that may leave of its held-out metrics."""
+    maximum_bytes: Annotated[int, Field(ge=1)] | None = None
+    """The most that one contribution may have; None is as much as the plan asks for."""
+    repeat_contributions: bool = False
+    """Whether what was contributed under a plan may be contributed again, in another session of the same plan."""
+    train_hours: Annotated[Hours, BeforeValidator(Hours.parse)] | None = None
+    """When this silo trains and measures, for instance 20:00-06:00; None is at any hour."""
+
+
+class Coordinator(Section):
+    """`[coordinator]`: where the coordinator is, and how each knows the other."""
+
+    address: Annotated[str, Field(pattern=r"^(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9.-]+):[0-9]{1,5}$")]
+    """host:port of its proxy."""
+    ca: str = "ca.crt"
+    """PEM file with the certificate authority that signed the coordinator's certificate."""
+    node_key: str | None = None
+    """The key that this silo's connection is authenticated with; its public half is in the plan's roster.
+
+    None is north.key beside a silo file north.toml.
+    """
 
 
 class SiloFile(Section):
-    """A whole silo file. Relative paths start at the directory that the file lies in."""
+    """A whole silo file. Relative paths start at the directory that the file lies in.
+
+    What is the silo's own is named after the file by default, so that two silo files in one directory share nothing.
+    """
 
     name: Name
-    identity: str = "identity.pem"
-    """The silo's Ed25519 private key, made by `gramfuse silo keygen`; its public half is in the plan's roster."""
-    state: str = "state"
-    """Directory for what must survive a restart; it holds fine-tuned weights, so keep it private."""
+    identity: str | None = None
+    """The silo's Ed25519 private key, made by `gramfuse silo keygen`; its public half is in the plan's roster.
+
+    None is north.pem beside a silo file north.toml.
+    """
+    state: str | None = None
+    """Directory for what must survive a restart; it holds fine-tuned weights, so keep it private.
+
+    None is north.state beside a silo file north.toml.
+    """
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     threads: Annotated[int, Field(ge=0)] = 0
     """CPU threads; 0 takes what torch finds. Floating-point sums depend on it in their last bits."""
@@ -63,6 +123,8 @@ class SiloFile(Section):
     """Digests of the plans that this silo takes part in."""
     data: Data
     limits: Limits = Limits()
+    coordinator: Coordinator | None = None
+    """Needed by `gramfuse silo start`."""
 
 
 def write_identity(path: Path, identity: Identity) -> None:
@@ -105,7 +167,7 @@ class Silo:
     @property
     def identity_path(self) -> Path:
         """Where the silo's private key is."""
-        return (self.directory / self.file.identity).resolve()
+        return self._own(self.file.identity, ".pem").resolve()
 
     def identity(self) -> Identity:
         """Read the silo's private key.
@@ -113,18 +175,61 @@ class Silo:
         Raises:
             PlanError: if it is not there, is no such key, or others on this machine can read it.
         """
-        path = self.identity_path
+        return Identity.parse(self._secret(self.identity_path), str(self.identity_path))
+
+    @property
+    def coordinator(self) -> Coordinator:
+        """Where the coordinator is.
+
+        Raises:
+            PlanError: if the file does not say.
+        """
+        if self.file.coordinator is None:
+            raise PlanError(
+                f'{self.path}: has no [coordinator]; write\n[coordinator]\naddress = "HOST:PORT"\nca = "ca.crt"'
+            )
+        return self.file.coordinator
+
+    @property
+    def node_key_path(self) -> Path:
+        """Where the key of this silo's connection is."""
+        return self._own(self.file.coordinator.node_key if self.file.coordinator else None, ".key").resolve()
+
+    def node_key(self) -> str:
+        """Return the public half of the key that this silo's connection is authenticated with.
+
+        Raises:
+            PlanError: if it is not there, is no such key, or others on this machine can read it.
+        """
+        return public_of(self._secret(self.node_key_path), str(self.node_key_path))
+
+    @property
+    def ca_path(self) -> Path:
+        """Where the certificate authority is that signed the coordinator's certificate."""
+        return (self.directory / self.coordinator.ca).resolve()
+
+    @property
+    def ledger(self) -> Path:
+        """Where everything that leaves is written down."""
+        return self.state / "ledger.jsonl"
+
+    def _secret(self, path: Path) -> str:
+        """Return the text of a file that only its owner may read."""
         try:
             mode = path.stat().st_mode
         except OSError:
             raise PlanError(
-                f"{path}: no such file; make this silo's key with: gramfuse silo keygen {self.path}"
+                f"{path}: no such file; make this silo's keys with: gramfuse silo keygen {self.path}"
             ) from None
         if mode & 0o077:
             raise PlanError(f"{path}: others on this machine can read it; run: chmod 600 {path}")
-        return Identity.parse(read_text(path), str(path))
+        return read_text(path)
 
     @property
     def state(self) -> Path:
         """Directory for what must survive a restart."""
-        return self.directory / self.file.state
+        return self._own(self.file.state, ".state")
+
+    def _own(self, name: str | None, suffix: str) -> Path:
+        """Return the path that the silo file names, or else the one called as the silo file is, with the suffix."""
+        return self.directory / (f"{self.path.stem}{suffix}" if name is None else name)

@@ -35,10 +35,11 @@ log = logging.getLogger(__name__)
 
 
 class Contributed(BaseModel):
-    """The sums that this silo is in under a plan: over whom, and of which data."""
+    """What this silo gave under a plan: in which sessions, in sums over whom, and of which data."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
+    sessions: tuple[str, ...] = ()
     survivors: Mapping[Sum, tuple[str, ...]] = {}
     data: str
 
@@ -86,8 +87,12 @@ class State:
         about = {"examples": statistics.examples, "tokens": dict(statistics.tokens), "data": data_digest}
         path = self._statistics
         temporary = path.with_suffix(".partial")
-        save_file(dict(statistics.blocks), temporary, metadata={"about": json.dumps(about)})
-        temporary.chmod(0o600)
+        try:
+            save_file(dict(statistics.blocks), temporary, metadata={"about": json.dumps(about)})
+            temporary.chmod(0o600)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
         os.replace(temporary, path)
 
     def counts(self, data_digest: str) -> tuple[int, Mapping[str, int]] | None:
@@ -137,6 +142,12 @@ class State:
     def contribute(self, contributed: Contributed) -> None:
         """Keep what was contributed to."""
         self._write("contributed.json", contributed.model_dump_json().encode(), durable=True)
+
+    def contribute_openly(self, session: str) -> None:
+        """Note that the kept statistics leave in the clear in this session."""
+        contributed = self.contributed() or Contributed(data=self.data_digest())
+        if session not in contributed.sessions:
+            self.contribute(contributed.model_copy(update={"sessions": (*contributed.sessions, session)}))
 
     def slices(self, slices: tuple[Slice, ...]) -> dict[str, NDArray[np.float32]]:
         """Read slices of the kept statistics.

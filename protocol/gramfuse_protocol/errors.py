@@ -8,12 +8,16 @@
     ├── ContributionError        14   statistics that do not fit the layout, or hold NaN or Inf
     ├── RunDirectoryError        15   a run directory that exists already or cannot be written
     ├── FederationError          16   Flower, or a silo behind it, did not answer as it must
-    └── SecurityError            17   a message that breaks the secure sum's protocol
+    ├── SecurityError            17   a message that breaks the secure sum's protocol
+    ├── LedgerError              18   an egress ledger that does not hold together, or cannot be written
+    └── CheckError               19   a silo that is not ready, as `gramfuse silo check` finds
 
 One page for each exit code stands in docs/exit-codes/.
 """
 
 from __future__ import annotations
+
+import errno
 
 
 class GramfuseError(Exception):
@@ -101,6 +105,27 @@ class SecurityError(GramfuseError):
         super().__init__(message, reason=message)
 
 
+class LedgerError(GramfuseError):
+    """A silo's egress ledger does not hold together, or cannot be written."""
+
+    exit_code = 18
+    summary = "the silo cannot write its ledger, so nothing leaves"
+
+
+class CheckError(GramfuseError):
+    """A silo is not ready to take part, as its dry run found."""
+
+    exit_code = 19
+    summary = "the silo is not ready"
+
+
 def error_types() -> dict[str, type[GramfuseError]]:
     """Return the leaves of the tree by class name, as they are named in refusals and in JSON."""
     return {cls.__name__: cls for cls in GramfuseError.__subclasses__()}
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """Whether an exception says that the disk has no space left; safetensors raises one of its own, without errno."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return "No space left on device" in str(error)

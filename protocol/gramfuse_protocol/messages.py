@@ -208,6 +208,19 @@ class EvaluateReply(Message):
     candidate: str
 
 
+class FinishRequest(Message):
+    """The run is over: wipe what the session still keeps. Comes to all silos that joined, also to those lost since."""
+
+    phase = "finish"
+
+
+class FinishReply(Message):
+    """Nothing is kept of the session but that it is over."""
+
+    phase = "finish"
+    silo: Name
+
+
 class Refusal(Message):
     """The silo declines: a type and a reason, never data."""
 
@@ -230,6 +243,7 @@ REQUESTS: Mapping[str, type[Message]] = {
         UnmaskRequest,
         UploadRequest,
         EvaluateRequest,
+        FinishRequest,
     )
 }
 REPLIES: Mapping[str, type[Message]] = {
@@ -244,9 +258,19 @@ REPLIES: Mapping[str, type[Message]] = {
         UnmaskReply,
         UploadReply,
         EvaluateReply,
+        FinishReply,
         Refusal,
     )
 }
+
+
+def message_type(phase: str) -> str:
+    """Return the type of message that carries a phase's requests in Flower: two of its own, or a named query."""
+    return phase if phase in ("train", "evaluate") else f"query.{phase}"
+
+
+PHASES: Mapping[str, str] = {message_type(phase): phase for phase in REQUESTS}
+"""Phases by type of message: all that a silo answers to."""
 
 
 def refusal(request: Message, silo: str, error: GramfuseError) -> Refusal:

@@ -17,6 +17,7 @@ from pydantic import Field, model_validator
 from gramfuse_protocol.canonical import digest
 from gramfuse_protocol.documents import Section, build, parse, read_text
 from gramfuse_protocol.errors import PlanError
+from gramfuse_protocol.node_key import PublicNodeKey
 from gramfuse_protocol.roster import Roster, check_terms, smallest_threshold
 from gramfuse_protocol.structure import parse_structure
 
@@ -115,6 +116,8 @@ class Silo(Section):
     name: Name
     public_key: Sha256 | None = None
     """Ed25519 public key in hexadecimal, as `gramfuse silo keygen` prints it."""
+    node_key: PublicNodeKey | None = None
+    """P-384 public key that the silo's connection to the coordinator is authenticated with, as an OpenSSH line."""
 
 
 class Plan(Section):
@@ -133,9 +136,10 @@ class Plan(Section):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"[[silo]] names {', '.join(twice)} more than once")
-        keys = [silo.public_key for silo in self.silo if silo.public_key is not None]
-        if len(set(keys)) != len(keys):
-            raise ValueError("[[silo]] names one public key twice; every silo makes its own with: gramfuse silo keygen")
+        for keys in ([silo.public_key for silo in self.silo], [silo.node_key for silo in self.silo]):
+            given = [key for key in keys if key is not None]
+            if len(set(given)) != len(given):
+                raise ValueError("[[silo]] names one key twice; every silo makes its own with: gramfuse silo keygen")
         if self.privacy.secure_aggregation:
             check_terms(len(self.silo), self.privacy.colluding, self.threshold, self.minimum_survivors)
         elif self.minimum_survivors > len(self.silo):

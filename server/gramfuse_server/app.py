@@ -2,7 +2,8 @@
 
 The run's configuration holds `plan` (TOML text), `layout` (JSON text), `directory` (where relative paths of the
 plan start), `run-directory` (where the result goes; must not exist), `resume` (go on with what an interrupted run left
-there) and `wait` (seconds for all silos to be connected). `gramfuse run` fills it in.
+there), `wait` (seconds for all silos to be connected), `patience` (seconds for one answer; 0 is without end) and
+`authenticated` (whether Flower knows nodes by their keys). `gramfuse run` fills it in.
 """
 
 from __future__ import annotations
@@ -34,13 +35,15 @@ def coordinate(
     observer: Observer = lambda event: None,
     resume: bool = False,
     wait: float = WAIT_SECONDS,
+    patience: float | None = None,
+    authenticated: bool = False,
 ) -> dict[str, Any]:
     """Run one exchange and return its report; `out` is complete or absent afterwards.
 
     Args:
         directory: where relative paths of the plan start.
         out: the run directory.
-        own_models, observer, wait: as `gramfuse_server.exchange.Exchange` has them.
+        own_models, observer, wait, patience, authenticated: as `gramfuse_server.exchange.Exchange` has them.
         resume: go on with what an interrupted run left there.
 
     Raises:
@@ -51,9 +54,21 @@ def coordinate(
     base = load_base(plan, directory)
     model_bytes = sum(p.numel() * p.element_size() for p in base.model.parameters())
     with RunDirectory(out, needed_bytes(plan, layout, model_bytes), resume=resume) as run:
-        exchange = Exchange(grid, plan, layout, base, run, own_models=own_models, observer=observer, wait=wait)
+        exchange = Exchange(
+            grid,
+            plan,
+            layout,
+            base,
+            run,
+            own_models=own_models,
+            observer=observer,
+            wait=wait,
+            patience=patience,
+            authenticated=authenticated,
+        )
         report = exchange.start()
         run.finish()
+    exchange.finish()
     return report
 
 
@@ -74,6 +89,8 @@ def main(grid: Grid, context: Context) -> None:
             observer=_print,
             resume=bool(context.run_config["resume"]),
             wait=float(context.run_config["wait"]),
+            patience=float(context.run_config["patience"]) or None,
+            authenticated=bool(context.run_config["authenticated"]),
         )
     except GramfuseError as error:
         _print({"phase": "end", "state": "failed", "error": type(error).__name__, "message": str(error)})

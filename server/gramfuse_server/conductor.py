@@ -12,7 +12,8 @@ from flwr.serverapp import Grid
 
 from gramfuse_protocol.errors import FederationError, GramfuseError, RefusalError
 from gramfuse_protocol.layout import Layout
-from gramfuse_protocol.messages import JoinReply, JoinRequest, Message, Refusal, expect
+from gramfuse_protocol.messages import FinishReply, FinishRequest, JoinReply, JoinRequest, Message, Refusal, expect
+from gramfuse_protocol.node_key import canonical
 from gramfuse_protocol.plan import Plan
 from gramfuse_server.post import Post
 from gramfuse_server.run import RunDirectory
@@ -20,8 +21,8 @@ from gramfuse_server.run import RunDirectory
 WAIT_SECONDS = 600.0
 """How long to wait for all silos to be connected."""
 
-STALL_SECONDS = 900.0
-"""How long a silo may take for one answer where it has only to compute a little or to send one piece."""
+FINISH_SECONDS = 60.0
+"""How long to wait for silos to say that they wiped what they kept; the result is there by then."""
 
 Q = TypeVar("Q", bound=Message)
 R = TypeVar("R", bound=Message)
@@ -38,21 +39,39 @@ class Conductor:
         plan: locked.
         run: the run directory, entered; what a resumed run had done is not done again.
         wait: seconds to wait for all silos; then it goes on with those that are there, if the plan allows it.
+        patience: seconds after which a silo that gave no answer is given up, except while it trains; None waits as
+            long as Flower sees the silo's node alive.
+        authenticated: whether Flower knows each node by its key, which the plan then has; else a node's own word counts
+            for which silo it is.
 
     Attributes:
         nodes: Flower's node id of each silo that is still there, in roster order.
+        joined: node ids of all silos that joined.
         lost: why a silo is not there any more.
         seconds: duration of each phase.
     """
 
-    def __init__(self, grid: Grid, plan: Plan, run: RunDirectory, observer: Observer, wait: float) -> None:
+    def __init__(
+        self,
+        grid: Grid,
+        plan: Plan,
+        run: RunDirectory,
+        observer: Observer,
+        *,
+        wait: float = WAIT_SECONDS,
+        patience: float | None = None,
+        authenticated: bool = False,
+    ) -> None:
         self.grid = grid
         self.plan = plan
         self.run = run
         self.observer = observer
         self.wait = wait
+        self.patience = patience
+        self.authenticated = authenticated
         self.post = Post(grid, run.record)
         self.nodes: dict[str, int] = {}
+        self.joined: Mapping[str, int] = {}
         self.lost: dict[str, GramfuseError] = {}
         self.seconds: dict[str, float] = {}
         self.nonce: str = run.done.get("session") or secrets.token_hex(16)
@@ -67,7 +86,7 @@ class Conductor:
         # A resumed run has no use for silos that had not trained, and does not wait for those that were lost since.
         useful = tuple(self.run.done.get("train", self.plan.names))
         expected = tuple(name for name in useful if name not in self.run.done.get("lost", {}))
-        nodes = {f"node {node}": node for node in self._connected(len(expected))}
+        nodes = self._connected(expected)
         request = JoinRequest(**self.about, plan_text=self.plan.to_toml(), layout=layout.to_json())
         errors: list[GramfuseError] = []
         refused: dict[str, GramfuseError] = {}
@@ -75,13 +94,16 @@ class Conductor:
             try:
                 if isinstance(reply, FederationError):
                     raise reply
-                source = f"silo {reply.silo!r} ({label})" if isinstance(reply, Refusal) else label
+                said = getattr(reply, "silo", label)
+                if self.authenticated and said != label:
+                    raise FederationError(f"the connection of silo {label!r} answered as silo {said!r}")
+                source = f"silo {said!r}" if self.authenticated else f"silo {said!r} ({label})"
                 joined = expect(JoinReply, request, reply, source).silo
             except (RefusalError, FederationError) as error:
                 errors.append(error)
-                said = reply.silo if isinstance(reply, Refusal) else label
-                refused[said] = error
-                self._tell_lost("join", said, error)
+                name = reply.silo if isinstance(reply, Refusal) and not self.authenticated else label
+                refused[name] = error
+                self._tell_lost("join", name, error)
                 continue
             if joined in self.nodes:
                 raise FederationError(
@@ -93,6 +115,7 @@ class Conductor:
             self.post.rename(label, joined)
             self.tell("join", "silo", silo=joined)
         self.nodes = {name: self.nodes[name] for name in useful if name in self.nodes}
+        self.joined = self.nodes
         missing = [name for name in expected if name not in self.nodes]
         absent = FederationError(
             f"silos {', '.join(missing)} of the roster did not join; {len(nodes)} nodes were connected"
@@ -118,7 +141,7 @@ class Conductor:
         *,
         in_flight: int | None = None,
         needed: int,
-        stall: float | None = STALL_SECONDS,
+        long_work: bool = False,
         check: Callable[[str, Q, R], None] = lambda silo, request, reply: None,
     ) -> Iterator[tuple[str, Q, R]]:
         """Ask silos and yield (silo, request, reply), each reply checked to be that silo's and of its kind.
@@ -126,6 +149,7 @@ class Conductor:
         Args:
             in_flight: most requests under way; by default one for each silo.
             needed: fewest silos that must be left.
+            long_work: whether the work itself may take any time, so that no patience is long enough.
             check: raises GramfuseError if a reply is not what it must be; its silo is given up then.
 
         Raises:
@@ -138,7 +162,9 @@ class Conductor:
                 + "; ".join(f"{name}: {error}" for name, error in self.lost.items())
             )
         remaining = {silo: _until(given_up, silo, of) for silo, of in requests.items()}
-        for silo, request, message in self.post.exchange(self.nodes, remaining, in_flight or len(requests), stall):
+        patience = None if long_work else self.patience
+        exchange = self.post.exchange(self.nodes, remaining, in_flight or len(requests), patience, self._tell_waiting)
+        for silo, request, message in exchange:
             try:
                 if isinstance(message, FederationError):
                     raise message
@@ -156,6 +182,16 @@ class Conductor:
                 continue
             yield silo, request, reply
         self.nodes = {name: node for name, node in self.nodes.items() if name not in self.lost}
+
+    def finish(self) -> None:
+        """Have every silo that joined wipe what it keeps of the session. The result does not depend on it."""
+        post = Post(self.grid, lambda entry: None)  # the transcript is complete by now
+        request = FinishRequest(**self.about)
+        asked = {silo: [request] for silo in self.joined}
+        with self.phase("finish"):
+            for silo, _, reply in post.exchange(self.joined, asked, len(asked), FINISH_SECONDS):
+                if isinstance(reply, FinishReply):
+                    self.tell("finish", "silo", silo=silo)
 
     def step(self, phase: str, work: Callable[[], Any]) -> Any:
         """Return the result of a phase, a JSON value: as it was kept by an interrupted run, or by doing the work."""
@@ -184,11 +220,18 @@ class Conductor:
     def _tell_lost(self, phase: str, silo: str, error: GramfuseError) -> None:
         self.tell(phase, "lost", silo=silo, reason=str(error))
 
-    def _connected(self, needed: int) -> list[int]:
-        """Return the nodes that are connected, once they are as many as needed or the wait is over."""
+    def _tell_waiting(self, silo: str, phase: str, seconds: float) -> None:
+        self.tell(phase, "waiting", silo=silo, seconds=round(seconds))
+
+    def _connected(self, expected: Sequence[str]) -> dict[str, int]:
+        """Return the nodes that are connected, once all expected silos are there or the wait is over.
+
+        Returns:
+            Node ids; by the silo whose key the node has if nodes are authenticated, else by a label.
+        """
         deadline = time.monotonic() + self.wait
-        told = -1
-        while len(nodes := list(self.grid.get_node_ids())) < needed:
+        needed, told = len(expected), -1
+        while len(nodes := self._nodes(expected)) < needed:
             if len(nodes) != told:
                 told = len(nodes)
                 self.tell("join", "wait", connected=told, needed=needed)
@@ -196,11 +239,19 @@ class Conductor:
                 if len(nodes) >= self.plan.minimum_survivors:
                     break
                 raise FederationError(
-                    f"{len(nodes)} of {needed} silos connected within {self.wait:.0f} s; start the SuperNodes of "
-                    "the others"
+                    f"{len(nodes)} of {needed} silos connected within {self.wait:.0f} s; start the others with: "
+                    "gramfuse silo start"
                 )
             time.sleep(0.2)
         return nodes
+
+    def _nodes(self, expected: Sequence[str]) -> dict[str, int]:
+        if not self.authenticated:
+            return {f"node {node}": node for node in self.grid.get_node_ids()}
+        silos = {entry.node_key: entry.name for entry in self.plan.silo}
+        nodes = (node for node in self.grid.get_nodes() if node.public_key)
+        known = {silos.get(canonical(node.public_key)): node.node_id for node in nodes}
+        return {name: known[name] for name in expected if name in known}
 
 
 def _until(given_up: set[str], silo: str, requests: Iterable[Q]) -> Iterator[Q]:

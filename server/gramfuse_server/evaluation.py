@@ -76,7 +76,7 @@ class Evaluation:
         request = EvaluateRequest(**self.conductor.about, candidate=candidate.name, arrays=candidate.arrays)
         requests = {silo: [request] for silo in self.conductor.nodes}
         replies = self.conductor.ask(
-            EvaluateReply, requests, needed=self.plan.minimum_survivors, stall=None, check=self._check
+            EvaluateReply, requests, needed=self.plan.minimum_survivors, long_work=True, check=self._check
         )
         return pack(request).digest, {silo: reply.arrays["sums"] for silo, _, reply in replies if self.secure is None}
 

@@ -46,7 +46,7 @@ class Exchange:
         own_models: if given, each silo's own model is sent to all silos to be measured too; for simulations only,
             since it shows one silo's model to the others.
         piece_bytes: most bytes of a contribution in one message; a multiple of 16.
-        wait: seconds to wait for all silos to be connected.
+        wait, patience, authenticated: as `gramfuse_server.conductor.Conductor` has them.
     """
 
     def __init__(
@@ -61,6 +61,8 @@ class Exchange:
         observer: Observer = lambda event: None,
         piece_bytes: int = PIECE_BYTES,
         wait: float = WAIT_SECONDS,
+        patience: float | None = None,
+        authenticated: bool = False,
     ) -> None:
         self.plan = plan
         self.layout = layout
@@ -68,7 +70,7 @@ class Exchange:
         self.run = run
         self.own_models = own_models
         self.piece_bytes = piece_bytes
-        self.conductor = Conductor(grid, plan, run, observer, wait)
+        self.conductor = Conductor(grid, plan, run, observer, wait=wait, patience=patience, authenticated=authenticated)
         self.secure = SecureSums(self.conductor, piece_bytes) if plan.privacy.secure_aggregation else None
 
     def start(self) -> dict[str, Any]:
@@ -99,6 +101,10 @@ class Exchange:
         self.run.write("report.json", json.dumps(report, indent=2) + "\n")
         return report
 
+    def finish(self) -> None:
+        """Have the silos wipe what they keep of the run; call it once the run directory is complete."""
+        self.conductor.finish()
+
     def _train(self) -> dict[str, dict[str, Any]]:
         trained = {}
         request = TrainRequest(**self.conductor.about)
@@ -114,7 +120,7 @@ class Exchange:
             TrainReply,
             {name: [request] for name in self.conductor.nodes},
             needed=self.plan.minimum_survivors,
-            stall=None,
+            long_work=True,
             check=check,
         ):
             trained[silo] = {"examples": reply.examples, "tokens": dict(reply.tokens)}

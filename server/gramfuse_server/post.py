@@ -13,12 +13,9 @@ from flwr.app import RecordDict
 from flwr.serverapp import Grid
 
 from gramfuse_protocol.errors import FederationError
-from gramfuse_protocol.messages import REPLIES, Message
+from gramfuse_protocol.messages import REPLIES, Message, message_type
 from gramfuse_protocol.wire import Frame, pack, unpack
 from gramfuse_server.records import from_record, to_record
-
-FLOWER_TYPES = {"train": "train", "evaluate": "evaluate"}
-"""Flower's message types; all other phases are named queries."""
 
 M = TypeVar("M", bound=Message)
 
@@ -27,11 +24,12 @@ LOST = (3, AWAY, 8)
 """Flower's error codes for a reply that got lost, a node that is away, and a ClientApp that was killed."""
 
 ATTEMPTS = 3
+REMINDER_SECONDS = 60.0
 LONG = 7 * 24 * 3600.0
 """Seconds for which Flower keeps a message: fine-tuning may take days."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Sent(Generic[M]):
     """A request that is under way, and those of the same silo that are still to be sent."""
 
@@ -40,6 +38,7 @@ class _Sent(Generic[M]):
     request: M
     attempt: int = 1
     since: float = field(default_factory=time.monotonic)
+    reminded: float = 0.0
 
     def again(self) -> _Sent[M]:
         return _Sent(self.silo, self.remaining, self.request, self.attempt + 1)
@@ -69,7 +68,8 @@ class Post:
         nodes: Mapping[str, int],
         requests: Mapping[str, Iterable[M]],
         in_flight: int,
-        stall: float | None = None,
+        patience: float | None = None,
+        waiting_for: Callable[[str, str, float], None] = lambda silo, phase, seconds: None,
     ) -> Iterator[tuple[str, M, Message | FederationError]]:
         """Send every silo its requests, one after the other, and yield (silo, request, reply) as replies come.
 
@@ -81,8 +81,10 @@ class Post:
         Args:
             nodes: Flower's node id of each silo.
             in_flight: most requests under way at a time, ≥ 1.
-            stall: seconds after which a silo that answered nothing is given up; None leaves it to Flower, which
-                gives up nodes that are away.
+            patience: seconds after which a silo that answered nothing is given up; None leaves it to Flower, which
+                gives up nodes that are away, and workers that were killed.
+            waiting_for: is told, every REMINDER_SECONDS, of a silo that has not answered yet: its name, the phase, and
+                for how many seconds.
         """
         waiting = deque((silo, iter(requests[silo])) for silo in requests)
         active: dict[str, _Sent[M]] = {}
@@ -106,14 +108,21 @@ class Post:
                     if not isinstance(reply, FederationError):
                         waiting.appendleft((sent.silo, sent.remaining))
                     yield sent.silo, sent.request, reply
-                if stall is not None and message_id in active and time.monotonic() - active[message_id].since > stall:
-                    sent = active.pop(message_id)
+                if message_id not in active:
+                    continue
+                sent = active[message_id]
+                waited = time.monotonic() - sent.since
+                if waited > sent.reminded + REMINDER_SECONDS:
+                    sent.reminded = waited
+                    waiting_for(sent.silo, sent.request.phase, waited)
+                if patience is not None and waited > patience:
+                    del active[message_id]
                     progress = True
                     yield (
                         sent.silo,
                         sent.request,
                         FederationError(
-                            f"silo {sent.silo!r} gave no answer in phase {sent.request.phase!r} within {stall:.0f} s"
+                            f"silo {sent.silo!r} gave no answer in phase {sent.request.phase!r} within {patience:.0f} s"
                         ),
                     )
             # Each look costs a request to the SuperLink, so look less often while nothing comes.
@@ -131,8 +140,7 @@ class Post:
             frame = pack(request)
             self._packed = request, frame, to_record(frame)
         _, frame, content = self._packed
-        kind = FLOWER_TYPES.get(request.phase, f"query.{request.phase}")
-        message = FlowerMessage(content=content, dst_node_id=node, message_type=kind, ttl=LONG)
+        message = FlowerMessage(content=content, dst_node_id=node, message_type=message_type(request.phase), ttl=LONG)
         self.sent[silo][request.phase] += frame.nbytes
         self._note("to", silo, request.phase, frame)
         (message_id,) = self.grid.push_messages([message])

@@ -5,7 +5,6 @@ While a run is under way its directory is called `<name>.partial`; it gets its n
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -17,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from gramfuse_protocol.errors import FederationError, GramfuseError, RunDirectoryError
+from gramfuse_protocol.errors import FederationError, GramfuseError, RunDirectoryError, disk_is_full
 
 CHECKPOINT = "checkpoint.json"
 SUMS = "SHA256SUMS"
@@ -81,18 +80,13 @@ class RunDirectory:
         """Turn what the disk says no to into RunDirectoryError."""
         try:
             yield
-        except OSError as error:
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        except Exception as error:
+            full = disk_is_full(error)
+            if not full and not isinstance(error, OSError):
+                raise
             raise RunDirectoryError(
                 f"{self.partial}: {'no space left on the disk' if full else error}; nothing of this run was kept"
             ) from error
-        except Exception as error:
-            # safetensors reports a full disk by an exception of its own, which has no errno.
-            if "No space left on device" in str(error):
-                raise RunDirectoryError(
-                    f"{self.partial}: no space left on the disk; nothing of this run was kept"
-                ) from error
-            raise
 
     def write(self, name: str, text: str) -> None:
         """Write a text file of the run."""

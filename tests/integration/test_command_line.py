@@ -26,6 +26,7 @@ from gramfuse_cli.main import cli, main
 from gramfuse_cli.project import Project
 from gramfuse_protocol.keys import Identity
 from gramfuse_protocol.layout import Layout
+from gramfuse_protocol.node_key import public_of
 from gramfuse_protocol.plan import Plan
 
 GRAMFUSE = str(Path(sys.executable).with_name("gramfuse"))
@@ -572,7 +573,7 @@ def test_show_prints_a_line_for_each_gram_matrix(
         assert any(line.split()[-4:] == numbers and all(word in line for word in words) for line in lines), modules
 
 
-def test_keygen_makes_a_private_file_once_and_prints_what_the_plan_takes(
+def test_keygen_makes_private_files_once_and_prints_what_the_plan_takes(
     pico_project: Callable[..., Any], gramfuse: Callable[..., Outcome]
 ) -> None:
     project = pico_project(silos=3)
@@ -581,16 +582,21 @@ def test_keygen_makes_a_private_file_once_and_prints_what_the_plan_takes(
     key = project.identity("silo-a")
     assert key.stat().st_mode & 0o777 == 0o600
     identity = Identity.parse(key.read_text(), str(key))
-    assert made.stdout == f'[[silo]]\nname = "silo-a"\npublic-key = "{identity.public.hex()}"\n'
+    node_key = project.silo("silo-a").with_suffix(".key")
+    assert node_key.stat().st_mode & 0o777 == 0o600
+    line = public_of(node_key.read_text(), str(node_key))
+    assert made.stdout == f'[[silo]]\nname = "silo-a"\npublic-key = "{identity.public.hex()}"\nnode-key = "{line}"\n'
     assert "PRIVATE" not in made.stdout + made.stderr
 
-    before = key.read_bytes()
+    before = key.read_bytes(), node_key.read_bytes()
     check_failure(gramfuse("silo", "keygen", project.silo("silo-a"), "--json"), "PlanError", 10, ["exists already"])
-    assert key.read_bytes() == before
+    assert (key.read_bytes(), node_key.read_bytes()) == before
     other = gramfuse("silo", "keygen", project.silo("silo-b"), "--json").object
     assert other["name"] == "silo-b"
     assert other["identity"] == str(project.identity("silo-b"))
     assert other["public_key"] != identity.public.hex()
+    assert other["node_key_file"] == str(project.silo("silo-b").with_suffix(".key"))
+    assert other["node_key"] != line
 
 
 @pytest.mark.parametrize(

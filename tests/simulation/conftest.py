@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from flwr.app import Context, Error, Message, RecordDict
+from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, no_object_id_recompute
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
@@ -37,7 +38,7 @@ class Visit:
     number: int
 
 
-Fault = Callable[[Visit, Callable[[], RecordDict]], "RecordDict | Error"]
+Fault = Callable[[Visit, Callable[[], "RecordDict | Error"]], "RecordDict | Error"]
 """Takes a visit and a function that has the node answer; returns what the coordinator gets instead of the answer."""
 
 
@@ -49,6 +50,7 @@ class InProcessGrid(Grid):
         fault: see `Fault`; by default every node is reached and answers once.
         lag: with it, the messages under way arrive and are answered in an order that it draws.
         configs: node configurations by name.
+        keys: public keys by name, as a SuperLink that authenticates nodes has them, PEM.
 
     Attributes:
         sent: (node, phase) of every message that was sent, in order.
@@ -62,7 +64,9 @@ class InProcessGrid(Grid):
         fault: Fault = lambda visit, deliver: deliver(),
         lag: random.Random | None = None,
         configs: Mapping[str, dict[str, Any]] | None = None,
+        keys: Mapping[str, bytes] | None = None,
     ) -> None:
+        self.keys = keys or {}
         self.fault = fault
         self.lag = lag
         self.nodes = {FIRST_NODE + n: (name, node) for n, (name, node) in enumerate(nodes.items())}
@@ -93,6 +97,11 @@ class InProcessGrid(Grid):
 
     def get_node_ids(self) -> Iterable[int]:
         return list(self.nodes)
+
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        return [
+            NodeInfo(node_id=number, public_key=self.keys.get(name, b"")) for number, (name, _) in self.nodes.items()
+        ]
 
     def push_messages(self, messages: Iterable[Message]) -> Sequence[str]:
         ids = []
@@ -128,8 +137,9 @@ class InProcessGrid(Grid):
         number = message.metadata.dst_node_id
         _, node = self.nodes[number]
 
-        def deliver() -> RecordDict:
-            return node(message, self.contexts[number]).content
+        def deliver() -> RecordDict | Error:
+            reply = node(message, self.contexts[number])
+            return reply.error if reply.has_error() else reply.content
 
         try:
             answer = self.fault(visit, deliver)

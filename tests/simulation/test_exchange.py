@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_public_key
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
 from safetensors.numpy import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -22,7 +23,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 import gramfuse_client.workbench
 from gramfuse_cli.engine import simulated_silo
 from gramfuse_cli.project import Project
-from gramfuse_client.app import client_app
+from gramfuse_client.app import SiloApp
 from gramfuse_client.records import from_record, to_record
 from gramfuse_client.silo import Silo
 from gramfuse_client.state import State
@@ -44,6 +45,7 @@ from gramfuse_protocol.messages import (
     TrainReply,
     UploadReply,
 )
+from gramfuse_protocol.node_key import generate
 from gramfuse_protocol.plan import Plan
 from gramfuse_protocol.statistics import Contribution, Statistics
 from gramfuse_protocol.wire import pack, unpack
@@ -65,7 +67,7 @@ def simulated(project: Any, plan: Plan, state: Path) -> dict[str, Any]:
     apps = {}
     for name in project.names:
         silo = simulated_silo(str(project.silo(name)), str(state), plan.digest)
-        apps[name] = client_app(lambda _, silo=silo: silo)
+        apps[name] = SiloApp(lambda _, silo=silo: silo)
     return apps
 
 
@@ -304,8 +306,9 @@ def test_a_run_leaves_a_model_that_loads_and_a_complete_report(honest: Honest) -
     files = {p.relative_to(out).as_posix(): p for p in out.rglob("*") if p.is_file() and p.name != "SHA256SUMS"}
     assert sums == {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
     transcript = [json.loads(line) for line in (out / "transcript.jsonl").read_text().splitlines()]
-    assert len([entry for entry in transcript if "to" in entry]) == len(honest.sent)
-    assert len([entry for entry in transcript if "from" in entry]) == len(honest.sent)
+    told = [phase for _, phase in honest.sent if phase != "finish"]  # which comes when the transcript is complete
+    assert len([entry for entry in transcript if "to" in entry]) == len(told)
+    assert len([entry for entry in transcript if "from" in entry]) == len(told)
 
     model = AutoModelForSequenceClassification.from_pretrained(out / "model").eval()
     held_out = [row for name in SILOS for row in rows_of(honest.project.directory / "data" / name / "held-out.jsonl")]
@@ -530,7 +533,7 @@ def test_what_is_lost_is_asked_again_and_nobody_trains_twice(
 
     grid = in_process_grid(simulated(honest.project, honest.plan, place / "state"), fault=fault)
     report = coordinate(grid, honest.plan, honest.layout, honest.project.directory, place / "run")
-    assert sorted(lost) == sorted(["join", "train", "upload", "evaluate"] * 3)
+    assert sorted(lost) == sorted(["join", "train", "upload", "evaluate", "finish"] * 3)
     assert grid.sent.count(("silo-b", "train")) == grid.sent.count(("silo-b", "upload")) == 3
     assert len(trainings) == 3
     assert_identical(weights_of(place / "run"), honest.weights)
@@ -707,13 +710,64 @@ def test_a_silo_that_has_not_approved_the_plan_is_named_and_the_run_ends(
 ) -> None:
     project = pico_project(silos=3)
     silos = simulated(project, honest.plan, project.directory / "state")
-    silos["silo-c"] = client_app(lambda _: Silo.read(project.silo("silo-c")))
+    silos["silo-c"] = SiloApp(lambda _: Silo.read(project.silo("silo-c")))
     grid = in_process_grid(silos)
     message = failure(RefusalError, grid, honest, place)
     assert "silo-c" in message
     assert "approved" in message
     assert str(project.directory) not in message
     assert {phase for _, phase in grid.sent} == {"join"}
+
+
+@dataclass(frozen=True)
+class Keyed:
+    """A plan that names node keys, and those keys as a SuperLink has them."""
+
+    plan: Plan
+    public: dict[str, bytes]
+
+    @staticmethod
+    def of(honest: Honest) -> Keyed:
+        lines = {name: generate()[1] for name in (*SILOS, "stranger")}
+        roster = tuple(entry.model_copy(update={"node_key": lines[entry.name]}) for entry in honest.plan.silo)
+        pem = Encoding.PEM, PublicFormat.SubjectPublicKeyInfo
+        public = {name: load_ssh_public_key(line.encode()).public_bytes(*pem) for name, line in lines.items()}
+        return Keyed(honest.plan.model_copy(update={"silo": roster}), public)
+
+
+def test_a_node_is_the_silo_whose_key_it_has(honest: Honest, in_process_grid: Any, place: Path) -> None:
+    keyed = Keyed.of(honest)
+    stranger = Scripted("stranger", honest.layout, honest.statistics["silo-a"])
+    grid = in_process_grid({"stranger": stranger, **honest.scripted()}, keys=keyed.public)
+    exchange(grid, honest, place / "run", plan=keyed.plan, authenticated=True)
+    assert_identical(weights_of(place / "run"), honest.weights)
+    assert "stranger" not in {node for node, _ in grid.sent}  # another plan's silo is not even asked
+
+
+@pytest.mark.parametrize("phase", ["join", "train", "upload"])
+def test_a_message_from_one_silos_connection_in_anothers_name_is_refused(
+    honest: Honest, in_process_grid: Any, place: Path, phase: str
+) -> None:
+    def fault(visit: Any, deliver: Callable[[], RecordDict]) -> RecordDict:
+        content = deliver()
+        if (visit.node, visit.phase) != ("silo-b", phase):
+            return content
+        reply = unpack(from_record(content), REPLIES)
+        return to_record(pack(reply.model_copy(update={"silo": "silo-c"})))
+
+    keyed = Keyed.of(honest)
+    grid = in_process_grid(honest.scripted(), keys=keyed.public, fault=fault)
+    with pytest.raises(FederationError, match=r"silo 'silo-b' answered as .*'silo-c'"):
+        exchange(grid, honest, place / "run", plan=keyed.plan, authenticated=True)
+
+
+def test_nodes_without_keys_are_not_silos_where_nodes_are_authenticated(
+    honest: Honest, in_process_grid: Any, place: Path
+) -> None:
+    grid = in_process_grid(honest.scripted())
+    with pytest.raises(FederationError, match="0 of 3 silos connected"):
+        exchange(grid, honest, place / "run", plan=Keyed.of(honest).plan, authenticated=True, wait=0.1)
+    assert not grid.sent
 
 
 def test_nodes_beyond_the_roster_that_refuse_do_not_stop_the_others(

@@ -28,7 +28,7 @@ from safetensors.numpy import load_file, save_file
 
 from gramfuse_cli.project import Project
 from gramfuse_client import membership, workbench
-from gramfuse_client.app import client_app
+from gramfuse_client.app import SiloApp
 from gramfuse_client.data import load
 from gramfuse_client.participant import Participant
 from gramfuse_client.records import from_record, to_record
@@ -82,6 +82,8 @@ class Site:
     base: Base
     layout: Layout
     statistics: Mapping[str, Statistics]
+    repeat: bool = False
+    """Whether the silos contribute in another session of a plan too."""
 
     def plan(self, *changes: str, silos: int = 5) -> Plan:
         """The plan with settings, of the first few silos, locked."""
@@ -92,7 +94,8 @@ class Site:
     def silo(self, name: str, plan: Plan, place: Path) -> Silo:
         """A silo that approved the plan, with its state under a place."""
         silo = Silo.read(self.project.silo(name))
-        limits = silo.file.limits.model_copy(update={"open_uploads": not plan.privacy.secure_aggregation})
+        allowed = {"open_uploads": not plan.privacy.secure_aggregation, "repeat_contributions": self.repeat}
+        limits = silo.file.limits.model_copy(update=allowed)
         changes = {"approved": (plan.digest,), "state": str(place / "state" / name), "limits": limits}
         return Silo(silo.path, silo.file.model_copy(update=changes))
 
@@ -223,7 +226,7 @@ class Run:
         """The silos' ClientApps; the digest of every answer is kept by (silo, digest of the request)."""
 
         def node(name: str) -> Any:
-            app = client_app(lambda _: self.site.silo(name, self.plan, self.place))
+            app = SiloApp(lambda _: self.site.silo(name, self.plan, self.place))
 
             def answer(message: Message, context: Context) -> Message:
                 request, reply = from_record(message.content), app(message, context)
@@ -982,16 +985,30 @@ def test_state_is_private_to_its_owner_at_every_step(script: Coordinator) -> Non
     assert masked.stat().st_size == 8 * script.site.layout.sum_entries
 
 
-def test_a_second_sum_under_the_same_plan_is_over_the_same_silos_or_none(script: Coordinator, place: Path) -> None:
-    shutil.copytree(script.place / "evaluate" / "state", place / "state")
+def test_once_a_sum_was_signed_no_other_session_of_its_plan_begins(script: Coordinator, place: Path) -> None:
     again = Coordinator(script.site, script.plan, place, "ee" * 16)
+    at(script, "unmask", place, A)
+    reply = again.ask(A, again.honest("join", A)[0])
+    assert (reply.error, reply.reason) == ("RefusalError", "this silo contributed under this plan before")
+    for step in ("join", "unmask"):  # the session itself goes on, and can be resumed
+        assert not isinstance(script.ask(A, script.requests[step][A][0], place), Refusal)
+
+    shutil.rmtree(place / "state")
+    at(script, "survivors", place, A)
+    again.do("join", [A])
+
+
+def test_a_second_sum_under_the_same_plan_is_over_the_same_silos_or_none(script: Coordinator, place: Path) -> None:
+    site = replace(script.site, repeat=True)
+    shutil.copytree(script.place / "evaluate" / "state", place / "state")
+    again = Coordinator(site, script.plan, place, "ee" * 16)
     for step in STEPS:  # the same silos: nothing can be learned from it, and nothing is masked with the same masks
         again.do(step)
     first, second = (c.replies["masked"][A][0].arrays["masked"] for c in (script, again))
     assert not (first == second).any()
     assert_over(script, place, A)  # beginning another session ends the one before
 
-    fewer = Coordinator(script.site, script.plan, place, "dd" * 16)
+    fewer = Coordinator(site, script.plan, place, "dd" * 16)
     fewer.names = NAMES[:4]
     for step in STEPS[:5]:
         fewer.do(step)
@@ -1004,14 +1021,14 @@ def test_a_second_sum_under_the_same_plan_is_over_the_same_silos_or_none(script:
 
 
 def with_other_data(site: Site, place: Path) -> Site:
-    """The same silos, of which silo-a has one example more."""
+    """The same silos, of which silo-a has one example more; they contribute in another session too."""
     directory = shutil.copytree(site.project.directory, place / "project", ignore=shutil.ignore_patterns("*.pem"))
     project = copy.copy(site.project)
     object.__setattr__(project, "directory", directory)
     shutil.copytree(site.project.directory / "state", directory / "state", dirs_exist_ok=True)
     with project.train(A).open("a") as file:
         file.write('{"text": "the old cat", "label": "animals"}\n')
-    return Site(project, site.base, site.layout, site.statistics)
+    return replace(site, project=project, repeat=True)
 
 
 def test_other_data_are_not_contributed_under_the_same_plan(script: Coordinator, place: Path) -> None:

@@ -38,9 +38,16 @@ name = "a"
 name = "b"
 """
 
+# The generator of P-384 is a public key: its private half is 1.
+NODE_KEY = (
+    "ecdsa-sha2-nistp384 AAAAE2VjZHNhLXNoYTItbmlzdHAzODQAAAAIbmlzdHAzODQAAABhBKqHyiK+iwU3jrHHHvMgrXRu"
+    "HTtii6ebmFn3QeCCVCo4VQLyXb9VKWw6VF44cnYKtzYX3kqWJixvXZ6Yv5KS3Cn49B29KJoUfOnaMRO18LjACmCxzh1+gZ16Qx18kOoOXw=="
+)
+
 EVERY_KEY = (
     """
-silo = [{public-key = "KEY", name = "north-1"}, {name = "south"}]   # another order than the plan writes
+# another order than the plan writes
+silo = [{node-key = "NODE", public-key = "KEY", name = "north-1"}, {name = "south"}]
 
 [privacy]
 metrics = "none"
@@ -81,6 +88,7 @@ name = "every-key"
 """.replace("LAYOUT", "0" * 63 + "f")
     .replace("SHA256", "ab" * 32)
     .replace("KEY", "0" * 64)
+    .replace("NODE", NODE_KEY)
 )
 
 SMALL_CANONICAL = (
@@ -90,11 +98,11 @@ SMALL_CANONICAL = (
     '"task":"classification"},'
     '"plan":{"name":"small","version":1},'
     '"privacy":{"colluding":1,"metrics":"sum","minimum-survivors":null,"secure-aggregation":false,"threshold":null},'
-    '"silo":[{"name":"a","public-key":null},{"name":"b","public-key":null}],'
+    '"silo":[{"name":"a","node-key":null,"public-key":null},{"name":"b","node-key":null,"public-key":null}],'
     '"training":{"batch-size":16,"epochs":5,"freeze":["*embeddings*"],"learning-rate":"5e-05","seed":1,"warmup":"0.06",'
     '"weight-decay":"0.01"}}'
 )
-SMALL_DIGEST = "35759982a9b122d17501dcef7c0eada75865639a8ffaedfc21cab0ad9261a8e0"
+SMALL_DIGEST = "a6d1e83677699b11edefc940f7826331f481d353e59d747d1c9ae98c03cc697b"
 
 
 def _edit(text: str, old: str, new: str) -> str:
@@ -215,7 +223,7 @@ def test_values_arrive_as_written() -> None:
             "privacy.noise",
             "secure-aggregation, colluding, threshold, minimum-survivors, metrics",
         ),
-        ("[[silo]]\ncolour = 1", "silo.0.colour", "name, public-key"),
+        ("[[silo]]\ncolour = 1", "silo.0.colour", "name, public-key, node-key"),
     ],
 )
 def test_an_unknown_key_is_refused_with_file_key_and_the_known_keys(
@@ -240,7 +248,7 @@ def test_an_unknown_key_in_the_only_silo_is_the_only_complaint() -> None:
     text = _edit(SMALL, '[[silo]]\nname = "b"\n', "") + "colour = 1\n"
     with pytest.raises(PlanError) as caught:
         Plan.parse(text, "plan.toml")
-    assert str(caught.value) == "plan.toml: unknown key 'silo.0.colour'; known here: name, public-key"
+    assert str(caught.value) == "plan.toml: unknown key 'silo.0.colour'; known here: name, public-key, node-key"
 
 
 @pytest.mark.parametrize(
@@ -284,6 +292,7 @@ def test_an_unknown_key_in_the_only_silo_is_the_only_complaint() -> None:
             "privacy.minimum-survivors",
         ),
         ('name = "b"', 'name = "b"\npublic-key = "AB"', "silo.1.public-key"),
+        ('name = "b"', 'name = "b"\nnode-key = "AB"', "silo.1.node-key"),
         ('name = "b"', 'name = "-b"', "silo.1.name"),
         ('name = "b"', "", "silo.1.name"),
     ],
@@ -520,6 +529,8 @@ def test_the_digest_changes_when_any_key_changes() -> None:
         changed = section.model_copy(update={name: tuple(value) if isinstance(value, list) else value})
         digests.add((changed if section is plan else plan.model_copy(update={path[0]: changed})).digest)
     keys = [plan.with_keys({"a": "0" * 64, "b": other * 64}) for other in "12"]
+    node_key = plan.silo[0].model_copy(update={"node_key": NODE_KEY})
+    keys.append(plan.model_copy(update={"silo": (node_key, *plan.silo[1:])}))
     digests |= {keyed.digest for keyed in keys}
     assert len(digests) == 1 + len(CHANGED) + len(keys)
 

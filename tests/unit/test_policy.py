@@ -8,22 +8,29 @@ import os
 import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from datetime import datetime, time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from flwr.app import Context, RecordDict
+from flwr.app import Message as FlowerMessage
+from flwr.supercore.task_identity import TaskIdentity
 
 from gramfuse_client import participant as participant_module
+from gramfuse_client.app import SiloApp
 from gramfuse_client.participant import Participant
-from gramfuse_client.policy import check_examples, check_plan
-from gramfuse_client.silo import Data, Limits, Silo, SiloFile
+from gramfuse_client.policy import check_bytes, check_examples, check_hours, check_plan
+from gramfuse_client.records import from_record, to_record
+from gramfuse_client.silo import Coordinator, Data, Limits, Silo, SiloFile
 from gramfuse_model.base import load_base
 from gramfuse_model.tracing import plan_layout
 from gramfuse_protocol.errors import FederationError, ModelError, RefusalError, error_types
 from gramfuse_protocol.layout import Layout
 from gramfuse_protocol.messages import (
+    REPLIES,
     EvaluateReply,
     EvaluateRequest,
     JoinReply,
@@ -35,7 +42,9 @@ from gramfuse_protocol.messages import (
     UploadReply,
     UploadRequest,
 )
+from gramfuse_protocol.node_key import generate
 from gramfuse_protocol.plan import Plan
+from gramfuse_protocol.wire import pack, unpack
 
 SESSION = "0123456789abcdef" * 2
 OTHER_SESSION = "fedcba9876543210" * 2
@@ -113,6 +122,54 @@ def test_too_few_examples_are_refused_by_the_key_and_not_counted_for_the_coordin
     assert str(caught.value).startswith(f"{PATH}: 57 training examples")
     assert "'limits.minimum-examples' = 58" in str(caught.value)
     quotes_nothing(caught.value.reason, [str(PATH), "57", "58"])
+
+
+@pytest.mark.parametrize(
+    ("hours", "within", "outside"),
+    [
+        ("08:00-17:30", ["08:00", "12:00", "17:29:59.999999"], ["17:30", "23:00", "00:00", "07:59:59.999999"]),
+        (
+            "20:00-06:00",
+            ["20:00", "23:59:59.999999", "00:00", "05:59:59.999999"],
+            ["06:00", "12:00", "19:59:59.999999"],
+        ),
+        ("22:00-00:00", ["22:00", "23:59:59.999999"], ["00:00", "21:59:59.999999"]),
+    ],
+)
+def test_a_silo_trains_from_the_start_of_its_hours_until_before_their_end(
+    hours: str, within: list[str], outside: list[str]
+) -> None:
+    silo = willing(train_hours=hours)
+    for moment in within:
+        check_hours(silo, datetime.combine(datetime(2030, 1, 31), time.fromisoformat(moment)))
+    for moment in outside:
+        with pytest.raises(RefusalError) as caught:
+            check_hours(silo, datetime.combine(datetime(2030, 1, 31), time.fromisoformat(moment)))
+        assert str(caught.value) == f"{PATH}: it is {moment[:5]}; 'limits.train-hours' is {hours}"
+        assert hours in caught.value.reason
+        quotes_nothing(caught.value.reason, [str(PATH), silo.name])
+
+
+def test_a_node_key_that_is_not_the_rosters_is_refused(tmp_path: Path) -> None:
+    def silo(name: str, plan: Plan) -> Silo:
+        coordinator = Coordinator(address="merge.example.org:9092")
+        return Silo(tmp_path / name, willing(approved=(plan.digest,), coordinator=coordinator).file)
+
+    keys = {name: generate() for name in ("silo-a", "other")}
+    for name, (private, _) in keys.items():
+        (tmp_path / f"{name}.key").touch(mode=0o600)
+        (tmp_path / f"{name}.key").write_text(private)
+    entry = PLAN.silo[0].model_copy(update={"node_key": keys["silo-a"][1]})
+    plan = PLAN.model_copy(update={"silo": (entry,)})
+    check_plan(silo("silo-a.toml", plan), plan)
+    with pytest.raises(RefusalError) as caught:
+        check_plan(silo("other.toml", plan), plan)
+    assert f"another node key for 'silo-a' than {tmp_path / 'other.key'} holds" in str(caught.value)
+    assert str(caught.value).endswith(f"here it is {keys['other'][1]}")
+    quotes_nothing(caught.value.reason, [str(tmp_path), "silo-a", *(line.split()[1] for _, line in keys.values())])
+    # Who connects in another way has no such key, and a plan may leave it out.
+    check_plan(willing(approved=(plan.digest,)), plan)
+    check_plan(silo("third.toml", PLAN), PLAN)
 
 
 def test_limits_are_strict_unless_the_silo_file_loosens_them() -> None:
@@ -278,6 +335,79 @@ def test_nothing_is_answered_before_joining(request_of: Callable[[Site], Message
     assert not here.silo.state.exists()
 
 
+@pytest.mark.parametrize("secure", [True, False])
+def test_a_contribution_of_more_bytes_than_may_leave_is_refused_before_anything_is_done(
+    secure: bool, site: Callable[..., Site]
+) -> None:
+    here = site()
+    # A contribution in the clear and one that is masked; what really leaves has these sizes elsewhere in the tests.
+    size = 8 * here.layout.sum_entries if secure else here.layout.contribution_bytes
+    privacy = here.plan.privacy.model_copy(update={"secure_aggregation": secure})
+    plan = here.plan.model_copy(update={"privacy": privacy})
+    check_bytes(willing(maximum_bytes=size), plan, here.layout)
+    check_bytes(willing(), plan, here.layout)
+    with pytest.raises(RefusalError) as caught:
+        check_bytes(willing(maximum_bytes=size - 1), plan, here.layout)
+    assert str(caught.value).startswith(f"{PATH}: a contribution under this plan has {size:,} bytes; ")
+    assert f"'limits.maximum-bytes' is {size - 1:,}" in str(caught.value)
+    quotes_nothing(caught.value.reason, [str(PATH), str(size), f"{size:,}", str(size - 1), f"{size - 1:,}"])
+    if not secure:
+        here.edit("[limits]", f"[limits]\nmaximum-bytes = {size - 1}")
+        refused(here, here.join(), RefusalError)
+        assert not here.silo.state.exists()
+        here.edit(f"maximum-bytes = {size - 1}", f"maximum-bytes = {size}")
+        assert isinstance(here.answer(here.join()), JoinReply)
+
+
+def test_what_was_contributed_is_contributed_again_in_its_own_session_only_unless_the_silo_file_allows_it(
+    site: Callable[..., Site],
+) -> None:
+    here = site()
+    here.answer(here.join())
+    here.answer(here.train())
+    assert isinstance(here.answer(here.join(session=OTHER_SESSION)), JoinReply), "nothing left so far"
+    first = here.answer(here.upload())
+    assert isinstance(first, UploadReply)
+    for _ in range(2):
+        reply = refused(here, here.join(session=OTHER_SESSION), RefusalError)
+        assert reply.reason == "this silo contributed under this plan before"
+    assert isinstance(here.answer(here.join()), JoinReply), "an interrupted session goes on"
+    again = here.answer(here.upload())
+    assert isinstance(again, UploadReply)
+    assert {name: array.tobytes() for name, array in again.arrays.items()} == {
+        name: array.tobytes() for name, array in first.arrays.items()
+    }
+    here.edit("[limits]", "[limits]\nrepeat-contributions = true")
+    assert isinstance(here.answer(here.join(session=OTHER_SESSION)), JoinReply)
+
+
+def test_outside_of_its_hours_a_silo_neither_joins_nor_trains_and_what_it_has_may_leave(
+    site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Clock:
+        hour = 12
+
+        @classmethod
+        def now(cls) -> datetime:
+            return datetime(2030, 1, 31, cls.hour)
+
+    monkeypatch.setattr(participant_module, "datetime", Clock)
+    here = site()
+    here.edit("[limits]", '[limits]\ntrain-hours = "20:00-06:00"')
+    refused(here, here.join(), RefusalError)
+    assert not here.silo.state.exists()
+    Clock.hour = 20
+    assert isinstance(here.answer(here.join()), JoinReply)
+    Clock.hour = 6
+    refused(here, here.train(), RefusalError)
+    assert not here.statistics.exists()
+    Clock.hour = 5
+    trained = here.answer(here.train())
+    Clock.hour = 12
+    assert here.answer(here.train()) == trained
+    assert isinstance(here.answer(here.upload()), UploadReply)
+
+
 def test_nothing_is_uploaded_before_training(site: Callable[..., Site]) -> None:
     here = site()
     assert isinstance(here.answer(here.join()), JoinReply)
@@ -329,8 +459,9 @@ def test_a_model_that_does_not_fit_the_layout_is_not_evaluated(site: Callable[..
         (Site.upload, ("approved = [", "approved = [] #")),
         (Site.evaluate, ("approved = [", "approved = [] #")),
         (Site.upload, ("open-uploads = true", "open-uploads = false")),
+        (Site.upload, ("open-uploads = true", "open-uploads = true\nmaximum-bytes = 1")),
     ],
-    ids=["approval, train", "approval, upload", "approval, evaluate", "open uploads, upload"],
+    ids=["approval, train", "approval, upload", "approval, evaluate", "open uploads, upload", "bytes, upload"],
 )
 def test_what_the_operator_withdraws_after_joining_holds_from_then_on(
     request_of: Callable[[Site], Message], withdrawal: tuple[str, str], site: Callable[..., Site]
@@ -341,6 +472,17 @@ def test_what_the_operator_withdraws_after_joining_holds_from_then_on(
     assert not isinstance(here.answer(request_of(here)), Refusal)
     here.edit(*withdrawal)
     refused(here, request_of(here), RefusalError)
+
+
+@pytest.mark.parametrize("request_of", [Site.join, Site.train, Site.upload, Site.evaluate])
+def test_what_was_uploaded_in_one_session_does_not_leave_in_another(
+    request_of: Callable[[Site], Message], site: Callable[..., Site]
+) -> None:
+    here = site()
+    for request in (here.join(), here.train(), here.upload()):
+        assert not isinstance(here.answer(request), Refusal)
+    refused(here, request_of(here).model_copy(update={"session": "b" * 32}), RefusalError)
+    assert not isinstance(here.answer(here.upload()), Refusal)
 
 
 @pytest.mark.parametrize(
@@ -356,8 +498,12 @@ def test_an_unexpected_exception_becomes_a_refusal_that_holds_nothing_of_it(
         raise KeyError(secret)
 
     monkeypatch.setattr(participant_module, "load", fail)
+    for key in ("_run_id", "_node_id", "_task_id"):  # what Flower sets in a process that makes messages
+        monkeypatch.setattr(TaskIdentity, key, 1)
+    message = FlowerMessage(to_record(pack(here.join())), 101, "query.join")
     with caplog.at_level(logging.ERROR):
-        reply = here.answer(here.join())
+        left = SiloApp(lambda _: here.silo)(message, Context(1, 101, {}, RecordDict(), {}))
+    reply = unpack(from_record(left.content), REPLIES)
     assert isinstance(reply, Refusal)
     assert reply.exit_code != 0
     quotes_nothing(reply.model_dump_json(), [secret, "KeyError", "Traceback"])

@@ -1,0 +1,207 @@
+"""Certificates: a private authority's own, and those of the servers that it vouches for.
+
+Keys and times are arguments; nothing is written here.
+
+Sources: RFC 5280 (certificates), RFC 9525 (a server is known by its alternative names, not by its subject).
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from gramfuse_protocol.documents import read_text
+from gramfuse_protocol.errors import PlanError
+
+KEY_FILE = "ca.key"
+CERTIFICATE_FILE = "ca.crt"
+
+LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
+"""In every server's certificate: the processes that a SuperLink starts dial it on its own machine."""
+
+_SLACK = timedelta(days=1)
+"""A certificate is valid from this long ago, for machines whose clocks are behind."""
+_LABEL = re.compile(r"(?!-)[a-z0-9-]{1,63}(?<!-)")
+
+
+@dataclass(frozen=True)
+class Authority:
+    """A certificate authority: its private key and its own certificate."""
+
+    key: ec.EllipticCurvePrivateKey
+    certificate: x509.Certificate
+
+    @staticmethod
+    def create(name: str, now: datetime, days: int) -> Authority:
+        """Make an authority that vouches for servers, not for other authorities.
+
+        Args:
+            name: what its certificate calls it, 1 to 64 characters.
+            now: the time, with its zone; it ends that many days later.
+        """
+        key = new_key()
+        subject = _name(name)
+        certificate = (
+            _builder(subject, subject, key.public_key(), now, now + timedelta(days=days))
+            .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+            .add_extension(_usage("key_cert_sign", "crl_sign"), critical=True)
+            .sign(key, hashes.SHA384())
+        )
+        return Authority(key, certificate)
+
+    @staticmethod
+    def read(directory: Path, now: datetime) -> Authority:
+        """Read ca.key and ca.crt.
+
+        Raises:
+            PlanError: if one is not there or is something else, the two do not belong together, others on this machine
+                can read the key, or the certificate is not valid now.
+        """
+        key = _read_key(directory / KEY_FILE)
+        path = directory / CERTIFICATE_FILE
+        text = read_text(path)
+        try:
+            certificate = x509.load_pem_x509_certificate(text.encode("utf-8"))
+            certifies = certificate.public_key() == key.public_key()
+            constraints = certificate.extensions.get_extension_for_class(x509.BasicConstraints).value
+            certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier)
+        except (ValueError, UnsupportedAlgorithm, x509.ExtensionNotFound):
+            raise PlanError(f"{path}: is not a certificate that gramfuse pki init made; put that one there") from None
+        if not certifies or not constraints.ca:
+            raise PlanError(f"{path}: is not the authority's certificate of {KEY_FILE} beside it; put that one there")
+        begin, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+        if not begin <= now < end:
+            raise PlanError(
+                f"{path}: valid from {begin:%Y-%m-%d} to {end:%Y-%m-%d} only, and today is {now:%Y-%m-%d}; "
+                "if this machine's clock is right, make a new authority with gramfuse pki init in another directory"
+            )
+        return Authority(key, certificate)
+
+    def certify(
+        self, key: ec.EllipticCurvePublicKey, names: Iterable[x509.GeneralName], now: datetime, days: int
+    ) -> x509.Certificate:
+        """Return a server's certificate; it ends after that many days, or with the authority's own if that is sooner.
+
+        Args:
+            names: all that clients dial the server by; see `server_names`.
+        """
+        end = min(now + timedelta(days=days), self.certificate.not_valid_after_utc)
+        own = self.certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
+        return (
+            _builder(_name("gramfuse coordinator"), self.certificate.subject, key, now, end)
+            .add_extension(x509.SubjectAlternativeName(names), critical=False)
+            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+            .add_extension(_usage("digital_signature"), critical=True)
+            .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(own), critical=False)
+            .sign(self.key, hashes.SHA384())
+        )
+
+
+def new_key() -> ec.EllipticCurvePrivateKey:
+    """Make a P-384 key."""
+    return ec.generate_private_key(ec.SECP384R1())
+
+
+def key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+    """Return a private key as PKCS#8 in PEM, unencrypted."""
+    return key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+
+
+def certificate_pem(certificate: x509.Certificate) -> bytes:
+    """Return a certificate in PEM."""
+    return certificate.public_bytes(serialization.Encoding.PEM)
+
+
+def fingerprint(certificate: x509.Certificate) -> str:
+    """Return the SHA-256 of a certificate, as `openssl x509 -fingerprint -sha256` prints it."""
+    return certificate.fingerprint(hashes.SHA256()).hex(":").upper()
+
+
+def server_names(hosts: Iterable[str]) -> list[x509.GeneralName]:
+    """Return what a server's certificate names: each host once, then this machine's own names.
+
+    Raises:
+        ValueError: saying which host is none.
+    """
+    return list(dict.fromkeys(_host(host) for host in (*hosts, *LOCAL_HOSTS)))
+
+
+def _host(text: str) -> x509.GeneralName:
+    try:
+        address = ipaddress.ip_address(text)
+    except ValueError:
+        name = text.lower().removesuffix(".")
+        labels = name.split(".")
+        if len(name) > 253 or not all(_LABEL.fullmatch(label) for label in labels) or labels[-1].isdigit():
+            raise ValueError(
+                f"{text!r} is not a host; expected a name such as merge.example.org (without https:// and port, "
+                "letters beyond a-z in their xn-- form) or an IP address such as 10.0.0.5"
+            ) from None
+        return x509.DNSName(name)
+    if address.is_unspecified or "%" in text:
+        raise ValueError(f"{text!r} is not an address that others can dial; give the one that silos use")
+    return x509.IPAddress(address)
+
+
+def _read_key(path: Path) -> ec.EllipticCurvePrivateKey:
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        raise PlanError(f"{path}: no such file; make the authority with: gramfuse pki init {path.parent}") from None
+    if mode & 0o077:
+        raise PlanError(f"{path}: others on this machine can read it; run: chmod 600 {path}")
+    text = read_text(path)
+    try:
+        key = serialization.load_pem_private_key(text.encode("utf-8"), password=None)
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        key = None
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise PlanError(f"{path}: is not a private key that gramfuse pki init made; put that one there")
+    return key
+
+
+def _name(text: str) -> x509.Name:
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
+
+
+def _builder(
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, now: datetime, end: datetime
+) -> x509.CertificateBuilder:
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(key)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - _SLACK)
+        .not_valid_after(end)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
+    )
+
+
+def _usage(*allowed: str) -> x509.KeyUsage:
+    uses = (
+        "digital_signature",
+        "content_commitment",
+        "key_encipherment",
+        "data_encipherment",
+        "key_agreement",
+        "key_cert_sign",
+        "crl_sign",
+        "encipher_only",
+        "decipher_only",
+    )
+    return x509.KeyUsage(**{use: use in allowed for use in uses})

@@ -1,0 +1,300 @@
+"""`gramfuse silo start`: a silo's node, which connects to the coordinator and answers what it asks.
+
+Flower's SuperNode carries messages. For each it has a SuperExec start a command named flwr-clientapp from PATH; first
+on that PATH is one that is ours, so that nothing but the installed gramfuse ever runs (`gramfuse_client.worker`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import click
+from pydantic import ValidationError
+
+from gramfuse_cli.endpoint import free_port, host_of, is_loopback, obstacle
+from gramfuse_cli.options import as_json as json_option
+from gramfuse_cli.processes import BIN, GIVE_BACK
+from gramfuse_cli.supervisor import Service, Supervisor, say, supervised
+from gramfuse_client.private import open_private, write_private
+from gramfuse_protocol.errors import PlanError
+
+if TYPE_CHECKING:
+    from gramfuse_client.silo import Silo
+
+POLL_SECONDS = 0.2
+PROBE_SECONDS = 30.0
+FORGET_SECONDS = 90.0
+"""A SuperLink takes up to 60 s to notice that a node is gone; until then it refuses the same node."""
+SENT_SECONDS = 60.0
+"""With --once: how long the last answer may take from the ledger to the coordinator, at most."""
+
+WORKER = "flwr-clientapp"
+OTHERS = ("flwr-agentapp", "flwr-connector", "flwr-model", "flwr-serverapp", "flwr-simulation")
+"""What else a SuperExec starts if a coordinator asks for it; of these, some run code that a bundle brings."""
+
+
+@click.command()
+@click.argument("file", metavar="SILO_TOML", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.option(
+    "--insecure-loopback",
+    is_flag=True,
+    help="Without TLS and node key, to a coordinator on this very machine only. To try things out.",
+)
+@click.option("--once", is_flag=True, help="End, with exit code 0, when one exchange is over.")
+@json_option
+def start(file: Path, insecure_loopback: bool, once: bool, as_json: bool) -> None:
+    """Connect this silo to its coordinator and answer what it asks, until Ctrl-C or SIGTERM.
+
+    The coordinator's address, its authority's certificate and this silo's node key are in [coordinator] of SILO_TOML.
+    The silo trains and contributes when a coordinator runs a plan whose digest is among its 'approved', within its
+    'limits', and by the gramfuse that is installed here: code that a coordinator sends is never run. Each message that
+    leaves is shown here, and in the ledger. Processes that end are started again. With --json, standard output gets an
+    object at the end: how many replies and refusals left, and how many bytes.
+    """
+    from gramfuse_client.silo import Silo
+
+    silo = Silo.read(file)
+    address = silo.coordinator.address
+    ca = None if insecure_loopback else silo.ca_path
+    check_keys(silo, insecure=insecure_loopback)
+    directory = silo.state / "node"
+    for made in (silo.state, directory):
+        made.mkdir(mode=0o700, parents=True, exist_ok=True)
+    watch = Watch(silo, address, ca, directory / "supernode.log")
+    with suppress(KeyboardInterrupt), supervised(directory) as supervisor:
+        say(f"{silo.name}: connecting to {address}")
+        for service in services(silo, directory, address, ca, watch):
+            supervisor.start(service)
+        follow(supervisor, watch, once=once)
+    say(f"{silo.name}: ended")
+    if as_json:
+        click.echo(
+            json.dumps({"silo": silo.name, "replies": watch.replies, "refusals": watch.refusals, "bytes": watch.bytes})
+        )
+
+
+def check_keys(silo: Silo, *, insecure: bool) -> None:
+    """Raise PlanError if a key or certificate is missing or can be read by others, or TLS must not be left out."""
+    if not insecure:
+        if not silo.ca_path.is_file():
+            raise PlanError(
+                f"{silo.ca_path}: no such file; get the coordinator's ca.crt, from a source that you trust (there it "
+                "is made by: gramfuse pki init DIR), and put it there"
+            )
+        silo.node_key()
+        silo.identity()
+    elif not is_loopback(host_of(silo.coordinator.address)):
+        raise PlanError(
+            f"{silo.path}: --insecure-loopback is for a coordinator on this machine (127.0.0.1, ::1, localhost), and "
+            f"'coordinator.address' is {silo.coordinator.address}; leave it out"
+        )
+    elif silo.identity_path.exists():
+        silo.identity()
+
+
+def services(silo: Silo, directory: Path, address: str, ca: Path | None, watch: Watch) -> Iterator[Service]:
+    """Write what a node needs into its directory, and yield its processes in the order of their start."""
+    secret, home, bin_ = directory / "secret", directory / "flwr", directory / "bin"
+    write_private(secret, secrets.token_hex(32).encode("ascii"))
+    home.mkdir(mode=0o700, exist_ok=True)
+    write_commands(bin_)
+    port = free_port()
+    environment = {**GIVE_BACK, "FLWR_HOME": str(home)}
+
+    node = [str(BIN / "flower-supernode"), "--superlink", address, "--host", "127.0.0.1", "--port", str(port)]
+    node += ["--isolation", "process", "--superexec-auth-secret-file", str(secret)]
+    node += ["--node-config", node_config(silo.path.resolve())]
+    if ca is None:
+        node += ["--insecure"]
+    else:
+        node += ["--root-certificates", str(ca), "--auth-supernode-private-key", str(silo.node_key_path)]
+    yield Service("SuperNode", node, watch.log.path, environment, advice=watch.advice)
+
+    runner = [str(BIN / "flower-superexec"), "--runtime-api-address", f"127.0.0.1:{port}", "--insecure"]
+    runner += ["--superexec-auth-secret-file", str(secret)]
+    path = f"{bin_}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+    yield Service("SuperExec", runner, directory / "superexec.log", {**environment, "PATH": path})
+
+
+def write_commands(directory: Path) -> None:
+    """Write the commands that a SuperExec finds first on its PATH: our worker, and a refusal under each other name."""
+    directory.mkdir(mode=0o700, exist_ok=True)
+    worker = "import sys; from gramfuse_client.worker import main; sys.exit(main())"
+    # -P: nothing is imported from the directory that the worker happens to run in.
+    texts = {WORKER: f'exec {shlex.quote(sys.executable)} -P -c {shlex.quote(worker)} "$@"'}
+    texts |= {name: f"echo 'a silo runs no {name}: refused' >&2; exit 1" for name in OTHERS}
+    for name, text in texts.items():
+        with os.fdopen(open_private(directory / name), "w", encoding="utf-8") as file:
+            file.write(f"#!/bin/sh\n{text}\n")
+            os.fchmod(file.fileno(), 0o700)
+
+
+def node_config(path: Path) -> str:
+    """Return the option by which a SuperNode tells its worker where the silo file is.
+
+    Raises:
+        PlanError: if Flower could not read the path.
+    """
+    text = str(path)
+    if "'" not in text:
+        return f"silo='{text}'"
+    if '"' in text or "\\" in text:
+        raise PlanError(f"{path}: Flower cannot be told this path; use one with fewer quotes and backslashes")
+    return f'silo="{text}"'
+
+
+def follow(supervisor: Supervisor, watch: Watch, *, once: bool) -> None:
+    """Keep a node running and say what it does; with `once`, return when one exchange is over."""
+    while not (once and watch.over):
+        supervisor.poll()
+        watch.look()
+        time.sleep(POLL_SECONDS)
+
+
+@dataclass
+class Growing:
+    """A file that lines are added to, read from where it ended at first."""
+
+    path: Path
+    _inode: int = 0
+    _position: int = 0
+
+    def __post_init__(self) -> None:
+        with suppress(FileNotFoundError):
+            found = self.path.stat()
+            self._inode, self._position = found.st_ino, found.st_size
+
+    def lines(self) -> list[str]:
+        """Return the whole lines that were added since the last call."""
+        try:
+            with self.path.open("rb") as file:
+                found = os.fstat(file.fileno())
+                if found.st_ino != self._inode or found.st_size < self._position:  # another file took its place
+                    self._inode, self._position = found.st_ino, 0
+                file.seek(self._position)
+                added = file.read()
+        except FileNotFoundError:
+            return []
+        whole = added[: added.rfind(b"\n") + 1]
+        self._position += len(whole)
+        return whole.decode("utf-8", "replace").splitlines()
+
+
+class Watch:
+    """Says what a node does: from its SuperNode's log, its ledger, its progress, and a look at the coordinator's port.
+
+    Args:
+        address: the coordinator's.
+        ca: of the authority that it is trusted by; None is without TLS.
+        log: where the SuperNode writes.
+    """
+
+    def __init__(self, silo: Silo, address: str, ca: Path | None, log: Path) -> None:
+        self.silo = silo
+        self.address = address
+        self.ca = ca
+        self.log = Growing(log)
+        self.ledger = Growing(silo.ledger)
+        self.replies = self.refusals = self.bytes = 0
+        self._state: Literal["connecting", "connected", "lost"] = "connecting"
+        self._known = time.monotonic()  # when the coordinator may last have taken this node for connected
+        self._asked = -PROBE_SECONDS
+        self._obstacle = ""
+        self._progress = dict(self._tenths())
+        self._finished: float | None = None
+        self._sent = False
+
+    @property
+    def over(self) -> bool:
+        """Whether an exchange is finished, and the last answer had its time to leave."""
+        return self._finished is not None and (self._sent or time.monotonic() > self._finished + SENT_SECONDS)
+
+    def look(self) -> None:
+        """Say what is new."""
+        for line in self.ledger.lines():
+            self._left(line)
+        for line in self.log.lines():
+            self._happened(line)
+        for plan, progress in self._tenths():
+            if progress != self._progress.get(plan):
+                self._progress[plan] = progress
+                say(f"{progress[0]}: {progress[1]}0 %")
+        if self._state != "connected" and time.monotonic() > self._asked + PROBE_SECONDS:
+            self._look_for_obstacles()
+
+    def advice(self, output: str) -> str:
+        """Return what it means that the SuperNode ended, and what to do."""
+        if self._state != "connecting":
+            self._known = time.monotonic()
+        self._state = "connecting"
+        if "[code: 2001]" in output:
+            return "the coordinator asks for a node key; leave out --insecure-loopback"
+        if "[code: 2004]" not in output:
+            self._asked, self._obstacle = time.monotonic(), obstacle(self.address, self.ca)
+            return self._obstacle
+        if time.monotonic() < self._known + FORGET_SECONDS:
+            return (
+                "that is normal for a minute after a crash, until the coordinator has noticed it, and before the first "
+                "run of a plan that has this silo's node key"
+            )
+        return (
+            "the coordinator does not know this node key, or revoked it: it takes the keys of a plan's roster when it "
+            f"first runs that plan. Give it the output of: gramfuse silo keygen {self.silo.path}"
+        )
+
+    def _look_for_obstacles(self) -> None:
+        self._asked = time.monotonic()
+        found = obstacle(self.address, self.ca)
+        if found and found != self._obstacle:
+            say(found)
+        self._obstacle = found
+
+    def _happened(self, line: str) -> None:
+        if "SuperNode ID: " in line:
+            self._state = "connected"
+            say(f"connected to {self.address}")
+        elif "Connection attempt failed" in line and self._state == "connected":
+            self._state = "lost"
+            say(f"the connection to {self.address} is lost; it is tried again without end")
+        elif "Connection successful" in line and self._state == "lost":
+            self._state = "connected"
+            say(f"connected to {self.address} again")
+        elif "Sent successfully" in line and self._finished is not None:
+            self._sent = True
+
+    def _left(self, text: str) -> None:
+        from gramfuse_client.ledger import Line
+
+        try:
+            entry = Line.model_validate_json(text).entry
+        except ValidationError:
+            say(f"{self.ledger.path}: a line cannot be read; look at it with: gramfuse silo ledger verify")
+            return
+        self.bytes += entry.bytes
+        if entry.kind == "reply":
+            self.replies += 1
+            say(f"{entry.phase}: {entry.bytes:,} bytes left ({entry.form})")
+            if entry.phase == "finish":
+                self._finished = time.monotonic()
+        else:
+            self.refusals += 1
+            say(f"{entry.phase}: refused: {entry.note}")
+
+    def _tenths(self) -> Iterator[tuple[str, tuple[str, int]]]:
+        """Yield what the silo does for each plan, and how many tenths of it are done."""
+        from gramfuse_client.state import read_progress
+
+        for path in self.silo.state.glob("*/progress.json"):
+            progress = read_progress(self.silo.state, path.parent.name)
+            if progress is not None:
+                yield path.parent.name, (progress["phase"], 10 * progress["done"] // progress["total"])

@@ -1,0 +1,82 @@
+"""A silo's `flwr-clientapp`: Flower's own worker, but it runs the installed gramfuse and nothing that a run brings.
+
+Flower's SuperExec starts this for each message. The stock worker unpacks the run's app bundle, puts it in front of
+what is installed, and runs it. This one hands the bundle's bytes to `SiloApp`, which checks them, and loads nothing.
+All private names of Flower that this takes are here; `check_flower` finds out at start-up whether they still are what
+they were.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from flwr.supernode.cli import flwr_clientapp as command
+from flwr.supernode.runtime import run_clientapp as runtime
+
+from gramfuse_client.app import SiloApp
+from gramfuse_protocol.errors import FederationError
+
+VERSION = "1.41."
+
+REPLACED = {
+    "install_from_fab": ["fab_file", "install_dir", "skip_prompt"],
+    "get_project_dir": ["fab_id", "fab_version", "fab_hash"],
+    "install_app_dependencies": ["project_dir", "launch_id", "run_id", "index_context"],
+    "get_load_client_app_fn": ["default_app_ref", "app_path", "multi_app"],
+}
+"""Functions that Flower's worker calls, and the parameters that they had in VERSION."""
+
+
+def check_flower() -> None:
+    """Raise FederationError if the installed Flower is not one that this worker knows how to hold."""
+    version = importlib.metadata.version("flwr")
+    changed = [
+        name
+        for name, parameters in REPLACED.items()
+        if list(inspect.signature(getattr(runtime, name, lambda: None)).parameters) != parameters
+    ]
+    if not version.startswith(VERSION) or changed:
+        raise FederationError(
+            f"Flower {version} is installed and differs from {VERSION}* in {', '.join(changed) or 'its version'}; the "
+            f"silo runs nothing with it. Install: flwr=={VERSION}*"
+        )
+
+
+class _Held:
+    """Stands in for all that the stock worker does with a bundle: keeps its bytes for the app to check."""
+
+    def __init__(self) -> None:
+        self.bundle = b""
+
+    def install_from_fab(self, fab_file: bytes, **_: Any) -> Path:
+        """Unpack nothing."""
+        self.bundle = fab_file
+        return Path()
+
+    def get_project_dir(self, *_: str) -> Path:
+        """There is no such directory."""
+        return Path()
+
+    def install_app_dependencies(self, *_: Any, **__: Any) -> None:
+        """Install nothing, even if Flower was told to."""
+
+    def get_load_client_app_fn(self, **_: Any) -> Callable[[str, str, str], SiloApp]:
+        """Load the installed app, whatever the bundle names."""
+        return lambda *_: SiloApp(bundle=self.bundle)
+
+
+def main() -> None:
+    """Answer one message, as `flwr-clientapp` does."""
+    check_flower()
+    held = _Held()
+    for name in REPLACED:
+        setattr(runtime, name, getattr(held, name))
+    command.flwr_clientapp()
+
+
+if __name__ == "__main__":
+    main()
