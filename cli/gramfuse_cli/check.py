@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from gramfuse_cli.ledger import printable
 from gramfuse_cli.options import as_json as json_option
 from gramfuse_protocol.errors import CheckError
 
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 
 MOST_LINES = 60
 """Lines of one contribution's table that are still read; with more, those that differ in a number only become one."""
+
+WIDE = 130
+"""Columns from which on what a message says, and to whom, stand side by side."""
 
 MARKS = {
     "ok": ("ok", "green"),
@@ -46,7 +50,7 @@ MARKS = {
 @click.option("--all", "complete", is_flag=True, help="List every array that would leave, however many there are.")
 @json_option
 def check(file: Path, plan: Path | None, offline: bool, complete: bool, as_json: bool) -> None:
-    """Say whether the silo is ready for a plan, and exactly what would leave it.
+    """Say whether the silo of SILO_TOML is ready for a plan, and exactly what would leave it.
 
     This is a dry run: nothing is trained, nothing is written, and nothing of the silo's data is sent. Do it before you
     approve a plan, and again before a run.
@@ -71,7 +75,7 @@ def check(file: Path, plan: Path | None, offline: bool, complete: bool, as_json:
         click.echo(json.dumps(_document(report, error if count else None)))
     else:
         # A pipe has no width, and lines that are folded in one are of no use to grep.
-        console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+        console = Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False)
         _print(console, report, complete)
     if count and not as_json:
         raise error
@@ -105,8 +109,12 @@ def _print(console: Console, report: Report, complete: bool) -> None:
         return
     leaving, name = report.leaving, report.plan["name"]
     console.print()
-    console.print(Text(f"What would leave {report.silo} in one run of the plan {name}", style="bold"))
-    console.print(_messages(leaving))
+    form = "masked" if leaving.secure else "open"
+    title = (
+        f"What would leave {report.silo} in one run of the plan {name}: {leaving.bytes:,} bytes, contribution {form}"
+    )
+    console.print(Text(title, style="bold"))
+    console.print(_messages(leaving, wide=console.width >= WIDE))
     _print_list(console, "Who could read it", leaving.claims)
     _print_list(console, "What does not leave", leaving.stays)
     _print_list(console, "Words", [f"{word}: {said}" for word, said in leaving.words.items()])
@@ -118,7 +126,10 @@ def _print(console: Console, report: Report, complete: bool) -> None:
 def _print_finding(console: Console, finding: Finding, width: int) -> None:
     mark, style = MARKS["notice" if finding.state == "ok" and finding.remedy else finding.state]
     indent = " " * (12 + width)
-    lines = [*finding.what.splitlines(), *(f"→ {line}" for line in finding.remedy.splitlines())]
+    remedy = [f"{'  ' if number else '→ '}{line}" for number, line in enumerate(finding.remedy.splitlines())]
+    lines = [*finding.what.splitlines(), *remedy]
+    # Some of it is of whoever made the plan, and must not move the cursor over the rest.
+    lines = [printable(line) for line in lines]
     first = Text.assemble("  ", (f"{mark:<8}", style), f"{finding.subject:<{width}}  ", lines[0])
     # A line to be copied is never folded by us: a terminal that folds it still copies it as one.
     console.print(first, soft_wrap=True)
@@ -126,18 +137,21 @@ def _print_finding(console: Console, finding: Finding, width: int) -> None:
         console.print(Text(indent + line), soft_wrap=True)
 
 
-def _messages(leaving: Leaving) -> Table:
-    table = Table(box=SIMPLE_HEAD)
-    for column in ("message", "what it says", "form"):
-        table.add_column(column, overflow="fold", no_wrap=column == "message")
-    table.add_column("bytes", justify="right", no_wrap=True)
-    for column in ("goes to", "can be read by"):
+def _messages(leaving: Leaving, *, wide: bool) -> Table:
+    table = Table(box=SIMPLE_HEAD, show_footer=True)
+    table.add_column("message", "in all", no_wrap=True)
+    table.add_column("form", no_wrap=True)
+    table.add_column("bytes", f"{leaving.bytes:,}", justify="right", no_wrap=True)
+    for column in (
+        ("what it says", "goes to", "can be read by") if wide else ("what it says, to whom, and who can read it",)
+    ):
         table.add_column(column, overflow="fold")
     for departure in leaving.departures:
         size = "small" if departure.bytes is None else f"{departure.bytes:,}"
-        table.add_row(departure.phase, departure.what, departure.form, size, departure.to, departure.readers)
-    table.add_section()
-    table.add_row("in all", "", "", f"{leaving.bytes:,}", "", "")
+        said = [departure.what, departure.to, departure.readers]
+        if not wide:
+            said = ["\n".join((departure.what, f"to: {departure.to}", f"read by: {departure.readers}"))]
+        table.add_row(departure.phase, departure.form, size, *said)
     return table
 
 
@@ -146,21 +160,19 @@ def _print_parts(console: Console, departure: Departure, complete: bool) -> None
     lines = [(part.name, part, 1) for part in departure.parts]
     if len(lines) > MOST_LINES and not complete:
         lines = _alike(departure.parts)
-    title = f"What {departure.what.partition(',')[0]} is made of"
+    title = f"In detail: {departure.what.partition(',')[0]}"
     if len(lines) < len(departure.parts):
         title += f"; arrays that differ in a number only are one line, --all lists all {len(departure.parts)}"
-    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
-    table.add_column("name", overflow="fold")
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, show_footer=True)
+    table.add_column("name", "in all", overflow="fold")
     table.add_column("what it is", overflow="fold")
     table.add_column("shape", no_wrap=True)
     table.add_column("type", no_wrap=True)
-    table.add_column("bytes", justify="right", no_wrap=True)
+    table.add_column("bytes", f"{sum(part.bytes for part in departure.parts):,}", justify="right", no_wrap=True)
     for name, part, count in lines:
-        shape = " × ".join(f"{size:,}" for size in part.shape) or "one number"
+        shape = " × ".join(f"{size:,}" for size in part.shape)
         times = f" (×{count})" if count > 1 else ""
-        table.add_row(f"{name}{times}", part.what, shape, part.dtype, f"{count * part.bytes:,}")
-    table.add_section()
-    table.add_row("in all", "", "", "", f"{sum(part.bytes for part in departure.parts):,}")
+        table.add_row(f"{printable(name)}{times}", part.what, shape, part.dtype, f"{count * part.bytes:,}")
     console.print(table)
 
 

@@ -52,7 +52,7 @@ def ledger() -> None:
 @click.option("--items", is_flag=True, help="List all that each message carried, with its SHA-256.")
 @json_option
 def show(file: Path, last: int | None, items: bool, as_json: bool) -> None:
-    """Show the lines, oldest first.
+    """Show the lines of the ledger of SILO_TOML, oldest first.
 
     'form' says how the content could be read: 'masked' as random words, 'sealed shares' by the silo that each was for,
     'open' as it is; 'no data' says that the message had nothing but its header. A refusal has its reason as note.
@@ -66,7 +66,7 @@ def show(file: Path, last: int | None, items: bool, as_json: bool) -> None:
     if not lines:
         click.echo(f"{source.path}: no line yet: nothing left {source.silo}")
         return
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False)
     table = Table(box=SIMPLE_HEAD)
     for column in ("", "time (UTC)", "phase", "kind", "form", "bytes", "note"):
         table.add_column(column, justify="right" if column in ("", "bytes") else "left", overflow="fold")
@@ -75,10 +75,10 @@ def show(file: Path, last: int | None, items: bool, as_json: bool) -> None:
         style = "" if entry.kind == "reply" else "yellow"
         when = line.time.replace("T", " ").removesuffix("Z")
         cells = [f"{line.number:,}", when, entry.phase, entry.kind, entry.form, f"{entry.bytes:,}", entry.note]
-        table.add_row(*map(_printable, cells), style=style)
+        table.add_row(*map(printable, cells), style=style)
         for item in entry.items if items else ():
-            table.add_row("", "", "", "", _printable(f"  {item.name}"), f"{item.bytes:,}", _about(item), style="dim")
-    console.print(table, markup=False)
+            table.add_row("", "", "", "", printable(f"  {item.name}"), f"{item.bytes:,}", _about(item), style="dim")
+    console.print(table)
 
 
 @ledger.command()
@@ -90,7 +90,7 @@ def show(file: Path, last: int | None, items: bool, as_json: bool) -> None:
 )
 @json_option
 def verify(file: Path, head: str | None, as_json: bool) -> None:
-    """Go through the whole chain, and print where it ends.
+    """Go through the whole ledger of SILO_TOML, and print where its chain of digests ends.
 
     A line that was changed, removed, inserted or moved is named, with exit code 18. Who can write the silo's files can
     write the whole ledger anew, though. Against that, note the head digest now and then where they cannot write, and
@@ -135,7 +135,7 @@ def verify(file: Path, head: str | None, as_json: bool) -> None:
 )
 @json_option
 def export(file: Path, out: Path, as_csv: bool, as_json: bool) -> None:
-    """Verify the ledger and copy it to a file that only you can read.
+    """Verify the ledger of SILO_TOML and copy it to a file that only you can read.
 
     Without --csv the copy is the ledger itself, line by line as it is, so that whoever gets it can follow the chain:
     each line's 'previous' is the SHA-256 of the line before, without its newline. Neither form holds data of the silo:
@@ -171,6 +171,11 @@ def export(file: Path, out: Path, as_csv: bool, as_json: bool) -> None:
         click.echo(f"head  {digest}")
 
 
+def printable(text: str) -> str:
+    """Return text without what could move a terminal's cursor or change its colours."""
+    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
+
+
 def _ledger(file: Path) -> Ledger:
     from gramfuse_client.ledger import Ledger
     from gramfuse_client.silo import Silo
@@ -181,12 +186,7 @@ def _ledger(file: Path) -> Ledger:
 
 def _about(item: Item) -> str:
     shape = f"{item.dtype} {list(item.shape)}" if item.shape else item.dtype
-    return _printable(f"{shape} {item.sha256}")
-
-
-def _printable(text: str) -> str:
-    """Return text without what could move a terminal's cursor or change its colours."""
-    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
+    return printable(f"{shape} {item.sha256}")
 
 
 def _rows(lines: Iterator[Line]) -> Iterator[bytes]:

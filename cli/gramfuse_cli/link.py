@@ -20,6 +20,7 @@ from typing import Any
 from gramfuse_cli.endpoint import host_of, is_loopback
 from gramfuse_cli.processes import BIN, FLOWER_OFF
 from gramfuse_protocol import node_key
+from gramfuse_protocol.documents import read_text
 from gramfuse_protocol.errors import FederationError, PlanError
 
 SERVER = "server"
@@ -188,8 +189,9 @@ class Link:
         import httpx
         from flwr.supercore.control import ControlHttpClient
 
+        ca = read_text(Path(self.ca)).encode("utf-8") if self.ca else None
         try:
-            with ControlHttpClient.from_server_address(self.address, self.insecure, self.ca, interceptors=[]) as client:
+            with ControlHttpClient.from_server_address(self.address, self.insecure, ca, interceptors=[]) as client:
                 return call(client)
         except httpx.HTTPStatusError as error:
             raise FederationError(f"the SuperLink at {self.address} refused: {error.response.text}") from None

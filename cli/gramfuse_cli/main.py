@@ -61,7 +61,7 @@ def main() -> NoReturn:
             sys.exit(error.exit_code)
         _fail("UsageError", error.format_message(), error.exit_code, as_json)
     except (click.Abort, KeyboardInterrupt):
-        _fail("Interrupted", "interrupted; nothing half-written was kept and no process was left", INTERRUPTED, as_json)
+        _fail("Interrupted", "interrupted; no process was left", INTERRUPTED, as_json)
     except Exception:  # noqa: BLE001  # the last line of defence: the user gets JSON even for our own bugs
         _fail("InternalError", f"this is a bug in gramfuse\n{traceback.format_exc()}", 1, as_json)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import shlex
 import sys
@@ -37,6 +38,9 @@ FORGET_SECONDS = 90.0
 """A SuperLink takes up to 60 s to notice that a node is gone; until then it refuses the same node."""
 SENT_SECONDS = 60.0
 """With --once: how long the last answer may take from the ledger to the coordinator, at most."""
+
+_COMPLAINT = re.compile(r"\d{4}-\d\d-\d\d \S+ (?:WARNING|ERROR) (.*)")
+"""What gramfuse_client logs for the silo's operator, in a worker."""
 
 WORKER = "flwr-clientapp"
 OTHERS = ("flwr-agentapp", "flwr-connector", "flwr-model", "flwr-serverapp", "flwr-simulation")
@@ -70,7 +74,7 @@ def start(file: Path, insecure_loopback: bool, once: bool, as_json: bool) -> Non
     directory = silo.state / "node"
     for made in (silo.state, directory):
         made.mkdir(mode=0o700, parents=True, exist_ok=True)
-    watch = Watch(silo, address, ca, directory / "supernode.log")
+    watch = Watch(silo, address, ca, directory)
     with suppress(KeyboardInterrupt), supervised(directory) as supervisor:
         say(f"{silo.name}: connecting to {address}")
         for service in services(silo, directory, address, ca, watch):
@@ -118,12 +122,12 @@ def services(silo: Silo, directory: Path, address: str, ca: Path | None, watch: 
         node += ["--insecure"]
     else:
         node += ["--root-certificates", str(ca), "--auth-supernode-private-key", str(silo.node_key_path)]
-    yield Service("SuperNode", node, watch.log.path, environment, advice=watch.advice)
+    yield Service("SuperNode", node, watch.node_log.path, environment, advice=watch.advice)
 
     runner = [str(BIN / "flower-superexec"), "--runtime-api-address", f"127.0.0.1:{port}", "--insecure"]
     runner += ["--superexec-auth-secret-file", str(secret)]
     path = f"{bin_}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
-    yield Service("SuperExec", runner, directory / "superexec.log", {**environment, "PATH": path})
+    yield Service("SuperExec", runner, watch.worker_log.path, {**environment, "PATH": path})
 
 
 def write_commands(directory: Path) -> None:
@@ -191,19 +195,20 @@ class Growing:
 
 
 class Watch:
-    """Says what a node does: from its SuperNode's log, its ledger, its progress, and a look at the coordinator's port.
+    """Says what a node does: from its logs, its ledger, its progress, and a look at the coordinator's port.
 
     Args:
         address: the coordinator's.
         ca: of the authority that it is trusted by; None is without TLS.
-        log: where the SuperNode writes.
+        directory: where the logs are.
     """
 
-    def __init__(self, silo: Silo, address: str, ca: Path | None, log: Path) -> None:
+    def __init__(self, silo: Silo, address: str, ca: Path | None, directory: Path) -> None:
         self.silo = silo
         self.address = address
         self.ca = ca
-        self.log = Growing(log)
+        self.node_log = Growing(directory / "supernode.log")
+        self.worker_log = Growing(directory / "superexec.log")  # a SuperExec's output is that of its workers too
         self.ledger = Growing(silo.ledger)
         self.replies = self.refusals = self.bytes = 0
         self._state: Literal["connecting", "connected", "lost"] = "connecting"
@@ -213,6 +218,7 @@ class Watch:
         self._progress = dict(self._tenths())
         self._finished: float | None = None
         self._sent = False
+        self._failing = False
 
     @property
     def over(self) -> bool:
@@ -221,14 +227,16 @@ class Watch:
 
     def look(self) -> None:
         """Say what is new."""
-        for line in self.ledger.lines():
-            self._left(line)
-        for line in self.log.lines():
-            self._happened(line)
         for plan, progress in self._tenths():
             if progress != self._progress.get(plan):
                 self._progress[plan] = progress
                 say(f"{progress[0]}: {progress[1]}0 %")
+        for line in self.ledger.lines():
+            self._left(line)
+        for line in self.worker_log.lines():
+            self._worked(line)
+        for line in self.node_log.lines():
+            self._happened(line)
         if self._state != "connected" and time.monotonic() > self._asked + PROBE_SECONDS:
             self._look_for_obstacles()
 
@@ -271,6 +279,15 @@ class Watch:
             say(f"connected to {self.address} again")
         elif "Sent successfully" in line and self._finished is not None:
             self._sent = True
+
+    def _worked(self, line: str) -> None:
+        if said := _COMPLAINT.match(line):
+            say(said[1])
+        elif line.startswith("Traceback "):
+            self._failing = True
+        elif self._failing and not line.startswith(" "):
+            self._failing = False
+            say(f"a worker failed: {line}; the rest is in {self.worker_log.path}")
 
     def _left(self, text: str) -> None:
         from gramfuse_client.ledger import Line

@@ -88,13 +88,18 @@ def kill_session(leader: int) -> None:
 
 def kill_marked(mark: str) -> None:
     """Kill every process with this mark in its environment."""
-    while marked := [process for process in psutil.process_iter() if _has_mark(process, mark)]:
-        for process in marked:
+    while found := marked(mark):
+        for process in found:
             try:
                 process.kill()
             except psutil.NoSuchProcess:
                 continue
-        psutil.wait_procs(marked, timeout=5)
+        psutil.wait_procs(found, timeout=5)
+
+
+def marked(mark: str) -> list[psutil.Process]:
+    """Return the processes that run with this mark in their environment, as far as we may read it."""
+    return [process for process in psutil.process_iter() if _has_mark(process, mark)]
 
 
 def _has_mark(process: psutil.Process, mark: str) -> bool:

@@ -111,6 +111,7 @@ def write_app(directory: Path, plan: Plan, layout: Layout) -> None:
                         "resume": False,
                         "wait": WAIT,
                         "patience": 0.0,
+                        "grace": 0.0,
                         "authenticated": False,
                     },
                 }

@@ -87,6 +87,8 @@ TEXT_BYTES = 16
 """Memory for each character of an example, which is tokenised into Python's lists."""
 
 FLEET = "/v1/fleet/"
+NOTHING = "/v1/fleet/nothing"
+"""A call that Flower does not have: the proxy lets it through, and what is behind it says so."""
 HIDDEN = ("/v1/control/", "/v1/control/start-run", "/v1/runtime/acquire-task")
 """What a silo must not be able to reach. Flower answers 404 to the first of them too, and 405 to the others."""
 
@@ -362,26 +364,36 @@ def _joined(silo: Silo) -> list[Path]:
 def _check_policy(found: Findings, silo: Silo, given: Given, moment: datetime) -> None:
     """Look at each rule of `gramfuse_client.policy` by itself, so that all that stands in the way is named."""
     plan, limits = given.plan, silo.file.limits
-    if plan.digest in silo.file.approved:
-        found.ok("approval", f"{silo.path} has the plan's digest among 'approved'")
+    secure = plan.privacy.secure_aggregation
+    if not plan.locked:
+        found.skip("approval", "a plan has its digest when it is locked")
+    elif plan.digest in silo.file.approved:
+        found.ok("approval", f"{silo.path} lists the plan's digest in 'approved'")
     else:
         digests = ", ".join(f'"{digest}"' for digest in (*silo.file.approved, plan.digest))
         found.problem(
             "approval",
-            f"{silo.path} has not the plan's digest among 'approved'",
-            f"read the plan, then have this line in {silo.path}, above [data]:\n"
-            f"gramfuse plan show {given.path.parent}\napproved = [{digests}]",
+            f"{silo.path} does not list the plan's digest in 'approved'",
+            f"read the plan: gramfuse plan show {given.path.parent}\nif you agree with it, have this line in "
+            f"{silo.path}, above [data]:\napproved = [{digests}]",
         )
-    if silo.name in plan.names:
+    keyless = [entry.name for entry in plan.silo if secure and entry.public_key is None and entry.name != silo.name]
+    if silo.name in plan.names and not keyless:
         others = [name for name in plan.names if name != silo.name]
         found.ok("roster", f"{silo.name}, with {', '.join(others[:8])}{', …' if others[8:] else ''}")
+    elif keyless:
+        found.problem(
+            "roster",
+            f"has no public key for {', '.join(keyless)}",
+            "each of them runs gramfuse silo keygen, its key goes into the plan, and the plan is locked again",
+        )
     else:
         found.problem(
             "roster",
             f"'name' in {silo.path} is {silo.name!r}; the plan's roster names {', '.join(plan.names)}",
             f"correct 'name' in {silo.path}, or have this silo added to the plan, which is locked again then",
         )
-    if plan.privacy.secure_aggregation:
+    if secure:
         found.ok("uploads", "masked")
     elif limits.open_uploads:
         found.ok("uploads", "open, as 'limits.open-uploads' allows: the coordinator can read what this silo uploads")
@@ -396,7 +408,8 @@ def _check_policy(found: Findings, silo: Silo, given: Given, moment: datetime) -
     asked, allowed = plan.privacy.metrics, limits.metrics
     if METRICS.index(asked) <= METRICS.index(allowed):
         said = {"none": "none leave", "sum": "shown as a sum over silos only", "silo": "shown silo by silo"}
-        found.ok("metrics", said[asked])
+        also = "; the coordinator can read this silo's own" if asked == "sum" and not secure else ""
+        found.ok("metrics", f"{said[asked]}{also}")
     else:
         found.problem(
             "metrics",
@@ -417,6 +430,8 @@ def _check_policy(found: Findings, silo: Silo, given: Given, moment: datetime) -
         )
     except RefusalError as error:
         found.error("repeat", error)
+    except OSError as error:
+        found.skip("repeat", f"the state directory cannot be read: {error.strerror}")
     except ValueError:
         found.problem(
             "repeat",
@@ -439,10 +454,6 @@ def _check_nothing_missed(found: Findings, silo: Silo, plan: Plan) -> None:
 
 
 def _check_identity(found: Findings, silo: Silo, given: Given | None) -> None:
-    secure = given is None or given.plan.privacy.secure_aggregation
-    if not secure and not silo.identity_path.exists():
-        found.ok("identity", "not needed: the plan has no secure aggregation")
-        return
     try:
         public = silo.identity().public.hex()
     except PlanError as error:
@@ -451,7 +462,7 @@ def _check_identity(found: Findings, silo: Silo, given: Given | None) -> None:
     about = f"{silo.identity_path}, readable by its owner only\npublic key {public}"
     roster = {} if given is None else {entry.name: entry.public_key for entry in given.plan.silo}
     named = roster.get(silo.name, public)
-    if named == public or (named is None and not secure):
+    if named == public or (named is None and given is not None and not given.plan.privacy.secure_aggregation):
         found.ok("identity", about)
         return
     found.problem(
@@ -686,7 +697,7 @@ def _check_layout(found: Findings, given: Given, base: Base | None) -> Layout | 
 def _contributed(silo: Silo, plan: Plan) -> Contributed | None:
     try:
         return State(silo.state, plan.digest).contributed()
-    except ValueError:
+    except (OSError, ValueError):
         return None  # a finding of its own
 
 
@@ -698,9 +709,13 @@ def _check_size(found: Findings, silo: Silo, plan: Plan, layout: Layout) -> None
     try:
         policy.check_bytes(silo, plan, layout)
         found.ok("size", f"a contribution has {size:,} bytes" + (f", of {most:,} that may leave" if most else ""))
-    except RefusalError as error:
-        remedy = 'ask for a plan that sends less, for instance merge.gram = { "*" = "block:128" }; or write under '
-        found.error("size", error, f"{remedy}[limits]:\nmaximum-bytes = {size}")
+    except RefusalError:
+        found.problem(
+            "size",
+            f"a contribution has {size:,} bytes, and 'limits.maximum-bytes' is {most:,}",
+            'ask for a plan that sends less, for instance merge.gram = { "*" = "block:128" }; or write under '
+            f"[limits]:\nmaximum-bytes = {size}",
+        )
 
 
 def _check_disk(found: Findings, silo: Silo, plan: Plan, layout: Layout) -> None:
@@ -818,6 +833,7 @@ def _check_coordinator(found: Findings, silo: Silo, offline: bool, progress: Pro
         return
     context = _check_authority(found, silo)
     seen: list[Finding] = []
+    done: list[Finding] = []
     why = "not looked at, as --offline says" if offline else "needs what comes before it"
     if context is not None and not offline:
         progress(f"connecting to {address}")
@@ -827,11 +843,14 @@ def _check_coordinator(found: Findings, silo: Silo, offline: bool, progress: Pro
         thread = threading.Thread(target=lambda: seen.extend(visit), daemon=True)
         thread.start()
         thread.join(CONNECTION_SECONDS)
-        if thread.is_alive():
-            what = f"{address} gave no answer in {CONNECTION_SECONDS:.0f} s"
-            found.problem("connection", what, "try again; ask the coordinator's operator, or who runs the network")
-    found.extend(seen)
-    for subject in REMOTE[len(seen) :]:
+        done = [*seen]
+        if thread.is_alive() and len(done) < len(REMOTE):
+            what = f"{address}: it took more than {CONNECTION_SECONDS:.0f} s"
+            done.append(
+                Finding(REMOTE[len(done)], "problem", what, f"try again; ask {OPERATOR}, or who runs the network")
+            )
+    found.extend(done)
+    for subject in REMOTE[len(done) :]:
         found.skip(subject, why)
 
 
@@ -858,7 +877,7 @@ def _visit(silo: Silo, host: str, port: int, context: ssl.SSLContext) -> Iterato
     try:
         began = time.monotonic()
         connection = socket.create_connection((host, port), STEP_SECONDS)
-    except OSError as error:
+    except (OSError, UnicodeError, OverflowError) as error:
         yield Finding("connection", "problem", *_unreachable(error, silo, host))
         return
     with connection:
@@ -876,18 +895,18 @@ def _visit(silo: Silo, host: str, port: int, context: ssl.SSLContext) -> Iterato
             yield Finding("certificate", "problem", f"{why}: {getattr(error, 'reason', None) or error}", remedy)
             return
     try:
-        answers = {path: _ask(host, port, context, path) for path in (FLEET, *HIDDEN)}
+        fleet = _ask(host, port, context, "POST", NOTHING)
+        statuses = {path: _ask(host, port, context, "GET", path).status for path in HIDDEN}
     except (OSError, http.client.HTTPException) as error:
         what = f"does not answer in HTTP: {type(error).__name__} {error}".rstrip()
         yield Finding("SuperLink", "problem", what, f"{OPERATOR} has to see to it: gramfuse server start")
         return
-    fleet = answers[FLEET]
     if fleet.status >= 500:
         what = f"the proxy answers, and nothing behind it (status {fleet.status})"
         yield Finding("SuperLink", "problem", what, f"{OPERATOR} has to start it: gramfuse server start")
     else:
-        yield Finding("SuperLink", "ok", "answers behind the proxy")
-    open_paths = [f"{path} (status {answers[path].status})" for path in HIDDEN if answers[path].status != 404]
+        yield Finding("SuperLink", "ok", "answers")
+    open_paths = [f"{path} (status {status})" for path, status in statuses.items() if status != 404]
     if open_paths:
         yield Finding(
             "control API",
@@ -901,7 +920,7 @@ def _visit(silo: Silo, host: str, port: int, context: ssl.SSLContext) -> Iterato
     yield _apart(fleet)
 
 
-def _unreachable(error: OSError, silo: Silo, host: str) -> tuple[str, str]:
+def _unreachable(error: Exception, silo: Silo, host: str) -> tuple[str, str]:
     """Say why there is no connection, and what to do."""
     if isinstance(error, socket.gaierror):
         what, remedy = f"{host}: no such host: {error.strerror}", f"check 'address' in {silo.path}, and the name server"
@@ -912,7 +931,10 @@ def _unreachable(error: OSError, silo: Silo, host: str) -> tuple[str, str]:
         what = f"{host} refuses the connection: nothing listens on that port"
         remedy = f"check 'address' in {silo.path}; {OPERATOR} runs: gramfuse server start"
     else:
-        what, remedy = f"{host}: {error.strerror or error}", f"check 'address' in {silo.path}, and the network"
+        what, remedy = (
+            f"{host}: {getattr(error, 'strerror', None) or error}",
+            f"check 'address' in {silo.path}, and the network",
+        )
     if urllib.request.getproxies().get("https") and not urllib.request.proxy_bypass(host):
         remedy += "\n(HTTPS_PROXY is set here; Flower goes through that proxy, and this check does not)"
     return what, remedy
@@ -990,13 +1012,13 @@ class _Answer:
     came: datetime
 
 
-def _ask(host: str, port: int, context: ssl.SSLContext, path: str) -> _Answer:
-    """Send a GET without content, which changes nothing anywhere."""
+def _ask(host: str, port: int, context: ssl.SSLContext, method: str, path: str) -> _Answer:
+    """Send a request without content, which changes nothing anywhere."""
     connection = http.client.HTTPSConnection(host, port, timeout=STEP_SECONDS, context=context)
     try:
         connection.connect()
         asked = datetime.now(UTC)
-        connection.request("GET", path)
+        connection.request(method, path)
         answer = connection.getresponse()
         return _Answer(answer.status, answer.headers["Date"], asked, datetime.now(UTC))
     finally:
@@ -1281,7 +1303,7 @@ def _claims(plan: Plan) -> tuple[str, ...]:
     asked = f" The plan asks for {plan.privacy.colluding}." if most != plan.privacy.colluding else ""
     return (
         "Masked: the coordinator gets random words from each silo. All that it can read is their sum, over at least "
-        f"{minimum} of the {silos} silos. Other silos cannot read even that, nor can the network, for TLS.",
+        f"{minimum} of the {silos} silos. Other silos cannot read even that, nor, because of TLS, can the network.",
         f"This holds as long as {who} together with the coordinator, even if it lies to the silos.{asked} Those who "
         "work together can take their own parts out of the sum; what is left is a sum over at least "
         f"{minimum - most} silos, this one among them.",

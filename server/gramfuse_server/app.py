@@ -2,8 +2,9 @@
 
 The run's configuration holds `plan` (TOML text), `layout` (JSON text), `directory` (where relative paths of the
 plan start), `run-directory` (where the result goes; must not exist), `resume` (go on with what an interrupted run left
-there), `wait` (seconds for all silos to be connected), `patience` (seconds for one answer; 0 is without end) and
-`authenticated` (whether Flower knows nodes by their keys). `gramfuse run` fills it in.
+there), `wait` (seconds for all silos to be connected), `patience` (seconds for one answer; 0 is without end), `grace`
+(seconds for a silo to come back) and `authenticated` (whether Flower knows nodes by their keys). `gramfuse run` fills
+it in.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from gramfuse_protocol.layout import Layout
 from gramfuse_protocol.plan import Plan
 from gramfuse_server.conductor import WAIT_SECONDS, Observer
 from gramfuse_server.exchange import Exchange, OwnModels, needed_bytes
+from gramfuse_server.post import GRACE_SECONDS
 from gramfuse_server.run import RunDirectory
 
 
@@ -36,6 +38,7 @@ def coordinate(
     resume: bool = False,
     wait: float = WAIT_SECONDS,
     patience: float | None = None,
+    grace: float = GRACE_SECONDS,
     authenticated: bool = False,
 ) -> dict[str, Any]:
     """Run one exchange and return its report; `out` is complete or absent afterwards.
@@ -43,7 +46,7 @@ def coordinate(
     Args:
         directory: where relative paths of the plan start.
         out: the run directory.
-        own_models, observer, wait, patience, authenticated: as `gramfuse_server.exchange.Exchange` has them.
+        own_models, observer, wait, patience, grace, authenticated: as `gramfuse_server.exchange.Exchange` has them.
         resume: go on with what an interrupted run left there.
 
     Raises:
@@ -64,6 +67,7 @@ def coordinate(
             observer=observer,
             wait=wait,
             patience=patience,
+            grace=grace,
             authenticated=authenticated,
         )
         report = exchange.start()
@@ -90,6 +94,7 @@ def main(grid: Grid, context: Context) -> None:
             resume=bool(context.run_config["resume"]),
             wait=float(context.run_config["wait"]),
             patience=float(context.run_config["patience"]) or None,
+            grace=float(context.run_config["grace"]),
             authenticated=bool(context.run_config["authenticated"]),
         )
     except GramfuseError as error:

@@ -15,7 +15,7 @@ from gramfuse_protocol.layout import Layout
 from gramfuse_protocol.messages import FinishReply, FinishRequest, JoinReply, JoinRequest, Message, Refusal, expect
 from gramfuse_protocol.node_key import canonical
 from gramfuse_protocol.plan import Plan
-from gramfuse_server.post import Post
+from gramfuse_server.post import GRACE_SECONDS, Pending, Post
 from gramfuse_server.run import RunDirectory
 
 WAIT_SECONDS = 600.0
@@ -39,8 +39,10 @@ class Conductor:
         plan: locked.
         run: the run directory, entered; what a resumed run had done is not done again.
         wait: seconds to wait for all silos; then it goes on with those that are there, if the plan allows it.
-        patience: seconds after which a silo that gave no answer is given up, except while it trains; None waits as
-            long as Flower sees the silo's node alive.
+        patience: seconds after which a silo that is connected and gave no answer is given up, except while it trains
+            or measures; None waits as long as it is connected.
+        grace: seconds after which a silo that went away is given up; only where nodes are authenticated, since without
+            a key a node that comes back is another node.
         authenticated: whether Flower knows each node by its key, which the plan then has; else a node's own word counts
             for which silo it is.
 
@@ -60,6 +62,7 @@ class Conductor:
         *,
         wait: float = WAIT_SECONDS,
         patience: float | None = None,
+        grace: float = GRACE_SECONDS,
         authenticated: bool = False,
     ) -> None:
         self.grid = grid
@@ -68,6 +71,7 @@ class Conductor:
         self.observer = observer
         self.wait = wait
         self.patience = patience
+        self.grace = grace if authenticated else 0.0
         self.authenticated = authenticated
         self.post = Post(grid, run.record)
         self.nodes: dict[str, int] = {}
@@ -90,7 +94,11 @@ class Conductor:
         request = JoinRequest(**self.about, plan_text=self.plan.to_toml(), layout=layout.to_json())
         errors: list[GramfuseError] = []
         refused: dict[str, GramfuseError] = {}
-        for label, _, reply in self.post.exchange(nodes, {label: [request] for label in nodes}, len(nodes)):
+        requests = {label: [request] for label in nodes}
+        exchange = self.post.exchange(
+            nodes, requests, len(nodes), patience=self.patience, grace=self.grace, waiting_for=self._tell_waiting
+        )
+        for label, _, reply in exchange:
             try:
                 if isinstance(reply, FederationError):
                     raise reply
@@ -162,8 +170,14 @@ class Conductor:
                 + "; ".join(f"{name}: {error}" for name, error in self.lost.items())
             )
         remaining = {silo: _until(given_up, silo, of) for silo, of in requests.items()}
-        patience = None if long_work else self.patience
-        exchange = self.post.exchange(self.nodes, remaining, in_flight or len(requests), patience, self._tell_waiting)
+        exchange = self.post.exchange(
+            self.nodes,
+            remaining,
+            in_flight or len(requests),
+            patience=None if long_work else self.patience,
+            grace=self.grace,
+            waiting_for=self._tell_waiting,
+        )
         for silo, request, message in exchange:
             try:
                 if isinstance(message, FederationError):
@@ -189,7 +203,8 @@ class Conductor:
         request = FinishRequest(**self.about)
         asked = {silo: [request] for silo in self.joined}
         with self.phase("finish"):
-            for silo, _, reply in post.exchange(self.joined, asked, len(asked), FINISH_SECONDS):
+            exchange = post.exchange(self.joined, asked, len(asked), patience=FINISH_SECONDS, grace=0)
+            for silo, _, reply in exchange:
                 if isinstance(reply, FinishReply):
                     self.tell("finish", "silo", silo=silo)
 
@@ -220,8 +235,8 @@ class Conductor:
     def _tell_lost(self, phase: str, silo: str, error: GramfuseError) -> None:
         self.tell(phase, "lost", silo=silo, reason=str(error))
 
-    def _tell_waiting(self, silo: str, phase: str, seconds: float) -> None:
-        self.tell(phase, "waiting", silo=silo, seconds=round(seconds))
+    def _tell_waiting(self, pending: Pending) -> None:
+        self.tell(pending.phase, "waiting", silo=pending.silo, seconds=round(pending.seconds), away=pending.away)
 
     def _connected(self, expected: Sequence[str]) -> dict[str, int]:
         """Return the nodes that are connected, once all expected silos are there or the wait is over.

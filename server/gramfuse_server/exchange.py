@@ -26,6 +26,7 @@ from gramfuse_server.accumulator import Accumulator, Merged
 from gramfuse_server.conductor import WAIT_SECONDS, Conductor, Observer
 from gramfuse_server.evaluation import Candidate, Evaluation
 from gramfuse_server.model import write_model
+from gramfuse_server.post import GRACE_SECONDS
 from gramfuse_server.run import RunDirectory
 from gramfuse_server.secure import UPLOADS, SecureSums
 from gramfuse_server.spool import Spool, Spooled
@@ -46,7 +47,7 @@ class Exchange:
         own_models: if given, each silo's own model is sent to all silos to be measured too; for simulations only,
             since it shows one silo's model to the others.
         piece_bytes: most bytes of a contribution in one message; a multiple of 16.
-        wait, patience, authenticated: as `gramfuse_server.conductor.Conductor` has them.
+        wait, patience, grace, authenticated: as `gramfuse_server.conductor.Conductor` has them.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Exchange:
         piece_bytes: int = PIECE_BYTES,
         wait: float = WAIT_SECONDS,
         patience: float | None = None,
+        grace: float = GRACE_SECONDS,
         authenticated: bool = False,
     ) -> None:
         self.plan = plan
@@ -70,7 +72,9 @@ class Exchange:
         self.run = run
         self.own_models = own_models
         self.piece_bytes = piece_bytes
-        self.conductor = Conductor(grid, plan, run, observer, wait=wait, patience=patience, authenticated=authenticated)
+        self.conductor = Conductor(
+            grid, plan, run, observer, wait=wait, patience=patience, grace=grace, authenticated=authenticated
+        )
         self.secure = SecureSums(self.conductor, piece_bytes) if plan.privacy.secure_aggregation else None
 
     def start(self) -> dict[str, Any]:

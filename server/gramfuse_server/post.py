@@ -19,19 +19,36 @@ from gramfuse_server.records import from_record, to_record
 
 M = TypeVar("M", bound=Message)
 
-AWAY = 5
-LOST = (3, AWAY, 8)
+LOST = (3, 5, 8)
 """Flower's error codes for a reply that got lost, a node that is away, and a ClientApp that was killed."""
 
 ATTEMPTS = 3
 REMINDER_SECONDS = 60.0
+GRACE_SECONDS = 180.0
+"""A SuperNode that crashed is kept out for up to a minute, until Flower takes the one before it for dead."""
+
 LONG = 7 * 24 * 3600.0
 """Seconds for which Flower keeps a message: fine-tuning may take days."""
 
 
-@dataclass
+@dataclass(frozen=True)
+class Pending:
+    """A silo that has not answered yet.
+
+    Args:
+        seconds: for how long.
+        away: whether its node is not connected.
+    """
+
+    silo: str
+    phase: str
+    seconds: float
+    away: bool
+
+
+@dataclass(eq=False)
 class _Sent(Generic[M]):
-    """A request that is under way, and those of the same silo that are still to be sent."""
+    """A request that is under way, or waits for its node, and those of the same silo that are still to be sent."""
 
     silo: str
     remaining: Iterator[M]
@@ -41,7 +58,28 @@ class _Sent(Generic[M]):
     reminded: float = 0.0
 
     def again(self) -> _Sent[M]:
+        """Return it as one that waits to be sent once more."""
         return _Sent(self.silo, self.remaining, self.request, self.attempt + 1)
+
+    def on_its_way(self) -> _Sent[M]:
+        """Return it as one that was sent just now."""
+        return _Sent(self.silo, self.remaining, self.request, self.attempt)
+
+    def given_up(
+        self, after: float | None, waiting_for: Callable[[Pending], None], *, away: bool = False
+    ) -> FederationError | None:
+        """Return why the silo is given up, or None as long as it is not."""
+        phase, waited = self.request.phase, time.monotonic() - self.since
+        if after is not None and waited > after:
+            if away:
+                return FederationError(
+                    f"silo {self.silo!r} went away in phase {phase!r} and was not back within {after:.0f} s"
+                )
+            return FederationError(f"silo {self.silo!r} gave no answer in phase {phase!r} within {after:.0f} s")
+        if waited > self.reminded + REMINDER_SECONDS:
+            self.reminded = waited
+            waiting_for(Pending(self.silo, phase, waited, away))
+        return None
 
 
 class Post:
@@ -68,66 +106,64 @@ class Post:
         nodes: Mapping[str, int],
         requests: Mapping[str, Iterable[M]],
         in_flight: int,
+        *,
         patience: float | None = None,
-        waiting_for: Callable[[str, str, float], None] = lambda silo, phase, seconds: None,
+        grace: float = GRACE_SECONDS,
+        waiting_for: Callable[[Pending], None] = lambda pending: None,
     ) -> Iterator[tuple[str, M, Message | FederationError]]:
         """Send every silo its requests, one after the other, and yield (silo, request, reply) as replies come.
 
         A silo's requests follow each other before the next silo's begin, where `in_flight` is the narrower.
-        A reply that Flower lost is asked for again; silos answer the same request with the same reply. A silo that
-        does not answer, or whose answer cannot be read, is given up: the error comes instead of its reply, and
-        its other requests are not sent.
+        A reply that Flower lost is asked for again, once the silo's node is connected; silos answer the same request
+        with the same reply. A silo that does not answer, or whose answer cannot be read, is given up: the error comes
+        instead of its reply, and its other requests are not sent.
 
         Args:
             nodes: Flower's node id of each silo.
             in_flight: most requests under way at a time, ≥ 1.
-            patience: seconds after which a silo that answered nothing is given up; None leaves it to Flower, which
-                gives up nodes that are away, and workers that were killed.
-            waiting_for: is told, every REMINDER_SECONDS, of a silo that has not answered yet: its name, the phase, and
-                for how many seconds.
+            patience: seconds after which a silo that is connected and answered nothing is given up; None is never.
+            grace: seconds after which a silo that went away is given up.
+            waiting_for: is told every REMINDER_SECONDS of a silo that has not answered yet.
         """
         waiting = deque((silo, iter(requests[silo])) for silo in requests)
         active: dict[str, _Sent[M]] = {}
+        lost: list[_Sent[M]] = []
         pause = 0.02
-        while waiting or active:
+        while waiting or active or lost:
             while waiting and len(active) < in_flight:
                 silo, remaining = waiting.popleft()
                 request = next(remaining, None)
                 if request is not None:
-                    sent = _Sent(silo, remaining, request)
-                    active[self._send(silo, nodes[silo], request)] = sent
+                    active[self._send(silo, nodes[silo], request)] = _Sent(silo, remaining, request)
             progress = False
             for message_id in list(active):
                 for answer in self.grid.pull_messages([message_id]):
                     sent = active.pop(message_id)
                     progress = True
-                    if answer.has_error() and self._worth_another_try(answer, nodes[sent.silo], sent.attempt):
-                        active[self._send(sent.silo, nodes[sent.silo], sent.request)] = sent.again()
+                    if answer.has_error() and answer.error.code in LOST and sent.attempt < ATTEMPTS:
+                        lost.append(sent.again())
                         continue
                     reply = self._receive(sent, answer)
                     if not isinstance(reply, FederationError):
                         waiting.appendleft((sent.silo, sent.remaining))
                     yield sent.silo, sent.request, reply
-                if message_id not in active:
+                if message_id in active and (given_up := active[message_id].given_up(patience, waiting_for)):
+                    sent = active.pop(message_id)
+                    yield sent.silo, sent.request, given_up
+            connected = set(self.grid.get_node_ids()) if lost else set()
+            for sent in list(lost):
+                given_up = None
+                if nodes[sent.silo] in connected:
+                    active[self._send(sent.silo, nodes[sent.silo], sent.request)] = sent.on_its_way()
+                elif (given_up := sent.given_up(grace, waiting_for, away=True)) is None:
                     continue
-                sent = active[message_id]
-                waited = time.monotonic() - sent.since
-                if waited > sent.reminded + REMINDER_SECONDS:
-                    sent.reminded = waited
-                    waiting_for(sent.silo, sent.request.phase, waited)
-                if patience is not None and waited > patience:
-                    del active[message_id]
-                    progress = True
-                    yield (
-                        sent.silo,
-                        sent.request,
-                        FederationError(
-                            f"silo {sent.silo!r} gave no answer in phase {sent.request.phase!r} within {patience:.0f} s"
-                        ),
-                    )
+                lost.remove(sent)
+                progress = True
+                if given_up is not None:
+                    yield sent.silo, sent.request, given_up
             # Each look costs a request to the SuperLink, so look less often while nothing comes.
             pause = 0.02 if progress else min(1.0, pause * 1.5)
-            if active and not progress:
+            if (active or lost) and not progress:
                 time.sleep(pause)
 
     def rename(self, label: str, silo: str) -> None:
@@ -145,10 +181,6 @@ class Post:
         self._note("to", silo, request.phase, frame)
         (message_id,) = self.grid.push_messages([message])
         return str(message_id)
-
-    def _worth_another_try(self, answer: FlowerMessage, node: int, attempt: int) -> bool:
-        lost = answer.error.code in LOST and attempt < ATTEMPTS
-        return lost and (answer.error.code != AWAY or node in self.grid.get_node_ids())
 
     def _receive(self, sent: _Sent[M], answer: FlowerMessage) -> Message | FederationError:
         silo = sent.silo

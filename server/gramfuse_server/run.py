@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from gramfuse_protocol.errors import FederationError, GramfuseError, RunDirectoryError, disk_is_full
+from gramfuse_protocol.errors import ContributionError, RunDirectoryError, SecurityError, disk_is_full
 
 CHECKPOINT = "checkpoint.json"
 SUMS = "SHA256SUMS"
@@ -27,8 +27,8 @@ RESUMABLE = "train"
 class RunDirectory:
     """A run directory in the making.
 
-    Leaving it with an exception removes it, unless silos, Flower or this process failed after the silos had trained:
-    then it stays under its partial name, to be resumed. Ctrl-C, and errors that it would meet again, remove it.
+    Leaving it with an exception removes it, unless the silos had trained: then it stays under its partial name, to be
+    resumed. Errors that a resumed run would meet again remove it all the same.
 
     Args:
         path: its final name; must not exist.
@@ -71,8 +71,7 @@ class RunDirectory:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if error is None:
             return
-        final = isinstance(error, GramfuseError) and not isinstance(error, FederationError)
-        if RESUMABLE not in self.done or final or isinstance(error, KeyboardInterrupt):
+        if RESUMABLE not in self.done or isinstance(error, ContributionError | SecurityError):
             shutil.rmtree(self.partial, ignore_errors=True)
 
     @contextmanager
@@ -85,7 +84,7 @@ class RunDirectory:
             if not full and not isinstance(error, OSError):
                 raise
             raise RunDirectoryError(
-                f"{self.partial}: {'no space left on the disk' if full else error}; nothing of this run was kept"
+                f"{self.partial}: {'no space left on the disk; make room' if full else error}"
             ) from error
 
     def write(self, name: str, text: str) -> None:

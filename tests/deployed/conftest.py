@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from gramfuse_cli.link import Link
-from gramfuse_cli.processes import BIN, MARK
+from gramfuse_cli.processes import BIN, marked
 from gramfuse_cli.run import register
 from gramfuse_cli.supervisor import mark_of
 from gramfuse_client.silo import Silo
@@ -54,10 +54,6 @@ class Started:
     process: subprocess.Popen[bytes]
     directory: Path
     log: Path
-    mark: str = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.mark = mark_of(self.directory)
 
     @property
     def said(self) -> str:
@@ -77,15 +73,11 @@ class Started:
         return "".join(f"\n--- {p}\n{p.read_text()[-2000:]}" for p in sorted(self.directory.glob("*.log")))
 
     def processes(self) -> list[psutil.Process]:
-        """All processes that it started and that are there still."""
-        found = []
-        for process in psutil.process_iter():
-            try:
-                if process.environ().get(MARK) == self.mark and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-            except (psutil.Error, OSError):
-                continue
-        return found
+        """All processes that it started and that are there still; nginx shows no mark, but what it works with."""
+        nginx = [
+            p for p in psutil.process_iter(["cmdline"]) if f"-p {self.directory}/" in " ".join(p.info["cmdline"] or ())
+        ]
+        return [*marked(mark_of(self.directory)), *nginx, *(worker for master in nginx for worker in master.children())]
 
     def one(self, command: str) -> psutil.Process:
         """The process of one of its commands."""
@@ -137,9 +129,9 @@ class Deployment:
         """The SuperLink's own, behind the proxy."""
         return int(Link.of_server(self.coordinator).address.rpartition(":")[2])
 
-    def start_server(self, *options: str, port: int | None = None) -> Started:
+    def start_server(self, *options: str, host: str = "127.0.0.1") -> Started:
         """Start the coordinator's side and wait until it is up."""
-        options += ("--host", "127.0.0.1", "--port", str(port or self.port))
+        options += ("--host", host, "--port", str(self.port))
         if self.insecure:
             options += ("--insecure-loopback",)
         server = self.start("server", "start", str(self.coordinator), *options, of=self.coordinator / "superlink")
@@ -204,6 +196,16 @@ class Deployment:
         for name in project.names:
             text = project.silo(name).read_text(encoding="utf-8")
             project.silo(name).write_text(re.sub(r"approved = \[.*\]", f'approved = ["{digest}"]', text))
+
+
+@pytest.fixture(name="gramfuse")
+def _gramfuse() -> Callable[..., dict[str, Any]]:
+    return gramfuse
+
+
+@pytest.fixture(name="fails")
+def _fails() -> Callable[..., str]:
+    return fails
 
 
 @pytest.fixture

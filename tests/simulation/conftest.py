@@ -51,6 +51,7 @@ class InProcessGrid(Grid):
         lag: with it, the messages under way arrive and are answered in an order that it draws.
         configs: node configurations by name.
         keys: public keys by name, as a SuperLink that authenticates nodes has them, PEM.
+        away: names of nodes that are not connected now; the test may change it.
 
     Attributes:
         sent: (node, phase) of every message that was sent, in order.
@@ -67,6 +68,7 @@ class InProcessGrid(Grid):
         keys: Mapping[str, bytes] | None = None,
     ) -> None:
         self.keys = keys or {}
+        self.away: set[str] = set()
         self.fault = fault
         self.lag = lag
         self.nodes = {FIRST_NODE + n: (name, node) for n, (name, node) in enumerate(nodes.items())}
@@ -96,7 +98,7 @@ class InProcessGrid(Grid):
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
-        return list(self.nodes)
+        return [number for number, (name, _) in self.nodes.items() if name not in self.away]
 
     def get_nodes(self) -> Iterable[NodeInfo]:
         return [

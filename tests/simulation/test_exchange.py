@@ -601,7 +601,7 @@ def failure(kind: type[GramfuseError], grid: Any, honest: Honest, place: Path, p
     with pytest.raises(kind) as caught:
         exchange(grid, honest, place / "run", piece_bytes)
     assert type(caught.value) is kind
-    if kind is FederationError and "upload" in {phase for _, phase in grid.sent}:
+    if kind in (FederationError, RefusalError) and "upload" in {phase for _, phase in grid.sent}:
         assert set(json.loads((place / "run.partial" / "checkpoint.json").read_text())) == {"session", "train"}
         shutil.rmtree(place / "run.partial")
     assert sorted(place.rglob("*")) == before
@@ -759,6 +759,37 @@ def test_a_message_from_one_silos_connection_in_anothers_name_is_refused(
     grid = in_process_grid(honest.scripted(), keys=keyed.public, fault=fault)
     with pytest.raises(FederationError, match=r"silo 'silo-b' answered as .*'silo-c'"):
         exchange(grid, honest, place / "run", plan=keyed.plan, authenticated=True)
+
+
+@pytest.mark.parametrize("back", [True, False])
+def test_a_silo_that_went_away_is_waited_for(
+    honest: Honest, in_process_grid: Any, place: Path, back: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(post, "REMINDER_SECONDS", 0.1)
+    events: list[dict[str, Any]] = []
+
+    def fault(visit: Any, deliver: Callable[[], RecordDict]) -> RecordDict | Error:
+        if (visit.node, visit.phase, visit.number) == ("silo-b", "upload", 1):
+            grid.away.add("silo-b")
+            return Error(5, "Node Unavailable")
+        return deliver()
+
+    def observe(event: dict[str, Any]) -> None:
+        events.append(event)
+        if back and event["state"] == "waiting":
+            grid.away.clear()
+
+    keyed = Keyed.of(honest)
+    grid = in_process_grid(honest.scripted(), keys=keyed.public, fault=fault)
+    settings: dict[str, Any] = {"plan": keyed.plan, "authenticated": True, "grace": 30 if back else 0.5}
+    if back:
+        exchange(grid, honest, place / "run", observer=observe, **settings)
+        assert_identical(weights_of(place / "run"), honest.weights)
+    else:
+        with pytest.raises(FederationError, match=r"'silo-b' went away in phase 'upload' and was not back"):
+            exchange(grid, honest, place / "run", observer=observe, **settings)
+    waited = [event for event in events if event["state"] == "waiting"]
+    assert {(event["silo"], event["phase"], event["away"]) for event in waited} == {("silo-b", "upload", True)}
 
 
 def test_nodes_without_keys_are_not_silos_where_nodes_are_authenticated(

@@ -81,8 +81,8 @@ def test_whatever_ends_a_run_leaves_nothing_of_it(error: type[BaseException], tm
 
 @pytest.mark.parametrize(
     ("error", "kept"),
-    [(e, True) for e in (FederationError, RuntimeError, SystemExit)]
-    + [(e, False) for e in (KeyboardInterrupt, RefusalError, ContributionError, SecurityError, RunDirectoryError)],
+    [(e, True) for e in (FederationError, RefusalError, RunDirectoryError, RuntimeError, SystemExit, KeyboardInterrupt)]
+    + [(e, False) for e in (ContributionError, SecurityError)],
 )
 def test_what_fails_after_training_can_be_resumed_unless_it_would_fail_again(
     error: type[BaseException], kept: bool, tmp_path: Path

@@ -1,0 +1,204 @@
+"""`gramfuse silo start`: it connects, it says what keeps it from connecting, it runs nothing of the coordinator's."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+from collections.abc import Callable
+from datetime import UTC, datetime
+from email.utils import format_datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.supercore.constant import TASK_TYPE_TO_COMMAND
+
+from gramfuse_cli import endpoint
+from gramfuse_cli.node import OTHERS, WORKER, Growing, node_config, write_commands
+from gramfuse_client.silo import Silo
+from gramfuse_protocol.errors import PlanError
+
+Run = Callable[..., Any]
+
+
+def test_it_connects_and_stops_without_a_trace(deploy: Run, pico_project: Run, fails: Run, gramfuse: Run) -> None:
+    deployment = deploy(pico_project(silos=2))
+    deployment.start_server()
+    deployment.register()
+    silo = deployment.start_silo("silo-a")
+    listed = {silo["name"]: silo["status"] for silo in gramfuse("server", "silos", deployment.coordinator)["silos"]}
+    assert listed == {"silo-a": "online", "silo-b": "registered"}
+    file = deployment.project.silo("silo-a")
+    assert "is in use" in fails("silo", "start", file)
+
+    directory = silo.directory
+    assert directory.stat().st_mode & 0o777 == 0o700
+    for name in ("secret", "lock", "supernode.log", "superexec.log"):
+        assert (directory / name).stat().st_mode & 0o777 == 0o600, name
+    secret = (directory / "secret").read_text()
+    commands = [process.cmdline() for process in silo.processes()]
+    assert len(commands) == 2
+    assert not [part for command in commands for part in command if "installation" in part or secret in part]
+    assert all("127.0.0.1" in command or "--runtime-api-address" in command for command in commands)
+
+    # A SuperNode that ends is started again, with the same key.
+    silo.one("flower-supernode").terminate()
+    silo.wait_for("SuperNode ended with status 0")
+    while silo.said.count("connected to localhost") < 2:
+        silo.wait_for("connected to localhost")
+
+    assert silo.stop(signal.SIGTERM) == 0
+    assert silo.said.splitlines()[-1].endswith("silo-a: ended")
+    assert not silo.processes()
+    again = deployment.start_silo("silo-a")
+    assert (directory / "secret").read_text() != secret
+    assert again.stop(signal.SIGINT) == 0
+
+
+def test_a_silo_that_is_revoked_is_cut_off_for_good(deploy: Run, pico_project: Run, gramfuse: Run, fails: Run) -> None:
+    deployment = deploy(pico_project(silos=2))
+    deployment.start_server()
+    deployment.register()
+    silo = deployment.start_silo("silo-a")
+    (fingerprint,) = gramfuse("server", "revoke", deployment.coordinator, "silo-a")["revoked"]
+    silo.wait_for("[code: 2004]")
+    statuses = {s["name"]: s for s in gramfuse("server", "silos", deployment.coordinator)["silos"]}
+    assert statuses["silo-a"]["status"] == "revoked"
+    assert statuses["silo-b"]["status"] == "registered"
+    key = Silo.read(deployment.project.silo("silo-a")).node_key_path
+    printed = subprocess.run(["ssh-keygen", "-l", "-f", str(key)], capture_output=True, text=True, check=True).stdout
+    assert fingerprint == statuses["silo-a"]["fingerprint"] == printed.split()[1]
+    message = fails("run", deployment.project.directory, deployment.coordinator)
+    for words in ("'silo-a'", fingerprint, "was revoked", "--renew"):
+        assert words in message
+
+
+def test_a_key_that_the_coordinator_does_not_know_is_said(deploy: Run, pico_project: Run) -> None:
+    deployment = deploy(pico_project(silos=2))
+    deployment.start_server()
+    silo = deployment.start_silo("silo-a", connected=False)
+    said = silo.wait_for("SuperNode ended as before")
+    assert "Exit Code: 305" in said
+    assert "before the first run of a plan that has this silo's node key" in said
+    deployment.register()
+    silo.wait_for("connected to")
+
+
+def test_what_keeps_it_from_connecting_is_said(deploy: Run, pico_project: Run, gramfuse: Run, tmp_path: Path) -> None:
+    deployment = deploy(pico_project(silos=2))
+    file = deployment.project.silo("silo-a")
+    silo = deployment.start_silo("silo-a", connected=False)
+    silo.wait_for(f"cannot reach localhost:{deployment.port} yet (Connection refused)")
+    assert silo.stop() == 0
+
+    # The coordinator is there, under a name that is not in its certificate.
+    deployment.start_server(host="127.0.0.2")
+    deployment.project.replace(file, "localhost:", "127.0.0.2:")
+    silo = deployment.start_silo("silo-a", connected=False)
+    silo.wait_for(f"the certificate of 127.0.0.2:{deployment.port} is for other names")
+    assert silo.stop() == 0
+
+    # The silo has another authority's certificate.
+    gramfuse("pki", "init", tmp_path / "other")
+    deployment.project.replace(file, str(deployment.ca), str(tmp_path / "other" / "ca.crt"))
+    silo = deployment.start_silo("silo-a", connected=False)
+    said = silo.wait_for("SuperNode ended with status 1: Exit Code: 305")
+    assert f"expected a certificate by the authority in {tmp_path}/other/ca.crt" in said
+
+
+def test_missing_and_open_keys_are_refused(deploy: Run, pico_project: Run, fails: Run) -> None:
+    deployment = deploy(pico_project(silos=2))
+    file = deployment.project.silo("silo-a")
+    silo = Silo.read(file)
+    for path in (silo.node_key_path, silo.identity_path):
+        path.chmod(0o644)
+        assert f"{path}: others on this machine can read it; run: chmod 600 {path}" in fails("silo", "start", file)
+        path.chmod(0o600)
+        path.rename(path.with_suffix(".away"))
+        assert f"gramfuse silo keygen {file}" in fails("silo", "start", file)
+        path.with_suffix(".away").rename(path)
+    deployment.ca.unlink()
+    message = fails("silo", "start", file)
+    assert f"{deployment.ca}: no such file" in message
+    assert "gramfuse pki init" in message
+    deployment.project.replace(file, "[coordinator]\naddress", "[coordinators]\naddress")
+    assert not (silo.state / "node").exists()
+
+
+def test_without_tls_it_goes_to_this_machine_only(deploy: Run, pico_project: Run, fails: Run) -> None:
+    deployment = deploy(pico_project(silos=2), insecure=True)
+    file = deployment.project.silo("silo-a")
+    local = f"localhost:{deployment.port}"
+    for address in ("10.0.0.5:9443", "merge.example.org:9443", "0.0.0.0:9443", "localhost.example.org:9443"):
+        deployment.project.replace(file, local, address)
+        assert f"'coordinator.address' is {address}" in fails("silo", "start", file, "--insecure-loopback")
+        deployment.project.replace(file, address, local)
+    deployment.start_server()
+    silo = deployment.start_silo("silo-a")
+    # What answers is the pinned worker all the same.
+    assert (silo.directory / "bin" / WORKER).read_text().count("gramfuse_client.worker") == 1
+    assert silo.one("flower-superexec").environ()["PATH"].split(":")[0] == str(silo.directory / "bin")
+
+
+def test_an_address_can_be_of_the_sixth_version() -> None:
+    assert (endpoint.host_of("[::1]:9443"), endpoint.port_of("[::1]:9443")) == ("::1", 9443)
+    assert [host for host in ("127.0.0.1", "::1", "localhost", "127.8.9.1") if not endpoint.is_loopback(host)] == []
+    assert [h for h in ("0.0.0.0", "::", "10.0.0.1", "local", "127.0.0.1.org", "") if endpoint.is_loopback(h)] == []
+
+
+@pytest.mark.parametrize(
+    ("ahead", "words"), [(0, ""), (4, ""), (-200, ""), (60, "set the clocks"), (-400, "set the clocks")]
+)
+def test_a_clock_that_is_wrong_is_said(ahead: float, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = datetime.now(UTC)
+    monkeypatch.setattr(endpoint.time, "time", lambda: theirs.timestamp() + ahead)
+    said = endpoint._skew(format_datetime(theirs, usegmt=True), "merge.example.org:9443")
+    assert (words in said) if words else not said
+
+
+def test_all_that_flower_could_start_at_a_silo_is_ours(tmp_path: Path) -> None:
+    assert {WORKER, *OTHERS} == set(TASK_TYPE_TO_COMMAND.values())
+    directory = tmp_path / "a 'quoted' place"
+    write_commands(directory)
+    for name in OTHERS:
+        done = subprocess.run(
+            [name], env={"PATH": str(directory)}, capture_output=True, text=True, executable=str(directory / name)
+        )
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr == f"a silo runs no {name}: refused\n"
+    done = subprocess.run([str(directory / WORKER), "--help"], capture_output=True, text=True)
+    assert "--runtime-api-address" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    "path", ["/a b/silo.toml", '/a"b/silo.toml', "/o'brien/silo.toml", "/a\\b/silo.toml", "/ä/silo.toml"]
+)
+def test_flower_reads_the_silos_path_back(path: str) -> None:
+    from flwr.common.config import parse_config_args
+
+    assert parse_config_args([node_config(Path(path))]) == {"silo": path}
+
+
+def test_a_path_that_flower_could_not_read_is_refused() -> None:
+    with pytest.raises(PlanError, match="fewer quotes"):
+        node_config(Path("/o'brien's \"x\"/silo.toml"))
+
+
+def test_a_growing_file_is_read_line_by_line(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    assert Growing(path).lines() == []
+    path.write_text("old\n")
+    file = Growing(path)
+    assert file.lines() == []
+    with path.open("a") as more:
+        more.write("one\ntw")
+        more.flush()
+        assert file.lines() == ["one"]
+        more.write("o\n")
+    assert file.lines() == ["two"]
+    path.rename(tmp_path / "away")
+    assert file.lines() == []
+    path.write_text("a new one, longer than what was there\n")
+    assert file.lines() == ["a new one, longer than what was there"]
+    path.write_text("cut\n")
+    assert file.lines() == ["cut"]
