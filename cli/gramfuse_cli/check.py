@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -18,10 +17,13 @@ from rich.text import Text
 
 from gramfuse_cli.ledger import printable
 from gramfuse_cli.options import as_json as json_option
+from gramfuse_cli.plan import family
 from gramfuse_protocol.errors import CheckError
 
 if TYPE_CHECKING:
-    from gramfuse_client.check import Departure, Finding, Leaving, Part, Report
+    from gramfuse_client.check import Report
+    from gramfuse_client.departures import Departure, Leaving, Part
+    from gramfuse_client.finding import Finding
 
 MOST_LINES = 60
 """Lines of one contribution's table that are still read; with more, those that differ in a number only become one."""
@@ -68,18 +70,18 @@ def check(file: Path, plan: Path | None, offline: bool, complete: bool, as_json:
     from gramfuse_client.check import check as look
 
     report = look(file, plan, offline=offline, progress=lambda line: click.echo(line, err=True))
-    count = len(report.problems)
-    subjects = ", ".join(dict.fromkeys(finding.subject for finding in report.problems))
-    error = CheckError(f"{file}: {count} problem{'s' if count > 1 else ''}: {subjects}; what to do is said above")
+    subjects = [finding.subject for finding in report.findings.problems]
+    many = "1 problem" if len(subjects) == 1 else f"{len(subjects)} problems"
+    error = CheckError(f"{file}: {many}: {', '.join(dict.fromkeys(subjects))}; what to do is said above")
     if as_json:
-        click.echo(json.dumps(_document(report, error if count else None)))
+        click.echo(json.dumps(_document(report, error if subjects else None)))
     else:
         # A pipe has no width, and lines that are folded in one are of no use to grep.
         console = Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False)
         _print(console, report, complete)
-    if count and not as_json:
+    if subjects and not as_json:
         raise error
-    if count:
+    if subjects:
         click.echo(f"error: {error}", err=True)
         click.get_current_context().exit(CheckError.exit_code)
 
@@ -119,7 +121,7 @@ def _print(console: Console, report: Report, complete: bool) -> None:
     _print_list(console, "What does not leave", leaving.stays)
     _print_list(console, "Words", [f"{word}: {said}" for word, said in leaving.words.items()])
     for departure in leaving.departures:
-        if any(part.dtype not in ("bytes", "count") for part in departure.parts):
+        if departure.parts:
             _print_parts(console, departure, complete)
 
 
@@ -180,8 +182,7 @@ def _alike(parts: Iterable[Part]) -> list[tuple[str, Part, int]]:
     """Return a line for all parts that are the same but for numbers in their names: `layer.*.weight`, and how many."""
     groups: dict[tuple[Any, ...], list[Part]] = {}
     for part in parts:
-        pattern = re.sub(r"\.\d+(?=\.)", ".*", part.name)
-        groups.setdefault((pattern, part.dtype, part.shape, part.what), []).append(part)
+        groups.setdefault((family(part.name), part.dtype, part.shape, part.what), []).append(part)
     return [(key[0] if len(of) > 1 else of[0].name, of[0], len(of)) for key, of in groups.items()]
 
 

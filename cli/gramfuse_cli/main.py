@@ -28,7 +28,9 @@ def cli() -> None:
     Make a silo's keys:     gramfuse silo keygen silo.toml
     Make certificates:      gramfuse pki init DIR
     Agree on the contract:  gramfuse plan lock my-merge
-    Between real silos:     gramfuse run my-merge CONNECTION
+    Be the coordinator:     gramfuse server start DIR
+    Be a silo:              gramfuse silo start silo.toml
+    Merge between silos:    gramfuse run my-merge DIR
 
     Every command takes --json: one JSON object on standard output, everything else on standard error.
     """

@@ -22,17 +22,17 @@ from typing import TYPE_CHECKING, Literal
 import click
 from pydantic import ValidationError
 
-from gramfuse_cli.endpoint import free_port, host_of, is_loopback, obstacle
+from gramfuse_cli.endpoint import free_port, host_of, is_loopback
 from gramfuse_cli.options import as_json as json_option
 from gramfuse_cli.processes import BIN, GIVE_BACK
-from gramfuse_cli.supervisor import Service, Supervisor, say, supervised
+from gramfuse_cli.supervisor import POLL_SECONDS, Service, Supervisor, say, supervised
+from gramfuse_client.connection import obstacle
 from gramfuse_client.private import open_private, write_private
 from gramfuse_protocol.errors import PlanError
 
 if TYPE_CHECKING:
     from gramfuse_client.silo import Silo
 
-POLL_SECONDS = 0.2
 PROBE_SECONDS = 30.0
 FORGET_SECONDS = 90.0
 """A SuperLink takes up to 60 s to notice that a node is gone; until then it refuses the same node."""
@@ -72,9 +72,7 @@ def start(file: Path, insecure_loopback: bool, once: bool, as_json: bool) -> Non
     ca = None if insecure_loopback else silo.ca_path
     check_keys(silo, insecure=insecure_loopback)
     directory = silo.state / "node"
-    for made in (silo.state, directory):
-        made.mkdir(mode=0o700, parents=True, exist_ok=True)
-    watch = Watch(silo, address, ca, directory)
+    watch = Watch(silo, address, directory, tls=ca is not None)
     with suppress(KeyboardInterrupt), supervised(directory) as supervisor:
         say(f"{silo.name}: connecting to {address}")
         for service in services(silo, directory, address, ca, watch):
@@ -199,14 +197,14 @@ class Watch:
 
     Args:
         address: the coordinator's.
-        ca: of the authority that it is trusted by; None is without TLS.
         directory: where the logs are.
+        tls: whether the coordinator is reached by it.
     """
 
-    def __init__(self, silo: Silo, address: str, ca: Path | None, directory: Path) -> None:
+    def __init__(self, silo: Silo, address: str, directory: Path, *, tls: bool) -> None:
         self.silo = silo
         self.address = address
-        self.ca = ca
+        self.tls = tls
         self.node_log = Growing(directory / "supernode.log")
         self.worker_log = Growing(directory / "superexec.log")  # a SuperExec's output is that of its workers too
         self.ledger = Growing(silo.ledger)
@@ -248,7 +246,7 @@ class Watch:
         if "[code: 2001]" in output:
             return "the coordinator asks for a node key; leave out --insecure-loopback"
         if "[code: 2004]" not in output:
-            self._asked, self._obstacle = time.monotonic(), obstacle(self.address, self.ca)
+            self._asked, self._obstacle = time.monotonic(), obstacle(self.silo, tls=self.tls)
             return self._obstacle
         if time.monotonic() < self._known + FORGET_SECONDS:
             return (
@@ -262,7 +260,7 @@ class Watch:
 
     def _look_for_obstacles(self) -> None:
         self._asked = time.monotonic()
-        found = obstacle(self.address, self.ca)
+        found = obstacle(self.silo, tls=self.tls)
         if found and found != self._obstacle:
             say(found)
         self._obstacle = found

@@ -151,19 +151,27 @@ def _modules(weights: list[str]) -> str:
     return f"{parent}.{{{','.join(module.rpartition('.')[2] for module in modules)}}}"
 
 
+def family(name: str) -> str:
+    """Return a parameter's name with the numbers of layers left out, `layer.*.weight`."""
+    return re.sub(r"\.\d+(?=\.)", ".*", name)
+
+
 def _families(names: list[str]) -> str:
     """Shorten a list of parameters: the same name in several layers is written once, with the number of layers."""
-    counts = Counter(re.sub(r"\.\d+\.", ".*.", name) for name in names)
+    counts = Counter(map(family, names))
     return ", ".join(name if count == 1 else f"{name} (×{count})" for name, count in counts.items()) or "nothing"
 
 
 def _preview(project: Project, plan: Plan, layout: Layout) -> dict[str, Any]:
+    from gramfuse_client.policy import contribution_bytes
+    from gramfuse_client.resources import statistics_memory
+
     gram_entries = sum(group.blocks.entries for group in layout.groups)
     products = sum(group.d_in * sum(weight.d_out for weight in group.weights) for group in layout.groups)
     delta_entries = sum(block.entries for block in layout.blocks) - gram_entries
     secure = plan.privacy.secure_aggregation
     item = 8 if secure else ITEM_BYTES
-    upload = 8 * layout.sum_entries if secure else layout.contribution_bytes
+    upload = contribution_bytes(plan, layout)
     flops = sum(2 * count * width * width for group in layout.groups for _, count, width in group.blocks.parts)
     return {
         "plan_digest": plan.digest,
@@ -198,8 +206,7 @@ def _preview(project: Project, plan: Plan, layout: Layout) -> dict[str, Any]:
             "product_bytes": item * products if secure else 0,
             "upload_seconds": upload / 20e6,
             "gram_seconds": flops * plan.merge.tokens / _flops_per_second(),
-            # Gram sums in float64, and the contribution that is put together from them.
-            "silo_memory_bytes": 8 * gram_entries + layout.contribution_bytes,
+            "silo_memory_bytes": statistics_memory(layout),
             "coordinator_memory_bytes": 8 * (gram_entries + products + delta_entries),
             "coordinator_disk_bytes": len(plan.silo) * upload,
         },

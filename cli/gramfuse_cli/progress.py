@@ -75,8 +75,8 @@ class RunProgress:
             case "wait":
                 self._say(f"  {event['connected']} of {event['needed']} silos are connected")
             case "waiting":
-                doing = "is away" if event["away"] else "has not answered"
-                self._say(f"  [dim]{event['silo']:<12} {doing} for {event['seconds'] // 60} min[/]")
+                doing = "away" if event["away"] else "no answer yet"
+                self._say(f"  [dim]{event['silo']:<12} {doing}, {event['seconds'] // 60} min[/]")
             case "lost":
                 self._say(f"  [yellow]{event['silo']:<12} lost: {event['reason']}[/]")
             case "measured":

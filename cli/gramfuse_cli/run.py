@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +23,15 @@ from gramfuse_cli.options import project_directory
 from gramfuse_cli.progress import RunProgress
 from gramfuse_cli.project import Project
 from gramfuse_cli.report import show_report
-from gramfuse_protocol.errors import FederationError, PlanError, error_types
+from gramfuse_cli.server import listening, serving
+from gramfuse_protocol.errors import FederationError, PlanError, RunDirectoryError, error_types
 from gramfuse_protocol.layout import Layout
 from gramfuse_protocol.plan import Plan
 
 WAIT = 600.0
+GRACE = 180.0
+AWAY_SECONDS = 300.0
+"""How long a SuperLink may be away that somebody starts again."""
 
 
 @click.command()
@@ -44,9 +51,39 @@ WAIT = 600.0
     show_default=True,
     help="Seconds to wait for all silos; then the run goes on without the missing ones, if the plan allows it.",
 )
+@click.option(
+    "--grace",
+    type=click.FloatRange(min=0),
+    default=GRACE,
+    show_default=True,
+    help="Seconds to wait for a silo that went away in the middle, before the run goes on without it.",
+)
+@click.option(
+    "--patience",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    help="Seconds to wait for the answer of a silo that is connected, except while it trains or measures.  "
+    "[default: without end]",
+)
+@click.option(
+    "--serve",
+    is_flag=True,
+    help="Start the coordinator's side in CONNECTION for this run, as 'gramfuse server start' does, and stop it then.",
+)
+@listening
 @json_option
 def run(
-    directory: Path, connection: str | None, out: Path | None, resume: Path | None, wait: float, as_json: bool
+    directory: Path,
+    connection: str | None,
+    out: Path | None,
+    resume: Path | None,
+    wait: float,
+    grace: float,
+    patience: float,
+    serve: bool,
+    host: str | None,
+    port: int,
+    as_json: bool,
 ) -> None:
     """Run the locked plan in DIR between real silos.
 
@@ -58,9 +95,9 @@ def run(
     plan's roster are registered at the SuperLink first, so that these silos may connect; over TLS a silo without one
     could not.
 
-    A silo that goes away is left out, as long as the plan's minimum-survivors are there. A run that was interrupted
-    after the silos had trained (the ServerApp was killed, too many silos went away) can go on with --resume: no silo
-    trains again.
+    A silo that goes away and is not back in time is left out, as long as the plan's minimum-survivors are there. A run
+    that was interrupted after the silos had trained (Ctrl-C, a full disk, too many silos went away) can go on with
+    --resume: no silo trains again.
     """
     from gramfuse_server.run import check_free, read_checkpoint
 
@@ -74,14 +111,17 @@ def run(
     else:
         path = path.with_name(path.name.removesuffix(".partial"))
         read_checkpoint(path)
-    link = Link.find(connection)
-    check_roster(project, link)
-    with tempfile.TemporaryDirectory(prefix="gramfuse-") as scratch:
-        app = Path(scratch) / "app"
-        write_app(app, project.plan, layout)
-        register(project.plan, link)
-        how = {"resume": resume is not None, "wait": wait, "authenticated": not link.insecure}
-        report = _follow(app, link, project, path, how)
+    if serve and connection is None:
+        raise click.UsageError("--serve needs CONNECTION, the directory with ca.crt, server.crt and server.key")
+    with serving(Path(str(connection)), host, port) if serve else nullcontext() as server:
+        link = Link.find(connection)
+        check_roster(project, link)
+        with tempfile.TemporaryDirectory(prefix="gramfuse-") as scratch, server.kept() if server else nullcontext():
+            app = Path(scratch) / "app"
+            write_app(app, project.plan, layout)
+            register(project.plan, link)
+            how = {"resume": resume is not None, "authenticated": not link.insecure}
+            report = _follow(app, link, project, path, {**how, "wait": wait, "grace": grace, "patience": patience})
     show_report(report, path, as_json)
 
 
@@ -111,7 +151,7 @@ def write_app(directory: Path, plan: Plan, layout: Layout) -> None:
                         "resume": False,
                         "wait": WAIT,
                         "patience": 0.0,
-                        "grace": 0.0,
+                        "grace": GRACE,
                         "authenticated": False,
                     },
                 }
@@ -154,45 +194,29 @@ def register(plan: Plan, link: Link) -> None:
 
 
 def _follow(app: Path, link: Link, project: Project, out: Path, how: dict[str, Any]) -> dict[str, Any]:
-    from gramfuse_server.run import CHECKPOINT, partial_of
-
     settings = tomlkit.dumps({"directory": str(project.directory), "run-directory": str(out), **how})
     overrides = app.parent / "run.toml"
     overrides.write_text(settings, encoding="utf-8")
     started = link.flwr("run", str(app), link.name, "--run-config", str(overrides))
     run_id = str(started["run-id"])
-    failure: dict[str, Any] | None = None
+    failures: list[dict[str, Any]] = []
     try:
-        with (
-            RunProgress(project.plan.names, lambda name: None) as progress,
-            subprocess.Popen(  # noqa: S603
-                link.command("log", run_id, link.name, "--stream"),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                text=True,
-                env=link.environment,
-            ) as log,
-        ):
-            try:
-                for line in log.stdout or ():
-                    event = _event(line)
-                    if event is not None and event["state"] == "failed":
-                        failure = event
-                    elif event is not None:
-                        progress.take(event)
-            finally:
-                log.terminate()
-        status = _status(run_id, link)
+        with RunProgress(project.plan.names, lambda name: None) as progress:
+
+            def take(event: dict[str, Any]) -> None:
+                if event["state"] == "failed":
+                    failures.append(event)
+                else:
+                    progress.take(event)
+
+            status = _watch(run_id, link, take)
     except KeyboardInterrupt:
         link.flwr("stop", run_id, link.name)
-        shutil.rmtree(partial_of(out), ignore_errors=True)
+        click.echo(_kept(project, link, out) or "nothing of the run is kept", err=True)
         raise
-    go_on = ""
-    if (partial_of(out) / CHECKPOINT).exists():
-        go_on = f"\nWhat was done is kept; go on with: gramfuse run {project.directory} {link.given} --resume {out}"
-    if failure is not None:
-        raise error_types().get(failure["error"], FederationError)(failure["message"] + go_on)
+    go_on = f"\n{_kept(project, link, out)}".rstrip()
+    if failures:
+        raise error_types().get(failures[-1]["error"], FederationError)(failures[-1]["message"] + go_on)
     if status["status"] != "finished:completed" or not out.exists():
         raise FederationError(
             f"Flower run {run_id} ended as {status['status']} ({status.get('status-details') or 'no details'}); "
@@ -202,12 +226,55 @@ def _follow(app: Path, link: Link, project: Project, out: Path, how: dict[str, A
     return report
 
 
-def _status(run_id: str, link: Link) -> dict[str, Any]:
-    """Wait until a run is finished, and return what Flower says of it."""
+def _kept(project: Project, link: Link, out: Path) -> str:
+    """Say how to go on with a run that was interrupted after the silos had trained; of any other, leave nothing."""
+    from gramfuse_server.run import RESUMABLE, partial_of, read_checkpoint
+
+    try:
+        if RESUMABLE in read_checkpoint(out):
+            command = ["gramfuse", "run", str(project.directory), link.given, "--resume", str(out)]
+            return f"what was done is kept; go on with: {shlex.join(command)}"
+    except RunDirectoryError:
+        pass
+    shutil.rmtree(partial_of(out), ignore_errors=True)
+    return ""
+
+
+def _watch(run_id: str, link: Link, take: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Hand on the events of a run until it is finished, and return what Flower says of it then.
+
+    The SuperLink may go away meanwhile and come back, and the run goes on; its log is read again from the beginning.
+
+    Raises:
+        FederationError: if the SuperLink stays away for AWAY_SECONDS.
+    """
+    done, answered = 0, time.monotonic()
     while True:
-        (run,) = link.flwr("list", link.name, "--run-id", run_id)["runs"]
-        if str(run["status"]).startswith("finished"):
-            return dict(run)
+        with subprocess.Popen(  # noqa: S603
+            link.command("log", run_id, link.name, "--stream"),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=link.environment,
+        ) as log:
+            try:
+                for number, line in enumerate(log.stdout or (), 1):
+                    if number > done and line.endswith("\n"):
+                        done, event = number, _event(line)
+                        if event is not None:
+                            take(event)
+            finally:
+                log.terminate()
+        try:
+            (run,) = link.flwr("list", link.name, "--run-id", run_id)["runs"]
+        except FederationError:
+            if time.monotonic() > answered + AWAY_SECONDS:
+                raise
+        else:
+            answered = time.monotonic()
+            if str(run["status"]).startswith("finished"):
+                return dict(run)
         time.sleep(1)
 
 

@@ -10,10 +10,11 @@ import shlex
 import ssl
 import time
 import tomllib
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 import tomlkit
@@ -25,11 +26,11 @@ from gramfuse_cli.link import SERVER, UNREGISTERED, Link, home_of
 from gramfuse_cli.options import as_json as json_option
 from gramfuse_cli.processes import BIN, GIVE_BACK
 from gramfuse_cli.proxy import find_nginx, write_configuration
-from gramfuse_cli.supervisor import Service, say, supervised
+from gramfuse_cli.supervisor import POLL_SECONDS, Service, Supervisor, say, supervised
 from gramfuse_client.private import write_private
 from gramfuse_protocol.errors import FederationError, PlanError
 
-POLL_SECONDS = 0.2
+F = TypeVar("F", bound=Callable[..., Any])
 
 directory_argument = click.argument("directory", metavar="DIR", type=click.Path(path_type=Path, file_okay=False))
 
@@ -50,15 +51,24 @@ def server() -> None:
     """
 
 
+def listening(command: F) -> F:
+    """Add --host and --port."""
+    for option in (
+        click.option("--port", default=9443, show_default=True, type=click.IntRange(1, 65535), help="Port for silos."),
+        click.option(
+            "--host",
+            metavar="IP",
+            callback=_address,
+            help="Address of this machine that silos come in by.  [default: 0.0.0.0, which is all of them]",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
 @server.command()
 @directory_argument
-@click.option(
-    "--host",
-    metavar="IP",
-    callback=_address,
-    help="Address of this machine that silos come in by.  [default: 0.0.0.0, which is all of them]",
-)
-@click.option("--port", default=9443, show_default=True, type=click.IntRange(1, 65535), help="Port for silos.")
+@listening
 @click.option(
     "--insecure-loopback",
     is_flag=True,
@@ -80,6 +90,28 @@ def start(directory: Path, host: str | None, port: int, insecure_loopback: bool,
     Then, here, for each exchange: gramfuse run PROJECT DIR. It survives that the SuperLink is killed: this command
     starts it again, with its database. With --json, standard output gets an object at the end.
     """
+    with suppress(KeyboardInterrupt), serving(directory, host, port, insecure_loopback=insecure_loopback) as supervisor:
+        say(f"to run an exchange, on this machine: gramfuse run PROJECT {shlex.quote(str(directory))}")
+        while True:
+            supervisor.poll()
+            time.sleep(POLL_SECONDS)
+    say("all of it has ended")
+    if as_json:
+        click.echo(json.dumps({"directory": str(directory), "port": port}))
+
+
+@contextmanager
+def serving(directory: Path, host: str | None, port: int, *, insecure_loopback: bool = False) -> Iterator[Supervisor]:
+    """Start the coordinator's side; on leaving, all of it is ended.
+
+    Args:
+        directory: with ca.crt, server.crt and server.key.
+        host: IP address that silos come in by; None is all of them, or with `insecure_loopback` 127.0.0.1.
+
+    Raises:
+        PlanError: if something that it needs is missing or taken.
+        FederationError: if one of its processes does not come up.
+    """
     nginx = find_nginx()
     if insecure_loopback:
         host = host or "127.0.0.1"
@@ -93,11 +125,10 @@ def start(directory: Path, host: str | None, port: int, insecure_loopback: bool,
         hosts = check_certificate(directory)
     own = directory.resolve() / "superlink"
     home = home_of(directory.resolve())
-    for made in (own, home):
-        made.mkdir(mode=0o700, parents=True, exist_ok=True)
     listen = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    with suppress(KeyboardInterrupt), supervised(own) as supervisor:
+    with supervised(own) as supervisor:
         check_free(host, port)
+        home.mkdir(mode=0o700, exist_ok=True)
         link = own_port(home)
         ca = None if insecure_loopback else directory.resolve() / "ca.crt"
         write_private(own / "secret", secrets.token_hex(32).encode("ascii"))
@@ -114,13 +145,7 @@ def start(directory: Path, host: str | None, port: int, insecure_loopback: bool,
             f'in each silo file: [coordinator] address = "{hosts[0]}:{port}"'
             + ("" if ca is None else f", ca = copy of {ca}")
         )
-        say(f"to run an exchange, on this machine: gramfuse run PROJECT {shlex.quote(str(directory))}")
-        while True:
-            supervisor.poll()
-            time.sleep(POLL_SECONDS)
-    say("all of it has ended")
-    if as_json:
-        click.echo(json.dumps({"directory": str(directory), "listen": listen}))
+        yield supervisor
 
 
 @server.command()
@@ -129,7 +154,8 @@ def start(directory: Path, host: str | None, port: int, insecure_loopback: bool,
 def silos(directory: Path, as_json: bool) -> None:
     """List the silos that are registered, with the fingerprints of their node keys, and which are connected.
 
-    The server must be up. A silo compares the fingerprint with: ssh-keygen -l -f NODE_KEY
+    DIR is that of 'gramfuse server start', which must be running. A silo sees the same fingerprint by
+    ssh-keygen -l -f NODE_KEY.
     """
     nodes = Link.of_server(directory).nodes()
     if as_json:
@@ -151,8 +177,8 @@ def silos(directory: Path, as_json: bool) -> None:
 def revoke(directory: Path, silo: str, as_json: bool) -> None:
     """Let a silo connect no more: cut its connection, and never take its node key again.
 
-    SILO is a name or a fingerprint, as 'gramfuse server silos DIR' lists them. To come back the silo needs another node
-    key ('gramfuse pki silo --renew'), in another plan.
+    SILO is a name or a fingerprint, as 'gramfuse server silos DIR' lists them; the server must be running. To come
+    back the silo needs another node key ('gramfuse pki silo --renew'), in another plan.
     """
     link = Link.of_server(directory)
     nodes = [node for node in link.nodes() if node.status != UNREGISTERED]

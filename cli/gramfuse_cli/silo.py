@@ -17,9 +17,17 @@ from gramfuse_protocol.keys import KEY_BYTES, Identity
 
 @click.group()
 def silo() -> None:
-    """Make a silo's keys.
+    """Take part as a silo: make its keys, check it, start it, see what left it.
 
-    A silo file (silo.toml) says what a silo brings and what it allows. It is private to the silo.
+    \b
+    Once, the silo's keys:    gramfuse silo keygen silo.toml
+    Before approving a plan:  gramfuse silo check silo.toml --plan plan.toml
+    To take part:             gramfuse silo start silo.toml
+    What left, at any time:   gramfuse silo ledger show silo.toml
+
+    A silo file (silo.toml) says what a silo brings and what it allows. It is private to the silo. 'check' is a dry run,
+    and sends nothing of the silo's; do it again before a run. 'start' answers a coordinator for plans that the file
+    approves, until it is stopped. Each message that leaves has a line in the ledger before it leaves.
     """
 
 

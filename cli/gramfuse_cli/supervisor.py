@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -27,6 +28,7 @@ from gramfuse_client.private import open_private
 from gramfuse_protocol.errors import FederationError, PlanError
 
 START_SECONDS = 120.0
+POLL_SECONDS = 0.2
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0
 STEADY_SECONDS = 120.0
 """A process that ran this long is started again at once when it ends."""
@@ -75,15 +77,16 @@ class _Running:
     """What was said of its end the last time."""
 
     def written(self) -> str:
-        """Return what it wrote last, without colours."""
-        with self.service.log.open("rb") as log:
-            log.seek(max(self.output, self.service.log.stat().st_size - TAIL_BYTES))
+        """Return what it wrote last, without colours; nothing if its log was taken away."""
+        with suppress(FileNotFoundError), self.service.log.open("rb") as log:
+            log.seek(max(self.output, os.fstat(log.fileno()).st_size - TAIL_BYTES))
             return _COLOUR.sub("", log.read().decode("utf-8", "replace"))
+        return ""
 
     def shorten(self) -> None:
         """Begin its log anew once it is long, and keep the old one; a SuperLink writes a line for each request."""
         log = self.service.log
-        if log.stat().st_size > LOG_BYTES:
+        if log.exists() and log.stat().st_size > LOG_BYTES:
             shutil.copyfile(log, log.with_suffix(".log.old"))
             os.truncate(log, 0)  # the process adds to the end, wherever that is
             self.output = 0
@@ -134,8 +137,24 @@ class Supervisor:
                 if running.process.poll() is not None:
                     self._ended(running, now)
             elif now >= running.again:
-                again = self._launch(running.service)
-                running.process, running.output, running.since, running.again = again.process, again.output, now, None
+                self._start_again(running, now)
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Keep the services running while something else is done here."""
+        over = threading.Event()
+
+        def keep() -> None:
+            while not over.wait(POLL_SECONDS):
+                self.poll()
+
+        thread = threading.Thread(target=keep, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
 
     def stop(self) -> None:
         """End all services, in the reverse order of their start."""
@@ -167,6 +186,15 @@ class Supervisor:
         with suppress(OSError):
             os.write(self._watchdog, b"%d\n" % process.pid)
         return _Running(service, process, begin)
+
+    def _start_again(self, running: _Running, now: float) -> None:
+        try:
+            again = self._launch(running.service)
+        except FederationError as error:  # its program is being replaced, perhaps
+            say(str(error))
+            running.again = now + LONGEST_WAIT
+        else:
+            running.process, running.output, running.since, running.again = again.process, again.output, now, None
 
     def _ended(self, running: _Running, now: float) -> None:
         kill_session(running.process.pid)
@@ -200,12 +228,21 @@ def supervised(directory: Path) -> Iterator[Supervisor]:
 
     What an earlier one left behind, if that one and its watchdog were killed, is ended first.
 
+    Args:
+        directory: made if it is not there, for its owner only.
+
     Raises:
-        PlanError: if another one has the directory.
+        PlanError: if another one has the directory, or it cannot be made.
     """
     mark = mark_of(directory)
     with ExitStack() as stack:
-        lock = stack.enter_context(os.fdopen(open_private(directory / "lock", os.O_APPEND), "ab"))
+        try:
+            for made in reversed([directory, *directory.parents]):
+                made.mkdir(mode=0o700, exist_ok=True)
+            directory.chmod(0o700)
+            lock = stack.enter_context(os.fdopen(open_private(directory / "lock", os.O_APPEND), "ab"))
+        except OSError as error:
+            raise PlanError(f"{directory}: cannot be used: {error}") from None
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

@@ -12,24 +12,13 @@ import logging
 from flwr.app import Context, Error, Message
 from flwr.clientapp.typing import ClientAppCallable
 
+from gramfuse_client.departures import form_of
 from gramfuse_client.ledger import Entry, Item, Ledger
 from gramfuse_client.records import from_record, request_of, to_record
 from gramfuse_client.silo import Silo
 from gramfuse_protocol import messages
 from gramfuse_protocol.errors import FederationError, GramfuseError, LedgerError
-from gramfuse_protocol.messages import (
-    PHASES,
-    REPLIES,
-    EvaluateReply,
-    KeysReply,
-    MaskedReply,
-    Refusal,
-    SharesReply,
-    SurvivorsReply,
-    TrainReply,
-    UnmaskReply,
-    UploadReply,
-)
+from gramfuse_protocol.messages import PHASES, REPLIES, Refusal
 from gramfuse_protocol.wire import pack, unpack
 
 REFUSED = 6
@@ -104,7 +93,7 @@ class Egress:
             run=message.metadata.run_id,
             phase=_phase(message),
             kind="refusal" if refused else "reply",
-            form=_form(said),
+            form=form_of(said),
             note=f"{said.error}: {said.reason}"[:2000] if isinstance(said, Refusal) else "",
             items=tuple(items),
         )
@@ -113,30 +102,6 @@ class Egress:
 def failed(message: Message, error: GramfuseError) -> Message:
     """Return one of Flower's errors, with nothing in it but an error's type and its reason for the other side."""
     return Message(Error(REFUSED, f"{type(error).__name__}: {error.reason}"[:2000]), reply_to=message)
-
-
-def _form(said: messages.Message) -> str:
-    """Return in what form a reply's content leaves."""
-    match said:
-        case Refusal():
-            return "reason"
-        case KeysReply():
-            return "public keys"
-        case SharesReply():
-            return "sealed shares"
-        case MaskedReply():
-            return "masked"
-        case SurvivorsReply():
-            return "signature"
-        case UnmaskReply():
-            return "shares"
-        case UploadReply():
-            return "open"
-        case TrainReply() if said.examples is not None or said.tokens:
-            return "open"
-        case EvaluateReply() if said.arrays:
-            return "open"
-    return "no data"
 
 
 def _phase(message: Message) -> str:

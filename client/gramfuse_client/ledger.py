@@ -24,7 +24,7 @@ from typing import IO, Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, ValidationInfo
 
-from gramfuse_client.private import write_private
+from gramfuse_client.private import make_private_directory, sync_directory, write_private
 from gramfuse_protocol.canonical import canonical_json
 from gramfuse_protocol.errors import LedgerError
 
@@ -137,6 +137,11 @@ class Head:
     first: str = ""
     last: str = ""
 
+    def after(self, line: Line) -> Head:
+        """Return where the ledger ends with one more line."""
+        bytes_ = self.bytes + line.entry.bytes
+        return Head(line.number, line.digest, bytes_, self.first or line.time, line.time)
+
 
 class _Mark(_Frozen):
     """A line by number and digest: what `ledger.head` holds, and what the next line has to follow."""
@@ -184,7 +189,7 @@ class Ledger:
         """
         time = (now or datetime.now(UTC)).astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         try:
-            _make_directory(self.path.parent)
+            make_private_directory(self.path.parent)
             with self._locked(), self._opened() as file:
                 return self._append(file, entry, time)
         except OSError as error:
@@ -223,9 +228,8 @@ class Ledger:
         """
         found, known = Head(), head is None or head == NO_LINE
         for line in self.lines():
-            digest = line.digest
-            known = known or digest == head
-            found = Head(line.number, digest, found.bytes + line.entry.bytes, found.first or line.time, line.time)
+            found = found.after(line)
+            known = known or found.digest == head
         if not known:
             raise LedgerError(
                 f"{self.path}: no line has the digest {head}: lines up to it were changed or removed, or the digest is "
@@ -268,7 +272,7 @@ class Ledger:
             os.ftruncate(file, end)
         mark = last.mark if last else _Mark()
         if not last:
-            _sync_directory(self.path.parent)
+            sync_directory(self.path.parent)
         elif head != mark:  # with the head two lines behind, the next crash would look like damage
             if head is None and mark.number > 1:
                 log.warning("%s: was missing, so lines cut off before now are not noticed", self._head_path)
@@ -310,7 +314,6 @@ class Ledger:
 
     def _write_head(self, mark: _Mark) -> None:
         write_private(self._head_path, canonical_json(mark.model_dump()) + b"\n", durable=True)
-        _sync_directory(self.path.parent)
 
     def _damage(self, position: int, problem: str) -> LedgerError:
         return LedgerError(f"{self.path}:{position}: {problem}")
@@ -483,18 +486,6 @@ def _cut(file: IO[bytes], size: int) -> Iterator[bytes]:
     while size > 0 and (raw := file.readline(size)):
         size -= len(raw)
         yield raw
-
-
-def _make_directory(directory: Path) -> None:
-    if not directory.is_dir():
-        _make_directory(directory.parent)
-        directory.mkdir(exist_ok=True, mode=0o700)
-        _sync_directory(directory.parent)
-
-
-def _sync_directory(directory: Path) -> None:
-    with _closing(os.open(directory, os.O_RDONLY)) as descriptor:
-        os.fsync(descriptor)
 
 
 @contextmanager

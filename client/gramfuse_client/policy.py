@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from datetime import datetime
 
 from gramfuse_client.silo import Silo
 from gramfuse_client.state import State
-from gramfuse_protocol.errors import RefusalError
+from gramfuse_protocol.errors import GramfuseError, PlanError, RefusalError
 from gramfuse_protocol.layout import Layout
 from gramfuse_protocol.plan import Plan
 
@@ -14,29 +15,9 @@ _ORDER = ("none", "sum", "silo")
 
 
 def check_plan(silo: Silo, plan: Plan) -> None:
-    """Raise RefusalError, naming the key of the silo file, if a plan goes beyond what the file allows."""
-    file = silo.file
-    if plan.digest not in file.approved:
-        raise RefusalError(
-            f"{silo.path}: plan {plan.digest} is not approved here; read the plan, then add the digest to 'approved'",
-            reason="this silo has not approved the plan",
-        )
-    if silo.name not in plan.names:
-        raise RefusalError(
-            f"{silo.path}: 'name' is {silo.name!r}; the plan's roster names {', '.join(plan.names)}",
-            reason="the plan's roster does not name this silo",
-        )
-    if not plan.locked:
-        raise RefusalError(
-            f"{silo.path}: the plan is not locked, so base model and layout are not pinned; run: gramfuse plan lock",
-            reason="the plan is not locked",
-        )
-    if not plan.privacy.secure_aggregation and not file.limits.open_uploads:
-        raise RefusalError(
-            f"{silo.path}: the plan has the statistics leave in the clear (privacy.secure-aggregation = false), and "
-            "'limits.open-uploads' is false here",
-            reason="this silo allows no open uploads",
-        )
+    """Raise the first of `refusals`, or RefusalError if the plan's roster has other keys than this silo."""
+    for _, error in refusals(silo, plan):
+        raise error
     if plan.privacy.secure_aggregation and plan.roster.keys[silo.name] != silo.identity().public:
         raise RefusalError(
             f"{silo.path}: the plan's roster has another public key for {silo.name!r} than {silo.identity_path} holds; "
@@ -50,11 +31,57 @@ def check_plan(silo: Silo, plan: Plan) -> None:
             f"here it is {silo.node_key()}",
             reason="the plan's roster has another node key for this silo",
         )
-    if _ORDER.index(plan.privacy.metrics) > _ORDER.index(file.limits.metrics):
-        raise RefusalError(
-            f"{silo.path}: the plan asks for privacy.metrics = {plan.privacy.metrics!r}, 'limits.metrics' here is "
-            f"{file.limits.metrics!r}",
-            reason="this silo does not give that much of its metrics",
+
+
+def refusals(silo: Silo, plan: Plan) -> Iterator[tuple[str, GramfuseError]]:
+    """Yield all in a plan that the silo file does not allow: its subject in a word, and the error to raise.
+
+    Each error names the key of the silo file and, after the first semicolon, says what to do.
+    """
+    limits, privacy = silo.file.limits, plan.privacy
+
+    def refusal(subject: str, what: str, reason: str) -> tuple[str, RefusalError]:
+        return subject, RefusalError(f"{silo.path}: {what}", reason=reason)
+
+    if not plan.locked:
+        yield refusal(
+            "lock",
+            "the plan is not locked, so base model and layout are not pinned; its author runs: gramfuse plan lock",
+            "the plan is not locked",
+        )
+    elif plan.digest not in silo.file.approved:
+        yield refusal(
+            "approval",
+            f"plan {plan.digest} is not approved here; read the plan, and if you agree, add the digest to 'approved'",
+            "this silo has not approved the plan",
+        )
+    if silo.name not in plan.names:
+        yield refusal(
+            "roster",
+            f"'name' is {silo.name!r}, and the plan's roster names {', '.join(plan.names)}; correct 'name', or have "
+            "this silo added to the plan, which is locked again then",
+            "the plan's roster does not name this silo",
+        )
+    elif privacy.secure_aggregation:
+        try:
+            _ = plan.roster
+        except PlanError as error:
+            yield "roster", error
+    if not privacy.secure_aggregation and not limits.open_uploads:
+        yield refusal(
+            "uploads",
+            "the plan has the statistics leave in the clear (privacy.secure-aggregation = false), and "
+            "'limits.open-uploads' is false here; ask for a plan with secure aggregation, or, only if the coordinator "
+            "may read this silo's own statistics and weights, write under [limits]: open-uploads = true",
+            "this silo allows no open uploads",
+        )
+    if _ORDER.index(privacy.metrics) > _ORDER.index(limits.metrics):
+        yield refusal(
+            "metrics",
+            f"the plan asks for privacy.metrics = {privacy.metrics!r}, and 'limits.metrics' here is "
+            f"{limits.metrics!r}; ask for a plan that shows less, or, only if so much may be shown, write under "
+            f'[limits]: metrics = "{privacy.metrics}"',
+            "this silo does not give that much of its metrics",
         )
 
 
@@ -63,7 +90,7 @@ def check_examples(silo: Silo, examples: int) -> None:
     if examples < silo.file.limits.minimum_examples:
         raise RefusalError(
             f"{silo.path}: {examples} training examples, fewer than 'limits.minimum-examples' = "
-            f"{silo.file.limits.minimum_examples}",
+            f"{silo.file.limits.minimum_examples}; add data, or lower the limit knowingly",
             reason="this silo has fewer examples than its own minimum",
         )
 
@@ -74,7 +101,9 @@ def check_bytes(silo: Silo, plan: Plan, layout: Layout) -> None:
     size = contribution_bytes(plan, layout)
     if most is not None and size > most:
         raise RefusalError(
-            f"{silo.path}: a contribution under this plan has {size:,} bytes; 'limits.maximum-bytes' is {most:,}",
+            f"{silo.path}: a contribution under this plan has {size:,} bytes, and 'limits.maximum-bytes' is {most:,}; "
+            'ask for a plan that sends less, for instance merge.gram = { "*" = "block:128" }, or write under [limits]: '
+            f"maximum-bytes = {size}",
             reason="a contribution under this plan has more bytes than this silo lets leave",
         )
 

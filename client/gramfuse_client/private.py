@@ -1,4 +1,4 @@
-"""Files that only their owner can read, and that are there whole or not at all."""
+"""Files and directories that only their owner can read; files are there whole or not at all."""
 
 from __future__ import annotations
 
@@ -28,3 +28,22 @@ def write_private(path: Path, content: bytes, *, durable: bool = False) -> None:
         temporary.unlink(missing_ok=True)
         raise
     os.replace(temporary, path)
+    if durable:
+        sync_directory(path.parent)
+
+
+def make_private_directory(directory: Path) -> None:
+    """Make a directory and all that are missing above it, each 0700 and on the disk before this returns."""
+    if not directory.is_dir():  # one by one, since parents=True makes those above with the usual mode
+        make_private_directory(directory.parent)
+        directory.mkdir(mode=0o700, exist_ok=True)
+        sync_directory(directory.parent)
+
+
+def sync_directory(directory: Path) -> None:
+    """Have a directory's names on the disk before this returns."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

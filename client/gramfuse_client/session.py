@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from gramfuse_client.private import write_private
+from gramfuse_client.private import make_private_directory, write_private
 from gramfuse_protocol.errors import RefusalError, SecurityError
 from gramfuse_protocol.messages import REPLIES, Message
 from gramfuse_protocol.secure_sum import Member
@@ -81,8 +81,7 @@ class Session:
         if self.exists:
             self.read()
             return
-        for directory in (self.directory.parent, self.directory):  # parents=True would ignore the mode
-            directory.mkdir(exist_ok=True, mode=0o700)
+        make_private_directory(self.directory)
         self.write(Record())
 
     def read(self) -> Record:

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from gramfuse_client.private import write_private
+from gramfuse_client.private import make_private_directory, write_private
 from gramfuse_client.session import Session
 from gramfuse_protocol.errors import FederationError
 from gramfuse_protocol.layout import Layout, Slice
@@ -68,7 +68,7 @@ class State:
 
     def join(self, plan_text: str, layout: Layout) -> None:
         """Keep the plan and the layout."""
-        self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        make_private_directory(self.directory)
         self._write("plan.toml", plan_text.encode())
         self._write("layout.json", layout.to_json().encode())
 

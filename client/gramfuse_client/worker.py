@@ -8,17 +8,19 @@ they were.
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from flwr.supernode.cli import flwr_clientapp as command
-from flwr.supernode.runtime import run_clientapp as runtime
-
 from gramfuse_client.app import SiloApp
 from gramfuse_protocol.errors import FederationError
+
+# Flower's packages re-export functions under their modules' names, so the modules are named in full.
+command = importlib.import_module("flwr.supernode.cli.flwr_clientapp")
+runtime = importlib.import_module("flwr.supernode.runtime.run_clientapp")
 
 VERSION = "1.41."
 

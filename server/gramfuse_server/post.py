@@ -76,7 +76,7 @@ class _Sent(Generic[M]):
                     f"silo {self.silo!r} went away in phase {phase!r} and was not back within {after:.0f} s"
                 )
             return FederationError(f"silo {self.silo!r} gave no answer in phase {phase!r} within {after:.0f} s")
-        if waited > self.reminded + REMINDER_SECONDS:
+        if waited > max(REMINDER_SECONDS, 2 * self.reminded):
             self.reminded = waited
             waiting_for(Pending(self.silo, phase, waited, away))
         return None
@@ -123,7 +123,7 @@ class Post:
             in_flight: most requests under way at a time, ≥ 1.
             patience: seconds after which a silo that is connected and answered nothing is given up; None is never.
             grace: seconds after which a silo that went away is given up.
-            waiting_for: is told every REMINDER_SECONDS of a silo that has not answered yet.
+            waiting_for: is told of a silo that has not answered yet, after REMINDER_SECONDS, twice that, and so on.
         """
         waiting = deque((silo, iter(requests[silo])) for silo in requests)
         active: dict[str, _Sent[M]] = {}

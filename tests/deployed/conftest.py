@@ -59,10 +59,10 @@ class Started:
     def said(self) -> str:
         return self.log.read_text(encoding="utf-8")
 
-    def wait_for(self, text: str, seconds: float = 40) -> str:
-        """Wait until it has said something; return all that it said."""
+    def wait_for(self, text: str, seconds: float = 40, times: int = 1) -> str:
+        """Wait until it has said something, so many times; return all that it said."""
         deadline = time.monotonic() + seconds
-        while text not in self.said:
+        while self.said.count(text) < times:
             assert self.process.poll() is None, self.said
             assert time.monotonic() < deadline, f"{text!r} is not in:\n{self.said}{self.logs()}"
             time.sleep(0.05)
@@ -81,7 +81,7 @@ class Started:
 
     def one(self, command: str) -> psutil.Process:
         """The process of one of its commands."""
-        (process,) = [p for p in self.processes() if any(command in part for part in p.cmdline()[:2])]
+        (process,) = [p for p in self.processes() if command in " ".join(p.cmdline()[:2])]
         return process
 
     def stop(self, how: signal.Signals = signal.SIGTERM) -> int:

@@ -2,23 +2,64 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from gramfuse_cli.processes import BIN
+from gramfuse_client.ledger import Ledger
+from gramfuse_client.silo import Silo
+
+Run = Callable[..., Any]
+
 
 @pytest.mark.timeout(240)
-def test_three_silos_and_a_coordinator_merge(deploy: Callable[..., Any], pico_project: Callable[..., Any]) -> None:
-    project = pico_project(silos=3)
+def test_silos_and_a_coordinator_merge(deploy: Run, pico_project: Run) -> None:
+    project = pico_project(silos=2)
+    project.replace(project.plan, 'metrics = "silo"', 'metrics = "none"')
     deployment = deploy(project)
     server = deployment.start_server()
-    silos = [deployment.start_silo(name, "--once", connected=False) for name in project.names]
+    silos = {name: deployment.start_silo(name, "--once", connected=False) for name in project.names}
     report = deployment.run()
     assert [silo["name"] for silo in report["silos"]] == list(project.names)
-    for silo in silos:
+    for name, silo in silos.items():
+        # Each ended by itself, after its last answer, and said what its ledger says.
         assert silo.process.wait(60) == 0, silo.said
         assert not silo.processes()
-        print(silo.said)
+        file = Silo.read(project.silo(name))
+        entries = [line.entry for line in Ledger(file.ledger, name).lines()]
+        assert [entry.phase for entry in entries][-1] == "finish"
+        for entry in entries:
+            assert f"{entry.phase}: {entry.bytes:,} bytes left ({entry.form})" in silo.said
+        assert silo.said.splitlines()[-1].endswith(f"{name}: ended")
     assert server.process.poll() is None
-    print(server.said)
+
+
+@pytest.mark.timeout(240)
+def test_a_run_survives_that_all_of_the_coordinators_processes_but_the_serverapp_are_killed(
+    deploy: Run, pico_project: Run, tmp_path: Path
+) -> None:
+    project = pico_project(silos=2)
+    project.replace(project.plan, 'metrics = "silo"', 'metrics = "none"')
+    deployment = deploy(project)
+    server = deployment.start_server()
+    deployment.register()
+    silos = [deployment.start_silo(name) for name in project.names]
+    out = tmp_path / "run"
+    command = [str(BIN / "gramfuse"), "run", str(project.directory), str(deployment.coordinator), "--out", str(out)]
+    with subprocess.Popen([*command, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        try:
+            silos[0].wait_for("join: ")
+            server.one("flower-superlink").kill()
+            server.one("nginx: master").kill()
+            stdout, stderr = running.communicate(timeout=200)
+        finally:
+            running.kill()
+    assert running.returncode == 0, stderr + server.said + silos[0].said
+    assert json.loads(stdout)["run"] == str(out)
+    # Nothing was shown twice, although Flower's log was read again from its beginning.
+    assert stderr.count("silos join\n") == 1

@@ -5,8 +5,6 @@ from __future__ import annotations
 import signal
 import subprocess
 from collections.abc import Callable
-from datetime import UTC, datetime
-from email.utils import format_datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,7 @@ Run = Callable[..., Any]
 
 def test_it_connects_and_stops_without_a_trace(deploy: Run, pico_project: Run, fails: Run, gramfuse: Run) -> None:
     deployment = deploy(pico_project(silos=2))
-    deployment.start_server()
+    server = deployment.start_server()
     deployment.register()
     silo = deployment.start_silo("silo-a")
     listed = {silo["name"]: silo["status"] for silo in gramfuse("server", "silos", deployment.coordinator)["silos"]}
@@ -44,8 +42,13 @@ def test_it_connects_and_stops_without_a_trace(deploy: Run, pico_project: Run, f
     # A SuperNode that ends is started again, with the same key.
     silo.one("flower-supernode").terminate()
     silo.wait_for("SuperNode ended with status 0")
-    while silo.said.count("connected to localhost") < 2:
-        silo.wait_for("connected to localhost")
+    silo.wait_for("connected to localhost", times=2)
+
+    # A coordinator that goes away is waited for.
+    server.stop()
+    silo.wait_for(f"the connection to localhost:{deployment.port} is lost")
+    deployment.start_server()
+    silo.wait_for(f"connected to localhost:{deployment.port} again")
 
     assert silo.stop(signal.SIGTERM) == 0
     assert silo.said.splitlines()[-1].endswith("silo-a: ended")
@@ -88,14 +91,14 @@ def test_what_keeps_it_from_connecting_is_said(deploy: Run, pico_project: Run, g
     deployment = deploy(pico_project(silos=2))
     file = deployment.project.silo("silo-a")
     silo = deployment.start_silo("silo-a", connected=False)
-    silo.wait_for(f"cannot reach localhost:{deployment.port} yet (Connection refused)")
+    silo.wait_for(f"localhost:{deployment.port} refuses the connection")
     assert silo.stop() == 0
 
     # The coordinator is there, under a name that is not in its certificate.
     deployment.start_server(host="127.0.0.2")
     deployment.project.replace(file, "localhost:", "127.0.0.2:")
     silo = deployment.start_silo("silo-a", connected=False)
-    silo.wait_for(f"the certificate of 127.0.0.2:{deployment.port} is for other names")
+    silo.wait_for("certificate: is not for 127.0.0.2")
     assert silo.stop() == 0
 
     # The silo has another authority's certificate.
@@ -103,7 +106,7 @@ def test_what_keeps_it_from_connecting_is_said(deploy: Run, pico_project: Run, g
     deployment.project.replace(file, str(deployment.ca), str(tmp_path / "other" / "ca.crt"))
     silo = deployment.start_silo("silo-a", connected=False)
     said = silo.wait_for("SuperNode ended with status 1: Exit Code: 305")
-    assert f"expected a certificate by the authority in {tmp_path}/other/ca.crt" in said
+    assert f"was not signed by the authority in {tmp_path}/other/ca.crt" in said
 
 
 def test_missing_and_open_keys_are_refused(deploy: Run, pico_project: Run, fails: Run) -> None:
@@ -144,16 +147,6 @@ def test_an_address_can_be_of_the_sixth_version() -> None:
     assert (endpoint.host_of("[::1]:9443"), endpoint.port_of("[::1]:9443")) == ("::1", 9443)
     assert [host for host in ("127.0.0.1", "::1", "localhost", "127.8.9.1") if not endpoint.is_loopback(host)] == []
     assert [h for h in ("0.0.0.0", "::", "10.0.0.1", "local", "127.0.0.1.org", "") if endpoint.is_loopback(h)] == []
-
-
-@pytest.mark.parametrize(
-    ("ahead", "words"), [(0, ""), (4, ""), (-200, ""), (60, "set the clocks"), (-400, "set the clocks")]
-)
-def test_a_clock_that_is_wrong_is_said(ahead: float, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    theirs = datetime.now(UTC)
-    monkeypatch.setattr(endpoint.time, "time", lambda: theirs.timestamp() + ahead)
-    said = endpoint._skew(format_datetime(theirs, usegmt=True), "merge.example.org:9443")
-    assert (words in said) if words else not said
 
 
 def test_all_that_flower_could_start_at_a_silo_is_ours(tmp_path: Path) -> None:

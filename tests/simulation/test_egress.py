@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from gramfuse_cli.engine import simulated_silo
 from gramfuse_cli.project import Project
 from gramfuse_cli.run import write_app
 from gramfuse_client.app import SiloApp
+from gramfuse_client.departures import leaves
 from gramfuse_client.egress import Egress
 from gramfuse_client.ledger import REASON, Ledger, Line
 from gramfuse_client.records import from_record, to_record
@@ -165,6 +167,17 @@ def test_every_array_that_leaves_is_in_the_ledger_with_its_digest(site: Site, in
             assert forms == {
                 "join": "no data", "train": "open", "upload": "open", "evaluate": "open", "finish": "no data"
             }  # fmt: skip
+        # What `silo check` says beforehand is what leaves, to the byte; how many digits a count has is not known then.
+        said = [departure for departure in leaves(name, site.plan, site.layout).departures if departure.bytes]
+        assert {departure.phase: departure.form for departure in said} == forms
+        promised, left_in = Counter[str](), Counter[str]()
+        for departure in said:
+            promised[departure.phase] += departure.bytes or 0
+        for line in lines:
+            left_in[line.entry.phase] += line.entry.bytes
+        counts = {} if site.plan.privacy.secure_aggregation else {"train": promised["train"] - left_in["train"]}
+        assert promised - left_in == counts
+        assert not left_in - promised
 
 
 def _extra(reply: Message) -> None:

@@ -27,9 +27,10 @@ from gramfuse_cli import check as cli_check
 from gramfuse_cli.authority import Authority, certificate_pem, key_pem, new_key, server_names
 from gramfuse_cli.main import main
 from gramfuse_cli.project import Project
-from gramfuse_client import check as check_module
-from gramfuse_client.check import Report, check, leaves
+from gramfuse_client import connection, departures, policy, resources
+from gramfuse_client.check import Report, check
 from gramfuse_client.data import load
+from gramfuse_client.departures import leaves
 from gramfuse_client.ledger import Entry, Ledger
 from gramfuse_client.silo import Silo, write_identity
 from gramfuse_client.state import Contributed, State
@@ -200,8 +201,9 @@ def tree(directory: Path) -> dict[str, tuple[float, bytes | None]]:
 
 def problems(report: Report) -> dict[str, str]:
     """What stands in the way, by subject: what was found, and what to do."""
-    assert all(finding.remedy for finding in report.problems)
-    return {finding.subject: f"{finding.what}\n{finding.remedy}" for finding in report.problems}
+    found = report.findings.problems
+    assert all(finding.remedy for finding in found)
+    return {finding.subject: f"{finding.what}\n{finding.remedy}" for finding in found}
 
 
 def finding(report: Report, subject: str) -> Any:
@@ -233,7 +235,7 @@ def test_a_silo_that_is_ready_is_told_so_and_nothing_is_written(
         assert "over at least 3 of the 4 silos" in out
     else:
         assert "the coordinator can read this silo's own Gram matrices and weight" in out
-    assert coordinator.asked == [check_module.NOTHING, *check_module.HIDDEN]
+    assert coordinator.asked == [connection.NOTHING, *connection.HIDDEN]
 
 
 def test_as_json_it_is_one_object_with_the_same_in_it(site: Site, gramfuse: Callable[..., Any]) -> None:
@@ -275,7 +277,7 @@ def test_sizes_are_those_of_the_messages(site: Site) -> None:
 def test_a_contribution_in_pieces_has_as_many_headers(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     layout = Layout.read(site.project.directory / "layout.json")
     whole = leaves(NAME, site.plan, layout).departures[5]
-    monkeypatch.setattr(check_module, "PIECE_BYTES", 16384)
+    monkeypatch.setattr(departures, "PIECE_BYTES", 16384)
     pieces = leaves(NAME, site.plan, layout).departures[5]
     assert "in 5 pieces" in pieces.what
     assert 4 * 200 < (pieces.bytes or 0) - (whole.bytes or 0) < 4 * 300
@@ -319,7 +321,7 @@ def test_offline_the_coordinator_is_left_alone(
 ) -> None:
     code, out, _ = gramfuse("silo", "check", site.silo, "--plan", site.project.directory, "--offline")
     assert code == 0
-    assert out.count("--offline") == len(check_module.REMOTE)
+    assert out.count("--offline") == len(connection.REMOTE)
     assert coordinator.asked == []
 
 
@@ -332,7 +334,7 @@ def test_without_a_plan_it_is_one_that_was_joined(site: Site) -> None:
     for plan in (older, other):
         State(state, plan.digest).join(plan.to_toml(), layout)
     report = check(site.silo, offline=True)
-    assert not report.problems
+    assert not problems(report)
     assert report.plan["digest"] == older.digest  # approved, though the other is newer
     assert "1 more were joined" in finding(report, "plan").what
 
@@ -497,7 +499,7 @@ def _no_certificate(site: Site) -> None:
         (_no_base, "base model", ["nowhere/at/all", 'base = "DIRECTORY"']),
         (_base_on_the_hub, "base model", ["not on this machine", "hf download gramfuse/no-such-model"]),
         (_other_layout, "layout", ["locked to " + "3" * 64, "same versions"]),
-        (_not_locked, "plan", ["not locked", "gramfuse plan lock"]),
+        (_not_locked, "lock", ["not locked", "gramfuse plan lock"]),
         (_no_gpu, "device", ["torch finds none", 'device = "auto"']),
         (_wide_state, "state", ["mode 755", "chmod 700"]),
         (_no_coordinator, "coordinator", ["[coordinator]", "address"]),
@@ -525,11 +527,8 @@ def test_open_uploads_are_named(make_site: Callable[..., Site], coordinator: Coo
 
 
 def test_what_only_the_policy_knows_is_named_too(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any) -> None:
-        raise RefusalError("a rule that came later; do this")
-
-    monkeypatch.setattr(check_module.policy, "check_plan", refuse)
-    assert problems(site.check(offline=True)) == {"policy": "a rule that came later\ndo this"}
+    monkeypatch.setattr(policy, "refusals", lambda *_: [("fee", RefusalError("a rule that came later; do this"))])
+    assert problems(site.check(offline=True)) == {"fee": "a rule that came later\ndo this"}
 
 
 def test_all_problems_are_named_and_as_json_in_one_object(
@@ -571,8 +570,8 @@ def test_outside_of_its_hours_a_silo_is_ready_and_says_when(site: Site) -> None:
 
 
 def test_too_little_room_or_memory_is_named(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(check_module.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 10**6))
-    monkeypatch.setattr(check_module, "_available_memory", lambda: 10**6)
+    monkeypatch.setattr(resources.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 10**6))
+    monkeypatch.setattr(resources, "available_memory", lambda: 10**6)
     found = problems(site.check(offline=True))
     assert found.keys() == {"disk", "memory"}
     assert "1.0 MB are free" in found["disk"]
@@ -582,7 +581,7 @@ def test_too_little_room_or_memory_is_named(site: Site, monkeypatch: pytest.Monk
 
 
 def test_a_state_directory_that_cannot_be_made_is_named(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(check_module.os, "access", lambda *_: False)
+    monkeypatch.setattr(resources.os, "access", lambda *_: False)
     assert "install -d -m 700" in problems(site.check(offline=True))["state"]
     Silo.read(site.silo).state.mkdir(mode=0o700)
     assert "cannot write" in problems(site.check(offline=True))["state"]
@@ -655,7 +654,7 @@ def test_a_coordinator_that_shows_its_control_api_is_named(site: Site, coordinat
 
 
 def test_a_proxy_with_nothing_behind_it_is_named(site: Site, coordinator: Coordinator) -> None:
-    coordinator.statuses[check_module.NOTHING] = 502
+    coordinator.statuses[connection.NOTHING] = 502
     found = problems(site.check())
     assert found.keys() == {"SuperLink"}
     assert "gramfuse server start" in found["SuperLink"]
@@ -666,7 +665,7 @@ def certificate(site: Site) -> str:
     report = site.check()
     found = problems(report)
     assert found.keys() == {"certificate"}, found
-    assert [finding(report, subject).state for subject in check_module.REMOTE[2:]] == ["skipped"] * 3
+    assert [finding(report, subject).state for subject in connection.REMOTE[2:]] == ["skipped"] * 3
     return found["certificate"]
 
 
@@ -680,7 +679,7 @@ def test_a_certificate_that_is_over_is_named(site: Site, coordinator: Coordinato
 def test_a_certificate_that_ends_soon_is_a_notice(site: Site, coordinator: Coordinator) -> None:
     coordinator.certify(server_names([]), datetime.now(UTC), 20)
     report = site.check()
-    assert not report.problems
+    assert not problems(report)
     assert "19 days are left" in finding(report, "certificate").remedy
 
 
@@ -755,7 +754,7 @@ def listener(answer: bytes | None) -> Iterator[int]:
 def test_what_speaks_no_tls_is_named_in_time(
     make_site: Callable[..., Site], coordinator: Coordinator, monkeypatch: pytest.MonkeyPatch, answer: Any, words: str
 ) -> None:
-    monkeypatch.setattr(check_module, "STEP_SECONDS", 0.2)
+    monkeypatch.setattr(connection, "STEP_SECONDS", 0.2)
     with listener(answer) as port:
         coordinator.port = port
         assert words in certificate(make_site(coordinator))
@@ -779,6 +778,20 @@ def test_nobody_there_and_a_host_that_is_none_are_named(
     assert "no..host" in problems(site.check())["connection"]
 
 
+def test_what_is_in_the_way_of_a_silo_that_starts_is_the_first_problem_in_one_line(
+    site: Site, coordinator: Coordinator
+) -> None:
+    silo = Silo.read(site.silo)
+    assert connection.obstacle(silo, tls=True) == ""
+    coordinator.ahead = -timedelta(seconds=50)
+    coordinator.statuses["/v1/control/"] = 405
+    said = connection.obstacle(silo, tls=True)
+    assert said.startswith("coordinator's clock: this clock is 50 s ahead of the coordinator's")
+    assert "timedatectl" in said
+    assert "\n" not in said
+    assert "SuperLink: does not answer in HTTP" in connection.obstacle(silo, tls=False)
+
+
 def test_a_name_server_that_does_not_answer_does_not_hold_the_check(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -788,8 +801,8 @@ def test_a_name_server_that_does_not_answer_does_not_hold_the_check(
         over.wait()
         raise OSError
 
-    monkeypatch.setattr(check_module, "CONNECTION_SECONDS", 0.2)
-    monkeypatch.setattr(check_module.socket, "create_connection", wait)
+    monkeypatch.setattr(connection, "CONNECTION_SECONDS", 0.2)
+    monkeypatch.setattr(connection.socket, "create_connection", wait)
     report = site.check()
     over.set()
     assert problems(report).keys() == {"connection"}

@@ -348,7 +348,7 @@ def test_a_contribution_of_more_bytes_than_may_leave_is_refused_before_anything_
     check_bytes(willing(), plan, here.layout)
     with pytest.raises(RefusalError) as caught:
         check_bytes(willing(maximum_bytes=size - 1), plan, here.layout)
-    assert str(caught.value).startswith(f"{PATH}: a contribution under this plan has {size:,} bytes; ")
+    assert str(caught.value).startswith(f"{PATH}: a contribution under this plan has {size:,} bytes, and ")
     assert f"'limits.maximum-bytes' is {size - 1:,}" in str(caught.value)
     quotes_nothing(caught.value.reason, [str(PATH), str(size), f"{size:,}", str(size - 1), f"{size - 1:,}"])
     if not secure:
@@ -557,9 +557,8 @@ def test_state_is_private_to_its_owner(site: Callable[..., Site]) -> None:
     files = [path for path in here.silo.state.rglob("*") if path.is_file()]
     assert {"plan.toml", "layout.json", "statistics.safetensors"} <= {path.name for path in files}
     assert not [path for path in files if path.name.endswith(".partial")]
-    for path in files:
-        assert stat.S_IMODE(path.stat().st_mode) == 0o600, path.name
-        assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700, path.name
+    for path in (here.silo.state, *here.silo.state.rglob("*")):
+        assert stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600), path
 
 
 def test_a_request_for_one_plan_does_not_reach_the_statistics_of_another(site: Callable[..., Site]) -> None:

@@ -1,0 +1,367 @@
+"""What one run under a plan has leave a silo: each message, its size, its form, and who could read it.
+
+Nothing is made up: the messages are those of the protocol, of the size that they will have, with nothing in them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gramfuse_protocol.canonical import canonical_json
+from gramfuse_protocol.keys import KEY_BYTES, SIGNATURE_BYTES
+from gramfuse_protocol.layout import PIECE_BYTES, Block, Layout
+from gramfuse_protocol.messages import (
+    EvaluateReply,
+    FinishReply,
+    JoinReply,
+    KeysReply,
+    MaskedReply,
+    Message,
+    SharesReply,
+    SurvivorsReply,
+    TrainReply,
+    UnmaskReply,
+    UploadReply,
+)
+from gramfuse_protocol.metrics import sums_shape
+from gramfuse_protocol.plan import Plan
+from gramfuse_protocol.roster import tolerated
+from gramfuse_protocol.secure_sum import SEALED_BYTES
+from gramfuse_protocol.shares import SHARE_BYTES
+from gramfuse_protocol.structure import parse_structure
+from gramfuse_protocol.transcript import SUMS, Advert, Sum
+
+COORDINATOR = "the coordinator"
+
+CANDIDATES = ("simple", "regmean")
+"""The models that a run measures: the simple average and the merged one."""
+
+MOST_EXAMPLES = 10**12
+"""More than a silo has; what leaves in the clear is said to have room for so many."""
+
+FORMS = {
+    "keys": "public keys",
+    "shares": "sealed shares",
+    "masked": "masked",
+    "survivors": "signature",
+    "unmask": "shares",
+    "refusal": "reason",
+}
+"""How content can be read, by phase; in others it is open, if there is any."""
+
+WORDS = {
+    "every message": "has the plan's digest, the session's number and this silo's name, beside what it says",
+    "Gram matrix": "for each pair of features of what enters a layer, the mean of their product over the training "
+    "tokens: one number for all tokens together",
+    "change": "a parameter's value after fine-tuning, less its value in the base model",
+    "masked": "a random number is added to each number; they cancel when the vectors of all silos in the sum are added",
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """One array of a message, or, where one masked vector holds them all, of what was masked.
+
+    Args:
+        dtype: numpy's name.
+        what: what it says.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    bytes: int
+    what: str
+
+
+@dataclass(frozen=True)
+class Departure:
+    """One message of a run, or several of one kind, that would leave.
+
+    Args:
+        phase: as the ledger names it.
+        what: what it says, in words.
+        form: how its content can be read, in the ledger's words.
+        bytes: of header and arrays, as the ledger counts them; None for what Flower itself says.
+        to: who gets it.
+        readers: who can read its content.
+        parts: the arrays that it carries, beside a header.
+    """
+
+    phase: str
+    what: str
+    form: str
+    bytes: int | None
+    to: str = COORDINATOR
+    readers: str = COORDINATOR
+    parts: tuple[Part, ...] = ()
+
+
+@dataclass(frozen=True)
+class Leaving:
+    """All that would leave in one run.
+
+    Args:
+        secure: whether contributions are masked.
+        departures: in the order of the protocol.
+        claims: who can learn what, and on which condition.
+        stays: what does not leave.
+        words: what the words mean that are used for what leaves.
+    """
+
+    secure: bool
+    departures: tuple[Departure, ...]
+    claims: tuple[str, ...]
+    stays: tuple[str, ...]
+    words: Mapping[str, str]
+
+    @property
+    def bytes(self) -> int:
+        """Of all messages."""
+        return sum(departure.bytes or 0 for departure in self.departures)
+
+
+def form_of(reply: Message) -> str:
+    """Return, in a word, how a reply's content can be read; the ledger has the same word."""
+    counts = isinstance(reply, TrainReply) and (reply.examples is not None or reply.tokens)
+    return FORMS.get(reply.phase) or ("open" if reply.arrays or counts else "no data")
+
+
+def leaves(silo: str, plan: Plan, layout: Layout) -> Leaving:
+    """Return what one run has leave a silo, if all goes well and nobody is lost.
+
+    Args:
+        silo: its name.
+        layout: the plan's.
+    """
+    secure = plan.privacy.secure_aggregation
+    about: dict[str, Any] = {"plan": plan.digest, "session": "0" * 32, "silo": silo}
+    departures = (
+        Departure(
+            "connection",
+            "that this silo is there, and from which address; signatures over the time of day, by its node key",
+            "signature",
+            None,
+            "the coordinator's SuperLink, as long as the silo runs",
+            f"{COORDINATOR}; the network sees address, times and amounts",
+        ),
+        _departure("that it takes part", JoinReply(**about)),
+        *(_masked_run(about, plan, layout) if secure else _open_run(about, plan, layout)),
+        _departure("that it wiped what it kept for the session", FinishReply(**about)),
+        Departure(
+            "any",
+            "instead of any of these, that it declines: an error's name, and a reason that quotes no data",
+            "reason",
+            None,
+        ),
+    )
+    words = {word: said for word, said in WORDS.items() if secure or word != "masked"}
+    return Leaving(secure, departures, _claims(plan), _stays(plan, layout), words)
+
+
+def _masked_run(about: Mapping[str, Any], plan: Plan, layout: Layout) -> Iterator[Departure]:
+    others = [name for name in plan.names if name != about["silo"]]
+    key, signature = "00" * KEY_BYTES, "00" * SIGNATURE_BYTES
+    keys = dict.fromkeys(SUMS, key)
+    advert = Advert(silo=about["silo"], channel=key, masks=keys, commitments=keys, signature=signature)
+    yield _departure("that fine-tuning is done; no numbers", TrainReply(**about))
+    yield _departure(
+        "the keys that it made for this session: one for shares, two for masks, two fingerprints of secrets, signed",
+        KeysReply(**about, advert=advert),
+        to=f"{COORDINATOR}, and through it all other silos",
+        readers="all of them; keys are there to be read",
+    )
+    yield _departure(
+        f"for each of the {len(others)} other silos, its shares of this silo's secrets, sealed for it",
+        SharesReply(**about, sealed=dict.fromkeys(others, "00" * SEALED_BYTES)),
+        to=f"{COORDINATOR}, who hands each to the silo that it is for",
+        readers=f"the silo that it is for; {plan.threshold} of {len(plan.names)} shares give a secret back",
+    )
+    yield from _masked_sum("statistics", "its contribution", about, plan, _parts(layout.sums, "uint64", layout))
+    if plan.privacy.metrics == "silo":
+        yield _results(about, plan)
+    elif plan.privacy.metrics == "sum":
+        yield _departure(
+            f"that it measured the {len(CANDIDATES)} models that came back; no numbers",
+            *(EvaluateReply(**about, candidate=name) for name in CANDIDATES),
+        )
+        parts = _held_out_parts("metrics", "uint64", plan)
+        yield from _masked_sum("metrics", "its held-out results", about, plan, parts)
+
+
+def _masked_sum(
+    name: Sum, what: str, about: Mapping[str, Any], plan: Plan, parts: tuple[Part, ...]
+) -> Iterator[Departure]:
+    """Yield what leaves for one of the two sums: the vector, a signature, and what opens the sum."""
+    words, silos, signature = sum(part.bytes for part in parts) // 8, len(plan.names), "00" * SIGNATURE_BYTES
+    pieces = [min(PIECE_BYTES // 8, words - start) for start in range(0, words, PIECE_BYTES // 8)]
+    many = f", in {len(pieces)} pieces" if len(pieces) > 1 else ""
+    yield _departure(
+        f"{what}, as one vector of {words:,} words of 64 bits{many}, masks added to each",
+        *(
+            MaskedReply(**about, sum_of=name, piece=piece, arrays={"masked": _blank("uint64", (count,))})
+            for piece, count in enumerate(pieces)
+        ),
+        readers="nobody: random words. Only the sum over at least "
+        f"{plan.minimum_survivors} of the {silos} silos can be read",
+        parts=parts,
+    )
+    yield _departure(
+        "its signature over the list of silos that are in this sum",
+        SurvivorsReply(**about, sum_of=name, signature=signature),
+        to=f"{COORDINATOR}, and through it all silos in the sum",
+        readers="all of them; a signature is there to be read",
+    )
+    yield _departure(
+        "one share for each silo: what takes the masks off the sum, and off nothing else",
+        UnmaskReply(**about, sum_of=name, shares=dict.fromkeys(plan.names, "00" * SHARE_BYTES)),
+        readers=f"{COORDINATOR}; {plan.threshold} of {silos} shares open the sum",
+    )
+
+
+def _open_run(about: Mapping[str, Any], plan: Plan, layout: Layout) -> Iterator[Departure]:
+    tokens = {group.name: plan.merge.tokens for group in layout.groups}
+    yield _departure(
+        "how many training examples it has, and how many tokens are behind each Gram matrix",
+        TrainReply(**about, examples=MOST_EXAMPLES, tokens=tokens),
+    )
+    replies = []
+    for piece, slices in enumerate(layout.pieces()):
+        shapes = {s.name: s.block.shape if s.name == s.block.name else (s.stop - s.start,) for s in slices}
+        arrays = {name: _blank("float32", shape) for name, shape in shapes.items()}
+        replies.append(UploadReply(**about, piece=piece, arrays=arrays))
+    yield _departure(
+        f"its contribution, as it is, in {len(layout.blocks)} arrays: its Gram matrices, and how its parameters differ "
+        "from the base model's",
+        *replies,
+        readers=f"{COORDINATOR}: base model and differences are this silo's own model",
+        parts=_parts(layout.blocks, "float32", layout),
+    )
+    if plan.privacy.metrics != "none":
+        yield _results(about, plan)
+
+
+def _results(about: Mapping[str, Any], plan: Plan) -> Departure:
+    """Return how held-out results leave in the clear."""
+    sums = _blank("float64", sums_shape(len(plan.model.labels)))
+    said = "shown as a sum, read one by one" if plan.privacy.metrics == "sum" else "shown silo by silo"
+    return _departure(
+        f"its held-out results, for each of the {len(CANDIDATES)} models that come back: {_held_out(plan)}; {said}",
+        *(EvaluateReply(**about, candidate=name, arrays={"sums": sums}) for name in CANDIDATES),
+        parts=_held_out_parts("sums", "float64", plan),
+    )
+
+
+def _departure(
+    what: str, *replies: Message, to: str = COORDINATOR, readers: str = COORDINATOR, parts: tuple[Part, ...] = ()
+) -> Departure:
+    """Return what is to be said of replies of one kind."""
+    size = sum(map(_size, replies))
+    return Departure(replies[0].phase, what, form_of(replies[0]), size, to, readers, parts)
+
+
+def _size(reply: Message) -> int:
+    """Return the bytes of a message: `gramfuse_protocol.wire`, without its buffers."""
+    index = [[name, str(array.dtype), list(array.shape)] for name, array in reply.arrays.items()]
+    header = {"phase": reply.phase, "body": reply.model_dump(mode="json"), "arrays": index}
+    return len(canonical_json(header)) + sum(array.nbytes for array in reply.arrays.values())
+
+
+def _blank(dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
+    """Return an array that takes no memory, whatever its shape."""
+    return np.broadcast_to(np.zeros((), dtype), shape)
+
+
+def _parts(blocks: tuple[Block, ...], dtype: str, layout: Layout) -> tuple[Part, ...]:
+    return tuple(_array(block.name, dtype, block.shape, _says(block, layout)) for block in blocks)
+
+
+def _held_out_parts(name: str, dtype: str, plan: Plan) -> tuple[Part, ...]:
+    shape = sums_shape(len(plan.model.labels))
+    return tuple(_array(f"{name} of {candidate}", dtype, shape, _held_out(plan)) for candidate in CANDIDATES)
+
+
+def _array(name: str, dtype: str, shape: tuple[int, ...], what: str) -> Part:
+    return Part(name, dtype, shape, np.dtype(dtype).itemsize * math.prod(shape), what)
+
+
+def _says(block: Block, layout: Layout) -> str:
+    """Say in words what a block of a contribution is."""
+    kind, _, name = block.name.partition(":")
+    if kind == "count":
+        return "this silo's weight in the merge, its number of examples, and of tokens for each Gram matrix"
+    if kind in ("m", "delta"):
+        return "change of a parameter"
+    group = next(group for group in layout.groups if group.name == name)
+    if kind == "t":
+        return "Gram matrix times change of the layer's weights"
+    square = f"{group.d_in:,} × {group.d_in:,}"
+    structure = parse_structure(group.structure)
+    if structure is None:
+        return f"Gram matrix, {square}, upper half"
+    if structure == 1:
+        return f"Gram matrix, diagonal of {square}"
+    return f"Gram matrix, {square}, in blocks of {structure}, upper halves"
+
+
+def _held_out(plan: Plan) -> str:
+    """Say in words what held-out results are."""
+    if plan.model.labels:
+        return "how many held-out examples of each label got which label"
+    return "eight sums over the held-out examples, of truth, prediction and error"
+
+
+def _claims(plan: Plan) -> tuple[str, ...]:
+    """Return who can learn what; docs/threat-model.md has the reasons."""
+    after = (
+        "The merged model goes to the coordinator and from there to others. What its weights say about the silos' data "
+        "is not masked, and no noise is added to it (no differential privacy)."
+    )
+    if not plan.privacy.secure_aggregation:
+        return (
+            "Open: the coordinator can read this silo's own Gram matrices and weight changes, and so has this silo's "
+            "own fine-tuned model. Both hold information about the silo's data.",
+            "On the way, TLS is what keeps others from reading it. Other silos do not get it.",
+            after,
+        )
+    silos, minimum = len(plan.names), plan.minimum_survivors
+    most = tolerated(silos, plan.threshold, minimum)["colluding"]
+    who = (
+        "no other silo works"
+        if most == 0
+        else "at most 1 other silo works"
+        if most == 1
+        else f"at most {most} other silos work"
+    )
+    asked = f" The plan asks for {plan.privacy.colluding}." if most != plan.privacy.colluding else ""
+    return (
+        "Masked: the coordinator gets random words from each silo. All that it can read is their sum, over at least "
+        f"{minimum} of the {silos} silos. Other silos cannot read even that, nor, because of TLS, can the network.",
+        f"This holds as long as {who} together with the coordinator, even if it lies to the silos.{asked} Those who "
+        "work together can take their own parts out of the sum; what is left is a sum over at least "
+        f"{minimum - most} silos, this one among them.",
+        f"If more than {most} work together with the coordinator, they may be able to read this silo's own part.",
+        f"The sum is not anonymous: it says something about the data of the {minimum} or more silos together.",
+        after,
+    )
+
+
+def _stays(plan: Plan, layout: Layout) -> tuple[str, ...]:
+    """Return what does not leave."""
+    stays = [
+        "texts and labels, of training and held-out examples alike",
+        "predictions, losses, or anything else of one example",
+    ]
+    if plan.privacy.secure_aggregation:
+        stays.append("this silo's own fine-tuned model, Gram matrices and numbers of examples, other than masked")
+    if plan.privacy.metrics == "none":
+        stays.append("held-out results")
+    if layout.frozen:
+        stays.append(f"the {len(layout.frozen)} parameters that the plan freezes")
+    return (*stays, "the silo file, private keys, the ledger, logs, and what error messages quote")

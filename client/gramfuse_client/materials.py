@@ -1,0 +1,136 @@
+"""What a silo works on under a plan, as it is here: its data, the base model, and the layout that follows from it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gramfuse_client import policy
+from gramfuse_client.agreement import Given
+from gramfuse_client.data import Examples, load
+from gramfuse_client.finding import Findings
+from gramfuse_client.silo import Silo
+from gramfuse_client.state import Contributed
+from gramfuse_protocol.errors import DataError, ModelError, PlanError, RefusalError
+from gramfuse_protocol.layout import Layout
+from gramfuse_protocol.plan import Plan
+from gramfuse_protocol.scales import MOST_EXAMPLES
+
+if TYPE_CHECKING:
+    from gramfuse_model.base import Base
+
+
+def check_data(
+    found: Findings, silo: Silo, plan: Plan, contributed: Contributed | None, offline: bool
+) -> Examples | None:
+    """Read the data as a run would, and return the training examples.
+
+    Args:
+        contributed: what was contributed under the plan before.
+    """
+    source = silo.file.data.train
+    if offline and source.startswith("hf:") and not (silo.directory / source[3:].partition("#")[0]).is_dir():
+        found.skip("data", f"{source} is on the Hugging Face hub, and the check is offline")
+        return None
+    try:
+        train, held_out = load(silo, plan.model)
+        policy.check_examples(silo, len(train))
+    except DataError as error:
+        found.error("data", error, f"correct the data, or [data] in {silo.path}")
+        return None
+    except RefusalError as error:
+        found.error("data", error)
+        return train
+    weighed = plan.privacy.secure_aggregation and plan.merge.weighting == "examples"
+    if contributed is not None and contributed.data != train.digest:
+        found.problem(
+            "data",
+            "other data were contributed under this plan before; the difference of the sums would show what changed",
+            "put the data back as they were, or agree on a new version of the plan",
+        )
+    elif weighed and len(train) > MOST_EXAMPLES:
+        found.problem(
+            "data",
+            f"{len(train):,} training examples are more than the {MOST_EXAMPLES:,} that a secure sum can weigh",
+            "agree on a plan with merge.weighting = 'uniform'",
+        )
+    else:
+        counts = f"{len(train):,} training examples ({_by_label(train, plan)}), {len(held_out):,} held out"
+        found.ok("data", f"{counts}\n{_what_leaves_of_counts(plan)}")
+    return train
+
+
+def _by_label(examples: Examples, plan: Plan) -> str:
+    """Say how many examples each label has."""
+    labels, counts = plan.model.labels, Counter(examples.labels)
+    said = [f"{label} {counts[index]:,}" for index, label in enumerate(labels)]
+    more = f", and {len(said) - 12} more labels" if said[12:] else ""
+    return ", ".join(said[:12]) + more if labels else "targets are numbers"
+
+
+def _what_leaves_of_counts(plan: Plan) -> str:
+    if plan.privacy.secure_aggregation and plan.privacy.metrics != "silo":
+        return "these numbers are shown to you only; they leave masked, to be read in the sum over the silos"
+    training = "masked" if plan.privacy.secure_aggregation else "in the clear"
+    if plan.privacy.metrics == "none":
+        return f"how many training examples there are leaves {training}; the other numbers do not"
+    return f"how many training examples there are leaves {training}; how many are held out, of each label, in the clear"
+
+
+def check_base(found: Findings, silo: Silo, plan: Plan) -> Base | None:
+    """Load the base model from this machine; nothing is downloaded."""
+    import torch
+
+    from gramfuse_model.base import load_base
+
+    if silo.file.threads:
+        torch.set_num_threads(silo.file.threads)  # as in a run
+    try:
+        source = _local(silo.file.base or plan.model.base, silo.directory)
+        base = load_base(plan, silo.directory, override=source)
+    except ModelError as error:
+        remedy = f"get the files of whoever locked the plan, and name their directory above [data] in {silo.path}:"
+        found.error("base model", error, f'{remedy}\nbase = "DIRECTORY"')
+        return None
+    about = f"{source}, SHA-256 {base.sha256}"
+    found.ok("base model", about if plan.model.sha256 else f"{about}; the plan names none yet")
+    return base
+
+
+def _local(base: str, directory: Path) -> str:
+    """Return where a base model is on this machine; raises ModelError if it is not."""
+    from transformers.utils.hub import cached_file
+
+    from gramfuse_model.base import locate
+
+    source = locate(base, directory)
+    if Path(source).is_dir():
+        return source
+    try:
+        config = cached_file(source, "config.json", local_files_only=True)
+    except OSError:
+        config = None
+    if config is None:
+        raise ModelError(f"base {base!r} is on the Hugging Face hub and not on this machine; run: hf download {base}")
+    return str(Path(config).parent)
+
+
+def check_layout(found: Findings, given: Given, base: Base | None) -> Layout | None:
+    """Derive the layout, or, without a base model, take the one that came with the plan."""
+    from gramfuse_model.tracing import plan_layout
+
+    plan, path = given.plan, given.path.with_name("layout.json")
+    try:
+        named = Layout.read(path) if path.exists() else None
+        if base is None:
+            known = named if named is not None and named.digest == plan.merge.layout else None
+            more = f"; what follows is by {path}" if known else ""
+            found.skip("layout", f"it is derived from the base model{more}")
+            return known
+        layout = plan_layout(plan, base, named)
+    except (ModelError, PlanError) as error:
+        found.error("layout", error, f"and have the author's own layout.json as {path}, since rounding may differ")
+        return None
+    found.ok("layout", f"derived here, digest {layout.digest}" + (", as in the plan" if plan.merge.layout else ""))
+    return layout
