@@ -6,16 +6,27 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench clean
+# In containers it runs as whoever calls make, but not as root.
+USER_ID = $(shell id -u | sed 's/^0$$/1000/')
+GROUP_ID = $(shell id -g | sed 's/^0$$/1000/')
+COMPOSE = GRAMFUSE_UID=$(USER_ID) GRAMFUSE_GID=$(GROUP_ID) docker compose --file docker/compose.yaml
+
+.PHONY: help demo test deployed containers check bench compose clean
 
 help: ## Show this help
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
 demo: $(READY) ## Merge four front desks, simulated on this machine (about 3 minutes)
 	$(BIN)/gramfuse demo
 
-test: $(READY) ## Run all tests (under 10 minutes on two cores)
-	$(BIN)/pytest -n 3 --dist worksteal
+test: $(READY) ## Run the tests but for the next two (under 10 minutes on two cores)
+	$(BIN)/pytest -n 3 --dist worksteal --ignore tests/deployed --ignore tests/containers
+
+deployed: $(READY) ## Test whole deployments on loopback, and their bad days (15 minutes; needs nginx)
+	$(BIN)/pytest -n 2 --dist worksteal tests/deployed
+
+containers: $(READY) ## Test the compose demo (needs Docker)
+	$(BIN)/pytest tests/containers
 
 check: $(READY) ## Format, lint, dependency rule, types, unit tests (under a minute)
 	$(BIN)/ruff format --check .
@@ -29,6 +40,12 @@ bench: $(READY) ## Accuracy of the demo, secure against open, cost of a secure s
 	$(BIN)/python benchmarks/equality.py desk
 	$(BIN)/python benchmarks/secure_cost.py
 	$(BIN)/python benchmarks/memory.py
+
+compose: ## Merge four silos in containers of their own; the model is in ./runs (needs Docker)
+	mkdir -p runs
+	$(COMPOSE) build
+	$(COMPOSE) up
+	exit $$(docker inspect --format '{{.State.ExitCode}}' $$($(COMPOSE) ps --all --quiet flower-server))
 
 clean: ## Remove the environment, caches and benchmark results; keep runs/
 	rm -rf $(VENV) dist benchmarks/out .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,4 +1,4 @@
-"""Deals the compose demo out: to the coordinator its certificate, to each silo its data and keys, to all the locked plan.
+"""Deals the compose demo out: to the coordinator its certificate and the locked plan, to each silo its data and keys.
 
 Each call starts anew. Runs once, as root and without a network, before the others; who mounts what is in compose.yaml.
 """
@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 DESKS = ["hospital", "bank", "telephone", "town-hall"]
@@ -63,8 +64,9 @@ ca = "ca.crt"
 
 def main() -> None:
     """Deal."""
-    names = (DESKS + [FIFTH])[: int(os.environ["SILOS"])]
-    project, pki, coordinator, plan = Path("/tmp/project"), Path("/tmp/pki"), Path("/coordinator"), Path("/plan")
+    names = [*DESKS, FIFTH][: int(os.environ["SILOS"])]
+    scratch = Path(tempfile.mkdtemp())
+    project, pki, coordinator, plan = scratch / "project", scratch / "pki", Path("/coordinator"), Path("/plan")
     homes = {name: Path(f"/silo-{number}") for number, name in enumerate(names, 1)}
     for directory in (coordinator, plan, *homes.values()):
         empty(directory)
@@ -83,7 +85,8 @@ def main() -> None:
         (home / "silo.toml").write_text(silo_file(name), encoding="utf-8")
         roster += "\n" + gramfuse("silo", "keygen", home / "silo.toml")
     terms = (project / "plan.toml").read_text(encoding="utf-8")
-    (plan / "plan.toml").write_text(re.split(r"^\[\[silo\]\]", terms, maxsplit=1, flags=re.M)[0] + roster, encoding="utf-8")
+    head = re.split(r"^\[\[silo\]\]", terms, maxsplit=1, flags=re.M)[0]
+    (plan / "plan.toml").write_text(head + roster, encoding="utf-8")
     digest = json.loads(gramfuse("plan", "lock", plan, "--json"))["plan_digest"]
     for name, home in homes.items():
         (home / "silo.toml").write_text(silo_file(name, digest), encoding="utf-8")

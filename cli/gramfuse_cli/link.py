@@ -22,6 +22,7 @@ from gramfuse_cli.processes import BIN, FLOWER_OFF
 from gramfuse_protocol import node_key
 from gramfuse_protocol.documents import read_text
 from gramfuse_protocol.errors import FederationError, PlanError
+from gramfuse_protocol.plan import Plan
 
 SERVER = "server"
 """What `gramfuse server start` calls the connection to its own SuperLink."""
@@ -168,6 +169,26 @@ class Link:
 
         found = self._ask(lambda client: client.ListNodes(ListNodesRequest()))
         return [Node(node.node_id, node.name, _line(node.public_key), node.status) for node in found.nodes_info]
+
+    def admit(self, plan: Plan) -> None:
+        """Let the silos of a plan's roster connect, those that may not yet.
+
+        Raises:
+            PlanError: if one of their keys was revoked.
+        """
+        known = {node.key: node for node in self.nodes()}
+        for silo in plan.silo:
+            if silo.node_key is None:
+                continue
+            node = known.get(silo.node_key)
+            if node is None:
+                self.register(silo.name, silo.node_key)
+            elif node.status == UNREGISTERED:
+                raise PlanError(
+                    f"the node key of {silo.name!r} in the plan ({node.fingerprint}) was revoked at the SuperLink, "
+                    "which never takes it again; have the silo make another (gramfuse pki silo SILO_TOML --renew), "
+                    "write that one into the plan, and lock it again"
+                )
 
     def register(self, name: str, key: str) -> None:
         """Let a node with this key, its public line, connect."""

@@ -254,8 +254,9 @@ class Watch:
                 "run of a plan that has this silo's node key"
             )
         return (
-            "the coordinator does not know this node key, or revoked it: it takes the keys of a plan's roster when it "
-            f"first runs that plan. Give it the output of: gramfuse silo keygen {self.silo.path}"
+            "the coordinator does not know this node key, or revoked it: it takes the keys of a plan's roster by "
+            "gramfuse server register, or when it first runs that plan. Give it the output of: gramfuse silo keygen "
+            f"{self.silo.path}"
         )
 
     def _look_for_obstacles(self) -> None:

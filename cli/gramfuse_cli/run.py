@@ -17,7 +17,7 @@ import click
 import tomlkit
 
 from gramfuse_cli import options
-from gramfuse_cli.link import UNREGISTERED, Link
+from gramfuse_cli.link import Link
 from gramfuse_cli.options import as_json as json_option
 from gramfuse_cli.options import project_directory
 from gramfuse_cli.progress import RunProgress
@@ -119,7 +119,7 @@ def run(
         with tempfile.TemporaryDirectory(prefix="gramfuse-") as scratch, server.kept() if server else nullcontext():
             app = Path(scratch) / "app"
             write_app(app, project.plan, layout)
-            register(project.plan, link)
+            link.admit(project.plan)
             how = {"resume": resume is not None, "authenticated": not link.insecure}
             report = _follow(app, link, project, path, {**how, "wait": wait, "grace": grace, "patience": patience})
     show_report(report, path, as_json)
@@ -170,27 +170,6 @@ def check_roster(project: Project, link: Link) -> None:
             "nobody connect without one; have each print it with gramfuse silo keygen, write it into its [[silo]], and "
             f"run: gramfuse plan lock {project.directory}"
         )
-
-
-def register(plan: Plan, link: Link) -> None:
-    """Let the roster's silos connect, those that may not yet.
-
-    Raises:
-        PlanError: if one of their keys was revoked.
-    """
-    known = {node.key: node for node in link.nodes()}
-    for silo in plan.silo:
-        if silo.node_key is None:
-            continue
-        node = known.get(silo.node_key)
-        if node is None:
-            link.register(silo.name, silo.node_key)
-        elif node.status == UNREGISTERED:
-            raise PlanError(
-                f"the node key of {silo.name!r} in the plan ({node.fingerprint}) was revoked at the SuperLink, which "
-                "never takes it again; have the silo make another (gramfuse pki silo SILO_TOML --renew), write that "
-                "one into the plan, and lock it again"
-            )
 
 
 def _follow(app: Path, link: Link, project: Project, out: Path, how: dict[str, Any]) -> dict[str, Any]:

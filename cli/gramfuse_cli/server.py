@@ -25,6 +25,7 @@ from gramfuse_cli.endpoint import check_free, free_port, healthy, host_of, is_lo
 from gramfuse_cli.link import SERVER, UNREGISTERED, Link, home_of
 from gramfuse_cli.options import as_json as json_option
 from gramfuse_cli.processes import BIN, GIVE_BACK
+from gramfuse_cli.project import Project
 from gramfuse_cli.proxy import find_nginx, write_configuration
 from gramfuse_cli.supervisor import POLL_SECONDS, Service, Supervisor, say, supervised
 from gramfuse_client.private import write_private
@@ -150,6 +151,23 @@ def serving(directory: Path, host: str | None, port: int, *, insecure_loopback: 
 
 @server.command()
 @directory_argument
+@click.argument("project", metavar="PROJECT", type=click.Path(path_type=Path, exists=True))
+@json_option
+def register(directory: Path, project: Path, as_json: bool) -> None:
+    """Let the silos of a plan connect, before its first run, which would do it too.
+
+    The server in DIR must be up. PROJECT is the directory of the plan, whose roster has the silos' node keys.
+    """
+    plan = Project.read(project).plan
+    Link.of_server(directory).admit(plan)
+    if as_json:
+        click.echo(json.dumps({"registered": list(plan.names)}))
+        return
+    click.echo(f"may connect: {', '.join(plan.names)}")
+
+
+@server.command()
+@directory_argument
 @json_option
 def silos(directory: Path, as_json: bool) -> None:
     """List the silos that are registered, with the fingerprints of their node keys, and which are connected.
@@ -167,7 +185,7 @@ def silos(directory: Path, as_json: bool) -> None:
     for node in nodes:
         click.echo(f"{node.name or node.id:<20} {_status(node.status):<11} {node.fingerprint}")
     if not nodes:
-        click.echo("none yet; gramfuse run registers the silos of the plan that it runs", err=True)
+        click.echo("none yet; gramfuse server register does it, or the first run of a plan", err=True)
 
 
 @server.command()

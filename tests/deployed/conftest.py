@@ -19,10 +19,8 @@ import pytest
 
 from gramfuse_cli.link import Link
 from gramfuse_cli.processes import BIN, marked
-from gramfuse_cli.run import register
 from gramfuse_cli.supervisor import mark_of
 from gramfuse_client.silo import Silo
-from gramfuse_protocol.plan import Plan
 
 GRAMFUSE = str(BIN / "gramfuse")
 
@@ -164,7 +162,7 @@ class Deployment:
 
     def register(self) -> None:
         """Let the silos connect before the first run, which would do it too."""
-        register(Plan.read(self.project.plan), Link.of_server(self.coordinator))
+        gramfuse("server", "register", self.coordinator, self.project.directory)
 
     def run(self, *options: str | Path) -> dict[str, Any]:
         """Run one exchange and return its report."""
