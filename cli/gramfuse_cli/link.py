@@ -5,8 +5,6 @@ This is the one place here that takes private names of Flower: its command line 
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 import os
 import subprocess
@@ -52,10 +50,7 @@ class Node:
     @property
     def fingerprint(self) -> str:
         """Of its node key, as `ssh-keygen -l` prints it."""
-        if not self.key:
-            return ""
-        digest = hashlib.sha256(base64.b64decode(self.key.split()[1])).digest()
-        return "SHA256:" + base64.b64encode(digest).decode("ascii").rstrip("=")
+        return node_key.fingerprint(self.key) if self.key else ""
 
 
 @dataclass(frozen=True)

@@ -163,7 +163,6 @@ def _families(names: list[str]) -> str:
 
 
 def _preview(project: Project, plan: Plan, layout: Layout) -> dict[str, Any]:
-    from gramfuse_client.policy import contribution_bytes
     from gramfuse_client.resources import statistics_memory
 
     gram_entries = sum(group.blocks.entries for group in layout.groups)
@@ -171,7 +170,7 @@ def _preview(project: Project, plan: Plan, layout: Layout) -> dict[str, Any]:
     delta_entries = sum(block.entries for block in layout.blocks) - gram_entries
     secure = plan.privacy.secure_aggregation
     item = 8 if secure else ITEM_BYTES
-    upload = contribution_bytes(plan, layout)
+    upload = layout.upload_bytes(masked=secure)
     flops = sum(2 * count * width * width for group in layout.groups for _, count, width in group.blocks.parts)
     return {
         "plan_digest": plan.digest,

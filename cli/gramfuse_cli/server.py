@@ -7,11 +7,12 @@ import json
 import os
 import secrets
 import shlex
+import sqlite3
 import ssl
 import time
 import tomllib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -127,7 +128,7 @@ def serving(directory: Path, host: str | None, port: int, *, insecure_loopback: 
     own = directory.resolve() / "superlink"
     home = home_of(directory.resolve())
     listen = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    with supervised(own) as supervisor:
+    with _compacted(own / "state.db"), supervised(own) as supervisor:
         check_free(host, port)
         home.mkdir(mode=0o700, exist_ok=True)
         link = own_port(home)
@@ -271,6 +272,24 @@ def _connection(port: int, ca: Path | None) -> str:
 
 def _status(word: str) -> str:
     return "revoked" if word == UNREGISTERED else word
+
+
+@contextmanager
+def _compacted(database: Path) -> Iterator[None]:
+    """Rewrite the SuperLink's database once it is closed, since what was deleted in it would still stand in its files.
+
+    Between runs it holds nothing but which silos are registered; masked vectors and released shares went through it.
+    """
+    try:
+        yield
+    finally:
+        if database.exists():
+            try:
+                with closing(sqlite3.connect(database, isolation_level=None)) as connection:
+                    for command in ("PRAGMA wal_checkpoint(TRUNCATE)", "VACUUM", "PRAGMA wal_checkpoint(TRUNCATE)"):
+                        connection.execute(command)
+            except sqlite3.Error as error:
+                say(f"{database}: cannot be compacted, so it may still hold what silos sent: {error}")
 
 
 def _superlink(own: Path, home: Path, port: int, ca: Path | None) -> Service:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
@@ -16,6 +14,7 @@ from gramfuse_client.silo import Silo
 from gramfuse_client.state import Contributed, State
 from gramfuse_protocol.errors import PlanError, RefusalError
 from gramfuse_protocol.layout import Layout
+from gramfuse_protocol.node_key import fingerprint
 from gramfuse_protocol.plan import Plan
 
 SHOWN = {"none": "none leave", "sum": "shown as a sum over silos only", "silo": "shown silo by silo"}
@@ -140,7 +139,7 @@ def check_keys(found: Findings, silo: Silo, plan: Plan | None) -> None:
         named = getattr(entry, field, held)
         needless = subject == "identity" and plan is not None and not plan.privacy.secure_aggregation
         if named == held or (named is None and needless):
-            shown = f"public key {held}" if subject == "identity" else f"fingerprint {_fingerprint(held)}"
+            shown = f"public key {held}" if subject == "identity" else f"fingerprint {fingerprint(held)}"
             found.ok(subject, f"{path}, readable by its owner only\n{shown}")
             continue
         found.problem(
@@ -151,15 +150,9 @@ def check_keys(found: Findings, silo: Silo, plan: Plan | None) -> None:
         )
 
 
-def _fingerprint(node_key: str) -> str:
-    """Return a node key's fingerprint, as ssh-keygen -l and `gramfuse server silos` show it."""
-    digest = hashlib.sha256(base64.b64decode(node_key.split()[1])).digest()
-    return "SHA256:" + base64.b64encode(digest).decode("ascii").rstrip("=")
-
-
 def check_size(found: Findings, silo: Silo, plan: Plan, layout: Layout) -> None:
     """Look at how much one contribution would have."""
-    size, most = policy.contribution_bytes(plan, layout), silo.file.limits.maximum_bytes
+    size, most = layout.upload_bytes(masked=plan.privacy.secure_aggregation), silo.file.limits.maximum_bytes
     try:
         policy.check_bytes(silo, plan, layout)
         found.ok("size", f"a contribution has {size:,} bytes" + (f", of {most:,} that may leave" if most else ""))

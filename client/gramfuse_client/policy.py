@@ -98,7 +98,7 @@ def check_examples(silo: Silo, examples: int) -> None:
 def check_bytes(silo: Silo, plan: Plan, layout: Layout) -> None:
     """Raise RefusalError if one contribution has more bytes than the silo lets leave."""
     most = silo.file.limits.maximum_bytes
-    size = contribution_bytes(plan, layout)
+    size = layout.upload_bytes(masked=plan.privacy.secure_aggregation)
     if most is not None and size > most:
         raise RefusalError(
             f"{silo.path}: a contribution under this plan has {size:,} bytes, and 'limits.maximum-bytes' is {most:,}; "
@@ -132,8 +132,3 @@ def check_repeat(silo: Silo, state: State, session: str) -> None:
         "the run that was interrupted (gramfuse run --resume), or set 'limits.repeat-contributions = true'",
         reason="this silo contributed under this plan before",
     )
-
-
-def contribution_bytes(plan: Plan, layout: Layout) -> int:
-    """Bytes of one contribution, as it leaves."""
-    return 8 * layout.sum_entries if plan.privacy.secure_aggregation else layout.contribution_bytes

@@ -182,6 +182,10 @@ class Layout(_Frozen):
         """Bytes of one silo's contribution, without the few hundred bytes of its headers."""
         return ITEM_BYTES * sum(block.entries for block in self.blocks)
 
+    def upload_bytes(self, *, masked: bool) -> int:
+        """Bytes of one silo's contribution as it leaves: as words of a secure sum, or in the clear."""
+        return 8 * self.sum_entries if masked else self.contribution_bytes
+
     def pieces(self, limit: int = PIECE_BYTES) -> tuple[tuple[Slice, ...], ...]:
         """Cut the contribution into pieces of at most `limit` bytes; a block larger than that spans several."""
         room = capacity = max(1, limit // ITEM_BYTES)

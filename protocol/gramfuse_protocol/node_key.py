@@ -8,6 +8,8 @@ Sources: RFC 5656 (the line), RFC 5480 (the same key in PEM, as Flower hands it 
 
 from __future__ import annotations
 
+import base64
+import hashlib
 from typing import Annotated
 
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -70,6 +72,12 @@ def canonical(key: str | bytes) -> str:
     except _UNREADABLE:
         raise ValueError(_EXPECTED) from None
     return _canonical_line(text)
+
+
+def fingerprint(line: str) -> str:
+    """Return the fingerprint of a public line, as `ssh-keygen -l` prints it."""
+    digest = hashlib.sha256(base64.b64decode(line.split()[1])).digest()
+    return "SHA256:" + base64.b64encode(digest).decode("ascii").rstrip("=")
 
 
 def _canonical_line(text: str) -> str:

@@ -237,5 +237,5 @@ class Exchange:
 
 def needed_bytes(plan: Plan, layout: Layout, model_bytes: int) -> int:
     """Bytes that a run writes at most: all contributions, the model, and some room."""
-    each = 8 * layout.sum_entries if plan.privacy.secure_aggregation else layout.contribution_bytes
+    each = layout.upload_bytes(masked=plan.privacy.secure_aggregation)
     return len(plan.silo) * each + 2 * model_bytes + 50 * 2**20

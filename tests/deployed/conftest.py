@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -14,15 +15,29 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 
 from gramfuse_cli.link import Link
 from gramfuse_cli.processes import BIN, marked
 from gramfuse_cli.supervisor import mark_of
+from gramfuse_client.data import load
+from gramfuse_client.ledger import Ledger
+from gramfuse_client.masking import write_masked
 from gramfuse_client.silo import Silo
+from gramfuse_client.workbench import train
+from gramfuse_model.base import load_base
+from gramfuse_model.summands import summands
+from gramfuse_protocol.layout import Layout
+from gramfuse_protocol.plan import Plan
+from gramfuse_protocol.scales import scales
+from gramfuse_server.accumulator import Accumulator
+from gramfuse_server.model import write_model
 
 GRAMFUSE = str(BIN / "gramfuse")
+CHANGED = Path(__file__).parent / "changed"
+QUICK = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1", "OMP_NUM_THREADS": "1"}
 
 
 def gramfuse(*arguments: str | Path) -> dict[str, Any]:
@@ -89,6 +104,55 @@ class Started:
 
 
 @dataclass
+class Running:
+    """A `gramfuse run` that is under way.
+
+    Args:
+        out: its run directory, once it is complete.
+        log, answer: what it says on standard error and on standard output.
+    """
+
+    process: subprocess.Popen[bytes]
+    out: Path
+    log: Path
+    answer: Path
+
+    def crossed(self) -> list[tuple[str, str, str]]:
+        """("to" or "from", silo, phase) of everything that its transcript has so far."""
+        found = []
+        for directory in (self.out.with_name(f"{self.out.name}.partial"), self.out):
+            with contextlib.suppress(FileNotFoundError):
+                text = (directory / "transcript.jsonl").read_text(encoding="utf-8")
+                for entry in map(json.loads, text[: text.rfind("\n") + 1].splitlines()):
+                    way = "to" if "to" in entry else "from"
+                    found.append((way, entry[way], entry["phase"]))
+        return found
+
+    def wait_for(self, *message: str, seconds: float = 150) -> None:
+        """Wait until a message, as `crossed` has it, is in the transcript."""
+        deadline = time.monotonic() + seconds
+        while message not in self.crossed():
+            assert self.process.poll() is None, self.log.read_text()
+            assert time.monotonic() < deadline, f"no {message} in {self.crossed()}\n{self.log.read_text()}"
+            time.sleep(0.05)
+
+    def end(self, seconds: float = 240) -> tuple[int, dict[str, Any]]:
+        """Wait until it ends; return its exit code, and its report or error."""
+        try:
+            code = self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"it does not end:\n{self.log.read_text()}") from None
+        answer = json.loads(self.answer.read_text())
+        return code, answer.get("error", answer)
+
+    def report(self, seconds: float = 240) -> dict[str, Any]:
+        """Wait until it ends well, and return its report."""
+        code, answer = self.end(seconds)
+        assert code == 0, f"{answer}\n{self.log.read_text()}"
+        return answer
+
+
+@dataclass
 class Deployment:
     """A coordinator and its silos.
 
@@ -103,6 +167,9 @@ class Deployment:
     insecure: bool = False
     port: int = 0
     started: list[Started] = field(default_factory=list)
+    running: list[Running] = field(default_factory=list)
+    environment: dict[str, str] = field(default_factory=dict)
+    """Of all that is started from now on, beside this process's own."""
 
     def __post_init__(self) -> None:
         with socket.create_server(("127.0.0.1", 0)) as probe:
@@ -155,10 +222,18 @@ class Deployment:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=output,
-                env={**os.environ, "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1", "OMP_NUM_THREADS": "1"},
+                env={**os.environ, **QUICK, **self.environment},
             )
         self.started.append(Started(process, of, log))
         return self.started[-1]
+
+    def hasten(self) -> None:
+        """Have Flower miss a process after 20 s, where it takes a minute else."""
+        self.change("HEARTBEAT", "10")
+
+    def change(self, what: str, value: str) -> None:
+        """Change something of the processes that are started from now on; see `changed/sitecustomize.py`."""
+        self.environment |= {"PYTHONPATH": str(CHANGED), f"CHANGED_{what}": value}
 
     def register(self) -> None:
         """Let the silos connect before the first run, which would do it too."""
@@ -168,8 +243,47 @@ class Deployment:
         """Run one exchange and return its report."""
         return gramfuse("run", self.project.directory, self.coordinator, "--out", self.directory / "run", *options)
 
+    def start_run(self, *options: str | Path, project: Any = None, out: str = "run") -> Running:
+        """Start an exchange in the background; with --resume among the options it goes on with what `out` was."""
+        path, number = self.directory / out, len(self.running)
+        log, answer = (self.directory / f"run-{number}.{kind}" for kind in ("log", "json"))
+        arguments = ["run", (project or self.project).directory, self.coordinator, *options, "--json"]
+        arguments += [] if "--resume" in options else ["--out", path]
+        with log.open("wb") as errors, answer.open("wb") as output:
+            process = subprocess.Popen(
+                [GRAMFUSE, *map(str, arguments)], stdin=subprocess.DEVNULL, stdout=output, stderr=errors
+            )
+        self.running.append(Running(process, path, log, answer))
+        return self.running[-1]
+
+    def resume(self, out: str = "run") -> Running:
+        """Go on with an interrupted run in the background."""
+        return self.start_run("--resume", self.directory / out, out=out)
+
+    def state(self, name: str) -> Path:
+        """Where a silo keeps what it has under the project's plan."""
+        digest = Plan.read(self.project.plan).digest
+        return Path(Silo.read(self.project.silo(name)).state) / digest
+
+    def trained(self) -> dict[str, tuple[int, int]]:
+        """By silo, what is another if it trained again."""
+        found = {name: (self.state(name) / "statistics.safetensors").stat() for name in self.project.names}
+        return {name: (stat.st_ino, stat.st_mtime_ns) for name, stat in found.items()}
+
+    def check_silos(self, *names: str) -> None:
+        """Check that the ledgers hold together, and that no silo has anything half-written or secret left."""
+        for name in names or self.project.names:
+            silo = Silo.read(self.project.silo(name))
+            assert Ledger(silo.ledger, name).verify().number > 0
+            left = [p for p in silo.state.rglob("*") if p.suffix in (".partial", ".masked")]
+            assert left == [], name
+
     def stop(self) -> None:
         """End all of it, silos first; nothing may be left."""
+        for running in self.running:
+            if running.process.poll() is None:
+                running.process.kill()
+                running.process.wait()
         for command in reversed(self.started):
             if command.process.poll() is None:
                 command.process.terminate()
@@ -194,6 +308,32 @@ class Deployment:
         for name in project.names:
             text = project.silo(name).read_text(encoding="utf-8")
             project.silo(name).write_text(re.sub(r"approved = \[.*\]", f'approved = ["{digest}"]', text))
+
+
+@pytest.fixture
+def undisturbed(tmp_path: Path) -> Callable[..., bytes]:
+    """Return a function that gives the weights that a project's secure run ends with, made without any of Flower."""
+
+    def merge(project: Any, *silos: str) -> bytes:
+        plan, layout = Plan.read(project.plan), Layout.read(project.directory / "layout.json")
+        silos = silos or project.names
+        total = np.zeros(layout.sum_entries, np.uint64)
+        for name in silos:
+            silo, base = Silo.read(project.silo(name)), load_base(plan, project.directory)
+            measured = train(silo, plan, layout, base, load(silo, plan.model)[0])
+            values = summands(layout, measured, alpha=plan.merge.alpha, weighting=plan.merge.weighting)
+            scaled = zip(values, scales(layout, len(plan.silo), plan.merge.weighting), strict=True)
+            write_masked(
+                tmp_path / "words", ((b.name, array, scale) for (b, array), (_, scale) in scaled), len(plan.silo), ()
+            )
+            total += np.fromfile(tmp_path / "words", np.uint64)
+        accumulator = Accumulator(layout, alpha=plan.merge.alpha, weighting=plan.merge.weighting)
+        accumulator.load(total, len(plan.silo))
+        base = load_base(plan, project.directory)
+        write_model(tmp_path / "undisturbed", base, accumulator.merge().deltas, plan, silos, None)
+        return (tmp_path / "undisturbed" / "model.safetensors").read_bytes()
+
+    return merge
 
 
 @pytest.fixture(name="gramfuse")
