@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import shutil
 import subprocess
 import tempfile
 import time
@@ -32,6 +31,8 @@ WAIT = 600.0
 GRACE = 180.0
 AWAY_SECONDS = 300.0
 """How long a SuperLink may be away that somebody starts again."""
+STOP_SECONDS = 30.0
+"""How long a ServerApp may take to end that was told to."""
 
 
 @click.command()
@@ -191,7 +192,7 @@ def _follow(app: Path, link: Link, project: Project, out: Path, how: dict[str, A
             status = _watch(run_id, link, take)
     except KeyboardInterrupt:
         link.flwr("stop", run_id, link.name)
-        click.echo(_kept(project, link, out) or "nothing of the run is kept", err=True)
+        click.echo(_kept(project, link, out, STOP_SECONDS) or "nothing of the run is kept", err=True)
         raise
     go_on = f"\n{_kept(project, link, out)}".rstrip()
     if failures:
@@ -205,9 +206,13 @@ def _follow(app: Path, link: Link, project: Project, out: Path, how: dict[str, A
     return report
 
 
-def _kept(project: Project, link: Link, out: Path) -> str:
-    """Say how to go on with a run that was interrupted after the silos had trained; of any other, leave nothing."""
-    from gramfuse_server.run import RESUMABLE, partial_of, read_checkpoint
+def _kept(project: Project, link: Link, out: Path, seconds: float = 0.0) -> str:
+    """Say how to go on with a run that was interrupted after the silos had trained; of any other, leave nothing.
+
+    Args:
+        seconds: how long its ServerApp may take to end.
+    """
+    from gramfuse_server.run import RESUMABLE, discard, read_checkpoint
 
     try:
         if RESUMABLE in read_checkpoint(out):
@@ -215,7 +220,7 @@ def _kept(project: Project, link: Link, out: Path) -> str:
             return f"what was done is kept; go on with: {shlex.join(command)}"
     except RunDirectoryError:
         pass
-    shutil.rmtree(partial_of(out), ignore_errors=True)
+    discard(out, seconds)
     return ""
 
 

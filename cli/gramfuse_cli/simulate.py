@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import secrets
-import shutil
 import sys
 import tempfile
 import time
@@ -59,7 +58,7 @@ def run_simulation(project: Project, out: Path) -> dict[str, Any]:
     from gramfuse_client.policy import check_examples, check_plan
     from gramfuse_client.silo import write_identity
     from gramfuse_client.state import read_progress
-    from gramfuse_server.run import check_free, partial_of
+    from gramfuse_server.run import check_free, discard
 
     check_free(out)
     click.echo("read the silos' data and the base model", err=True)
@@ -112,8 +111,7 @@ def run_simulation(project: Project, out: Path) -> dict[str, Any]:
                     progress.take(event)
             return _outcome(scratch, log, process.returncode)
         finally:
-            if not out.exists():
-                shutil.rmtree(partial_of(out), ignore_errors=True)
+            discard(out)
 
 
 def _outcome(scratch: Path, log: Path, code: int) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from gramfuse_client.data import load
 from gramfuse_client.membership import Membership
 from gramfuse_client.policy import check_bytes, check_examples, check_hours, check_plan, check_repeat
+from gramfuse_client.private import exclusive
 from gramfuse_client.silo import Silo
 from gramfuse_client.state import State
 from gramfuse_protocol.errors import FederationError, GramfuseError, RefusalError, SecurityError, disk_is_full
@@ -48,23 +49,14 @@ class Participant:
         self.silo = silo
 
     def answer(self, request: Message) -> Message:
-        """Return the reply to a request. What goes wrong becomes a refusal, but for bugs, which raise."""
+        """Return the reply to a request. What goes wrong becomes a refusal, but for bugs, which raise.
+
+        One is answered after the other: a worker may still be at a request that its node, started anew, got again.
+        """
         log.info("silo %s, phase %s, plan %s", self.silo.name, request.phase, request.plan)
         try:
-            match request:
-                case JoinRequest():
-                    return self._join(request)
-                case TrainRequest():
-                    return self._train(request)
-                case UploadRequest():
-                    return self._upload(request)
-                case EvaluateRequest():
-                    return self._evaluate(request)
-                case FinishRequest():
-                    return self._finish(request)
-                case KeysRequest() | SharesRequest() | MaskedRequest() | SurvivorsRequest() | UnmaskRequest():
-                    return self._membership(request).answer(request)
-            raise FederationError(f"phase {request.phase!r} is not a silo's to answer")
+            with exclusive(self.silo.state / "lock"):
+                return self._answer(request)
         except GramfuseError as error:
             log.error("silo %s, phase %s: %s: %s", self.silo.name, request.phase, type(error).__name__, error)
             if isinstance(error, SecurityError):
@@ -75,6 +67,22 @@ class Participant:
                 raise
             log.error("silo %s, phase %s: no space left on the disk: %s", self.silo.name, request.phase, error)
             return refusal(request, self.silo.name, RefusalError("", reason="no space left on this silo's disk"))
+
+    def _answer(self, request: Message) -> Message:
+        match request:
+            case JoinRequest():
+                return self._join(request)
+            case TrainRequest():
+                return self._train(request)
+            case UploadRequest():
+                return self._upload(request)
+            case EvaluateRequest():
+                return self._evaluate(request)
+            case FinishRequest():
+                return self._finish(request)
+            case KeysRequest() | SharesRequest() | MaskedRequest() | SurvivorsRequest() | UnmaskRequest():
+                return self._membership(request).answer(request)
+        raise FederationError(f"phase {request.phase!r} is not a silo's to answer")
 
     def _join(self, request: JoinRequest) -> JoinReply:
         plan = Plan.parse(request.plan_text, "the coordinator's plan")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -30,6 +33,15 @@ def write_private(path: Path, content: bytes, *, durable: bool = False) -> None:
     os.replace(temporary, path)
     if durable:
         sync_directory(path.parent)
+
+
+@contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Wait until no other process holds this file, and hold it; it is made if it is not there, and stays."""
+    make_private_directory(path.parent)
+    with os.fdopen(open_private(path, os.O_APPEND), "ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def make_private_directory(directory: Path) -> None:

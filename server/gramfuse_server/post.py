@@ -23,6 +23,9 @@ LOST = (3, 5, 8)
 """Flower's error codes for a reply that got lost, a node that is away, and a ClientApp that was killed."""
 
 ATTEMPTS = 3
+LOOK_SECONDS = 5.0
+"""How often to look whether a node that is waited for was started anew."""
+
 REMINDER_SECONDS = 60.0
 GRACE_SECONDS = 180.0
 """A SuperNode that crashed is kept out for up to a minute, until Flower takes the one before it for dead."""
@@ -48,12 +51,19 @@ class Pending:
 
 @dataclass(eq=False)
 class _Sent(Generic[M]):
-    """A request that is under way, or waits for its node, and those of the same silo that are still to be sent."""
+    """A request that is under way, or waits for its node, and those of the same silo that are still to be sent.
+
+    Args:
+        ids: Flower's ids of the messages that it went out in; any of them may be answered.
+        activated: when the node was started, as far as it is known.
+    """
 
     silo: str
     remaining: Iterator[M]
     request: M
     attempt: int = 1
+    ids: list[str] = field(default_factory=list)
+    activated: str | None = None
     since: float = field(default_factory=time.monotonic)
     reminded: float = 0.0
 
@@ -61,9 +71,12 @@ class _Sent(Generic[M]):
         """Return it as one that waits to be sent once more."""
         return _Sent(self.silo, self.remaining, self.request, self.attempt + 1)
 
-    def on_its_way(self) -> _Sent[M]:
-        """Return it as one that was sent just now."""
-        return _Sent(self.silo, self.remaining, self.request, self.attempt)
+    def no_answer(self, why: str) -> FederationError:
+        """Return that all tries were for nothing."""
+        return FederationError(
+            f"silo {self.silo!r} gave no answer in phase {self.request.phase!r} after {self.attempt} "
+            f"{'try' if self.attempt == 1 else 'tries'}: {why}"
+        )
 
     def given_up(
         self, after: float | None, waiting_for: Callable[[Pending], None], *, away: bool = False
@@ -115,8 +128,9 @@ class Post:
 
         A silo's requests follow each other before the next silo's begin, where `in_flight` is the narrower.
         A reply that Flower lost is asked for again, once the silo's node is connected; silos answer the same request
-        with the same reply. A silo that does not answer, or whose answer cannot be read, is given up: the error comes
-        instead of its reply, and its other requests are not sent.
+        with the same reply. So is a reply of a node that was started anew: Flower says that a request is lost only to
+        whoever asks while the node is away, and not once it is back. A silo that does not answer, or whose answer
+        cannot be read, is given up: the error comes instead of its reply, and its other requests are not sent.
 
         Args:
             nodes: Flower's node id of each silo.
@@ -126,19 +140,21 @@ class Post:
             waiting_for: is told of a silo that has not answered yet, after REMINDER_SECONDS, twice that, and so on.
         """
         waiting = deque((silo, iter(requests[silo])) for silo in requests)
-        active: dict[str, _Sent[M]] = {}
+        active: list[_Sent[M]] = []
         lost: list[_Sent[M]] = []
+        activated, looked = self._activated(), time.monotonic()
         pause = 0.02
         while waiting or active or lost:
             while waiting and len(active) < in_flight:
                 silo, remaining = waiting.popleft()
                 request = next(remaining, None)
                 if request is not None:
-                    active[self._send(silo, nodes[silo], request)] = _Sent(silo, remaining, request)
+                    active.append(self._send(_Sent(silo, remaining, request), nodes, activated))
             progress = False
-            for message_id in list(active):
-                for answer in self.grid.pull_messages([message_id]):
-                    sent = active.pop(message_id)
+            for sent in list(active):
+                answer = self._pull(sent)
+                if answer is not None:
+                    active.remove(sent)
                     progress = True
                     if answer.has_error() and answer.error.code in LOST and sent.attempt < ATTEMPTS:
                         lost.append(sent.again())
@@ -147,14 +163,27 @@ class Post:
                     if not isinstance(reply, FederationError):
                         waiting.appendleft((sent.silo, sent.remaining))
                     yield sent.silo, sent.request, reply
-                if message_id in active and (given_up := active[message_id].given_up(patience, waiting_for)):
-                    sent = active.pop(message_id)
+                elif given_up := sent.given_up(patience, waiting_for):
+                    active.remove(sent)
                     yield sent.silo, sent.request, given_up
-            connected = set(self.grid.get_node_ids()) if lost else set()
+            if active and time.monotonic() > looked + LOOK_SECONDS:
+                activated, looked = self._activated(), time.monotonic()
+                for sent in list(active):
+                    if activated.get(nodes[sent.silo], sent.activated) == sent.activated:
+                        continue
+                    if sent.attempt < ATTEMPTS:
+                        sent.attempt += 1
+                        self._send(sent, nodes, activated)
+                    else:
+                        active.remove(sent)
+                        yield sent.silo, sent.request, sent.no_answer("its node was started anew each time")
+            if lost:
+                activated = self._activated()
             for sent in list(lost):
                 given_up = None
-                if nodes[sent.silo] in connected:
-                    active[self._send(sent.silo, nodes[sent.silo], sent.request)] = sent.on_its_way()
+                if nodes[sent.silo] in activated:
+                    sent.since, sent.reminded = time.monotonic(), 0.0
+                    active.append(self._send(sent, nodes, activated))
                 elif (given_up := sent.given_up(grace, waiting_for, away=True)) is None:
                     continue
                 lost.remove(sent)
@@ -171,24 +200,36 @@ class Post:
         for traffic in (self.received, self.sent):
             traffic[silo] = traffic.pop(label)
 
-    def _send(self, silo: str, node: int, request: Message) -> str:
+    def _send(self, sent: _Sent[M], nodes: Mapping[str, int], activated: Mapping[int, str]) -> _Sent[M]:
+        request, node = sent.request, nodes[sent.silo]
         if self._packed is None or self._packed[0] is not request:
             frame = pack(request)
             self._packed = request, frame, to_record(frame)
         _, frame, content = self._packed
         message = FlowerMessage(content=content, dst_node_id=node, message_type=message_type(request.phase), ttl=LONG)
-        self.sent[silo][request.phase] += frame.nbytes
-        self._note("to", silo, request.phase, frame)
-        (message_id,) = self.grid.push_messages([message])
-        return str(message_id)
+        self.sent[sent.silo][request.phase] += frame.nbytes
+        self._note("to", sent.silo, request.phase, frame)
+        sent.ids += map(str, self.grid.push_messages([message]))
+        sent.activated = activated.get(node)
+        return sent
+
+    def _pull(self, sent: _Sent[M]) -> FlowerMessage | None:
+        """Return an answer; that a message was lost is one only if no other can be answered."""
+        for message_id in list(sent.ids):
+            for answer in self.grid.pull_messages([message_id]):
+                sent.ids.remove(message_id)
+                if not (sent.ids and answer.has_error() and answer.error.code in LOST):
+                    return answer
+        return None
+
+    def _activated(self) -> dict[int, str]:
+        """Return the nodes that are connected, and when each was started, in Flower's words."""
+        return {node.node_id: node.last_activated_at for node in self.grid.get_nodes()}
 
     def _receive(self, sent: _Sent[M], answer: FlowerMessage) -> Message | FederationError:
         silo = sent.silo
         if answer.has_error():
-            return FederationError(
-                f"silo {silo!r} gave no answer in phase {sent.request.phase!r} after {sent.attempt} "
-                f"{'try' if sent.attempt == 1 else 'tries'}: Flower error {answer.error.code}, {answer.error.reason}"
-            )
+            return sent.no_answer(f"Flower error {answer.error.code}, {answer.error.reason}")
         try:
             frame = from_record(answer.content)
             reply = unpack(frame, REPLIES)

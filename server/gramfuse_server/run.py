@@ -5,13 +5,14 @@ While a run is under way its directory is called `<name>.partial`; it gets its n
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 from gramfuse_protocol.errors import ContributionError, RunDirectoryError, SecurityError, disk_is_full
 
 CHECKPOINT = "checkpoint.json"
+LOCK = "lock"
 SUMS = "SHA256SUMS"
 RESUMABLE = "train"
 """The phase whose result makes a run worth resuming."""
@@ -39,7 +41,8 @@ class RunDirectory:
         done: results of the phases that are over, as JSON values by phase; empty but for a resumed run.
 
     Raises:
-        RunDirectoryError: if it exists, cannot be made or resumed, or the disk has not enough room.
+        RunDirectoryError: if it exists, cannot be made or resumed, another run is writing there, or the disk has not
+            enough room.
     """
 
     def __init__(self, path: Path, needed: int, *, resume: bool = False) -> None:
@@ -48,10 +51,13 @@ class RunDirectory:
         self.needed = needed
         self.resume = resume
         self.done: dict[str, Any] = {}
+        self._locked = ExitStack()
 
     def __enter__(self) -> RunDirectory:
         if self.resume:
-            self.done = read_checkpoint(self.path)
+            read_checkpoint(self.path)
+            self._lock()
+            self.done = read_checkpoint(self.path)  # what was kept until nobody wrote there any more
             return self
         check_free(self.path)
         try:
@@ -64,15 +70,27 @@ class RunDirectory:
                 f"{self.path.parent}: the run needs up to {_size(self.needed)} and the disk has {_size(free)} free; "
                 "make room, or choose another --out"
             )
-        with self.writing():
-            self.partial.mkdir()
+        try:
+            with self.writing():
+                self.partial.mkdir()
+        except RunDirectoryError:
+            check_free(self.path)  # a run that was started at the same time was faster
+            raise
+        self._lock()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if error is None:
-            return
-        if RESUMABLE not in self.done or isinstance(error, ContributionError | SecurityError):
-            shutil.rmtree(self.partial, ignore_errors=True)
+        with self._locked:
+            if error is None:
+                return
+            if RESUMABLE not in self.done or isinstance(error, ContributionError | SecurityError):
+                shutil.rmtree(self.partial, ignore_errors=True)
+
+    def _lock(self) -> None:
+        """Keep other runs out, until this one is over or its process ends."""
+        with self.writing():
+            if not self._locked.enter_context(locked(self.partial)):
+                check_free(self.path)
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -113,11 +131,13 @@ class RunDirectory:
         """Write SHA256SUMS over all files, remove what only a resumed run needs, and give the directory its name."""
         with self.writing():
             spools = list(self.partial.glob("spool*"))
-            away = {self.partial / CHECKPOINT, self.partial / SUMS}.union(*(spool.rglob("*") for spool in spools))
+            away = {self.partial / name for name in (CHECKPOINT, LOCK, SUMS)}
+            away = away.union(*(spool.rglob("*") for spool in spools))
             files = sorted(path for path in self.partial.rglob("*") if path.is_file() and path not in away)
             sums = [f"{_sha256(path)}  {path.relative_to(self.partial).as_posix()}\n" for path in files]
             (self.partial / SUMS).write_text("".join(sums), encoding="utf-8")
-            (self.partial / CHECKPOINT).unlink(missing_ok=True)
+            for name in (CHECKPOINT, LOCK):
+                (self.partial / name).unlink(missing_ok=True)
             for spool in spools:
                 shutil.rmtree(spool)
             os.replace(self.partial, self.path)
@@ -152,11 +172,47 @@ def check_free(path: Path) -> None:
     """Raise RunDirectoryError if a run directory, finished or under way, has this name already."""
     for taken in (path, partial_of(path)):
         if taken.exists():
-            raise RunDirectoryError(f"{taken} exists already; choose another --out, or {_other_way(taken)}")
+            raise RunDirectoryError(f"{taken} exists already; {_way_out(taken)}")
 
 
-def _other_way(taken: Path) -> str:
-    return "resume it with --resume, or remove it" if (taken / CHECKPOINT).exists() else "remove it"
+@contextmanager
+def locked(partial: Path) -> Iterator[bool]:
+    """Keep runs out of a run directory in the making; yields False if one is writing there."""
+    with (partial / LOCK).open("ab") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+def discard(path: Path, seconds: float = 0.0) -> None:
+    """Remove what an interrupted run left, unless another one is writing there.
+
+    Args:
+        path: the run directory that it was to make.
+        seconds: how long to wait for its own process to end.
+    """
+    deadline = time.monotonic() + seconds
+    partial = partial_of(path)
+    while partial.is_dir():
+        with suppress(OSError), locked(partial) as ours:
+            if ours:
+                shutil.rmtree(partial, ignore_errors=True)
+        if time.monotonic() >= deadline:
+            return
+        time.sleep(0.1)
+
+
+def _way_out(taken: Path) -> str:
+    if (taken / LOCK).exists():
+        with suppress(OSError), locked(taken) as ours:
+            if not ours:
+                return "a run is writing there; wait until it is over, or choose another --out"
+    return "choose another --out, or " + (
+        "resume it with --resume, or remove it" if (taken / CHECKPOINT).exists() else "remove it"
+    )
 
 
 def _sha256(path: Path) -> str:

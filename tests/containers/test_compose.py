@@ -107,7 +107,7 @@ def test_one_of_five_silos_is_killed_and_the_others_merge(clean: set[Path]) -> N
         [*COMPOSE, "--profile", "five", "up"],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        env=environment(SILOS="5"),
+        env=environment(SILOS="5", EPOCHS="1", GRACE="20"),
     ) as up:
         try:
             deadline = time.monotonic() + 900

@@ -97,6 +97,11 @@ class Started:
         (process,) = [p for p in self.processes() if command in " ".join(p.cmdline()[:2])]
         return process
 
+    def worker(self) -> psutil.Process:
+        """The process of a silo that answers a message now."""
+        (process,) = [p for p in self.processes() if "gramfuse_client.worker" in " ".join(p.cmdline())]
+        return process
+
     def stop(self, how: signal.Signals = signal.SIGTERM) -> int:
         """Tell it to stop and return its exit code."""
         self.process.send_signal(how)
@@ -150,6 +155,10 @@ class Running:
         code, answer = self.end(seconds)
         assert code == 0, f"{answer}\n{self.log.read_text()}"
         return answer
+
+    def weights(self) -> bytes:
+        """The merged model, once it is complete."""
+        return (self.out / "model" / "model.safetensors").read_bytes()
 
 
 @dataclass

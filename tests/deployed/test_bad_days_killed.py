@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,16 +13,32 @@ import pytest
 Run = Callable[..., Any]
 
 
-def weights(running: Any) -> bytes:
-    """The merged model of a run that is complete."""
-    content: bytes = (running.out / "model" / "model.safetensors").read_bytes()
-    return content
+def wait_for(what: Callable[[], Any], running: Any, seconds: float = 150) -> Any:
+    """Wait until something is there, as long as the run goes on, and return it."""
+    deadline = time.monotonic() + seconds
+    while not (found := what()):
+        assert running.process.poll() is None, running.log.read_text()
+        assert time.monotonic() < deadline, running.log.read_text()
+        time.sleep(0.02)
+    return found
+
+
+def wait_for_line(log: Path, text: str, running: Any) -> None:
+    """Wait until a log has something in it."""
+    wait_for(lambda: text in log.read_text(), running)
+
+
+def wait_for_request(silo: Any, phase: str, running: Any) -> None:
+    """Wait until a silo's SuperNode has a request of a phase."""
+    kind = phase if phase in ("train", "evaluate") else f"query.{phase}"
+    wait_for_line(silo.directory / "supernode.log", f"Receiving: {kind} ", running)
 
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("phases", "metrics"),
     [(("join", "train", "keys", "shares"), "none"), (("masked", "survivors", "unmask", "evaluate"), "sum")],
+    ids=["first", "last"],
 )
 def test_a_supernode_is_killed_as_a_request_arrives(
     deploy: Run, pico_project: Run, undisturbed: Run, phases: tuple[str, ...], metrics: str
@@ -35,20 +53,99 @@ def test_a_supernode_is_killed_as_a_request_arrives(
     running = deployment.start_run()
     trained = {}
     for number, phase in enumerate(phases):
-        name = project.names[number % 3]
-        log = silos[name].directory / "supernode.log"
-        arrived = "Receiving: " + (phase if phase in ("train", "evaluate") else f"query.{phase}")
-        deadline = time.monotonic() + 150
-        while arrived not in log.read_text():
-            assert running.process.poll() is None, running.log.read_text()
-            assert time.monotonic() < deadline, f"{phase}: {running.log.read_text()}{log.read_text()}"
-            time.sleep(0.02)
-        silos[name].one("flower-supernode").kill()
+        silo = silos[project.names[number % 3]]
+        wait_for_request(silo, phase, running)
+        silo.one("flower-supernode").kill()
         if phase not in ("join", "train"):
             trained = trained or deployment.trained()
     report = running.report()
     assert report["lost"] == []
     assert report["unmeasured"] is None or metrics == "none"
     assert deployment.trained() == trained
-    assert weights(running) == undisturbed(project)
+    assert running.weights() == undisturbed(project)
     deployment.check_silos()
+
+
+@pytest.mark.timeout(600)
+def test_a_worker_and_a_supernode_are_killed_and_missed_when_flower_misses_them(
+    deploy: Run, pico_project: Run, undisturbed: Run
+) -> None:
+    project = pico_project(silos=3, secure=True)
+    project.replace(project.plan, 'metrics = "sum"', 'metrics = "none"')
+    deployment = deploy(project)
+    deployment.start_server()
+    deployment.register()
+    silos = {name: deployment.start_silo(name) for name in project.names}
+    running = deployment.start_run()
+    wait_for_request(silos["silo-b"], "masked", running)
+    silos["silo-b"].one("flower-supernode").kill()
+    trained = deployment.trained()
+    wait_for_line(silos["silo-a"].directory / "superexec.log", "phase masked", running)
+    silos["silo-a"].worker().kill()
+    assert running.report()["lost"] == []
+    assert deployment.trained() == trained
+    assert running.weights() == undisturbed(project)
+    deployment.check_silos()
+
+
+@pytest.mark.timeout(600)
+def test_a_serverapp_is_killed_and_a_run_interrupted_and_each_time_it_goes_on(
+    deploy: Run, pico_project: Run, undisturbed: Run
+) -> None:
+    project = pico_project(silos=3, secure=True)
+    project.replace(project.plan, 'metrics = "sum"', 'metrics = "none"')
+    deployment = deploy(project)
+    deployment.hasten()
+    server = deployment.start_server()
+    deployment.register()
+    for name in project.names:
+        deployment.start_silo(name)
+
+    def kill() -> None:
+        server.one("flwr-serverapp").kill()
+        code, error = running.end()
+        assert code == 16
+        assert f"what was done is kept; go on with: gramfuse run {project.directory}" in error["message"]
+        assert f"--resume {running.out}" in error["message"]
+
+    running = deployment.start_run()
+    running.wait_for("to", "silo-a", "keys")
+    trained = deployment.trained()
+    kill()
+
+    running = deployment.resume()
+    running.wait_for("to", "silo-a", "shares")
+    running.process.send_signal(signal.SIGINT)
+    assert running.end()[0] == 130
+    assert f"--resume {running.out}" in running.log.read_text()
+
+    running = deployment.resume()
+    running.wait_for("from", "silo-a", "masked")
+    kill()
+
+    running = deployment.resume()
+    assert running.report()["lost"] == []
+    assert deployment.trained() == trained
+    assert running.weights() == undisturbed(project)
+    deployment.check_silos()
+
+
+@pytest.mark.timeout(600)
+def test_the_superlink_is_killed_twice_and_the_run_goes_on(deploy: Run, pico_project: Run, undisturbed: Run) -> None:
+    project = pico_project(silos=3, secure=True)
+    project.replace(project.plan, 'metrics = "sum"', 'metrics = "none"')
+    deployment = deploy(project)
+    server = deployment.start_server()
+    deployment.register()
+    silos = [deployment.start_silo(name) for name in project.names]
+    running = deployment.start_run()
+    for phase in ("train", "masked"):
+        wait_for_line(silos[0].directory / "superexec.log", f"phase {phase}", running)
+        server.one("flower-superlink").kill()
+    assert running.report()["lost"] == []
+    assert server.said.count("SuperLink was ended by signal 9") == 2
+    assert running.weights() == undisturbed(project)
+    deployment.check_silos()
+    for name in project.names:
+        log = (deployment.state(name).parent / "node" / "superexec.log").read_text()
+        assert log.count("train: 1 of ") == 1, name

@@ -38,8 +38,11 @@ class Visit:
     number: int
 
 
-Fault = Callable[[Visit, Callable[[], "RecordDict | Error"]], "RecordDict | Error"]
-"""Takes a visit and a function that has the node answer; returns what the coordinator gets instead of the answer."""
+Fault = Callable[[Visit, Callable[[], "RecordDict | Error"]], "RecordDict | Error | None"]
+"""Takes a visit and a function that has the node answer; returns what the coordinator gets instead of the answer.
+
+None is nothing, ever.
+"""
 
 
 class InProcessGrid(Grid):
@@ -52,6 +55,7 @@ class InProcessGrid(Grid):
         configs: node configurations by name.
         keys: public keys by name, as a SuperLink that authenticates nodes has them, PEM.
         away: names of nodes that are not connected now; the test may change it.
+        starts: how often a node was started anew; the test may change it.
 
     Attributes:
         sent: (node, phase) of every message that was sent, in order.
@@ -69,6 +73,7 @@ class InProcessGrid(Grid):
     ) -> None:
         self.keys = keys or {}
         self.away: set[str] = set()
+        self.starts: Counter[str] = Counter()
         self.fault = fault
         self.lag = lag
         self.nodes = {FIRST_NODE + n: (name, node) for n, (name, node) in enumerate(nodes.items())}
@@ -102,7 +107,11 @@ class InProcessGrid(Grid):
 
     def get_nodes(self) -> Iterable[NodeInfo]:
         return [
-            NodeInfo(node_id=number, public_key=self.keys.get(name, b"")) for number, (name, _) in self.nodes.items()
+            NodeInfo(
+                node_id=number, public_key=self.keys.get(name, b""), last_activated_at=f"start {self.starts[name]}"
+            )
+            for number, (name, _) in self.nodes.items()
+            if name not in self.away
         ]
 
     def push_messages(self, messages: Iterable[Message]) -> Sequence[str]:
@@ -122,19 +131,20 @@ class InProcessGrid(Grid):
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        return [
+        answers = (
             self._answer(message_id)
             for message_id in message_ids
             if message_id in self._under_way and (self.lag is None or self.lag.random() < 0.5)
-        ]
+        )
+        return [answer for answer in answers if answer is not None]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
         waiting = list(self.push_messages(messages))
         if self.lag is not None:
             self.lag.shuffle(waiting)
-        return [self._answer(message_id) for message_id in waiting]
+        return [answer for answer in map(self._answer, waiting) if answer is not None]
 
-    def _answer(self, message_id: str) -> Message:
+    def _answer(self, message_id: str) -> Message | None:
         visit, message = self._under_way.pop(message_id)
         number = message.metadata.dst_node_id
         _, node = self.nodes[number]
@@ -147,6 +157,8 @@ class InProcessGrid(Grid):
             answer = self.fault(visit, deliver)
         except Exception as error:  # noqa: BLE001  # Flower turns whatever a ClientApp raises into this
             answer = Error(2, f"{type(error)}:<'{error}'>")
+        if answer is None:
+            return None
         return _carried(Message(answer, reply_to=message), next(self._ids))
 
 

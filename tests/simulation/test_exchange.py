@@ -792,6 +792,29 @@ def test_a_silo_that_went_away_is_waited_for(
     assert {(event["silo"], event["phase"], event["away"]) for event in waited} == {("silo-b", "upload", True)}
 
 
+@pytest.mark.parametrize("tries", [2, 4])
+def test_a_node_that_was_started_anew_is_asked_again(
+    honest: Honest, in_process_grid: Any, place: Path, tries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Flower drops what a node had fetched when it ended, and tells only whoever asks before it is back.
+    monkeypatch.setattr(post, "LOOK_SECONDS", 0.05)
+
+    def fault(visit: Any, deliver: Callable[[], RecordDict]) -> RecordDict | None:
+        if (visit.node, visit.phase) != ("silo-b", "upload") or visit.number >= tries:
+            return deliver()
+        grid.starts["silo-b"] += 1
+        return None
+
+    grid = in_process_grid(honest.scripted(), fault=fault)
+    if tries <= 3:
+        exchange(grid, honest, place / "run")
+        assert_identical(weights_of(place / "run"), honest.weights)
+        assert grid.sent.count(("silo-b", "upload")) == grid.sent.count(("silo-a", "upload")) + tries - 1
+    else:
+        with pytest.raises(FederationError, match=r"'silo-b' gave no answer .*'upload' after 3 tries: its node was"):
+            exchange(grid, honest, place / "run")
+
+
 def test_nodes_without_keys_are_not_silos_where_nodes_are_authenticated(
     honest: Honest, in_process_grid: Any, place: Path
 ) -> None:

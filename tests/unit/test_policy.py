@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import stat
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime, time
@@ -23,6 +24,7 @@ from gramfuse_client import participant as participant_module
 from gramfuse_client.app import SiloApp
 from gramfuse_client.participant import Participant
 from gramfuse_client.policy import check_bytes, check_examples, check_hours, check_plan
+from gramfuse_client.private import exclusive
 from gramfuse_client.records import from_record, to_record
 from gramfuse_client.silo import Coordinator, Data, Limits, Silo, SiloFile
 from gramfuse_model.base import load_base
@@ -567,3 +569,16 @@ def test_a_request_for_one_plan_does_not_reach_the_statistics_of_another(site: C
     here.answer(here.train())
     elsewhere = replace(here, plan=here.plan.override(["merge.alpha=0.5"]))
     assert refused(elsewhere, elsewhere.upload(), FederationError).reason == "not joined"
+
+
+def test_a_worker_that_is_still_at_it_is_waited_for(site: Callable[..., Site]) -> None:
+    # A node that was killed and started anew gets its request again, while the worker of the first time goes on.
+    place = site()
+    place.answer(place.join())
+    with exclusive(place.silo.state / "lock"):
+        second = threading.Thread(target=place.answer, args=[place.train()])
+        second.start()
+        second.join(0.5)
+        assert second.is_alive()
+    second.join(60)
+    assert place.statistics.exists()

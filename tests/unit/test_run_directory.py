@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from gramfuse_protocol.errors import ContributionError, FederationError, RefusalError, RunDirectoryError, SecurityError
-from gramfuse_server.run import RunDirectory
+from gramfuse_server.run import RunDirectory, discard
 
 
 def test_a_finished_run_has_its_name_and_sums_that_verify(tmp_path: Path) -> None:
@@ -51,6 +51,29 @@ def test_a_run_directory_that_exists_is_named_and_left_as_it_is(name: str, kind:
     assert "--out" in str(caught.value)
     assert content.read_text() == "precious"
     assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+def test_nobody_takes_or_removes_the_directory_of_a_run_that_goes_on(tmp_path: Path) -> None:
+    def refused(*, resume: bool = False) -> str:
+        with (
+            pytest.raises(RunDirectoryError, match=r"one\.partial exists already") as caught,
+            RunDirectory(tmp_path / "one", needed=1, resume=resume),
+        ):
+            pytest.fail("was entered")
+        return str(caught.value)
+
+    with RunDirectory(tmp_path / "one", needed=1) as run:
+        run.write("report.json", "{}")
+        run.keep("train", {})
+        for resume in (False, True):
+            assert "a run is writing there; wait until it is over, or choose another --out" in refused(resume=resume)
+        discard(tmp_path / "one")
+        assert (run.partial / "report.json").exists()
+    assert "resume it with --resume" in refused()
+    with RunDirectory(tmp_path / "one", needed=1, resume=True) as run:
+        assert run.done == {"train": {}}
+    discard(tmp_path / "one")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_too_little_room_is_said_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
