@@ -85,7 +85,7 @@ class Link:
             PlanError: if there is no such connection, it would start a SuperLink on the side, or it goes to another
                 machine without TLS.
         """
-        if connection and (home_of(Path(connection)) / "config.toml").exists():
+        if connection and Path(connection).is_dir():
             return Link.of_server(Path(connection))
         return Link._read(connection or "", Path(os.environ.get("FLWR_HOME", Path.home() / ".flwr")), connection or "")
 

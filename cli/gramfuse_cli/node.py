@@ -66,7 +66,9 @@ def start(file: Path, insecure_loopback: bool, once: bool, as_json: bool) -> Non
     object at the end: how many replies and refusals left, and how many bytes.
     """
     from gramfuse_client.silo import Silo
+    from gramfuse_client.worker import check_flower
 
+    check_flower()
     silo = Silo.read(file)
     address = silo.coordinator.address
     ca = None if insecure_loopback else silo.ca_path
@@ -228,7 +230,7 @@ class Watch:
         for plan, progress in self._tenths():
             if progress != self._progress.get(plan):
                 self._progress[plan] = progress
-                say(f"{progress[0]}: {progress[1]}0 %")
+                say(f"{progress[0]}: {10 * progress[1]} %")
         for line in self.ledger.lines():
             self._left(line)
         for line in self.worker_log.lines():
@@ -250,8 +252,8 @@ class Watch:
             return self._obstacle
         if time.monotonic() < self._known + FORGET_SECONDS:
             return (
-                "that is normal for a minute after a crash, until the coordinator has noticed it, and before the first "
-                "run of a plan that has this silo's node key"
+                "that is normal for a minute after a crash, until the coordinator has noticed it, and until the "
+                "coordinator registers the plan's silos (gramfuse server register, or the first run)"
             )
         return (
             "the coordinator does not know this node key, or revoked it: it takes the keys of a plan's roster by "

@@ -19,6 +19,7 @@ from gramfuse_cli.options import as_json as json_option
 from gramfuse_cli.options import project_directory
 from gramfuse_cli.project import Project
 from gramfuse_protocol.layout import ITEM_BYTES, Layout
+from gramfuse_protocol.node_key import fingerprint
 from gramfuse_protocol.plan import Plan
 from gramfuse_protocol.roster import tolerated
 
@@ -84,6 +85,8 @@ def show(directory: Path, as_json: bool) -> None:
     _say(console, f"base {locked.model.base}, alpha {locked.merge.alpha}, silos {', '.join(locked.names)}")
     for line in _privacy(locked):
         _say(console, line)
+    for line in _keys(locked):
+        _say(console, line)
     _say(console, "")
     table = Table(title="Merged in closed form; one line for each Gram matrix", title_justify="left", box=SIMPLE_HEAD)
     table.add_column("modules", overflow="fold")
@@ -107,6 +110,17 @@ def show(directory: Path, as_json: bool) -> None:
         f"The coordinator holds {cost['coordinator_memory_bytes'] / 1e6:.0f} MB of sums, whatever the number of silos, "
         f"and {cost['coordinator_disk_bytes'] / 1e6:.0f} MB on disk.",
     )
+
+
+def _keys(plan: Plan) -> list[str]:
+    """Say who is who. Silos compare these with each other, in a way that the coordinator cannot tamper with."""
+    lines = []
+    for silo in plan.silo:
+        if silo.public_key is not None:
+            lines.append(f"  {silo.name:<16} public key {silo.public_key}")
+        if silo.node_key is not None:
+            lines.append(f"  {silo.name:<16} node key   {fingerprint(silo.node_key)}")
+    return ["keys, to be compared with those silos:", *lines] if lines else []
 
 
 def _privacy(plan: Plan) -> list[str]:

@@ -240,7 +240,7 @@ def _watch(run_id: str, link: Link, take: Callable[[dict[str, Any]], None]) -> d
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
-            env=link.environment,
+            env={**link.environment, "PYTHONUNBUFFERED": "1"},  # into a pipe, Flower's command writes in blocks
         ) as log:
             try:
                 for number, line in enumerate(log.stdout or (), 1):

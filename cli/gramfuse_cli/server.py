@@ -128,7 +128,7 @@ def serving(directory: Path, host: str | None, port: int, *, insecure_loopback: 
     own = directory.resolve() / "superlink"
     home = home_of(directory.resolve())
     listen = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    with _compacted(own / "state.db"), supervised(own) as supervisor:
+    with supervised(own, ended=lambda: _compact(own / "state.db")) as supervisor:
         check_free(host, port)
         home.mkdir(mode=0o700, exist_ok=True)
         link = own_port(home)
@@ -274,22 +274,19 @@ def _status(word: str) -> str:
     return "revoked" if word == UNREGISTERED else word
 
 
-@contextmanager
-def _compacted(database: Path) -> Iterator[None]:
+def _compact(database: Path) -> None:
     """Rewrite the SuperLink's database once it is closed, since what was deleted in it would still stand in its files.
 
     Between runs it holds nothing but which silos are registered; masked vectors and released shares went through it.
     """
+    if not database.exists():
+        return
     try:
-        yield
-    finally:
-        if database.exists():
-            try:
-                with closing(sqlite3.connect(database, isolation_level=None)) as connection:
-                    for command in ("PRAGMA wal_checkpoint(TRUNCATE)", "VACUUM", "PRAGMA wal_checkpoint(TRUNCATE)"):
-                        connection.execute(command)
-            except sqlite3.Error as error:
-                say(f"{database}: cannot be compacted, so it may still hold what silos sent: {error}")
+        with closing(sqlite3.connect(database, isolation_level=None)) as connection:
+            for command in ("PRAGMA wal_checkpoint(TRUNCATE)", "VACUUM", "PRAGMA wal_checkpoint(TRUNCATE)"):
+                connection.execute(command)
+    except sqlite3.Error as error:
+        say(f"{database}: cannot be compacted, so it may still hold what silos sent: {error}")
 
 
 def _superlink(own: Path, home: Path, port: int, ca: Path | None) -> Service:

@@ -11,8 +11,8 @@ import click
 from gramfuse_cli import check, ledger, node
 from gramfuse_cli.options import as_json as json_option
 from gramfuse_cli.pki import make_node_key
-from gramfuse_protocol.errors import PlanError
 from gramfuse_protocol.keys import KEY_BYTES, Identity
+from gramfuse_protocol.node_key import fingerprint
 
 
 @click.group()
@@ -45,19 +45,14 @@ def keygen(file: Path, as_json: bool) -> None:
     There are two: the identity, by which other silos know this one, and the node key, by which the coordinator's Flower
     does. The private halves go into the files that SILO_TOML names as 'identity' and as 'node-key' of [coordinator] (by
     default, for north.toml, north.pem and north.key beside it), readable by their owner only. A key that is there
-    already is left alone, and its public half is printed too. The public halves go into the plan, as 'public-key' and
-    'node-key' of this silo's [[silo]]. Hand them over in a way that nobody can tamper with: whoever can put keys of
-    their own into the plan is that silo.
+    already is left alone, since plans name it, and its public half is printed all the same. The public halves go into
+    the plan, as 'public-key' and 'node-key' of this silo's [[silo]]. Hand them over in a way that nobody can tamper
+    with: whoever can put keys of their own into the plan is that silo.
     """
     from gramfuse_client.silo import Silo, write_identity
 
     silo = Silo.read(file)
     has_identity, has_node_key = silo.identity_path.exists(), silo.node_key_path.exists()
-    if has_identity and has_node_key:
-        raise PlanError(
-            f"{silo.identity_path} exists already, and so does {silo.node_key_path}; a silo keeps its keys, since "
-            "plans name them. Move away the one that is to be made anew"
-        )
     # The one that is there is read before the other is made, so that nothing is written if it is of no use.
     identity = silo.identity() if has_identity else Identity(secrets.token_bytes(KEY_BYTES))
     node_key = silo.node_key() if has_node_key else make_node_key(silo)[0]
@@ -73,10 +68,12 @@ def keygen(file: Path, as_json: bool) -> None:
                     "node_key_file": str(silo.node_key_path),
                     "public_key": public,
                     "node_key": node_key,
+                    "fingerprint": fingerprint(node_key),
                 }
             )
         )
         return
     for path, was_there in ((silo.identity_path, has_identity), (silo.node_key_path, has_node_key)):
         click.echo(f"private key {'was there already:' if was_there else 'written to'} {path}", err=True)
+    click.echo(f"fingerprint of the node key: {fingerprint(node_key)}", err=True)
     click.echo(f'[[silo]]\nname = "{silo.name}"\npublic-key = "{public}"\nnode-key = "{node_key}"')

@@ -223,13 +223,14 @@ def mark_of(directory: Path) -> str:
 
 
 @contextmanager
-def supervised(directory: Path) -> Iterator[Supervisor]:
+def supervised(directory: Path, ended: Callable[[], None] = lambda: None) -> Iterator[Supervisor]:
     """Make the one supervisor of a directory; on leaving, all that it started is ended.
 
     What an earlier one left behind, if that one and its watchdog were killed, is ended first.
 
     Args:
         directory: made if it is not there, for its owner only.
+        ended: called when all of it has ended, and nobody else has the directory yet.
 
     Raises:
         PlanError: if another one has the directory, or it cannot be made.
@@ -264,5 +265,6 @@ def supervised(directory: Path) -> Iterator[Supervisor]:
         )
         assert watchdog.stdin is not None  # noqa: S101
         supervisor = Supervisor(mark, watchdog.stdin.fileno())
+        stack.callback(ended)
         stack.callback(supervisor.stop)
         yield supervisor

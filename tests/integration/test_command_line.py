@@ -589,7 +589,7 @@ def test_keygen_makes_private_files_once_and_prints_what_the_plan_takes(
     assert "PRIVATE" not in made.stdout + made.stderr
 
     before = key.read_bytes(), node_key.read_bytes()
-    check_failure(gramfuse("silo", "keygen", project.silo("silo-a"), "--json"), "PlanError", 10, ["exists already"])
+    assert gramfuse("silo", "keygen", project.silo("silo-a")).stdout == made.stdout
     assert (key.read_bytes(), node_key.read_bytes()) == before
     other = gramfuse("silo", "keygen", project.silo("silo-b"), "--json").object
     assert other["name"] == "silo-b"

@@ -458,7 +458,8 @@ def test_keygen_makes_what_is_missing_and_prints_both(missing: str, silo_file: P
     line = node_key.public_of(files["node key"].read_text(), "")
     assert made.stdout == f'[[silo]]\nname = "north"\npublic-key = "{public}"\nnode-key = "{line}"\n'
     assert [mode(path) for path in files.values()] == [0o600, 0o600]
-    refuse("silo.pem exists already", silo_commands, "keygen", silo_file)
+    again = invoke(silo_commands, "keygen", silo_file)
+    assert (again.exit_code, again.stdout) == (0, made.stdout)
 
     files["identity"].unlink()
     assert succeed(silo_commands, "keygen", silo_file) == {
@@ -467,6 +468,7 @@ def test_keygen_makes_what_is_missing_and_prints_both(missing: str, silo_file: P
         "node_key_file": str(files["node key"]),
         "public_key": Identity.parse(files["identity"].read_text(), "").public.hex(),
         "node_key": line,
+        "fingerprint": node_key.fingerprint(line),
     }
 
 
