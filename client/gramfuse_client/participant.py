@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from datetime import datetime
 from typing import TYPE_CHECKING
 
@@ -55,7 +56,8 @@ class Participant:
         """
         log.info("silo %s, phase %s, plan %s", self.silo.name, request.phase, request.plan)
         try:
-            with exclusive(self.silo.state / "lock"):
+            # What is refused before anything was kept leaves no trace, not even a lock.
+            with exclusive(self.silo.state / "lock") if self.silo.state.is_dir() else nullcontext():
                 return self._answer(request)
         except GramfuseError as error:
             log.error("silo %s, phase %s: %s: %s", self.silo.name, request.phase, type(error).__name__, error)

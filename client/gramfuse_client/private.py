@@ -38,7 +38,6 @@ def write_private(path: Path, content: bytes, *, durable: bool = False) -> None:
 @contextmanager
 def exclusive(path: Path) -> Iterator[None]:
     """Wait until no other process holds this file, and hold it; it is made if it is not there, and stays."""
-    make_private_directory(path.parent)
     with os.fdopen(open_private(path, os.O_APPEND), "ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
