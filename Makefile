@@ -22,11 +22,11 @@ demo: $(READY) ## Merge four front desks, simulated on this machine (about 3 min
 test: $(READY) ## Run the tests but for the next two (under 10 minutes on two cores)
 	$(BIN)/pytest -n 3 --dist worksteal --ignore tests/deployed --ignore tests/containers
 
-deployed: $(READY) ## Test whole deployments on loopback, and their bad days (15 minutes; needs nginx)
-	$(BIN)/pytest -n 2 --dist worksteal tests/deployed
+deployed: $(READY) ## Test whole deployments on loopback, and their bad days (25 minutes; needs nginx)
+	$(BIN)/pytest -n 2 --dist worksteal tests/deployed $(PYTEST_OPTIONS)
 
-containers: $(READY) ## Test the compose demo (needs Docker)
-	$(BIN)/pytest tests/containers
+containers: $(READY) ## Test the compose demo (15 minutes; needs Docker)
+	$(BIN)/pytest tests/containers $(PYTEST_OPTIONS)
 
 check: $(READY) ## Format, lint, dependency rule, types, unit tests (under a minute)
 	$(BIN)/ruff format --check .

@@ -66,6 +66,7 @@ def test_a_supernode_is_killed_as_a_request_arrives(
     deployment.check_silos()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_worker_and_a_supernode_are_killed_and_missed_when_flower_misses_them(
     deploy: Run, pico_project: Run, undisturbed: Run

@@ -174,6 +174,7 @@ def slow_line(to: int, rate: float) -> Iterator[int]:
         loop.close()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_line_of_2_megabytes_a_second_carries_200_megabytes(
     deploy: Run, pico_project: Run, pico_bert: Path, tmp_path: Path, undisturbed: Run

@@ -498,6 +498,11 @@ POINTS = [
 ]  # fmt: skip
 
 
+def let_go(run: RunDirectory, *_: Any) -> None:
+    """All that happens to a run directory when its process is killed: its lock is free."""
+    run._locked.close()
+
+
 def killer(phase: str, state: str) -> Callable[[dict[str, Any]], None]:
     """Kills the coordinator when it begins a phase, after the second answer in it, or when it ends it."""
     seen: list[str] = []
@@ -524,7 +529,7 @@ def test_a_coordinator_that_is_killed_at_every_step_goes_on_to_the_same_end(
     lost: tuple[str, int] | None,
 ) -> None:
     """Killed and resumed at each point in turn, in one and the same run."""
-    monkeypatch.setattr(RunDirectory, "__exit__", lambda *_: None)
+    monkeypatch.setattr(RunDirectory, "__exit__", let_go)
     whole = Run(site, site.plan(silos=4), place / "whole")
     fault = gone({B: lost}) if lost else no_fault
     expected = whole.start(in_process_grid, fault=fault)
@@ -575,7 +580,7 @@ def test_a_run_that_lost_too_many_goes_on_when_they_are_back(
 def test_a_silo_that_was_lost_before_the_run_was_resumed_is_in_the_report(
     site: Site, in_process_grid: Any, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(RunDirectory, "__exit__", lambda *_: None)
+    monkeypatch.setattr(RunDirectory, "__exit__", let_go)
     run = Run(site, site.plan(silos=4), place)
     with pytest.raises(Killed):
         run.start(in_process_grid, fault=gone({B: ("keys", 1)}), observer=killer("shares", "end"))
