@@ -297,7 +297,7 @@ def test_another_bundle_is_refused_and_recorded(
     assert not (site.silo().state / site.plan.digest).exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"no zip at all", zipped({"a": ""})])
+@pytest.mark.parametrize("content", [b"", b"no zip at all", zipped({"a": ""})], ids=["nothing", "text", "a zip"])
 def test_what_is_no_bundle_at_all_is_refused(site: Site, content: bytes) -> None:
     site.bundle = content
     assert "not one of gramfuse's" in refused(site.join())
