@@ -42,7 +42,7 @@ QUICK = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1", "OMP_NUM_THREADS": "1"}
 
 def gramfuse(*arguments: str | Path) -> dict[str, Any]:
     """Run a command as a user does and return its JSON."""
-    done = subprocess.run([GRAMFUSE, *map(str, arguments), "--json"], capture_output=True, text=True, timeout=240)
+    done = subprocess.run([GRAMFUSE, *map(str, arguments), "--json"], capture_output=True, text=True, timeout=420)
     assert done.returncode == 0, done.stderr + done.stdout
     answer: dict[str, Any] = json.loads(done.stdout)
     return answer
@@ -133,7 +133,7 @@ class Running:
                     found.append((way, entry[way], entry["phase"]))
         return found
 
-    def wait_for(self, *message: str, seconds: float = 150) -> None:
+    def wait_for(self, *message: str, seconds: float = 300) -> None:
         """Wait until a message, as `crossed` has it, is in the transcript."""
         deadline = time.monotonic() + seconds
         while message not in self.crossed():
@@ -141,7 +141,7 @@ class Running:
             assert time.monotonic() < deadline, f"no {message} in {self.crossed()}\n{self.log.read_text()}"
             time.sleep(0.05)
 
-    def end(self, seconds: float = 240) -> tuple[int, dict[str, Any]]:
+    def end(self, seconds: float = 420) -> tuple[int, dict[str, Any]]:
         """Wait until it ends; return its exit code, and its report or error."""
         try:
             code = self.process.wait(seconds)
@@ -150,7 +150,7 @@ class Running:
         answer = json.loads(self.answer.read_text())
         return code, answer.get("error", answer)
 
-    def report(self, seconds: float = 240) -> dict[str, Any]:
+    def report(self, seconds: float = 420) -> dict[str, Any]:
         """Wait until it ends well, and return its report."""
         code, answer = self.end(seconds)
         assert code == 0, f"{answer}\n{self.log.read_text()}"

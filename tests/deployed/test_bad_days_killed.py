@@ -13,7 +13,7 @@ import pytest
 Run = Callable[..., Any]
 
 
-def wait_for(what: Callable[[], Any], running: Any, seconds: float = 150) -> Any:
+def wait_for(what: Callable[[], Any], running: Any, seconds: float = 300) -> Any:
     """Wait until something is there, as long as the run goes on, and return it."""
     deadline = time.monotonic() + seconds
     while not (found := what()):
@@ -34,7 +34,8 @@ def wait_for_request(silo: Any, phase: str, running: Any) -> None:
     wait_for_line(silo.directory / "supernode.log", f"Receiving: {kind} ", running)
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("phases", "metrics"),
     [(("join", "train", "keys", "shares"), "none"), (("masked", "survivors", "unmask", "evaluate"), "sum")],
@@ -67,7 +68,7 @@ def test_a_supernode_is_killed_as_a_request_arrives(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_a_worker_and_a_supernode_are_killed_and_missed_when_flower_misses_them(
     deploy: Run, pico_project: Run, undisturbed: Run
 ) -> None:
@@ -89,7 +90,7 @@ def test_a_worker_and_a_supernode_are_killed_and_missed_when_flower_misses_them(
     deployment.check_silos()
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_a_serverapp_is_killed_and_a_run_interrupted_and_each_time_it_goes_on(
     deploy: Run, pico_project: Run, undisturbed: Run
 ) -> None:
@@ -131,7 +132,7 @@ def test_a_serverapp_is_killed_and_a_run_interrupted_and_each_time_it_goes_on(
     deployment.check_silos()
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_the_superlink_is_killed_twice_and_the_run_goes_on(deploy: Run, pico_project: Run, undisturbed: Run) -> None:
     project = pico_project(silos=3, secure=True)
     project.replace(project.plan, 'metrics = "sum"', 'metrics = "none"')

@@ -72,7 +72,7 @@ def refusals(project: Any, name: str) -> list[tuple[str, str]]:
     return [(entry.phase, entry.note) for entry in entries if entry.kind == "refusal"]
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_a_silo_without_room_for_its_statistics_is_left_out(
     disk: Run, deploy: Run, pico_project: Run, pico_bert: Path, tmp_path: Path, undisturbed: Run
 ) -> None:
@@ -98,7 +98,8 @@ def test_a_silo_without_room_for_its_statistics_is_left_out(
     deployment.check_silos()
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_silo_that_cannot_write_its_ledger_sends_nothing_until_it_can(
     disk: Run, deploy: Run, pico_project: Run, undisturbed: Run
 ) -> None:

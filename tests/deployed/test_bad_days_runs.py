@@ -35,7 +35,7 @@ class Other:
         return path
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_two_plans_are_run_at_the_same_time(deploy: Run, pico_project: Run, undisturbed: Run, gramfuse: Run) -> None:
     project = pico_project(silos=3, secure=True)
     project.replace(project.plan, 'metrics = "sum"', 'metrics = "none"')
@@ -64,7 +64,7 @@ def test_two_plans_are_run_at_the_same_time(deploy: Run, pico_project: Run, undi
     deployment.check_silos()
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_a_run_into_the_directory_of_one_that_goes_on_ends_and_leaves_it_alone(
     deploy: Run, pico_project: Run, undisturbed: Run
 ) -> None:
@@ -91,7 +91,7 @@ def test_a_run_into_the_directory_of_one_that_goes_on_ends_and_leaves_it_alone(
     deployment.check_silos()
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_the_same_plan_is_run_twice_at_the_same_time(deploy: Run, pico_project: Run, undisturbed: Run) -> None:
     project = pico_project(silos=3, secure=True)
     project.replace(project.plan, 'metrics = "sum"', 'metrics = "none"')

@@ -82,7 +82,7 @@ def test_a_key_that_the_coordinator_does_not_know_is_said(deploy: Run, pico_proj
     silo = deployment.start_silo("silo-a", connected=False)
     said = silo.wait_for("SuperNode ended as before")
     assert "Exit Code: 305" in said
-    assert "before the first run of a plan that has this silo's node key" in said
+    assert "until the coordinator registers the plan's silos" in said
     deployment.register()
     silo.wait_for("connected to")
 
