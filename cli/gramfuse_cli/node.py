@@ -15,7 +15,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -23,6 +22,7 @@ import click
 from pydantic import ValidationError
 
 from gramfuse_cli.endpoint import free_port, host_of, is_loopback
+from gramfuse_cli.growing import Growing
 from gramfuse_cli.options import as_json as json_option
 from gramfuse_cli.processes import BIN, GIVE_BACK
 from gramfuse_cli.supervisor import POLL_SECONDS, Service, Supervisor, say, supervised
@@ -163,35 +163,6 @@ def follow(supervisor: Supervisor, watch: Watch, *, once: bool) -> None:
         supervisor.poll()
         watch.look()
         time.sleep(POLL_SECONDS)
-
-
-@dataclass
-class Growing:
-    """A file that lines are added to, read from where it ended at first."""
-
-    path: Path
-    _inode: int = 0
-    _position: int = 0
-
-    def __post_init__(self) -> None:
-        with suppress(FileNotFoundError):
-            found = self.path.stat()
-            self._inode, self._position = found.st_ino, found.st_size
-
-    def lines(self) -> list[str]:
-        """Return the whole lines that were added since the last call."""
-        try:
-            with self.path.open("rb") as file:
-                found = os.fstat(file.fileno())
-                if found.st_ino != self._inode or found.st_size < self._position:  # another file took its place
-                    self._inode, self._position = found.st_ino, 0
-                file.seek(self._position)
-                added = file.read()
-        except FileNotFoundError:
-            return []
-        whole = added[: added.rfind(b"\n") + 1]
-        self._position += len(whole)
-        return whole.decode("utf-8", "replace").splitlines()
 
 
 class Watch:

@@ -81,10 +81,9 @@ def write_new(files: Mapping[Path, Content], advice: str, *, renew: bool = False
 
 
 def _write_beside(path: Path, content: Content, cleanup: ExitStack) -> Path:
-    from gramfuse_client.private import open_private
+    from gramfuse_client.private import make_private_directory, open_private
 
-    for directory in reversed([path.parent, *path.parent.parents]):
-        directory.mkdir(mode=0o700, exist_ok=True)
+    make_private_directory(path.parent)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     cleanup.callback(temporary.unlink, missing_ok=True)
     with os.fdopen(open_private(temporary, os.O_EXCL), "wb") as file:

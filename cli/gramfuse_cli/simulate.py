@@ -7,13 +7,13 @@ import secrets
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 
 from gramfuse_cli import options
+from gramfuse_cli.growing import Growing
 from gramfuse_cli.options import as_json as json_option
 from gramfuse_cli.options import project_directory
 from gramfuse_cli.options import settings as settings_options
@@ -95,20 +95,20 @@ def run_simulation(project: Project, out: Path) -> dict[str, Any]:
         environment = {"FLWR_HOME": str(scratch / "flwr"), "TMPDIR": str(scratch / "tmp")}
         (scratch / "tmp").mkdir()
         command = [sys.executable, "-m", "gramfuse_cli.engine", str(scratch / "spec.json")]
+        events = Growing(scratch / "events.jsonl")  # before anything is written to it
         try:
             with (
                 RunProgress(plan.names, lambda silo: read_progress(state / silo, plan.digest)) as progress,
                 contained(command, log, environment) as process,
             ):
                 progress.take({"phase": "start", "state": "start"})
-                events = _tail(scratch / "events.jsonl")
                 while process.poll() is None:
-                    for event in next(events):
-                        progress.take(event)
+                    for line in events.lines():
+                        progress.take(json.loads(line))
                     progress.refresh()
                     time.sleep(0.1)
-                for event in next(events):
-                    progress.take(event)
+                for line in events.lines():
+                    progress.take(json.loads(line))
             return _outcome(scratch, log, process.returncode)
         finally:
             discard(out)
@@ -127,22 +127,6 @@ def _outcome(scratch: Path, log: Path, code: int) -> dict[str, Any]:
         tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:])
         click.echo(f"The last lines of Flower's log:\n{tail}\n", err=True)
     raise kind(outcome["message"])
-
-
-def _tail(path: Path) -> Iterator[list[dict[str, Any]]]:
-    """Yield, each time, the complete lines that were added to a file of JSON lines."""
-    position = 0
-    while True:
-        events = []
-        if path.exists():
-            with path.open("rb") as file:
-                file.seek(position)
-                for line in file:
-                    if not line.endswith(b"\n"):
-                        break
-                    position += len(line)
-                    events.append(json.loads(line))
-        yield events
 
 
 def _gpus_per_silo(silos: int) -> float:

@@ -12,7 +12,8 @@ import pytest
 from flwr.supercore.constant import TASK_TYPE_TO_COMMAND
 
 from gramfuse_cli import endpoint
-from gramfuse_cli.node import OTHERS, WORKER, Growing, node_config, write_commands
+from gramfuse_cli.growing import Growing
+from gramfuse_cli.node import OTHERS, WORKER, node_config, write_commands
 from gramfuse_client.silo import Silo
 from gramfuse_protocol.errors import PlanError
 
