@@ -11,7 +11,7 @@ USER_ID = $(shell id -u | sed 's/^0$$/1000/')
 GROUP_ID = $(shell id -g | sed 's/^0$$/1000/')
 COMPOSE = GRAMFUSE_UID=$(USER_ID) GRAMFUSE_GID=$(GROUP_ID) docker compose --file docker/compose.yaml
 
-.PHONY: help demo test deployed containers check bench compose clean
+.PHONY: help demo test deployed containers check bench api compose clean
 
 help: ## Show this help
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -36,10 +36,13 @@ check: $(READY) ## Format, lint, dependency rule, types, unit tests (under a min
 	$(BIN)/pytest -q tests/unit
 
 bench: $(READY) ## Accuracy of the demo, secure against open, cost of a secure sum, memory (about 35 minutes)
-	$(BIN)/python benchmarks/accuracy.py desk
-	$(BIN)/python benchmarks/equality.py desk
+	$(BIN)/python benchmarks/accuracy desk
+	$(BIN)/python benchmarks/accuracy/equality.py desk
 	$(BIN)/python benchmarks/secure_cost.py
 	$(BIN)/python benchmarks/memory.py
+
+api: $(READY) ## Make docs/api.md from the docstrings
+	$(BIN)/python docs/make_api.py
 
 compose: ## Merge four silos in containers of their own; the model is in ./runs (needs Docker)
 	mkdir -p runs

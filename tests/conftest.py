@@ -51,6 +51,12 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+@pytest.fixture(scope="session")
+def pico_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer for WORDS."""
+    return _tokenizer()
+
+
 def _save(model: Any, directory: Path) -> Path:
     model.save_pretrained(directory)
     _tokenizer().save_pretrained(directory)

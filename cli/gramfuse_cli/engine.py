@@ -14,37 +14,63 @@ import threading
 import time
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gramfuse_protocol.errors import FederationError, GramfuseError
 from gramfuse_protocol.layout import Layout
 from gramfuse_protocol.plan import Plan
 
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from gramfuse_cli.laboratory import Laboratory
+    from gramfuse_protocol.statistics import Contribution
+    from gramfuse_server.accumulator import Merged
+    from gramfuse_server.conductor import Observer
+    from gramfuse_server.exchange import Study
+
 
 class SimulatedSilos:
     """Finds the silo of a simulated node: the n-th of the roster for the n-th partition."""
 
-    def __init__(self, files: list[str], state: str, plan_digest: str) -> None:
+    def __init__(
+        self, files: list[str], state: str, plan_digest: str, *, tuned: bool = False, opened: bool = False
+    ) -> None:
         self.files = files
         self.state = state
         self.plan_digest = plan_digest
+        self.tuned = tuned
+        self.opened = opened
 
     def __call__(self, context: Any) -> Any:
         """Return the Silo that a Flower context belongs to."""
-        return simulated_silo(self.files[int(context.node_config["partition-id"])], self.state, self.plan_digest)
+        file = self.files[int(context.node_config["partition-id"])]
+        return simulated_silo(file, self.state, self.plan_digest, tuned=self.tuned, opened=self.opened)
 
 
-def simulated_silo(file: str, state: str, plan_digest: str) -> Any:
+def simulated_silo(file: str, state: str, plan_digest: str, *, tuned: bool = False, opened: bool = False) -> Any:
     """Return a Silo as in its file, but with the plan approved, its state and its key in a directory of the simulation.
 
     Whoever simulates owns all silos' data already, so there is nobody to ask for approval. All other limits hold.
+
+    Args:
+        tuned: whether something is chosen by held-out data, so that some of it has to be set aside for that.
+        opened: whether open uploads are allowed, whatever the file says: nothing leaves the machine.
     """
+    from gramfuse_client.data import HALF
     from gramfuse_client.silo import Silo
 
     silo = Silo.read(Path(file))
     own = Path(state) / silo.name
     changes: dict[str, Any] = {"approved": (plan_digest,), "state": str(own), "identity": str(own / "identity.pem")}
     changes["coordinator"] = None  # there is none, so no node key is needed
+    if tuned and silo.file.data.validation is None:
+        changes["data"] = silo.file.data.model_copy(update={"validation": HALF})
+    if opened:
+        changes["limits"] = silo.file.limits.model_copy(update={"open_uploads": True})
     return Silo(silo.path, silo.file.model_copy(update=changes))
 
 
@@ -60,7 +86,23 @@ def simulate(spec: dict[str, Any]) -> dict[str, Any]:
     plan = Plan.parse(spec["plan"])
     layout = Layout.parse(spec["layout"])
     reports: list[dict[str, Any]] = []
+    files = dict(zip(plan.names, spec["silos"], strict=True))
     server = ServerApp()
+    study = None
+    if spec["tune"]:
+        study = tuning_study(spec, plan, layout)
+    elif spec["compare"]:
+        study = comparison_study(spec, plan, layout)
+
+    def own(name: str, number: int) -> Contribution:
+        return State(Path(spec["state"]) / name, plan.digest, number).contribution(from_base=True)
+
+    def finish(name: str, arrays: Mapping[str, NDArray[np.float32]], directory: Path) -> None:
+        from gramfuse_client.workbench import Workbench
+
+        silo = simulated_silo(files[name], spec["state"], plan.digest)
+        state = State(silo.state, plan.digest, plan.merge.rounds)
+        Workbench(silo, plan).finish(layout, arrays, state, directory)
 
     def observe(event: dict[str, Any]) -> None:
         with Path(spec["events"]).open("a", encoding="utf-8") as events:
@@ -75,7 +117,9 @@ def simulate(spec: dict[str, Any]) -> dict[str, Any]:
                 layout,
                 Path(spec["directory"]),
                 Path(spec["out"]),
-                own_models=lambda name: State(Path(spec["state"]) / name, plan.digest).contribution(),
+                own_models=own,
+                study=study,
+                own_heads=finish,
                 observer=observe,
             )
         )
@@ -83,7 +127,9 @@ def simulate(spec: dict[str, Any]) -> dict[str, Any]:
     cores = os.cpu_count() or 1
     run_simulation(
         server_app=server,
-        client_app=SiloApp(SimulatedSilos(spec["silos"], spec["state"], plan.digest)),
+        client_app=SiloApp(
+            SimulatedSilos(spec["silos"], spec["state"], plan.digest, tuned=bool(spec["tune"]), opened=spec["opened"])
+        ),
         num_supernodes=len(plan.silo),
         backend_config={
             "init_args": {
@@ -99,6 +145,44 @@ def simulate(spec: dict[str, Any]) -> dict[str, Any]:
     if not reports:
         raise FederationError("Flower's simulation ended before the exchange did; its log has the details")
     return reports[0]
+
+
+def tuning_study(spec: dict[str, Any], plan: Plan, layout: Layout) -> Study:
+    """Return what `gramfuse tune` does with a merge."""
+    from gramfuse_cli.tuning import Wanted, tune
+
+    def study(survivors: tuple[str, ...], merged: Merged, observer: Observer) -> tuple[Merged, dict[str, Any]]:
+        laboratory = laboratory_of(spec, plan, layout, survivors, tuned=True)
+        return tune(laboratory, Wanted(**spec["tune"]), merged, observer)
+
+    return study
+
+
+def comparison_study(spec: dict[str, Any], plan: Plan, layout: Layout) -> Study:
+    """Return what `gramfuse simulate --compare` does beside a merge, which stays as it is."""
+    from gramfuse_cli.comparison import Comparison
+    from gramfuse_cli.terms import parse_terms
+
+    def study(survivors: tuple[str, ...], merged: Merged, observer: Observer) -> tuple[Merged, dict[str, Any]]:
+        comparison = Comparison(laboratory_of(spec, plan, layout, survivors), observer)
+        return merged, {"models": comparison.models(parse_terms(spec["compare"]))}
+
+    return study
+
+
+def laboratory_of(
+    spec: dict[str, Any], plan: Plan, layout: Layout, survivors: tuple[str, ...], *, tuned: bool = False
+) -> Laboratory:
+    """Return the laboratory of the silos that are in a merge, with what they keep on their disks."""
+    from gramfuse_cli.laboratory import Laboratory
+    from gramfuse_client.state import State
+
+    files = dict(zip(plan.names, spec["silos"], strict=True))
+    silos = {name: simulated_silo(files[name], spec["state"], plan.digest, tuned=tuned) for name in survivors}
+    states = {name: State(silos[name].state, plan.digest, plan.merge.rounds) for name in survivors}
+    contributions = {name: state.contribution(from_base=True) for name, state in states.items()}
+    heads = {name: state.head() for name, state in states.items()} if plan.model.head == "own" else {}
+    return Laboratory(plan, layout, Path(spec["directory"]), silos, contributions, heads)
 
 
 def _end_with_parent() -> None:

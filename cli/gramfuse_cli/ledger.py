@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from gramfuse_client.ledger import Item, Ledger, Line
 
 COLUMNS = (
-    "number", "time", "silo", "plan", "session", "run", "phase", "kind", "form", "note",
+    "number", "time", "silo", "plan", "session", "round", "run", "phase", "kind", "form", "note",
     "item", "dtype", "shape", "bytes", "sha256", "previous", "digest",
 )  # fmt: skip
 """Of a spreadsheet: those of the line again for each of its items."""
@@ -194,7 +194,7 @@ def _rows(lines: Iterator[Line]) -> Iterator[bytes]:
     yield _row(*COLUMNS)
     for line in lines:
         entry = line.entry
-        about = [line.number, line.time, line.silo, entry.plan, entry.session, entry.run]
+        about = [line.number, line.time, line.silo, entry.plan, entry.session, entry.round, entry.run]
         about += [entry.phase, entry.kind, entry.form, entry.note]
         for item in entry.items:
             shape = "x".join(map(str, item.shape))

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 import click
 
-from gramfuse_cli import demo, init, pki, plan, run, server, silo, simulate
+from gramfuse_cli import demo, init, measure, merge, pki, plan, run, server, silo, simulate, tune
 from gramfuse_protocol.errors import GramfuseError
 
 INTERRUPTED = 130
@@ -25,12 +25,14 @@ def cli() -> None:
     See it work:            gramfuse demo
     Start your own:         gramfuse init my-merge
     Try it on one machine:  gramfuse simulate my-merge
+    Choose α and weights:   gramfuse tune my-merge
     Make a silo's keys:     gramfuse silo keygen silo.toml
     Make certificates:      gramfuse pki init DIR
     Agree on the contract:  gramfuse plan lock my-merge
     Be the coordinator:     gramfuse server start DIR
     Be a silo:              gramfuse silo start silo.toml
     Merge between silos:    gramfuse run my-merge DIR
+    Without a network:      gramfuse measure, gramfuse merge
 
     Every command takes --json: one JSON object on standard output, everything else on standard error.
     """
@@ -38,12 +40,15 @@ def cli() -> None:
 
 cli.add_command(demo.demo)
 cli.add_command(init.init)
+cli.add_command(measure.measure)
+cli.add_command(merge.merge)
 cli.add_command(pki.pki)
 cli.add_command(plan.plan)
 cli.add_command(run.run)
 cli.add_command(server.server)
 cli.add_command(silo.silo)
 cli.add_command(simulate.simulate)
+cli.add_command(tune.tune)
 
 
 def main() -> NoReturn:

@@ -33,7 +33,7 @@ def settings(command: F) -> F:
     """Add --set, --seed and --out."""
     for option in (
         click.option(
-            "--out", type=click.Path(path_type=Path), help="Run directory to make.  [default: runs/<plan>-<time>]"
+            "-o", "--out", type=click.Path(path_type=Path), help="Run directory to make.  [default: runs/<plan>-<time>]"
         ),
         click.option("--seed", type=click.IntRange(0), help="The same as --set training.seed=SEED."),
         click.option(
@@ -48,9 +48,33 @@ def settings(command: F) -> F:
     return command
 
 
-def all_settings(settings: tuple[str, ...], seed: int | None) -> tuple[str, ...]:
-    """Return the settings with --seed among them."""
-    return settings if seed is None else (*settings, f"training.seed={seed}")
+def columns(command: F) -> F:
+    """Add --text, --text-pair, --image and --label."""
+    for option in (
+        click.option("--label", default="label", show_default=True, help="Column with the label."),
+        click.option("--image", default="image", show_default=True, help="Column with the image."),
+        click.option("--text-pair", help="Column with the second text, for models of text pairs."),
+        click.option("--text", default="text", show_default=True, help="Column with the (first) text."),
+    ):
+        command = option(command)
+    return command
+
+
+def open_mode(command: F) -> F:
+    """Add --open."""
+    return click.option(
+        "--open",
+        "opened",
+        is_flag=True,
+        help="Simulate in open mode: the same as --set privacy.secure-aggregation=false, and silos allow open uploads, "
+        "whatever their files say. Nothing leaves this machine.",
+    )(command)
+
+
+def all_settings(settings: tuple[str, ...], seed: int | None, *, opened: bool = False) -> tuple[str, ...]:
+    """Return the settings with --seed and --open among them."""
+    seeds = () if seed is None else (f"training.seed={seed}",)
+    return (*settings, *seeds, *(("privacy.secure-aggregation=false",) if opened else ()))
 
 
 def run_path(out: Path | None, plan: Plan) -> Path:

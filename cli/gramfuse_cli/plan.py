@@ -83,6 +83,8 @@ def show(directory: Path, as_json: bool) -> None:
     state = "locked" if project.plan.locked else "not locked yet; locking would give this digest"
     _say(console, f"plan [bold]{locked.plan.name}[/], digest {locked.digest} ({state})")
     _say(console, f"base {locked.model.base}, alpha {locked.merge.alpha}, silos {', '.join(locked.names)}")
+    for line in _tasks(locked):
+        _say(console, line)
     for line in _privacy(locked):
         _say(console, line)
     for line in _keys(locked):
@@ -94,10 +96,15 @@ def show(directory: Path, as_json: bool) -> None:
         table.add_column(column, justify="left" if column == "structure" else "right", no_wrap=True)
     for group in preview["groups"]:
         numbers = [f"{group['d_in']:,}", group["structure"], f"{group['entries']:,}", f"{group['bytes']:,}"]
-        table.add_row(_modules(group["weights"]), *numbers)
+        of = f" (labels of {', '.join(group['silos'])})" if group["silos"] else ""
+        table.add_row(_modules(group["weights"]) + of, *numbers)
     console.print(table)
     _say(console, f"\nAveraged: {_families(preview['averaged'])}")
-    _say(console, f"Frozen, never sent: {_families(preview['frozen'])}\n")
+    _say(console, f"Frozen, never sent: {_families(preview['frozen'])}")
+    for task, names in preview["kept"].items():
+        if names:
+            _say(console, f"Kept at the silo, never sent{f' ({task})' if task else ''}: {_families(names)}")
+    _say(console, "")
     cost = preview["cost"]
     _say(
         console,
@@ -110,6 +117,32 @@ def show(directory: Path, as_json: bool) -> None:
         f"The coordinator holds {cost['coordinator_memory_bytes'] / 1e6:.0f} MB of sums, whatever the number of silos, "
         f"and {cost['coordinator_disk_bytes'] / 1e6:.0f} MB on disk.",
     )
+
+
+HEADS = {
+    "same": "all silos start from one head, and it is merged",
+    "different": "each silo starts from a head of its own, and they are merged",
+    "own": "each silo keeps a head of its own; bodies are merged, and what is written by the coordinator is a body",
+}
+
+
+def _tasks(plan: Plan) -> list[str]:
+    """Say what silos fine-tune for, and what becomes of their heads."""
+    lines = []
+    for name, task in plan.tasks.items():
+        labels = f", {len(task.labels)} labels" if task.labels else ""
+        silos = f" ({', '.join(_silos_of(plan, name))})" if name else ""
+        lines.append(f"task {f'{name}: ' if name else ''}{task.task}{labels}{silos}")
+    lines += [
+        f"  {silo.name} annotates {len(silo.labels)} of the labels: {', '.join(silo.labels)}"
+        for silo in plan.silo
+        if silo.labels
+    ]
+    return [*lines, f"head {plan.model.head}: {HEADS[plan.model.head]}"]
+
+
+def _silos_of(plan: Plan, task: str) -> list[str]:
+    return [silo.name for silo in plan.silo if not task or silo.task == task]
 
 
 def _keys(plan: Plan) -> list[str]:
@@ -178,6 +211,7 @@ def _families(names: list[str]) -> str:
 
 def _preview(project: Project, plan: Plan, layout: Layout) -> dict[str, Any]:
     from gramfuse_client.resources import statistics_memory
+    from gramfuse_model.base import kept_parameters
 
     gram_entries = sum(group.blocks.entries for group in layout.groups)
     products = sum(group.d_in * sum(weight.d_out for weight in group.weights) for group in layout.groups)
@@ -191,6 +225,11 @@ def _preview(project: Project, plan: Plan, layout: Layout) -> dict[str, Any]:
         "locked": project.plan.locked,
         "base_sha256": plan.model.sha256,
         "layout_digest": layout.digest,
+        "tasks": {
+            name: {"task": task.task, "labels": list(task.labels), "silos": _silos_of(plan, name)}
+            for name, task in plan.tasks.items()
+        },
+        "head": plan.model.head,
         "privacy": {
             "secure_aggregation": secure,
             "silos": len(plan.silo),
@@ -203,6 +242,7 @@ def _preview(project: Project, plan: Plan, layout: Layout) -> dict[str, Any]:
             {
                 "name": group.name,
                 "weights": [weight.weight for weight in group.weights],
+                "silos": [] if group.part is None else list(layout.parts[group.part].silos),
                 "d_in": group.d_in,
                 "structure": group.structure,
                 "entries": group.blocks.entries,
@@ -212,6 +252,7 @@ def _preview(project: Project, plan: Plan, layout: Layout) -> dict[str, Any]:
         ],
         "averaged": [tensor.name for tensor in layout.tensors if tensor.merge == "mean"],
         "frozen": list(layout.frozen),
+        "kept": {task: list(names) for task, names in kept_parameters(plan, project.directory).items()},
         "cost": {
             "upload_bytes": upload,
             "gram_bytes": item * gram_entries,

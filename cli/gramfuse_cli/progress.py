@@ -20,6 +20,7 @@ TITLES = {
     "survivors": "silos sign who is in the sum",
     "unmask": "silos release what opens the sum",
     "merge": "merge",
+    "study": "try other merges",
     "evaluate": "measure on held-out data",
     "masked-metrics": "silos upload metrics, masked",
     "survivors-metrics": "silos sign who is in the sum of metrics",
@@ -67,7 +68,8 @@ class RunProgress:
         match event["state"]:
             case "start":
                 self.phase = phase
-                self._say(f"[bold]{TITLES[phase]}[/]")
+                which = f" (round {event['round']} of {event['rounds']})" if "round" in event else ""
+                self._say(f"[bold]{TITLES[phase]}[/]{which}")
                 if phase == "train":
                     self._bars = {s: self._progress.add_task(s, total=None, doing="") for s in self.silos}
             case "silo":
@@ -79,6 +81,8 @@ class RunProgress:
                 self._say(f"  [dim]{event['silo']:<12} {doing}, {event['seconds'] // 60} min[/]")
             case "lost":
                 self._say(f"  [yellow]{event['silo']:<12} lost: {event['reason']}[/]")
+            case "try":
+                self._say(f"  [dim]{event['name']:<12} …[/]")
             case "measured":
                 self._say(f"  {event['name']:<12} measured")
             case "end":

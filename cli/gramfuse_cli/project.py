@@ -59,12 +59,14 @@ class Project:
         base = load_base(self.plan, self.directory)
         given = Layout.read(self.layout_path) if self.plan.locked and self.layout_path.exists() else None
         layout = plan_layout(self.plan, base, given)
-        return self.plan.pinned(sha256=base.sha256, layout=layout.digest), layout
+        return self.plan.pinned(sha256=base.sha256, tokenizer=base.vocabulary, layout=layout.digest), layout
 
     def write_lock(self, plan: Plan, layout: Layout) -> None:
-        """Write the two digests into plan.toml, keeping its comments, and the layout beside it."""
+        """Write the digests into plan.toml, keeping its comments, and the layout beside it."""
         document = tomlkit.parse(read_text(self.plan_path))
         document["model"]["sha256"] = plan.model.sha256
+        if plan.model.tokenizer is not None:
+            document["model"]["tokenizer"] = plan.model.tokenizer
         document.setdefault("merge", tomlkit.table())["layout"] = plan.merge.layout
         _replace(self.layout_path, layout.to_json() + "\n")
         _replace(self.plan_path, tomlkit.dumps(document))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,22 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from gramfuse_protocol.metrics import PRIMARY
+from gramfuse_protocol.task import Kind
+
 MODES = {
     "open": "The coordinator saw each silo's statistics.",
     "secure": "The coordinator saw their sums only.",
 }
 
-NAMES = {"silo": "{name} alone", "simple": "simple average", "regmean": "RegMean"}
+NAMES = {
+    "silo": "{name} alone",
+    "body": "{name}'s body, with each silo's own head",
+    "alone": "each silo's own model",
+    "simple": "simple average",
+    "regmean": "RegMean",
+    "untuned": "RegMean, not tuned",
+}
 
 
 def show_report(report: Mapping[str, Any], run: Path, as_json: bool) -> None:
@@ -26,25 +36,12 @@ def show_report(report: Mapping[str, Any], run: Path, as_json: bool) -> None:
         return
     console = Console()
     if report["models"]:
-        metrics = [name for name in report["models"][0]["metrics"] if name != "examples"]
-        examples = int(report["models"][0]["metrics"]["examples"])
-        console.print(f"On the {examples:,} held-out examples of all silos together:")
-        table = Table()
-        table.add_column("model")
-        for metric in metrics:
-            table.add_column(metric, justify="right")
-        for model in report["models"]:
-            style = "bold" if model["kind"] == "regmean" else ""
-            cells = [f"{model['metrics'][metric]:.3f}" for metric in metrics]
-            table.add_row(NAMES[model["kind"]].format(name=model["name"]), *cells, style=style)
-        console.print(table)
+        show_models(console, report)
     else:
         console.print(f"[yellow]No metrics: {report['unmeasured']}[/]", highlight=False, soft_wrap=True)
     for lost in report["lost"]:
         console.print(f"[yellow]Lost on the way: {lost['name']}: {lost['reason']}[/]", highlight=False, soft_wrap=True)
-    for step in report["solve"]:
-        if step["outcome"] != "clean":
-            console.print(f"[yellow]{step['group']}: {_explain(step)}[/]", highlight=False, soft_wrap=True)
+    show_steps(console, report["solve"])
     sent = sum(sum(phases.values()) for phases in report["bytes"].values())
     seen = MODES[report["mode"]]
     if report["mode"] == "secure":
@@ -52,11 +49,62 @@ def show_report(report: Mapping[str, Any], run: Path, as_json: bool) -> None:
     console.print(
         f"\n{len(report['silos'])} silos sent {sent / 1e6:.1f} MB in all, in {sum(report['seconds'].values()):.0f} s. "
         f"{seen}\nplan {report['plan_digest']}\nrun  {run}\n\n"
-        "from transformers import AutoModelForSequenceClassification\n"
-        f'model = AutoModelForSequenceClassification.from_pretrained("{run / "model"}")',
+        f"{_how_to_load(report, run)}",
         highlight=False,
         soft_wrap=True,
     )
+
+
+def show_models(
+    console: Console, report: Mapping[str, Any], on: str = "held-out examples of all silos together"
+) -> None:
+    """Print the models that were measured, and their metrics.
+
+    Args:
+        on: what they were measured on.
+    """
+    examples = int(report["models"][0]["metrics"]["examples"])
+    console.print(f"On the {examples:,} {on}:")
+    rows = [_columns(model, report["tasks"]) for model in report["models"]]
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    table = Table()
+    table.add_column("model")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for model, row in zip(report["models"], rows, strict=True):
+        style = "bold" if model["kind"] == "regmean" else ""
+        cells = [f"{row[column]:.3f}" if column in row else "" for column in columns]
+        table.add_row(NAMES.get(model["kind"], "{name}").format(name=model["name"]), *cells, style=style)
+    console.print(table)
+    for model in report["models"]:
+        if "note" in model:
+            console.print(f"[dim]{model['name']}: {model['note']}[/]", highlight=False, soft_wrap=True)
+
+
+def _columns(model: Mapping[str, Any], tasks: Mapping[str, Kind]) -> dict[str, float]:
+    """Return what a table says of a model: all metrics, or, of several tasks, of each the one that ranks them."""
+    found = {name: value for name, value in model["metrics"].items() if name != "examples"}
+    for name, metrics in model.get("tasks", {}).items():
+        metric = PRIMARY[tasks[name]]
+        found[f"{name}: {metric}"] = metrics[metric]
+    return found
+
+
+def _how_to_load(report: Mapping[str, Any], run: Path) -> str:
+    auto = report["auto_class"]
+    lines = f'from transformers import {auto}\nmodel = {auto}.from_pretrained("{run / "model"}")'
+    if report["head"] != "own":
+        return lines
+    kept = run / "models"
+    where = f"in {kept}" if kept.is_dir() else "at each silo, in 'model' beside its statistics"
+    return f"{lines}  # the body; with each silo's own head it is {where}"
+
+
+def show_steps(console: Console, steps: Sequence[Mapping[str, Any]]) -> None:
+    """Print how each group was solved for which it was not plain."""
+    for step in steps:
+        if step["outcome"] != "clean":
+            console.print(f"[yellow]{step['group']}: {_explain(step)}[/]", highlight=False, soft_wrap=True)
 
 
 def _explain(step: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ import secrets
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from gramfuse_cli.processes import contained
 from gramfuse_cli.progress import RunProgress
 from gramfuse_cli.project import Project
 from gramfuse_cli.report import show_report
+from gramfuse_cli.terms import Term, check_terms, compare_option
+from gramfuse_cli.tuning import Wanted
 from gramfuse_protocol.errors import FederationError, GramfuseError, RefusalError, error_types
 from gramfuse_protocol.keys import KEY_BYTES, Identity
 
@@ -32,40 +35,65 @@ SCRATCH = "/tmp" if sys.platform == "darwin" else None  # noqa: S108  # a privat
 
 @click.command()
 @project_directory
+@compare_option
+@options.open_mode
 @settings_options
 @json_option
-def simulate(directory: Path, settings: tuple[str, ...], seed: int | None, out: Path | None, as_json: bool) -> None:
+def simulate(
+    directory: Path,
+    compare: tuple[Term, ...],
+    opened: bool,
+    settings: tuple[str, ...],
+    seed: int | None,
+    out: Path | None,
+    as_json: bool,
+) -> None:
     """Run a whole exchange on this machine: all silos of DIR/plan.toml, by Flower's simulation engine.
 
     Each silo works from its own file (DIR/silos/NAME.toml) as it would in a deployment, but for the approval of the
     plan, and for its key, which is made for the run. Every silo's own model, their simple average and the RegMean merge
     are measured on all silos' held-out examples together. With --set, other values can be tried without touching the
-    plan.
+    plan, and with --compare, other ways to put the silos' models or data together are measured too.
     """
-    project = Project.read(directory, options.all_settings(settings, seed))
+    project = Project.read(directory, options.all_settings(settings, seed, opened=opened))
     run = options.run_path(out, project.plan)
-    show_report(run_simulation(project, run), run, as_json)
+    show_report(run_simulation(project, run, compare=compare, opened=opened), run, as_json)
 
 
-def run_simulation(project: Project, out: Path) -> dict[str, Any]:
+def run_simulation(
+    project: Project,
+    out: Path,
+    *,
+    tune: Wanted | None = None,
+    compare: tuple[Term, ...] = (),
+    opened: bool = False,
+) -> dict[str, Any]:
     """Simulate one exchange and return its report.
+
+    Args:
+        tune: what is searched by held-out data before the merge is written, if anything.
+        compare: other models to measure.
+        opened: whether silos allow open uploads, whatever their files say.
 
     Raises:
         GramfuseError: of the kind that fits; then nothing is left but silos' data as they were.
     """
     from gramfuse_cli.engine import simulated_silo
-    from gramfuse_client.data import load
+    from gramfuse_client.data import load, load_validation
     from gramfuse_client.policy import check_examples, check_plan
     from gramfuse_client.silo import write_identity
     from gramfuse_client.state import read_progress
     from gramfuse_server.run import check_free, discard
 
+    check_terms(compare, project.plan)
     check_free(out)
     click.echo("read the silos' data and the base model", err=True)
     silos = project.silos()
     for silo in silos.values():  # what a silo would refuse later is said now, with the details that only it may see
-        examples, _ = load(silo, project.plan.model)
+        examples, _ = load(silo, project.plan.task_of(silo.name))
         check_examples(silo, len(examples))
+        if tune is not None:
+            load_validation(silo, project.plan.task_of(silo.name))
     plan, layout = project.locked()
     identities = {name: Identity(secrets.token_bytes(KEY_BYTES)) for name in silos}
     if plan.privacy.secure_aggregation:
@@ -76,7 +104,7 @@ def run_simulation(project: Project, out: Path) -> dict[str, Any]:
         for name, identity in identities.items():
             write_identity(state / name / "identity.pem", identity)
         for silo in silos.values():
-            check_plan(simulated_silo(str(silo.path), str(state), plan.digest), plan)
+            check_plan(simulated_silo(str(silo.path), str(state), plan.digest, opened=opened), plan)
         spec = {
             "plan": plan.to_toml(),
             "layout": layout.to_json(),
@@ -88,6 +116,9 @@ def run_simulation(project: Project, out: Path) -> dict[str, Any]:
             "events": str(scratch / "events.jsonl"),
             "outcome": str(scratch / "outcome.json"),
             "gpus_per_silo": _gpus_per_silo(len(silos)),
+            "tune": None if tune is None else asdict(tune),
+            "compare": ",".join(term.text for term in compare if term.kind != "simple"),
+            "opened": opened,
         }
         (scratch / "spec.json").write_text(json.dumps(spec), encoding="utf-8")
         log = scratch / "flower.log"

@@ -74,18 +74,19 @@ def check(
     resources.check_state(found, silo)
     last = resources.check_ledger(found, silo)
     device = resources.check_device(found, silo)
-    if given is not None:
+    if given is not None and (silo.name in given.plan.names or not given.plan.task):  # else it has no task here
         progress("reading the data")
         examples = materials.check_data(found, silo, given.plan, contributed, offline)
         progress("reading the base model, and deriving the layout from it; this takes some seconds")
         base = materials.check_base(found, silo, given.plan)
-        layout = materials.check_layout(found, given, base)
+        layout = materials.check_layout(found, silo, given, base)
         if layout is not None:
             agreement.check_size(found, silo, given.plan, layout)
-            resources.check_disk(found, silo, given.plan, layout)
+            resources.check_disk(found, silo, given.plan, layout, base)
             leaving = leaves(silo.name, given.plan, layout)
             if base is not None:
-                resources.check_memory(found, given.plan, layout, base, examples, device, available)
+                task = given.plan.task_of(silo.name)
+                resources.check_memory(found, given.plan, task, layout, base, examples, device, available)
     connection.check_clock(found, moment, last)
     if not offline:
         progress("connecting to the coordinator")

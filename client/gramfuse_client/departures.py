@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,7 @@ from gramfuse_protocol.roster import tolerated
 from gramfuse_protocol.secure_sum import SEALED_BYTES
 from gramfuse_protocol.shares import SHARE_BYTES
 from gramfuse_protocol.structure import parse_structure
+from gramfuse_protocol.task import Kind, Task
 from gramfuse_protocol.transcript import SUMS, Advert, Sum
 
 COORDINATOR = "the coordinator"
@@ -54,6 +55,20 @@ FORMS = {
     "refusal": "reason",
 }
 """How content can be read, by phase; in others it is open, if there is any."""
+
+HELD_OUT: dict[Kind, str] = {
+    "classification": "how many held-out examples of each label got which label",
+    "image-classification": "how many held-out images of each label got which label",
+    "regression": "eight sums over the held-out examples, of truth, prediction and error",
+    "multi-label": "how many held-out examples there are, and how many got each label rightly or wrongly, or lack it",
+    "token-classification": "how many held-out examples there are, and how many entities of each type are in them, "
+    "were predicted, and were found",
+    "sequence-to-sequence": "how many held-out examples there are, how many targets were met, and three sums over "
+    "all: of words in common, target tokens, and their log-likelihood",
+    "causal-lm": "how many held-out texts and tokens there are, how many tokens were predicted rightly, and the sum of "
+    "their log-likelihoods",
+}
+"""What held-out results are, in words."""
 
 WORDS = {
     "every message": "has the plan's digest, the session's number and this silo's name, beside what it says",
@@ -142,6 +157,10 @@ def leaves(silo: str, plan: Plan, layout: Layout) -> Leaving:
     """
     secure = plan.privacy.secure_aggregation
     about: dict[str, Any] = {"plan": plan.digest, "session": "0" * 32, "silo": silo}
+    each_round = (
+        _departure("that it takes part", JoinReply(**about)),
+        *(_masked_run(about, plan, layout) if secure else _open_run(about, plan, layout)),
+    )
     departures = (
         Departure(
             "connection",
@@ -151,8 +170,7 @@ def leaves(silo: str, plan: Plan, layout: Layout) -> Leaving:
             "the coordinator's SuperLink, as long as the silo runs",
             f"{COORDINATOR}; the network sees address, times and amounts",
         ),
-        _departure("that it takes part", JoinReply(**about)),
-        *(_masked_run(about, plan, layout) if secure else _open_run(about, plan, layout)),
+        *(_in_rounds(departure, plan.merge.rounds) for departure in each_round),
         _departure("that it wiped what it kept for the session", FinishReply(**about)),
         Departure(
             "any",
@@ -163,6 +181,14 @@ def leaves(silo: str, plan: Plan, layout: Layout) -> Leaving:
     )
     words = {word: said for word, said in WORDS.items() if secure or word != "masked"}
     return Leaving(secure, departures, _claims(plan), _stays(plan, layout), words)
+
+
+def _in_rounds(departure: Departure, rounds: int) -> Departure:
+    """Return a departure of one round as it leaves in all of them; its parts stay those of one."""
+    if rounds == 1:
+        return departure
+    what = f"{departure.what}; in each of {rounds} rounds"
+    return replace(departure, what=what, bytes=rounds * (departure.bytes or 0))
 
 
 def _masked_run(about: Mapping[str, Any], plan: Plan, layout: Layout) -> Iterator[Departure]:
@@ -191,7 +217,7 @@ def _masked_run(about: Mapping[str, Any], plan: Plan, layout: Layout) -> Iterato
             f"that it measured the {len(CANDIDATES)} models that came back; no numbers",
             *(EvaluateReply(**about, candidate=name) for name in CANDIDATES),
         )
-        parts = _held_out_parts("metrics", "uint64", plan)
+        parts = _held_out_parts("metrics", "uint64", plan.task_of(about["silo"]))
         yield from _masked_sum("metrics", "its held-out results", about, plan, parts)
 
 
@@ -249,12 +275,13 @@ def _open_run(about: Mapping[str, Any], plan: Plan, layout: Layout) -> Iterator[
 
 def _results(about: Mapping[str, Any], plan: Plan) -> Departure:
     """Return how held-out results leave in the clear."""
-    sums = _blank("float64", sums_shape(len(plan.model.labels)))
+    task = plan.task_of(about["silo"])
+    sums = _blank("float64", sums_shape(task))
     said = "shown as a sum, read one by one" if plan.privacy.metrics == "sum" else "shown silo by silo"
     return _departure(
-        f"its held-out results, for each of the {len(CANDIDATES)} models that come back: {_held_out(plan)}; {said}",
+        f"its held-out results, for each of the {len(CANDIDATES)} models that come back: {HELD_OUT[task.task]}; {said}",
         *(EvaluateReply(**about, candidate=name, arrays={"sums": sums}) for name in CANDIDATES),
-        parts=_held_out_parts("sums", "float64", plan),
+        parts=_held_out_parts("sums", "float64", task),
     )
 
 
@@ -282,9 +309,9 @@ def _parts(blocks: tuple[Block, ...], dtype: str, layout: Layout) -> tuple[Part,
     return tuple(_array(block.name, dtype, block.shape, _says(block, layout)) for block in blocks)
 
 
-def _held_out_parts(name: str, dtype: str, plan: Plan) -> tuple[Part, ...]:
-    shape = sums_shape(len(plan.model.labels))
-    return tuple(_array(f"{name} of {candidate}", dtype, shape, _held_out(plan)) for candidate in CANDIDATES)
+def _held_out_parts(name: str, dtype: str, task: Task) -> tuple[Part, ...]:
+    says = HELD_OUT[task.task]
+    return tuple(_array(f"{name} of {candidate}", dtype, sums_shape(task), says) for candidate in CANDIDATES)
 
 
 def _array(name: str, dtype: str, shape: tuple[int, ...], what: str) -> Part:
@@ -310,13 +337,6 @@ def _says(block: Block, layout: Layout) -> str:
     return f"Gram matrix, {square}, in blocks of {structure}, upper halves"
 
 
-def _held_out(plan: Plan) -> str:
-    """Say in words what held-out results are."""
-    if plan.model.labels:
-        return "how many held-out examples of each label got which label"
-    return "eight sums over the held-out examples, of truth, prediction and error"
-
-
 def _claims(plan: Plan) -> tuple[str, ...]:
     """Return who can learn what; docs/threat-model.md has the reasons."""
     after = (
@@ -339,6 +359,15 @@ def _claims(plan: Plan) -> tuple[str, ...]:
         if most == 1
         else f"at most {most} other silos work"
     )
+    rounds = (
+        ()
+        if plan.merge.rounds == 1
+        else (
+            f"Each of the {plan.merge.rounds} rounds has a sum of its own, all over the same silos. In later rounds "
+            "this silo goes on from a model that the coordinator says is the merged one; all silos in a sum went on "
+            "from the same.",
+        )
+    )
     asked = f" The plan asks for {plan.privacy.colluding}." if most != plan.privacy.colluding else ""
     return (
         "Masked: the coordinator gets random words from each silo. All that it can read is their sum, over at least "
@@ -348,18 +377,23 @@ def _claims(plan: Plan) -> tuple[str, ...]:
         f"{minimum - most} silos, this one among them.",
         f"If more than {most} work together with the coordinator, they may be able to read this silo's own part.",
         f"The sum is not anonymous: it says something about the data of the {minimum} or more silos together.",
+        *rounds,
         after,
     )
 
 
 def _stays(plan: Plan, layout: Layout) -> tuple[str, ...]:
     """Return what does not leave."""
+    images = all(task.task == "image-classification" for task in plan.tasks.values())
+    what = "images" if images else "texts"
     stays = [
-        "texts and labels, of training and held-out examples alike",
+        f"{what} and labels, of training and held-out examples alike",
         "predictions, losses, or anything else of one example",
     ]
     if plan.privacy.secure_aggregation:
         stays.append("this silo's own fine-tuned model, Gram matrices and numbers of examples, other than masked")
+    if plan.model.head == "own":
+        stays.append("this silo's own head, and the finished model that it keeps: the merged body under that head")
     if plan.privacy.metrics == "none":
         stays.append("held-out results")
     if layout.frozen:

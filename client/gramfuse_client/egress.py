@@ -90,6 +90,7 @@ class Egress:
         return Entry(
             plan=said.plan,
             session=said.session,
+            round=said.round,
             run=message.metadata.run_id,
             phase=_phase(message),
             kind="refusal" if refused else "reply",

@@ -9,9 +9,7 @@ from typing import Any
 
 import torch
 from transformers import (
-    DataCollatorWithPadding,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
     PrinterCallback,
     Trainer,
     TrainerCallback,
@@ -20,6 +18,7 @@ from transformers import (
 from transformers.utils import logging
 
 from gramfuse_client.batches import Encoded
+from gramfuse_client.loss import masked_loss
 from gramfuse_protocol.errors import PlanError
 from gramfuse_protocol.plan import Training
 
@@ -44,12 +43,11 @@ def choose_device(name: str) -> torch.device:
 def finetune(
     model: PreTrainedModel,
     encoded: Encoded,
-    tokenizer: PreTrainedTokenizerBase,
     training: Training,
     device: torch.device,
     progress: Progress | None = None,
 ) -> None:
-    """Fine-tune `model` in place; frozen parameters stay as they are.
+    """Fine-tune `model` in place for the examples' task; frozen parameters stay as they are.
 
     The result is a function of the arguments, the device and the number of CPU threads, and of nothing else.
     """
@@ -71,7 +69,7 @@ def finetune(
             report_to=[],
             save_strategy="no",
             logging_strategy="no",
-            train_sampling_strategy="group_by_length",
+            train_sampling_strategy="random" if encoded.rows is None else "group_by_length",
             disable_tqdm=not sys.stderr.isatty(),
         )
         level = logging.get_verbosity()
@@ -81,7 +79,8 @@ def finetune(
                 model=model,
                 args=arguments,
                 train_dataset=encoded,
-                data_collator=DataCollatorWithPadding(tokenizer),
+                data_collator=encoded.collate,
+                compute_loss_func=masked_loss(encoded.task),
                 callbacks=[] if progress is None else [_Report(progress)],
             )
             trainer.remove_callback(PrinterCallback)  # it writes to standard output, which is the command's

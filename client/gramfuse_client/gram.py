@@ -9,10 +9,12 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from gramfuse_client.batches import IGNORED
+from gramfuse_model.heads import answers
 from gramfuse_model.linear import KINDS
-from gramfuse_model.observation import Hook, observing
+from gramfuse_model.observation import Hook, has_rows_of, observing
 from gramfuse_protocol.errors import ContributionError
-from gramfuse_protocol.layout import Group, Layout
+from gramfuse_protocol.layout import Group, Layout, Rows
 
 Collector = Callable[[nn.Module, torch.Tensor, torch.Tensor | None], torch.Tensor]
 """(module, its input, mask of real tokens (batch, length) or None) → rows (tokens, d_in) that the weight multiplies."""
@@ -38,15 +40,17 @@ def rows_of_features(module: nn.Module, x: torch.Tensor, mask: torch.Tensor | No
     The mask applies where the leading dimensions are the mask's, (batch, length, d_in) or flattened to
     (batch·length, d_in). Inputs that hold one row for each example, as a pooled head's do, have no padding.
     """
-    if mask is not None and x.dim() > 2 and x.shape[:2] == mask.shape:
-        x = x[mask]
-    elif mask is not None and x.dim() == 2 and x.shape[0] == mask.numel():
-        x = x[mask.reshape(-1)]
+    if mask is not None and has_rows_of(x, mask.shape):
+        x = x[mask] if x.dim() > 2 else x[mask.reshape(-1)]
     return x.reshape(-1, x.shape[-1])  # (tokens, d_in)
 
 
 class Gram:
-    """The running sum of one group's Gram matrix, in float64, block by block."""
+    """The running sum of one group's Gram matrix, in float64, block by block.
+
+    Attributes:
+        tokens: rows behind it, those of tables left out.
+    """
 
     def __init__(self, group: Group, limit: int) -> None:
         self.group = group
@@ -57,16 +61,24 @@ class Gram:
     def add(self, rows: torch.Tensor) -> None:
         """Add rows (tokens, d_in); those beyond the limit are left out."""
         rows = rows[: self.limit - self.tokens]
+        self.tokens += rows.shape[0]
+        self._add(rows, 1.0)
+
+    def add_table(self, rows: torch.Tensor, tokens: int) -> None:
+        """Add rows (any, d_in) that all examples of a batch share, to count together as much as its tokens do."""
+        if tokens:
+            self._add(rows, tokens / rows.shape[0])
+
+    def _add(self, rows: torch.Tensor, weight: float) -> None:
         if not rows.shape[0]:
             return
         rows = rows.float()
-        self.tokens += rows.shape[0]
         products = []
         for first, count, width in self.group.blocks.parts:
             x = (
                 rows[:, first : first + count * width].reshape(-1, count, width).transpose(0, 1)
             )  # (count, tokens, width)
-            products.append((x.transpose(1, 2) @ x).cpu().double())  # (count, width, width)
+            products.append(weight * (x.transpose(1, 2) @ x).cpu().double())  # (count, width, width)
         if self._sums is None:
             self._sums = products
         else:
@@ -96,65 +108,128 @@ def collect_grams(
 ) -> dict[str, Gram]:
     """Run a model over batches, in evaluation mode and without autograd, and return each group's Gram matrix.
 
+    A module that is called several times in one run, as ALBERT's layers are, has the sum over its uses. One of its uses
+    may be on a table that all examples share (DeBERTa's relative positions go through the projections of queries and
+    keys too): each attention score has one use of a token and one of a position, so the table counts as much as the
+    tokens of the same run. Counted once for each batch it would weigh the more the smaller the batches are.
+
     Args:
-        batches: keyword arguments of the model's forward; `attention_mask` (batch, length) marks real tokens,
-            `labels` is left out.
+        batches: keyword arguments of the model's forward. `attention_mask` (batch, length) marks real input tokens;
+            `labels` is left out, but for a model with encoder and decoder, whose target it is: (batch, length), −100
+            where padded.
         limit: most token rows for one Gram matrix, ≥ 1; collection ends once every group has that many.
         progress: called with the number of batches done.
 
     Raises:
         ContributionError: if a weight of the layout is not of a registered module in this model, or if modules of
-            one group receive different tensors.
+            one group receive different tensors, or are called more often than when the layout was made.
     """
-    grams = {group.name: Gram(group, limit) for group in layout.groups}
+    watchers = [_Watcher(group, limit) for group in layout.groups]
     modules = _modules(model, layout)
-    mask: torch.Tensor | None = None
-    seen: dict[str, list[torch.Tensor]] = {}
+    hooks = [
+        (modules[weight.weight], watcher.hook(position))
+        for watcher in watchers
+        for position, weight in enumerate(watcher.group.weights)
+    ]
+    with observing(model, hooks):
+        for number, batch in enumerate(batches, 1):
+            inputs, masks = _run(model, batch)
+            for watcher in watchers:
+                watcher.begin(masks)
+            model(**inputs)
+            for watcher in watchers:
+                watcher.end()
+            if progress is not None:
+                progress(number)
+            if watchers and all(watcher.gram.full for watcher in watchers):
+                break
+    return {watcher.group.name: watcher.gram for watcher in watchers}
 
-    def hook(group: Group, position: int) -> Hook:
-        def receive(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-            x = arguments[0]
-            if position == 0:
-                seen.setdefault(group.name, []).append(x)
-                grams[group.name].add(COLLECTORS[type(module)](module, x, mask))
-            elif all(x.data_ptr() != other.data_ptr() or x.shape != other.shape for other in seen.get(group.name, ())):
+
+def _run(
+    model: nn.Module, batch: Mapping[str, torch.Tensor]
+) -> tuple[dict[str, torch.Tensor], dict[Rows, torch.Tensor]]:
+    """Return what of a batch goes into the model, and masks of its real input and target tokens as far as known."""
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    masks: dict[Rows, torch.Tensor] = {}
+    if "attention_mask" in batch:
+        masks["input"] = batch["attention_mask"].bool()
+    if answers(model):
+        if "labels" in batch:
+            masks["target"] = batch["labels"] != IGNORED
+        if "decoder_attention_mask" in batch:
+            masks["target"] = batch["decoder_attention_mask"].bool()
+        if "decoder_input_ids" not in batch:
+            if "labels" not in batch:
+                raise ContributionError("a batch has no targets ('labels'), and the model's decoder needs them")
+            inputs["labels"] = batch["labels"]
+    return inputs, masks
+
+
+class _Watcher:
+    """Takes what the modules of one group receive in a run of the model."""
+
+    def __init__(self, group: Group, limit: int) -> None:
+        self.group = group
+        self.gram = Gram(group, limit)
+        self._has_table = len(set(group.rows)) > 1
+
+    def begin(self, masks: Mapping[Rows, torch.Tensor]) -> None:
+        """Get ready for one run."""
+        self._masks = masks
+        self._calls = [0] * len(self.group.weights)
+        self._seen: list[torch.Tensor] = []  # by call; kept, for an identity is only good while the tensor lives
+        self._tables: list[torch.Tensor] = []
+        self._before = self.gram.tokens
+
+    def hook(self, position: int) -> Hook:
+        """Return the hook of one of the group's modules."""
+
+        def receive(module: nn.Module, x: torch.Tensor) -> None:
+            call, weight = self._calls[position], self.group.weights[position].weight
+            self._calls[position] += 1
+            if call == len(self.group.rows):
                 raise ContributionError(
-                    f"group {group.name!r}: {group.weights[position].weight!r} receives another tensor than the first "
-                    "of its group; the layout was not made from this base model. Make it again with: gramfuse plan lock"
+                    f"group {self.group.name!r}: {weight!r} is called more often than when the layout was made; make "
+                    "it again with: gramfuse plan lock"
+                )
+            if call == len(self._seen):
+                self._seen.append(x)
+                self._take(module, x, self.group.rows[call])
+            elif x.data_ptr() != self._seen[call].data_ptr() or x.shape != self._seen[call].shape:
+                raise ContributionError(
+                    f"group {self.group.name!r}: {weight!r} receives another tensor than the first of its group; the "
+                    "layout was not made from this base model. Make it again with: gramfuse plan lock"
                 )
 
         return receive
 
-    hooks = [
-        (modules[weight.weight], hook(group, position))
-        for group in layout.groups
-        for position, weight in enumerate(group.weights)
-    ]
-    with observing(model, hooks):
-        for number, batch in enumerate(batches, 1):
-            inputs = {key: value for key, value in batch.items() if key != "labels"}
-            attention = inputs.get("attention_mask")
-            mask = None if attention is None else attention.bool()
-            model(**inputs)
-            seen.clear()
-            if progress is not None:
-                progress(number)
-            if grams and all(gram.full for gram in grams.values()):
-                break
-    return grams
+    def _take(self, module: nn.Module, x: torch.Tensor, kind: Rows) -> None:
+        rows = COLLECTORS[type(module)](module, x, self._masks.get(kind))
+        if kind == "all" and self._has_table:
+            self._tables.append(rows)
+        else:
+            self.gram.add(rows)
+
+    def end(self) -> None:
+        """Add what could only be weighed when the run was over, and let go of its tensors."""
+        for table in self._tables:
+            self.gram.add_table(table, self.gram.tokens - self._before)
+        self._seen, self._tables = [], []
 
 
 def _modules(model: nn.Module, layout: Layout) -> dict[str, nn.Module]:
     named = dict(model.named_modules())
+    shapes = {tensor.name: tensor.shape for tensor in layout.tensors}
     modules = {}
-    for group, linear in layout.linear():
+    for _, linear in layout.linear():
         module = named.get(linear.weight.rpartition(".")[0])
         if module is None or type(module) not in COLLECTORS:
             raise ContributionError(
                 f"tensor {linear.weight!r} of the layout is not the weight of a linear module of this model; "
                 "the base model differs from the plan's"
             )
-        expected = (linear.d_out, group.d_in) if linear.transposed else (group.d_in, linear.d_out)
+        expected = shapes[linear.weight]
         if tuple(module.weight.shape) != expected or KINDS[type(module)].transposed != linear.transposed:
             raise ContributionError(
                 f"tensor {linear.weight!r} is {tuple(module.weight.shape)} in a {type(module).__name__} of this model, "

@@ -71,6 +71,7 @@ class Entry(_Frozen):
     Args:
         plan: digest of the plan; empty if it is not known.
         session: nonce of the session; empty if it is not known.
+        round: of the plan; 0 if it is not known.
         run: Flower's run id; 0 if it is not known.
         phase: of the request that the message answers.
         form: in a word, how the content can be read: "open", "masked", "sealed" and the like.
@@ -80,6 +81,7 @@ class Entry(_Frozen):
 
     plan: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")] = ""
     session: Annotated[str, Field(pattern=r"^([0-9a-f]{32})?$")] = ""
+    round: Annotated[int, Field(ge=0, lt=2**53)] = 0
     run: RunId = 0
     phase: str
     kind: Literal["reply", "refusal", "error"]

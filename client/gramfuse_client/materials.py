@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,8 +15,10 @@ from gramfuse_client.silo import Silo
 from gramfuse_client.state import Contributed
 from gramfuse_protocol.errors import DataError, ModelError, PlanError, RefusalError
 from gramfuse_protocol.layout import Layout
+from gramfuse_protocol.metrics import entities
 from gramfuse_protocol.plan import Plan
 from gramfuse_protocol.scales import MOST_EXAMPLES
+from gramfuse_protocol.task import Task
 
 if TYPE_CHECKING:
     from gramfuse_model.base import Base
@@ -29,12 +32,12 @@ def check_data(
     Args:
         contributed: what was contributed under the plan before.
     """
-    source = silo.file.data.train
+    source, task = silo.file.data.train, plan.task_of(silo.name)
     if offline and source.startswith("hf:") and not (silo.directory / source[3:].partition("#")[0]).is_dir():
         found.skip("data", f"{source} is on the Hugging Face hub, and the check is offline")
         return None
     try:
-        train, held_out = load(silo, plan.model)
+        train, held_out = load(silo, task)
         policy.check_examples(silo, len(train))
     except DataError as error:
         found.error("data", error, f"correct the data, or [data] in {silo.path}")
@@ -56,26 +59,53 @@ def check_data(
             "agree on a plan with merge.weighting = 'uniform'",
         )
     else:
-        counts = f"{len(train):,} training examples ({_by_label(train, plan)}), {len(held_out):,} held out"
-        found.ok("data", f"{counts}\n{_what_leaves_of_counts(plan)}")
+        counts = f"{len(train):,} training examples ({_by_label(train, task)}), {len(held_out):,} held out"
+        found.ok("data", f"{counts}\n{_what_leaves_of_counts(plan, task)}")
     return train
 
 
-def _by_label(examples: Examples, plan: Plan) -> str:
-    """Say how many examples each label has."""
-    labels, counts = plan.model.labels, Counter(examples.labels)
-    said = [f"{label} {counts[index]:,}" for index, label in enumerate(labels)]
-    more = f", and {len(said) - 12} more labels" if said[12:] else ""
-    return ", ".join(said[:12]) + more if labels else "targets are numbers"
+def _by_label(examples: Examples, task: Task) -> str:
+    """Say how many examples each label has, of those that this silo annotates; of tags, how many entities begin."""
+    match task.task:
+        case "regression":
+            return "targets are numbers"
+        case "sequence-to-sequence":
+            return "targets are texts"
+        case "causal-lm":
+            return f"{sum(len(text) for text in examples.inputs if isinstance(text, str)):,} characters"
+        case "token-classification":
+            found = Counter(kind for tags in _tags(examples, task) for kind, _, _ in entities(tags))
+            return _counted({kind: found[kind] for kind in task.entities}, "types of entities")
+        case "multi-label":
+            found = Counter(task.labels[i] for one in examples.labels if isinstance(one, tuple) for i in one)
+        case _:
+            found = Counter(task.labels[i] for i in examples.labels if isinstance(i, int))
+    said = _counted({task.labels[i]: found[task.labels[i]] for i in task.annotated}, "labels")
+    if task.task == "multi-label":
+        said += f"; none of them {sum(not one for one in examples.labels):,}"
+    missing = len(task.labels) - len(task.annotated)
+    return f"{said}; {missing} labels are not this silo's to annotate" if missing else said
 
 
-def _what_leaves_of_counts(plan: Plan) -> str:
+def _tags(examples: Examples, task: Task) -> Iterator[list[str]]:
+    for one in examples.labels:
+        assert isinstance(one, tuple)  # noqa: S101
+        yield [task.labels[index] for index in one]
+
+
+def _counted(counts: Mapping[str, int], what: str) -> str:
+    said = [f"{label} {count:,}" for label, count in counts.items()]
+    return ", ".join(said[:12]) + (f", and {len(said) - 12} more {what}" if said[12:] else "")
+
+
+def _what_leaves_of_counts(plan: Plan, task: Task) -> str:
     if plan.privacy.secure_aggregation and plan.privacy.metrics != "silo":
         return "these numbers are shown to you only; they leave masked, to be read in the sum over the silos"
     training = "masked" if plan.privacy.secure_aggregation else "in the clear"
     if plan.privacy.metrics == "none":
         return f"how many training examples there are leaves {training}; the other numbers do not"
-    return f"how many training examples there are leaves {training}; how many are held out, of each label, in the clear"
+    each = ", of each label," if task.labels else ""
+    return f"how many training examples there are leaves {training}; how many are held out{each} in the clear"
 
 
 def check_base(found: Findings, silo: Silo, plan: Plan) -> Base | None:
@@ -88,7 +118,7 @@ def check_base(found: Findings, silo: Silo, plan: Plan) -> Base | None:
         torch.set_num_threads(silo.file.threads)  # as in a run
     try:
         source = _local(silo.file.base or plan.model.base, silo.directory)
-        base = load_base(plan, silo.directory, override=source)
+        base = load_base(plan, silo.directory, silo=silo.name, override=source)
     except ModelError as error:
         remedy = f"get the files of whoever locked the plan, and name their directory above [data] in {silo.path}:"
         found.error("base model", error, f'{remedy}\nbase = "DIRECTORY"')
@@ -116,8 +146,9 @@ def _local(base: str, directory: Path) -> str:
     return str(Path(config).parent)
 
 
-def check_layout(found: Findings, given: Given, base: Base | None) -> Layout | None:
+def check_layout(found: Findings, silo: Silo, given: Given, base: Base | None) -> Layout | None:
     """Derive the layout, or, without a base model, take the one that came with the plan."""
+    from gramfuse_model.base import load_base
     from gramfuse_model.tracing import plan_layout
 
     plan, path = given.plan, given.path.with_name("layout.json")
@@ -128,6 +159,8 @@ def check_layout(found: Findings, given: Given, base: Base | None) -> Layout | N
             more = f"; what follows is by {path}" if known else ""
             found.skip("layout", f"it is derived from the base model{more}")
             return known
+        if plan.task:  # the layout is derived from one task's model, the same everywhere
+            base = load_base(plan, silo.directory, override=silo.file.base)
         layout = plan_layout(plan, base, named)
     except (ModelError, PlanError) as error:
         found.error("layout", error, f"and have the author's own layout.json as {path}, since rounding may differ")

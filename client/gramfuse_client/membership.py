@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from gramfuse_client.masking import read_masked, write_masked
 from gramfuse_client.session import Answer, Measured, Record, answered, with_answer
 from gramfuse_client.silo import Silo
-from gramfuse_client.state import Contributed, State
+from gramfuse_client.state import Contributed, Origin, State
 from gramfuse_protocol import secure_sum
 from gramfuse_protocol.errors import ContributionError, FederationError, RefusalError, SecurityError
 from gramfuse_protocol.layout import Layout
@@ -37,9 +38,10 @@ from gramfuse_protocol.messages import (
 )
 from gramfuse_protocol.metrics import Sums
 from gramfuse_protocol.plan import Plan
+from gramfuse_protocol.roster import Roster
 from gramfuse_protocol.scales import METRICS_SCALE, MOST_EXAMPLES, Scale, scales
 from gramfuse_protocol.secure_sum import Member
-from gramfuse_protocol.transcript import Sum, metrics_context
+from gramfuse_protocol.transcript import Sum, metrics_context, round_digest
 from gramfuse_protocol.wire import pack
 
 SecureRequest = KeysRequest | SharesRequest | MaskedRequest | SurvivorsRequest | UnmaskRequest
@@ -56,7 +58,6 @@ class Membership:
         self.layout = layout
         self.state = state
         self.session = state.session(nonce)
-        self.roster = plan.roster
 
     def answer(self, request: SecureRequest) -> Message:
         """Return the reply to a request of the secure phases.
@@ -67,14 +68,14 @@ class Membership:
         """
         if isinstance(request, MaskedRequest):
             return self._masked(request)
-        record = self.session.read()
+        record = self._read(request)
         key = request.phase if isinstance(request, KeysRequest | SharesRequest) else _key(request.phase, request.sum_of)
         if reply := answered(record, key, request):
             return reply
         member: Member | None
         match request:
             case KeysRequest():
-                reply, member = self._keys(request)
+                reply, member = self._keys(record, request)
             case SharesRequest():
                 reply, member = self._shares(record, request)
             case SurvivorsRequest():
@@ -106,11 +107,9 @@ class Membership:
         measured = Measured(request=pack(request).digest, sums=tuple(sums.reshape(-1).tolist()))
         self.session.write(record.model_copy(update={"measured": {**record.measured, request.candidate: measured}}))
 
-    def _keys(self, request: KeysRequest) -> tuple[Message, Member]:
-        if not self.state.trained:
-            raise FederationError("keys were asked for before training", reason="not trained")
+    def _keys(self, record: Record, request: KeysRequest) -> tuple[Message, Member]:
         member = secure_sum.advertise(
-            self.roster,
+            self._roster(record),
             request.session,
             self.silo.name,
             request.cohort,
@@ -120,7 +119,9 @@ class Membership:
         return KeysReply(**self._about(request), advert=member.advert), member
 
     def _shares(self, record: Record, request: SharesRequest) -> tuple[Message, Member]:
-        member, sealed = secure_sum.share(self.roster, self._member(record), request.adverts, secrets.token_bytes)
+        member, sealed = secure_sum.share(
+            self._roster(record), self._member(record), request.adverts, secrets.token_bytes
+        )
         return SharesReply(**self._about(request), sealed={name: data.hex() for name, data in sealed.items()}), member
 
     def _masked(self, request: MaskedRequest) -> Message:
@@ -144,10 +145,14 @@ class Membership:
 
     def _write_vector(self, record: Record, request: MaskedRequest, key: str, whole: str) -> None:
         """Mask this silo's vector once and for all; from here on it is read from disk."""
-        member, name = self._member(record), request.sum_of
+        member, name, roster = self._member(record), request.sum_of, self._roster(record)
         if name == "statistics":
             sealed = {peer: bytes.fromhex(data) for peer, data in request.sealed.items()}
-            member = secure_sum.receive(self.roster, member, sealed)
+            member = secure_sum.receive(roster, member, sealed)
+            origin = self.state.origin()
+            if origin.start != record.start:
+                raise SecurityError("the statistics start from another model than the keys were made for")
+            record = record.model_copy(update={"data": origin.data})
             blocks = self._statistics()
         else:
             if self.plan.privacy.metrics != "sum":
@@ -155,13 +160,10 @@ class Membership:
             if request.candidates != tuple(record.measured):
                 raise SecurityError("a sum of metrics was asked for, of other models than were measured here")
             blocks = self._metrics(record)
-        masks = secure_sum.masks(self.roster, member, name)
-        path = self.session.masked(name)
-        write_masked(path, blocks, len(self.roster.keys), masks)
-        member = secure_sum.mark_uploaded(member, name, whole)
+        member, masks = secure_sum.contribute(roster, member, name, whole, self._context(record, name))
+        write_masked(self.session.masked(name), blocks, len(roster.keys), masks)
         answers = {**record.answers, key: Answer(request=whole)}
-        data = self.state.data_digest() if name == "statistics" else record.data
-        self.session.write(record.model_copy(update={"member": member, "answers": answers, "data": data}))
+        self.session.write(record.model_copy(update={"member": member, "answers": answers}))
 
     def _statistics(self) -> Iterator[tuple[str, NDArray[np.float64], Scale]]:
         import torch  # nothing else in the secure phases needs it, and it takes seconds to load
@@ -176,41 +178,43 @@ class Membership:
                 f"{contribution.examples} examples are more than the {MOST_EXAMPLES} that a secure sum can weigh; "
                 "agree on merge.weighting = 'uniform'"
             )
-        values = summands(self.layout, contribution, alpha=merge.alpha, weighting=merge.weighting)
+        values = summands(self.layout, contribution, alpha=merge.alpha, weighting=merge.weighting, silo=self.silo.name)
         for (block, array), (_, scale) in zip(
-            values, scales(self.layout, len(self.roster.keys), merge.weighting), strict=True
+            values, scales(self.layout, len(self.plan.silo), merge.weighting), strict=True
         ):
             yield block.name, array, scale
 
     def _metrics(self, record: Record) -> Iterator[tuple[str, NDArray[np.float64], Scale]]:
+        scale = METRICS_SCALE[self.plan.task_of(self.silo.name).task]
         for name, measured in record.measured.items():
-            yield f"metrics of {name}", np.array(measured.sums), METRICS_SCALE[self.plan.model.task]
+            yield f"metrics of {name}", np.array(measured.sums), scale
+
+    def _context(self, record: Record, name: Sum) -> str:
+        """Return what a sum is about, as this silo knows it."""
+        if name == "statistics":
+            return self.layout.digest
+        return metrics_context({candidate: measured.request for candidate, measured in record.measured.items()})
 
     def _survivors(self, record: Record, request: SurvivorsRequest) -> tuple[Message, Member]:
         name = request.sum_of
-        context = (
-            self.layout.digest
-            if name == "statistics"
-            else metrics_context({candidate: m.request for candidate, m in record.measured.items()})
-        )
         member, signature = secure_sum.sign(
-            self.roster, self._member(record), self.silo.identity(), name, request.survivors, context
+            self._roster(record), self._member(record), self.silo.identity(), name, request.survivors
         )
-        self._contribute(name, request.survivors, record.data)
+        self._contribute(name, request.survivors, Origin(record.data, record.start))
         return SurvivorsReply(**self._about(request), sum_of=name, signature=signature.hex()), member
 
-    def _contribute(self, name: Sum, survivors: tuple[str, ...], data: str) -> None:
+    def _contribute(self, name: Sum, survivors: tuple[str, ...], origin: Origin) -> None:
         """Note that a sum over these survivors may become known, before anything is signed.
 
         Args:
-            data: what the masked statistics were measured on; what is on the disk may be newer.
+            origin: what the masked statistics were measured on; what is on the disk may be newer.
 
         Raises:
-            SecurityError: if another set, or other data, were signed under this plan: the difference of two sums is
-                somebody's input.
+            SecurityError: if another set, or other data, were signed under this plan, in whichever round: the
+                difference of two sums is somebody's input.
         """
-        contributed = self.state.contributed() or Contributed(data=data)
-        if contributed.data != data:
+        contributed = self.state.contributed() or Contributed(data=origin.data)
+        if contributed.data != origin.data:
             raise SecurityError(
                 "a sum of other data of this silo was signed under this plan before, and the difference of the two "
                 "would show what changed; agree on a new version of the plan"
@@ -221,18 +225,30 @@ class Membership:
                 "would show single silos' part; agree on a new version of the plan"
             )
         survivors_of = {**contributed.survivors, name: survivors}
-        sessions = tuple(dict.fromkeys((*contributed.sessions, self.session.directory.name)))
-        self.state.contribute(contributed.model_copy(update={"survivors": survivors_of, "sessions": sessions}))
+        contributed = contributed.including(self.state.round, self.session.directory.name, origin.start)
+        self.state.contribute(contributed.model_copy(update={"survivors": survivors_of}))
 
     def _unmask(self, record: Record, request: UnmaskRequest) -> tuple[Message, Member | None]:
         member, name = self._member(record), request.sum_of
         signatures = {peer: bytes.fromhex(signature) for peer, signature in request.signatures.items()}
-        shares = secure_sum.release(self.roster, member, name, signatures)
+        shares = secure_sum.release(self._roster(record), member, name, signatures)
         reply = UnmaskReply(
             **self._about(request), sum_of=name, shares={peer: share.hex() for peer, share in shares.items()}
         )
         last = name == "metrics" or self.plan.privacy.metrics != "sum"
         return reply, None if last else secure_sum.forget(member, name)
+
+    def _read(self, request: SecureRequest) -> Record:
+        """Return what is kept of the session; from the keys on, it is bound to what the statistics start from."""
+        record = self.session.read()
+        if not isinstance(request, KeysRequest) or record.answers:
+            return record
+        if not self.state.trained:
+            raise FederationError("keys were asked for before training", reason="not trained")
+        return record.model_copy(update={"start": self.state.origin().start})
+
+    def _roster(self, record: Record) -> Roster:
+        return replace(self.plan.roster, plan=round_digest(self.plan.digest, record.round, record.start))
 
     def _member(self, record: Record) -> Member:
         if record.member is None:
@@ -240,7 +256,7 @@ class Membership:
         return record.member
 
     def _about(self, request: Message) -> dict[str, Any]:
-        return {"plan": request.plan, "session": request.session, "silo": self.silo.name}
+        return {**request.about, "silo": self.silo.name}
 
 
 def _key(phase: str, name: Sum) -> str:

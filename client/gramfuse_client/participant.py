@@ -12,7 +12,7 @@ from gramfuse_client.membership import Membership
 from gramfuse_client.policy import check_bytes, check_examples, check_hours, check_plan, check_repeat
 from gramfuse_client.private import exclusive
 from gramfuse_client.silo import Silo
-from gramfuse_client.state import State
+from gramfuse_client.state import Origin, State
 from gramfuse_protocol.errors import FederationError, GramfuseError, RefusalError, SecurityError, disk_is_full
 from gramfuse_protocol.layout import Layout
 from gramfuse_protocol.messages import (
@@ -36,9 +36,13 @@ from gramfuse_protocol.messages import (
 )
 from gramfuse_protocol.plan import Plan
 from gramfuse_protocol.statistics import check_slices
+from gramfuse_protocol.transcript import start_digest
 
 if TYPE_CHECKING:
     from gramfuse_client.workbench import Workbench
+
+MERGED = "regmean"
+"""What the coordinator calls the merged model."""
 
 log = logging.getLogger(__name__)
 
@@ -93,11 +97,12 @@ class Participant:
                 "the plan that came has another digest than its message", reason="plan digest differs"
             )
         check_plan(self.silo, plan)
+        _check_round(plan, request)
         state = self._state(request)
         check_repeat(self.silo, state, request.session)
-        examples, _ = load(self.silo, plan.model)
+        examples, _ = load(self.silo, plan.task_of(self.silo.name))
         check_examples(self.silo, len(examples))
-        if state.counts(examples.digest) is None:
+        if not (state.trained and state.origin().data == examples.digest):
             check_hours(self.silo, datetime.now())
         given = Layout.parse(request.layout, "the coordinator's layout")
         if given.digest != plan.merge.layout:
@@ -107,12 +112,12 @@ class Participant:
         state.join(request.plan_text, layout)
         if plan.privacy.secure_aggregation:
             state.join_session(request.session)
-        return JoinReply(plan=request.plan, session=request.session, silo=self.silo.name)
+        return JoinReply(**request.about, silo=self.silo.name)
 
     def _train(self, request: TrainRequest) -> TrainReply:
         state = self._state(request)
         plan, layout = self._joined(state, request)
-        examples, _ = load(self.silo, plan.model)
+        examples, _ = load(self.silo, plan.task_of(self.silo.name))
         check_examples(self.silo, len(examples))
         contributed = state.contributed()
         if contributed is not None and contributed.data != examples.digest:
@@ -121,20 +126,41 @@ class Participant:
                 "would show what changed. Agree on a new version of the plan",
                 reason="this silo contributed other data under this plan before",
             )
-        counts = state.counts(examples.digest)
-        if counts is None:
+        origin = Origin(examples.digest, self._check_start(state, layout, request))
+        if not state.trained or state.origin() != origin:
             check_hours(self.silo, datetime.now())
-            statistics = self._workbench(plan).measure(layout, examples, state)
-            state.save(statistics, examples.digest)
-            counts = statistics.examples, statistics.tokens
-        secure = plan.privacy.secure_aggregation
+            statistics = self._workbench(plan).measure(layout, examples, state, request.arrays)
+            state.save(statistics, origin, request.arrays)
+        kept, secure = state.contribution(), plan.privacy.secure_aggregation
         return TrainReply(
-            plan=request.plan,
-            session=request.session,
+            **request.about,
             silo=self.silo.name,
-            examples=None if secure else counts[0],
-            tokens={} if secure else counts[1],
+            examples=None if secure else kept.examples,
+            tokens={} if secure else kept.tokens,
         )
+
+    def _check_start(self, state: State, layout: Layout, request: TrainRequest) -> str:
+        """Return the digest of the model that a round starts from; empty in the first, which starts from the base.
+
+        Raises:
+            ContributionError: if it does not fit the layout.
+            RefusalError: if this silo started the round from another model before.
+        """
+        check_slices(layout.deltas if request.round > 1 else (), request.arrays, "the model to go on from")
+        if request.round == 1:
+            return ""
+        start = start_digest(request.arrays[piece.name] for piece in layout.deltas)
+        contributed = state.contributed()
+        known = {state.origin().start} if state.trained else set()
+        known |= {contributed.starts.get(request.round, start)} if contributed else set()
+        if known - {start}:
+            raise RefusalError(
+                f"{self.silo.path}: this silo went on from another model in round {request.round} before, and "
+                "contributions from two would show more than one does. Go on with the run that was interrupted "
+                "(gramfuse run --resume), or agree on a new version of the plan",
+                reason=f"this silo went on from another model in round {request.round} before",
+            )
+        return start
 
     def _upload(self, request: UploadRequest) -> UploadReply:
         state = self._state(request)
@@ -149,9 +175,7 @@ class Participant:
         arrays = state.slices(pieces[request.piece])
         check_slices(pieces[request.piece], arrays, "this silo")
         state.contribute_openly(request.session)
-        return UploadReply(
-            plan=request.plan, session=request.session, silo=self.silo.name, piece=request.piece, arrays=arrays
-        )
+        return UploadReply(**request.about, silo=self.silo.name, piece=request.piece, arrays=arrays)
 
     def _evaluate(self, request: EvaluateRequest) -> EvaluateReply:
         state = self._state(request)
@@ -161,12 +185,11 @@ class Participant:
         check_slices(layout.deltas, request.arrays, "the coordinator's model")
         summed = plan.privacy.secure_aggregation and plan.privacy.metrics == "sum"
         membership = Membership(self.silo, plan, layout, state, request.session) if summed else None
-        reply = EvaluateReply(
-            plan=request.plan, session=request.session, silo=self.silo.name, candidate=request.candidate
-        )
+        reply = EvaluateReply(**request.about, silo=self.silo.name, candidate=request.candidate)
         if membership is not None and membership.measured(request):
             return reply
-        sums = self._workbench(plan).evaluate(layout, request.arrays)
+        finished = plan.model.head == "own" and request.candidate == MERGED
+        sums = self._workbench(plan).evaluate(layout, request.arrays, state, keep=finished)
         if membership is not None:
             membership.keep_metrics(request, sums)
             return reply
@@ -174,7 +197,7 @@ class Participant:
 
     def _finish(self, request: FinishRequest) -> FinishReply:
         self._state(request).session(request.session).end("the run is over")
-        return FinishReply(plan=request.plan, session=request.session, silo=self.silo.name)
+        return FinishReply(**request.about, silo=self.silo.name)
 
     def _membership(self, request: Message) -> Membership:
         state = self._state(request)
@@ -184,6 +207,7 @@ class Participant:
         """Return what was joined, if the silo file still allows it and the session goes on."""
         plan, layout = state.joined()
         check_plan(self.silo, plan)
+        _check_round(plan, request)
         check_bytes(self.silo, plan, layout)
         check_repeat(self.silo, state, request.session)
         if plan.privacy.secure_aggregation:
@@ -196,4 +220,12 @@ class Participant:
         return Workbench(self.silo, plan)
 
     def _state(self, request: Message) -> State:
-        return State(self.silo.state, request.plan)
+        return State(self.silo.state, request.plan, request.round)
+
+
+def _check_round(plan: Plan, request: Message) -> None:
+    if request.round > plan.merge.rounds:
+        raise FederationError(
+            f"round {request.round} was asked for, and the plan has merge.rounds = {plan.merge.rounds}",
+            reason="the plan has fewer rounds",
+        )

@@ -123,9 +123,10 @@ def check_hours(silo: Silo, now: datetime) -> None:
 
 
 def check_repeat(silo: Silo, state: State, session: str) -> None:
-    """Raise RefusalError if something was contributed under this plan in another session, unless that is allowed."""
+    """Raise RefusalError if something was contributed to this round in another session, unless that is allowed."""
     contributed = state.contributed()
-    if contributed is None or session in contributed.sessions or silo.file.limits.repeat_contributions:
+    sessions = contributed.sessions.get(state.round, ()) if contributed else ()
+    if not sessions or session in sessions or silo.file.limits.repeat_contributions:
         return
     raise RefusalError(
         f"{silo.path}: this silo contributed under this plan before; agree on a new version of the plan, go on with "

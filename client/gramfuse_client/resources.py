@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from gramfuse_client.data import Examples
+from gramfuse_client.data import Examples, Input
 from gramfuse_client.finding import Findings
 from gramfuse_client.ledger import Head, Ledger
 from gramfuse_client.silo import Silo
 from gramfuse_protocol.errors import LedgerError, PlanError
 from gramfuse_protocol.layout import ITEM_BYTES, Layout
 from gramfuse_protocol.plan import Plan
+from gramfuse_protocol.task import Task
 
 if TYPE_CHECKING:
     from gramfuse_model.base import Base
@@ -26,6 +27,8 @@ RUNTIME_BYTES = 2**30
 """Memory of Python, torch and Flower, and of one piece on its way out."""
 TEXT_BYTES = 16
 """Memory for each character of an example, which is tokenised into Python's lists."""
+IMAGE_ROWS = 1024
+"""Rows of an image in a layer, where the model's configuration does not say."""
 
 
 def check_state(found: Findings, silo: Silo) -> None:
@@ -113,17 +116,23 @@ def check_device(found: Findings, silo: Silo) -> str:
     return device
 
 
-def check_disk(found: Findings, silo: Silo, plan: Plan, layout: Layout) -> None:
+def check_disk(found: Findings, silo: Silo, plan: Plan, layout: Layout, base: Base | None) -> None:
     """Look at whether what a run keeps has room where the state is."""
     statistics = layout.contribution_bytes
     masked = 8 * layout.sum_entries if plan.privacy.secure_aggregation else 0
-    needed = 2 * statistics + masked + ROOM_BYTES
+    finished = _bytes_of(base) if plan.model.head == "own" and base is not None else 0
+    start = ITEM_BYTES * sum(piece.block.entries for piece in layout.deltas)
+    later = (plan.merge.rounds - 1) * (statistics + start)
+    needed = 2 * statistics + later + masked + 2 * finished + ROOM_BYTES
     where = _nearest(silo.state.resolve())
     free = shutil.disk_usage(where).free
     about = (
         f"{_mb(free)} are free at {where}, and a run may need {_mb(needed)}: statistics, with fine-tuned weights in "
         f"them, {_mb(statistics)} and again while they are replaced; "
-        f"{f'masked vector {_mb(masked)}; ' if masked else ''}{_mb(ROOM_BYTES)} for the rest"
+        f"{f'{_mb(later)} for those of later rounds and what they start from; ' if later else ''}"
+        f"{f'masked vector {_mb(masked)}; ' if masked else ''}"
+        f"{f'the finished model {_mb(finished)} and again while it is replaced; ' if finished else ''}"
+        f"{_mb(ROOM_BYTES)} for the rest"
     )
     if free < needed:
         found.problem("disk", about, f"make room, or name a 'state' on another disk in {silo.path}")
@@ -132,14 +141,22 @@ def check_disk(found: Findings, silo: Silo, plan: Plan, layout: Layout) -> None:
 
 
 def check_memory(
-    found: Findings, plan: Plan, layout: Layout, base: Base, examples: Examples | None, device: str, available: int
+    found: Findings,
+    plan: Plan,
+    task: Task,
+    layout: Layout,
+    base: Base,
+    examples: Examples | None,
+    device: str,
+    available: int,
 ) -> None:
     """Look at whether fine-tuning and measuring have memory, on the device and here.
 
     Args:
+        task: the silo's own.
         available: bytes of this machine's that are free.
     """
-    training, measuring = memory(plan, layout, base, examples)
+    training, measuring = memory(plan, task, layout, base, examples)
     free, room = available, f"{_mb(available)} are free"
     if device == "cuda":
         import torch
@@ -158,19 +175,36 @@ def check_memory(
         )
 
 
-def memory(plan: Plan, layout: Layout, base: Base, examples: Examples | None) -> tuple[int, int]:
+def memory(plan: Plan, task: Task, layout: Layout, base: Base, examples: Examples | None) -> tuple[int, int]:
     """Return the bytes that a silo holds at most, about, while it fine-tunes and while it measures.
 
     Fine-tuning: all parameters; of the trained ones a copy as they were, gradients and AdamW's two moments; what the
     layers keep for the backward pass. Measuring: all parameters; of the trained ones two copies; the statistics.
     """
-    parameters = sum(tensor.numel() * tensor.element_size() for tensor in base.model.state_dict().values())
+    parameters = _bytes_of(base)
     trained = ITEM_BYTES * sum(delta.block.entries for delta in layout.deltas)
-    rows = plan.training.batch_size * plan.model.max_length
+    rows = plan.training.batch_size * rows_of(base, task)
     kept = 2 * ITEM_BYTES * rows * sum(group.d_in + group.d_out for group in layout.groups)
-    texts = 0 if examples is None else sum(map(len, examples.texts)) + sum(map(len, examples.pairs or ()))
+    texts = 0 if examples is None else sum(map(_characters, (*examples.inputs, *(examples.pairs or ()))))
     always = RUNTIME_BYTES + parameters + TEXT_BYTES * texts
     return always + 4 * trained + kept, always + 2 * trained + statistics_memory(layout)
+
+
+def _bytes_of(base: Base) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in base.model.state_dict().values())
+
+
+def rows_of(base: Base, task: Task) -> int:
+    """Return how many rows one example has in a layer at most: its tokens, with those of a target, or its patches."""
+    if task.task != "image-classification":
+        return task.max_length + (task.target_length if task.task == "sequence-to-sequence" else 0)
+    size, patch = (getattr(base.model.config, key, None) for key in ("image_size", "patch_size"))
+    return (size // patch) ** 2 + 1 if isinstance(size, int) and isinstance(patch, int) else IMAGE_ROWS
+
+
+def _characters(given: Input) -> int:
+    """Return how long a text is; images are read one batch at a time."""
+    return 0 if isinstance(given, Path | bytes) else sum(map(len, given))
 
 
 def statistics_memory(layout: Layout) -> int:

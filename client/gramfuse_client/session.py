@@ -46,14 +46,18 @@ class Record(_Frozen):
         member: state of the secure sum; None before the keys are made and after the last sum is open.
         answers: by phase and sum.
         measured: by candidate, in the order in which they came.
-        data: digest of what the masked statistics were measured on; empty before they are masked.
+        round: of the plan, that the session belongs to.
+        data: digest of the data that the masked statistics were measured on; empty before they are masked.
+        start: digest of the model that they start from; empty before keys are made, and in the first round.
         ended: why nothing leaves in this session any more, or None.
     """
 
     member: Member | None = None
     answers: Mapping[str, Answer] = {}
     measured: Mapping[str, Measured] = {}
+    round: int = 1
     data: str = ""
+    start: str = ""
     ended: str | None = None
 
 
@@ -62,10 +66,12 @@ class Session:
 
     Args:
         directory: its own, under the plan's state.
+        number: of the round that it must belong to.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, number: int = 1) -> None:
         self.directory = directory
+        self.round = number
 
     @property
     def exists(self) -> bool:
@@ -82,19 +88,22 @@ class Session:
             self.read()
             return
         make_private_directory(self.directory)
-        self.write(Record())
+        self.write(Record(round=self.round))
 
     def read(self) -> Record:
         """Return what is kept.
 
         Raises:
             RefusalError: if the session is over, or was never joined.
+            SecurityError: if it is a session of another round.
         """
         record = self._read()
         if record.ended is not None:
             raise RefusalError(
                 f"{self.directory}: this session is over: {record.ended}", reason="the session is over at this silo"
             )
+        if record.round != self.round:
+            raise SecurityError(f"a message of round {self.round} came in a session of round {record.round}")
         return record
 
     def write(self, record: Record) -> None:

@@ -27,16 +27,27 @@ def _source_or_fraction(value: str | float) -> str | float:
 class Data(Section):
     """`[data]`: where the examples are and which columns count.
 
-    A source is a path to a .jsonl, .jsonl.gz, .csv or .parquet file, or `hf:<hub id or folder>[#split]`.
+    A source is a path to a .jsonl, .jsonl.gz, .csv or .parquet file, or `hf:<hub id or folder>[#split]`. What a column
+    must hold depends on the plan's task (`gramfuse_client.data`).
     """
 
     train: Annotated[str, Field(min_length=1)]
     held_out: Annotated[str | float, AfterValidator(_source_or_fraction)]
     """A source, or the fraction of `train` that is set aside."""
+    validation: Annotated[str | float, AfterValidator(_source_or_fraction)] | None = None
+    """What `gramfuse tune` chooses by: a source, or the fraction of the held-out examples that is set aside for it.
+
+    Metrics are never of examples that are set aside.
+    """
     split_seed: int = 0
     text: str = "text"
+    """Text, or for `token-classification` words."""
     text_pair: str | None = None
+    """The second text of a pair."""
+    image: str = "image"
+    """For `image-classification`: an image, or its path from where the source is."""
     label: str = "label"
+    """Label, labels, number, tags or target text; `causal-lm` has none."""
 
 
 class Hours(BaseModel):

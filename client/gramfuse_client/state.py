@@ -1,7 +1,9 @@
 """What a silo keeps on its disk between messages: the plan it joined, its statistics, how far it is.
 
-Every message may reach a new process, so everything that must last is here. Files are written under a temporary
-name and renamed; directories are 0700 and files 0600, since fine-tuned weights remember their data.
+Plan, sessions and what was contributed are kept once for a plan, in a directory of its digest; statistics and the model
+that they start from once for each round, for those after the first in `round-<n>` under it. Every message may reach a
+new process, so everything that must last is here. Files are written under a temporary name and renamed; directories are
+0700 and files 0600, since fine-tuned weights remember their data.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,46 +26,87 @@ from safetensors.numpy import save_file
 from gramfuse_client.private import make_private_directory, write_private
 from gramfuse_client.session import Session
 from gramfuse_protocol.errors import FederationError
-from gramfuse_protocol.layout import Layout, Slice
+from gramfuse_protocol.layout import Layout, Slice, delta_block
 from gramfuse_protocol.plan import Plan
 from gramfuse_protocol.statistics import Statistics
 from gramfuse_protocol.transcript import Sum
 
 PROGRESS_SECONDS = 0.5
+HEAD = "head.safetensors"
 
 log = logging.getLogger(__name__)
 
 
 class Contributed(BaseModel):
-    """What this silo gave under a plan: in which sessions, in sums over whom, and of which data."""
+    """What this silo gave under a plan: in which sessions, in sums over whom, and of which data.
+
+    Args:
+        sessions: by round.
+        starts: digest of the model that a round started from, by round; empty for the first.
+        survivors, data: in all rounds the same, since much of a contribution does not change from round to round
+            (counts, and the Gram matrix of whatever follows frozen layers): two sums over other silos, or over other
+            data, would tell what one of them holds and the other does not.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    sessions: tuple[str, ...] = ()
+    sessions: Mapping[int, tuple[str, ...]] = {}
+    starts: Mapping[int, str] = {}
     survivors: Mapping[Sum, tuple[str, ...]] = {}
     data: str
+
+    def including(self, number: int, session: str, start: str) -> Contributed:
+        """Return this with a session of a round noted."""
+        sessions = tuple(dict.fromkeys((*self.sessions.get(number, ()), session)))
+        changes = {"sessions": {**self.sessions, number: sessions}, "starts": {**self.starts, number: start}}
+        return self.model_copy(update=changes)
+
+
+class Origin(NamedTuple):
+    """What statistics were measured on.
+
+    Args:
+        data: digest of the training data.
+        start: digest of the model that training started from; empty in the first round, which starts from the base.
+    """
+
+    data: str
+    start: str
 
 
 @dataclass(frozen=True)
 class Kept:
-    """Statistics on disk: a `gramfuse_protocol.statistics.Contribution`."""
+    """Statistics on disk: a `gramfuse_protocol.statistics.Contribution`.
+
+    Args:
+        start: a model whose differences from the base are added to the statistics' own, if any.
+    """
 
     path: Path
     examples: int
     tokens: Mapping[str, int]
+    start: Path | None = None
 
     def block(self, name: str) -> NDArray[np.float32]:
         """Read one block."""
-        with safe_open(self.path, "numpy") as file:
-            block: NDArray[np.float32] = file.get_tensor(name)
-        return block
+        block = _read_tensor(self.path, name)
+        if self.start is None or not name.startswith(delta_block("")):
+            return block
+        return (_read_tensor(self.start, name).astype(np.float64) + block).astype(np.float32)
 
 
 class State:
-    """The state of one silo under one plan."""
+    """The state of one silo in one round of a plan.
 
-    def __init__(self, root: Path, plan_digest: str) -> None:
+    Args:
+        root: the silo's state directory.
+        number: of the round, from 1 on.
+    """
+
+    def __init__(self, root: Path, plan_digest: str, number: int = 1) -> None:
         self.directory = root / plan_digest
+        self.round = number
+        self._of_round = self.directory if number == 1 else self.directory / f"round-{number}"
         self._reported = 0.0
 
     def join(self, plan_text: str, layout: Layout) -> None:
@@ -82,54 +125,73 @@ class State:
             raise FederationError("a message came for a plan that this silo did not join", reason="not joined")
         return Plan.read(self.directory / "plan.toml"), Layout.read(self.directory / "layout.json")
 
-    def save(self, statistics: Statistics, data_digest: str) -> None:
-        """Keep statistics, and which data they came from."""
-        about = {"examples": statistics.examples, "tokens": dict(statistics.tokens), "data": data_digest}
-        path = self._statistics
-        temporary = path.with_suffix(".partial")
-        try:
-            save_file(dict(statistics.blocks), temporary, metadata={"about": json.dumps(about)})
-            temporary.chmod(0o600)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        os.replace(temporary, path)
+    def save(self, statistics: Statistics, origin: Origin, start: Mapping[str, NDArray[np.float32]]) -> None:
+        """Keep statistics, what they were measured on, and the model that training started from.
 
-    def counts(self, data_digest: str) -> tuple[int, Mapping[str, int]] | None:
-        """Return (examples, tokens by group) of kept statistics, or None if there are none of these data."""
-        if not self.trained:
-            return None
-        about = self._about()
-        return (about["examples"], about["tokens"]) if about["data"] == data_digest else None
+        Args:
+            start: differences from the base by block name; empty in the first round.
+        """
+        make_private_directory(self._of_round)
+        if start:
+            _save_tensors(self._start, start, {})
+        about = {"examples": statistics.examples, "tokens": dict(statistics.tokens), **origin._asdict()}
+        _save_tensors(self._statistics, statistics.blocks, {"about": json.dumps(about)})
+
+    def save_head(self, parameters: Mapping[str, NDArray[np.float32]]) -> None:
+        """Keep what this silo trained and does not share: its own head."""
+        make_private_directory(self._of_round)
+        _save_tensors(self._of_round / HEAD, parameters, {})
+
+    def head(self, *, before: bool = False) -> dict[str, NDArray[np.float32]]:
+        """Return what this silo trained in this round, or in the one before, and does not share.
+
+        Raises:
+            FederationError: if it trained nothing then.
+        """
+        path = (State(self.directory.parent, self.directory.name, self.round - 1) if before else self)._of_round / HEAD
+        if not path.exists():
+            raise FederationError("this silo's own head was needed before training", reason="not trained")
+        with safe_open(path, "numpy") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
+
+    @property
+    def model(self) -> Path:
+        """Where this silo keeps its finished model, under a plan that has it keep its head."""
+        return self.directory / "model"
 
     @property
     def trained(self) -> bool:
         """Whether there are statistics."""
         return self._statistics.exists()
 
-    def contribution(self) -> Kept:
+    def contribution(self, *, from_base: bool = False) -> Kept:
         """Return the kept statistics, to be read block by block.
+
+        Args:
+            from_base: have differences from the base, and not from the model that the round started from.
 
         Raises:
             FederationError: if there are none.
         """
         about = self._about()
-        return Kept(self._statistics, about["examples"], about["tokens"])
+        start = self._start if from_base and about["start"] else None
+        return Kept(self._statistics, about["examples"], about["tokens"], start)
 
-    def data_digest(self) -> str:
-        """Return which data the kept statistics came from; raises as `contribution`."""
-        return str(self._about()["data"])
+    def origin(self) -> Origin:
+        """Return what the kept statistics were measured on; raises as `contribution`."""
+        about = self._about()
+        return Origin(about["data"], about["start"])
 
     def session(self, nonce: str) -> Session:
-        """Return a session under this plan."""
-        return Session(self.directory / "sessions" / nonce)
+        """Return a session of this round."""
+        return Session(self.directory / "sessions" / nonce, self.round)
 
     def join_session(self, nonce: str) -> None:
         """Begin a session, or go on with it; all others under this plan are over, and their secrets wiped."""
         session = self.session(nonce)
         for other in session.directory.parent.glob("*"):
             if other.name != nonce:
-                Session(other).end("another session began")
+                self.session(other.name).end("another session began")
         session.begin()
 
     def contributed(self) -> Contributed | None:
@@ -145,9 +207,10 @@ class State:
 
     def contribute_openly(self, session: str) -> None:
         """Note that the kept statistics leave in the clear in this session."""
-        contributed = self.contributed() or Contributed(data=self.data_digest())
-        if session not in contributed.sessions:
-            self.contribute(contributed.model_copy(update={"sessions": (*contributed.sessions, session)}))
+        data, start = self.origin()
+        contributed = self.contributed() or Contributed(data=data)
+        if session not in contributed.sessions.get(self.round, ()):
+            self.contribute(contributed.including(self.round, session, start))
 
     def slices(self, slices: tuple[Slice, ...]) -> dict[str, NDArray[np.float32]]:
         """Read slices of the kept statistics.
@@ -174,7 +237,11 @@ class State:
 
     @property
     def _statistics(self) -> Path:
-        return self.directory / "statistics.safetensors"
+        return self._of_round / "statistics.safetensors"
+
+    @property
+    def _start(self) -> Path:
+        return self._of_round / "start.safetensors"
 
     def _about(self) -> dict[str, Any]:
         if not self.trained:
@@ -185,6 +252,23 @@ class State:
 
     def _write(self, name: str, content: bytes, *, durable: bool = False) -> None:
         write_private(self.directory / name, content, durable=durable)
+
+
+def _read_tensor(path: Path, name: str) -> NDArray[np.float32]:
+    with safe_open(path, "numpy") as file:
+        tensor: NDArray[np.float32] = file.get_tensor(name)
+    return tensor
+
+
+def _save_tensors(path: Path, tensors: Mapping[str, NDArray[np.float32]], metadata: dict[str, str]) -> None:
+    temporary = path.with_suffix(".partial")
+    try:
+        save_file(dict(tensors), temporary, metadata=metadata)
+        temporary.chmod(0o600)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    os.replace(temporary, path)
 
 
 def read_progress(root: Path, plan_digest: str) -> dict[str, Any] | None:

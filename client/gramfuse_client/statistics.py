@@ -32,7 +32,8 @@ def collect_statistics(
         model: the fine-tuned model.
         batches: its training data as keyword arguments of forward (see `gramfuse_client.gram.collect_grams`).
         layout: from `gramfuse_model.tracing`, made on the base model.
-        base: the base model's trainable parameters by name, float32 (`gramfuse_model.base.trainable`).
+        base: the base model's trainable parameters by name, float32 (`gramfuse_model.base.trainable`); those that are
+            not in the layout are left out.
         examples: how many examples the model was fine-tuned on, ≥ 1.
         limit: most token rows for one Gram matrix.
 
@@ -42,7 +43,8 @@ def collect_statistics(
     grams = collect_grams(model, batches, layout, limit=limit, progress=progress)
     blocks = {gram_block(name): gram.mean() for name, gram in grams.items()}
     tuned = trainable(model)
-    blocks |= {delta_block(name): tuned[name] - base[name] for name in base if name in tuned}
+    names = [tensor.name for tensor in layout.tensors if tensor.name in base and tensor.name in tuned]
+    blocks |= {delta_block(name): tuned[name] - base[name] for name in names}
     tokens = {name: gram.tokens for name, gram in grams.items()}
     check_counts(layout, examples, tokens, "this silo")
     check_slices((Slice(block, 0, block.entries) for block in layout.blocks), blocks, "this silo")

@@ -5,7 +5,9 @@ Flower starts a new process for every message, and only three of the phases come
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,10 +17,11 @@ from gramfuse_client.batches import Encoded, batches
 from gramfuse_client.data import Examples, load
 from gramfuse_client.evaluate import evaluate
 from gramfuse_client.finetune import choose_device, finetune
+from gramfuse_client.private import make_private_directory
 from gramfuse_client.silo import Silo
 from gramfuse_client.state import State
 from gramfuse_client.statistics import collect_statistics
-from gramfuse_model.base import Base, load_base, trainable
+from gramfuse_model.base import Base, load_base, own_head, trainable
 from gramfuse_model.tracing import plan_layout
 from gramfuse_protocol.layout import Layout, delta_block
 from gramfuse_protocol.metrics import Sums
@@ -34,6 +37,7 @@ class Workbench:
     def __init__(self, silo: Silo, plan: Plan) -> None:
         self.silo = silo
         self.plan = plan
+        self.task = plan.task_of(silo.name)
         if silo.file.threads:
             torch.set_num_threads(silo.file.threads)
 
@@ -43,55 +47,131 @@ class Workbench:
         Raises:
             ModelError: if the base model cannot be loaded or is another one, or the layout is.
         """
-        return plan_layout(self.plan, self._base(), given)
-
-    def measure(self, layout: Layout, examples: Examples, state: State) -> Statistics:
-        """Fine-tune the base model on the silo's examples and measure it."""
-        return train(self.silo, self.plan, layout, self._base(), examples, state)
-
-    def evaluate(self, layout: Layout, arrays: Mapping[str, NDArray[Any]]) -> Sums:
-        """Return the held-out sums of the base model with differences added (`delta:<parameter>`, float32)."""
         base = self._base()
-        parameters = dict(base.model.named_parameters())
-        with torch.no_grad():
-            for tensor in layout.tensors:
-                parameters[tensor.name] += torch.from_numpy(arrays[delta_block(tensor.name)].copy())
-        _, held_out = load(self.silo, self.plan.model)
+        if self.plan.task:  # the layout is derived from one task's model, the same everywhere
+            base = load_base(self.plan, self.silo.directory, override=self.silo.file.base)
+        return plan_layout(self.plan, base, given)
+
+    def measure(
+        self, layout: Layout, examples: Examples, state: State, start: Mapping[str, NDArray[Any]]
+    ) -> Statistics:
+        """Fine-tune on the silo's examples and measure.
+
+        Args:
+            start: what a round after the first starts from, as differences from the base (`delta:<parameter>`,
+                float32); empty in the first.
+        """
+        base = self._base()
+        if start:
+            add(layout, base, start)
+        return train(self.silo, self.plan, layout, base, examples, state)
+
+    def evaluate(self, layout: Layout, arrays: Mapping[str, NDArray[Any]], state: State, *, keep: bool = False) -> Sums:
+        """Return the held-out sums of the base model with differences added (`delta:<parameter>`, float32).
+
+        Args:
+            state: where the silo's own head is, if it keeps one.
+            keep: whether the model is this silo's finished one; it is written into the state.
+        """
+        base = self._merged(layout, arrays, state)
+        _, held_out = load(self.silo, self.task)
         device = choose_device(self.silo.file.device)
-        encoded = Encoded(held_out, base.tokenizer, self.plan.model.max_length)
-        return evaluate(
+        encoded = Encoded(held_out, base.tokenizer, self.task)
+        sums = evaluate(
             base.model.to(device),
-            batches(encoded, base.tokenizer, EVALUATION_BATCH, device, by_length=True),
-            len(self.plan.model.labels),
+            batches(encoded, EVALUATION_BATCH, device, by_length=True),
+            self.task,
+            base.tokenizer,
         )
+        if keep:
+            save_privately(base, state.model)
+        return sums
+
+    def finish(self, layout: Layout, arrays: Mapping[str, NDArray[Any]], state: State, directory: Path) -> None:
+        """Write the base model with differences added and this silo's own head, as `from_pretrained` loads it.
+
+        Args:
+            arrays, state: as `evaluate` has them.
+            directory: made if it is not there.
+        """
+        base = self._merged(layout, arrays, state)
+        base.model.save_pretrained(directory)
+        base.tokenizer.save_pretrained(directory)
+
+    def _merged(self, layout: Layout, arrays: Mapping[str, NDArray[Any]], state: State) -> Base:
+        base = self._base()
+        add(layout, base, arrays)
+        if self.plan.model.head == "own":
+            put(base, state.head())
+        return base
 
     def _base(self) -> Base:
-        return load_base(self.plan, self.silo.directory, override=self.silo.file.base)
+        return load_base(self.plan, self.silo.directory, silo=self.silo.name, override=self.silo.file.base)
+
+
+def save_privately(base: Base, directory: Path) -> None:
+    """Replace a model on the disk that only its owner may read."""
+    temporary = directory.with_suffix(".partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    make_private_directory(temporary)
+    base.model.save_pretrained(temporary)
+    base.tokenizer.save_pretrained(temporary)
+    for path in temporary.iterdir():
+        path.chmod(0o600)
+    shutil.rmtree(directory, ignore_errors=True)
+    temporary.rename(directory)
+
+
+def add(layout: Layout, base: Base, arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Add differences (`delta:<parameter>`, float32) to the base model, in place."""
+    parameters = dict(base.model.named_parameters())
+    with torch.no_grad():
+        for tensor in layout.tensors:
+            parameters[tensor.name] += torch.from_numpy(arrays[delta_block(tensor.name)].copy())
+
+
+def put(base: Base, values: Mapping[str, NDArray[Any] | torch.Tensor]) -> None:
+    """Give parameters of the base model other values, in place."""
+    parameters = dict(base.model.named_parameters())
+    with torch.no_grad():
+        for name, value in values.items():
+            parameters[name].copy_(torch.as_tensor(value))
 
 
 def train(
     silo: Silo, plan: Plan, layout: Layout, base: Base, examples: Examples, state: State | None = None
 ) -> Statistics:
-    """Fine-tune the base model on a silo's examples, in place, and measure it.
+    """Fine-tune a model on a silo's examples, in place, and measure it.
+
+    If the silo has a head of its own to start from (`model.head`), it takes that in the first round, while differences
+    are taken from the head that all have. A head that is not merged stays in the state, from round to round.
 
     Args:
-        state: where progress is noted, if anywhere.
+        base: what is fine-tuned; differences are taken from it.
+        state: says which round it is, and takes notes of progress; without one it is the first.
     """
     device = choose_device(silo.file.device)
-    encoded = Encoded(examples, base.tokenizer, plan.model.max_length)
+    encoded = Encoded(examples, base.tokenizer, plan.task_of(silo.name))
     before = trainable(base.model)
+    if state is None or state.round == 1:
+        if plan.model.head != "same":
+            put(base, own_head(plan, silo.directory, silo.name, override=silo.file.base))
+    elif plan.model.head == "own":
+        put(base, state.head(before=True))
     finetune(
         base.model,
         encoded,
-        base.tokenizer,
-        plan.training,
+        plan.training.in_round(1 if state is None else state.round),
         device,
         progress=None if state is None else lambda done, total: state.progress("train", done, total),
     )
+    if plan.model.head == "own" and state is not None:
+        merged = {tensor.name for tensor in layout.tensors}
+        state.save_head({name: value for name, value in trainable(base.model).items() if name not in merged})
     size = plan.training.batch_size
     return collect_statistics(
         base.model,
-        batches(encoded, base.tokenizer, size, device),
+        batches(encoded, size, device),
         layout,
         base=before,
         examples=len(examples),

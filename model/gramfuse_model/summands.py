@@ -2,52 +2,81 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from gramfuse_protocol.layout import Block, Group, Layout, Linear, delta_block, gram_block
+from gramfuse_protocol.layout import Block, Group, Layout, Linear, Tensor, delta_block, gram_block
 from gramfuse_protocol.statistics import Contribution
 
 Float64 = NDArray[np.float64]
 
 
 def summands(
-    layout: Layout, contribution: Contribution, *, alpha: float, weighting: Literal["uniform", "examples"]
+    layout: Layout,
+    contribution: Contribution,
+    *,
+    alpha: float,
+    weighting: Literal["uniform", "examples"],
+    silo: str | None = None,
 ) -> Iterator[tuple[Block, Float64]]:
     """Yield the blocks of `layout.sums` for one silo, in order, float64 in the block's shape.
 
-    With c = 1 (`uniform`) or the number of examples (`examples`) and Ĝ = α G + (1 − α) diag(G), these are c, examples
-    and token rows; c·Ĝ; c·Ĝ·Δ; c·Δ.
+    With c = 1 (`uniform`) or the number of examples (`examples`) and Ĝ = α G + (1 − α) diag(G), these are c, examples,
+    token rows, and c of each part; c·Ĝ; c·Ĝ·Δ; c·Δ. In a part that the silo does not have, c and token rows are 0.
+
+    Args:
+        silo: whose contribution it is; needed if the layout has parts.
 
     Source: Jin et al., "Dataless Knowledge Fusion by Merging Weights of Language Models", ICLR 2023, equation 2
     and section 3.3, written for the differences from a common base.
     """
     c = float(contribution.examples) if weighting == "examples" else 1.0
+    held = [c if holds else 0.0 for holds in layout.held(silo)]
+    weights = [c if group.part is None else held[group.part] for group in layout.groups]
     blocks = iter(layout.sums)
-    tokens = [contribution.tokens[group.name] for group in layout.groups]
-    yield next(blocks), np.array([c, contribution.examples, *tokens], np.float64)
-    for group in layout.groups:
-        yield next(blocks), group.blocks.pack([part.numpy() for part in _weighted(group, contribution, alpha, c)])
-    for group in layout.groups:
-        delta = torch.cat([inward(w, contribution.block(delta_block(w.weight))) for w in group.weights], dim=1)
+    tokens = [contribution.tokens[group.name] if w else 0 for group, w in zip(layout.groups, weights, strict=True)]
+    yield next(blocks), np.array([c, contribution.examples, *tokens, *held], np.float64)
+    for group, weight in zip(layout.groups, weights, strict=True):
+        yield next(blocks), group.blocks.pack([part.numpy() for part in _weighted(group, contribution, alpha, weight)])
+    for group, weight in zip(layout.groups, weights, strict=True):
+        deltas = {linear.weight: contribution.block(delta_block(linear.weight)) for linear in group.weights}
+        delta = side_by_side(layout, group, deltas)
         t = torch.empty(group.d_in, group.d_out, dtype=torch.float64)
         for gram, (first, count, width) in zip(
-            _weighted(group, contribution, alpha, c), group.blocks.parts, strict=True
+            _weighted(group, contribution, alpha, weight), group.blocks.parts, strict=True
         ):
             rows = slice(first, first + count * width)
             t[rows] = (gram @ delta[rows].view(count, width, -1)).view(count * width, -1)
         yield next(blocks), t.numpy()
     for tensor in layout.tensors:
-        yield next(blocks), np.asarray(c * contribution.block(delta_block(tensor.name)).astype(np.float64))
+        values = contribution.block(delta_block(tensor.name)).astype(np.float64)
+        yield next(blocks), np.asarray(tensor_weight(layout, tensor, c, held) * values)
 
 
-def inward(weight: Linear, array: NDArray[Any]) -> torch.Tensor:
-    """Return a weight's difference as float64 (d_in, d_out)."""
-    tensor = torch.from_numpy(np.array(array, np.float64))
+def tensor_weight(layout: Layout, tensor: Tensor, c: float, held: Sequence[float]) -> Float64:
+    """Return the weight of a silo, or of all, in a tensor's mean, in a shape that broadcasts to the tensor's.
+
+    Args:
+        c: the weight.
+        held: that in each part.
+    """
+    if not tensor.parted:
+        return np.array(c, np.float64)
+    return layout.by_output(held).reshape(-1, *(1,) * (len(tensor.shape) - 1))
+
+
+def side_by_side(layout: Layout, group: Group, deltas: Mapping[str, NDArray[Any]]) -> torch.Tensor:
+    """Return the differences of a group's weights, those of its part only, as float64 (d_in, d_out)."""
+    part = None if group.part is None else list(layout.parts[group.part].outputs)
+    return torch.cat([_inward(linear, deltas[linear.weight], part) for linear in group.weights], dim=1)
+
+
+def _inward(weight: Linear, array: NDArray[Any], part: list[int] | None) -> torch.Tensor:
+    tensor = torch.from_numpy(np.array(array if part is None else array[part], np.float64))
     return tensor.T if weight.transposed else tensor
 
 

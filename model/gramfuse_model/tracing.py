@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from gramfuse_model.base import Base
+from gramfuse_model.heads import answers, last_layer
 from gramfuse_model.linear import linear_modules
-from gramfuse_model.observation import Hook, observing
+from gramfuse_model.observation import Hook, has_rows_of, observing
 from gramfuse_protocol.errors import ModelError
-from gramfuse_protocol.layout import EXPONENT, Group, Layout, Linear, Tensor
+from gramfuse_protocol.layout import EXPONENT, Group, Layout, Linear, Part, Rows, Tensor
 from gramfuse_protocol.plan import Merge, Plan
 
 PUBLIC_TEXT = (
@@ -34,8 +37,15 @@ PUBLIC_TEXT = (
     "Does this train stop in Lyon, or do I have to change?",
     "They lost 2-1 after extra time, but the crowd sang until midnight.",
     "Turn left at the bakery, cross the bridge, and you will see it on your right.",
+    "Hamlet was written around 1600; its author, William Shakespeare, died in 1616.",
 )
-"""What activations are measured on to find the scale of each feature; it is nobody's data."""
+"""What activations are measured on to find the scale of each feature; it is nobody's data.
+
+Their number is a prime, so that no dimension of a model is mistaken for that of the batch.
+"""
+
+USUAL_IMAGE = 224
+"""Height and width of an image, where a model takes any."""
 
 QUIETEST = 8
 """Powers of two by which a feature's scale may lie below that of the loudest in its group."""
@@ -51,8 +61,16 @@ def plan_layout(plan: Plan, base: Base, given: Layout | None = None) -> Layout:
     Raises:
         ModelError: if the plan is locked to another layout.
     """
-    batch = base.tokenizer(list(PUBLIC_TEXT), padding=True, return_tensors="pt")
-    layout = derive_layout(base.model, dict(batch), plan.merge, scaled=True)
+    parts = _parts(plan)
+    layout = derive_layout(
+        base.model,
+        public_batch(base),
+        plan.merge,
+        scaled=True,
+        shared=base.shared,
+        parts=parts,
+        parted=last_layer(base.model, len(plan.model.labels)) if parts else frozenset(),
+    )
     if given is not None and given.digest == plan.merge.layout and given.follows(layout):
         return given
     if plan.merge.layout is not None and layout.digest != plan.merge.layout:
@@ -63,22 +81,79 @@ def plan_layout(plan: Plan, base: Base, given: Layout | None = None) -> Layout:
     return layout
 
 
+def public_batch(base: Base) -> dict[str, torch.Tensor]:
+    """Return what a base model is traced on: keyword arguments of its forward, of nobody's data."""
+    model, texts = base.model, list(PUBLIC_TEXT)
+    if model.main_input_name == "pixel_values":
+        return {"pixel_values": _public_images(model)}
+    batch = dict(base.tokenizer(texts, padding=True, return_tensors="pt"))
+    if answers(model):
+        length = batch["input_ids"].shape[1] - 1  # another than that of the inputs, to tell their rows apart
+        target = base.tokenizer(
+            text_target=texts, padding=True, truncation=True, max_length=length, return_tensors="pt"
+        )
+        batch["labels"] = target["input_ids"]
+    return batch
+
+
+def _public_images(model: PreTrainedModel) -> torch.Tensor:
+    """Return waves of different direction, length and colour, in [−1, 1]: (images, channels, height, width)."""
+    size = getattr(model.config, "image_size", USUAL_IMAGE)
+    height, width = (size, size) if isinstance(size, int) else size
+    images, channels = len(PUBLIC_TEXT), model.config.num_channels
+    n = torch.arange(images, dtype=torch.float64).view(-1, 1, 1, 1)
+    channel = torch.arange(channels, dtype=torch.float64).view(1, -1, 1, 1)
+    y = torch.linspace(0, 1, height, dtype=torch.float64).view(1, 1, -1, 1)
+    x = torch.linspace(0, 1, width, dtype=torch.float64).view(1, 1, 1, -1)
+    direction = math.pi * n / images
+    along = x * torch.cos(direction) + y * torch.sin(direction)
+    return torch.sin(2 * math.pi * (1 + n) * along + channel).float()
+
+
+def _parts(plan: Plan) -> tuple[Part, ...]:
+    """Return the labels by the silos that annotate them; nothing if all silos annotate all, or keep their heads."""
+    outputs: dict[tuple[str, ...], list[int]] = {}
+    for output, label in enumerate(plan.model.labels):
+        outputs.setdefault(plan.holders(label), []).append(output)
+    if plan.model.head == "own" or set(outputs) <= {plan.names}:
+        return ()
+    return tuple(Part(silos=silos, outputs=tuple(labels)) for silos, labels in outputs.items())
+
+
 def derive_layout(
-    model: nn.Module, batch: Mapping[str, Any], merge: Merge | None = None, *, scaled: bool = False
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    merge: Merge | None = None,
+    *,
+    scaled: bool = False,
+    shared: Collection[str] | None = None,
+    parts: tuple[Part, ...] = (),
+    parted: Collection[str] = (),
 ) -> Layout:
     """Run a model once on a public batch and find its groups.
 
     Linear modules belong to one group if every one of their calls received the identical tensor, and if they
-    have the same Gram structure. Modules that the model does not call keep the mean.
+    have the same Gram structure. Modules that the model does not call keep the mean. A module that is called several
+    times with different inputs, as ALBERT's layers are, has one Gram matrix over all of them.
 
     Args:
-        batch: keyword arguments of the model's forward; values only need the right shapes.
+        batch: keyword arguments of the model's forward; values only need the right shapes. For a model with encoder
+            and decoder, inputs and targets must differ in length.
         merge: structures and exclusions; by default full Gram matrices for everything.
         scaled: whether the layout says how large each feature is on this batch, which a secure sum needs; the batch
             must then be public.
+        shared: names of the parameters that are merged; the others are in no layout. By default all.
+        parts: outputs of the last layer by the silos that have them.
+        parted: names of that layer's weight and bias.
+
+    Raises:
+        ModelError: if a pattern fits nothing, if nothing is left to merge, or if inputs and targets have one length.
     """
     merge = merge or Merge()
-    linears = list(linear_modules(model))
+    parameters = {name: p for name, p in model.named_parameters() if shared is None or name in shared}
+    linears = [linear for linear in linear_modules(model) if linear.weight in parameters]
+    if not any(parameter.requires_grad for parameter in parameters.values()):
+        raise ModelError("no parameter that is trained is shared by all silos, so there is nothing to merge")
     for key, patterns in (("gram", tuple(merge.gram)), ("exclude", merge.exclude)):
         for pattern in patterns:
             if not any(fnmatchcase(linear.weight, pattern) for linear in linears):
@@ -88,60 +163,104 @@ def derive_layout(
         for linear in linears
         if linear.module.weight.requires_grad and not any(fnmatchcase(linear.weight, p) for p in merge.exclude)
     }
-    inputs, power = _inputs(model, batch, {weight: linear.module for weight, linear in candidates.items()})
+    calls = _calls(model, batch, {weight: linear.module for weight, linear in candidates.items()})
     members: dict[tuple[Any, ...], list[str]] = {}
-    for weight, keys in inputs.items():  # in the order in which the model first calls them
-        members.setdefault((keys, _structure(merge, weight)), []).append(weight)
+    for weight, found in calls.items():  # in the order in which the model first calls them
+        members.setdefault((found.keys, _structure(merge, weight), weight in parted), []).append(weight)
     groups = tuple(
         Group(
-            name=weights[0].removesuffix(".weight"),
+            name=weights[0].removesuffix(".weight") + ("" if part is None else f"[{part}]"),
             d_in=candidates[weights[0]].d_in,
             structure=structure,
             weights=tuple(
-                Linear(weight=w, d_out=candidates[w].d_out, transposed=candidates[w].kind.transposed) for w in weights
+                Linear(
+                    weight=weight,
+                    d_out=candidates[weight].d_out if part is None else len(parts[part].outputs),
+                    transposed=candidates[weight].kind.transposed,
+                )
+                for weight in weights
             ),
-            exponents=_exponents(power[weights[0]]) if scaled else (),
+            rows=calls[weights[0]].rows,
+            part=part,
+            exponents=_exponents(calls[weights[0]].power) if scaled else (),
         )
-        for (_, structure), weights in members.items()
+        for (_, structure, split), weights in members.items()
+        for part in (range(len(parts)) if split else (None,))
     )
-    linear = {weight for weights in members.values() for weight in weights}
     return Layout(
         groups=groups,
         tensors=tuple(
-            Tensor(name=name, shape=tuple(p.shape), merge="regmean" if name in linear else "mean")
-            for name, p in model.named_parameters()
+            Tensor(
+                name=name,
+                shape=tuple(p.shape),
+                merge="regmean" if name in calls else "mean",
+                parted=name in parted,
+            )
+            for name, p in parameters.items()
             if p.requires_grad
         ),
-        frozen=tuple(name for name, p in model.named_parameters() if not p.requires_grad),
+        frozen=tuple(name for name, p in parameters.items() if not p.requires_grad),
+        parts=parts,
     )
 
 
-def _inputs(
-    model: nn.Module, batch: Mapping[str, Any], modules: Mapping[str, nn.Module]
-) -> tuple[dict[str, tuple[Any, ...]], dict[str, torch.Tensor]]:
-    """Return, for each module that is called, the identities of the tensors that it received, and their power.
+@dataclass
+class _Calls:
+    """How one module is called: identities of the tensors that it receives, which of their rows count, and their power.
 
-    The power is the mean square of each feature over all rows, padding included: float64 (d_in,).
+    The power is the largest mean square of each feature over all rows of a call, padding included: float64 (d_in,).
     """
-    calls: dict[str, tuple[Any, ...]] = {}
-    power: dict[str, torch.Tensor] = {}
+
+    keys: tuple[Any, ...]
+    rows: tuple[Rows, ...]
+    power: torch.Tensor
+
+
+def _calls(model: nn.Module, batch: Mapping[str, Any], modules: Mapping[str, nn.Module]) -> dict[str, _Calls]:
+    """Run a model once and return how each of these modules is called, those that are not called left out."""
+    calls: dict[str, _Calls] = {}
     alive: list[torch.Tensor] = []  # an identity is only good while the tensor lives
+    shapes = _shapes(model, batch)
 
     def record(weight: str) -> Hook:
-        def hook(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-            x = arguments[0]
+        def hook(_: nn.Module, x: torch.Tensor) -> None:
             alive.append(x)
             key = (x.data_ptr(), x.storage_offset(), tuple(x.shape), x.stride(), x._version)
-            calls[weight] = (*calls.get(weight, ()), key)
-            rows = x.reshape(-1, x.shape[-1]).double()
-            power[weight] = torch.maximum(power.get(weight, torch.zeros(())), (rows * rows).mean(dim=0).cpu())
+            kind: Rows = next((kind for kind, shape in shapes.items() if has_rows_of(x, shape)), "all")
+            features = x.reshape(-1, x.shape[-1]).double()
+            power = (features * features).mean(dim=0).cpu()
+            before = calls.get(weight)
+            if before is None:
+                calls[weight] = _Calls((key,), (kind,), power)
+            else:
+                calls[weight] = _Calls((*before.keys, key), (*before.rows, kind), torch.maximum(before.power, power))
 
         return hook
 
     device = next(model.parameters()).device
     with observing(model, [(module, record(weight)) for weight, module in modules.items()]):
         model(**{key: value.to(device) for key, value in batch.items()})
-    return calls, power
+    return calls
+
+
+def _shapes(model: nn.Module, batch: Mapping[str, Any]) -> dict[Rows, torch.Size]:
+    """Return (examples, length) of a batch's input tokens and of its target tokens, as far as it has them."""
+    shapes: dict[Rows, torch.Size] = {}
+    if "input_ids" in batch:
+        shapes["input"] = batch["input_ids"].shape
+    if answers(model):
+        target = batch.get("decoder_input_ids", batch.get("labels"))
+        if target is None:
+            raise ModelError(
+                "the batch that a layout is made on has no targets ('labels'); the model's decoder needs them"
+            )
+        shapes["target"] = target.shape
+        if shapes["target"] == shapes.get("input"):
+            raise ModelError(
+                "inputs and targets of the batch that a layout is made on have one length, so that their rows cannot "
+                "be told apart; make the targets shorter"
+            )
+    return shapes
 
 
 def _exponents(power: torch.Tensor) -> tuple[int, ...]:

@@ -30,6 +30,8 @@ Random = Callable[[int], bytes]
 class Label(StrEnum):
     """What a byte string is for: its first field."""
 
+    ROUND = "gramfuse/1 round"
+    """Hashed: what stands for the plan in a round after the first."""
     ADVERT = "gramfuse/1 advert"
     """Signed: the public keys that a silo uses in one session."""
     SESSION = "gramfuse/1 session"

@@ -7,16 +7,18 @@ digest is in the locked plan, so that both sides agree on names, shapes and orde
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from gramfuse_protocol.canonical import canonical_json, digest
 from gramfuse_protocol.documents import read_text
-from gramfuse_protocol.errors import PlanError
+from gramfuse_protocol.errors import ContributionError, PlanError
 from gramfuse_protocol.structure import Blocks, parse_structure
 
 ITEM_BYTES = 4
@@ -31,6 +33,9 @@ EXPONENT = 40
 Exponent = Annotated[int, Field(ge=-EXPONENT, le=EXPONENT)]
 """Of two, of a feature's amplitude."""
 
+Rows = Literal["input", "target", "all"]
+"""Which rows of a layer's input count: those of real input tokens, of real target tokens, or all."""
+
 
 def _structure(text: str) -> str:
     parse_structure(text)
@@ -42,23 +47,28 @@ class _Frozen(BaseModel):
 
 
 class Linear(_Frozen):
-    """A weight that is merged in closed form.
+    """A weight that is merged in closed form, or the outputs of it that its group's part has.
 
     torch's `nn.Linear` stores it transposed, (d_out, d_in); transformers' `Conv1D` stores (d_in, d_out).
     """
 
     weight: str
     d_out: Positive
+    """Outputs that are merged in this group."""
     transposed: bool
 
 
 class Group(_Frozen):
-    """Linear weights whose modules receive the identical tensor, and so share one Gram matrix."""
+    """Linear weights whose modules receive the identical tensors, and so share one Gram matrix."""
 
     name: str
     d_in: Positive
     structure: Annotated[str, AfterValidator(_structure)]
     weights: Annotated[tuple[Linear, ...], Field(min_length=1)]
+    rows: Annotated[tuple[Rows, ...], Field(min_length=1)] = ("input",)
+    """For each call of a module in one run of the model, in order, which rows of its input the Gram matrix is of."""
+    part: int | None = None
+    """Index of the layout's part whose outputs and silos these are, if not all."""
     exponents: tuple[Exponent, ...] = ()
     """For each feature, the power of two that its root mean square on public text stays below; for secure sums."""
 
@@ -79,12 +89,21 @@ class Group(_Frozen):
         return sum(weight.d_out for weight in self.weights)
 
 
+class Part(_Frozen):
+    """Outputs of the last layer that the same silos train: labels that only these annotate."""
+
+    silos: Annotated[tuple[str, ...], Field(min_length=1)]
+    outputs: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
+
+
 class Tensor(_Frozen):
-    """A trainable parameter of the base model."""
+    """A parameter that is trained and merged."""
 
     name: str
     shape: tuple[Positive, ...]
     merge: Literal["regmean", "mean"]
+    parted: bool = False
+    """Whether its first dimension is the last layer's outputs, each of which is merged over the silos of its part."""
 
 
 class Block(NamedTuple):
@@ -118,30 +137,63 @@ class Layout(_Frozen):
 
     Args:
         groups: in the order in which the base model runs them.
-        tensors: every trainable parameter, in the order of the base model.
+        tensors: every parameter that is trained and merged, in the order of the base model.
         frozen: parameters that stay as they are; they never leave a silo.
+        parts: outputs of the last layer by the silos that have them; empty if all silos have all.
     """
 
     version: Literal[1] = 1
     groups: tuple[Group, ...]
     tensors: Annotated[tuple[Tensor, ...], Field(min_length=1)]
     frozen: tuple[str, ...]
+    parts: tuple[Part, ...] = ()
 
     @model_validator(mode="after")
     def _holds_together(self) -> Layout:
         for kind, names in (("group", [g.name for g in self.groups]), ("tensor", [t.name for t in self.tensors])):
             if len(set(names)) != len(names):
                 raise ValueError(f"a {kind} name comes twice")
-        merged = {tensor.name: tensor.shape for tensor in self.tensors if tensor.merge == "regmean"}
+        outputs = [output for part in self.parts for output in part.outputs]
+        if sorted(outputs) != list(range(len(outputs))):
+            raise ValueError("parts do not have each output once")
+        if any(tensor.parted and tensor.shape[:1] != (len(outputs),) for tensor in self.tensors):
+            raise ValueError("a parted tensor has another number of outputs than the parts")
+        merged = {(t.name, p): t.shape for t in self.tensors if t.merge == "regmean" for p in self._parts_of(t)}
         expected = {}
         for group, linear in self.linear():
-            if linear.weight in expected:
+            if group.part is not None and not (linear.transposed and 0 <= group.part < len(self.parts)):
+                raise ValueError(
+                    f"group {group.name!r} is of a part that is not there, or of a weight that has no parts"
+                )
+            if (linear.weight, group.part) in expected:
                 raise ValueError(f"weight {linear.weight!r} is in two groups")
-            shape = (linear.d_out, group.d_in)
-            expected[linear.weight] = shape if linear.transposed else shape[::-1]
+            if group.part is not None and linear.d_out != len(self.parts[group.part].outputs):
+                raise ValueError(f"weight {linear.weight!r} has another number of outputs than its part")
+            d_out = linear.d_out if group.part is None else len(outputs)
+            expected[linear.weight, group.part] = (d_out, group.d_in) if linear.transposed else (group.d_in, d_out)
         if merged != expected:
             raise ValueError("groups and tensors do not fit together")
         return self
+
+    def _parts_of(self, tensor: Tensor) -> Iterable[int | None]:
+        return range(len(self.parts)) if tensor.parted else (None,)
+
+    def held(self, silo: str | None) -> tuple[bool, ...]:
+        """Return for each part whether a silo has its outputs.
+
+        Raises:
+            ContributionError: if it matters which silo it is, and none is named.
+        """
+        if silo is None and self.parts:
+            raise ContributionError("this layout has labels that only some silos annotate: say which silo it is")
+        return tuple(silo in part.silos for part in self.parts)
+
+    def by_output(self, values: Sequence[float]) -> NDArray[np.float64]:
+        """Return one value for each part as one for each output of a parted tensor, float64 (outputs,)."""
+        spread = np.empty(sum(len(part.outputs) for part in self.parts))
+        for part, value in zip(self.parts, values, strict=True):
+            spread[list(part.outputs)] = value
+        return spread
 
     @cached_property
     def digest(self) -> str:
@@ -158,10 +210,11 @@ class Layout(_Frozen):
     def sums(self) -> tuple[Block, ...]:
         """All blocks of what is summed over silos, in order (`gramfuse_model.summands`).
 
-        `count`: weight c, examples, and token rows of each group. `s:<group>`: packed c·Ĝ. `t:<group>`: c·Ĝ·Δ, (d_in,
-        d_out), weights side by side. `m:<parameter>`: c·Δ, in the parameter's own shape.
+        `count`: weight c, examples, token rows of each group, and c of each part. `s:<group>`: packed c·Ĝ.
+        `t:<group>`: c·Ĝ·Δ, (d_in, d_out), weights side by side. `m:<parameter>`: c·Δ, in the parameter's own shape.
+        Of a part that a silo does not have, it adds zeros.
         """
-        count = Block("count", (2 + len(self.groups),))
+        count = Block("count", (2 + len(self.groups) + len(self.parts),))
         s = tuple(Block(f"s:{group.name}", (group.blocks.entries,)) for group in self.groups)
         t = tuple(Block(f"t:{group.name}", (group.d_in, group.d_out)) for group in self.groups)
         m = tuple(Block(f"m:{tensor.name}", tensor.shape) for tensor in self.tensors)

@@ -1,7 +1,7 @@
 """One frozen model per phase and direction.
 
-Every message carries the protocol version, the plan's digest and the session's nonce. Arrays travel beside
-the header (`gramfuse_protocol.wire`), never inside it.
+Every message carries the protocol version, the plan's digest, the round and its session's nonce. Arrays travel
+beside the header (`gramfuse_protocol.wire`), never inside it.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from gramfuse_protocol.errors import FederationError, GramfuseError, RefusalError
-from gramfuse_protocol.plan import Name, Sha256
+from gramfuse_protocol.plan import LARGEST, Name, Sha256
 from gramfuse_protocol.secure_sum import SEALED_BYTES
 from gramfuse_protocol.shares import SHARE_BYTES
 from gramfuse_protocol.transcript import Advert, Hex64, Nonce, Sum
 
 Count = Annotated[int, Field(ge=0)]
+Round = Annotated[int, Field(ge=1, le=LARGEST)]
 Sealed = Annotated[str, Field(pattern=rf"^[0-9a-f]{{{2 * SEALED_BYTES}}}$")]
 Share = Annotated[str, Field(pattern=rf"^[0-9a-f]{{{2 * SHARE_BYTES}}}$")]
 
@@ -51,11 +52,18 @@ class Message(Body):
 
     Args:
         plan: digest of the plan.
-        session: 16 random bytes in hexadecimal, drawn by the coordinator, once per run.
+        session: 16 random bytes in hexadecimal, drawn by the coordinator, once for each round of a run.
+        round: which of the plan's exchanges this is, from 1 on.
     """
 
     plan: Sha256
     session: Nonce
+    round: Round = 1
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """Plan, session and round: what a reply has in common with its request."""
+        return {"plan": self.plan, "session": self.session, "round": self.round}
 
 
 class JoinRequest(Message):
@@ -74,7 +82,11 @@ class JoinReply(Message):
 
 
 class TrainRequest(Message):
-    """Fine-tune and collect statistics; nothing else leaves."""
+    """Fine-tune and collect statistics; nothing else leaves.
+
+    In a round after the first, `arrays` holds the model to go on from: `delta:<parameter>` blocks, float32, its
+    differences from the base.
+    """
 
     phase = "train"
 
@@ -276,8 +288,7 @@ PHASES: Mapping[str, str] = {message_type(phase): phase for phase in REQUESTS}
 def refusal(request: Message, silo: str, error: GramfuseError) -> Refusal:
     """Turn an error at a silo into the refusal that answers `request`."""
     return Refusal(
-        plan=request.plan,
-        session=request.session,
+        **request.about,
         silo=silo,
         error=type(error).__name__,
         exit_code=error.exit_code,
@@ -296,10 +307,10 @@ def expect(kind: type[M], request: Message, reply: Message, source: str) -> M:
 
     Raises:
         RefusalError: if the silo declined; the message gives its reason.
-        FederationError: if plan, session or kind differ.
+        FederationError: if plan, session, round or kind differ.
     """
-    if (reply.plan, reply.session) != (request.plan, request.session):
-        raise FederationError(f"{source} answered phase {request.phase!r} for another plan or session")
+    if reply.about != request.about:
+        raise FederationError(f"{source} answered phase {request.phase!r} for another plan, session or round")
     if isinstance(reply, Refusal):
         raise RefusalError(
             f"{source} refused in phase {request.phase!r}: {reply.reason} ({reply.error}); "

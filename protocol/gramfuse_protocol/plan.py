@@ -20,9 +20,11 @@ from gramfuse_protocol.errors import PlanError
 from gramfuse_protocol.node_key import PublicNodeKey
 from gramfuse_protocol.roster import Roster, check_terms, smallest_threshold
 from gramfuse_protocol.structure import parse_structure
+from gramfuse_protocol.task import HEADLESS, Kind, MaskedTask, Task, TaskSettings
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+EMBEDDINGS = "embeddings"
 LARGEST = 2**53 - 1
 Count = Annotated[int, Field(ge=1, le=LARGEST)]
 Unit = Annotated[float, Field(ge=0, le=1)]
@@ -35,27 +37,42 @@ class Header(Section):
     version: Count = 1
 
 
-class Model(Section):
-    """`[model]`: the base model, and what its head is for."""
-
+class _Start(Section):
     base: Annotated[str, Field(min_length=1)]
     """Hub id, directory, or `bundled:minilm`."""
     sha256: Sha256 | None = None
-    """Digest of every weight that training starts from, the head included; filled by `plan lock`."""
-    task: Literal["classification", "regression"]
-    labels: tuple[str, ...] = ()
-    pair: bool = False
-    max_length: Annotated[int, Field(ge=2, le=131072)] = 128
+    """Digest of every weight that training starts from, the head included if it is merged; filled by `plan lock`."""
+    tokenizer: Sha256 | None = None
+    """Digest of the tokenizer's vocabulary; filled by `plan lock`. An image processor has none."""
+    task: Kind | None = None
+    head: Literal["same", "different", "own"] = "same"
+    """Whether silos start from one head or each from a head of its own, or keep their heads, which are not merged."""
+
+
+class Model(TaskSettings, _Start):  # pydantic takes the keys of the last base first
+    """`[model]`: the base model, and what its head is for.
+
+    `task` and what belongs to it stand here if all silos have the same task, and in `[[task]]` sections if not.
+    """
 
     @model_validator(mode="after")
-    def _labels_fit_the_task(self) -> Model:
-        if self.task == "classification" and len(self.labels) < 2:
-            raise ValueError("task 'classification' needs at least two labels")
-        if self.task == "regression" and self.labels:
-            raise ValueError("task 'regression' has no labels")
-        if len(set(self.labels)) != len(self.labels):
-            raise ValueError("a label is listed twice")
+    def _is_a_task(self) -> Model:
+        if self.task is not None:
+            _ = self.alone
         return self
+
+    @property
+    def alone(self) -> Task:
+        """The task that stands here; raises ValueError if none does, or if it contradicts itself."""
+        if self.task is None:
+            raise ValueError("[model] needs 'task', or the plan needs [[task]] sections")
+        return Task(task=self.task, **{name: getattr(self, name) for name in TaskSettings.model_fields})
+
+
+class NamedTask(Task):
+    """One `[[task]]`: silos with different tasks share a body, and each keeps its head."""
+
+    name: Name
 
 
 class Training(Section):
@@ -68,8 +85,16 @@ class Training(Section):
     """Fraction of the steps over which the learning rate rises from zero."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 1
-    freeze: tuple[str, ...] = ("*embeddings*",)
-    """Patterns (shell style) of the parameters that stay as they are and never leave a silo."""
+    freeze: tuple[str, ...] = (EMBEDDINGS,)
+    """Patterns (shell style) of the parameters that stay as they are and never leave a silo.
+
+    The word `embeddings` stands for all that turns tokens, positions and patches into features, whatever a model calls
+    it.
+    """
+
+    def in_round(self, number: int) -> Training:
+        """Return the settings of a round, from 1 on: each has a seed of its own, and so other batches."""
+        return self.model_copy(update={"seed": (self.seed + number - 1) % 2**32})
 
 
 class Merge(Section):
@@ -85,6 +110,8 @@ class Merge(Section):
     """Patterns of linear weights that are averaged instead."""
     tokens: Count = 100_000
     """Most token rows that a silo measures for one Gram matrix."""
+    rounds: Count = 1
+    """Exchanges: in each after the first, silos go on from the merged model."""
     layout: Sha256 | None = None
     """Digest of the layout; filled by `plan lock`."""
 
@@ -118,6 +145,10 @@ class Silo(Section):
     """Ed25519 public key in hexadecimal, as `gramfuse silo keygen` prints it."""
     node_key: PublicNodeKey | None = None
     """P-384 public key that the silo's connection to the coordinator is authenticated with, as an OpenSSH line."""
+    task: Name | None = None
+    """Which `[[task]]` this silo has."""
+    labels: tuple[str, ...] = ()
+    """Labels that this silo annotates, if not all: the others are masked there, not taken as absent."""
 
 
 class Plan(Section):
@@ -125,6 +156,7 @@ class Plan(Section):
 
     plan: Header
     model: Model
+    task: tuple[NamedTask, ...] = ()
     training: Training = Training()
     merge: Merge = Merge()
     privacy: Privacy = Privacy()
@@ -145,6 +177,92 @@ class Plan(Section):
         elif self.minimum_survivors > len(self.silo):
             raise ValueError(f"'privacy.minimum-survivors' is more than the {len(self.silo)} silos of the roster")
         return self
+
+    @model_validator(mode="after")
+    def _tasks(self) -> Plan:
+        headless = [task.task for task in self.tasks.values() if task.task in HEADLESS]
+        if headless and self.model.head != "same":
+            raise ValueError(f"task {headless[0]!r} has no head of its own: 'model.head' must be \"same\"")
+        names = [task.name for task in self.task]
+        if len(set(names)) != len(names):
+            raise ValueError("[[task]] gives one name twice")
+        if not names:
+            for silo in self.silo:
+                if silo.task is not None:
+                    raise ValueError(
+                        f"[[silo]] {silo.name!r} has the task {silo.task!r}, and there is no such [[task]]"
+                    )
+            return self
+        if self.model.task is not None or self.model.head != "own":
+            raise ValueError(
+                "with [[task]] sections, silos share a body and keep their heads: 'model.head' must be \"own\", and "
+                "'model.task' stands in each [[task]]"
+            )
+        for silo in self.silo:
+            if silo.task not in names:
+                raise ValueError(f"[[silo]] {silo.name!r} needs 'task', one of {', '.join(names)}")
+        idle = set(names) - {silo.task for silo in self.silo}
+        if idle:
+            raise ValueError(f"no [[silo]] has the task {', '.join(sorted(idle))}")
+        if self.privacy.metrics == "sum":
+            raise ValueError(
+                'results of different tasks do not add up over silos: \'privacy.metrics\' must be "silo" or "none"'
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _masked_labels(self) -> Plan:
+        masked = [silo for silo in self.silo if silo.labels]
+        if not masked:
+            return self
+        if self.task or self.model.task not in ("classification", "multi-label"):
+            raise ValueError("'labels' of a [[silo]] needs 'model.task' \"multi-label\" or \"classification\"")
+        for silo in masked:
+            unknown = [label for label in silo.labels if label not in self.model.labels]
+            if unknown:
+                raise ValueError(f"[[silo]] {silo.name!r}: {unknown[0]!r} is not among 'model.labels'")
+        if self.model.head == "own":
+            return self
+        dropouts = len(self.silo) - self.minimum_survivors
+        secure = self.privacy.secure_aggregation
+        needed = self.privacy.colluding + 2 + dropouts if secure else 1
+        for label in self.model.labels:
+            held = len(self.holders(label))
+            if held < needed:
+                raise ValueError(
+                    f"label {label!r} is annotated by {held} silos, and its rows of the head would be merged over as "
+                    f"few; it needs at least {needed}"
+                    + (
+                        f", of which {self.privacy.colluding} may collude and {dropouts} drop out: use "
+                        'secure-aggregation = false, or model.head = "own"'
+                        if secure
+                        else ""
+                    )
+                )
+        return self
+
+    def task_of(self, silo: str) -> Task:
+        """Return what a silo fine-tunes for, with the labels that it annotates.
+
+        Raises:
+            PlanError: if it is not in the roster, and silos have different tasks.
+        """
+        entry = next((entry for entry in self.silo if entry.name == silo), None)
+        if not self.task:
+            task = self.model.alone
+            return MaskedTask(**dict(task), annotates=entry.labels) if entry and entry.labels else task
+        if entry is None:
+            raise PlanError(f"the plan has no [[silo]] {silo!r}, so none of its tasks is this silo's")
+        return next(task for task in self.task if task.name == entry.task)
+
+    @property
+    def tasks(self) -> Mapping[str, Task]:
+        """All tasks by name; the only one of a plan without [[task]] sections has none, and covers all labels."""
+        return {task.name: task for task in self.task} or {"": self.model.alone}
+
+    def holders(self, label: str) -> tuple[str, ...]:
+        """Return the silos that annotate a label, in roster order."""
+        return tuple(silo.name for silo in self.silo if not silo.labels or label in silo.labels)
 
     @property
     def threshold(self) -> int:
@@ -195,22 +313,25 @@ class Plan(Section):
 
     def to_toml(self) -> str:
         """Return the plan as TOML text; `Plan.parse` gives back an equal plan."""
-        return tomlkit.dumps(self.model_dump(mode="json", by_alias=True, exclude_none=True))
+        document = self.model_dump(mode="json", by_alias=True, exclude_none=True)
+        if not self.task:
+            del document["task"]
+        return tomlkit.dumps(document)
 
     def unlocked(self) -> Plan:
-        """Return this plan without the two digests of `plan lock`."""
-        return self.pinned(sha256=None, layout=None)
+        """Return this plan without the digests of `plan lock`."""
+        return self.pinned(sha256=None, tokenizer=None, layout=None)
 
     def with_keys(self, keys: Mapping[str, str]) -> Plan:
         """Return this plan with other public keys, by silo."""
         roster = tuple(silo.model_copy(update={"public_key": keys[silo.name]}) for silo in self.silo)
         return self.model_copy(update={"silo": roster})
 
-    def pinned(self, *, sha256: str | None, layout: str | None) -> Plan:
-        """Return this plan with the two digests of `plan lock` filled in."""
+    def pinned(self, *, sha256: str | None, layout: str | None, tokenizer: str | None = None) -> Plan:
+        """Return this plan with the digests of `plan lock` filled in."""
         return self.model_copy(
             update={
-                "model": self.model.model_copy(update={"sha256": sha256}),
+                "model": self.model.model_copy(update={"sha256": sha256, "tokenizer": tokenizer}),
                 "merge": self.merge.model_copy(update={"layout": layout}),
             }
         )
@@ -218,7 +339,7 @@ class Plan(Section):
     def override(self, settings: Iterable[str]) -> Plan:
         """Return this plan with `section.key=value` settings applied and, if there are any, its lock removed.
 
-        Values are TOML (`merge.alpha=1.0`, `training.freeze=["*embeddings*"]`); a bare word is a string.
+        Values are TOML (`merge.alpha=1.0`, `training.freeze=["*pooler*"]`); a bare word is a string.
 
         Raises:
             PlanError: for a setting without `=`, an unknown key or a value that does not fit.
@@ -237,7 +358,7 @@ class Plan(Section):
                 raise PlanError(f"--set {setting}: {'.'.join(keys[:-1])!r} is not a table of the plan")
             table[keys[-1]] = _toml_value(text.strip())
         if settings:
-            document["model"]["sha256"] = document["merge"]["layout"] = None
+            document["model"]["sha256"] = document["model"]["tokenizer"] = document["merge"]["layout"] = None
         return build(Plan, document, f"--set {' '.join(settings)}" if settings else "plan")
 
     @staticmethod

@@ -23,14 +23,23 @@ from numpy.typing import NDArray
 
 from gramfuse_protocol.encoding import capacity
 from gramfuse_protocol.layout import Block, Group, Layout
+from gramfuse_protocol.task import Kind
 
 AMPLITUDE_BITS = 10
 DELTA_BITS = 8
 WEIGHT_BITS = {"uniform": 0, "examples": 18}
 MOST_EXAMPLES = 2 ** WEIGHT_BITS["examples"]
 
-METRICS_SCALE = {"classification": 1.0, "regression": 2.0**20}
-"""Scale of the metrics' sums: a confusion matrix holds counts, the moments of a regression do not."""
+METRICS_SCALE: dict[Kind, float] = {
+    "classification": 1.0,
+    "regression": 2.0**20,
+    "multi-label": 1.0,
+    "token-classification": 1.0,
+    "sequence-to-sequence": 2.0**20,
+    "causal-lm": 2.0**20,
+    "image-classification": 1.0,
+}
+"""Scale of the metrics' sums, by kind of task: where all of them are counts, they need no fraction."""
 
 Scale = NDArray[np.float64] | float
 

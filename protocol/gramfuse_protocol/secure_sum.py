@@ -3,12 +3,12 @@
 Every step is a function of (state, message, randomness) and gives back a new state; whatever must not be is raised as
 SecurityError, and then nothing may leave the silo any more. The order at a silo is
 
-    advertise → share → receive → masks → sign → release        (the last three once for each sum)
+    advertise → share → receive → contribute → sign → release        (the last three once for each sum)
 
 Source: Bonawitz et al., "Practical Secure Aggregation for Privacy-Preserving Machine Learning", CCS 2017, figure 4 with
 the consistency check of the variant for active adversaries, on the complete graph. Differences: two sums share one
-exchange of keys and shares; vectors are modulo 2^64; the reconstructed secrets are checked against what their owner
-committed to.
+exchange of keys and shares; vectors are modulo 2^64; what a sum is about enters its masks; the reconstructed secrets
+are checked against what their owner committed to.
 """
 
 from __future__ import annotations
@@ -63,6 +63,13 @@ class Secrets(_Frozen):
     seed: Mapping[Sum, Hex32] = Field(repr=False)
 
 
+class Uploaded(_Frozen):
+    """What this silo has masked for one sum: a digest of it, and what the sum is about (`survivors_statement`)."""
+
+    digest: str
+    context: Hex32
+
+
 class Signed(_Frozen):
     """What this silo has signed of one sum."""
 
@@ -84,7 +91,7 @@ class Member(_Frozen):
         own: shares of this silo's own secrets that it keeps for itself.
         held: shares of its peers' secrets, by peer.
         members: by sum, the silos whose masks are in it, this one among them.
-        uploaded: by sum, the digest of what was masked.
+        uploaded: by sum, what was masked.
         signed: by sum, what was signed.
     """
 
@@ -96,7 +103,7 @@ class Member(_Frozen):
     own: Shares = Field(default={}, repr=False)
     held: Mapping[str, Shares] = Field(default={}, repr=False)
     members: Mapping[Sum, tuple[str, ...]] = {}
-    uploaded: Mapping[Sum, str] = {}
+    uploaded: Mapping[Sum, Uploaded] = {}
     signed: Mapping[Sum, Signed] = {}
 
     @property
@@ -272,46 +279,40 @@ def receive(roster: Roster, member: Member, sealed: Mapping[str, bytes]) -> Memb
     return member.with_(secrets=secrets, held=held, members={"statistics": members})
 
 
-def masks(roster: Roster, member: Member, name: Sum) -> list[Mask]:
-    """Return the masks of this silo's contribution to a sum: its own, and one with every other member.
+def contribute(roster: Roster, member: Member, name: Sum, digest: str, context: str) -> tuple[Member, list[Mask]]:
+    """Note what is masked for a sum, and return its masks: this silo's own, and one with every other member.
 
-    Of two silos, the one that comes first in the roster adds their mask and the other subtracts it.
+    Of two silos, the one that comes first in the roster adds their mask and the other subtracts it. The context is in
+    every mask: those of silos that were told different things do not cancel, whatever the others sign.
+
+    Args:
+        digest: of what is masked.
+        context: what the sum is about, as this silo knows it (`survivors_statement`).
 
     Raises:
-        SecurityError: if it is not yet known who the members are.
+        SecurityError: if it is not yet known who the members are, or if something else was masked for this sum before:
+            two vectors under one mask show their difference.
     """
     members = _members(member, name)
     if name not in member.secrets.seed:
         raise SecurityError(f"the secrets of the sum of {name} are wiped; it was asked for again")
+    uploaded = Uploaded(digest=digest, context=context)
+    if member.uploaded.get(name, uploaded) != uploaded:
+        raise SecurityError(f"the sum of {name} was asked for twice, with different contents")
     session = session_id(roster.plan, member.nonce, member.adverts)
     seed, private = bytes.fromhex(member.secrets.seed[name]), bytes.fromhex(member.secrets.mask[name])
-    found = [_self_mask(seed, session, name, member.name)]
+    found = [_self_mask(seed, session, name, context, member.name)]
     for advert in member.adverts:
         if advert.silo in members and advert.silo != member.name:
             secret = agree(private, bytes.fromhex(advert.masks[name]), advert.silo)
-            found.append(_pair_mask(roster, secret, session, name, member.name, advert.silo))
-    return found
-
-
-def mark_uploaded(member: Member, name: Sum, digest: str) -> Member:
-    """Note what was masked.
-
-    Raises:
-        SecurityError: if something else was masked for this sum before: two vectors under one mask show their
-            difference.
-    """
-    if member.uploaded.get(name, digest) != digest:
-        raise SecurityError(f"the sum of {name} was asked for twice, with different contents")
-    return member.with_(uploaded={**member.uploaded, name: digest})
+            found.append(_pair_mask(roster, secret, session, name, context, member.name, advert.silo))
+    return member.with_(uploaded={**member.uploaded, name: uploaded}), found
 
 
 def sign(
-    roster: Roster, member: Member, identity: Identity, name: Sum, survivors: Sequence[str], context: str
+    roster: Roster, member: Member, identity: Identity, name: Sum, survivors: Sequence[str]
 ) -> tuple[Member, bytes]:
-    """Sign whose contributions are in a sum; afterwards no other set is signed for it.
-
-    Args:
-        context: what the sum is about, as this silo knows it (`survivors_statement`).
+    """Sign whose contributions are in a sum, and what it is about; afterwards no other set is signed for it.
 
     Raises:
         SecurityError: if this silo sent nothing or is missing, a silo is named twice or unknown, there are too few,
@@ -323,6 +324,7 @@ def sign(
     check_cohort(roster, survivors, "the list of survivors", within=members)
     if member.name not in survivors:
         raise SecurityError(f"the list of survivors leaves out silo {member.name!r}, which is alive and was asked")
+    context = member.uploaded[name].context
     signed = Signed(survivors=tuple(survivors), context=context)
     if member.signed.get(name, signed) != signed:
         raise SecurityError(f"a second list of survivors came for the sum of {name}")
@@ -396,19 +398,20 @@ def unmasking(
     adverts: Sequence[Advert],
     name: Sum,
     members: Sequence[str],
-    survivors: Sequence[str],
+    signed: Signed,
     shares: Mapping[str, Mapping[str, bytes]],
 ) -> list[Mask]:
     """Return what takes the masks off the sum of the survivors' vectors. This is the coordinator's last step.
 
     Args:
         adverts: of all silos that are in, in roster order.
+        signed: what the survivors signed.
         shares: by the silo that released them, then by the silo that they belong to.
 
     Raises:
         SecurityError: if there are too few shares, or a secret is not what its owner committed to.
     """
-    session = session_id(roster.plan, nonce, adverts)
+    session, survivors, context = session_id(roster.plan, nonce, adverts), signed.survivors, signed.context
     present = {advert.silo: advert for advert in adverts}
     if len(shares) < roster.threshold:
         raise SecurityError(f"{len(shares)} silos released shares; the threshold is {roster.threshold}")
@@ -430,13 +433,13 @@ def unmasking(
         if owner in survivors:
             if commitment(value) != advert.commitments[name]:
                 raise SecurityError(_not_committed(owner, shares))
-            found.append(_self_mask(value, session, name, owner).inverse)
+            found.append(_self_mask(value, session, name, context, owner).inverse)
         else:
             if public_of(value).hex() != advert.masks[name]:
                 raise SecurityError(_not_committed(owner, shares))
             for survivor in survivors:
                 agreed = agree(value, bytes.fromhex(present[survivor].masks[name]), survivor)
-                found.append(_pair_mask(roster, agreed, session, name, survivor, owner).inverse)
+                found.append(_pair_mask(roster, agreed, session, name, context, survivor, owner).inverse)
     return found
 
 
@@ -459,11 +462,12 @@ def _channel(member: Member, session: bytes, peer: Advert, sender: str, receiver
     return derive(secret, Label.CHANNEL, session, sender, receiver)
 
 
-def _self_mask(seed: bytes, session: bytes, name: Sum, owner: str) -> Mask:
-    return Mask(derive(seed, Label.SELF, session, name, owner), 1)
+def _self_mask(seed: bytes, session: bytes, name: Sum, context: str, owner: str) -> Mask:
+    return Mask(derive(seed, Label.SELF, session, name, bytes.fromhex(context), owner), 1)
 
 
-def _pair_mask(roster: Roster, secret: bytes, session: bytes, name: Sum, own: str, peer: str) -> Mask:
+def _pair_mask(roster: Roster, secret: bytes, session: bytes, name: Sum, context: str, own: str, peer: str) -> Mask:
     """Return the mask between two silos as `own` applies it."""
     first, second = sorted((own, peer), key=roster.index)
-    return Mask(derive(secret, Label.PAIR, session, name, first, second), 1 if own == first else -1)
+    key = derive(secret, Label.PAIR, session, name, bytes.fromhex(context), first, second)
+    return Mask(key, 1 if own == first else -1)

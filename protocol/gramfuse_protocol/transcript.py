@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Literal
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from gramfuse_protocol.keys import Label, framed
@@ -63,7 +65,7 @@ def advert_statement(plan: str, nonce: str, fields: Sequence[bytes | str]) -> by
     """Return what a silo signs of its keys.
 
     Args:
-        plan: digest of the plan, hexadecimal.
+        plan: `round_digest`.
         nonce: the session's nonce, hexadecimal.
         fields: `Advert.fields`.
     """
@@ -74,6 +76,7 @@ def session_id(plan: str, nonce: str, adverts: Sequence[Advert]) -> bytes:
     """Return the session's identifier, 32 bytes: it enters every derivation, so other keys give other masks.
 
     Args:
+        plan: `round_digest`.
         adverts: of all silos that are in, in roster order.
     """
     fields = [field for advert in adverts for field in advert.fields]
@@ -94,6 +97,36 @@ def survivors_statement(
     """
     lists = [framed(Label.SURVIVORS, *names) for names in (members, survivors)]
     return framed(Label.SURVIVORS, session, name, *lists, bytes.fromhex(context))
+
+
+def start_digest(arrays: Iterable[NDArray[np.float32]]) -> str:
+    """Return the digest of the model that a round after the first starts from, hexadecimal.
+
+    Args:
+        arrays: its differences from the base, in the layout's order.
+    """
+    hasher = hashlib.sha256()
+    for array in arrays:
+        hasher.update(np.ascontiguousarray(array, "<f4").data)
+    return hasher.hexdigest()
+
+
+def round_digest(plan: str, number: int, start: str) -> str:
+    """Return what stands for the plan in the statements and identifiers of a round, hexadecimal.
+
+    In the first round it is the plan's digest. In later ones the model that silos start from is in it, so that silos
+    which were given different ones take each other's keys for forged: a model can be made for all silos but one that
+    leaves their statistics empty, and the sum would be that one's.
+
+    Args:
+        plan: digest of the plan, hexadecimal.
+        number: of the round.
+        start: `start_digest`; empty in the first round, which starts from the base.
+    """
+    if number == 1:
+        return plan
+    fields = bytes.fromhex(plan), str(number), bytes.fromhex(start)
+    return hashlib.sha256(framed(Label.ROUND, *fields)).hexdigest()
 
 
 def metrics_context(candidates: Mapping[str, str]) -> str:

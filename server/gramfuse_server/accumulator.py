@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from gramfuse_model.summands import inward, summands
+from gramfuse_model.summands import side_by_side, summands, tensor_weight
 from gramfuse_protocol.encoding import decode
 from gramfuse_protocol.errors import ContributionError
-from gramfuse_protocol.layout import Layout
+from gramfuse_protocol.layout import Layout, delta_block
 from gramfuse_protocol.scales import scales
 from gramfuse_protocol.statistics import Contribution, check_counts
 from gramfuse_server.solve import Step, solve
@@ -37,6 +37,23 @@ class Merged:
     mean: Deltas
     steps: tuple[Step, ...]
 
+    def after(self, start: Mapping[str, NDArray[np.float32]]) -> Merged:
+        """Return differences from the base where they are from another model: what a later round starts from.
+
+        Args:
+            start: that model's differences from the base, by block name; nothing if it is the base.
+
+        Raises:
+            ContributionError: naming the tensor, if a value is beyond float32.
+        """
+        if not start:
+            return self
+        deltas, mean = (
+            _representable({name: start[delta_block(name)] + delta for name, delta in of.items()})
+            for of in (self.deltas, self.mean)
+        )
+        return Merged(deltas, mean, self.steps)
+
 
 class Accumulator:
     """Sums over silos, in float64:
@@ -53,6 +70,27 @@ class Accumulator:
         self.weighting = weighting
         self._sums = {block.name: np.zeros(block.shape) for block in layout.sums}
 
+    def between(self, one: Accumulator, alpha: float) -> Accumulator:
+        """Return the sums for another α, from these for α = 0 and those for α = 1: S and T are linear in it.
+
+        Args:
+            one: the sums of the same silos for α = 1.
+        """
+        sums = self.copy()
+        sums.alpha = alpha
+        for name, values in sums._sums.items():
+            if name.startswith(("s:", "t:")):
+                values *= 1 - alpha
+                values += alpha * one._sums[name]
+        return sums
+
+    def copy(self) -> Accumulator:
+        """Return sums of their own that are the same."""
+        sums = Accumulator(self.layout, alpha=self.alpha, weighting=self.weighting)
+        for name, values in self._sums.items():
+            sums._sums[name][...] = values
+        return sums
+
     @property
     def weight(self) -> float:
         """C."""
@@ -63,18 +101,21 @@ class Accumulator:
         """Training examples of all silos together."""
         return int(self._sums["count"][1])
 
-    def fold(self, contribution: Contribution, source: str) -> None:
+    def fold(self, contribution: Contribution, source: str, *, silo: str | None = None, share: float = 1.0) -> None:
         """Add one silo's contribution, whose blocks were checked when they came.
 
         Args:
             source: who it is from, for errors.
+            silo: its name in the layout's parts; needed if there are any.
+            share: what the silo's weight c is multiplied by, and with it all that is added; −1 takes out again what was
+                added before.
 
         Raises:
             ContributionError: if its counts do not fit the layout; the sums are then unchanged.
         """
         check_counts(self.layout, contribution.examples, contribution.tokens, source)
-        for block, values in summands(self.layout, contribution, alpha=self.alpha, weighting=self.weighting):
-            self._sums[block.name] += values
+        for block, values in summands(self.layout, contribution, alpha=self.alpha, weighting=self.weighting, silo=silo):
+            self._sums[block.name] += values if share == 1 else share * values
 
     def load(self, words: NDArray[np.uint64], silos: int) -> None:
         """Take a whole secure sum.
@@ -90,13 +131,17 @@ class Accumulator:
             start += block.entries
 
     def mean(self) -> Deltas:
-        """Return the weighted mean of the differences: the simple average.
+        """Return the weighted mean of the differences: the simple average. Outputs that no silo has stay as they are.
 
         Raises:
             ContributionError: naming the tensor, if a value is beyond float32.
         """
+        held = [weight or 1.0 for weight in self._sums["count"][2 + len(self.layout.groups) :]]
         return _representable(
-            {t.name: np.asarray(self._sums[f"m:{t.name}"] / self.weight) for t in self.layout.tensors}
+            {
+                t.name: np.asarray(self._sums[f"m:{t.name}"] / tensor_weight(self.layout, t, self.weight, held))
+                for t in self.layout.tensors
+            }
         )
 
     def merge(self) -> Merged:
@@ -112,14 +157,20 @@ class Accumulator:
         deltas = dict(average)
         steps = []
         for group in self.layout.groups:
-            mean = torch.cat([inward(w, deltas[w.weight]) for w in group.weights], dim=1)
+            mean = side_by_side(self.layout, group, average)
             s, t = self._sums[f"s:{group.name}"], torch.from_numpy(self._sums[f"t:{group.name}"])
             solution, step = solve(group, s, t, mean)
             steps.append(step)
             start = 0
             for weight in group.weights:
                 columns = solution[:, start : start + weight.d_out]
-                deltas[weight.weight] = (columns.T if weight.transposed else columns).contiguous().numpy()
+                solved = (columns.T if weight.transposed else columns).contiguous().numpy()
+                if group.part is not None:
+                    outputs = list(self.layout.parts[group.part].outputs)
+                    deltas[weight.weight] = deltas[weight.weight].copy()
+                    deltas[weight.weight][outputs] = solved
+                else:
+                    deltas[weight.weight] = solved
                 start += weight.d_out
         return Merged(_representable(deltas), average, tuple(steps))
 

@@ -21,7 +21,7 @@ from gramfuse_protocol.errors import GramfuseError, PlanError
 from gramfuse_protocol.layout import Layout
 from gramfuse_protocol.plan import Plan
 from gramfuse_server.conductor import WAIT_SECONDS, Observer
-from gramfuse_server.exchange import Exchange, OwnModels, needed_bytes
+from gramfuse_server.exchange import Exchange, Finish, OwnModels, Study, needed_bytes
 from gramfuse_server.post import GRACE_SECONDS
 from gramfuse_server.run import RunDirectory
 
@@ -34,6 +34,8 @@ def coordinate(
     out: Path,
     *,
     own_models: OwnModels | None = None,
+    study: Study | None = None,
+    own_heads: Finish | None = None,
     observer: Observer = lambda event: None,
     resume: bool = False,
     wait: float = WAIT_SECONDS,
@@ -41,12 +43,13 @@ def coordinate(
     grace: float = GRACE_SECONDS,
     authenticated: bool = False,
 ) -> dict[str, Any]:
-    """Run one exchange and return its report; `out` is complete or absent afterwards.
+    """Run all rounds of a plan and return the report; `out` is complete or absent afterwards.
 
     Args:
         directory: where relative paths of the plan start.
         out: the run directory.
-        own_models, observer, wait, patience, grace, authenticated: as `gramfuse_server.exchange.Exchange` has them.
+        own_models, study, own_heads, observer, wait, patience, grace, authenticated: as
+            `gramfuse_server.exchange.Exchange` has them.
         resume: go on with what an interrupted run left there.
 
     Raises:
@@ -64,6 +67,8 @@ def coordinate(
             base,
             run,
             own_models=own_models,
+            study=study,
+            own_heads=own_heads,
             observer=observer,
             wait=wait,
             patience=patience,

@@ -6,6 +6,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 from flwr.serverapp import Grid
@@ -16,7 +17,7 @@ from gramfuse_protocol.messages import FinishReply, FinishRequest, JoinReply, Jo
 from gramfuse_protocol.node_key import canonical
 from gramfuse_protocol.plan import Plan
 from gramfuse_server.post import GRACE_SECONDS, Pending, Post
-from gramfuse_server.run import RunDirectory
+from gramfuse_server.run import RunDirectory, of_round
 
 WAIT_SECONDS = 600.0
 """How long to wait for all silos to be connected."""
@@ -28,16 +29,17 @@ Q = TypeVar("Q", bound=Message)
 R = TypeVar("R", bound=Message)
 
 Observer = Callable[[dict[str, Any]], None]
-"""Takes events: `{"phase", "state": "start" | "wait" | "silo" | "lost" | "measured" | "end", …}`."""
+"""Takes events: `{"phase", "state": "start" | "wait" | "silo" | "lost" | "try" | "measured" | "end", …}`."""
 
 
 class Conductor:
-    """The coordinator's side of one session.
+    """The coordinator's side of one session, which is one round of a run.
 
     Args:
         grid: Flower's grid.
         plan: locked.
         run: the run directory, entered; what a resumed run had done is not done again.
+        number: of the round, from 1 on.
         wait: seconds to wait for all silos; then it goes on with those that are there, if the plan allows it.
         patience: seconds after which a silo that is connected and gave no answer is given up, except while it trains
             or measures; None waits as long as it is connected.
@@ -47,6 +49,10 @@ class Conductor:
             for which silo it is.
 
     Attributes:
+        only: silos that must all take part, and no others, where there are such: with secure aggregation, in a round
+            after the first, those that were in the sum before. Much of what a silo adds is the same in each round, so
+            the difference of sums over other silos would tell it.
+        needed: fewest silos whose statistics are to be merged.
         nodes: Flower's node id of each silo that is still there, in roster order.
         joined: node ids of all silos that joined.
         lost: why a silo is not there any more.
@@ -60,6 +66,7 @@ class Conductor:
         run: RunDirectory,
         observer: Observer,
         *,
+        number: int = 1,
         wait: float = WAIT_SECONDS,
         patience: float | None = None,
         grace: float = GRACE_SECONDS,
@@ -69,6 +76,9 @@ class Conductor:
         self.plan = plan
         self.run = run
         self.observer = observer
+        self.round = number
+        self.only = tuple(self.earlier("masked") or ())
+        self.needed = len(self.only) or plan.minimum_survivors
         self.wait = wait
         self.patience = patience
         self.grace = grace if authenticated else 0.0
@@ -78,8 +88,8 @@ class Conductor:
         self.joined: Mapping[str, int] = {}
         self.lost: dict[str, GramfuseError] = {}
         self.seconds: dict[str, float] = {}
-        self.nonce: str = run.done.get("session") or secrets.token_hex(16)
-        self.about: dict[str, Any] = {"plan": plan.digest, "session": self.nonce}
+        self.nonce: str = self.done("session") or secrets.token_hex(16)
+        self.about: dict[str, Any] = {"plan": plan.digest, "session": self.nonce, "round": number}
 
     def join(self, layout: Layout) -> None:
         """Find out which node is which silo, and have each check the plan.
@@ -87,10 +97,12 @@ class Conductor:
         Raises:
             RefusalError, FederationError: if fewer silos join than the plan asks for; the message names the others.
         """
-        # A resumed run has no use for silos that had not trained, and does not wait for those that were lost since.
-        useful = tuple(self.run.done.get("train", self.plan.names))
-        expected = tuple(name for name in useful if name not in self.run.done.get("lost", {}))
-        nodes = self._connected(expected)
+        # A resumed run has no use for silos that had not trained. Those that were lost before are not waited for.
+        useful = tuple(self.done("train") or self.only or self.plan.names)
+        expected = tuple(name for name in useful if name not in self.lost_before)
+        nodes = self._connected(expected, useful)
+        if self.round > 1:
+            self.keep("session", self.nonce)  # a model was merged by now, so the run is worth going on with
         request = JoinRequest(**self.about, plan_text=self.plan.to_toml(), layout=layout.to_json())
         errors: list[GramfuseError] = []
         refused: dict[str, GramfuseError] = {}
@@ -129,7 +141,8 @@ class Conductor:
             f"silos {', '.join(missing)} of the roster did not join; {len(nodes)} nodes were connected"
         )
         self.lost |= {name: refused.get(name, absent) for name in missing}
-        if len(self.nodes) < self.plan.minimum_survivors:
+        # Those that were lost after their masked vectors came are in the sum all the same.
+        if len(self.nodes) < (self.plan.minimum_survivors if self.done("masked") else self.needed):
             raise _together(errors) if errors else absent
 
     def keep_only(self, silos: Sequence[str]) -> None:
@@ -138,9 +151,31 @@ class Conductor:
 
     def decide(self, key: str, value: Any) -> Any:
         """Keep a decision, a JSON value, before it is acted on; a resumed run gets the one that was made before."""
-        if key not in self.run.done:
-            self.run.keep(key, value)
-        return self.run.done[key]
+        if self.done(key) is None:
+            self.keep(key, value)
+        return self.done(key)
+
+    def done(self, phase: str) -> Any:
+        """Return what was kept of a phase of this round, or None."""
+        return self.run.done.get(of_round(phase, self.round))
+
+    def keep(self, phase: str, result: Any) -> None:
+        """Keep the result of a phase of this round, a JSON value."""
+        self.run.keep(of_round(phase, self.round), result)
+
+    def earlier(self, phase: str) -> Any:
+        """Return what was last kept of a phase in an earlier round, or None."""
+        kept = (self.run.done.get(of_round(phase, number)) for number in range(self.round - 1, 0, -1))
+        return next((result for result in kept if result is not None), None)
+
+    def place(self, name: str) -> Path:
+        """Return where this round keeps something in the run directory."""
+        return self.run.partial / of_round(name, self.round)
+
+    @property
+    def lost_before(self) -> dict[str, str]:
+        """Why silos were lost in the round before, or in this one before it was resumed; they may come back."""
+        return (self.earlier("lost") or {}) | (self.done("lost") or {})
 
     def ask(
         self,
@@ -197,11 +232,11 @@ class Conductor:
             yield silo, request, reply
         self.nodes = {name: node for name, node in self.nodes.items() if name not in self.lost}
 
-    def finish(self) -> None:
-        """Have every silo that joined wipe what it keeps of the session. The result does not depend on it."""
+    def finish(self, silos: Iterable[str]) -> None:
+        """Have silos that joined wipe what they keep of the session. The result does not depend on it."""
         post = Post(self.grid, lambda entry: None)  # the transcript is complete by now
         request = FinishRequest(**self.about)
-        asked = {silo: [request] for silo in self.joined}
+        asked = {silo: [request] for silo in silos}
         with self.phase("finish"):
             exchange = post.exchange(self.joined, asked, len(asked), patience=FINISH_SECONDS, grace=0)
             for silo, _, reply in exchange:
@@ -210,14 +245,14 @@ class Conductor:
 
     def step(self, phase: str, work: Callable[[], Any]) -> Any:
         """Return the result of a phase, a JSON value: as it was kept by an interrupted run, or by doing the work."""
-        if phase not in self.run.done:
+        if self.done(phase) is None:
             with self.phase(phase):
                 result = work()
-            self.run.keep("session", self.nonce)
+            self.keep("session", self.nonce)
             if self.lost:
-                self.run.keep("lost", self.run.done.get("lost", {}) | {n: str(error) for n, error in self.lost.items()})
-            self.run.keep(phase, result)
-        return self.run.done[phase]
+                self.keep("lost", (self.done("lost") or {}) | {n: str(error) for n, error in self.lost.items()})
+            self.keep(phase, result)
+        return self.done(phase)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -229,8 +264,10 @@ class Conductor:
         self.tell(name, "end", seconds=round(self.seconds[name], 3))
 
     def tell(self, phase: str, state: str, **more: Any) -> None:
-        """Give an event to the observer."""
-        self.observer({"phase": phase, "state": state, **more})
+        """Give an event to the observer; in a run of several rounds it says which."""
+        rounds = self.plan.merge.rounds
+        which = {"round": self.round, "rounds": rounds} if rounds > 1 else {}
+        self.observer({"phase": phase, "state": state, **which, **more})
 
     def _tell_lost(self, phase: str, silo: str, error: GramfuseError) -> None:
         self.tell(phase, "lost", silo=silo, reason=str(error))
@@ -238,15 +275,19 @@ class Conductor:
     def _tell_waiting(self, pending: Pending) -> None:
         self.tell(pending.phase, "waiting", silo=pending.silo, seconds=round(pending.seconds), away=pending.away)
 
-    def _connected(self, expected: Sequence[str]) -> dict[str, int]:
+    def _connected(self, expected: Sequence[str], useful: Sequence[str]) -> dict[str, int]:
         """Return the nodes that are connected, once all expected silos are there or the wait is over.
+
+        Args:
+            useful: those that are expected, and others that are taken if they are there.
 
         Returns:
             Node ids; by the silo whose key the node has if nodes are authenticated, else by a label.
         """
         deadline = time.monotonic() + self.wait
         needed, told = len(expected), -1
-        while len(nodes := self._nodes(expected)) < needed:
+        while len(self._nodes(expected)) < needed:
+            nodes = self._nodes(useful)
             if len(nodes) != told:
                 told = len(nodes)
                 self.tell("join", "wait", connected=told, needed=needed)
@@ -258,7 +299,7 @@ class Conductor:
                     "gramfuse silo start"
                 )
             time.sleep(0.2)
-        return nodes
+        return self._nodes(useful)
 
     def _nodes(self, expected: Sequence[str]) -> dict[str, int]:
         if not self.authenticated:

@@ -9,9 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gramfuse_protocol.encoding import decode
-from gramfuse_protocol.errors import FederationError
+from gramfuse_protocol.errors import FederationError, SecurityError
 from gramfuse_protocol.messages import EvaluateReply, EvaluateRequest
-from gramfuse_protocol.metrics import Sums, metrics, sums_shape
+from gramfuse_protocol.metrics import Sums, are_sums, metrics, primary, sums_shape
+from gramfuse_protocol.plan import Plan
 from gramfuse_protocol.scales import METRICS_SCALE
 from gramfuse_protocol.transcript import metrics_context
 from gramfuse_protocol.wire import pack
@@ -38,10 +39,12 @@ class Evaluation:
         self.conductor = conductor
         self.plan = conductor.plan
         self.secure = secure if self.plan.privacy.metrics == "sum" else None
-        self.shape = sums_shape(len(self.plan.model.labels))
 
     def measure(self, candidates: Iterable[Candidate], survivors: tuple[str, ...]) -> list[dict[str, Any]]:
-        """Return name, kind and metrics of each model, over the held-out examples of all silos together.
+        """Return what is to be reported of each model (`described`).
+
+        Where silos keep their heads, a silo's model is measured as a body under each silo's own head, and `alone` are
+        all silos' own models, each on its own examples.
 
         Args:
             survivors: the silos whose contributions are in the merge.
@@ -58,18 +61,17 @@ class Evaluation:
                 digests[candidate.name], found[candidate.name] = self._ask(candidate)
                 self.conductor.tell("evaluate", "measured", name=candidate.name)
         if self.secure is not None:
+            (task,) = self.plan.tasks.values()
             sums = self._summed(digests, survivors)
-            return [{"name": n, "kind": kinds[n], "metrics": metrics(total)} for n, total in sums.items()]
+            return [{"name": n, "kind": kinds[n], "metrics": metrics(task, total)} for n, total in sums.items()]
         # A silo that was lost half-way would be in the metrics of some models only.
         silos = [silo for silo in self.conductor.nodes if all(silo in by for by in found.values())]
-        models = []
-        for name, by in found.items():
-            total: Sums = np.sum([by[silo] for silo in silos], axis=0)
-            model: dict[str, Any] = {"name": name, "kind": kinds[name], "metrics": metrics(total)}
-            if self.plan.privacy.metrics == "silo":
-                model["silos"] = {silo: metrics(by[silo]) for silo in silos}
-            models.append(model)
-        return models
+        results = {name: {silo: by[silo] for silo in silos} for name, by in found.items()}
+        own = {silo: results[silo][silo] for silo in silos if kinds.get(silo) == "silo"}
+        if self.plan.model.head == "own" and own:
+            kinds |= dict.fromkeys(own, "body") | {"alone": "alone"}
+            results = {silo: results[silo] for silo in own} | {"alone": own} | results
+        return [described(self.plan, name, kinds[name], by) for name, by in results.items()]
 
     def _ask(self, candidate: Candidate) -> tuple[str, dict[str, Sums]]:
         """Return the digest of the request that brought a model, and the sums of each silo that may tell them."""
@@ -86,17 +88,58 @@ class Evaluation:
             if reply.candidate != name or reply.arrays:
                 raise FederationError(f"silo {silo!r} sent metrics of {name!r} in the clear; the plan has them summed")
             return
-        if reply.candidate != name or found is None or found.dtype != np.float64 or found.shape != self.shape:
+        task = self.plan.task_of(silo)
+        if reply.candidate != name or found is None or found.shape != sums_shape(task):
             raise FederationError(
                 f"silo {silo!r} sent metrics of {reply.candidate!r} that do not fit; expected float64 sums of "
-                f"shape {self.shape} of {name!r}"
+                f"shape {sums_shape(task)} of {name!r}"
             )
-        if not np.isfinite(found).all() or (self.plan.model.labels and (found.min() < 0 or found.sum() < 1)):
-            raise FederationError(f"silo {silo!r} sent metrics of {name!r} that are no counts of examples")
+        if not are_sums(task, found):
+            raise FederationError(f"silo {silo!r} sent metrics of {name!r} that are no sums over examples")
 
     def _summed(self, digests: Mapping[str, str], survivors: tuple[str, ...]) -> dict[str, Sums]:
         assert self.secure is not None  # noqa: S101
-        size = int(np.prod(self.shape))
+        (task,) = self.plan.tasks.values()
+        size = int(np.prod(sums_shape(task)))
         words, _ = self.secure.metrics(survivors, tuple(digests), size * len(digests), metrics_context(digests))
-        values = decode(words, METRICS_SCALE[self.plan.model.task]).reshape(len(digests), *self.shape)
+        values = decode(words, METRICS_SCALE[task.task]).reshape(len(digests), *sums_shape(task))
+        if not all(are_sums(task, total) for total in values):
+            raise SecurityError(
+                "what the sum of the metrics opened to is no sum over examples: the silos did not measure the same "
+                "models, or one of them sent what it did not measure. The report names the silos that were lost"
+            )
         return dict(zip(digests, values, strict=True))
+
+
+def described(plan: Plan, name: str, kind: str, by: Mapping[str, Sums]) -> dict[str, Any]:
+    """Return what a report says of a model.
+
+    Args:
+        name, kind: of the model.
+        by: held-out sums by silo.
+
+    Returns:
+        `name`, `kind` and `metrics`, over the examples of all silos together. If silos have different tasks, these are
+        the number of `examples` and `mean-score`, the mean over the tasks of the metric that ranks them, and `tasks`
+        has all metrics of each. If the plan shows metrics silo by silo, `silos` has those.
+    """
+    joint: dict[str, dict[str, float]] = {}
+    for task_name, task in plan.tasks.items():
+        theirs = [sums for silo, sums in by.items() if not plan.task or _task_name(plan, silo) == task_name]
+        if theirs:
+            joint[task_name] = metrics(task, np.sum(theirs, axis=0))
+    model: dict[str, Any] = {"name": name, "kind": kind}
+    if plan.task:
+        scores = [found[primary(plan.tasks[task_name])] for task_name, found in joint.items()]
+        examples = sum(found["examples"] for found in joint.values())
+        model["metrics"] = {"examples": examples, "mean-score": sum(scores) / len(scores)}
+        model["tasks"] = joint
+    else:
+        model["metrics"] = joint[""]
+    if plan.privacy.metrics == "silo":
+        model["silos"] = {silo: metrics(plan.task_of(silo), sums) for silo, sums in by.items()}
+    return model
+
+
+def _task_name(plan: Plan, silo: str) -> str | None:
+    return next(entry.task for entry in plan.silo if entry.name == silo)

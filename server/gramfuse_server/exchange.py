@@ -1,38 +1,56 @@
-"""One planned exchange, from the first message to the merged model."""
+"""One run, from the first message to the merged model: one exchange, or, in a plan with rounds, several."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
-from typing import Any
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 from flwr.serverapp import Grid
+from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
 
 from gramfuse_model.base import Base
-from gramfuse_protocol.errors import FederationError, GramfuseError
-from gramfuse_protocol.layout import PIECE_BYTES, Layout, delta_block
-from gramfuse_protocol.messages import (
-    TrainReply,
-    TrainRequest,
-    UploadReply,
-    UploadRequest,
-)
+from gramfuse_model.tasks import merged_form
+from gramfuse_protocol.layout import ITEM_BYTES, PIECE_BYTES, Layout, delta_block
 from gramfuse_protocol.plan import Plan
-from gramfuse_protocol.statistics import Contribution, check_counts, check_slices
-from gramfuse_server.accumulator import Accumulator, Merged
+from gramfuse_protocol.statistics import Contribution
+from gramfuse_server.accumulator import Merged
 from gramfuse_server.conductor import WAIT_SECONDS, Conductor, Observer
-from gramfuse_server.evaluation import Candidate, Evaluation
+from gramfuse_server.evaluation import Candidate
 from gramfuse_server.model import write_model
 from gramfuse_server.post import GRACE_SECONDS
-from gramfuse_server.run import RunDirectory
-from gramfuse_server.secure import UPLOADS, SecureSums
-from gramfuse_server.spool import Spool, Spooled
+from gramfuse_server.round import Round
+from gramfuse_server.run import START, RunDirectory, of_round
 
-OwnModels = Callable[[str], Contribution]
-"""Returns what a silo measured, by its name: only whoever simulates all silos has that."""
+OUTCOME = "outcome"
+"""Under what the report of a round that is over is kept."""
+
+N = TypeVar("N", int, float)
+
+OwnModels = Callable[[str, int], Contribution]
+"""Returns what a silo measured, by its name and the round, with differences from the base: only whoever simulates all
+silos has that."""
+
+Study = Callable[[tuple[str, ...], Merged, Observer], tuple[Merged, dict[str, Any]]]
+"""Looks at the merge of the last round before it is measured and written: for whoever has all silos' statistics and
+data.
+
+It is given the survivors, the merge as differences from the base, and whom to tell how far it is. It returns the merge
+that is to be measured and written, and what to add to the report; `models` among that are further models with their
+metrics.
+"""
+
+
+Finish = Callable[[str, Mapping[str, NDArray[np.float32]], Path], None]
+"""Writes a silo's finished model: given its name, the merged body's differences from the base by block name, and the
+directory to make."""
 
 
 class Exchange:
@@ -46,6 +64,9 @@ class Exchange:
         run: the run directory, entered.
         own_models: if given, each silo's own model is sent to all silos to be measured too; for simulations only,
             since it shows one silo's model to the others.
+        study: if given, looks at the merge; for simulations only.
+        own_heads: if given, and if silos keep their heads, writes each silo's finished model into the run directory;
+            for simulations only.
         piece_bytes: most bytes of a contribution in one message; a multiple of 16.
         wait, patience, grace, authenticated: as `gramfuse_server.conductor.Conductor` has them.
     """
@@ -59,6 +80,8 @@ class Exchange:
         run: RunDirectory,
         *,
         own_models: OwnModels | None = None,
+        study: Study | None = None,
+        own_heads: Finish | None = None,
         observer: Observer = lambda event: None,
         piece_bytes: int = PIECE_BYTES,
         wait: float = WAIT_SECONDS,
@@ -71,14 +94,24 @@ class Exchange:
         self.base = base
         self.run = run
         self.own_models = own_models
+        self.study = study
+        self.own_heads = own_heads
         self.piece_bytes = piece_bytes
-        self.conductor = Conductor(
-            grid, plan, run, observer, wait=wait, patience=patience, grace=grace, authenticated=authenticated
+        self._conductor = partial(
+            Conductor,
+            grid,
+            plan,
+            run,
+            observer,
+            wait=wait,
+            patience=patience,
+            grace=grace,
+            authenticated=authenticated,
         )
-        self.secure = SecureSums(self.conductor, piece_bytes) if plan.privacy.secure_aggregation else None
+        self._conductors: list[Conductor] = []
 
     def start(self) -> dict[str, Any]:
-        """Run all phases and write the run directory, but for its checksums and its final name.
+        """Run all rounds and write the run directory, but for its checksums and its final name.
 
         Returns:
             The report, as it stands in report.json.
@@ -86,156 +119,127 @@ class Exchange:
         Raises:
             GramfuseError: of the kind that fits; the message names the silo.
         """
-        conductor = self.conductor
         self.run.write("plan.toml", self.plan.to_toml())
         self.run.write("layout.json", self.layout.to_json())
-        with conductor.phase("join"):
-            conductor.join(self.layout)
-        trained = conductor.step("train", self._train)
-        accumulator = Accumulator(self.layout, alpha=self.plan.merge.alpha, weighting=self.plan.merge.weighting)
-        survivors = self._sum_open(accumulator, trained) if self.secure is None else self._sum_masked(accumulator)
-        with conductor.phase("merge"):
-            merged = accumulator.merge()
-        models, unmeasured = self._evaluate(survivors, merged)
-        with conductor.phase("write"):
-            joint = next((model["metrics"] for model in models if model["kind"] == "regmean"), None)
-            with self.run.writing():
-                write_model(self.run.partial / "model", self.base, merged.deltas, self.plan, survivors, joint)
-        report = self._report(trained, survivors, accumulator, models, unmeasured, merged)
+        last = self.plan.merge.rounds
+        for number in range(1, last):
+            if of_round(OUTCOME, number) not in self.run.done:
+                self._pass_on(self._begin(number))
+        earlier = [self.run.done[of_round(OUTCOME, number)] for number in range(1, last)]
+        report = self._conclude(self._begin(last), earlier)
         self.run.write("report.json", json.dumps(report, indent=2) + "\n")
         return report
 
     def finish(self) -> None:
         """Have the silos wipe what they keep of the run; call it once the run directory is complete."""
-        self.conductor.finish()
+        last = {silo: conductor for conductor in self._conductors for silo in conductor.joined}
+        for conductor in self._conductors:
+            if silos := [silo for silo in conductor.joined if last[silo] is conductor]:
+                conductor.finish(silos)
 
-    def _train(self) -> dict[str, dict[str, Any]]:
-        trained = {}
-        request = TrainRequest(**self.conductor.about)
-        open_mode = self.secure is None
+    def _begin(self, number: int) -> Round:
+        """Return a round in which nothing was done, or what a run that was interrupted had done."""
+        conductor = self._conductor(number=number)
+        self._conductors.append(conductor)
+        start = {} if number == 1 else load_file(self._start(number))
+        return Round(conductor, self.layout, start, self.piece_bytes)
 
-        def check(silo: str, _: TrainRequest, reply: TrainReply) -> None:
-            if open_mode:
-                check_counts(self.layout, reply.examples or 0, reply.tokens, f"silo {silo!r}")
-            elif reply.examples is not None or reply.tokens:
-                raise FederationError(f"silo {silo!r} reports counts, which secure aggregation keeps from everyone")
+    def _pass_on(self, current: Round) -> None:
+        """Do a round that is not the last, and keep what the next one starts from."""
+        merged = current.merge()
+        candidates = list(self._candidates(current, merged))
+        current.measure(candidates)
+        path = self._start(current.conductor.round + 1)
+        temporary = path.with_name(f"{path.name}.partial")
+        with self.run.writing():
+            save_file(dict(candidates[-1].arrays), temporary)
+            os.replace(temporary, path)
+        current.conductor.keep("lost", current.lost)
+        current.conductor.keep(OUTCOME, current.report(merged))
+        for spool in ("spool", "spool-metrics"):
+            shutil.rmtree(current.conductor.place(spool), ignore_errors=True)
 
-        for silo, _, reply in self.conductor.ask(
-            TrainReply,
-            {name: [request] for name in self.conductor.nodes},
-            needed=self.plan.minimum_survivors,
-            long_work=True,
-            check=check,
-        ):
-            trained[silo] = {"examples": reply.examples, "tokens": dict(reply.tokens)}
-            self.conductor.tell("train", "silo", silo=silo, examples=reply.examples)
-        return {name: trained[name] for name in self.plan.names if name in trained}
-
-    def _sum_open(self, accumulator: Accumulator, trained: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:
-        """Collect every silo's statistics and fold them in, in roster order."""
-        spool, pieces = Spool(self.run.partial / "spool"), self.layout.pieces(self.piece_bytes)
-        survivors = tuple(self.conductor.step("upload", lambda: self._upload(spool, tuple(trained))))
-        for name in survivors:
-            about = trained[name]
-            accumulator.fold(Spooled(spool, name, pieces, about["examples"], about["tokens"]), f"silo {name!r}")
-        return survivors
-
-    def _upload(self, spool: Spool, silos: tuple[str, ...]) -> list[str]:
-        pieces = self.layout.pieces(self.piece_bytes)
-        requests = {
-            name: [
-                UploadRequest(**self.conductor.about, piece=number, piece_bytes=self.piece_bytes)
-                for number in range(len(pieces))
-                if not spool.has(name, number)
-            ]
-            for name in silos
-            if name in self.conductor.nodes
-        }
-
-        def check(silo: str, request: UploadRequest, reply: UploadReply) -> None:
-            if reply.piece != request.piece:
-                raise FederationError(f"silo {silo!r} sent piece {reply.piece}; piece {request.piece} was asked for")
-            check_slices(pieces[reply.piece], reply.arrays, f"silo {silo!r}")
-
-        for silo, _, reply in self.conductor.ask(
-            UploadReply, requests, in_flight=UPLOADS, needed=self.plan.minimum_survivors, check=check
-        ):
+    def _conclude(self, current: Round, earlier: list[dict[str, Any]]) -> dict[str, Any]:
+        """Do the last round, write the model, and return the report."""
+        conductor, merged = current.conductor, current.merge()
+        studied: dict[str, Any] = {}
+        if self.study is not None:
+            with conductor.phase("study"):
+                merged, studied = self.study(current.survivors, merged, conductor.observer)
+        current.measure(self._candidates(current, merged))
+        current.models += studied.pop("models", [])
+        with conductor.phase("write"):
+            joint = next((model["metrics"] for model in current.models if model["kind"] == "regmean"), None)
             with self.run.writing():
-                spool.save(silo, reply.piece, reply.arrays)
-            self.conductor.tell("upload", "silo", silo=silo, piece=reply.piece + 1, pieces=len(pieces))
-        return [name for name in silos if all(spool.has(name, number) for number in range(len(pieces)))]
+                chosen = studied.get("tuning", {}).get("chosen")
+                place = self.run.partial / "model"
+                write_model(place, self.base, merged.deltas, self.plan, current.survivors, joint, chosen)
+                if self.own_heads is not None and self.plan.model.head == "own":
+                    arrays = {delta_block(name): np.asarray(d, np.float32) for name, d in merged.deltas.items()}
+                    for silo in current.survivors:
+                        self.own_heads(silo, arrays, self.run.partial / "models" / silo)
+        return self._report(current, [*earlier, current.report(merged)]) | studied
 
-    def _sum_masked(self, accumulator: Accumulator) -> tuple[str, ...]:
-        """Have the silos' statistics added under masks."""
-        assert self.secure is not None  # noqa: S101
-        self.secure.prepare()
-        words, survivors = self.secure.statistics(self.layout.sum_entries, self.layout.digest)
-        accumulator.load(words, len(self.plan.silo))
-        return survivors
-
-    def _evaluate(self, survivors: tuple[str, ...], merged: Merged) -> tuple[list[dict[str, Any]], str | None]:
-        """Measure the models at all survivors; return what was found, or why nothing was.
-
-        The merge is done by now, so whatever goes wrong here costs the metrics and not the model.
-        """
-        if self.plan.privacy.metrics == "none":
-            return [], "the plan lets no metrics leave"
-        self.conductor.keep_only(survivors)
-        try:
-            return Evaluation(self.conductor, self.secure).measure(self._candidates(survivors, merged), survivors), None
-        except GramfuseError as error:
-            return [], str(error)
-
-    def _candidates(self, survivors: tuple[str, ...], merged: Merged) -> Iterator[Candidate]:
+    def _candidates(self, current: Round, merged: Merged) -> Iterator[Candidate]:
+        """Yield the models that are measured; the merge is the last."""
         if self.own_models is not None:
-            for name in survivors:
-                own = self.own_models(name)
+            for name in current.survivors:
+                own = self.own_models(name, current.conductor.round)
                 arrays = {delta_block(t.name): own.block(delta_block(t.name)) for t in self.layout.tensors}
                 yield Candidate(name, "silo", arrays)
         for kind, deltas in (("simple", merged.mean), ("regmean", merged.deltas)):
             yield Candidate(kind, kind, {delta_block(name): np.asarray(d, np.float32) for name, d in deltas.items()})
 
-    def _report(
-        self,
-        trained: Mapping[str, Mapping[str, Any]],
-        survivors: tuple[str, ...],
-        accumulator: Accumulator,
-        models: list[dict[str, Any]],
-        unmeasured: str | None,
-        merged: Merged,
-    ) -> dict[str, Any]:
-        conductor = self.conductor
-        # A silo that was lost before the run was resumed may have come back.
-        before = {name: reason for name, reason in self.run.done.get("lost", {}).items() if name not in survivors}
-        lost = before | {name: str(error) for name, error in conductor.lost.items()}
+    def _report(self, current: Round, rounds: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return the report: of the last round, but for what all of them took."""
+        of_last = {key: rounds[-1][key] for key in ("lost", "models", "unmeasured", "solve")}
         return {
             "run": self.run.path.name,
             "name": self.plan.plan.name,
             "plan_digest": self.plan.digest,
             "layout_digest": self.layout.digest,
             "base": {"name": self.plan.model.base, "sha256": self.base.sha256},
-            "mode": "open" if self.secure is None else "secure",
+            "auto_class": merged_form(self.plan).auto,
+            "head": self.plan.model.head,
+            "tasks": {name: task.task for name, task in self.plan.tasks.items()},
+            "mode": "open" if current.secure is None else "secure",
             "identities": "made for this run" if self.own_models else "those of the plan",
-            "silos": [{"name": name, "examples": trained[name]["examples"]} for name in survivors],
-            "lost": [{"name": name, "reason": reason} for name, reason in lost.items()],
-            "examples": accumulator.examples,
-            "models": models,
-            "unmeasured": unmeasured,
-            "solve": [asdict(step) for step in merged.steps],
-            "bytes": self._of_silos(conductor.post.received),
-            "bytes_to_silos": self._of_silos(conductor.post.sent),
-            "seconds": {phase: round(seconds, 3) for phase, seconds in conductor.seconds.items()},
+            "silos": [{"name": name, "examples": current.trained[name]["examples"]} for name in current.survivors],
+            "examples": current.accumulator.examples,
+            **of_last,
+            "bytes": _total(of["bytes"] for of in rounds),
+            "bytes_to_silos": _total(of["bytes_to_silos"] for of in rounds),
+            "seconds": {phase: round(took, 3) for phase, took in _sum(of["seconds"] for of in rounds).items()},
+            "rounds": rounds,
             "versions": {
                 name: importlib.metadata.version(name) for name in ("gramfuse", "flwr", "torch", "transformers")
             },
         }
 
-    def _of_silos(self, traffic: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, int]]:
-        """Return traffic by silo, without that of nodes which did not join as one."""
-        return {name: dict(traffic[name]) for name in self.plan.names if name in traffic}
+    def _start(self, number: int) -> Path:
+        """Return where the model that a round starts from is kept until the run is over."""
+        return self.run.partial / f"{of_round(START, number)}.safetensors"
+
+
+def _sum(counts: Iterable[Mapping[str, N]]) -> dict[str, N]:
+    """Return the sum of counts by name."""
+    total: dict[str, N] = {}
+    for of in counts:
+        for name, count in of.items():
+            total[name] = total[name] + count if name in total else count
+    return total
+
+
+def _total(traffic: Iterable[Mapping[str, Mapping[str, int]]]) -> dict[str, dict[str, int]]:
+    """Return the sum of traffic by silo and phase."""
+    by_round = list(traffic)
+    silos = dict.fromkeys(silo for of in by_round for silo in of)
+    return {silo: _sum(of.get(silo, {}) for of in by_round) for silo in silos}
 
 
 def needed_bytes(plan: Plan, layout: Layout, model_bytes: int) -> int:
-    """Bytes that a run writes at most: all contributions, the model, and some room."""
+    """Bytes that a run writes at most: all contributions of a round, what rounds start from, models, some room."""
     each = layout.upload_bytes(masked=plan.privacy.secure_aggregation)
-    return len(plan.silo) * each + 2 * model_bytes + 50 * 2**20
+    starts = (plan.merge.rounds - 1) * ITEM_BYTES * sum(piece.block.entries for piece in layout.deltas)
+    models = 2 + (len(plan.silo) if plan.model.head == "own" else 0)
+    return len(plan.silo) * each + starts + models * model_bytes + 50 * 2**20

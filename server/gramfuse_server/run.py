@@ -22,6 +22,8 @@ from gramfuse_protocol.errors import ContributionError, RunDirectoryError, Secur
 CHECKPOINT = "checkpoint.json"
 LOCK = "lock"
 SUMS = "SHA256SUMS"
+START = "start"
+"""How the name of a model that a round starts from begins."""
 RESUMABLE = "train"
 """The phase whose result makes a run worth resuming."""
 
@@ -38,7 +40,8 @@ class RunDirectory:
         resume: go on with what an interrupted run left under the partial name.
 
     Attributes:
-        done: results of the phases that are over, as JSON values by phase; empty but for a resumed run.
+        done: results of the phases that are over, as JSON values by `of_round(phase, round)`; empty but for a
+            resumed run.
 
     Raises:
         RunDirectoryError: if it exists, cannot be made or resumed, another run is writing there, or the disk has not
@@ -131,7 +134,8 @@ class RunDirectory:
         """Write SHA256SUMS over all files, remove what only a resumed run needs, and give the directory its name."""
         with self.writing():
             spools = list(self.partial.glob("spool*"))
-            away = {self.partial / name for name in (CHECKPOINT, LOCK, SUMS)}
+            starts = list(self.partial.glob(f"{START}*"))
+            away = {self.partial / name for name in (CHECKPOINT, LOCK, SUMS)}.union(starts)
             away = away.union(*(spool.rglob("*") for spool in spools))
             files = sorted(path for path in self.partial.rglob("*") if path.is_file() and path not in away)
             sums = [f"{_sha256(path)}  {path.relative_to(self.partial).as_posix()}\n" for path in files]
@@ -140,8 +144,15 @@ class RunDirectory:
                 (self.partial / name).unlink(missing_ok=True)
             for spool in spools:
                 shutil.rmtree(spool)
+            for start in starts:
+                start.unlink()
             os.replace(self.partial, self.path)
         return self.path
+
+
+def of_round(name: str, number: int) -> str:
+    """Return what a phase's result, or a file of it, is called in a round: as in a run of one, but for later rounds."""
+    return name if number == 1 else f"{name}-{number}"
 
 
 def partial_of(path: Path) -> Path:

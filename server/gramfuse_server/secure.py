@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from gramfuse_protocol.messages import (
     UnmaskRequest,
 )
 from gramfuse_protocol.secure_sum import Signed
-from gramfuse_protocol.transcript import Advert, Sum, session_id
+from gramfuse_protocol.transcript import Advert, Sum, round_digest, session_id
 from gramfuse_server.conductor import Conductor, Q, R
 from gramfuse_server.spool import Spool
 
@@ -52,12 +53,15 @@ class SecureSums:
     Args:
         conductor: leads the silos.
         piece_bytes: most bytes of a vector in one message.
+        start: `gramfuse_protocol.transcript.start_digest` of what silos started from; empty in the first round.
     """
 
-    def __init__(self, conductor: Conductor, piece_bytes: int) -> None:
+    def __init__(self, conductor: Conductor, piece_bytes: int, start: str) -> None:
         self.conductor = conductor
-        self.roster = conductor.plan.roster
+        roster = conductor.plan.roster
+        self.roster = replace(roster, plan=round_digest(roster.plan, conductor.round, start))
         self.piece_bytes = piece_bytes
+        self.floor = max(self.roster.floor, conductor.needed)
         self.adverts: tuple[Advert, ...] = ()
         self.sealed: Mapping[str, Mapping[str, str]] = {}
 
@@ -106,7 +110,7 @@ class SecureSums:
                 raise SecurityError(f"silo {silo!r} sent the keys of {reply.advert.silo!r}")
             secure_sum.check_advert(self.roster, conductor.nonce, reply.advert)
 
-        replies = self._gather(KeysReply, request, cohort, self.roster.floor, check)
+        replies = self._gather(KeysReply, request, cohort, self.floor, check)
         present = [replies[name].advert for name in cohort if name in replies]
         secure_sum.check_adverts(self.roster, conductor.nonce, cohort, present)
         return [advert.model_dump_json() for advert in present]
@@ -119,7 +123,7 @@ class SecureSums:
             if set(reply.sealed) != set(names) - {silo}:
                 raise SecurityError(f"silo {silo!r} did not seal shares for exactly its peers")
 
-        replies = self._gather(SharesReply, request, names, self.roster.floor, check)
+        replies = self._gather(SharesReply, request, names, self.floor, check)
         return {silo: dict(reply.sealed) for silo, reply in replies.items()}
 
     def _sum(
@@ -127,8 +131,12 @@ class SecureSums:
     ) -> tuple[Words, tuple[str, ...]]:
         suffix = "" if name == "statistics" else "-metrics"
         step = self.conductor.step
-        spool = Spool(self.conductor.run.partial / f"spool{suffix}")
-        survivors = tuple(step(f"masked{suffix}", lambda: self._masked(name, spool, about, entries)))
+        spool = Spool(self.conductor.place(f"spool{suffix}"))
+        # Silos sign one list for a sum, whatever the round.
+        only = self.conductor.earlier(f"masked{suffix}")
+        asked = about if only is None else {silo: about[silo] for silo in only if silo in about}
+        needed = self.floor if only is None else len(only)
+        survivors = tuple(step(f"masked{suffix}", lambda: self._masked(name, spool, asked, entries, needed)))
         signed = Signed(survivors=survivors, context=context)
         signatures = step(f"survivors{suffix}", lambda: self._survivors(name, members, signed))
         shares = step(f"unmask{suffix}", lambda: self._unmask(name, members, signatures))
@@ -136,7 +144,7 @@ class SecureSums:
         released = {silo: {owner: bytes.fromhex(share) for owner, share in of.items()} for silo, of in shares.items()}
         masks.apply(
             words,
-            secure_sum.unmasking(self.roster, self.conductor.nonce, self.adverts, name, members, survivors, released),
+            secure_sum.unmasking(self.roster, self.conductor.nonce, self.adverts, name, members, signed, released),
         )
         return words, survivors
 
@@ -144,7 +152,9 @@ class SecureSums:
         size = self.piece_bytes // 8
         return [(start, min(entries, start + size)) for start in range(0, entries, size)]
 
-    def _masked(self, name: Sum, spool: Spool, about: Mapping[str, Mapping[str, Any]], entries: int) -> list[str]:
+    def _masked(
+        self, name: Sum, spool: Spool, about: Mapping[str, Mapping[str, Any]], entries: int, needed: int
+    ) -> list[str]:
         conductor, pieces = self.conductor, self._pieces(entries)
         requests = {
             silo: [
@@ -171,7 +181,7 @@ class SecureSums:
             MaskedReply,
             requests,
             in_flight=UPLOADS if len(pieces) > 1 else None,
-            needed=self.roster.floor - len(complete),
+            needed=needed - len(complete),
             check=check,
         ):
             with conductor.run.writing():

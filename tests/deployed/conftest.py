@@ -329,7 +329,7 @@ def undisturbed(tmp_path: Path) -> Callable[..., bytes]:
         total = np.zeros(layout.sum_entries, np.uint64)
         for name in silos:
             silo, base = Silo.read(project.silo(name)), load_base(plan, project.directory)
-            measured = train(silo, plan, layout, base, load(silo, plan.model)[0])
+            measured = train(silo, plan, layout, base, load(silo, plan.task_of(silo.name))[0])
             values = summands(layout, measured, alpha=plan.merge.alpha, weighting=plan.merge.weighting)
             scaled = zip(values, scales(layout, len(plan.silo), plan.merge.weighting), strict=True)
             write_masked(

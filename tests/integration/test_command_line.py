@@ -371,6 +371,7 @@ def test_a_setting_that_does_not_fit_is_named(
         (["simulate", "nowhere"], "'nowhere' does not exist"),
         (["simulate", ".", "--sett", "a.b=1"], "--sett"),
         (["simulate", ".", "--seed", "-1"], "--seed"),
+        (["simulate", ".", "--compare", "best,fishr"], "'fishr' is nothing to compare with; there are simple, fisher"),
         (["simulate"], "DIR"),
         (["merge"], "'merge'"),
     ],
@@ -411,10 +412,10 @@ def test_init_makes_a_project_whose_plan_and_silos_read(gramfuse: Callable[..., 
         silo = Silo.read(directory / "silos" / f"{name}.toml")
         assert silo.name == name
         assert silo.file.approved == (), "a project from a template has approved nothing"
-        train, held_out = load(silo, plan.model)
+        train, held_out = load(silo, plan.task_of(name))
         assert len(train) >= 250
         assert len(held_out) >= 50
-        assert not set(train.texts) & set(held_out.texts)
+        assert not set(train.inputs) & set(held_out.inputs)
 
 
 def test_init_fills_an_empty_directory_and_says_what_comes_next(gramfuse: Callable[..., Outcome], place: Path) -> None:

@@ -47,7 +47,7 @@ def plain_loop(directory: Path) -> tuple[dict[str, np.ndarray], dict[str, float]
     silos = [Silo.read(directory / "silos" / f"{name}.toml") for name in plan.names]
     accumulator = Accumulator(layout, alpha=plan.merge.alpha, weighting=plan.merge.weighting)
     for silo in silos:
-        examples, _ = load(silo, plan.model)
+        examples, _ = load(silo, plan.task_of(silo.name))
         accumulator.fold(train(silo, plan, layout, load_base(plan, directory), examples), silo.name)
     parameters = dict(base.model.named_parameters())
     with torch.no_grad():
@@ -55,11 +55,12 @@ def plain_loop(directory: Path) -> tuple[dict[str, np.ndarray], dict[str, float]
             parameters[name].copy_(torch.from_numpy(parameters[name].numpy().astype(np.float64) + delta))
     sums = 0.0
     for silo in silos:
-        _, held_out = load(silo, plan.model)
-        encoded = Encoded(held_out, base.tokenizer, plan.model.max_length)
+        task = plan.task_of(silo.name)
+        _, held_out = load(silo, task)
+        encoded = Encoded(held_out, base.tokenizer, task)
         cpu = torch.device("cpu")
-        sums = sums + evaluate(base.model, batches(encoded, base.tokenizer, 64, cpu), len(plan.model.labels))
-    return {name: p.detach().numpy() for name, p in parameters.items()}, metrics(sums)
+        sums = sums + evaluate(base.model, batches(encoded, 64, cpu), task, base.tokenizer)
+    return {name: p.detach().numpy() for name, p in parameters.items()}, metrics(task, sums)
 
 
 @pytest.mark.timeout(280)

@@ -51,8 +51,9 @@ from gramfuse_protocol.statistics import Contribution, Statistics
 from gramfuse_protocol.wire import pack, unpack
 from gramfuse_server import post
 from gramfuse_server.app import coordinate
-from gramfuse_server.exchange import UPLOADS, Exchange
+from gramfuse_server.exchange import Exchange
 from gramfuse_server.run import RunDirectory
+from gramfuse_server.secure import UPLOADS
 
 SILOS = ("silo-a", "silo-b", "silo-c")
 PIECE_BYTES = 1000
@@ -71,9 +72,9 @@ def simulated(project: Any, plan: Plan, state: Path) -> dict[str, Any]:
     return apps
 
 
-def own_models(plan: Plan, state: Path) -> Callable[[str], Contribution]:
+def own_models(plan: Plan, state: Path) -> Callable[[str, int], Contribution]:
     """What `gramfuse simulate` gives to have every silo's own model measured."""
-    return lambda name: State(state / name, plan.digest).contribution()
+    return lambda name, number: State(state / name, plan.digest, number).contribution(from_base=True)
 
 
 @dataclass(repr=False)
@@ -447,7 +448,10 @@ def test_no_more_metrics_come_than_the_plan_says(
         sha256=honest.plan.model.sha256, layout=honest.layout.digest
     )
     grid = in_process_grid(honest.scripted())
-    own = honest.statistics.__getitem__
+
+    def own(name: str, _: int) -> Statistics:
+        return honest.statistics[name]
+
     report = exchange(grid, honest, place / "run", plan=plan, own_models=own, observer=events.append)
     assert report["unmeasured"] == ("the plan lets no metrics leave" if metrics == "none" else None)
     if metrics == "none":

@@ -36,10 +36,12 @@ from gramfuse_client.session import Session
 from gramfuse_client.silo import Silo
 from gramfuse_model.base import Base, load_base
 from gramfuse_model.summands import summands
+from gramfuse_protocol import secure_sum
 from gramfuse_protocol.encoding import encode
 from gramfuse_protocol.errors import FederationError, GramfuseError, RefusalError, RunDirectoryError
 from gramfuse_protocol.keys import Identity
 from gramfuse_protocol.layout import Layout
+from gramfuse_protocol.masks import apply
 from gramfuse_protocol.messages import (
     REPLIES,
     REQUESTS,
@@ -58,8 +60,9 @@ from gramfuse_protocol.messages import (
 )
 from gramfuse_protocol.plan import Plan
 from gramfuse_protocol.scales import scales
+from gramfuse_protocol.secure_sum import Signed
 from gramfuse_protocol.statistics import Statistics
-from gramfuse_protocol.transcript import advert_statement
+from gramfuse_protocol.transcript import advert_statement, metrics_context
 from gramfuse_protocol.wire import pack, unpack
 from gramfuse_server import exchange as exchange_module
 from gramfuse_server import post
@@ -136,7 +139,7 @@ def site(_kept: list[Site], pico_project: Any) -> Site:
         statistics = {}
         for name in NAMES:
             silo = Silo.read(project.silo(name))
-            examples, _ = load(silo, plan.model)
+            examples, _ = load(silo, plan.task_of(name))
             found = workbench.train(silo, plan, layout, copy.deepcopy(base), examples)
             # Weighed by examples, an integer leaves 18 bits to their number: let them be as many as silos have.
             statistics[name] = replace(found, examples=100 * len(examples))
@@ -935,6 +938,57 @@ def test_silos_that_are_told_different_things_find_out(script: Coordinator, plac
     reply = c.ask(A, c.requests["unmask-metrics"][A][0].model_copy(update={"signatures": signatures}), place / "models")
     assert (reply.error, repr(B) in reply.reason) == ("SecurityError", True)
     assert_over(script, place / "models", A)
+
+
+def test_what_one_silo_measured_apart_stays_masked_though_the_others_agree(script: Coordinator, place: Path) -> None:
+    """All but silo-b measure a model that tells nothing; they are enough to sign, and open the sum that it is in."""
+    at(script, "evaluate", place, *NAMES)
+    c = Coordinator(script.site, script.plan, place, str(script.about["session"]))
+    c.requests, c.replies = copy.copy(script.requests), copy.copy(script.replies)
+    agreed = tuple(name for name in NAMES if name != B)
+    total = np.zeros(2 * 3 * 3, np.uint64)  # two models, three labels
+    for name in NAMES:
+        first, second = c.requests["evaluate"][name]
+        told = second if name == B else second.model_copy(update={"arrays": c.models["simple"]})
+        for request in (first, told):
+            assert not isinstance(c.ask(name, request), Refusal)
+        total += c.ask(name, c.requests["masked-metrics"][name][0]).arrays["masked"]
+    known = {n: json.loads((session_of(c, place, n) / "session.json").read_text())["measured"] for n in NAMES}
+    counts = sum(np.array([v for m in known[n].values() for v in m["sums"]]) for n in NAMES)
+    asked = {name: c.requests["survivors-metrics"][name][0] for name in agreed}
+    signatures = {name: c.ask(name, request).signature for name, request in asked.items()}
+    unmask = c.requests["unmask-metrics"][A][0].model_copy(update={"signatures": signatures})
+    replies = {name: c.ask(name, unmask) for name in agreed}
+    shares = {n: {owner: bytes.fromhex(share) for owner, share in r.shares.items()} for n, r in replies.items()}
+    for name in (A, B):  # what the others signed, and what silo-b would have
+        signed = Signed(survivors=NAMES, context=metrics_context({m: of["request"] for m, of in known[name].items()}))
+        opened = total.copy()
+        apply(
+            opened,
+            secure_sum.unmasking(c.plan.roster, str(c.about["session"]), c.adverts, "metrics", NAMES, signed, shares),
+        )
+        assert not np.isin(opened, counts).any()
+        assert (np.abs(opened.view(np.int64)) > 2**32).all(), "words of a sum of counts are small"
+
+
+def test_a_sum_of_metrics_that_does_not_open_is_no_metric(site: Site, in_process_grid: Any, place: Path) -> None:
+    """Somebody on the way to silo-c has it measure another model; the others are enough to sign."""
+    run = Run(site, site.plan(), place)
+    honest = run.nodes()
+
+    def lied_to(message: Message, context: Context) -> Message:
+        request = unpack(from_record(message.content), REQUESTS)
+        if isinstance(request, EvaluateRequest):
+            other = {name: np.zeros_like(array) for name, array in request.arrays.items()}
+            message.content = to_record(pack(request.model_copy(update={"arrays": other})))
+        return honest[C](message, context)
+
+    run.nodes = lambda: {**honest, C: lied_to}  # type: ignore[method-assign]
+    report = run.start(in_process_grid)
+    assert report["models"] == []
+    assert "the silos did not measure the same models" in report["unmeasured"]
+    assert [silo["name"] for silo in report["lost"]] == [C]
+    assert distance(run.deltas, site.merged(run.plan, NAMES)) <= 1e-6
 
 
 @pytest.mark.parametrize("step", STEPS[1:])

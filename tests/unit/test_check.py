@@ -27,10 +27,11 @@ from gramfuse_cli import check as cli_check
 from gramfuse_cli.authority import Authority, certificate_pem, key_pem, new_key, server_names
 from gramfuse_cli.main import main
 from gramfuse_cli.project import Project
-from gramfuse_client import connection, departures, policy, resources
+from gramfuse_client import connection, departures, materials, policy, resources
 from gramfuse_client.check import Report, check
 from gramfuse_client.data import load
 from gramfuse_client.departures import leaves
+from gramfuse_client.finding import Findings
 from gramfuse_client.ledger import Entry, Ledger
 from gramfuse_client.silo import Silo, write_identity
 from gramfuse_client.state import Contributed, State
@@ -274,6 +275,16 @@ def test_sizes_are_those_of_the_messages(site: Site) -> None:
         assert by_phase[reply.phase] == pack(reply).nbytes
 
 
+def test_what_leaves_in_rounds_is_counted_as_often(site: Site) -> None:
+    layout = Layout.read(site.project.directory / "layout.json")
+    merge = site.plan.merge.model_copy(update={"rounds": 3})
+    once, often = (leaves(NAME, p, layout) for p in (site.plan, site.plan.model_copy(update={"merge": merge})))
+    for one, three in zip(once.departures, often.departures, strict=True):
+        assert three.bytes == (one.bytes if one.phase in ("connection", "finish", "any") else 3 * (one.bytes or 0))
+        assert three.parts == one.parts
+    assert any("3 rounds" in claim for claim in often.claims)
+
+
 def test_a_contribution_in_pieces_has_as_many_headers(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     layout = Layout.read(site.project.directory / "layout.json")
     whole = leaves(NAME, site.plan, layout).departures[5]
@@ -376,11 +387,11 @@ def _more_examples(site: Site) -> None:
 
 
 def _contributed(site: Site) -> None:
-    train, _ = load(Silo.read(site.silo), site.plan.model)
+    train, _ = load(Silo.read(site.silo), site.plan.task_of(NAME))
     state = State(Silo.read(site.silo).state, site.plan.digest)
     Silo.read(site.silo).state.mkdir(mode=0o700)
     state.directory.mkdir(mode=0o700)
-    state.contribute(Contributed(sessions=("a" * 32,), data=train.digest))
+    state.contribute(Contributed(sessions={1: ("a" * 32,)}, data=train.digest))
 
 
 def _other_data_contributed(site: Site) -> None:
@@ -807,3 +818,43 @@ def test_a_name_server_that_does_not_answer_does_not_hold_the_check(
     over.set()
     assert problems(report).keys() == {"connection"}
     assert "took more than" in problems(report)["connection"]
+
+
+MASKED = 'task = "multi-label"\nlabels = ["a", "b", "c"]'
+KINDS = {
+    "multi-label": (
+        MASKED,
+        [["a"], ["a", "b"], []],
+        "a 2, b 1; none of them 1; 1 labels are not this silo's to annotate",
+        "got each label rightly or wrongly",
+    ),
+    "token-classification": (
+        'task = "token-classification"\nlabels = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]',
+        ["B-PER I-PER", "O B-PER", "B-LOC B-LOC"],
+        "PER 2, LOC 2",
+        "entities of each type",
+    ),
+    "sequence-to-sequence": ('task = "sequence-to-sequence"', ["x", "y", "z"], "targets are texts", "targets were met"),
+    "causal-lm": ('task = "causal-lm"', ["", "", ""], "21 characters", "tokens were predicted rightly"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_of_data_is_counted_in_its_own_words(kind: str, tmp_path: Path) -> None:
+    task, labels, counted, leaving = KINDS[kind]
+    rows = [{"text": "one two", "label": label} for label in labels]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "silo.toml").write_text(
+        'name = "silo-a"\n[data]\ntrain = "rows.jsonl"\nheld-out = "rows.jsonl"\n[limits]\nminimum-examples = 1\n'
+    )
+    own = 'labels = ["b", "a"]' if task is MASKED else ""
+    plan = Plan.parse(
+        f'[plan]\nname = "x"\n[model]\nbase = "x"\n{task}\n[privacy]\nsecure-aggregation = false\n'
+        f'[[silo]]\nname = "silo-a"\n{own}\n[[silo]]\nname = "silo-b"\n'
+    )
+    found = Findings()
+    materials.check_data(found, Silo.read(tmp_path / "silo.toml"), plan, None, offline=True)
+    (data,) = list(found)
+    assert data.state == "ok"
+    assert f"3 training examples ({counted}), 3 held out" in data.what
+    assert leaving in departures.HELD_OUT[plan.task_of("silo-a").task]

@@ -15,16 +15,22 @@ import pyarrow.parquet
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from gramfuse_client.data import Examples, load
 from gramfuse_client.silo import Data, Limits, Silo, SiloFile
 from gramfuse_protocol.errors import DataError
-from gramfuse_protocol.plan import Model
+from gramfuse_protocol.task import MaskedTask, Task
 
 LABELS = ("animals", "weather", "kitchen")
-CLASSIFY = Model(base="pico", task="classification", labels=LABELS)
-PAIRS = Model(base="pico", task="classification", labels=LABELS, pair=True)
-REGRESS = Model(base="pico", task="regression")
+CLASSIFY = Task(task="classification", labels=LABELS)
+PAIRS = Task(task="classification", labels=LABELS, pair=True)
+REGRESS = Task(task="regression")
+APPLY = Task(task="multi-label", labels=LABELS)
+TAG = Task(task="token-classification", labels=("O", "B-PER", "I-PER"))
+WRITE = Task(task="sequence-to-sequence")
+SPEAK = Task(task="causal-lm")
+LOOK = Task(task="image-classification", labels=("red", "blue"))
 
 # The texts hold what formats get wrong: quotes, separators, newlines, tabs, signs beyond ASCII and Latin-1.
 ROWS = [
@@ -45,17 +51,17 @@ def silo(directory: Path, train: str, held_out: str | float = 0.5, **data: Any) 
     )
 
 
-def read(directory: Path, source: str, model: Model = CLASSIFY, **data: Any) -> Examples:
+def read(directory: Path, source: str, task: Task = CLASSIFY, **data: Any) -> Examples:
     """Read one source as both the training and the held-out examples; they must be the same."""
-    train, held_out = load(silo(directory, source, source, **data), model)
+    train, held_out = load(silo(directory, source, source, **data), task)
     assert held_out == train
     return train
 
 
-def failure(directory: Path, source: str, model: Model = CLASSIFY, **data: Any) -> str:
+def failure(directory: Path, source: str, task: Task = CLASSIFY, **data: Any) -> str:
     """Return the message of the DataError that reading a source must raise."""
     with pytest.raises(DataError) as caught:
-        load(silo(directory, source, source, **data), model)
+        load(silo(directory, source, source, **data), task)
     assert caught.value.reason == DataError.summary, "what crosses to the coordinator quotes no data"
     return str(caught.value)
 
@@ -159,9 +165,9 @@ def test_text_pairs_keep_their_sides(write: Callable[[Path, list[dict[str, Any]]
     rows = [{"premise": row["text"], "claim": f"so {n}", "label": row["label"]} for n, row in enumerate(ROWS)]
     source = write(tmp_path, rows)
     examples = read(tmp_path, source, PAIRS, text="premise", text_pair="claim")
-    assert examples == Examples(EXAMPLES.texts, ["so 0", "so 1", "so 2", "so 3", "so 4"], EXAMPLES.labels)
+    assert examples == Examples(EXAMPLES.inputs, ["so 0", "so 1", "so 2", "so 3", "so 4"], EXAMPLES.labels)
     swapped = read(tmp_path, source, PAIRS, text="claim", text_pair="premise")
-    assert swapped == Examples(examples.pairs, examples.texts, examples.labels)
+    assert swapped == Examples(examples.pairs, examples.inputs, examples.labels)
     assert swapped.digest != examples.digest
 
 
@@ -181,9 +187,9 @@ def test_regression_targets_are_numbers_however_they_are_written(
 
 
 def test_integer_labels_match_the_plans_names(tmp_path: Path) -> None:
-    model = Model(base="pico", task="classification", labels=("0", "1"))
+    task = Task(task="classification", labels=("0", "1"))
     rows = [{"text": "a cat", "label": 1}, {"text": "rain", "label": 0}]
-    assert read(tmp_path, as_jsonl(tmp_path, rows), model).labels == [1, 0]
+    assert read(tmp_path, as_jsonl(tmp_path, rows), task).labels == [1, 0]
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -202,26 +208,26 @@ def test_a_split_by_seed_is_disjoint_complete_and_deterministic(
             load(silo(tmp_path, source, fraction, split_seed=seed), CLASSIFY)
         return
     train, held_out = load(silo(tmp_path, source, fraction, split_seed=seed), CLASSIFY)
-    assert sorted([*train.texts, *held_out.texts]) == sorted(texts)
+    assert sorted([*train.inputs, *held_out.inputs]) == sorted(texts)
     assert abs(len(held_out) - fraction * count) <= 1
     assert len(held_out) >= 1
     for examples in (train, held_out):
-        assert examples.labels == [int(text.split()[1]) % 3 for text in examples.texts]
+        assert examples.labels == [int(text.split()[1]) % 3 for text in examples.inputs]
     assert load(silo(tmp_path, source, fraction, split_seed=seed), CLASSIFY) == (train, held_out)
 
 
 def test_another_split_seed_sets_other_examples_aside(tmp_path: Path) -> None:
     source = as_gzip(tmp_path, [{"text": f"text {n}", "label": LABELS[n % 3]} for n in range(50)])
-    aside = {tuple(load(silo(tmp_path, source, 0.4, split_seed=seed), CLASSIFY)[1].texts) for seed in range(4)}
+    aside = {tuple(load(silo(tmp_path, source, 0.4, split_seed=seed), CLASSIFY)[1].inputs) for seed in range(4)}
     assert len(aside) == 4
 
 
 def test_the_digest_tells_every_kind_of_change() -> None:
     variants = [
         EXAMPLES,
-        Examples([*EXAMPLES.texts[:-1], "other"], None, EXAMPLES.labels),
-        Examples(EXAMPLES.texts, None, [*EXAMPLES.labels[:-1], 0]),
-        Examples(EXAMPLES.texts, EXAMPLES.texts, EXAMPLES.labels),
+        Examples([*EXAMPLES.inputs[:-1], "other"], None, EXAMPLES.labels),
+        Examples(EXAMPLES.inputs, None, [*EXAMPLES.labels[:-1], 0]),
+        Examples(EXAMPLES.inputs, EXAMPLES.inputs, EXAMPLES.labels),
         EXAMPLES.take([1, 0, 2, 3, 4]),
         EXAMPLES.take([0, 1, 2, 3]),
     ]
@@ -389,3 +395,109 @@ def test_the_held_out_source_is_checked_like_the_training_source(tmp_path: Path)
     with pytest.raises(DataError) as caught:
         load(silo(tmp_path, "train.jsonl", "held-out.jsonl"), CLASSIFY)
     assert f"{tmp_path / 'held-out.jsonl'}:2: unknown label 'pets'" in str(caught.value)
+
+
+def test_several_labels_apply_or_one_or_none(tmp_path: Path) -> None:
+    labels = [["kitchen", "animals"], "weather", []]
+    rows = [{"text": f"text {n}", "label": label} for n, label in enumerate(labels)]
+    assert read(tmp_path, as_jsonl(tmp_path, rows), APPLY).labels == [(0, 2), (1,), ()]
+
+
+@pytest.mark.parametrize("write", [as_jsonl, as_parquet])
+def test_words_and_tags_are_lists_or_stand_between_spaces(
+    write: Callable[[Path, list[dict[str, Any]]], str], tmp_path: Path
+) -> None:
+    words, tags = [["Anna", "Maria", "left"], ["no", "one"]], [["B-PER", "I-PER", "O"], ["O", "O"]]
+    listed = [{"text": w, "label": t} for w, t in zip(words, tags, strict=True)]
+    spaced = [{"text": "  ".join(w), "label": " ".join(t)} for w, t in zip(words, tags, strict=True)]
+    expected = Examples([("Anna", "Maria", "left"), ("no", "one")], None, [(1, 2, 0), (0, 0)])
+    for rows in (listed, spaced):
+        found = read(tmp_path, write(tmp_path, rows), TAG)
+        assert found == expected
+        assert found.digest == expected.digest
+
+
+def test_tags_that_a_dataset_numbers_are_taken_by_name(tmp_path: Path) -> None:
+    names = datasets.ClassLabel(names=["B-PER", "I-PER", "O"])
+    features = datasets.Features({"tokens": datasets.List(datasets.Value("string")), "ner_tags": datasets.List(names)})
+    rows = [{"tokens": ["Anna", "left"], "ner_tags": [0, 2]}]
+    datasets.Dataset.from_list(rows, features=features).save_to_disk(str(tmp_path / "saved"))
+    found = read(tmp_path, "hf:saved", TAG, text="tokens", label="ner_tags")
+    assert found == Examples([("Anna", "left")], None, [(1, 0)])
+
+
+def test_a_target_is_a_text_and_a_language_model_has_none(tmp_path: Path) -> None:
+    source = as_jsonl(tmp_path, [{"text": "a cat", "label": "eine Katze"}])
+    assert read(tmp_path, source, WRITE) == Examples(["a cat"], None, ["eine Katze"])
+    assert read(tmp_path, as_jsonl(tmp_path, [{"text": "a cat"}]), SPEAK) == Examples(["a cat"], None, [None])
+
+
+def test_images_lie_beside_their_file_or_in_it(tmp_path: Path) -> None:
+    (tmp_path / "data" / "images").mkdir(parents=True)
+    path = tmp_path / "data" / "images" / "1.png"
+    Image.new("RGB", (4, 4), (250, 0, 0)).save(path)
+    rows = [{"picture": "images/1.png", "label": "red"}]
+    found = read(tmp_path, f"data/{as_jsonl(tmp_path / 'data', rows)}", LOOK, image="picture")
+    assert found == Examples([path], None, [0])
+    inside = [{"image": {"bytes": path.read_bytes(), "path": None}, "label": "red"}]
+    for write in (as_parquet, as_saved_images):
+        kept = read(tmp_path, write(tmp_path, inside), LOOK)
+        assert kept == Examples([path.read_bytes()], None, [0])
+        assert kept.digest == found.digest, "an image is what is in its file"
+    before = found.digest
+    Image.new("RGB", (4, 4), (0, 0, 250)).save(path)
+    assert found.digest != before
+
+
+def as_saved_images(path: Path, rows: list[dict[str, Any]]) -> str:
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")})
+    datasets.Dataset.from_list(rows, features=features).save_to_disk(str(path / "pictures"))
+    return "hf:pictures"
+
+
+BAD_ROWS: dict[str, tuple[Task, dict[str, Any], list[str]]] = {
+    "an unknown label among several": (
+        APPLY,
+        {"text": "x", "label": ["animals", "pets"]},
+        ["'pets'", "animals, weather"],
+    ),
+    "a label twice": (APPLY, {"text": "x", "label": ["animals", "animals"]}, ["twice"]),
+    "no list of labels": (APPLY, {"text": "x", "label": None}, ["'label'", "[]"]),
+    "an empty string of labels": (APPLY, {"text": "x", "label": ""}, ["'label'", "[]"]),
+    "fewer tags than words": (TAG, {"text": ["Anna", "left"], "label": ["B-PER"]}, ["2 words", "found 1"]),
+    "more tags than words": (TAG, {"text": "Anna left", "label": "B-PER O O"}, ["2 words", "found 3"]),
+    "no tags": (TAG, {"text": ["Anna"], "label": None}, ["1 words", "None"]),
+    "an unknown tag": (TAG, {"text": ["Paris"], "label": ["B-LOC"]}, ["'B-LOC'", "B-PER"]),
+    "no words": (TAG, {"text": [], "label": []}, ["'text'", "words"]),
+    "words that are no list": (TAG, {"text": 7, "label": ["O"]}, ["'text'", "7"]),
+    "a word that is none": (TAG, {"text": ["Anna", None], "label": ["O", "O"]}, ["word 2", "None"]),
+    "a word of nothing": (TAG, {"text": ["Anna", " "], "label": ["O", "O"]}, ["word 2"]),
+    "half of a surrogate pair in a word": (TAG, {"text": ["\ud83d"], "label": ["O"]}, ["surrogate"]),
+    "an empty target": (WRITE, {"text": "x", "label": " "}, ["'label'", "text"]),
+    "a target that is a number": (WRITE, {"text": "x", "label": 7}, ["'label'", "7"]),
+    "a text that is none": (SPEAK, {"text": None}, ["'text'"]),
+    "an image that is not there": (LOOK, {"image": "nowhere.png", "label": "red"}, ["'image'", "no such file"]),
+    "an image that is none": (LOOK, {"image": "rows.jsonl", "label": "red"}, ["'image'", "not a readable image"]),
+    "no image": (LOOK, {"picture": "1.png", "label": "red"}, ["'image'", "'picture'", "[data]"]),
+    "an image that is a number": (LOOK, {"image": 7, "label": "red"}, ["'image'", "path", "7"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ROWS)
+def test_a_row_that_does_not_fit_its_task_is_named(case: str, tmp_path: Path) -> None:
+    task, row, quoted = BAD_ROWS[case]
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    message = failure(tmp_path, "rows.jsonl", task)
+    assert f"{tmp_path / 'rows.jsonl'}:1: " in message
+    for words in quoted:
+        assert words in message
+
+
+@pytest.mark.parametrize(("kind", "label"), [("multi-label", ["weather", "kitchen"]), ("classification", "kitchen")])
+def test_a_label_that_is_not_the_silos_to_annotate_is_refused(kind: Any, label: Any, tmp_path: Path) -> None:
+    task = MaskedTask(task=kind, labels=LABELS, annotates=("weather", "animals"))
+    source = as_jsonl(tmp_path, [{"text": "x", "label": "weather"}, {"text": "x", "label": label}])
+    message = failure(tmp_path, source, task)
+    assert "label 'kitchen' is not among those" in message
+    assert "animals, weather" in message
+    assert "this silo's 'labels'" in message

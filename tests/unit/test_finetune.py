@@ -30,9 +30,9 @@ def tuned(pico_project: Callable[..., Any]) -> Callable[..., dict[str, np.ndarra
     def run(*settings: str, progress: Callable[[int, int], None] | None = None) -> dict[str, np.ndarray]:
         plan = Plan.read(project.plan).override(settings)
         base = load_base(plan, Path(project.directory))
-        examples, _ = load(silo, plan.model)
-        encoded = Encoded(examples, base.tokenizer, plan.model.max_length)
-        finetune(base.model, encoded, base.tokenizer, plan.training, CPU, progress)
+        task = plan.task_of(silo.name)
+        examples, _ = load(silo, task)
+        finetune(base.model, Encoded(examples, base.tokenizer, task), plan.training, CPU, progress)
         assert not base.model.training
         return {name: p.detach().numpy() for name, p in base.model.named_parameters()}
 

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gramfuse_protocol.errors import PlanError
-from gramfuse_protocol.layout import Group, Layout, Linear, Tensor
+from gramfuse_protocol.errors import ContributionError, PlanError
+from gramfuse_protocol.layout import Group, Layout, Linear, Part, Tensor
 
 
 def _layout() -> Layout:
@@ -26,6 +26,7 @@ def _layout() -> Layout:
                     Linear(weight="q.weight", d_out=3, transposed=True),
                     Linear(weight="k.weight", d_out=2, transposed=True),
                 ),
+                rows=("target", "all"),
                 exponents=(-3, 0, 40, -40, 2, 1),
             ),
             Group(name="ü", d_in=5, structure="full", weights=(Linear(weight="c.weight", d_out=1, transposed=False),)),
@@ -54,11 +55,15 @@ SIZES = {"gram:q": 13, "gram:ü": 15, "delta:q.weight": 18, "delta:k.weight": 12
 
 DOCUMENT = (
     '{"frozen":["embeddings.weight"],'
-    '"groups":[{"d_in":6,"exponents":[-3,0,40,-40,2,1],"name":"q","structure":"block:4","weights":['
+    '"groups":[{"d_in":6,"exponents":[-3,0,40,-40,2,1],"name":"q","part":null,"rows":["target","all"],'
+    '"structure":"block:4","weights":['
     '{"d_out":3,"transposed":true,"weight":"q.weight"},{"d_out":2,"transposed":true,"weight":"k.weight"}]},'
-    '{"d_in":5,"exponents":[],"name":"ü","structure":"full","weights":[{"d_out":1,"transposed":false,"weight":"c.weight"}]}],'
-    '"tensors":[{"merge":"regmean","name":"q.weight","shape":[3,6]},{"merge":"regmean","name":"k.weight","shape":[2,6]},'
-    '{"merge":"mean","name":"scale","shape":[]},{"merge":"regmean","name":"c.weight","shape":[5,1]}],"version":1}'
+    '{"d_in":5,"exponents":[],"name":"ü","part":null,"rows":["input"],'
+    '"structure":"full","weights":[{"d_out":1,"transposed":false,"weight":"c.weight"}]}],"parts":[],'
+    '"tensors":[{"merge":"regmean","name":"q.weight","parted":false,"shape":[3,6]},'
+    '{"merge":"regmean","name":"k.weight","parted":false,"shape":[2,6]},'
+    '{"merge":"mean","name":"scale","parted":false,"shape":[]},'
+    '{"merge":"regmean","name":"c.weight","parted":false,"shape":[5,1]}],"version":1}'
 )
 
 
@@ -133,6 +138,8 @@ def test_the_digest_is_of_the_canonical_text_and_changes_with_everything() -> No
         ('"merge":"mean"', '"merge":"regmean"'),
         ('"shape":[3,6]', '"shape":[6,3]'),
         ('"frozen":["embeddings.weight"]', '"frozen":[]'),
+        ('"rows":["input"]', '"rows":["all"]'),
+        ('"parts":[]', '"parts":[{"outputs":[0],"silos":["a"]}]'),
     ]
     documents = [DOCUMENT.replace(old, new) for old, new in changes]
     assert DOCUMENT not in documents
@@ -169,6 +176,68 @@ def test_what_is_summed_over_silos_in_order() -> None:
 def test_a_layout_derived_anew_may_differ_in_its_exponents_by_one(path: str, value: Any, follows: bool) -> None:
     other = Layout.parse(_with(path, value))
     assert _layout().follows(other) == other.follows(_layout()) == follows
+
+
+def _parted() -> Layout:
+    """A head of three labels, of which two silos annotate the first and the last, and all the one in the middle."""
+    weights = [(Linear(weight="head.weight", d_out=outputs, transposed=True),) for outputs in (2, 1)]
+    return Layout(
+        groups=tuple(
+            Group(name=f"head[{n}]", d_in=2, structure="full", weights=weight, rows=("all",), part=n)
+            for n, weight in enumerate(weights)
+        ),
+        tensors=(
+            Tensor(name="head.weight", shape=(3, 2), merge="regmean", parted=True),
+            Tensor(name="head.bias", shape=(3,), merge="mean", parted=True),
+        ),
+        frozen=(),
+        parts=(Part(silos=("a", "b"), outputs=(0, 2)), Part(silos=("a", "b", "c"), outputs=(1,))),
+    )
+
+
+def test_a_part_of_the_head_has_a_gram_matrix_a_right_side_and_a_weight_of_its_own() -> None:
+    layout = _parted()
+    assert [tuple(block) for block in layout.blocks] == [
+        ("gram:head[0]", (3,)),
+        ("gram:head[1]", (3,)),
+        ("delta:head.weight", (3, 2)),
+        ("delta:head.bias", (3,)),
+    ]
+    assert [tuple(block) for block in layout.sums] == [
+        ("count", (6,)),
+        ("s:head[0]", (3,)),
+        ("s:head[1]", (3,)),
+        ("t:head[0]", (2, 2)),
+        ("t:head[1]", (2, 1)),
+        ("m:head.weight", (3, 2)),
+        ("m:head.bias", (3,)),
+    ]
+    assert layout.held("b") == (True, True)
+    assert layout.held("c") == (False, True)
+    assert layout.by_output((5, 7)).tolist() == [5, 7, 5]
+    assert Layout.parse(layout.to_json()) == layout
+    with pytest.raises(ContributionError, match="say which silo"):
+        layout.held(None)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"outputs":[0,2]', '"outputs":[0,1]'),
+        ('"outputs":[0,2]', '"outputs":[0]'),
+        ('"part":1', '"part":0'),
+        ('"part":1', '"part":2'),
+        ('"part":1', '"part":null'),
+        ('"name":"head.weight","parted":true', '"name":"head.weight","parted":false'),
+        ('"name":"head.bias","parted":true,"shape":[3]', '"name":"head.bias","parted":true,"shape":[2]'),
+        ('"d_out":2', '"d_out":1'),
+    ],
+)
+def test_parts_that_do_not_fit_the_head_are_refused(old: str, new: str) -> None:
+    text = _parted().to_json()
+    assert text.count(old) == 1
+    with pytest.raises(PlanError, match=r"^node 7: not a layout: "):
+        Layout.parse(text.replace(old, new), "node 7")
 
 
 def _with(path: str, value: Any) -> str:

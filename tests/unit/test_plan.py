@@ -47,7 +47,8 @@ NODE_KEY = (
 EVERY_KEY = (
     """
 # another order than the plan writes
-silo = [{node-key = "NODE", public-key = "KEY", name = "north-1"}, {name = "south"}]
+silo = [{labels = ["é"], node-key = "NODE", public-key = "KEY", name = "north-1"}, {name = "south"}]
+task = []
 
 [privacy]
 metrics = "none"
@@ -57,6 +58,7 @@ colluding = 0
 secure-aggregation = false
 
 [merge]
+rounds = 3
 tokens = 4096
 layout = "LAYOUT"
 gram = {"*" = "diagonal", "*.query.weight" = "block:8", "*\\"ö\\u0001*" = "full"}
@@ -75,6 +77,10 @@ learning-rate = 3.0000000000000004e-5
 epochs = 9
 
 [model]
+head = "different"
+threshold = 0.3
+target-length = 9
+tokenizer = "SHA256"
 pair = true
 max-length = 7
 task = "classification"
@@ -91,18 +97,54 @@ name = "every-key"
     .replace("NODE", NODE_KEY)
 )
 
+TASKS = """
+[plan]
+name = "tasks"
+
+[model]
+base = "bundled:minilm"
+head = "own"
+
+[[task]]
+name = "mail"
+task = "classification"
+labels = ["no", "yes"]
+pair = true
+max-length = 9
+target-length = 9
+threshold = 0.3
+
+[[task]]
+name = "names"
+task = "token-classification"
+labels = ["O", "B-X", "I-X"]
+
+[privacy]
+secure-aggregation = false
+metrics = "silo"
+
+[[silo]]
+name = "a"
+task = "names"
+
+[[silo]]
+name = "b"
+task = "mail"
+"""
+
 SMALL_CANONICAL = (
-    '{"merge":{"alpha":"0.9","exclude":[],"gram":{"*":"full"},"layout":null,"method":"regmean","tokens":100000,'
-    '"weighting":"uniform"},'
-    '"model":{"base":"bundled:minilm","labels":["no","yes"],"max-length":128,"pair":false,"sha256":null,'
-    '"task":"classification"},'
+    '{"merge":{"alpha":"0.9","exclude":[],"gram":{"*":"full"},"layout":null,"method":"regmean","rounds":1,'
+    '"tokens":100000,"weighting":"uniform"},'
+    '"model":{"base":"bundled:minilm","head":"same","labels":["no","yes"],"max-length":128,"pair":false,'
+    '"sha256":null,"target-length":32,"task":"classification","threshold":"0.5","tokenizer":null},'
     '"plan":{"name":"small","version":1},'
     '"privacy":{"colluding":1,"metrics":"sum","minimum-survivors":null,"secure-aggregation":false,"threshold":null},'
-    '"silo":[{"name":"a","node-key":null,"public-key":null},{"name":"b","node-key":null,"public-key":null}],'
-    '"training":{"batch-size":16,"epochs":5,"freeze":["*embeddings*"],"learning-rate":"5e-05","seed":1,"warmup":"0.06",'
+    '"silo":[{"labels":[],"name":"a","node-key":null,"public-key":null,"task":null},'
+    '{"labels":[],"name":"b","node-key":null,"public-key":null,"task":null}],"task":[],'
+    '"training":{"batch-size":16,"epochs":5,"freeze":["embeddings"],"learning-rate":"5e-05","seed":1,"warmup":"0.06",'
     '"weight-decay":"0.01"}}'
 )
-SMALL_DIGEST = "a6d1e83677699b11edefc940f7826331f481d353e59d747d1c9ae98c03cc697b"
+SMALL_DIGEST = "4d7cb94bb18d9dfae67c45ccca768bbb2dace70805b95b665013ae9247241d5e"
 
 
 def _edit(text: str, old: str, new: str) -> str:
@@ -175,7 +217,7 @@ def _canonical(value: Any) -> str:
 # Reading and writing
 
 
-@pytest.mark.parametrize("text", [SMALL, EVERY_KEY], ids=["defaults", "every key"])
+@pytest.mark.parametrize("text", [SMALL, EVERY_KEY, TASKS], ids=["defaults", "every key", "tasks"])
 def test_a_plan_written_and_read_again_is_equal_and_has_the_same_digest(text: str, tmp_path: Path) -> None:
     plan = Plan.parse(text)
     path = tmp_path / "plan.toml"
@@ -187,14 +229,15 @@ def test_a_plan_written_and_read_again_is_equal_and_has_the_same_digest(text: st
 
 
 def test_the_plan_of_every_key_has_every_key() -> None:
-    def keys(document: Any) -> Any:
+    def keys(document: Any, path: str = "") -> set[str]:
         if isinstance(document, list):
-            return [keys(item) for item in document[:1]]
-        return {k: keys(v) for k, v in document.items() if k != "gram"} if isinstance(document, dict) else None
+            return {path}.union(*(keys(item, path) for item in document if isinstance(item, dict)))
+        if not isinstance(document, dict) or path == ".merge.gram":
+            return {path}
+        return set().union(*(keys(value, f"{path}.{key}") for key, value in document.items()))
 
-    written = tomllib.loads(EVERY_KEY)
-    filled = Plan.parse(EVERY_KEY).document()
-    assert keys(written) == keys(filled)
+    written = keys(tomllib.loads(EVERY_KEY)) | keys(tomllib.loads(TASKS))
+    assert written == keys(Plan.parse(EVERY_KEY).document()) | keys(Plan.parse(TASKS).document())
 
 
 def test_values_arrive_as_written() -> None:
@@ -209,21 +252,25 @@ def test_values_arrive_as_written() -> None:
 @pytest.mark.parametrize(
     ("insert", "key", "known"),
     [
-        ("top = 1\n[plan]", "top", "plan, model, training, merge, privacy, silo"),
+        ("top = 1\n[plan]", "top", "plan, model, task, training, merge, privacy, silo"),
         ("[plan]\ntitle = 1", "plan.title", "name, version"),
-        ("[model]\nrevision = 'x'", "model.revision", "base, sha256, task, labels, pair, max-length"),
+        (
+            "[model]\nrevision = 'x'",
+            "model.revision",
+            "base, sha256, tokenizer, task, head, labels, pair, max-length, target-length, threshold",
+        ),
         (
             "[training]\nlearning-rat = 1.0",
             "training.learning-rat",
             "epochs, learning-rate, batch-size, warmup, weight-decay, seed, freeze",
         ),
-        ("[merge]\nbeta = 1", "merge.beta", "method, alpha, weighting, gram, exclude, tokens, layout"),
+        ("[merge]\nbeta = 1", "merge.beta", "method, alpha, weighting, gram, exclude, tokens, rounds, layout"),
         (
             "[privacy]\nnoise = {x = 1}",
             "privacy.noise",
             "secure-aggregation, colluding, threshold, minimum-survivors, metrics",
         ),
-        ("[[silo]]\ncolour = 1", "silo.0.colour", "name, public-key, node-key"),
+        ("[[silo]]\ncolour = 1", "silo.0.colour", "name, public-key, node-key, task, labels"),
     ],
 )
 def test_an_unknown_key_is_refused_with_file_key_and_the_known_keys(
@@ -248,7 +295,10 @@ def test_an_unknown_key_in_the_only_silo_is_the_only_complaint() -> None:
     text = _edit(SMALL, '[[silo]]\nname = "b"\n', "") + "colour = 1\n"
     with pytest.raises(PlanError) as caught:
         Plan.parse(text, "plan.toml")
-    assert str(caught.value) == "plan.toml: unknown key 'silo.0.colour'; known here: name, public-key, node-key"
+    assert (
+        str(caught.value)
+        == "plan.toml: unknown key 'silo.0.colour'; known here: name, public-key, node-key, task, labels"
+    )
 
 
 @pytest.mark.parametrize(
@@ -344,6 +394,58 @@ def test_what_contradicts_itself_is_refused(old: str, new: str, message: str) ->
         Plan.parse(_edit(SMALL, old, new), "plan.toml")
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('head = "own"', 'head = "same"', "silos share a body and keep their heads: 'model.head' must be \"own\""),
+        ('head = "own"', 'head = "own"\ntask = "regression"', "'model.task' stands in each"),
+        ('task = "mail"', 'task = "post"', "'b' needs 'task', one of mail, names"),
+        ('task = "mail"', 'task = "names"', "no \\[\\[silo\\]\\] has the task mail"),
+        ('name = "names"', 'name = "mail"', "gives one name twice"),
+        ('metrics = "silo"', 'metrics = "sum"', "do not add up over silos"),
+        ('task = "token-classification"\nlabels = ["O", "B-X", "I-X"]', 'task = "causal-lm"', "has no head of its own"),
+        ('labels = ["O", "B-X", "I-X"]', 'labels = ["O", "B-X"]', "IOB2"),
+        ('labels = ["O", "B-X", "I-X"]', 'labels = ["O", "X", "B-X", "I-X"]', "IOB2.*'X'"),
+        ('task = "mail"', 'task = "mail"\nlabels = ["no"]', "'labels' of a .*needs 'model.task'"),
+    ],
+)
+def test_tasks_that_do_not_fit_together_are_refused(old: str, new: str, message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        Plan.parse(_edit(TASKS, old, new))
+
+
+def test_each_silo_has_its_task() -> None:
+    plan = Plan.parse(TASKS)
+    assert plan.task_of("a").task == "token-classification"
+    assert plan.task_of("b").labels == ("no", "yes")
+    with pytest.raises(PlanError, match=r"no \[\[silo\]\] 'c'"):
+        plan.task_of("c")
+
+
+def masked(held: str, silos: int = 4, **privacy: Any) -> str:
+    """A plan in which all silos annotate `no` and those named also `yes`."""
+    lines = [f"{key.replace('_', '-')} = {value}" for key, value in privacy.items()]
+    roster = "".join(
+        f'[[silo]]\nname = "{name}"\n' + ("" if name in held else 'labels = ["no"]\n') for name in "abcdefgh"[:silos]
+    )
+    return _edit(SMALL.partition("[[silo]]")[0], "secure-aggregation = false", "\n".join(lines)) + roster
+
+
+def test_a_label_that_few_silos_annotate_would_be_a_sum_over_few() -> None:
+    plan = Plan.parse(masked("a", secure_aggregation="false"))
+    assert plan.holders("yes") == ("a",)
+    assert plan.task_of("a").annotated == (0, 1)
+    assert plan.task_of("b").annotated == (0,)
+    # One may drop out and one collude: of three that are left, two must be honest.
+    for held in ("ab", "abc"):
+        with pytest.raises(PlanError, match=f"'yes' is annotated by {len(held)} silos.*at least 4"):
+            Plan.parse(masked(held))
+    assert Plan.parse(masked("abcd")).holders("yes") == ("a", "b", "c", "d")
+    assert len(Plan.parse(masked("abc", minimum_survivors=4, colluding=1)).holders("yes")) == 3
+    with pytest.raises(PlanError, match="annotated by 0 silos"):
+        Plan.parse(masked("", secure_aggregation="false"))
+
+
 def test_a_plan_needs_a_silo() -> None:
     with pytest.raises(PlanError, match=r"plan.toml: 'silo' is missing"):
         Plan.parse(SMALL[: SMALL.index("[[silo]]")], "plan.toml")
@@ -413,9 +515,9 @@ def test_settings_are_applied_in_order_and_together() -> None:
         ("alpha=1", "expected section.key=value"),
         (
             "merge.nope=1",
-            "unknown key 'merge.nope'; known here: method, alpha, weighting, gram, exclude, tokens, layout",
+            "unknown key 'merge.nope'; known here: method, alpha, weighting, gram, exclude, tokens, rounds, layout",
         ),
-        ("nope.alpha=1", "unknown key 'nope'; known here: plan, model, training, merge, privacy, silo"),
+        ("nope.alpha=1", "unknown key 'nope'; known here: plan, model, task, training, merge, privacy, silo"),
         ("training.learning_rate=1.0", "unknown key 'training.learning_rate'; known here: epochs, learning-rate"),
         ("merge.alpha.deep=1", "'merge.alpha' is not a table"),
         ("silo.0.name=x", "is not a table"),
@@ -490,6 +592,10 @@ CHANGED: dict[tuple[str, ...], Any] = {
     ("model", "task"): "regression",
     ("model", "labels"): ["yes", "no"],
     ("model", "pair"): True,
+    ("model", "tokenizer"): "0" * 64,
+    ("model", "head"): "own",
+    ("model", "target-length"): 33,
+    ("model", "threshold"): 0.4,
     ("model", "max-length"): 127,
     ("training", "epochs"): 6,
     ("training", "learning-rate"): math.nextafter(5e-5, 1),
@@ -505,12 +611,14 @@ CHANGED: dict[tuple[str, ...], Any] = {
     ("merge", "exclude"): ["*"],
     ("merge", "tokens"): 99_999,
     ("merge", "layout"): "0" * 64,
+    ("merge", "rounds"): 2,
     ("privacy", "secure-aggregation"): True,
     ("privacy", "colluding"): 0,
     ("privacy", "threshold"): 2,
     ("privacy", "minimum-survivors"): 2,
     ("privacy", "metrics"): "none",
     ("silo",): [{"name": "b"}, {"name": "a"}],
+    ("task",): [],
 }
 
 
@@ -526,6 +634,8 @@ def test_the_digest_changes_when_any_key_changes() -> None:
             value = {path[2]: value}
         elif path == ("silo",):
             value = tuple(reversed(plan.silo))
+        elif path == ("task",):
+            value = Plan.parse(TASKS).task
         changed = section.model_copy(update={name: tuple(value) if isinstance(value, list) else value})
         digests.add((changed if section is plan else plan.model_copy(update={path[0]: changed})).digest)
     keys = [plan.with_keys({"a": "0" * 64, "b": other * 64}) for other in "12"]

@@ -32,7 +32,15 @@ from gramfuse_protocol.roster import Roster, smallest_threshold
 from gramfuse_protocol.scales import scales
 from gramfuse_protocol.shares import combine, split
 from gramfuse_protocol.statistics import Statistics
-from gramfuse_protocol.transcript import SUMS, Advert, commitment, metrics_context, session_id
+from gramfuse_protocol.transcript import (
+    SUMS,
+    Advert,
+    commitment,
+    metrics_context,
+    round_digest,
+    session_id,
+    start_digest,
+)
 
 VECTORS = Path(__file__).parents[1] / "vectors"
 
@@ -434,7 +442,7 @@ def test_values_and_words_are_as_independent_py_finds_them(session: Json) -> Non
     assert independent.exponents(*terms) == statistics["exponents"]
     for silo, values in statistics["values"].items():
         given = statistics["contributions"][silo]
-        exact = independent.summands(session["layout"], given, statistics["alpha"], statistics["weighting"])
+        exact = independent.summands(session["layout"], given, statistics["alpha"], statistics["weighting"], silo)
         assert exact == [Fraction(value) for value in values]
     for about in (statistics, metrics):
         assert about["capacity"] == independent.capacity(silos) == capacity(silos)
@@ -560,7 +568,9 @@ def test_decoding(vector: Json) -> None:
     assert independent.decode(words, [f] * len(words)) == vector["values"]
 
 
-@pytest.mark.parametrize("vector", PARTS["layouts"], ids=lambda vector: f"{vector['digest'][:8]}-{vector['weighting']}")
+@pytest.mark.parametrize(
+    "vector", PARTS["layouts"], ids=lambda vector: f"{vector['digest'][:8]}-{vector['silo']}-{vector['weighting']}"
+)
 def test_layout_and_scales(vector: Json) -> None:
     silos, weighting = vector["silos"], vector["weighting"]
     layout = Layout.parse(json.dumps(vector["layout"]))
@@ -573,14 +583,14 @@ def test_layout_and_scales(vector: Json) -> None:
     blocks = {name: np.array(values, np.float32).reshape(shapes[name]) for name, values in given["blocks"].items()}
     statistics = Statistics(given["examples"], given["tokens"], blocks)
     values, words = [], []
-    summed = summands(layout, statistics, alpha=float(vector["alpha"]), weighting=weighting)
+    summed = summands(layout, statistics, alpha=float(vector["alpha"]), weighting=weighting, silo=vector["silo"])
     for (block, value), (_, scale) in zip(summed, scales(layout, silos, weighting), strict=True):
         scaled = np.broadcast_to(scale, block.shape).reshape(-1)
         values += np.asarray(value).reshape(-1).tolist()
         words.append(encode(np.asarray(value).reshape(-1), scaled, silos, block.name))
     assert values == vector["values"]
     assert _hex(np.concatenate(words)) == vector["words"]
-    exact = independent.summands(vector["layout"], given, vector["alpha"], weighting)
+    exact = independent.summands(vector["layout"], given, vector["alpha"], weighting, vector["silo"])
     assert exact == [Fraction(value) for value in vector["values"]]
     assert independent.encode(exact, vector["exponents"], silos) == _integers(vector["words"])
 
@@ -589,6 +599,16 @@ def test_layout_and_scales(vector: Json) -> None:
 def test_metrics_context(vector: Json) -> None:
     candidates = dict(vector["candidates"])
     assert metrics_context(candidates) == independent.metrics_context(candidates) == vector["context"]
+
+
+@pytest.mark.parametrize("vector", PARTS["rounds"], ids=["first", "second", "another start", "another round"])
+def test_rounds(vector: Json) -> None:
+    plan, number, start = (vector[key] for key in ("plan", "round", "start"))
+    if start:
+        ours = start_digest(np.array([value], np.float32) for value in start)
+        assert ours == independent.start_digest(start) == vector["start_digest"]
+    digest = vector["start_digest"]
+    assert round_digest(plan, number, digest) == independent.round_digest(plan, number, digest) == vector["digest"]
 
 
 @pytest.mark.parametrize("vector", PARTS["wire"], ids=lambda vector: vector["direction"])
@@ -703,7 +723,7 @@ def test_the_script_says_when_a_file_differs(tmp_path: Path, monkeypatch: pytest
 
 
 def test_the_files_stay_small() -> None:
-    assert sum(path.stat().st_size for path in VECTORS.glob("*.json")) < 420_000
+    assert sum(path.stat().st_size for path in VECTORS.glob("*.json")) < 450_000
 
 
 def test_the_independent_implementation_imports_nothing_of_gramfuse() -> None:
@@ -719,5 +739,5 @@ def test_the_protocol_page_names_every_label_and_every_field() -> None:
     rows = {row.split("|")[1].strip(): row.split("|")[2:4] for row in page.splitlines() if row.count("|") == 4}
     for phase, request in REQUESTS.items():
         for cell, kind in zip(rows[phase], (request, REPLIES[phase]), strict=True):
-            fields = set(kind.model_fields) - {"protocol", "plan", "session", "silo", "arrays"}
+            fields = set(kind.model_fields) - {"protocol", "plan", "session", "round", "silo", "arrays"}
             assert set(re.findall(r"`([a-z_]+)`", cell)) - {"hex", "masked", "sums"} == fields, phase

@@ -172,23 +172,31 @@ def exponents(layout: Mapping[str, Any], silos: int, weighting: str) -> list[int
         s += [room - 20 - e[j] - e[k] for j, k in packed(group)]
         t += [room - 20 - x - g for x in e for _ in range(outputs)]
     m = [room - 8] * sum(math.prod(tensor["shape"]) for tensor in layout["tensors"])
-    return [0] * (2 + len(layout["groups"])) + s + t + m
+    return [0] * (2 + len(layout["groups"]) + len(layout["parts"])) + s + t + m
 
 
-def summands(layout: Mapping[str, Any], contribution: Mapping[str, Any], alpha: str, weighting: str) -> list[Fraction]:
+def summands(
+    layout: Mapping[str, Any], contribution: Mapping[str, Any], alpha: str, weighting: str, silo: str
+) -> list[Fraction]:
     """Every value that a silo adds to the statistics, exactly."""
-    c = Fraction(contribution["examples"] if weighting == "examples" else 1)
+    whole = Fraction(contribution["examples"] if weighting == "examples" else 1)
+    held = [whole if silo in part["silos"] else Fraction(0) for part in layout["parts"]]
+    by_output = {o: c for part, c in zip(layout["parts"], held, strict=True) for o in part["outputs"]}
     blocks = {name: [Fraction(x) for x in values] for name, values in contribution["blocks"].items()}
-    s, t = [], []
+    s, t, m, tokens = [], [], [], []
     for group in layout["groups"]:
+        part = group["part"]
+        c = whole if part is None else held[part]
+        tokens.append(Fraction(contribution["tokens"][group["name"]] if c else 0))
         shrunk: dict[tuple[int, int], Fraction] = {}
         for (j, k), value in zip(packed(group), blocks["gram:" + group["name"]], strict=True):
             shrunk[j, k] = shrunk[k, j] = c * value * (1 if j == k else Fraction(alpha))
             s.append(shrunk[j, k])
         for j in range(group["d_in"]):
             for weight in group["weights"]:
-                delta, outputs = blocks["delta:" + weight["weight"]], weight["d_out"]
-                for o in range(outputs):
+                delta = blocks["delta:" + weight["weight"]]
+                outputs = len(delta) // group["d_in"]
+                for o in range(outputs) if part is None else layout["parts"][part]["outputs"]:
                     column = range(group["d_in"])
                     t.append(
                         sum(
@@ -198,8 +206,11 @@ def summands(layout: Mapping[str, Any], contribution: Mapping[str, Any], alpha: 
                         )
                         + Fraction(0)
                     )
-    m = [c * x for tensor in layout["tensors"] for x in blocks["delta:" + tensor["name"]]]
-    return [c, Fraction(contribution["examples"]), *map(Fraction, contribution["tokens"].values()), *s, *t, *m]
+    for tensor in layout["tensors"]:
+        delta = blocks["delta:" + tensor["name"]]
+        each = len(delta) // tensor["shape"][0] if tensor["parted"] else 0
+        m += [(by_output[i // each] if tensor["parted"] else whole) * x for i, x in enumerate(delta)]
+    return [whole, Fraction(contribution["examples"]), *tokens, *held, *s, *t, *m]
 
 
 # Statements
@@ -214,6 +225,14 @@ def advert_fields(advert: Mapping[str, Any]) -> list[bytes | str]:
 
 def advert_statement(plan: str, nonce: str, advert: Mapping[str, Any]) -> bytes:
     return framed("advert", bytes.fromhex(plan), bytes.fromhex(nonce), *advert_fields(advert))
+
+
+def start_digest(start: Sequence[float]) -> str:
+    return hashlib.sha256(struct.pack(f"<{len(start)}f", *start)).hexdigest()
+
+
+def round_digest(plan: str, number: int, start: str) -> str:
+    return plan if number == 1 else hashed("round", bytes.fromhex(plan), str(number), bytes.fromhex(start)).hex()
 
 
 def session_of(plan: str, nonce: str, adverts: Sequence[Mapping[str, Any]]) -> bytes:
@@ -257,7 +276,7 @@ class Silo:
         self.identity = Ed25519PrivateKey.from_private_bytes(bytes.fromhex(identity))
         self.adverts: dict[str, Mapping[str, Any]] = {}
         self.members: dict[str, list[str]] = {}
-        self.sent: dict[str, list[int]] = {}
+        self.sent: dict[str, tuple[list[int], str]] = {}
         self.signed: dict[str, tuple[list[str], str]] = {}
 
     def advertise(self, nonce: str, cohort: Sequence[str], random: Random) -> Mapping[str, Any]:
@@ -324,19 +343,21 @@ class Silo:
         self.held |= held
         self.members["statistics"] = members
 
-    def contribute(self, name: str, words: Sequence[int]) -> list[int]:
+    def contribute(self, name: str, words: Sequence[int], context: str) -> list[int]:
         must(name in self.members, "members unknown")
-        must(self.sent.setdefault(name, list(words)) == list(words), "two vectors under one mask")
-        keys, signs = [derived(self.secrets[name, "seed"], "self mask", self.session, name, self.name)], [1]
+        sent = (list(words), context)
+        must(self.sent.setdefault(name, sent) == sent, "two vectors under one mask, or one about two things")
+        keys, signs = [self_key(self.secrets[name, "seed"], self.session, name, context, self.name)], [1]
         for peer in self.members[name]:
             if peer != self.name:
                 secret = agreed(self.secrets[name, "mask"], self.adverts[peer]["masks"][name])
-                keys.append(pair_key(self.roster, secret, self.session, name, self.name, peer))
+                keys.append(pair_key(self.roster, secret, self.session, name, context, self.name, peer))
                 signs.append(1 if self.roster.point[self.name] < self.roster.point[peer] else -1)
         return added([words, *(stream(key, len(words)) for key in keys)], [1, *signs])
 
-    def sign(self, name: str, survivors: Sequence[str], context: str) -> str:
+    def sign(self, name: str, survivors: Sequence[str]) -> str:
         must(name in self.members and name in self.sent, "nothing was sent")
+        context = self.sent[name][1]
         self.roster.check(survivors, self.members[name])
         must(self.name in survivors, "said to be dead")
         signed = (list(survivors), context)
@@ -373,8 +394,13 @@ def check_survivors(
         check_signature(roster.silos[silo], signature, statement)
 
 
-def pair_key(roster: Roster, secret: bytes, session: bytes, name: str, one: str, other: str) -> bytes:
-    return derived(secret, "pair mask", session, name, *sorted((one, other), key=roster.point.__getitem__))
+def self_key(seed: bytes, session: bytes, name: str, context: str, owner: str) -> bytes:
+    return derived(seed, "self mask", session, name, bytes.fromhex(context), owner)
+
+
+def pair_key(roster: Roster, secret: bytes, session: bytes, name: str, context: str, one: str, other: str) -> bytes:
+    pair = sorted((one, other), key=roster.point.__getitem__)
+    return derived(secret, "pair mask", session, name, bytes.fromhex(context), *pair)
 
 
 def unmask(
@@ -383,6 +409,7 @@ def unmask(
     adverts: Sequence[Mapping[str, Any]],
     name: str,
     members: Sequence[str],
+    context: str,
     masked: Mapping[str, Sequence[int]],
     shares: Mapping[str, Mapping[str, str]],
 ) -> list[int]:
@@ -396,13 +423,13 @@ def unmask(
         secret = combine({roster.point[by]: given[owner] for by, given in shares.items()}, roster.threshold)
         if owner in masked:
             must(hashed("commitment", secret).hex() == present[owner]["commitments"][name], "another seed")
-            vectors.append(stream(derived(secret, "self mask", session, name, owner), size))
+            vectors.append(stream(self_key(secret, session, name, context, owner), size))
             signs.append(-1)
         else:
             must(public(secret) == present[owner]["masks"][name], "another mask key")
             for survivor in masked:
                 shared = agreed(secret, present[survivor]["masks"][name])
-                vectors.append(stream(pair_key(roster, shared, session, name, owner, survivor), size))
+                vectors.append(stream(pair_key(roster, shared, session, name, context, owner, survivor), size))
                 signs.append(-1 if roster.point[survivor] < roster.point[owner] else 1)
     return added(vectors, signs)
 

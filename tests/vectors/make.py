@@ -29,7 +29,7 @@ from gramfuse_protocol import masks, npy, secure_sum, wire
 from gramfuse_protocol.canonical import canonical_json, digest
 from gramfuse_protocol.encoding import capacity, decode, encode
 from gramfuse_protocol.keys import Identity, Label, agree, derive, framed
-from gramfuse_protocol.layout import Group, Layout, Linear, Tensor
+from gramfuse_protocol.layout import Group, Layout, Linear, Part, Tensor
 from gramfuse_protocol.messages import EvaluateRequest, MaskedReply, Message, SurvivorsRequest, UnmaskReply
 from gramfuse_protocol.plan import Plan
 from gramfuse_protocol.roster import smallest_threshold
@@ -42,7 +42,9 @@ from gramfuse_protocol.transcript import (
     advert_statement,
     commitment,
     metrics_context,
+    round_digest,
     session_id,
+    start_digest,
     survivors_statement,
 )
 
@@ -146,6 +148,32 @@ def second_layout() -> Layout:
     )
 
 
+def third_layout() -> Layout:
+    """A head of three labels, of which the first and the last are north's and east's alone."""
+    parts = (Part(silos=("north", "east"), outputs=(0, 2)), Part(silos=("north", "east", "west"), outputs=(1,)))
+    groups = tuple(
+        Group(
+            name=f"head[{n}]",
+            d_in=2,
+            structure="full",
+            weights=(Linear(weight="head.weight", d_out=len(part.outputs), transposed=True),),
+            rows=("all",),
+            part=n,
+            exponents=(0, -1),
+        )
+        for n, part in enumerate(parts)
+    )
+    return Layout(
+        groups=groups,
+        tensors=(
+            Tensor(name="head.weight", shape=(3, 2), merge="regmean", parted=True),
+            Tensor(name="head.bias", shape=(3,), merge="mean", parted=True),
+        ),
+        frozen=(),
+        parts=parts,
+    )
+
+
 def contribution(layout: Layout, source: Source) -> Statistics:
     """A silo's statistics: few bits where they are multiplied, any float32 where they are not."""
     blocks = {}
@@ -172,9 +200,9 @@ def contribution_json(statistics: Statistics) -> Json:
     }
 
 
-def statistics_values(layout: Layout, statistics: Statistics, weighting: Any) -> list[float]:
+def statistics_values(layout: Layout, statistics: Statistics, weighting: Any, silo: str) -> list[float]:
     found: list[float] = []
-    for _, values in summands(layout, statistics, alpha=ALPHA, weighting=weighting):
+    for _, values in summands(layout, statistics, alpha=ALPHA, weighting=weighting, silo=silo):
         found += values.reshape(-1).tolist()
     return found
 
@@ -346,7 +374,7 @@ class Session:
         for silo in self.roster.names:
             statistics = contribution(self.layout, self.source)
             vector["contributions"][silo] = contribution_json(statistics)
-            vector["values"][silo] = statistics_values(self.layout, statistics, self.weighting)
+            vector["values"][silo] = statistics_values(self.layout, statistics, self.weighting, silo)
         return vector
 
     def _metrics(self, candidates: Sequence[str]) -> Json:
@@ -389,19 +417,22 @@ class Session:
             values = np.array(about["values"][silo])
             words[silo] = encode(values, scale, len(self.roster.names), name)
             masked[silo] = words[silo].copy()
-            masks.apply(masked[silo], secure_sum.masks(self.roster, self.members[silo], name))
             sent = hashlib.sha256(words[silo].tobytes()).hexdigest()
-            self.members[silo] = secure_sum.mark_uploaded(self.members[silo], name, sent)
+            self.members[silo], on = secure_sum.contribute(
+                self.roster, self.members[silo], name, sent, about["context"]
+            )
+            masks.apply(masked[silo], on)
         signing = survivors[-self.signers.get(name, len(survivors)) :]
         signatures = {}
         for silo in survivors:
             self.members[silo], signature = secure_sum.sign(
-                self.roster, self.members[silo], self.identities[silo], name, survivors, about["context"]
+                self.roster, self.members[silo], self.identities[silo], name, survivors
             )
             signatures[silo] = signature
         given = {silo: signatures[silo] for silo in signing}
         released = {silo: secure_sum.release(self.roster, self.members[silo], name, given) for silo in signing}
-        off = secure_sum.unmasking(self.roster, self.nonce, self.adverts, name, members, survivors, released)
+        signed = secure_sum.Signed(survivors=tuple(survivors), context=about["context"])
+        off = secure_sum.unmasking(self.roster, self.nonce, self.adverts, name, members, signed, released)
         total = np.zeros(len(scale), np.uint64)
         for silo in survivors:
             total += masked[silo]
@@ -413,8 +444,10 @@ class Session:
             "values": {silo: about["values"][silo] for silo in members},
             "members": members,
             "words": {silo: hex_of(words[silo]) for silo in members},
-            "self_masks": {silo: self._self_mask(name, silo) for silo in members},
-            "pair_masks": [self._pair_mask(name, a, b) for a in members for b in members if self._before(a, b)],
+            "self_masks": {silo: self._self_mask(name, about["context"], silo) for silo in members},
+            "pair_masks": [
+                self._pair_mask(name, about["context"], a, b) for a in members for b in members if self._before(a, b)
+            ],
             "masked": {silo: hex_of(masked[silo]) for silo in members},
             "survivors": survivors,
             "statement": statement.hex(),
@@ -442,27 +475,28 @@ class Session:
     def _before(self, a: str, b: str) -> bool:
         return self.roster.index(a) < self.roster.index(b)
 
-    def _self_mask(self, name: Any, silo: str) -> Json:
-        seed = bytes.fromhex(self.members[silo].secrets.seed[name])
-        key = derive(seed, Label.SELF, self.session, name, silo)
+    def _self_mask(self, name: Any, context: str, silo: str) -> Json:
+        seed, fields = bytes.fromhex(self.members[silo].secrets.seed[name]), (name, bytes.fromhex(context), silo)
+        key = derive(seed, Label.SELF, self.session, *fields)
         return {
-            "info": framed(Label.SELF, self.session, name, silo).hex(),
+            "info": framed(Label.SELF, self.session, *fields).hex(),
             "key": key.hex(),
             "first_words": hex_of(stream(key, 4)),
         }
 
-    def _pair_mask(self, name: Any, first: str, second: str) -> Json:
+    def _pair_mask(self, name: Any, context: str, first: str, second: str) -> Json:
         secret = agree(
             bytes.fromhex(self.members[first].secrets.mask[name]),
             bytes.fromhex(self.members[second].advert.masks[name]),
             second,
         )
-        key = derive(secret, Label.PAIR, self.session, name, first, second)
+        fields = (name, bytes.fromhex(context), first, second)
+        key = derive(secret, Label.PAIR, self.session, *fields)
         return {
             "added_by": first,
             "subtracted_by": second,
             "secret": secret.hex(),
-            "info": framed(Label.PAIR, self.session, name, first, second).hex(),
+            "info": framed(Label.PAIR, self.session, *fields).hex(),
             "key": key.hex(),
             "first_words": hex_of(stream(key, 4)),
         }
@@ -561,7 +595,20 @@ def parts() -> Json:
             {"candidates": pairs, "context": metrics_context(dict(pairs))}
             for pairs in ([], [["b", "11" * 32], ["a", "22" * 32]], [["a", "22" * 32], ["b", "11" * 32]])
         ],
+        "rounds": [_round(number, start) for number, start in ((1, []), (2, [0.5, -1.5]), (2, [0.0]), (3, [0.0]))],
         "wire": [_packed(message) for message in _messages()],
+    }
+
+
+def _round(number: int, start: list[float]) -> Json:
+    plan = "0123456789abcdef" * 4
+    digest_of_start = start_digest(np.array([value], np.float32) for value in start) if start else ""
+    return {
+        "plan": plan,
+        "round": number,
+        "start": start,
+        "start_digest": digest_of_start,
+        "digest": round_digest(plan, number, digest_of_start),
     }
 
 
@@ -638,17 +685,19 @@ def _decode() -> list[Json]:
 
 def _layouts() -> list[Json]:
     found = []
-    for layout in (first_layout(), second_layout()):
-        source = Source(f"layout {layout.digest}")
+    layouts = (first_layout(), second_layout(), third_layout(), third_layout())
+    for layout, silo in zip(layouts, ("north", "north", "north", "west"), strict=True):
+        source = Source(f"layout {layout.digest} {silo}")
         statistics = contribution(layout, source)
         for weighting in ("uniform", "examples"):
-            values = statistics_values(layout, statistics, weighting)
+            values = statistics_values(layout, statistics, weighting, silo)
             f = exponent_list(layout, 4, weighting)
             found.append(
                 {
                     "layout": json.loads(layout.to_json()),
                     "digest": layout.digest,
                     "silos": 4,
+                    "silo": silo,
                     "alpha": str(ALPHA),
                     "weighting": weighting,
                     "blocks": [[block.name, list(block.shape)] for block in layout.sums],
@@ -665,7 +714,7 @@ def _messages() -> list[Message]:
     about: Json = {"plan": "0123456789abcdef" * 4, "session": "fedcba9876543210" * 2}
     deltas = {"delta:é": np.array([[1.5, -2.0], [0.0, 1e-3]], np.float32), "delta:one": np.array(7.0, np.float32)}
     return [
-        SurvivorsRequest(**about, sum_of="statistics", survivors=("south", "north", "east")),
+        SurvivorsRequest(**about, round=2, sum_of="statistics", survivors=("south", "north", "east")),
         EvaluateRequest(**about, candidate="regmean", arrays=deltas),
         MaskedReply(
             **about,

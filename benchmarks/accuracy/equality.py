@@ -1,7 +1,7 @@
 """How far a merge under secure aggregation is from the open one: the same silos, data and training, both ways.
 
-    python benchmarks/equality.py desk
-    python benchmarks/equality.py hwu64 --data PATH/TO/SETS
+    python benchmarks/accuracy/equality.py desk
+    python benchmarks/accuracy/equality.py hwu64 --data PATH/TO/SETS
 
 The relative difference of a tensor is ‖secure − open‖ / ‖open‖ over its merged weights, in the Frobenius norm; that of
 the model is over all weights that were trained, together.
@@ -18,8 +18,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from accuracy import SETTINGS, silos_of, simulate, write_project
 from gramfuse_protocol.layout import Layout
+from projects import write
+from results import simulate
+from settings import SETTINGS
 
 LIMIT = 1e-6
 
@@ -33,11 +35,10 @@ def main() -> None:
     options = parser.parse_args()
     reports, weights = {}, {}
     with tempfile.TemporaryDirectory(prefix="gramfuse-") as scratch:
-        silos = silos_of(options.benchmark, options.data, options.seed, Path(scratch))
-        labels = sorted({row["label"] for train, _ in silos.values() for row in train})
+        setting = SETTINGS[options.benchmark](options.data, options.seed)
         for mode, secure in (("open", False), ("secure", True)):
-            project = write_project(Path(scratch) / mode, options.benchmark, silos, labels, 0.9, secure=secure)
-            reports[mode] = simulate(project, options.seed)
+            project = write(Path(scratch) / mode, setting, name=options.benchmark, secure=secure)
+            reports[mode] = simulate(project)
             weights[mode] = load_file(project / "run" / "model" / "model.safetensors")
             layout = Layout.read(project / "run" / "layout.json")
     # The head's name differs where the file keeps the encoder under a prefix of its own; the model's names are kept.
@@ -45,7 +46,7 @@ def main() -> None:
     apart = {name: relative(weights["secure"][name], weights["open"][name]) for name in trained}
     whole = relative(*(torch.cat([weights[mode][name].flatten() for name in trained]) for mode in ("secure", "open")))
     worst = max(apart, key=lambda name: apart[name])
-    print(f"{SETTINGS[options.benchmark]['title']}; seed {options.seed}")
+    print(f"{setting.title}; seed {options.seed}")
     print("\n| | open | secure |\n|---|---|---|")
     for model in reports["open"]["models"]:
         other = next(m for m in reports["secure"]["models"] if m["name"] == model["name"])

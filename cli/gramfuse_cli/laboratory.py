@@ -1,0 +1,290 @@
+"""All silos of a simulated run in one process: what they measured, their data, and models to try on it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gramfuse_protocol.layout import Layout, delta_block
+from gramfuse_protocol.metrics import Sums, sums_shape
+from gramfuse_protocol.plan import Plan
+from gramfuse_protocol.statistics import Contribution
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from gramfuse_client.batches import Batch, Encoded
+    from gramfuse_client.data import Examples
+    from gramfuse_client.fisher import Variant
+    from gramfuse_client.silo import Silo
+    from gramfuse_model.base import Base
+
+Part = Literal["held-out", "validation"]
+"""Which of a silo's examples: those that are reported, or those that something is chosen by."""
+
+Deltas = Mapping[str, NDArray[Any]]
+"""Differences from the base by parameter name, in the parameter's own shape."""
+
+Head = Mapping[str, NDArray[np.float32]]
+"""Parameters that a silo keeps to itself, by name: their values."""
+
+
+class Bench:
+    """One silo of the laboratory: its task, its device, its data, and a model to put differences into.
+
+    Args:
+        silo: its file.
+        base: the base model of its task; several silos may share it, and one uses it at a time.
+        head: the head that it keeps, if it keeps one.
+    """
+
+    def __init__(self, silo: Silo, plan: Plan, base: Base, head: Head) -> None:
+        from gramfuse_client.finetune import choose_device
+
+        self.silo = silo
+        self.plan = plan
+        self.task = plan.task_of(silo.name)
+        self.base = base
+        self.head = head
+        self.device = choose_device(silo.file.device)
+        self.parts: Mapping[Part, Encoded] = _Made(self._part)
+
+    @cached_property
+    def examples(self) -> tuple[Examples, Examples]:
+        """Training and held-out examples."""
+        from gramfuse_client.data import load
+
+        return load(self.silo, self.task)
+
+    def _part(self, part: Part) -> Encoded:
+        from gramfuse_client.data import load_validation
+
+        return self.encoded(self.examples[1] if part == "held-out" else load_validation(self.silo, self.task))
+
+    def encoded(self, examples: Examples) -> Encoded:
+        """Return examples as models of the silo's task take them."""
+        from gramfuse_client.batches import Encoded
+
+        return Encoded(examples, self.base.tokenizer, self.task)
+
+    @contextmanager
+    def model(self, deltas: Deltas, head: Head | None = None) -> Iterator[PreTrainedModel]:
+        """Give the base model with differences added, on the silo's device, to do with as one likes.
+
+        Afterwards the base model is as it was before.
+
+        Args:
+            head: values of the parameters that are not merged; by default the silo's own.
+        """
+        import torch
+
+        if self.silo.file.threads:
+            torch.set_num_threads(self.silo.file.threads)
+        model = self.base.model.to(self.device)
+        values = self.head if head is None else head
+        kept = {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad}
+        try:
+            for name, parameter in model.named_parameters():
+                if name in values:
+                    parameter.data = torch.from_numpy(np.array(values[name], np.float32)).to(self.device)
+                elif name in deltas:
+                    added = torch.from_numpy(np.array(deltas[name], np.float32)).to(self.device)
+                    parameter.data = kept[name] + added
+                elif name in kept:
+                    parameter.data = kept[name].clone()
+            yield model
+        finally:
+            for name, parameter in model.named_parameters():
+                if name in kept:
+                    parameter.data = kept[name]
+
+    def measure(self, deltas: Deltas, part: Part) -> Sums:
+        """Return the sums of the base model with differences added."""
+        with self.model(deltas) as model:
+            return self.evaluate(model, part)
+
+    def evaluate(self, model: PreTrainedModel, part: Part) -> Sums:
+        """Return the sums of a model that is on the silo's device."""
+        from gramfuse_client.evaluate import evaluate
+
+        return evaluate(model, self.batches(part), self.task, self.base.tokenizer)
+
+    def batches(self, part: Part) -> Iterator[Batch]:
+        """Yield the batches of a part, as an exchange has them."""
+        from gramfuse_client.batches import batches
+        from gramfuse_client.workbench import EVALUATION_BATCH
+
+        return batches(self.parts[part], EVALUATION_BATCH, self.device, by_length=True)
+
+    def measure_together(self, models: Sequence[tuple[Deltas, Head]], annotated: Sequence[tuple[int, ...]]) -> Sums:
+        """Return the held-out sums of several models asked together.
+
+        Args:
+            models: differences, and the values of what is not merged.
+            annotated: indices of the labels that each model was trained with.
+        """
+        from gramfuse_client.ensemble import together
+        from gramfuse_client.evaluate import count, outputs
+
+        total: Sums = np.zeros(sums_shape(self.task), np.float64)
+        for batch in self.batches("held-out"):
+            said = []
+            for deltas, head in models:
+                with self.model(deltas, head) as model:
+                    said.append(outputs(model.eval(), batch, self.task, self.base.tokenizer))
+            total += count(batch, together(said, annotated), self.task, self.base.tokenizer)
+        return total
+
+    def finetune(self, deltas: Deltas, number: int, encoded: Encoded | None = None) -> dict[str, NDArray[np.float32]]:
+        """Fine-tune the base model with differences added, as the plan says.
+
+        Args:
+            number: of the round, from 1 on: each has other batches.
+            encoded: by default the silo's own training examples.
+
+        Returns:
+            The trained parameters by name: their values.
+        """
+        from gramfuse_client.finetune import finetune
+        from gramfuse_model.base import trainable
+
+        encoded = encoded or self.encoded(self.examples[0])
+        with self.model(deltas, head={}) as model:
+            finetune(model, encoded, self.plan.training.in_round(number), self.device)
+            return trainable(model)
+
+    def fisher(self, deltas: Deltas, variant: Variant, examples: int) -> dict[str, NDArray[np.float32]]:
+        """Return the diagonal Fisher information of the base model with differences added.
+
+        Args:
+            examples: most training examples that it is taken over; they are drawn by the plan's seed.
+        """
+        from gramfuse_client.batches import batches
+        from gramfuse_client.fisher import fisher_diagonal
+
+        train = self.examples[0]
+        drawn = random.Random(self.plan.training.seed).sample(range(len(train)), min(examples, len(train)))  # noqa: S311
+        encoded = self.encoded(train.take(sorted(drawn)))
+        with self.model(deltas) as model:
+            found = fisher_diagonal(model, batches(encoded, 1, self.device), self.task, variant)
+        return {name: values.numpy() for name, values in found.items()}
+
+
+class Laboratory:
+    """Measures models as the silos would, without a message in between.
+
+    Args:
+        plan: locked.
+        directory: where relative paths of the plan start.
+        silos: the silo files by name; their data is read here.
+        contributions: what each silo that is in the merge measured, in roster order.
+        heads: what each of them keeps to itself, if the plan has silos keep their heads.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        layout: Layout,
+        directory: Path,
+        silos: Mapping[str, Silo],
+        contributions: Mapping[str, Contribution],
+        heads: Mapping[str, Head] | None = None,
+    ) -> None:
+        self.plan = plan
+        self.layout = layout
+        self.directory = directory
+        self.silos = silos
+        self.contributions = contributions
+        self.heads = heads or {}
+
+    @cached_property
+    def benches(self) -> Mapping[str, Bench]:
+        """One for each silo that is in the merge, in roster order; silos with one task share a base model."""
+        from gramfuse_model.base import load_base
+
+        tasks = {entry.name: entry.task for entry in self.plan.silo}
+        bases: dict[str | None, Base] = {}
+        benches = {}
+        for name in self.contributions:
+            if tasks[name] not in bases:
+                bases[tasks[name]] = load_base(self.plan, self.directory, silo=name)
+            benches[name] = Bench(self.silos[name], self.plan, bases[tasks[name]], self.heads.get(name, {}))
+        return benches
+
+    def deltas(self, silo: str) -> Deltas:
+        """Return a silo's own model: its differences from the base."""
+        contribution = self.contributions[silo]
+        return {tensor.name: contribution.block(delta_block(tensor.name)) for tensor in self.layout.tensors}
+
+    def weight(self, silo: str) -> float:
+        """Return what a silo counts for: c."""
+        return float(self.contributions[silo].examples) if self.plan.merge.weighting == "examples" else 1.0
+
+    def weights(self, silo: str) -> dict[str, NDArray[np.float64]]:
+        """Return what a silo counts for in each parameter; 0 for labels that it does not annotate."""
+        from gramfuse_model.summands import tensor_weight
+
+        c = self.weight(silo)
+        held = [c if holds else 0.0 for holds in self.layout.held(silo)]
+        return {tensor.name: tensor_weight(self.layout, tensor, c, held) for tensor in self.layout.tensors}
+
+    def parents(self) -> tuple[list[Deltas], list[dict[str, NDArray[np.float64]]]]:
+        """Return the differences of all silos, zero where they count for nothing, and what they count for."""
+        weights = [self.weights(name) for name in self.contributions]
+        differences: list[Deltas] = [
+            {name: np.where(weight[name] > 0, delta, 0) for name, delta in self.deltas(silo).items()}
+            for silo, weight in zip(self.contributions, weights, strict=True)
+        ]
+        return differences, weights
+
+    def start(self) -> dict[str, NDArray[np.float32]]:
+        """Return the base model's parameters that are merged, by name."""
+        base = next(iter(self.benches.values())).base
+        parameters = dict(base.model.named_parameters())
+        return {t.name: parameters[t.name].detach().cpu().numpy().copy() for t in self.layout.tensors}
+
+    def measure(self, deltas: Deltas, part: Part = "held-out") -> dict[str, Sums]:
+        """Return each silo's sums of the base model with differences added, by silo.
+
+        Args:
+            deltas: differences from the base by parameter name, in the parameter's own shape, of any float type.
+            part: the two share no example.
+        """
+        return {name: bench.measure(deltas, part) for name, bench in self.benches.items()}
+
+    def measure_ensemble(self) -> dict[str, Sums]:
+        """Return each silo's held-out sums of all silos' own models asked together; they must have one task."""
+        models = [(self.deltas(name), bench.head) for name, bench in self.benches.items()]
+        annotated = [bench.task.annotated for bench in self.benches.values()]
+        return {name: bench.measure_together(models, annotated) for name, bench in self.benches.items()}
+
+    def measure_joint(self) -> dict[str, Sums]:
+        """Return each silo's held-out sums of the base model fine-tuned on all silos' data; they must have one task."""
+        from gramfuse_client.batches import pooled
+
+        benches = list(self.benches.values())
+        tuned = benches[0].finetune({}, 1, pooled([bench.encoded(bench.examples[0]) for bench in benches]))
+        sums = {}
+        for name, bench in self.benches.items():
+            with bench.model({}, head=tuned) as model:
+                sums[name] = bench.evaluate(model, "held-out")
+        return sums
+
+
+class _Made(dict[Any, Any]):
+    """Makes a value when it is first asked for, by its key."""
+
+    def __init__(self, make: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self._make = make
+
+    def __missing__(self, key: Any) -> Any:
+        self[key] = self._make(key)
+        return self[key]

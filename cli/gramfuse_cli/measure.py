@@ -1,0 +1,274 @@
+"""`gramfuse measure`: statistics as a file."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from gramfuse_cli.options import as_json as json_option
+from gramfuse_cli.options import columns as column_options
+from gramfuse_cli.project import Project
+from gramfuse_protocol.errors import DataError, PlanError, RunDirectoryError
+from gramfuse_protocol.plan import Merge
+from gramfuse_protocol.task import Kind
+
+if TYPE_CHECKING:
+    from gramfuse_client.state import State
+
+EVERY = 50
+"""Steps between two lines of progress where there is no terminal."""
+
+
+@click.command()
+@click.argument("model", metavar="[MODEL]", required=False)
+@click.option("--base", metavar="BASE", help="The model that MODEL was fine-tuned from: directory or hub id.")
+@click.option(
+    "--data", metavar="DATA", help="What MODEL was fine-tuned on: .jsonl, .csv, .parquet, or hf:NAME[#split]."
+)
+@click.option(
+    "-o", "--out", required=True, type=click.Path(path_type=Path), help="The statistics file; must not exist."
+)
+@click.option("--name", help="What the file calls MODEL.  [default: the last part of MODEL]")
+@click.option("--task", type=click.Choice(get_args(Kind)), help="What MODEL is for.  [default: as its config says]")
+@column_options
+@click.option("--max-length", type=click.IntRange(2), default=128, show_default=True, help="Most tokens of an example.")
+@click.option(
+    "--tokens",
+    type=click.IntRange(1),
+    default=Merge().tokens,
+    show_default=True,
+    help="Most token rows for one Gram matrix.",
+)
+@click.option(
+    "--gram",
+    multiple=True,
+    metavar="PATTERN=STRUCTURE",
+    help="Keep these weights' Gram matrices as full, block:<width> or diagonal. Can be repeated.  [default: *=full]",
+)
+@click.option(
+    "--freeze",
+    multiple=True,
+    metavar="PATTERN",
+    help="Leave out parameters that fine-tuning did not change, such as 'embeddings'. Can be repeated.",
+)
+@click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True)
+@click.option("--threads", type=click.IntRange(0), default=0, help="CPU threads.  [default: as torch finds]")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True)
+@click.option(
+    "--plan",
+    type=click.Path(path_type=Path, exists=True),
+    metavar="DIR",
+    help="In place of MODEL: fine-tune and measure as a silo of this plan would.",
+)
+@click.option(
+    "--silo", metavar="NAME", help="With --plan: which silo; its file is DIR/silos/NAME.toml, or give the file."
+)
+@json_option
+@click.pass_context
+def measure(context: click.Context, /, model: str | None, out: Path, as_json: bool, **options: Any) -> None:
+    """Measure a fine-tuned model on its training data, and write what others need to merge it.
+
+    \b
+    gramfuse measure MODEL --base BASE --data train.jsonl -o mine.safetensors
+    gramfuse measure --plan DIR --silo NAME -o silo.safetensors
+
+    The first form is for a model that is there already. Models that others measured against the same base can be merged
+    with it: gramfuse merge. All must use the same --gram and --freeze.
+
+    The second is for a silo of a locked, open plan that has no network: it fine-tunes and measures as it would in
+    a run, by the same rules of the silo file, with a line in the ledger; gramfuse merge makes of the silos' files what
+    gramfuse simulate makes of the plan.
+
+    The file gives away MODEL itself (its difference from BASE) and the Gram matrices of its layers' inputs on the
+    data: with few examples, which tokens stood where; with many, still whether a text was among them. Give it to
+    whomever you would give MODEL and a summary of its data. Only you can read it until you change its mode (0600).
+    docs/statistics-format.md has it byte for byte.
+    """
+    given = {
+        parameter
+        for parameter in context.params
+        if context.get_parameter_source(parameter) is click.core.ParameterSource.COMMANDLINE
+    }
+    if options["plan"] is not None:
+        odd = sorted(given - {"plan", "silo", "out", "as_json"})
+        if odd:
+            raise click.UsageError(
+                f"{_spelled(odd[0])} does not go with --plan: the plan and the silo file say all of that"
+            )
+        if options["silo"] is None:
+            raise click.UsageError("--plan needs --silo NAME")
+        report = _silo(options["plan"], options["silo"], out)
+    else:
+        missing = [name for name in ("model", "base", "data") if name not in given]
+        if missing:
+            raise click.UsageError(f"{_spelled(missing[0])} is missing (or give --plan DIR --silo NAME)")
+        if options["silo"] is not None:
+            raise click.UsageError("--silo goes with --plan")
+        assert model is not None  # noqa: S101
+        report = _checkpoint(model, out, options)
+    if as_json:
+        click.echo(json.dumps(report))
+        return
+    click.echo(
+        f"{out} has {report['bytes'] / 1e6:,.1f} MB: {report['name']!r}, measured on {report['examples']:,} examples.\n"
+        f"sha256 {report['sha256']}\n"
+        "It holds the fine-tuned model and says much about its data. Merge it with others: gramfuse merge"
+    )
+
+
+def _spelled(parameter: str) -> str:
+    return "MODEL" if parameter == "model" else f"--{parameter.replace('_', '-')}"
+
+
+def _checkpoint(model: str, out: Path, options: dict[str, Any]) -> dict[str, Any]:
+    structures = _structures(options["gram"])
+    name = options["name"] or re.sub(r"[^a-z0-9]+", "-", Path(model).resolve().name.lower()).strip("-")[:63]
+    if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,62}", name):
+        raise click.UsageError(f"--name {name!r}: expected small letters, digits and '-', 63 at most")
+    check_absent(out)
+    import torch
+
+    from gramfuse_client.checkpoint import measure as measure_checkpoint
+    from gramfuse_client.checkpoint import open_checkpoint, task_of_model
+    from gramfuse_client.data import load_training
+    from gramfuse_client.finetune import choose_device
+    from gramfuse_client.silo import Data, Silo, SiloFile
+    from gramfuse_model.fingerprints import origin
+    from gramfuse_model.heads import head_parameters
+    from gramfuse_protocol.statistics_file import write_statistics
+
+    here = Path.cwd()
+    device = choose_device(options["device"])
+    if options["threads"]:
+        torch.set_num_threads(options["threads"])
+    settings = {"pair": options["text_pair"] is not None, "max-length": options["max_length"]}
+    task = task_of_model(model, here, options["task"], **settings)
+    columns = {key: options[key] for key in ("text", "text_pair", "image", "label")}
+    data = Data(train=options["data"], held_out=0.5, **columns)
+    try:
+        examples = load_training(Silo(here / "--data", SiloFile(name=name, data=data)), task)
+    except DataError as error:
+        raise DataError(
+            f"{error}\nHere there is neither plan nor silo file: labels are those of MODEL's configuration, and "
+            "columns are named by --text, --text-pair, --image and --label"
+        ) from None
+    checkpoint = open_checkpoint(model, options["base"], task, here, freeze=options["freeze"], gram=structures)
+    with _progress() as show:
+        statistics = measure_checkpoint(
+            checkpoint,
+            examples,
+            limit=options["tokens"],
+            batch_size=options["batch_size"],
+            device=device,
+            progress=lambda done, total: show("measure", done, total),
+        )
+    sha256 = write_statistics(
+        out,
+        statistics,
+        name=name,
+        base=origin(checkpoint.base, options["base"]),
+        tokenizer=checkpoint.base.vocabulary,
+        task=task,
+        layout=checkpoint.layout,
+        head=head_parameters(checkpoint.base.model),
+    )
+    return _report(out, name, len(examples), sha256)
+
+
+def _silo(directory: Path, name: str, out: Path) -> dict[str, Any]:
+    check_absent(out)
+    project = Project.read(directory)
+    layout = project.locked_layout()
+    from gramfuse_client.offline import contribute
+    from gramfuse_client.silo import Silo
+    from gramfuse_client.state import State
+
+    path = Path(name) if name.endswith(".toml") else project.directory / "silos" / f"{name}.toml"
+    silo = Silo.read(path)
+    plan = project.plan
+    with _progress() as show:
+        sha256 = contribute(silo, plan, layout, out, _shown(State(silo.state, plan.digest), show))
+    examples = State(silo.state, plan.digest).contribution().examples
+    return {**_report(out, silo.name, examples, sha256), "plan_digest": plan.digest}
+
+
+def _shown(state: State, show: Any) -> State:
+    """Have a state show progress on the terminal beside noting it on its disk."""
+    note = state.progress
+
+    def progress(phase: str, done: int, total: int) -> None:
+        note(phase, done, total)
+        show(phase, done, total)
+
+    state.progress = progress  # type: ignore[method-assign]
+    return state
+
+
+def check_absent(out: Path) -> None:
+    """Raise RunDirectoryError if a file has this name already, or its directory is not there."""
+    if out.exists():
+        raise RunDirectoryError(f"{out} exists already; choose another -o, or remove it")
+    if not out.absolute().parent.is_dir():
+        raise RunDirectoryError(f"{out}: there is no directory {out.absolute().parent}; make it first")
+
+
+def _structures(settings: tuple[str, ...]) -> dict[str, str]:
+    """Return --gram as `merge.gram` of a plan has it."""
+    structures = {"*": "full"} if settings else {}
+    for setting in settings:
+        pattern, separator, structure = setting.rpartition("=")
+        try:
+            Merge(gram={pattern: structure})
+        except ValueError:
+            separator = ""
+        if not separator:
+            raise PlanError(
+                f"--gram {setting}: expected PATTERN=STRUCTURE with full, block:<width> or diagonal, for instance "
+                "--gram '*=block:128'"
+            )
+        structures[pattern] = structure
+    return structures
+
+
+def _report(out: Path, name: str, examples: int, sha256: str) -> dict[str, Any]:
+    return {
+        "file": str(out.absolute()),
+        "name": name,
+        "examples": examples,
+        "bytes": out.stat().st_size,
+        "sha256": sha256,
+    }
+
+
+@contextmanager
+def _progress() -> Iterator[Any]:
+    """Yield a function (phase, done, total) that shows how far a phase is, on standard error."""
+    console = Console(stderr=True)
+    names = {"train": "fine-tune", "measure": "measure"}
+    with Progress(
+        TextColumn("{task.description:<10}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    ) as bars:
+        tasks: dict[str, Any] = {}
+
+        def show(phase: str, done: int, total: int) -> None:
+            if phase not in tasks:
+                tasks[phase] = bars.add_task(names.get(phase, phase), total=total)
+            bars.update(tasks[phase], completed=done)
+            if not console.is_terminal and (done % EVERY == 0 or done == total):
+                click.echo(f"{names.get(phase, phase)}: {done} of {total}", err=True)
+
+        yield show

@@ -1,0 +1,84 @@
+"""`gramfuse merge`: statistics files become a model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from gramfuse_cli.options import as_json as json_option
+from gramfuse_cli.report import show_steps
+
+
+@click.command()
+@click.argument("files", metavar="STATS...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The model; must not exist.")
+@click.option("--base", metavar="BASE", help="Where the base model is.  [default: as the files say]")
+@click.option(
+    "--alpha", type=click.FloatRange(0, 1), help="Share of off-diagonals kept.  [default: the plan's, or 0.9]"
+)
+@click.option("--weighting", type=click.Choice(["uniform", "examples"]), help="[default: the plan's, or uniform]")
+@click.option(
+    "--weight", "weights", multiple=True, metavar="NAME=W", help="Multiply the weight of one file. Can be repeated."
+)
+@click.option(
+    "--heads",
+    type=click.Choice(["merged", "own"]),
+    help="own: merge the bodies only; each model keeps its head, in OUT/NAME.  [default: the plan's, or merged]",
+)
+@click.option("--threads", type=click.IntRange(0), default=0, help="CPU threads.  [default: as torch finds]")
+@json_option
+def merge(
+    files: tuple[Path, ...],
+    out: Path,
+    base: str | None,
+    alpha: float | None,
+    weighting: str | None,
+    weights: tuple[str, ...],
+    heads: str | None,
+    threads: int,
+    as_json: bool,
+) -> None:
+    """Merge fine-tuned models by RegMean, from the files that gramfuse measure wrote of them.
+
+    \b
+    gramfuse merge mine.safetensors yours.safetensors -o merged
+
+    All must be of one base model and one tokenizer, and measured with the same --gram and --freeze. OUT is an ordinary
+    Hugging Face model with its card, and with report.json and SHA256SUMS; nothing is left there if the merge fails.
+    The order of the files does not matter.
+
+    Files of a plan's silos (gramfuse measure --plan) become the model that gramfuse simulate makes of that plan, bit
+    for bit where all used as many threads.
+    """
+    factors = dict(map(_factor, weights))
+    import torch
+    from transformers.utils.logging import disable_progress_bar
+
+    from gramfuse_server.merging import Settings, merge_files
+
+    if threads:
+        torch.set_num_threads(threads)
+    click.echo("read the files and the base model", err=True)
+    disable_progress_bar()
+    settings = Settings(alpha=alpha, weighting=weighting, weights=factors, heads=heads, base=base)  # type: ignore[arg-type]
+    report = merge_files(files, out.absolute(), settings, Path.cwd())
+    if as_json:
+        click.echo(json.dumps({**report, "run": str(out.absolute())}))
+        return
+    show_steps(Console(stderr=True), report["solve"])
+    names = ", ".join(silo["name"] for silo in report["silos"])
+    click.echo(f"{len(files)} models merged ({names}), alpha {report['alpha']}, in {report['seconds']:.0f} s: {out}")
+
+
+def _factor(setting: str) -> tuple[str, float]:
+    name, separator, text = setting.partition("=")
+    try:
+        factor = float(text)
+    except ValueError:
+        factor = -1.0
+    if not separator or not 0 < factor < float("inf"):
+        raise click.UsageError(f"--weight {setting}: expected NAME=W with a number above zero, for instance north=2")
+    return name, factor

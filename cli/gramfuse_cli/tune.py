@@ -1,0 +1,174 @@
+"""`gramfuse tune`: α, silo weights, order and influence, chosen on held-out data that are not those of the report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from gramfuse_cli import options
+from gramfuse_cli.project import Project
+from gramfuse_cli.report import show_models, show_report, show_steps
+from gramfuse_cli.simulate import run_simulation
+from gramfuse_cli.tuning import Data, Wanted, tune_files
+from gramfuse_protocol.errors import PlanError
+from gramfuse_protocol.plan import Plan
+
+GRID = ",".join(f"{n / 10:g}" for n in range(11))
+
+OF_FILES = ("base", "validation", "test", "text", "text_pair", "image", "label")
+OF_PROJECTS = ("opened", "settings", "seed")
+
+
+def _grid(_: click.Context, __: click.Parameter, text: str) -> tuple[float, ...]:
+    try:
+        values = tuple(float(value) for value in text.split(","))
+    except ValueError:
+        raise click.BadParameter(f"expected numbers such as {GRID} (got {text!r})") from None
+    if not all(0 <= value <= 1 for value in values):
+        raise click.BadParameter(f"every value lies between 0 and 1 (got {text!r})")
+    return tuple(dict.fromkeys(values))
+
+
+@click.command()
+@click.argument(
+    "sources", metavar="DIR | STATS...", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True)
+)
+@click.option(
+    "--alpha",
+    "alphas",
+    metavar="α,α,…",
+    default=GRID,
+    show_default=True,
+    callback=_grid,
+    help="Values to try, each from 0 to 1.",
+)
+@click.option("--weights", is_flag=True, help="Search silo weights too, by doubling and halving one at a time.")
+@click.option(
+    "--order",
+    type=click.Choice(["given", "greedy"]),
+    help="Try merges of the first 1, 2, … silos: in roster order (files: by their names), or each time with the one "
+    "that helps most.",
+)
+@click.option("--influence", is_flag=True, help="Try the merge without each silo.")
+@click.option("--base", metavar="BASE", help="Files: where the base model is.  [default: as the files say]")
+@click.option("--validation", metavar="DATA", help="Files: examples to choose by.")
+@click.option("--test", metavar="DATA", help="Files: examples to report on.")
+@options.columns
+@options.open_mode
+@options.settings
+@options.as_json
+@click.pass_context
+def tune(
+    context: click.Context,
+    /,
+    sources: tuple[Path, ...],
+    alphas: tuple[float, ...],
+    weights: bool,
+    order: Any,
+    influence: bool,
+    base: str | None,
+    validation: str | None,
+    test: str | None,
+    opened: bool,
+    settings: tuple[str, ...],
+    seed: int | None,
+    out: Path | None,
+    as_json: bool,
+    **columns: str | None,
+) -> None:
+    """Choose α, and with --weights the silos' weights, by held-out data that are not those of the report.
+
+    \b
+    gramfuse tune DIR --open
+    gramfuse tune mine.safetensors yours.safetensors --validation DATA --test DATA -o merged
+
+    The first form simulates all silos of DIR/plan.toml; they train once. Merges are ranked on data.validation of each
+    silo file, or, if there is none, on one half of the silo's held-out examples; the report is on the others only.
+    Needs open mode: a secure sum is of one α.
+
+    The second is for files of gramfuse measure. DATA are as in a silo file: .jsonl, .csv, .parquet, or hf:NAME[#split].
+
+    The merge that is chosen is written as the model, and all that was tried is in report.json under "tuning". Orders
+    and influences are for you to read: no silo is left out by itself.
+    """
+    wanted = Wanted(alphas, weights, order, influence)
+    of_project = len(sources) == 1 and (sources[0].is_dir() or sources[0].name == "plan.toml")
+    for name in OF_FILES if of_project else OF_PROJECTS:
+        if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
+            spelled = {"opened": "open", "settings": "set"}.get(name, name.replace("_", "-"))
+            what = "statistics files" if of_project else "a project directory"
+            raise click.UsageError(f"--{spelled} is for {what}")
+    if of_project:
+        project = Project.read(sources[0], options.all_settings(settings, seed, opened=opened))
+        check_tunable(project.plan)
+        run = options.run_path(out, project.plan)
+        report = run_simulation(project, run, tune=wanted, opened=opened)
+        if not as_json:
+            show_tuning(report["tuning"])
+        show_report(report, run, as_json)
+        return
+    if validation is None or test is None or out is None:
+        raise click.UsageError("files need --validation DATA, --test DATA and -o MODEL")
+    report = tune_files(sources, base, Data(validation, test, columns), wanted, out.absolute(), _say)
+    if as_json:
+        click.echo(json.dumps({**report, "run": str(out.absolute())}))
+        return
+    show_tuning(report["tuning"])
+    console = Console()
+    show_models(console, report, "test examples")
+    show_steps(console, report["solve"])
+    console.print(f"\n{out}", highlight=False, soft_wrap=True)
+
+
+def _say(line: str) -> None:
+    click.echo(f"  {line}", err=True)
+
+
+def check_tunable(plan: Plan) -> None:
+    """Raise PlanError, saying what to do, if merges of a plan cannot be compared with one another."""
+    if plan.privacy.secure_aggregation:
+        raise PlanError(
+            "tune needs each silo's statistics; with privacy.secure-aggregation the coordinator has one sum, of one α "
+            "and one set of weights. Agree on merge.alpha before the run; or, if all of the data may be seen on this "
+            "machine, tune in the clear with --open, and write the α that it finds into the plan"
+        )
+    if plan.privacy.metrics == "none":
+        raise PlanError(
+            'tune compares merges by held-out metrics, and privacy.metrics = "none" lets none leave; '
+            "use --set privacy.metrics=sum"
+        )
+    if plan.merge.rounds > 1:
+        raise PlanError("tune looks at one exchange; use --set merge.rounds=1, and then the α that it finds")
+
+
+def show_tuning(tuning: Mapping[str, Any]) -> None:
+    """Print what was tried, with the chosen merge marked."""
+    console = Console()
+    metric, chosen = tuning["metric"], tuning["chosen"]
+    examples = sum(tuning["examples"].values())
+    console.print(f"Chosen on {examples:,} validation examples, none of which is reported on:", highlight=False)
+    table = Table("merge", metric)
+    table.columns[1].justify = "right"
+    for trial in tuning["alpha"]:
+        mark = trial["alpha"] == chosen["alpha"] and not tuning["weights"]
+        _row(table, f"α = {trial['alpha']:g}", trial["score"], mark)
+    for trial in tuning["weights"]:
+        text = f"α = {chosen['alpha']:g}, " + ", ".join(f"{silo} × {w:g}" for silo, w in trial["weights"].items())
+        _row(table, text, trial["score"], trial["weights"] == chosen["weights"])
+    for step in tuning["order"]:
+        *_, last = step["silos"]
+        _row(table, f"{len(step['silos'])} silos, with {last}" if len(step["silos"]) > 1 else last, step["score"])
+    for entry in tuning["influence"]:
+        _row(table, f"without {entry['silo']}", entry["without"])
+    console.print(table)
+
+
+def _row(table: Table, what: str, score: float | None, chosen: bool = False) -> None:
+    shown = "-" if score is None else f"{score:.3f}"
+    table.add_row(f"{what}, chosen" if chosen else what, shown, style="bold" if chosen else "")

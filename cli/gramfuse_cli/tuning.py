@@ -1,0 +1,271 @@
+"""What `gramfuse tune` does with statistics: one part of the held-out data chooses, the other is reported."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from gramfuse_protocol.errors import PlanError
+from gramfuse_protocol.layout import delta_block
+from gramfuse_protocol.metrics import Sums, are_sums, examples_in, primary
+from gramfuse_protocol.plan import Plan
+
+if TYPE_CHECKING:
+    from gramfuse_cli.laboratory import Bench, Deltas, Laboratory, Part
+    from gramfuse_server.accumulator import Merged
+    from gramfuse_server.conductor import Observer
+    from gramfuse_server.merging import Collection, Weighting
+    from gramfuse_server.search import Judgement, Trial, Trials
+
+Measure = Callable[["Deltas", "Part"], Mapping[str, Sums]]
+"""Measures a merge, by its differences from the base, on a part of the held-out data; sums by silo."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is searched.
+
+    Args:
+        alphas: values of α, tried in this order.
+        weights: whether silo weights are searched too, with the α that was found.
+        order: whether merges of the first 1, 2, … silos are tried, and in which order they are added.
+        influence: whether merges without each silo are tried.
+    """
+
+    alphas: tuple[float, ...]
+    weights: bool = False
+    order: Literal["given", "greedy"] | None = None
+    influence: bool = False
+
+
+def tune(laboratory: Laboratory, wanted: Wanted, merged: Merged, observer: Observer) -> tuple[Merged, dict[str, Any]]:
+    """Search, and return the chosen merge and what is added to the report: a study of an exchange.
+
+    Args:
+        merged: with the plan's α and weights; its mean stays what `simple` means in the report.
+    """
+    from gramfuse_server.evaluation import described
+    from gramfuse_server.search import Trials
+
+    plan, measure = laboratory.plan, laboratory.measure
+    trials = Trials(
+        laboratory.layout,
+        laboratory.contributions,
+        lambda deltas: joint(plan, measure(deltas, "validation")),
+        weighting=plan.merge.weighting,
+        tell=lambda trial: observer({"phase": "study", "state": "measured", "name": _named(trial)}),
+    )
+    chosen, best, tuning = search(trials, wanted, plan, measure)
+    additions: dict[str, Any] = {"tuning": tuning}
+    if (chosen.alpha, chosen.weights) != (plan.merge.alpha, trials.uniform):
+        additions["models"] = [described(plan, "untuned", "untuned", measure(merged.deltas, "held-out"))]
+    return replace(best, mean=merged.mean), additions
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where examples are for merges of files.
+
+    Args:
+        validation, test: sources, as `[data]` of a silo file has them: what is chosen by, and what is reported on.
+        columns: `text`, `text_pair`, `image` and `label`, as `[data]` has them too.
+    """
+
+    validation: str
+    test: str
+    columns: Mapping[str, Any]
+
+
+def tune_files(
+    paths: Sequence[Path], base: str | None, data: Data, wanted: Wanted, out: Path, tell: Callable[[str], None]
+) -> dict[str, Any]:
+    """Search over merges of statistics files, write the one that is chosen, and return its report.
+
+    Args:
+        paths: of the files.
+        base: where the base model is, if not where the files say.
+        out: directory of the model; must not exist.
+        tell: is told what was measured.
+
+    Raises:
+        PlanError: if the files are to keep heads of their own, so that no one model comes of them.
+        GramfuseError: as `gramfuse_server.merging.merge_files` and `gramfuse_client.data.load` raise.
+    """
+    from gramfuse_protocol.statistics_file import read_statistics
+    from gramfuse_server.evaluation import described
+    from gramfuse_server.merging import Collection, Settings, merge_files
+    from gramfuse_server.run import check_free
+    from gramfuse_server.search import Trials
+
+    check_free(out)
+    collection = Collection([read_statistics(path) for path in paths])
+    if collection.heads == "own":
+        raise PlanError(
+            "tune ranks one model for one task, and under this plan silos keep their heads; use gramfuse merge"
+        )
+    alpha, weighting = _agreed(collection)
+    bench = _bench(collection, base, data)
+
+    def measure(deltas: Deltas, part: Part) -> Mapping[str, Sums]:
+        return {bench.silo.name: bench.measure(deltas, part)}
+
+    trials = Trials(
+        collection.layout,
+        {file.name: file for file in collection.files},
+        lambda deltas: joint(bench.plan, measure(deltas, "validation")),
+        weighting=weighting,
+        tell=lambda trial: tell(_named(trial)),
+    )
+    chosen, best, tuning = search(trials, wanted, bench.plan, measure, own=alpha)
+    untuned = trials.sum(alpha, trials.uniform).merge()
+    models: list[tuple[str, str, Deltas]] = [
+        (file.name, "silo", {t.name: file.block(delta_block(t.name)) for t in collection.layout.tensors})
+        for file in collection.files
+    ]
+    models.append(("simple", "simple", untuned.mean))
+    models.append(("regmean", "regmean", best.deltas))
+    if (chosen.alpha, chosen.weights) != (alpha, trials.uniform):
+        models.append(("untuned", "untuned", untuned.deltas))
+    additions = {
+        "tasks": {"": bench.task.task},
+        "models": [described(bench.plan, name, kind, measure(deltas, "held-out")) for name, kind, deltas in models],
+        "tuning": tuning,
+    }
+    settings = Settings(alpha=chosen.alpha, weighting=weighting, weights=chosen.weights, base=base)
+    return merge_files(paths, out, settings, Path.cwd(), additions)
+
+
+def _agreed(collection: Collection) -> tuple[float, Weighting]:
+    """Return the α and the weighting that files are merged with where nothing is searched."""
+    from gramfuse_protocol.plan import Merge
+
+    merge = collection.plan.merge if collection.plan else Merge()
+    return merge.alpha, merge.weighting
+
+
+def _bench(collection: Collection, base: str | None, data: Data) -> Bench:
+    """Return what merges of files are measured on.
+
+    The examples to be reported are both the training and the held-out examples of a silo, so that those to choose by
+    are without them.
+    """
+    from gramfuse_cli.laboratory import Bench
+    from gramfuse_client.silo import Data as Sources
+    from gramfuse_client.silo import Silo, SiloFile
+    from gramfuse_model.zero_head import plan_for
+
+    first = collection.files[0]
+    model = collection.load_base(first, base, Path.cwd())
+    sources = Sources(train=data.test, held_out=data.test, validation=data.validation, **data.columns)
+    silo = Silo(Path.cwd() / "--validation", SiloFile(name=first.name, data=sources))
+    return Bench(silo, plan_for(first.name, base or first.about.base.name, first.about.task), model, {})
+
+
+def search(
+    trials: Trials, wanted: Wanted, plan: Plan, measure: Measure, own: float | None = None
+) -> tuple[Trial, Merged, dict[str, Any]]:
+    """Return which merge of all silos is the best, the merge, and `tuning` of the report: all that was tried.
+
+    What is measured on the part `held-out` is written down and chooses nothing.
+
+    Args:
+        plan: says by which metric merges are ranked.
+        own: the α that is chosen among equals, if not the plan's.
+    """
+    from gramfuse_server.search import best, given_order, greedy_order, leave_one_out, search_weights, sweep
+
+    curve = sweep(trials, wanted.alphas)
+    chosen = best(curve, own=plan.merge.alpha if own is None else own)
+    weighted = search_weights(trials, chosen.alpha) if wanted.weights else ()
+    if weighted:
+        chosen = best(weighted)
+    steps: Iterable[Trial] = ()
+    if wanted.order is not None:
+        add = {"given": given_order, "greedy": greedy_order}[wanted.order]
+        steps = add(trials, chosen.alpha, chosen.weights)
+    without = leave_one_out(trials, chosen.alpha, chosen.weights) if wanted.influence else {}
+    merged = trials.sum(chosen.alpha, chosen.weights).merge()
+    reported = measure(merged.deltas, "held-out")
+    metrics = joint(plan, reported).metrics
+
+    def influence(silo: str, trial: Trial) -> dict[str, Any]:
+        difference: Mapping[str, float] = {}
+        if not math.isnan(trial.score):
+            rest = trials.near(trial.alpha, trial.weights).merge().deltas
+            difference = _difference(joint(plan, measure(rest, "held-out")).metrics, metrics)
+        return {
+            "silo": silo,
+            "without": _number(trial.score),
+            "difference": _number(trial.score - chosen.score),
+            "reported": difference,
+        }
+
+    tuning = {
+        "metric": ranked_by(plan),
+        "part": "validation",
+        "examples": _sizes(measure(merged.deltas, "validation")),
+        "reported": {"part": "held-out", "examples": _sizes(reported)},
+        "alpha": [{"alpha": trial.alpha, **_measured(trial)} for trial in curve],
+        "weights": [{"weights": dict(trial.weights), **_measured(trial)} for trial in weighted],
+        "order": _order(steps),
+        "influence": [influence(silo, trial) for silo, trial in without.items()],
+        "chosen": {"alpha": chosen.alpha, "weights": dict(chosen.weights), **_measured(chosen)},
+    }
+    return chosen, merged, tuning
+
+
+def _sizes(sums: Mapping[str, Sums]) -> dict[str, int]:
+    return {silo: int(examples_in(found)) for silo, found in sums.items()}
+
+
+def _order(steps: Iterable[Trial]) -> list[dict[str, Any]]:
+    silos: list[str] = []
+    found = []
+    for step in steps:
+        silos += [silo for silo in step.weights if silo not in silos]
+        found.append({"silos": list(silos), **_measured(step)})
+    return found
+
+
+def _difference(without: Mapping[str, Any], with_all: Mapping[str, Any]) -> dict[str, float]:
+    """Return, of each metric, the merge without a silo minus that with all."""
+    numbers = {name: value for name, value in with_all.items() if isinstance(value, float) and name != "examples"}
+    return {name: without[name] - value for name, value in numbers.items() if name in without}
+
+
+def _measured(trial: Trial) -> dict[str, Any]:
+    return {"score": _number(trial.score), "metrics": dict(trial.metrics)}
+
+
+def _number(value: float) -> float | None:
+    """Return what JSON can hold: None for the score of a merge that could not be measured."""
+    return None if math.isnan(value) else value
+
+
+def _named(trial: Trial) -> str:
+    weights = " ".join(f"{silo} {weight:g}" for silo, weight in trial.weights.items())
+    return f"alpha {trial.alpha:g}, {weights}"
+
+
+def ranked_by(plan: Plan) -> str:
+    """Return the name of the metric that merges are ranked by."""
+    return "mean-score" if plan.task else primary(plan.task_of(plan.names[0]))
+
+
+def joint(plan: Plan, sums: Mapping[str, Sums]) -> Judgement:
+    """Return the metrics of all silos together, and the one among them that merges are ranked by.
+
+    Args:
+        sums: by silo; if they are none, as those of a model that says NaN, neither are the metrics.
+    """
+    from gramfuse_server.evaluation import described
+    from gramfuse_server.search import Judgement
+
+    if not all(are_sums(plan.task_of(silo), found) for silo, found in sums.items()):
+        return Judgement(math.nan, {})
+    model = described(plan, "", "", sums)
+    found = model["metrics"] | ({"tasks": model["tasks"]} if plan.task else {})
+    return Judgement(found[ranked_by(plan)], found)

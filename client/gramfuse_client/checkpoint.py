@@ -1,0 +1,184 @@
+"""A model that was fine-tuned elsewhere, measured on its training data as a silo measures its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from gramfuse_client.batches import Encoded, batches
+from gramfuse_client.data import Examples
+from gramfuse_client.statistics import collect_statistics
+from gramfuse_model.base import Base, load_base, locate, trainable
+from gramfuse_model.tracing import plan_layout
+from gramfuse_model.zero_head import load_zero_headed, plan_for
+from gramfuse_protocol.documents import build
+from gramfuse_protocol.errors import ModelError
+from gramfuse_protocol.layout import Layout
+from gramfuse_protocol.statistics import Statistics
+from gramfuse_protocol.task import LABELLED, Kind, Task
+
+ARCHITECTURES: Mapping[str, Kind] = {
+    "ForSequenceClassification": "classification",
+    "ForTokenClassification": "token-classification",
+    "ForImageClassification": "image-classification",
+    "ForConditionalGeneration": "sequence-to-sequence",
+    "ForCausalLM": "causal-lm",
+    "LMHeadModel": "causal-lm",
+}
+"""What the name of a model's class ends with, and the kind of task that this means."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A fine-tuned model and its base, of which it was checked that they belong together.
+
+    Args:
+        base: with a head of zeros.
+        layout: without scales, which only secure sums need, and which differ between machines.
+    """
+
+    tuned: Base
+    base: Base
+    task: Task
+    layout: Layout
+
+
+def task_of_model(model: str, directory: Path, given: Kind | None = None, **settings: Any) -> Task:
+    """Return what a model was fine-tuned for, by its configuration: kind and labels.
+
+    Args:
+        model: hub id, directory or bundled name.
+        directory: where a relative path starts.
+        given: the kind, if the configuration does not say it or says it wrongly.
+        settings: what else a task has, with kebab-case keys: `pair`, `max-length`, ….
+
+    Raises:
+        ModelError: if there is no such model, or its configuration does not say what it is for.
+        PlanError: if its labels are none of such a task.
+    """
+    source = locate(model, directory)
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"model {model!r} ({source}) cannot be loaded: {error}") from None
+    kind = given or _kind(config)
+    if kind is None:
+        raise ModelError(
+            f"model {model!r}: its configuration says that it is a {', '.join(config.architectures or ('?',))}, which "
+            "is no task that gramfuse knows; MODEL must be the fine-tuned model, head included. If it is, say what it "
+            "is for with --task"
+        )
+    labels = [config.id2label[index] for index in sorted(config.id2label)] if kind in LABELLED else []
+    return build(Task, {"task": kind, "labels": labels, **settings}, f"model {model!r}")
+
+
+def _kind(config: Any) -> Kind | None:
+    architecture = next(iter(config.architectures or ()), "")
+    kind = next((kind for suffix, kind in ARCHITECTURES.items() if architecture.endswith(suffix)), None)
+    if kind == "classification":
+        if config.problem_type == "multi_label_classification":
+            return "multi-label"
+        if config.problem_type == "regression" or config.num_labels == 1:
+            return "regression"
+    return kind
+
+
+def open_checkpoint(
+    model: str,
+    base: str,
+    task: Task,
+    directory: Path,
+    *,
+    freeze: tuple[str, ...] = (),
+    gram: Mapping[str, str] | None = None,
+) -> Checkpoint:
+    """Load a fine-tuned model and its base, and check that they belong together.
+
+    Args:
+        model, base: hub ids, directories or bundled names.
+        directory: where relative paths start.
+        freeze: patterns of the parameters that are as they are in the base; they are not measured.
+        gram: structures of Gram matrices by pattern.
+
+    Raises:
+        ModelError: naming the parameter, if there is one that does not fit.
+    """
+    tuned = load_base(plan_for("model", model, task, freeze=freeze), directory)
+    plan = plan_for("base", base, task, freeze=freeze, gram=gram)
+    origin = load_zero_headed(plan, directory)
+    _check_belong_together(model, base, tuned, origin)
+    document = plan_layout(plan, origin).model_dump()
+    for group in document["groups"]:
+        group["exponents"] = ()
+    return Checkpoint(tuned, origin, task, Layout.model_validate(document))
+
+
+def _check_belong_together(model: str, base: str, tuned: Base, origin: Base) -> None:
+    architecture = type(tuned.model).__name__
+    saved = tuned.model.config.architectures or ()
+    if architecture not in saved:
+        raise ModelError(
+            f"model {model!r} is a {', '.join(saved) or 'model without a head'}, and this task needs a {architecture}: "
+            "its head would be a new one. MODEL must be the fine-tuned model, head included"
+        )
+    kinds = tuned.model.config.model_type, origin.model.config.model_type
+    if kinds[0] != kinds[1]:
+        raise ModelError(
+            f"model {model!r} is of type {kinds[0]!r} and base {base!r} of type {kinds[1]!r}; --base must be the model "
+            "that it was fine-tuned from"
+        )
+    mine, theirs = (dict(one.model.named_parameters()) for one in (tuned, origin))
+    for name in sorted(mine.keys() | theirs.keys()):
+        shapes = [tuple(one[name].shape) if name in one else "not there" for one in (mine, theirs)]
+        if shapes[0] != shapes[1]:
+            raise ModelError(
+                f"parameter {name!r} is {shapes[0]} in model {model!r} and {shapes[1]} in base {base!r}; --base must "
+                "be the model that it was fine-tuned from"
+            )
+        if not mine[name].requires_grad and not torch.equal(mine[name], theirs[name]):
+            raise ModelError(
+                f"parameter {name!r} is to be frozen and is not the same in model {model!r} and base {base!r}: fine-"
+                "tuning changed it, or --base is another model. Leave it out of --freeze"
+            )
+    if tuned.vocabulary != origin.vocabulary:
+        raise ModelError(
+            f"model {model!r} and base {base!r} have tokenizers with different vocabularies, so their inputs are not "
+            "the same; only models with the tokenizer of their base can be merged"
+        )
+
+
+def measure(
+    checkpoint: Checkpoint,
+    examples: Examples,
+    *,
+    limit: int,
+    batch_size: int,
+    device: torch.device,
+    progress: Callable[[int, int], None],
+) -> Statistics:
+    """Return the statistics of a fine-tuned model on its training data.
+
+    Args:
+        examples: the training data.
+        limit: most token rows for one Gram matrix.
+        progress: called with (batches done, batches in all).
+
+    Raises:
+        ContributionError: naming the tensor, if a value is NaN or infinite.
+    """
+    encoded = Encoded(examples, checkpoint.tuned.tokenizer, checkpoint.task)
+    total = -(-len(encoded) // batch_size)
+    return collect_statistics(
+        checkpoint.tuned.model.to(device),
+        batches(encoded, batch_size, device),
+        checkpoint.layout,
+        base=trainable(checkpoint.base.model),
+        examples=len(examples),
+        limit=limit,
+        progress=lambda done: progress(done, total),
+    )

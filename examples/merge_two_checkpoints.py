@@ -1,0 +1,42 @@
+"""Merge two Hugging Face classifiers that were fine-tuned from one base, with nothing but their models and data.
+
+    python examples/merge_two_checkpoints.py BASE MODEL_A DATA_A MODEL_B DATA_B OUT
+
+Models are directories or hub ids, data are JSON lines with "text". Both models have the same labels.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from gramfuse_client import collect_statistics
+from gramfuse_model.base import trainable
+from gramfuse_model.tracing import derive_layout
+from gramfuse_server import add_differences, merge
+
+base_name, *pairs, out = sys.argv[1:]
+tokenizer = AutoTokenizer.from_pretrained(base_name)
+config = AutoModelForSequenceClassification.from_pretrained(pairs[0]).config
+base = AutoModelForSequenceClassification.from_pretrained(
+    base_name, num_labels=config.num_labels, id2label=config.id2label, label2id=config.label2id
+)
+layout = derive_layout(base, tokenizer(["a public text", "and another"], padding=True, return_tensors="pt"))
+start = trainable(base)
+
+statistics = []
+for model_name, data in zip(pairs[::2], pairs[1::2], strict=True):
+    model = AutoModelForSequenceClassification.from_pretrained(model_name)
+    texts = [json.loads(line)["text"] for line in Path(data).read_text(encoding="utf-8").splitlines()]
+    batches = (
+        tokenizer(texts[i : i + 16], padding=True, truncation=True, max_length=128, return_tensors="pt")
+        for i in range(0, len(texts), 16)
+    )
+    statistics.append(collect_statistics(model, batches, layout, base=start, examples=len(texts)))
+
+merged = merge(statistics, layout, alpha=0.9)
+add_differences(base, merged.deltas)
+base.save_pretrained(out)
+tokenizer.save_pretrained(out)
+print(f"{len(merged.steps)} groups of layers merged in closed form: {out}")

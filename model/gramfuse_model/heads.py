@@ -1,0 +1,52 @@
+"""The head of a model: what a task adds to the pretrained body."""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from gramfuse_model.linear import linear_modules
+from gramfuse_protocol.errors import ModelError
+
+
+def generates(model: PreTrainedModel) -> bool:
+    """Whether a model predicts tokens of its vocabulary; its last layer is then pretrained, and it has no head."""
+    return model.get_output_embeddings() is not None
+
+
+def answers(model: nn.Module) -> bool:
+    """Whether a model generates a target from an input, by an encoder and a decoder."""
+    return isinstance(model, PreTrainedModel) and bool(model.config.is_encoder_decoder) and generates(model)
+
+
+def head_parameters(model: PreTrainedModel) -> frozenset[str]:
+    """Return the names of the parameters that stand outside of the body, `model.base_model`.
+
+    A model that generates has none.
+    """
+    body = model.base_model
+    if body is model or generates(model):
+        return frozenset()
+    inside = {id(parameter) for parameter in body.parameters()}
+    return frozenset(name for name, parameter in model.named_parameters() if id(parameter) not in inside)
+
+
+def last_layer(model: PreTrainedModel, labels: int) -> frozenset[str]:
+    """Return the names of the parameters whose rows are one label each: weight and bias of the head's last layer.
+
+    Raises:
+        ModelError: if the head has no linear layer with one output for each label.
+    """
+    head = head_parameters(model)
+    fitting = [
+        linear
+        for linear in linear_modules(model)
+        if linear.weight in head and linear.kind.transposed and linear.d_out == labels
+    ]
+    if not fitting:
+        raise ModelError(
+            f"the head of {type(model).__name__} has no linear layer with {labels} outputs, so it cannot be merged "
+            "label by label: leave out 'labels' of the [[silo]] sections, or use model.head = \"own\""
+        )
+    prefix = fitting[-1].weight.removesuffix("weight")
+    return frozenset(name for name in head if name in (f"{prefix}weight", f"{prefix}bias"))

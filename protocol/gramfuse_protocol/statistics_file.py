@@ -1,0 +1,342 @@
+"""Statistics as a file: for silos without a network, and for whoever publishes a fine-tuned model.
+
+It is a safetensors file whose bytes follow from what it says: docs/statistics-format.md has them one by one. A reader
+makes the header anew and compares, so a file that was cut, edited or put together otherwise is refused as a whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, ValidationError
+
+from gramfuse_protocol.canonical import digest
+from gramfuse_protocol.documents import Section
+from gramfuse_protocol.errors import ContributionError, RunDirectoryError, disk_is_full
+from gramfuse_protocol.layout import ITEM_BYTES, Block, Layout, Positive
+from gramfuse_protocol.plan import Name, Sha256
+from gramfuse_protocol.statistics import Contribution, check_counts
+from gramfuse_protocol.task import Task
+
+HEADER_LIMIT = 64 * 2**20
+"""Most bytes of a header."""
+
+CHUNK = 2**20
+"""Elements that are read at a time."""
+
+
+class Origin(Section):
+    """The base model that differences are taken from.
+
+    Args:
+        name: hub id, bundled name, or `./<last part>` of a directory.
+        weights: SHA-256 of each parameter and persistent buffer, as
+            `gramfuse_model.fingerprints.tensor_digests` has them.
+    """
+
+    name: Annotated[str, Field(min_length=1)]
+    weights: Annotated[Mapping[str, Sha256], Field(min_length=1)]
+
+    @property
+    def sha256(self) -> str:
+        """One digest for all weights."""
+        return digest(dict(self.weights))
+
+
+class About(Section):
+    """What a statistics file says beside its tensors.
+
+    Args:
+        name: of the silo or model.
+        base: what differences are taken from.
+        tokenizer: digest of the vocabulary; None for models without one.
+        task: what the model was fine-tuned for.
+        layout: of the tensors.
+        examples: training examples, ≥ 1.
+        tokens: token rows by group.
+        head: names of the parameters that belong to the task and not to the body, whether they are merged or not.
+        own: shapes of the parameters that are the silo's own and are not merged.
+        plan: text of the plan that the silo followed; empty if there is none.
+        made_by: version of gramfuse.
+    """
+
+    version: Literal[1] = 1
+    name: Name
+    base: Origin
+    tokenizer: Sha256 | None
+    task: Task
+    layout: Layout
+    examples: Positive
+    tokens: Mapping[str, Annotated[int, Field(ge=0, le=2**53 - 1)]]
+    head: tuple[str, ...] = ()
+    own: Mapping[str, tuple[Positive, ...]] = {}
+    plan: str = ""
+    made_by: str
+
+    @cached_property
+    def blocks(self) -> tuple[Block, ...]:
+        """All tensors of the file, in its order: by the bytes of their names."""
+        own = (Block(own_block(name), shape) for name, shape in self.own.items())
+        return tuple(sorted((*self.layout.blocks, *own), key=lambda block: block.name.encode()))
+
+
+@dataclass(frozen=True)
+class StatisticsFile:
+    """A statistics file that was checked: a `gramfuse_protocol.statistics.Contribution`.
+
+    Args:
+        path: of the file.
+        about: what it says beside its tensors.
+        start: byte at which its data begin.
+        sha256: what it says its digest is, and is.
+    """
+
+    path: Path
+    about: About
+    start: int
+    sha256: str
+
+    @property
+    def name(self) -> str:
+        """Of the silo or model."""
+        return self.about.name
+
+    @property
+    def examples(self) -> int:
+        """Training examples."""
+        return self.about.examples
+
+    @property
+    def tokens(self) -> Mapping[str, int]:
+        """Token rows by group."""
+        return self.about.tokens
+
+    def block(self, name: str) -> NDArray[np.float32]:
+        """Read one tensor, float32 in its shape.
+
+        Raises:
+            ContributionError: if the file is shorter than it was when it was checked.
+        """
+        offset = self.start
+        for block in self.about.blocks:
+            if block.name == name:
+                values = np.fromfile(self.path, "<f4", block.entries, offset=offset)
+                if values.size != block.entries:
+                    raise ContributionError(f"{self.path}: tensor {name!r} is cut off; the file changed while in use")
+                return values.reshape(block.shape)
+            offset += ITEM_BYTES * block.entries
+        raise KeyError(name)
+
+    def own(self) -> dict[str, NDArray[np.float32]]:
+        """Read the parameters that are not merged, by name."""
+        return {name: self.block(own_block(name)) for name in self.about.own}
+
+
+def own_block(parameter: str) -> str:
+    """Name of the tensor that holds a parameter that is not merged."""
+    return f"own:{parameter}"
+
+
+def write_statistics(
+    path: Path | str,
+    statistics: Contribution,
+    *,
+    name: str,
+    base: Origin,
+    tokenizer: str | None,
+    task: Task,
+    layout: Layout,
+    head: Iterable[str] = (),
+    own: Mapping[str, NDArray[Any]] | None = None,
+    plan: str = "",
+) -> str:
+    """Write a statistics file, which only its owner can read. It is there whole or not at all.
+
+    Args:
+        path: must not exist.
+        statistics: as `gramfuse_client.collect_statistics` returns them.
+        own: parameters that are not merged, float32, by name.
+        name, base, tokenizer, task, layout, head, plan: as `About` has them.
+
+    Returns:
+        The file's digest.
+
+    Raises:
+        ContributionError: naming the tensor, if one does not fit the layout or is not finite.
+        RunDirectoryError: if the file exists already, or cannot be written.
+    """
+    path = Path(path)
+    if path.exists():
+        raise RunDirectoryError(f"{path} exists already; choose another name, or remove it")
+    check_counts(layout, statistics.examples, statistics.tokens, str(path))
+    about = About(
+        name=name,
+        base=base,
+        tokenizer=tokenizer,
+        task=task,
+        layout=layout,
+        examples=statistics.examples,
+        tokens=statistics.tokens,
+        head=tuple(sorted(head)),
+        own={parameter: array.shape for parameter, array in (own or {}).items()},
+        plan=plan,
+        made_by=importlib.metadata.version("gramfuse"),
+    )
+    kept = {own_block(parameter): array for parameter, array in (own or {}).items()}
+    text = about.model_dump_json(by_alias=True)
+
+    def tensors() -> Iterator[NDArray[np.float32]]:
+        for block in about.blocks:
+            array = kept[block.name] if block.name in kept else statistics.block(block.name)
+            if array.dtype != np.float32 or array.shape != block.shape:
+                raise ContributionError(
+                    f"{path}: tensor {block.name!r} is {array.dtype} {array.shape}, expected float32 {block.shape}"
+                )
+            _check_finite(path, block, array.size - int(np.count_nonzero(np.isfinite(array))))
+            yield np.ascontiguousarray(array, "<f4")
+
+    hasher = hashlib.sha256(text.encode())
+    for array in tensors():
+        hasher.update(array.data)
+    sha256 = hasher.hexdigest()
+    header = _header(text, sha256, about.blocks)
+    temporary = path.with_name(path.name + ".partial")
+    try:
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+            file.write(len(header).to_bytes(8, "little") + header)
+            for array in tensors():
+                file.write(array.data)
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            what = "no space left on the disk; make room" if disk_is_full(error) else str(error)
+            raise RunDirectoryError(f"{path}: cannot be written: {what}") from None
+        raise
+    return sha256
+
+
+def read_statistics(path: Path | str) -> StatisticsFile:
+    """Read a statistics file and check all of it, but for what it was measured on.
+
+    Raises:
+        ContributionError: naming the file, and the tensor where there is one, if it is not exactly what
+            `write_statistics` makes.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or not 2 <= length <= min(HEADER_LIMIT, size - 8):
+                raise ContributionError(
+                    f"{path}: is no statistics file, or was cut off: its header would have {length:,} bytes, of "
+                    f"{size:,} in all"
+                )
+            header = file.read(length)
+            text, sha256 = _metadata(path, header)
+            about = _about(path, text)
+            _check_header(path, header, text, sha256, about.blocks)
+            start = 8 + length
+            expected = start + sum(ITEM_BYTES * block.entries for block in about.blocks)
+            if size != expected:
+                raise ContributionError(
+                    f"{path}: has {size:,} bytes, expected {expected:,}: "
+                    + ("it was cut off; copy it again" if size < expected else "something was added at its end")
+                )
+            check_counts(about.layout, about.examples, about.tokens, str(path))
+            hasher = hashlib.sha256(text.encode())
+            unsound = []
+            for block in about.blocks:
+                bad = 0
+                for first in range(0, block.entries, CHUNK):
+                    values = np.fromfile(file, "<f4", min(CHUNK, block.entries - first))
+                    hasher.update(values.data)
+                    bad += values.size - int(np.count_nonzero(np.isfinite(values)))
+                unsound.append((block, bad))
+    except OSError as error:
+        raise ContributionError(f"{path}: cannot be read: {error.strerror or error}") from None
+    if hasher.hexdigest() != sha256:
+        raise ContributionError(
+            f"{path}: was changed after it was written: its SHA-256 is not the one that it says; copy it again, or "
+            "measure again"
+        )
+    for block, bad in unsound:
+        _check_finite(path, block, bad)
+    return StatisticsFile(path, about, start, sha256)
+
+
+def _header(text: str, sha256: str, blocks: tuple[Block, ...]) -> bytes:
+    """Return the one header that these tensors have, padded with spaces to a multiple of 8."""
+    header: dict[str, Any] = {"__metadata__": {"gramfuse": text, "sha256": sha256}}
+    start = 0
+    for block in blocks:
+        stop = start + ITEM_BYTES * block.entries
+        header[block.name] = {"dtype": "F32", "shape": list(block.shape), "data_offsets": [start, stop]}
+        start = stop
+    written = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    return written + b" " * (-len(written) % 8)
+
+
+def _metadata(path: Path, header: bytes) -> tuple[str, str]:
+    """Return the document and the digest that a header holds."""
+    try:
+        metadata = json.loads(header.decode())["__metadata__"]
+        text, sha256 = metadata["gramfuse"], metadata["sha256"]
+    except (ValueError, RecursionError, KeyError, TypeError):
+        text = sha256 = None
+    if not isinstance(text, str) or not isinstance(sha256, str) or any("\ud800" <= c <= "\udfff" for c in text):
+        raise ContributionError(
+            f"{path}: is no statistics file: its header holds no document of gramfuse; make one with: gramfuse measure"
+        )
+    return text, sha256
+
+
+def _about(path: Path, text: str) -> About:
+    try:
+        return About.model_validate_json(text, by_alias=True, by_name=False)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        if problem["loc"] == ("version",):
+            raise ContributionError(
+                f"{path}: is of version {problem['input']!r} of the format, and this gramfuse reads version 1; "
+                "use the gramfuse that wrote it, or measure again"
+            ) from None
+        key = ".".join(map(str, problem["loc"])) or "the document"
+        raise ContributionError(f"{path}: its document does not hold together: {key!r}: {problem['msg']}") from None
+
+
+def _check_header(path: Path, header: bytes, text: str, sha256: str, blocks: tuple[Block, ...]) -> None:
+    expected = _header(text, sha256, blocks)
+    if header == expected:
+        return
+    there, wanted = json.loads(header), json.loads(expected)
+    for name in sorted(there.keys() | wanted.keys()):
+        if there.get(name) != wanted.get(name):
+            raise ContributionError(
+                f"{path}: tensor {name!r} is {_told(there.get(name))}, the layout in the file expects "
+                f"{_told(wanted.get(name))}; measure again"
+            )
+    raise ContributionError(f"{path}: its header is not as gramfuse writes it; measure again, and edit nothing")
+
+
+def _told(entry: Any) -> str:
+    return "not there" if entry is None else json.dumps(entry)[:200]
+
+
+def _check_finite(path: Path, block: Block, bad: int) -> None:
+    if bad:
+        raise ContributionError(
+            f"{path}: tensor {block.name!r} holds {bad} values that are NaN or infinite out of {block.entries}; "
+            "training diverged there"
+        )

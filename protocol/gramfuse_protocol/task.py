@@ -1,0 +1,100 @@
+"""What a model is fine-tuned for: the kind of its output, its labels, and how long its texts are."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from gramfuse_protocol.documents import Section
+
+Kind = Literal[
+    "classification",
+    "regression",
+    "multi-label",
+    "token-classification",
+    "sequence-to-sequence",
+    "causal-lm",
+    "image-classification",
+]
+
+LABELLED = ("classification", "multi-label", "token-classification", "image-classification")
+"""Kinds whose labels the plan lists."""
+
+HEADLESS = ("sequence-to-sequence", "causal-lm")
+"""Kinds whose models have no head for the task: what they predict tokens with came with the base model."""
+
+OUTSIDE = "O"
+"""The tag of a word that is part of no entity."""
+
+
+class TaskSettings(Section):
+    """What belongs to a task, but for its kind."""
+
+    labels: tuple[str, ...] = ()
+    """Labels; for `token-classification` the tags of the IOB2 scheme: O, and B-X and I-X for each type X."""
+    pair: bool = False
+    """Whether an example is two texts."""
+    max_length: Annotated[int, Field(ge=2, le=131072)] = 128
+    """Most tokens of an example, both texts together."""
+    target_length: Annotated[int, Field(ge=2, le=131072)] = 32
+    """`sequence-to-sequence`: most tokens of a target, and of what is generated when the model is measured."""
+    threshold: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """`multi-label`: the probability from which on a label counts as predicted."""
+
+
+class Task(TaskSettings):
+    """A whole task."""
+
+    task: Kind
+
+    @property
+    def annotated(self) -> tuple[int, ...]:
+        """Indices of the labels that are annotated: all of them, unless this is a `MaskedTask`."""
+        return tuple(range(len(self.labels)))
+
+    @property
+    def masked(self) -> bool:
+        """Whether a label is not annotated."""
+        return len(self.annotated) < len(self.labels)
+
+    @property
+    def entities(self) -> tuple[str, ...]:
+        """`token-classification`: the types of entities, in the order of their B- tags."""
+        return tuple(tag[2:] for tag in self.labels if tag.startswith("B-"))
+
+    @model_validator(mode="after")
+    def _labels_fit_the_kind(self) -> Task:
+        least = 1 if self.task == "multi-label" else 2
+        if self.task not in LABELLED and self.labels:
+            raise ValueError(f"task {self.task!r} has no labels")
+        if self.task in LABELLED and len(self.labels) < least:
+            raise ValueError(f"task {self.task!r} needs at least {'one label' if least == 1 else 'two labels'}")
+        if len(set(self.labels)) != len(self.labels):
+            raise ValueError("a label is listed twice")
+        if self.pair and self.task not in ("classification", "regression", "multi-label"):
+            raise ValueError(f"task {self.task!r} has no pairs of texts")
+        if self.task == "token-classification":
+            self._check_tags()
+        return self
+
+    def _check_tags(self) -> None:
+        begins = {tag[2:] for tag in self.labels if tag.startswith("B-")}
+        insides = {tag[2:] for tag in self.labels if tag.startswith("I-")}
+        odd = [tag for tag in self.labels if tag != OUTSIDE and tag[:2] not in ("B-", "I-")]
+        if odd or OUTSIDE not in self.labels or begins != insides or "" in begins:
+            raise ValueError(
+                "the labels of task 'token-classification' are the tags of the IOB2 scheme: \"O\", and for each type X "
+                '"B-X" and "I-X"' + (f"; found {odd[0]!r}" if odd else "")
+            )
+
+
+class MaskedTask(Task):
+    """A task at a silo that annotates only some of its labels: of the others it says nothing, neither yes nor no."""
+
+    annotates: tuple[str, ...]
+
+    @property
+    def annotated(self) -> tuple[int, ...]:
+        """Indices of the labels that are annotated, in the task's order."""
+        return tuple(index for index, label in enumerate(self.labels) if label in self.annotates)

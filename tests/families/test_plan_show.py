@@ -1,0 +1,108 @@
+"""`gramfuse plan show` for any family: what is merged in closed form, what is averaged, what stays at the silo."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from gramfuse_cli.main import cli
+
+LABELS = 'labels = ["a", "b", "c"]'
+
+
+@pytest.fixture
+def show(tmp_path: Path, pico: Callable[[str], Path]) -> Callable[..., tuple[str, dict[str, Any]]]:
+    """Return a function: what is printed for a family's plan, and as JSON."""
+
+    def run(family: str, model: str, silos: tuple[str, ...] = ("", ""), tasks: str = "") -> tuple[str, dict[str, Any]]:
+        roster = "".join(f'[[silo]]\nname = "silo-{n}"\n{keys}\n' for n, keys in enumerate(silos))
+        (tmp_path / "plan.toml").write_text(
+            f'[plan]\nname = "shown"\n[model]\nbase = "{pico(family)}"\n{model}\n'
+            f'[privacy]\nsecure-aggregation = false\nmetrics = "silo"\n{tasks}\n{roster}'
+        )
+        texts = []
+        for options in ((), ("--json",)):
+            result = CliRunner().invoke(cli, ["plan", "show", str(tmp_path), *options], catch_exceptions=False)
+            assert result.exit_code == 0, result.output
+            texts.append(result.stdout)
+        return texts[0], json.loads(texts[1])
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("family", "model", "closed", "averaged", "frozen"),
+    [
+        ("t5", 'task = "sequence-to-sequence"', "EncDecAttention.k", "layer_norm.weight", "shared.weight"),
+        (
+            "gpt2",
+            'task = "causal-lm"',
+            "transformer.h.0.attn.c_attn",
+            "attn.c_attn.bias (×2)",
+            "transformer.wte.weight",
+        ),
+        (
+            "deberta-v2",
+            f'task = "classification"\n{LABELS}',
+            "self.{query_proj,key_proj,value_proj}",
+            "deberta.encoder.conv.conv.weight",
+            "deberta.encoder.rel_embeddings.weight",
+        ),
+        (
+            "vit",
+            f'task = "image-classification"\n{LABELS}',
+            "mlp.fc1",
+            "mlp.fc1.bias (×2)",
+            "patch_embeddings.projection",
+        ),
+    ],
+    ids=["t5", "gpt2", "deberta-v2", "vit"],
+)
+def test_every_parameter_is_in_closed_form_averaged_or_frozen(
+    show: Callable[..., tuple[str, dict[str, Any]]], family: str, model: str, closed: str, averaged: str, frozen: str
+) -> None:
+    text, shown = show(family, model)
+    table, _, rest = text.partition("Averaged: ")
+    assert closed in table
+    assert averaged in rest.partition("Frozen, never sent: ")[0]
+    assert frozen in rest.partition("Frozen, never sent: ")[2]
+    assert "Kept at the silo" not in text
+    assert shown["kept"] == {"": []}
+
+
+def test_heads_that_silos_keep_are_named_by_task(show: Callable[..., tuple[str, dict[str, Any]]]) -> None:
+    tasks = f"""
+        [[task]]
+        name = "topics"
+        task = "classification"
+        {LABELS}
+        [[task]]
+        name = "names"
+        task = "token-classification"
+        labels = ["O", "B-X", "I-X"]
+        """
+    text, shown = show("bert", 'head = "own"', ('task = "topics"', 'task = "names"'), tasks)
+    pooler, classifier = (
+        ["bert.pooler.dense.weight", "bert.pooler.dense.bias"],
+        ["classifier.weight", "classifier.bias"],
+    )
+    assert shown["kept"] == {"topics": [*pooler, *classifier], "names": classifier}
+    assert "Kept at the silo, never sent (topics): bert.pooler.dense.weight" in text
+    assert not set(shown["averaged"]) & {*pooler, *classifier}
+
+
+def test_a_masked_head_has_a_line_for_each_set_of_silos(show: Callable[..., tuple[str, dict[str, Any]]]) -> None:
+    model = f'task = "multi-label"\n{LABELS}'
+    text, shown = show("roberta", model, ('labels = ["a", "b"]', 'labels = ["b", "c"]', ""))
+    heads = [group for group in shown["groups"] if group["weights"] == ["classifier.out_proj.weight"]]
+    assert [group["silos"] for group in heads] == [
+        ["silo-0", "silo-2"],
+        ["silo-0", "silo-1", "silo-2"],
+        ["silo-1", "silo-2"],
+    ]
+    assert "classifier.out_proj (labels of silo-0, silo-2)" in text

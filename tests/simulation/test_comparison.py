@@ -1,0 +1,311 @@
+"""`gramfuse simulate --compare` without Ray: what is measured, and that it is what its name says."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import T5Config, T5ForConditionalGeneration
+
+from gramfuse_cli.averaging import federated_average
+from gramfuse_cli.engine import comparison_study, laboratory_of, simulated_silo
+from gramfuse_cli.laboratory import Laboratory
+from gramfuse_cli.project import Project
+from gramfuse_cli.report import show_report
+from gramfuse_client.app import SiloApp
+from gramfuse_client.batches import Encoded, batches
+from gramfuse_client.data import Examples, load
+from gramfuse_client.finetune import finetune
+from gramfuse_client.state import State
+from gramfuse_model.base import load_base, weights_digest
+from gramfuse_protocol.layout import delta_block
+from gramfuse_protocol.metrics import metrics
+from gramfuse_server import post
+from gramfuse_server.app import coordinate
+from gramfuse_server.baselines import weighted_mean
+from gramfuse_server.evaluation import described
+
+ANIMALS, WEATHER, FILLERS = ["cat", "dog", "horse", "sheep"], ["rain", "snow", "wind", "sun"], ["the", "a", "of"]
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(post.time, "sleep", lambda _: None)
+
+
+@dataclass(frozen=True, repr=False)
+class Compared:
+    """A run that was compared, and a laboratory of its silos."""
+
+    report: dict[str, Any]
+    out: Path
+    events: list[dict[str, Any]]
+    laboratory: Laboratory
+
+    def of(self, kind: str) -> dict[str, Any]:
+        (model,) = (model for model in self.report["models"] if model["kind"] == kind)
+        return model
+
+
+@pytest.fixture
+def compare(in_process_grid: Any, tmp_path: Path) -> Callable[[Path, str], Compared]:
+    """Return a function that runs the project of a directory and compares the merge with these terms."""
+
+    def run(directory: Path, terms: str) -> Compared:
+        plan, layout = Project.read(directory).locked()
+        state = tmp_path / "state"
+        files = {name: str(directory / "silos" / f"{name}.toml") for name in plan.names}
+        silos = {name: simulated_silo(file, str(state), plan.digest) for name, file in files.items()}
+        spec = {
+            "silos": list(files.values()),
+            "state": str(state),
+            "directory": str(directory),
+            "compare": terms,
+            "opened": False,
+        }
+        events: list[dict[str, Any]] = []
+        report = coordinate(
+            in_process_grid({name: SiloApp(lambda _, silo=silo: silo) for name, silo in silos.items()}),
+            plan,
+            layout,
+            directory,
+            tmp_path / "run",
+            own_models=lambda name, number: State(state / name, plan.digest, number).contribution(from_base=True),
+            study=comparison_study(spec, plan, layout),
+            observer=events.append,
+        )
+        compared = Compared(report, tmp_path / "run", events, laboratory_of(spec, plan, layout, plan.names))
+        check_exchange(compared)
+        return compared
+
+    return run
+
+
+def check_exchange(run: Compared) -> None:
+    """The laboratory gives what the silos gave in the exchange, and leaves the base model as it was."""
+    laboratory = run.laboratory
+    simple = weighted_mean(*laboratory.parents())
+    assert described(laboratory.plan, "simple", "simple", laboratory.measure(simple)) == run.of("simple")
+    for model in run.report["models"]:
+        if model["kind"] in ("silo", "body"):
+            sums = laboratory.measure(laboratory.deltas(model["name"]))
+            assert described(laboratory.plan, model["name"], model["kind"], sums) == model
+    for bench in laboratory.benches.values():
+        assert weights_digest(bench.base.model, bench.base.shared) == laboratory.plan.model.sha256
+
+
+def write_project(
+    directory: Path, plan: str, silos: Mapping[str, tuple[str, list[Any], list[Any]]], epochs: int = 2
+) -> Path:
+    """Write an open project: of each silo, what its section of the plan says, and what its data are."""
+    (directory / "silos").mkdir(parents=True)
+    roster = ""
+    for name, (section, train, held_out) in silos.items():
+        for part, rows in (("train", train), ("held-out", held_out)):
+            (directory / f"{name}-{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (directory / "silos" / f"{name}.toml").write_text(
+            f'name = "{name}"\ndevice = "cpu"\nthreads = 1\n[data]\ntrain = "../{name}-train.jsonl"\n'
+            f'held-out = "../{name}-held-out.jsonl"\n[limits]\nminimum-examples = 10\nopen-uploads = true\n'
+            'metrics = "silo"\n'
+        )
+        roster += f'[[silo]]\nname = "{name}"\n{section}\n'
+    (directory / "plan.toml").write_text(
+        f'[plan]\nname = "p"\n{plan}\n[training]\nepochs = {epochs}\nlearning-rate = 1e-2\nbatch-size = 8\n'
+        f'[privacy]\nsecure-aggregation = false\nmetrics = "silo"\n{roster}'
+    )
+    return directory
+
+
+def rows(label: Callable[[list[str]], Any], count: int, seed: int, *, split: bool = False) -> list[dict[str, Any]]:
+    """Texts, and what is to be said of their words."""
+    rng = random.Random(seed)
+    drawn = [
+        [rng.choice(rng.choice([ANIMALS, WEATHER, FILLERS])) for _ in range(rng.randint(3, 8))] for _ in range(count)
+    ]
+    return [{"text": words if split else " ".join(words), "label": label(words)} for words in drawn]
+
+
+def test_classifiers_compared_with_everything(
+    pico_project: Callable[..., Any], compare: Callable[..., Compared], capsys: pytest.CaptureFixture[str]
+) -> None:
+    project = pico_project(silos=2, examples=60)
+    project.replace(project.plan, "epochs = 2", "epochs = 6")
+    terms = "fisher,fisher:soft:model:9,ensemble,joint,best,fedavg:2,task-arithmetic,ties:0.5,transport"
+    run = compare(project.directory, terms)
+    assert json.loads((run.out / "report.json").read_text()) == run.report
+    others = run.report["models"][4:]
+    assert [model["name"] for model in others] == [
+        "fisher (hard, per tensor)",
+        "fisher (soft, per model, 9 examples)",
+        "ensemble",
+        "joint",
+        f"best ({run.of('best')['silo']})",
+        "fedavg (2 rounds)",
+        "task arithmetic (scale 0.3)",
+        "ties (density 0.5)",
+        "transport",
+    ]
+    assert all(model["metrics"]["examples"] == 40 and set(model["silos"]) == {"silo-a", "silo-b"} for model in others)
+    assert all(model["seconds"] >= 0 for model in others)
+    study = [(event["state"], event.get("name")) for event in run.events if event["phase"] == "study"]
+    assert study[:3] == [("start", None), ("try", "fisher"), ("measured", "fisher (hard, per tensor)")]
+    show_report(run.report, run.out, False)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "task arithmetic (scale 0.3)" in shown
+    assert f"fedavg (2 rounds): {run.of('fedavg')['note']}" in shown
+
+    alone = {model["name"]: model["metrics"] for model in run.report["models"] if model["kind"] == "silo"}
+    best = run.of("best")
+    assert best["metrics"] == alone[best["silo"]]
+    assert best["metrics"]["accuracy"] == max(found["accuracy"] for found in alone.values())
+    assert run.of("transport")["pairs"] == 2
+    check_averaging(run)
+    check_ensemble(run, project)
+    check_joint(run, project)
+
+
+def check_averaging(run: Compared) -> None:
+    """After one round, FedAvg is the mean of the silos' models; each silo sent its model once a round."""
+    rounds: list[Mapping[str, np.ndarray]] = []
+    sent = federated_average(run.laboratory, 1, lambda number, deltas: rounds.append(deltas))
+    for name, delta in weighted_mean(*run.laboratory.parents()).items():
+        np.testing.assert_allclose(rounds[0][name], delta, rtol=0, atol=1e-6, err_msg=name)
+    model_bytes = sum(4 * int(np.prod(tensor.shape)) for tensor in run.laboratory.layout.tensors)
+    assert sent == {"silo-a": model_bytes, "silo-b": model_bytes}
+    fedavg = run.of("fedavg")
+    assert fedavg["bytes"] == {"silo-a": 2 * model_bytes, "silo-b": 2 * model_bytes}
+    assert fedavg["rounds"][0] == run.of("simple")["metrics"]
+    assert fedavg["rounds"][1] == fedavg["metrics"]
+
+
+def check_ensemble(run: Compared, project: Any) -> None:
+    """A plain loop over models and examples."""
+    right = total = 0
+    bases = [load_base(run.laboratory.plan, project.directory) for _ in project.names]
+    for base, name in zip(bases, project.names, strict=True):
+        with torch.no_grad():
+            for key, parameter in base.model.named_parameters():
+                if parameter.requires_grad:
+                    parameter += torch.from_numpy(run.laboratory.contributions[name].block(delta_block(key)))
+    for bench in run.laboratory.benches.values():
+        for text, label in zip(bench.examples[1].inputs, bench.examples[1].labels, strict=True):
+            encoded = bases[0].tokenizer(text, return_tensors="pt")
+            with torch.no_grad():
+                logits = sum(base.model(**encoded).logits[0] for base in bases) / len(bases)
+            right, total = right + (int(logits.argmax()) == label), total + 1
+    assert run.of("ensemble")["metrics"]["accuracy"] == right / total
+
+
+def check_joint(run: Compared, project: Any) -> None:
+    """A base model that is fine-tuned on all examples."""
+    plan = run.laboratory.plan
+    base = load_base(plan, project.directory)
+    silos = [load(bench.silo, bench.task) for bench in run.laboratory.benches.values()]
+    task = plan.task_of("silo-a")
+    train, held_out = (
+        Examples([x for part in parts for x in part.inputs], None, [x for part in parts for x in part.labels])
+        for parts in zip(*silos, strict=True)
+    )
+    finetune(base.model, Encoded(train, base.tokenizer, task), plan.training, torch.device("cpu"))
+    predicted = []
+    with torch.no_grad():
+        for batch in batches(Encoded(held_out, base.tokenizer, task), 1, torch.device("cpu")):
+            predicted.append(int(base.model(**batch).logits.argmax()))
+    right = sum(p == label for p, label in zip(predicted, held_out.labels, strict=True))
+    assert run.of("joint")["metrics"]["accuracy"] == right / len(predicted)
+
+
+def test_models_that_generate_text(tmp_path: Path, pico_tokenizer: Any, compare: Callable[..., Compared]) -> None:
+    torch.manual_seed(3)
+    size = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2, "vocab_size": len(pico_tokenizer)}
+    tokens = {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 3}
+    T5ForConditionalGeneration(T5Config(**size, **tokens, dropout_rate=0.0)).save_pretrained(tmp_path / "t5")
+    pico_tokenizer.save_pretrained(tmp_path / "t5")
+    task = f'[model]\nbase = "{tmp_path / "t5"}"\ntask = "sequence-to-sequence"\nmax-length = 16\ntarget-length = 8'
+    data = {name: ("", rows(lambda w: w[0], 24, n), rows(lambda w: w[0], 10, 10 + n)) for n, name in enumerate("ab")}
+    project = write_project(tmp_path / "project", task, data, epochs=20)
+    run = compare(project, "fisher:16,ensemble,joint,fedavg:1,transport")
+    assert run.report["models"][4]["name"] == "fisher (empirical, per tensor, 16 examples)"
+    assert run.of("transport")["pairs"] == 2
+    assert run.of("fedavg")["metrics"] == pytest.approx(run.of("simple")["metrics"], rel=1e-5)
+
+    # Votes and mean logits, one example at a time. The pad token that is taken out of texts is no vote.
+    laboratory = run.laboratory
+    exact, nll, target_tokens = 0, 0.0, 0
+    for bench in laboratory.benches.values():
+        for batch in batches(bench.parts["held-out"], 1, bench.device):
+            texts, logits = [], []
+            for name in laboratory.benches:
+                with bench.model(laboratory.deltas(name)) as model, torch.no_grad():
+                    generated = model.generate(input_ids=batch["input_ids"], max_new_tokens=8, do_sample=False)
+                    texts.append(bench.base.tokenizer.decode(generated[0], skip_special_tokens=True))
+                    logits.append(model(**batch).logits[0])
+            winner = max(texts, key=texts.count)
+            exact += winner == bench.base.tokenizer.decode(batch["labels"][0], skip_special_tokens=True)
+            log_p = (sum(logits) / 2).log_softmax(dim=-1)
+            nll -= float(log_p[torch.arange(len(log_p)), batch["labels"][0]].sum())
+            target_tokens += len(log_p)
+    found = run.of("ensemble")["metrics"]
+    assert found["exact-match"] == exact / 20
+    assert found["perplexity"] == pytest.approx(np.exp(nll / target_tokens), rel=1e-5)
+
+
+def test_silos_that_annotate_different_labels(
+    tmp_path: Path, pico_bert: Path, compare: Callable[..., Compared]
+) -> None:
+    labels = {"a": ["animals", "weather"], "b": ["weather", "fillers"], "c": ["animals", "weather", "fillers"]}
+    kinds = {"animals": ANIMALS, "weather": WEATHER, "fillers": FILLERS}
+    task = f'[model]\nbase = "{pico_bert}"\ntask = "multi-label"\nlabels = {json.dumps(list(kinds))}\nmax-length = 16'
+    data = {}
+    for n, (name, own) in enumerate(labels.items()):
+
+        def label(words: list[str], own: list[str] = own) -> list[str]:
+            return [kind for kind in own if set(words) & set(kinds[kind])]
+
+        data[name] = (f"labels = {json.dumps(own)}", rows(label, 24, n), rows(label, 10, 10 + n))
+    run = compare(write_project(tmp_path / "project", task, data), "fisher,fisher:soft,ensemble,ties,best")
+    assert run.of("ties")["metrics"]["examples"] == 30
+    differences, weights = run.laboratory.parents()
+    (head,) = (tensor.name for tensor in run.laboratory.layout.tensors if tensor.parted and len(tensor.shape) == 2)
+    holders = np.array([[kind in own for kind in kinds] for own in labels.values()])
+    for delta, weight, own in zip(differences, weights, holders, strict=True):
+        assert weight[head].ravel().tolist() == own.tolist()
+        assert np.array_equal(np.abs(delta[head]).sum(axis=1) > 0, own)
+
+
+def test_different_tasks_with_heads_of_their_own(
+    tmp_path: Path, pico_bert: Path, compare: Callable[..., Compared]
+) -> None:
+    tasks = (
+        '[[task]]\nname = "tags"\ntask = "token-classification"\nlabels = ["O", "B-X", "I-X"]\nmax-length = 16\n'
+        '[[task]]\nname = "count"\ntask = "regression"\nmax-length = 16\n'
+    )
+    data = {}
+    for n, (name, task) in enumerate({"a": "tags", "b": "count", "c": "count"}.items()):
+
+        def label(words: list[str], task: str = task) -> Any:
+            tags = ["B-X" if word in ANIMALS else "O" for word in words]
+            return tags if task == "tags" else tags.count("B-X") / 4
+
+        split = task == "tags"
+        data[name] = (f'task = "{task}"', rows(label, 24, n, split=split), rows(label, 10, 10 + n, split=split))
+    plan = f'[model]\nbase = "{pico_bert}"\nhead = "own"\n{tasks}'
+    run = compare(write_project(tmp_path / "project", plan, data), "fisher:12,task-arithmetic:0.5,best")
+    assert run.of("fisher")["name"] == "fisher (hard, empirical, per tensor, 12 examples)"
+    assert set(run.of("task-arithmetic")["tasks"]) == {"tags", "count"}
+    bodies = {model["name"]: model["metrics"] for model in run.report["models"] if model["kind"] == "body"}
+    best = run.of("best")
+    assert best["metrics"] == bodies[best["silo"]]
+    assert best["metrics"]["mean-score"] == max(found["mean-score"] for found in bodies.values())
+    for name, bench in run.laboratory.benches.items():
+        # A body that did not move, with the head that the silo trained.
+        assert bench.head
+        found = metrics(bench.task, run.laboratory.measure({})[name])
+        assert found != best["silos"][name]

@@ -1,0 +1,206 @@
+"""Examples as tensors: which token has a label, what padding looks like, what a masked label costs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, RobertaConfig, RobertaModel, RobertaTokenizer
+
+from gramfuse_client.batches import IGNORED, Encoded, batches
+from gramfuse_client.data import Examples
+from gramfuse_client.evaluate import Outputs, count
+from gramfuse_client.loss import masked_loss
+from gramfuse_model.base import load_base
+from gramfuse_protocol.errors import DataError
+from gramfuse_protocol.plan import Plan
+from gramfuse_protocol.task import MaskedTask, Task
+
+CPU = torch.device("cpu")
+TAGS = ("O", "B-PER", "I-PER")
+TAG = Task(task="token-classification", labels=TAGS, max_length=8)
+WRITE = Task(task="sequence-to-sequence", max_length=8, target_length=4)
+SPEAK = Task(task="causal-lm", max_length=8)
+CORPUS = ["the cat sat on the mat", "Anna Maria met Tom in London", "London is big"]
+
+
+def byte_level() -> Tokenizer:
+    """A byte-level tokenizer that puts no space before a text, as RoBERTa's and GPT-2's."""
+    tokenizer = Tokenizer(BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    return tokenizer
+
+
+def save_roberta(directory: Path, *, own_class: bool) -> None:
+    """Save a pico RoBERTa, with its own tokenizer class or as a tokenizer of no class."""
+    plain = byte_level()
+    size = len(plain.get_vocab())
+    torch.manual_seed(1)
+    config = RobertaConfig(
+        vocab_size=size, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8
+    )
+    RobertaModel(config).save_pretrained(directory)
+    if own_class:
+        bpe = json.loads(plain.to_str())["model"]
+        RobertaTokenizer(vocab=bpe["vocab"], merges=[tuple(merge) for merge in bpe["merges"]]).save_pretrained(
+            directory
+        )
+    else:
+        names = {"pad_token": "<pad>", "unk_token": "<unk>", "cls_token": "<s>", "sep_token": "</s>"}
+        PreTrainedTokenizerFast(tokenizer_object=plain, **names).save_pretrained(directory)
+
+
+def words_and_labels(encoded: Encoded) -> list[list[tuple[str, int]]]:
+    """Return each example's tokens with their labels."""
+    tokens = encoded.tokenizer.convert_ids_to_tokens
+    return [list(zip(tokens(row["input_ids"]), row["labels"], strict=True)) for row in encoded.rows or ()]
+
+
+def test_a_words_tag_is_at_its_first_token(pico_tokenizer: Any) -> None:
+    examples = Examples([("cat", "big-dog", "cat"), ("cow",)], None, [(1, 2, 0), (1,)])
+    found = words_and_labels(Encoded(examples, pico_tokenizer, TAG))
+    assert found == [
+        [
+            ("[CLS]", IGNORED),
+            ("cat", 1),
+            ("big", 2),
+            ("[UNK]", IGNORED),
+            ("dog", IGNORED),
+            ("cat", 0),
+            ("[SEP]", IGNORED),
+        ],
+        [("[CLS]", IGNORED), ("cow", 1), ("[SEP]", IGNORED)],
+    ]
+
+
+def test_words_beyond_the_maximum_have_no_label_and_no_count(pico_tokenizer: Any) -> None:
+    examples = Examples([("cat",) * 20], None, [(1,) * 20])
+    encoded = Encoded(examples, pico_tokenizer, TAG)
+    (batch,) = batches(encoded, 4, CPU)
+    assert batch["labels"].tolist() == [[IGNORED, *[1] * 6, IGNORED]]
+    logits = torch.nn.functional.one_hot(batch["labels"].clamp(min=0), len(TAGS)).float()
+    assert count(batch, Outputs(logits), TAG, pico_tokenizer).tolist() == [1, 6, 6, 6]
+
+
+@pytest.mark.parametrize("own_class", [True, False])
+def test_words_of_their_own_are_the_tokens_that_they_are_in_a_text(own_class: bool, tmp_path: Path) -> None:
+    save_roberta(tmp_path, own_class=own_class)
+    plan = Plan.parse(
+        f'[plan]\nname = "x"\n[model]\nbase = "{tmp_path}"\ntask = "token-classification"\n'
+        f'labels = ["O", "B-PER", "I-PER"]\n[privacy]\nsecure-aggregation = false\n[[silo]]\nname = "a"\n'
+    )
+    tokenizer = load_base(plan, tmp_path).tokenizer
+    words = ["the", "cat", "sat"]
+    expected = AutoTokenizer.from_pretrained(tmp_path).tokenize(" the cat sat")
+    assert [t for t in tokenizer(words, is_split_into_words=True).tokens() if t not in ("<s>", "</s>")] == expected
+    tokenizer.save_pretrained(tmp_path / "again")
+    again = AutoTokenizer.from_pretrained(tmp_path / "again")
+    assert (
+        again(words, is_split_into_words=True)["input_ids"] == tokenizer(words, is_split_into_words=True)["input_ids"]
+    )
+    found = words_and_labels(Encoded(Examples([("Anna", "Maria")], None, [(1, 2)]), tokenizer, TAG))[0]
+    assert [label for token, label in found if label != IGNORED] == [1, 2]
+    assert [token[0] for token, label in found if label != IGNORED] == ["Ġ", "Ġ"]
+
+
+def test_targets_never_have_the_length_of_the_texts(pico_tokenizer: Any) -> None:
+    # Three tokens on either side: [CLS] cat [SEP].
+    texts, targets = ["cat", "dog", "cat dog cow"], ["dog", "cat the", "cow"]
+    for size, widths in ((1, [(3, 4), (3, 4), (5, 3)]), (3, [(5, 4)])):
+        encoded = Encoded(Examples(texts, None, targets), pico_tokenizer, WRITE)
+        found = list(batches(encoded, size, CPU))
+        assert [(b["input_ids"].shape[1], b["labels"].shape[1]) for b in found] == widths
+        for batch in found:
+            real = batch["labels"] != IGNORED
+            assert torch.equal(batch["decoder_attention_mask"], real.long())
+            assert not (batch["labels"][real] == pico_tokenizer.pad_token_id).any()
+    long = Encoded(Examples(["cat"], None, ["cat " * 9]), pico_tokenizer, WRITE)
+    assert len(long[0]["labels"]) == WRITE.target_length
+
+
+def test_padding_of_a_text_is_nothing_to_predict(pico_tokenizer: Any) -> None:
+    left = PreTrainedTokenizerFast(tokenizer_object=pico_tokenizer.backend_tokenizer, pad_token="[PAD]")
+    left.padding_side = "left"
+    (batch,) = batches(Encoded(Examples(["cat", "cat dog cow"], None, [None, None]), left, SPEAK), 2, CPU)
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [1] * 5], "padded at the end, whatever the tokenizer"
+    assert torch.equal(batch["labels"], batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED))
+    logits = torch.nn.functional.one_hot(batch["input_ids"].roll(-1, 1), len(pico_tokenizer)).float() * 50
+    assert count(batch, Outputs(logits), SPEAK, left).round().tolist() == [2, 6, 0, 6]
+
+
+def test_a_text_of_one_token_teaches_no_next_one(pico_tokenizer: Any) -> None:
+    bare = PreTrainedTokenizerFast(tokenizer_object=pico_tokenizer.backend_tokenizer, pad_token="[PAD]")
+    bare.backend_tokenizer.post_processor = None
+    with pytest.raises(DataError, match="1 of 2 texts are one token only"):
+        Encoded(Examples(["cat dog", "cat"], None, [None, None]), bare, SPEAK)
+
+
+def test_batches_by_length_have_all_examples(pico_tokenizer: Any) -> None:
+    task = Task(task="classification", labels=("a", "b"))
+    texts = ["cat dog cow", "cat", "cat dog", "cat"]
+    encoded = Encoded(Examples(texts, None, [0, 1, 0, 1]), pico_tokenizer, task)
+    widths = [batch["input_ids"].shape[1] for batch in batches(encoded, 2, CPU, by_length=True)]
+    assert widths == [3, 5]
+    assert sum(batch["labels"].sum() for batch in batches(encoded, 3, CPU, by_length=True)) == 2
+
+
+LOGITS = torch.tensor([[0.3, -1.0, 2.0], [1.5, 0.5, -0.5]])
+
+
+def test_labels_that_a_silo_does_not_annotate_cost_nothing(pico_tokenizer: Any) -> None:
+    task = MaskedTask(task="multi-label", labels=("a", "b", "c"), annotates=("c", "a"))
+    loss = masked_loss(task)
+    assert loss is not None
+    logits = LOGITS.clone().requires_grad_()
+    encoded = Encoded(Examples(["cat", "dog"], None, [(0,), (2,)]), pico_tokenizer, task)
+    (labels,) = (batch["labels"] for batch in batches(encoded, 2, CPU))
+    assert labels.isnan().tolist() == [[False, True, False]] * 2
+    found = loss(SimpleNamespace(logits=logits), labels)
+    p = 1 / (1 + np.exp(-LOGITS.double().numpy()))
+    expected = -np.mean([np.log(p[0, 0]), np.log(1 - p[0, 2]), np.log(1 - p[1, 0]), np.log(p[1, 2])])
+    assert float(found.detach()) == pytest.approx(expected, rel=1e-6)
+    found.backward()
+    assert logits.grad is not None
+    assert not logits.grad[:, 1].any()
+    assert logits.grad[:, [0, 2]].all()
+
+
+def test_a_class_that_a_silo_does_not_annotate_is_in_no_softmax() -> None:
+    task = MaskedTask(task="classification", labels=("a", "b", "c"), annotates=("c", "b"))
+    loss = masked_loss(task)
+    assert loss is not None
+    found = loss(SimpleNamespace(logits=LOGITS), torch.tensor([2, 1]))
+    e = np.exp(LOGITS.double().numpy())
+    expected = -np.mean([np.log(e[0, 2] / (e[0, 1] + e[0, 2])), np.log(e[1, 1] / (e[1, 1] + e[1, 2]))])
+    assert float(found) == pytest.approx(expected, rel=1e-6)
+    # Nor is it predicted: "a" has the highest logit in the second example.
+    sums = count({"labels": torch.tensor([2, 1])}, Outputs(LOGITS), task, None)
+    assert sums.tolist() == [[0, 0, 0], [0, 1, 0], [0, 0, 1]]
+
+
+def test_where_all_is_annotated_the_loss_is_the_models_own() -> None:
+    assert masked_loss(MaskedTask(task="classification", labels=("a", "b"), annotates=("b", "a"))) is None
+    loss = masked_loss(Task(task="multi-label", labels=("a", "b", "c")))
+    assert loss is not None
+    labels = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 1.0]])
+    assert torch.equal(loss(SimpleNamespace(logits=LOGITS), labels), torch.nn.BCEWithLogitsLoss()(LOGITS, labels))
+
+
+def test_a_label_is_predicted_from_its_threshold_on() -> None:
+    task = Task(task="multi-label", labels=("a", "b", "c"), threshold=0.6)
+    batch = {"labels": torch.tensor([[1.0, 1.0, 0.0]])}
+    logits = torch.logit(torch.tensor([[0.61, 0.59, 0.1]]))
+    assert count(batch, Outputs(logits), task, None).tolist() == [1, *(1, 0, 0, 0), *(0, 0, 1, 0), *(0, 0, 0, 1)]
