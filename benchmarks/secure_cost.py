@@ -73,7 +73,7 @@ from gramfuse_protocol.layout import PIECE_BYTES, Block, Group, Layout, Linear, 
 from gramfuse_protocol.messages import MaskedReply
 from gramfuse_protocol.roster import Roster, smallest_threshold
 from gramfuse_protocol.scales import Scale, scales
-from gramfuse_protocol.secure_sum import Member
+from gramfuse_protocol.secure_sum import Member, Signed
 from gramfuse_protocol.wire import pack
 from gramfuse_server.accumulator import Accumulator
 from gramfuse_server.secure import add_up
@@ -279,13 +279,18 @@ class Federation:
         """The silos."""
         return self.roster.names
 
+    def streams(self, name: str) -> list[masks.Mask]:
+        """Return the masks of a silo."""
+        self.members[name], found = secure_sum.contribute(self.roster, self.members[name], "statistics", "", CONTEXT)
+        return found
+
     def released(self, survivors: Sequence[str]) -> dict[str, dict[str, bytes]]:
         """Return what the survivors release of their shares."""
         signatures = {}
         for name in survivors:
-            member = secure_sum.mark_uploaded(self.members[name], "statistics", CONTEXT)
+            self.streams(name)
             self.members[name], signatures[name] = secure_sum.sign(
-                self.roster, member, self.identities[name], "statistics", survivors, CONTEXT
+                self.roster, self.members[name], self.identities[name], "statistics", survivors
             )
         return {
             name: secure_sum.release(self.roster, self.members[name], "statistics", signatures) for name in survivors
@@ -325,7 +330,7 @@ def parts(elements: int, silos: int) -> Figures:
     """Measure encoding alone and masking alone, on one core, into buffers that are used again and again."""
     layout = layout_of(elements)
     session = federation(silos, Meter())
-    keys = secure_sum.masks(session.roster, session.members[session.names[0]], "statistics")
+    keys = session.streams(session.names[0])
     out = np.ones(max(BUFFER_WORDS, *(block.entries for block in layout.sums)), "<u8")
     encoding, masking = Meter(), Meter()
     for name, found, scale in contribution(layout, silos, 0):
@@ -356,7 +361,7 @@ def silo(elements: int, silos: int, folder: Path, *, disk: bool = True) -> Figur
     keys, masking, packing = Meter(), Meter(), Meter()
     session = federation(silos, keys)
     with keys:
-        streams = secure_sum.masks(session.roster, session.members[session.names[0]], "statistics")
+        streams = session.streams(session.names[0])
     with ExitStack() as stack:
         if not disk:
             for name in ("gramfuse_client.masking._write", "os.fsync"):
@@ -384,7 +389,7 @@ def silo(elements: int, silos: int, folder: Path, *, disk: bool = True) -> Figur
     figures["bytes"] = sent
     for number, name in enumerate(session.names):
         if number:
-            streams = secure_sum.masks(session.roster, session.members[name], "statistics")
+            streams = session.streams(name)
             write_masked(path, contribution(layout, silos, number), silos, streams)
         for piece, (start, stop) in enumerate(cut(elements)):
             spool.save(name, piece, {"masked": read_masked(path, start, stop - start)})
@@ -397,6 +402,7 @@ def coordinator(elements: int, silos: int, dead: int, folder: Path) -> Figures:
     members, survivors = session.names, session.names[: silos - dead]
     adverts = [session.members[name].advert for name in members]
     released = session.released(survivors)
+    signed = Signed(survivors=survivors, context=CONTEXT)
     accumulator = Accumulator(layout, alpha=0.9, weighting=WEIGHTING)
     adding, unmasking, decoding = Meter(), Meter(), Meter()
     with adding:
@@ -404,7 +410,7 @@ def coordinator(elements: int, silos: int, dead: int, folder: Path) -> Figures:
     with unmasking:
         masks.apply(
             words,
-            secure_sum.unmasking(session.roster, session.nonce, adverts, "statistics", members, survivors, released),
+            secure_sum.unmasking(session.roster, session.nonce, adverts, "statistics", members, signed, released),
         )
     summed = {index: part.copy() for index, part in spots(layout, words)}
     with decoding:

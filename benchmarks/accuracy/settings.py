@@ -160,7 +160,7 @@ def tasks(data: Path, seed: int) -> Setting:
         training={"epochs": 5, "seed": seed},
         columns={"text-pair": "text_pair"},
         tasks=sections,
-        compare="best",
+        compare="fisher,ties",
     )
 
 

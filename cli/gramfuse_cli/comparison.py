@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from gramfuse_cli.laboratory import Deltas, Laboratory
 from gramfuse_cli.terms import FISHER_EXAMPLES, Term
-from gramfuse_cli.tuning import ranked_by
 from gramfuse_protocol.errors import PlanError
 from gramfuse_protocol.metrics import Sums
 
@@ -67,7 +66,7 @@ class Comparison:
         return "joint", self.laboratory.measure_joint(), {}
 
     def _best(self) -> Made:
-        from gramfuse_server.evaluation import described
+        from gramfuse_server.evaluation import described, ranked_by
 
         laboratory, ranked = self.laboratory, ranked_by(self.laboratory.plan)
         found = {name: laboratory.measure(laboratory.deltas(name)) for name in laboratory.benches}
@@ -78,7 +77,7 @@ class Comparison:
 
     def _fedavg(self, rounds: int) -> Made:
         from gramfuse_cli.averaging import federated_average
-        from gramfuse_server.evaluation import described
+        from gramfuse_server.evaluation import described, ranked_by
 
         laboratory, ranked = self.laboratory, ranked_by(self.laboratory.plan)
         found: list[Mapping[str, Sums]] = []

@@ -88,11 +88,6 @@ def simulate(spec: dict[str, Any]) -> dict[str, Any]:
     reports: list[dict[str, Any]] = []
     files = dict(zip(plan.names, spec["silos"], strict=True))
     server = ServerApp()
-    study = None
-    if spec["tune"]:
-        study = tuning_study(spec, plan, layout)
-    elif spec["compare"]:
-        study = comparison_study(spec, plan, layout)
 
     def own(name: str, number: int) -> Contribution:
         return State(Path(spec["state"]) / name, plan.digest, number).contribution(from_base=True)
@@ -118,7 +113,7 @@ def simulate(spec: dict[str, Any]) -> dict[str, Any]:
                 Path(spec["directory"]),
                 Path(spec["out"]),
                 own_models=own,
-                study=study,
+                study=study_of(spec, plan, layout),
                 own_heads=finish,
                 observer=observe,
             )
@@ -147,25 +142,23 @@ def simulate(spec: dict[str, Any]) -> dict[str, Any]:
     return reports[0]
 
 
-def tuning_study(spec: dict[str, Any], plan: Plan, layout: Layout) -> Study:
-    """Return what `gramfuse tune` does with a merge."""
+def study_of(spec: dict[str, Any], plan: Plan, layout: Layout) -> Study | None:
+    """Return what is done with a merge: `gramfuse tune` chooses another, `--compare` measures what stands beside it."""
+    if not spec["tune"] and not spec["compare"]:
+        return None
+    from gramfuse_cli.comparison import Comparison
+    from gramfuse_cli.terms import parse_terms
     from gramfuse_cli.tuning import Wanted, tune
 
     def study(survivors: tuple[str, ...], merged: Merged, observer: Observer) -> tuple[Merged, dict[str, Any]]:
-        laboratory = laboratory_of(spec, plan, layout, survivors, tuned=True)
-        return tune(laboratory, Wanted(**spec["tune"]), merged, observer)
-
-    return study
-
-
-def comparison_study(spec: dict[str, Any], plan: Plan, layout: Layout) -> Study:
-    """Return what `gramfuse simulate --compare` does beside a merge, which stays as it is."""
-    from gramfuse_cli.comparison import Comparison
-    from gramfuse_cli.terms import parse_terms
-
-    def study(survivors: tuple[str, ...], merged: Merged, observer: Observer) -> tuple[Merged, dict[str, Any]]:
-        comparison = Comparison(laboratory_of(spec, plan, layout, survivors), observer)
-        return merged, {"models": comparison.models(parse_terms(spec["compare"]))}
+        laboratory = laboratory_of(spec, plan, layout, survivors, tuned=bool(spec["tune"]))
+        found: dict[str, Any] = {}
+        if spec["tune"]:
+            merged, found = tune(laboratory, Wanted(**spec["tune"]), merged, observer)
+        if spec["compare"]:
+            compared = Comparison(laboratory, observer).models(parse_terms(spec["compare"]))
+            found["models"] = [*found.get("models", []), *compared]
+        return merged, found
 
     return study
 

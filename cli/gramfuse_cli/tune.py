@@ -15,6 +15,7 @@ from gramfuse_cli import options
 from gramfuse_cli.project import Project
 from gramfuse_cli.report import show_models, show_report, show_steps
 from gramfuse_cli.simulate import run_simulation
+from gramfuse_cli.terms import Term, compare_option
 from gramfuse_cli.tuning import Data, Wanted, tune_files
 from gramfuse_protocol.errors import PlanError
 from gramfuse_protocol.plan import Plan
@@ -22,7 +23,7 @@ from gramfuse_protocol.plan import Plan
 GRID = ",".join(f"{n / 10:g}" for n in range(11))
 
 OF_FILES = ("base", "validation", "test", "text", "text_pair", "image", "label")
-OF_PROJECTS = ("opened", "settings", "seed")
+OF_PROJECTS = ("compare", "opened", "settings", "seed")
 
 
 def _grid(_: click.Context, __: click.Parameter, text: str) -> tuple[float, ...]:
@@ -60,6 +61,7 @@ def _grid(_: click.Context, __: click.Parameter, text: str) -> tuple[float, ...]
 @click.option("--validation", metavar="DATA", help="Files: examples to choose by.")
 @click.option("--test", metavar="DATA", help="Files: examples to report on.")
 @options.columns
+@compare_option
 @options.open_mode
 @options.settings
 @options.as_json
@@ -75,6 +77,7 @@ def tune(
     base: str | None,
     validation: str | None,
     test: str | None,
+    compare: tuple[Term, ...],
     opened: bool,
     settings: tuple[str, ...],
     seed: int | None,
@@ -89,8 +92,8 @@ def tune(
     gramfuse tune mine.safetensors yours.safetensors --validation DATA --test DATA -o merged
 
     The first form simulates all silos of DIR/plan.toml; they train once. Merges are ranked on data.validation of each
-    silo file, or, if there is none, on one half of the silo's held-out examples; the report is on the others only.
-    Needs open mode: a secure sum is of one α.
+    silo file, or, if there is none, on one half of the silo's held-out examples; the report is on the others only, and
+    so are the models of --compare. Needs open mode: a secure sum is of one α.
 
     The second is for files of gramfuse measure. DATA are as in a silo file: .jsonl, .csv, .parquet, or hf:NAME[#split].
 
@@ -108,7 +111,7 @@ def tune(
         project = Project.read(sources[0], options.all_settings(settings, seed, opened=opened))
         check_tunable(project.plan)
         run = options.run_path(out, project.plan)
-        report = run_simulation(project, run, tune=wanted, opened=opened)
+        report = run_simulation(project, run, tune=wanted, compare=compare, opened=opened)
         if not as_json:
             show_tuning(report["tuning"])
         show_report(report, run, as_json)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from gramfuse_protocol.errors import PlanError
 from gramfuse_protocol.layout import delta_block
-from gramfuse_protocol.metrics import Sums, are_sums, examples_in, primary
+from gramfuse_protocol.metrics import Sums, are_sums, examples_in
 from gramfuse_protocol.plan import Plan
 
 if TYPE_CHECKING:
@@ -175,6 +175,7 @@ def search(
         plan: says by which metric merges are ranked.
         own: the α that is chosen among equals, if not the plan's.
     """
+    from gramfuse_server.evaluation import ranked_by
     from gramfuse_server.search import best, given_order, greedy_order, leave_one_out, search_weights, sweep
 
     curve = sweep(trials, wanted.alphas)
@@ -250,18 +251,13 @@ def _named(trial: Trial) -> str:
     return f"alpha {trial.alpha:g}, {weights}"
 
 
-def ranked_by(plan: Plan) -> str:
-    """Return the name of the metric that merges are ranked by."""
-    return "mean-score" if plan.task else primary(plan.task_of(plan.names[0]))
-
-
 def joint(plan: Plan, sums: Mapping[str, Sums]) -> Judgement:
     """Return the metrics of all silos together, and the one among them that merges are ranked by.
 
     Args:
         sums: by silo; if they are none, as those of a model that says NaN, neither are the metrics.
     """
-    from gramfuse_server.evaluation import described
+    from gramfuse_server.evaluation import described, ranked_by
     from gramfuse_server.search import Judgement
 
     if not all(are_sums(plan.task_of(silo), found) for silo, found in sums.items()):

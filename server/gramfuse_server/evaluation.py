@@ -141,5 +141,10 @@ def described(plan: Plan, name: str, kind: str, by: Mapping[str, Sums]) -> dict[
     return model
 
 
+def ranked_by(plan: Plan) -> str:
+    """Return which of the `metrics` of `described` ranks models: the higher, the better."""
+    return "mean-score" if plan.task else primary(plan.task_of(plan.names[0]))
+
+
 def _task_name(plan: Plan, silo: str) -> str | None:
     return next(entry.task for entry in plan.silo if entry.name == silo)

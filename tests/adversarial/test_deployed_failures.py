@@ -27,13 +27,13 @@ from gramfuse_protocol.keys import Identity, Label, agree, derive, public_of
 from gramfuse_protocol.masks import Mask, apply
 from gramfuse_protocol.plan import Plan
 from gramfuse_protocol.roster import Roster
-from gramfuse_protocol.secure_sum import KINDS, Member
+from gramfuse_protocol.secure_sum import KINDS, Member, Signed
 from gramfuse_protocol.shares import combine
 from gramfuse_protocol.transcript import SUMS, Sum
 
 PLAN = "5a" * 32
 NONCE = "0f" * 16
-CONTEXT = {"statistics": "c1" * 32, "metrics": "c2" * 32}
+CONTEXT: Mapping[Sum, str] = {"statistics": "c1" * 32, "metrics": "c2" * 32}
 
 
 @dataclass
@@ -90,7 +90,11 @@ def masks_of(fed: Federation, name: str, sum_name: Sum = "statistics") -> list[M
     member = fed.received(name)
     if sum_name == "metrics":
         member = member.with_(members={**member.members, "metrics": member.members["statistics"]})
-    return secure_sum.masks(fed.roster, member, sum_name)
+    return contributed(fed.roster, member, sum_name)[1]
+
+
+def contributed(roster: Roster, member: Member, sum_name: Sum = "statistics") -> tuple[Member, list[Mask]]:
+    return secure_sum.contribute(roster, member, sum_name, "d1", CONTEXT[sum_name])
 
 
 def stream(masks: Sequence[Mask], words: int) -> np.ndarray:
@@ -122,7 +126,7 @@ def flipped(text: str, bit: int) -> str:
 def test_every_bit_of_every_secret_changes_the_whole_mask() -> None:
     fed = federation(4, 3)
     member = fed.received("silo-b")
-    before = secure_sum.masks(fed.roster, member, "statistics")
+    _, before = contributed(fed.roster, member)
     assert [len(mask.key) for mask in before] == [32] * 4
 
     def masks_with(kind: str, bit: int) -> list[Mask]:
@@ -131,7 +135,7 @@ def test_every_bit_of_every_secret_changes_the_whole_mask() -> None:
             "statistics": flipped(getattr(member.secrets, kind)["statistics"], bit),
         }
         secrets = member.secrets.model_copy(update={kind: changed})
-        return secure_sum.masks(fed.roster, member.with_(secrets=secrets), "statistics")
+        return contributed(fed.roster, member.with_(secrets=secrets))[1]
 
     self_keys = [masks_with("seed", bit)[0].key for bit in range(256)]
     # X25519 fixes five bits of a private key (RFC 7748, section 5); the other 251 all count.
@@ -143,18 +147,16 @@ def test_every_bit_of_every_secret_changes_the_whole_mask() -> None:
         assert all(72 < differing_bits(old.key, key) < 184 for key in keys)
 
 
-def test_every_bit_of_plan_and_session_changes_the_whole_mask() -> None:
+def test_every_bit_of_plan_session_and_context_changes_the_whole_mask() -> None:
     fed = federation(4, 3)
     member = fed.received("silo-b")
-    before = secure_sum.masks(fed.roster, member, "statistics")
-    others = [
-        secure_sum.masks(fed.roster, member.with_(nonce=flipped(NONCE, bit)), "statistics") for bit in range(0, 128, 3)
-    ] + [
-        secure_sum.masks(
-            Roster(flipped(PLAN, bit), fed.roster.keys, fed.roster.threshold, fed.roster.minimum), member, "statistics"
-        )
-        for bit in range(0, 256, 5)
-    ]
+    _, before = contributed(fed.roster, member)
+    others = [contributed(fed.roster, member.with_(nonce=flipped(NONCE, bit)))[1] for bit in range(0, 128, 3)]
+    for bit in range(0, 256, 5):
+        plan = Roster(flipped(PLAN, bit), fed.roster.keys, fed.roster.threshold, fed.roster.minimum)
+        others.append(contributed(plan, member)[1])
+        context = flipped(CONTEXT["statistics"], bit)
+        others.append(secure_sum.contribute(fed.roster, member, "statistics", "d1", context)[1])
     for place, old in enumerate(before):
         assert_unrelated([old.key, *(masks[place].key for masks in others)])
 
@@ -174,7 +176,8 @@ def test_secrets_that_agree_when_folded_to_32_bits_give_unrelated_masks() -> Non
     swapped = secret[4:8] + secret[:4] + secret[8:]
     twins.append(swapped)
     assert len({folded(twin) for twin in twins}) == 1
-    keys = [derive(twin, Label.PAIR, fed.session, "statistics", "silo-a", "silo-b") for twin in twins]
+    about = "statistics", bytes.fromhex(CONTEXT["statistics"])
+    keys = [derive(twin, Label.PAIR, fed.session, *about, "silo-a", "silo-b") for twin in twins]
     assert keys[0] == masks_of(fed, "silo-a")[1].key
     assert_unrelated(keys)
     streams = np.stack([stream([Mask(key, 1)], 512) for key in keys])
@@ -199,14 +202,14 @@ def test_mask_words_take_all_64_bits_with_equal_chance() -> None:
 
 
 def signed_by(fed: Federation, member: Member, name: Sum, survivors: Sequence[str]) -> tuple[Member, bytes]:
-    uploaded = secure_sum.mark_uploaded(member, name, "d1")
-    return secure_sum.sign(fed.roster, uploaded, fed.identities[member.name], name, survivors, CONTEXT[name])
+    uploaded, _ = contributed(fed.roster, member, name)
+    return secure_sum.sign(fed.roster, uploaded, fed.identities[member.name], name, survivors)
 
 
 def test_a_silo_gives_away_one_kind_of_share_in_whatever_order_it_is_asked() -> None:
     fed = federation(4, 3)
     a, b, c, d = fed.names
-    ready = secure_sum.mark_uploaded(fed.received(a), "statistics", "d1")
+    ready, _ = contributed(fed.roster, fed.received(a))
     stories = {"all": (a, b, c, d), "without d": (a, b, c), "without b": (a, c, d)}
     signatures = {
         story: {name: signed_by(fed, fed.received(name), "statistics", alive)[1] for name in alive}
@@ -217,14 +220,10 @@ def test_a_silo_gives_away_one_kind_of_share_in_whatever_order_it_is_asked() -> 
         given: dict[str, set[bytes]] = {name: set() for name in fed.names}
         for story in order:
             if story == first:
-                state, _ = secure_sum.sign(
-                    fed.roster, state, fed.identities[a], "statistics", stories[story], CONTEXT["statistics"]
-                )
+                state, _ = secure_sum.sign(fed.roster, state, fed.identities[a], "statistics", stories[story])
             else:
                 with pytest.raises(SecurityError, match="second list of survivors came for the sum of statistics"):
-                    secure_sum.sign(
-                        fed.roster, state, fed.identities[a], "statistics", stories[story], CONTEXT["statistics"]
-                    )
+                    secure_sum.sign(fed.roster, state, fed.identities[a], "statistics", stories[story])
         for story in (*order, *order):
             if story == first:
                 for owner, share in secure_sum.release(fed.roster, state, "statistics", signatures[story]).items():
@@ -598,12 +597,13 @@ def test_twelve_silos_sum_values_of_full_width(twelve: list[Federation]) -> None
     for name in alive:
         state = fed.received(name)
         masked = np.array([value % 2**64 for value in plain[name]], np.uint64)
-        apply(masked, secure_sum.masks(fed.roster, state, "statistics"))
+        apply(masked, contributed(fed.roster, state)[1])
         total += masked
         states[name], signatures[name] = signed_by(fed, state, "statistics", alive)
     shares = {name: secure_sum.release(fed.roster, states[name], "statistics", signatures) for name in alive[2:]}
     adverts = states[alive[0]].adverts
-    apply(total, secure_sum.unmasking(fed.roster, fed.nonce, adverts, "statistics", fed.names, alive, shares))
+    signed = Signed(survivors=alive, context=CONTEXT["statistics"])
+    apply(total, secure_sum.unmasking(fed.roster, fed.nonce, adverts, "statistics", fed.names, signed, shares))
     assert total.view(np.int64).tolist() == [sum(plain[name][n] for name in alive) for n in range(64)]
 
 

@@ -17,9 +17,9 @@ import pytest
 from gramfuse_protocol import secure_sum
 from gramfuse_protocol.errors import SecurityError
 from gramfuse_protocol.keys import Identity, Label, agree, derive, framed
-from gramfuse_protocol.masks import apply
+from gramfuse_protocol.masks import Mask, apply
 from gramfuse_protocol.roster import Roster
-from gramfuse_protocol.secure_sum import SEALED_BYTES, Member
+from gramfuse_protocol.secure_sum import SEALED_BYTES, Member, Signed
 from gramfuse_protocol.shares import PRIME, SHARE_BYTES
 from gramfuse_protocol.transcript import SUMS, Advert, Sum, advert_statement, session_id, survivors_statement
 
@@ -63,7 +63,7 @@ class Stage:
                 self.roster, self.invited[n], list(self.adverts.values()), self.random
             )
         self.joined = {n: secure_sum.receive(self.roster, self.shared[n], self.sealed_for(n)) for n in NAMES}
-        self.uploaded = {n: secure_sum.mark_uploaded(m, "statistics", "d1") for n, m in self.joined.items()}
+        self.uploaded = {n: self.contribute(m)[0] for n, m in self.joined.items()}
         self.survivors = NAMES[:4]
         signed = {n: self.sign(self.uploaded[n], self.survivors) for n in self.survivors}
         self.signed = {n: member for n, (member, _) in signed.items()}
@@ -76,10 +76,13 @@ class Stage:
     def sealed_for(self, name: str) -> dict[str, bytes]:
         return {peer: self.sealed[peer][name] for peer in NAMES if peer != name}
 
+    def contribute(
+        self, member: Member, sum_name: Sum = "statistics", digest: str = "d1", context: str | None = None
+    ) -> tuple[Member, list[Mask]]:
+        return secure_sum.contribute(self.roster, member, sum_name, digest, context or CONTEXT[sum_name])
+
     def sign(self, member: Member, survivors: Sequence[str], sum_name: Sum = "statistics") -> tuple[Member, bytes]:
-        return secure_sum.sign(
-            self.roster, member, self.identities[member.name], sum_name, survivors, CONTEXT[sum_name]
-        )
+        return secure_sum.sign(self.roster, member, self.identities[member.name], sum_name, survivors)
 
     def advert(
         self, name: str, plan: str = PLAN, nonce: str = NONCE, by: str | None = None, **changes: object
@@ -384,17 +387,22 @@ RECEIVE = [
 UPLOAD = [
     Lie(
         "masks before the members",
-        lambda at, _: secure_sum.masks(at.roster, at.shared["a"], "statistics"),
+        lambda at, _: at.contribute(at.shared["a"]),
         "before its members are known",
     ),
     Lie(
         "the second sum first",
-        lambda at, _: secure_sum.masks(at.roster, at.uploaded["a"], "metrics"),
+        lambda at, _: at.contribute(at.uploaded["a"], "metrics"),
         "sum of metrics was asked for before its members are known",
     ),
     Lie(
         "other contents",
-        lambda at, _: secure_sum.mark_uploaded(at.uploaded["a"], "statistics", "d2"),
+        lambda at, _: at.contribute(at.uploaded["a"], digest="d2"),
+        "sum of statistics was asked for twice, with different contents",
+    ),
+    Lie(
+        "about something else",
+        lambda at, _: at.contribute(at.uploaded["a"], context="c3" * 32),
         "sum of statistics was asked for twice, with different contents",
     ),
 ]
@@ -419,27 +427,18 @@ SIGN = [
     Lie("the second sum, nothing sent", sign(NAMES[:4], "signed", "metrics"), "silo 'a' sent nothing for it"),
     Lie(
         "a dead silo alive in the second sum",
-        lambda at, _: at.sign(secure_sum.mark_uploaded(at.signed["a"], "metrics", "d3"), NAMES, "metrics"),
+        lambda at, _: at.sign(at.contribute(at.signed["a"], "metrics", "d3")[0], NAMES, "metrics"),
         "the list of survivors names 'e', which cannot be there",
     ),
     Lie(
         "a member that never shared",
         lambda at, _: at.sign(
-            secure_sum.mark_uploaded(
-                secure_sum.receive(at.roster, at.shared["a"], {n: at.sealed[n]["a"] for n in ("b", "c", "d")}),
-                "statistics",
-                "d1",
-            ),
+            at.contribute(
+                secure_sum.receive(at.roster, at.shared["a"], {n: at.sealed[n]["a"] for n in ("b", "c", "d")})
+            )[0],
             NAMES,
         ),
         "the list of survivors names 'e', which cannot be there",
-    ),
-    Lie(
-        "another context",
-        lambda at, _: secure_sum.sign(
-            at.roster, at.signed["a"], at.identities["a"], "statistics", at.survivors, "c3" * 32
-        ),
-        "a second list of survivors came",
     ),
 ]
 
@@ -563,7 +562,7 @@ def test_after_all_lies_the_same_states_finish_an_honest_session(at: Stage, else
     total = np.zeros(4, np.uint64)
     for name in at.survivors:
         masked = inputs[name].copy()
-        apply(masked, secure_sum.masks(at.roster, at.signed[name], "statistics"))
+        apply(masked, at.contribute(at.signed[name])[1])
         total += masked
     shares = {n: secure_sum.release(at.roster, at.signed[n], "statistics", at.signatures) for n in at.survivors}
     apply(total, unmasking(at, shares))
@@ -573,10 +572,9 @@ def test_after_all_lies_the_same_states_finish_an_honest_session(at: Stage, else
 # Silos that lie to the coordinator. ---------------------------------------------------------------------------------
 
 
-def unmasking(at: Stage, shares: Mapping[str, Mapping[str, bytes]]) -> list[secure_sum.Mask]:
-    return secure_sum.unmasking(
-        at.roster, at.nonce, list(at.adverts.values()), "statistics", NAMES, at.survivors, shares
-    )
+def unmasking(at: Stage, shares: Mapping[str, Mapping[str, bytes]]) -> list[Mask]:
+    signed = Signed(survivors=at.survivors, context=CONTEXT["statistics"])
+    return secure_sum.unmasking(at.roster, at.nonce, list(at.adverts.values()), "statistics", NAMES, signed, shares)
 
 
 @pytest.mark.parametrize(
@@ -644,7 +642,7 @@ def test_no_text_form_of_a_state_shows_a_secret(at: Stage) -> None:
         private = at.identities[name].to_pem().splitlines()[1]
         assert private not in repr(at.identities[name]) + str(at.identities[name])
         assert at.identities[name].public.hex() in repr(at.identities[name])
-    for masks in (secure_sum.masks(at.roster, at.joined[n], "statistics") for n in NAMES):
+    for _, masks in (at.contribute(at.joined[n]) for n in NAMES):
         assert all(mask.key.hex() not in repr(masks) and repr(mask.key) not in repr(masks) for mask in masks)
 
 
@@ -661,7 +659,7 @@ def test_what_is_forgotten_is_gone_from_the_state(at: Stage) -> None:
     assert secure_sum.forget(forgotten, "statistics") == forgotten
     assert Member.model_validate_json(text) == forgotten
     with pytest.raises(SecurityError, match="the secrets of the sum of statistics are wiped"):
-        secure_sum.masks(at.roster, forgotten, "statistics")
+        at.contribute(forgotten)
 
 
 def test_once_shares_are_open_the_key_that_opens_them_is_gone(at: Stage) -> None:

@@ -19,7 +19,7 @@ from gramfuse_protocol.layout import Group, Layout, Linear, Tensor
 from gramfuse_protocol.masks import apply
 from gramfuse_protocol.roster import Roster
 from gramfuse_protocol.scales import scales
-from gramfuse_protocol.secure_sum import Member
+from gramfuse_protocol.secure_sum import Member, Signed
 from gramfuse_protocol.shares import SHARE_BYTES
 from gramfuse_protocol.statistics import Statistics
 from gramfuse_protocol.transcript import Sum
@@ -91,10 +91,8 @@ class Recorded:
         """The uploads of these silos, with everything taken off that the released shares give."""
         total = sum((self.masked[name] for name in silos), np.zeros(self.layout.sum_entries, np.uint64))
         adverts = next(iter(self.states.values())).adverts
-        apply(
-            total,
-            secure_sum.unmasking(self.roster, NONCE, adverts, "statistics", NAMES, self.alive, self.shares),
-        )
+        signed = Signed(survivors=self.alive, context=self.layout.digest)
+        apply(total, secure_sum.unmasking(self.roster, NONCE, adverts, "statistics", NAMES, signed, self.shares))
         return total
 
 
@@ -125,15 +123,13 @@ def session(dead: tuple[str, ...]) -> Recorded:
             ]
         )
         masked[name] = plain[name].copy()
-        apply(masked[name], secure_sum.masks(roster, states[name], name_of_sum))
-        states[name] = secure_sum.mark_uploaded(states[name], name_of_sum, "d1")
+        states[name], masks = secure_sum.contribute(roster, states[name], name_of_sum, "d1", layout.digest)
+        apply(masked[name], masks)
         record.append(masked[name].tobytes())
     alive = tuple(name for name in NAMES if name not in dead)
     signatures = {}
     for name in alive:
-        states[name], signatures[name] = secure_sum.sign(
-            roster, states[name], identities[name], name_of_sum, alive, layout.digest
-        )
+        states[name], signatures[name] = secure_sum.sign(roster, states[name], identities[name], name_of_sum, alive)
         record.append(signatures[name])
     shares = {name: secure_sum.release(roster, states[name], name_of_sum, signatures) for name in alive}
     record += [share for released in shares.values() for share in released.values()]
@@ -237,13 +233,14 @@ def test_the_shares_of_a_dead_silo_open_its_pair_masks_and_leave_it_masked() -> 
             "adverts": adverts,
         }
     )
-    masks = secure_sum.masks(recorded.roster, known, "statistics")
+    context = recorded.layout.digest
+    _, masks = secure_sum.contribute(recorded.roster, known, "statistics", "d1", context)
     left = recorded.masked["silo-d"].copy()
     apply(left, [mask.inverse for mask in masks[1:]])
     for words in (alone, left):
         assert abs(np.corrcoef(signed(words), plain)[0, 1]) < 4 / np.sqrt(plain.size)
         assert chisquare(np.bincount(words.view(np.uint8), minlength=256)).pvalue > 1e-6
     # And it is right that this is all that hides it: with its own mask gone too, it is open.
-    own = secure_sum.masks(recorded.roster, recorded.states["silo-d"], "statistics")[0]
-    apply(left, [own.inverse])
+    _, masks = secure_sum.contribute(recorded.roster, recorded.states["silo-d"], "statistics", "d1", context)
+    apply(left, [masks[0].inverse])
     np.testing.assert_array_equal(left, recorded.plain["silo-d"])

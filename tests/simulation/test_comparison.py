@@ -15,7 +15,7 @@ import torch
 from transformers import T5Config, T5ForConditionalGeneration
 
 from gramfuse_cli.averaging import federated_average
-from gramfuse_cli.engine import comparison_study, laboratory_of, simulated_silo
+from gramfuse_cli.engine import laboratory_of, simulated_silo, study_of
 from gramfuse_cli.laboratory import Laboratory
 from gramfuse_cli.project import Project
 from gramfuse_cli.report import show_report
@@ -67,6 +67,7 @@ def compare(in_process_grid: Any, tmp_path: Path) -> Callable[[Path, str], Compa
             "silos": list(files.values()),
             "state": str(state),
             "directory": str(directory),
+            "tune": None,
             "compare": terms,
             "opened": False,
         }
@@ -78,7 +79,7 @@ def compare(in_process_grid: Any, tmp_path: Path) -> Callable[[Path, str], Compa
             directory,
             tmp_path / "run",
             own_models=lambda name, number: State(state / name, plan.digest, number).contribution(from_base=True),
-            study=comparison_study(spec, plan, layout),
+            study=study_of(spec, plan, layout),
             observer=events.append,
         )
         compared = Compared(report, tmp_path / "run", events, laboratory_of(spec, plan, layout, plan.names))

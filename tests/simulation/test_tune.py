@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from gramfuse_cli import laboratory as laboratory_module
-from gramfuse_cli.engine import simulated_silo, tuning_study
+from gramfuse_cli.engine import simulated_silo, study_of
 from gramfuse_cli.project import Project
 from gramfuse_cli.tuning import Wanted
 from gramfuse_client.app import SiloApp
@@ -76,6 +76,7 @@ def tuned(
             "state": str(state),
             "directory": str(project.directory),
             "tune": asdict(wanted),
+            "compare": "ties",
             "opened": False,
         }
         report = coordinate(
@@ -85,7 +86,7 @@ def tuned(
             project.directory,
             tmp_path / "run",
             own_models=lambda name, number: State(state / name, plan.digest, number).contribution(from_base=True),
-            study=tuning_study(spec, plan, layout),
+            study=study_of(spec, plan, layout),
         )
         return Tuned(project, plan, layout, tmp_path / "run", report, seen)
 
@@ -111,7 +112,7 @@ def test_what_is_written_is_the_merge_that_was_best_by_validation(tuned: Callabl
     # The simple average in the report is that of the plan, and the merge that the plan asked for is there to compare.
     kinds = [model["kind"] for model in run.report["models"]]
     changed = (chosen["alpha"], chosen["weights"]) != (0.9, dict.fromkeys(run.plan.names, 1.0))
-    assert kinds == ["silo"] * 3 + ["simple", "regmean"] + ["untuned"] * changed
+    assert kinds == ["silo"] * 3 + ["simple", "regmean"] + ["untuned"] * changed + ["ties"]
 
     assert [len(step["silos"]) for step in tuning["order"]] == [1, 2, 3]
     assert tuning["order"][-1]["score"] == chosen["score"]

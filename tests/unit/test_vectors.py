@@ -145,15 +145,15 @@ class Ours:
         given = {peer: bytes.fromhex(data) for peer, data in sealed.items()}
         self.member = secure_sum.receive(self.roster, self.member, given)
 
-    def contribute(self, name: Any, words: str) -> str:
-        applied = secure_sum.masks(self.roster, self.member, name)
-        self.member = secure_sum.mark_uploaded(self.member, name, hashlib.sha256(words.encode()).hexdigest())
+    def contribute(self, name: Any, words: str, context: str) -> str:
+        sent = hashlib.sha256(words.encode()).hexdigest()
+        self.member, applied = secure_sum.contribute(self.roster, self.member, name, sent, context)
         vector = _words(words)
         masks.apply(vector, applied)
         return _hex(vector)
 
-    def sign(self, name: Any, survivors: Sequence[str], context: str) -> str:
-        self.member, signature = secure_sum.sign(self.roster, self.member, self.identity, name, survivors, context)
+    def sign(self, name: Any, survivors: Sequence[str]) -> str:
+        self.member, signature = secure_sum.sign(self.roster, self.member, self.identity, name, survivors)
         return signature.hex()
 
     def release(self, name: Any, signatures: Mapping[str, str]) -> Json:
@@ -168,9 +168,9 @@ class Ours:
     def unmask(session: Json, about: Json, released: Json, masked: Mapping[str, str]) -> str:
         adverts = Ours.adverts([step["advert"] for step in session["advertise"].values()])
         shares = {by: {o: bytes.fromhex(share) for o, share in given.items()} for by, given in released.items()}
-        names = (about["name"], about["members"], about["survivors"])
-        roster = Ours.roster_of(session)
-        off = secure_sum.unmasking(roster, session["nonce"], adverts, *names, shares)
+        signed = secure_sum.Signed(survivors=tuple(about["survivors"]), context=about["context"])
+        roster, name, members = Ours.roster_of(session), about["name"], about["members"]
+        off = secure_sum.unmasking(roster, session["nonce"], adverts, name, members, signed, shares)
         total = np.zeros_like(_words(next(iter(masked.values()))))
         for data in masked.values():
             total += _words(data)
@@ -219,16 +219,16 @@ class Other:
         keys = {name: silo["identity_public"] for name, silo in session["roster"].items()}
         return independent.Roster(session["plan"], keys, session["threshold"], session["minimum"])
 
-    def contribute(self, name: str, words: str) -> str:
-        return _text(self.one.contribute(name, _integers(words)))
+    def contribute(self, name: str, words: str, context: str) -> str:
+        return _text(self.one.contribute(name, _integers(words), context))
 
     @staticmethod
     def unmask(session: Json, about: Json, released: Json, masked: Mapping[str, str]) -> str:
         adverts = [step["advert"] for step in session["advertise"].values()]
         vectors = {silo: _integers(data) for silo, data in masked.items()}
         roster = Other.roster_of(session)
-        name, members = about["name"], about["members"]
-        return _text(independent.unmask(roster, session["nonce"], adverts, name, members, vectors, released))
+        terms = about["name"], about["members"], about["context"]
+        return _text(independent.unmask(roster, session["nonce"], adverts, *terms, vectors, released))
 
     @staticmethod
     def combine(shares: Mapping[str, str], threshold: int) -> str:
@@ -300,9 +300,10 @@ class Replay:
             case "receive":
                 silo.receive(self.sealed)
             case "contribute":
-                assert silo.contribute(name, about["words"][self.name]) == about["masked"][self.name]
+                masked = silo.contribute(name, about["words"][self.name], about["context"])
+                assert masked == about["masked"][self.name]
             case "sign":
-                signature = silo.sign(name, about["survivors"], about["context"])
+                signature = silo.sign(name, about["survivors"])
                 assert signature == about["signatures"][self.name]
             case "release":
                 shown = {signer: about["signatures"][signer] for signer in about["signatures_shown"]}
@@ -404,11 +405,12 @@ def test_what_lies_in_between_is_as_independent_py_derives_it(session: Json) -> 
 
 def _check_masks_and_secrets(session: Json, about: Json, identifier: bytes) -> None:
     name, steps, roster = about["name"], session["advertise"], Other.roster_of(session)
-    unmasking = []
+    context, unmasking = about["context"], []
     for silo, mask in about["self_masks"].items():
         seed = bytes.fromhex(steps[silo]["seed"][name])
-        assert mask["info"] == independent.framed("self mask", identifier, name, silo).hex()
-        assert mask["key"] == independent.derived(seed, "self mask", identifier, name, silo).hex()
+        info = independent.framed("self mask", identifier, name, bytes.fromhex(context), silo)
+        assert mask["info"] == info.hex()
+        assert mask["key"] == independent.self_key(seed, identifier, name, context, silo).hex()
         assert _integers(mask["first_words"]) == independent.stream(bytes.fromhex(mask["key"]), 4)
         if silo in about["survivors"]:
             unmasking.append((mask["key"], -1))
@@ -417,15 +419,14 @@ def _check_masks_and_secrets(session: Json, about: Json, identifier: bytes) -> N
         private = bytes.fromhex(steps[second]["mask_private"][name])
         secret = independent.agreed(private, steps[first]["advert"]["masks"][name])
         assert mask["secret"] == secret.hex()
-        assert mask["info"] == independent.framed("pair mask", identifier, name, first, second).hex()
-        assert mask["key"] == independent.pair_key(roster, secret, identifier, name, second, first).hex()
+        info = independent.framed("pair mask", identifier, name, bytes.fromhex(context), first, second)
+        assert mask["info"] == info.hex()
+        assert mask["key"] == independent.pair_key(roster, secret, identifier, name, context, second, first).hex()
         assert _integers(mask["first_words"]) == independent.stream(bytes.fromhex(mask["key"]), 4)
         if (first in about["survivors"]) != (second in about["survivors"]):
             unmasking.append((mask["key"], -1 if first in about["survivors"] else 1))
     assert sorted((mask["key"], mask["sign"]) for mask in about["unmasking"]) == sorted(unmasking)
-    statement = independent.survivors_statement(
-        identifier, name, about["members"], about["survivors"], about["context"]
-    )
+    statement = independent.survivors_statement(identifier, name, about["members"], about["survivors"], context)
     assert statement.hex() == about["statement"]
     for owner, opened in about["opened"].items():
         assert opened["kind"] == ("seed" if owner in about["survivors"] else "mask")
@@ -695,9 +696,9 @@ def _asking(side: type[Silo], session: Json, vector: Json) -> Callable[[], Any]:
             sealed = {peer: replay.sealed[peer] if data == peer else data for peer, data in given["sealed"].items()}
             return lambda: silo.receive(sealed)
         case "contribute":
-            return lambda: silo.contribute(given["sum"], given["words"])
+            return lambda: silo.contribute(given["sum"], given["words"], given["context"])
         case "sign":
-            return lambda: silo.sign(given["sum"], given["survivors"], given["context"])
+            return lambda: silo.sign(given["sum"], given["survivors"])
     return lambda: silo.release(given["sum"], given["signatures"])
 
 
@@ -723,7 +724,7 @@ def test_the_script_says_when_a_file_differs(tmp_path: Path, monkeypatch: pytest
 
 
 def test_the_files_stay_small() -> None:
-    assert sum(path.stat().st_size for path in VECTORS.glob("*.json")) < 450_000
+    assert sum(path.stat().st_size for path in VECTORS.glob("*.json")) < 420_000
 
 
 def test_the_independent_implementation_imports_nothing_of_gramfuse() -> None:
