@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 from tokenizers import Tokenizer
@@ -29,6 +30,10 @@ TOPICS = {
 FILLERS = ["the", "a", "of", "and", "with", "near", "my", "your", "old", "new", "big", "small"]
 LABELS = list(TOPICS)
 WORDS = sorted({word for words in TOPICS.values() for word in words.split()} | set(FILLERS))
+
+
+hypothesis.settings.register_profile("patient", deadline=None)  # how long a test takes is no result
+hypothesis.settings.load_profile("patient")
 
 
 @pytest.fixture(autouse=True)

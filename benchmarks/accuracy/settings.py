@@ -33,6 +33,7 @@ def hwu64(data: Path, seed: int, rounds: int = 1) -> Setting:
         model={"task": "classification", "labels": labels_of(train), "max-length": 32},
         training={"epochs": 5, "seed": seed},
         merge={"rounds": rounds},
+        compare="best,ensemble,joint" if rounds == 1 else "joint",
     )
 
 
@@ -111,12 +112,12 @@ def emotion(data: Path, seed: int, domains: tuple[str, ...] = ("isear", "goemoti
         train, test, validation = (read(folder, split) for split in ("train", "test", "validation"))
         own = labels_of(train, "labels")
         entry = {} if own == EMOTIONS else {"labels": own}
-        silos[domain] = SiloData(_some(train, 1500, rng), _some(test, 1000, rng), _some(validation, 500, rng), entry)
+        silos[domain] = SiloData(_some(train, 1000, rng), _some(test, 1000, rng), _some(validation, 500, rng), entry)
     return Setting(
-        title=f"Emotions, {len(domains)} silos ({', '.join(domains)}) × 1,500 texts, masked heads, MiniLM-L6",
+        title=f"Emotions, {len(domains)} silos ({', '.join(domains)}) × 1,000 texts, masked heads, MiniLM-L6",
         silos=silos,
-        model={"task": "multi-label", "labels": EMOTIONS, "max-length": 64},
-        training={"epochs": 5, "seed": seed},
+        model={"task": "multi-label", "labels": EMOTIONS, "max-length": 64, "threshold": 0.3},
+        training={"epochs": 8, "seed": seed},
         columns={"label": "labels"},
         compare="best,ensemble,joint",
     )
@@ -128,13 +129,13 @@ def ner(data: Path, seed: int, domains: tuple[str, ...] = ("wikigold", "sec", "b
     silos = {}
     for domain in domains:
         folder = data / f"ner_{domain}"
-        train, test, validation = (_some(read(folder, s), 1000, rng) for s in ("train", "test", "validation"))
+        train, test, validation = (_some(read(folder, s), 600, rng) for s in ("train", "test", "validation"))
         silos[domain.replace("_", "-")] = SiloData(train, test, validation)
     return Setting(
-        title=f"NER, {len(domains)} silos ({', '.join(domains)}) × 1,000 sentences at most, MiniLM-L6",
+        title=f"NER, {len(domains)} silos ({', '.join(domains)}) × 600 sentences at most, MiniLM-L6",
         silos=silos,
         model={"task": "token-classification", "labels": TAGS, "max-length": 96},
-        training={"epochs": 8, "seed": seed},
+        training={"epochs": 6, "seed": seed},
         columns={"text": "tokens", "label": "tags"},
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -142,21 +143,28 @@ class Bench:
             total += count(batch, together(said, annotated), self.task, self.base.tokenizer)
         return total
 
-    def finetune(self, deltas: Deltas, number: int, encoded: Encoded | None = None) -> dict[str, NDArray[np.float32]]:
+    def finetune(
+        self, deltas: Deltas, number: int, encoded: Encoded | None = None, threads: int = 0
+    ) -> dict[str, NDArray[np.float32]]:
         """Fine-tune the base model with differences added, as the plan says.
 
         Args:
             number: of the round, from 1 on: each has other batches.
             encoded: by default the silo's own training examples.
+            threads: of the CPU; 0 is as the silo's file says.
 
         Returns:
             The trained parameters by name: their values.
         """
+        import torch
+
         from gramfuse_client.finetune import finetune
         from gramfuse_model.base import trainable
 
         encoded = encoded or self.encoded(self.examples[0])
         with self.model(deltas, head={}) as model:
+            if threads:
+                torch.set_num_threads(threads)
             finetune(model, encoded, self.plan.training.in_round(number), self.device)
             return trainable(model)
 
@@ -270,7 +278,8 @@ class Laboratory:
         from gramfuse_client.batches import pooled
 
         benches = list(self.benches.values())
-        tuned = benches[0].finetune({}, 1, pooled([bench.encoded(bench.examples[0]) for bench in benches]))
+        everything = pooled([bench.encoded(bench.examples[0]) for bench in benches])
+        tuned = benches[0].finetune({}, 1, everything, threads=os.cpu_count() or 1)  # no silo trains beside it
         sums = {}
         for name, bench in self.benches.items():
             with bench.model({}, head=tuned) as model:

@@ -59,9 +59,15 @@ EVERY = 50
     metavar="PATTERN",
     help="Leave out parameters that fine-tuning did not change, such as 'embeddings'. Can be repeated.",
 )
-@click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True)
+@click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Examples at a time.")
 @click.option("--threads", type=click.IntRange(0), default=0, help="CPU threads.  [default: as torch finds]")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True)
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda", "mps"]),
+    default="auto",
+    show_default=True,
+    help="Where to run.",
+)
 @click.option(
     "--plan",
     type=click.Path(path_type=Path, exists=True),

@@ -46,9 +46,9 @@ def merge(
     \b
     gramfuse merge mine.safetensors yours.safetensors -o merged
 
-    All must be of one base model and one tokenizer, and measured with the same --gram and --freeze. OUT is an ordinary
-    Hugging Face model with its card, and with report.json and SHA256SUMS; nothing is left there if the merge fails.
-    The order of the files does not matter.
+    All STATS must be of one base model and one tokenizer, and measured with the same --gram and --freeze. OUT is an
+    ordinary Hugging Face model with its card, and with report.json and SHA256SUMS; nothing is left there if the merge
+    fails. The order of the files does not matter.
 
     Files of a plan's silos (gramfuse measure --plan) become the model that gramfuse simulate makes of that plan, bit
     for bit where all used as many threads.

@@ -40,8 +40,8 @@ def lock(directory: Path, as_json: bool) -> None:
     """Pin the base model's weights and the layout in DIR/plan.toml, and print the plan's digest.
 
     A plan that is not safe is refused, and so is one with secure aggregation in which a silo has no public key.
-    Writes model.sha256 and merge.layout into plan.toml and the layout into layout.json. Do it again after any change;
-    each silo then has to approve the new digest ('approved' in its silo file).
+    Writes model.sha256, model.tokenizer and merge.layout into plan.toml, and the layout into layout.json. Do it again
+    after any change; each silo then has to approve the new digest ('approved' in its silo file).
     """
     project = Project.read(directory)
     if project.plan.privacy.secure_aggregation:
@@ -55,6 +55,7 @@ def lock(directory: Path, as_json: bool) -> None:
                     "plan": str(project.plan_path),
                     "plan_digest": locked.digest,
                     "base_sha256": locked.model.sha256,
+                    "tokenizer_sha256": locked.model.tokenizer,
                     "layout_digest": layout.digest,
                 }
             )

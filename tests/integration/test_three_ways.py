@@ -63,7 +63,7 @@ def plain_loop(directory: Path) -> tuple[dict[str, np.ndarray], dict[str, float]
     return {name: p.detach().numpy() for name, p in parameters.items()}, metrics(task, sums)
 
 
-@pytest.mark.timeout(280)
+@pytest.mark.timeout(600)
 def test_simulation_deployment_and_plain_loop_agree(tmp_path: Path, pico_project: Callable[..., Any]) -> None:
     project = pico_project(silos=4)
     digest = gramfuse("plan", "lock", str(project.directory))["plan_digest"]

@@ -1,4 +1,4 @@
-"""`gramfuse tune` at the command line: what it prints and leaves, and what it refuses."""
+"""`gramfuse tune` and `--compare` at the command line: what they print and leave, and what they refuse."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 
 from gramfuse_cli.main import cli
 from gramfuse_cli.tune import show_tuning
-from gramfuse_protocol.errors import DataError, GramfuseError
+from gramfuse_protocol.errors import DataError, GramfuseError, PlanError
 from loopback import BIN
 
 
@@ -29,23 +29,33 @@ def command(*arguments: str | Path) -> dict[str, Any]:
     return value
 
 
-@pytest.mark.timeout(180)
+def test_a_secure_project_is_compared_in_open_mode_only(tmp_path: Path, pico_project: Callable[..., Any]) -> None:
+    project = pico_project(silos=4, secure=True)
+    compare = ["--compare", "simple,best,fedavg:1", "--out", str(tmp_path / "run")]
+    refused = CliRunner().invoke(cli, ["simulate", str(project.directory), *compare])
+    assert isinstance(refused.exception, PlanError)
+    assert str(refused.exception).startswith("--compare best,fedavg:1: needs each silo's own model or data")
+    assert "--open" in str(refused.exception)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.timeout(500)
 def test_a_project_is_tuned_and_the_report_is_of_the_other_half(
     tmp_path: Path, pico_project: Callable[..., Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    project = pico_project(silos=2)
+    project = pico_project(silos=3, secure=True)
     out = tmp_path / "run"
     done = subprocess.run(
         [
             str(BIN / "gramfuse"),
             "tune",
             str(project.directory),
-            *["--alpha", "0.5,0.9", "--influence", "--json", "--out"],
+            *["--open", "--alpha", "0.5,0.9", "--influence", "--compare", "best,fedavg:1", "--json", "--out"],
             str(out),
         ],
         capture_output=True,
         text=True,
-        timeout=150,
+        timeout=450,
     )
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
@@ -54,11 +64,21 @@ def test_a_project_is_tuned_and_the_report_is_of_the_other_half(
     }
     tuning = report["tuning"]
     assert [entry["alpha"] for entry in tuning["alpha"]] == [0.5, 0.9]
-    assert {model["metrics"]["examples"] for model in report["models"]} == {20}
+    assert {model["metrics"]["examples"] for model in report["models"]} == {30}
     assert "alpha 0.5" in done.stderr
+    assert report["mode"] == "open"
+    assert "open-uploads = false" in project.silo("silo-a").read_text()
+    models = {model["kind"]: model["metrics"] for model in report["models"]}
+    assert models["fedavg"] == models["simple"]
+    assert max(m["metrics"]["accuracy"] for m in report["models"] if m["kind"] == "silo") == models["best"]["accuracy"]
+    for shown in ("  best         …", "  fedavg, round 1 of 1 measured", "  fedavg (1 round) measured"):
+        assert shown in done.stderr
     assert subprocess.run(["sha256sum", "--quiet", "-c", "SHA256SUMS"], cwd=out, check=False).returncode == 0
     card = (out / "model" / "README.md").read_text()
-    assert f"alpha {tuning['chosen']['alpha']}, uniform weighting with silo-a × 1, silo-b × 1, chosen on" in card
+    assert (
+        f"alpha {tuning['chosen']['alpha']}, uniform weighting with silo-a × 1, silo-b × 1, silo-c × 1, chosen on"
+        in card
+    )
 
     show_tuning(tuning)
     shown = capsys.readouterr().out
