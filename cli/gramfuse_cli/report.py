@@ -28,6 +28,8 @@ NAMES = {
     "untuned": "RegMean, not tuned",
 }
 
+MERGES = ("simple", "regmean")
+
 
 def show_report(report: Mapping[str, Any], run: Path, as_json: bool) -> None:
     """Print a report: one JSON object, or a table and how to load the model."""
@@ -58,23 +60,27 @@ def show_report(report: Mapping[str, Any], run: Path, as_json: bool) -> None:
 def show_models(
     console: Console, report: Mapping[str, Any], on: str = "held-out examples of all silos together"
 ) -> None:
-    """Print the models that were measured, and their metrics.
+    """Print the models that were measured, and their metrics; of the rounds before the last, the merges only.
 
     Args:
         on: what they were measured on.
     """
     examples = int(report["models"][0]["metrics"]["examples"])
     console.print(f"On the {examples:,} {on}:")
-    rows = [_columns(model, report["tasks"]) for model in report["models"]]
+    *earlier, last = report.get("rounds") or [{"round": 1}]
+    models = [(model, each["round"]) for each in earlier for model in each["models"] if model["kind"] in MERGES]
+    models += [(model, last["round"]) for model in report["models"]]
+    rows = [_columns(model, report["tasks"]) for model, _ in models]
     columns = list(dict.fromkeys(column for row in rows for column in row))
     table = Table()
     table.add_column("model")
     for column in columns:
         table.add_column(column, justify="right")
-    for model, row in zip(report["models"], rows, strict=True):
+    for (model, number), row in zip(models, rows, strict=True):
         style = "bold" if model["kind"] == "regmean" else ""
         cells = [f"{row[column]:.3f}" if column in row else "" for column in columns]
-        table.add_row(NAMES.get(model["kind"], "{name}").format(name=model["name"]), *cells, style=style)
+        name = NAMES.get(model["kind"], "{name}").format(name=model["name"])
+        table.add_row(f"{name}, round {number}" if earlier and model["kind"] in MERGES else name, *cells, style=style)
     console.print(table)
     for model in report["models"]:
         if "note" in model:

@@ -142,6 +142,10 @@ def _locked_to_another_base(project: Any) -> None:
     project.replace(project.plan, 'task = "class', f'sha256 = "{"ab" * 32}"\ntask = "class')
 
 
+def _locked_to_another_tokenizer(project: Any) -> None:
+    project.replace(project.plan, 'task = "class', f'tokenizer = "{"ef" * 32}"\ntask = "class')
+
+
 def _locked_to_another_layout(project: Any) -> None:
     project.replace(project.plan, "alpha = 0.9", f'alpha = 0.9\nlayout = "{"cd" * 32}"')
 
@@ -238,6 +242,12 @@ WRONG: dict[str, tuple[Callable[[Any], None], str, int, list[str]]] = {
         "ModelError",
         12,
         ["pico-bert", "ab" * 32, "SHA-256"],
+    ),
+    "a plan locked to another tokenizer": (
+        _locked_to_another_tokenizer,
+        "ModelError",
+        12,
+        ["pico-bert", "ef" * 32, "tokenizer files of whoever locked"],
     ),
     "a plan locked to another layout": (_locked_to_another_layout, "ModelError", 12, ["layout", "cd" * 32]),
     "a base that is not there": (

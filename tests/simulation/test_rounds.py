@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 from gramfuse_cli.engine import simulated_silo
 from gramfuse_cli.project import Project
+from gramfuse_cli.report import show_report
 from gramfuse_client import workbench
 from gramfuse_client.app import SiloApp
 from gramfuse_client.batches import Encoded, batches
@@ -230,7 +231,7 @@ def test_two_rounds_are_two_exchanges_the_second_from_where_the_first_ended(done
     assert_close(done.site.weights, by_hand(done.site, (names, names)), 1e-7)
 
 
-def test_the_report_has_each_round_and_what_all_of_them_took(done: Done) -> None:
+def test_the_report_has_each_round_and_what_all_of_them_took(done: Done, capsys: pytest.CaptureFixture[str]) -> None:
     here, report, names = done.site, done.report, done.site.plan.names
     first, second = report["rounds"]
     assert (first["round"], second["round"]) == (1, 2)
@@ -252,6 +253,10 @@ def test_the_report_has_each_round_and_what_all_of_them_took(done: Done) -> None
         "SHA256SUMS", "layout.json", "model", "plan.toml", "report.json", "transcript.jsonl",
     }  # fmt: skip
     assert json.loads((here.out / "report.json").read_text()) == report
+    show_report(report, here.out, False)
+    shown = [line.split("│")[1].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    merges = [f"{name}, round {number}" for number in (1, 2) for name in ("simple average", "RegMean")]
+    assert shown == [*merges[:2], *(f"{name} alone" for name in names), *merges[2:]]
     begun = [(event["phase"], event["round"], event["rounds"]) for event in here.events if event["state"] == "start"]
     assert [(phase, number) for phase, number, rounds in begun if phase == "train"] == [("train", 1), ("train", 2)]
     assert {rounds for _, _, rounds in begun} == {2}
