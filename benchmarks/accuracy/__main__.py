@@ -11,6 +11,7 @@ A set is a folder with train, validation and test as JSON lines (.jsonl or .json
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from settings import SETTINGS
 
 def main() -> None:
     """Run experiments and print their tables."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C does, it ends what runs below
     parser = argparse.ArgumentParser(
         prog="accuracy", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
