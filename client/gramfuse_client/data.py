@@ -406,7 +406,8 @@ def _index(value: Any, task: Task, known: Mapping[str, int], where: str) -> int:
         )
     raise DataError(
         f"{where}: unknown label {value!r}; the plan's labels are {_few(known)}. "
-        "All silos must use the plan's labels: rename it here, or agree on a plan that has it"
+        "All silos must use the plan's labels: rename it here, or agree on a plan that has it. Where a silo annotates "
+        "only some of them, the plan lists those as 'labels' of its [[silo]]"
     )
 
 

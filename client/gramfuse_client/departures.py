@@ -210,9 +210,9 @@ def _masked_run(about: Mapping[str, Any], plan: Plan, layout: Layout) -> Iterato
         readers=f"the silo that it is for; {plan.threshold} of {len(plan.names)} shares give a secret back",
     )
     yield from _masked_sum("statistics", "its contribution", about, plan, _parts(layout.sums, "uint64", layout))
-    if plan.privacy.metrics == "silo":
-        yield _results(about, plan)
-    elif plan.privacy.metrics == "sum":
+    if plan.privacy.metrics != "sum":
+        yield from _results(about, plan)
+    else:
         yield _departure(
             f"that it measured the {len(CANDIDATES)} models that came back; no numbers",
             *(EvaluateReply(**about, candidate=name) for name in CANDIDATES),
@@ -269,16 +269,19 @@ def _open_run(about: Mapping[str, Any], plan: Plan, layout: Layout) -> Iterator[
         readers=f"{COORDINATOR}: base model and differences are this silo's own model",
         parts=_parts(layout.blocks, "float32", layout),
     )
-    if plan.privacy.metrics != "none":
-        yield _results(about, plan)
+    yield from _results(about, plan)
 
 
-def _results(about: Mapping[str, Any], plan: Plan) -> Departure:
-    """Return how held-out results leave in the clear."""
+def _results(about: Mapping[str, Any], plan: Plan) -> Iterator[Departure]:
+    """Yield how held-out results leave in the clear, or that there are none."""
+    if plan.privacy.metrics == "none":
+        if plan.model.head == "own":
+            yield _departure("that it has the merged body; no numbers", EvaluateReply(**about, candidate="regmean"))
+        return
     task = plan.task_of(about["silo"])
     sums = _blank("float64", sums_shape(task))
     said = "shown as a sum, read one by one" if plan.privacy.metrics == "sum" else "shown silo by silo"
-    return _departure(
+    yield _departure(
         f"its held-out results, for each of the {len(CANDIDATES)} models that come back: {HELD_OUT[task.task]}; {said}",
         *(EvaluateReply(**about, candidate=name, arrays={"sums": sums}) for name in CANDIDATES),
         parts=_held_out_parts("sums", "float64", task),

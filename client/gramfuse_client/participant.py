@@ -180,15 +180,19 @@ class Participant:
     def _evaluate(self, request: EvaluateRequest) -> EvaluateReply:
         state = self._state(request)
         plan, layout = self._joined(state, request)
-        if plan.privacy.metrics == "none":
+        finished = plan.model.head == "own" and request.candidate == MERGED
+        unmeasured = plan.privacy.metrics == "none"
+        if unmeasured and not finished:
             raise FederationError("the plan lets no metrics leave", reason="the plan lets no metrics leave")
         check_slices(layout.deltas, request.arrays, "the coordinator's model")
+        reply = EvaluateReply(**request.about, silo=self.silo.name, candidate=request.candidate)
+        if unmeasured:
+            self._workbench(plan).keep(layout, request.arrays, state)
+            return reply
         summed = plan.privacy.secure_aggregation and plan.privacy.metrics == "sum"
         membership = Membership(self.silo, plan, layout, state, request.session) if summed else None
-        reply = EvaluateReply(**request.about, silo=self.silo.name, candidate=request.candidate)
         if membership is not None and membership.measured(request):
             return reply
-        finished = plan.model.head == "own" and request.candidate == MERGED
         sums = self._workbench(plan).evaluate(layout, request.arrays, state, keep=finished)
         if membership is not None:
             membership.keep_metrics(request, sums)

@@ -87,6 +87,10 @@ class Workbench:
             save_privately(base, state.model)
         return sums
 
+    def keep(self, layout: Layout, arrays: Mapping[str, NDArray[Any]], state: State) -> None:
+        """Write this silo's finished model into its state: the base model with differences added, and its own head."""
+        save_privately(self._merged(layout, arrays, state), state.model)
+
     def finish(self, layout: Layout, arrays: Mapping[str, NDArray[Any]], state: State, directory: Path) -> None:
         """Write the base model with differences added and this silo's own head, as `from_pretrained` loads it.
 

@@ -39,6 +39,7 @@ class Evaluation:
         self.conductor = conductor
         self.plan = conductor.plan
         self.secure = secure if self.plan.privacy.metrics == "sum" else None
+        self.in_the_clear = self.secure is None and self.plan.privacy.metrics != "none"
 
     def measure(self, candidates: Iterable[Candidate], survivors: tuple[str, ...]) -> list[dict[str, Any]]:
         """Return what is to be reported of each model (`described`).
@@ -73,6 +74,15 @@ class Evaluation:
             results = {silo: results[silo] for silo in own} | {"alone": own} | results
         return [described(self.plan, name, kinds[name], by) for name, by in results.items()]
 
+    def hand_over(self, merged: Candidate) -> None:
+        """Bring the merged body to silos that keep their heads, under a plan that lets no metrics leave.
+
+        Raises:
+            GramfuseError: if fewer silos answer than the plan asks for.
+        """
+        with self.conductor.phase("evaluate"):
+            self._ask(merged)
+
     def _ask(self, candidate: Candidate) -> tuple[str, dict[str, Sums]]:
         """Return the digest of the request that brought a model, and the sums of each silo that may tell them."""
         request = EvaluateRequest(**self.conductor.about, candidate=candidate.name, arrays=candidate.arrays)
@@ -80,13 +90,14 @@ class Evaluation:
         replies = self.conductor.ask(
             EvaluateReply, requests, needed=self.plan.minimum_survivors, long_work=True, check=self._check
         )
-        return pack(request).digest, {silo: reply.arrays["sums"] for silo, _, reply in replies if self.secure is None}
+        return pack(request).digest, {silo: reply.arrays["sums"] for silo, _, reply in replies if self.in_the_clear}
 
     def _check(self, silo: str, request: EvaluateRequest, reply: EvaluateReply) -> None:
         name, found = request.candidate, reply.arrays.get("sums")
-        if self.secure is not None:
+        if not self.in_the_clear:
             if reply.candidate != name or reply.arrays:
-                raise FederationError(f"silo {silo!r} sent metrics of {name!r} in the clear; the plan has them summed")
+                allowed = "has them summed" if self.secure else "lets none leave"
+                raise FederationError(f"silo {silo!r} sent metrics of {name!r} in the clear; the plan {allowed}")
             return
         task = self.plan.task_of(silo)
         if reply.candidate != name or found is None or found.shape != sums_shape(task):

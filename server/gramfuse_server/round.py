@@ -84,14 +84,20 @@ class Round:
     def measure(self, candidates: Iterable[Candidate]) -> None:
         """Have the survivors measure models.
 
+        Silos that keep their heads are given the merged body, the last candidate, even if no metrics may leave.
+
         The merge is done by now, so whatever goes wrong here costs the metrics and not the model.
         """
-        if self.plan.privacy.metrics == "none":
-            self.unmeasured = "the plan lets no metrics leave"
-            return
         self.conductor.keep_only(self.survivors)
+        evaluation = Evaluation(self.conductor, self.secure)
         try:
-            self.models = Evaluation(self.conductor, self.secure).measure(candidates, self.survivors)
+            if self.plan.privacy.metrics == "none":
+                self.unmeasured = "the plan lets no metrics leave"
+                if self.plan.model.head == "own":
+                    *_, merged = candidates
+                    evaluation.hand_over(merged)
+            else:
+                self.models = evaluation.measure(candidates, self.survivors)
         except GramfuseError as error:
             self.unmeasured = str(error)
 

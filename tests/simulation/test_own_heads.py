@@ -21,6 +21,7 @@ from gramfuse_cli.report import show_report
 from gramfuse_client.app import SiloApp
 from gramfuse_client.batches import Encoded, batches
 from gramfuse_client.data import load
+from gramfuse_client.departures import leaves
 from gramfuse_client.evaluate import evaluate
 from gramfuse_client.silo import Silo
 from gramfuse_client.state import State
@@ -199,6 +200,24 @@ def test_different_tasks_share_a_body_and_keep_their_heads(
     for words in ("topic: accuracy", "entities: entity-f1", "count: pearson", "mean-score", "each silo's own model"):
         assert words in shown
     assert f'AutoModel.from_pretrained("{done.out}/model")' in shown.replace("\n", "")
+
+
+def test_a_silo_gets_its_finished_model_even_if_no_metrics_leave(
+    project: Path, tmp_path: Path, in_process_grid: Any
+) -> None:
+    done = run(project, tmp_path, in_process_grid, "privacy.metrics=none")
+    assert done.report["models"] == []
+    assert done.report["unmeasured"] == "the plan lets no metrics leave"
+    for name, silo in done.silos.items():
+        own = load_file(silo.state / done.plan.digest / "model" / "model.safetensors")
+        expected = load_file(done.out / "models" / name / "model.safetensors")
+        assert own.keys() == expected.keys()
+        assert all(np.array_equal(own[tensor], expected[tensor]) for tensor in own)
+        entries = [json.loads(line)["entry"] for line in silo.ledger.read_text().splitlines()]
+        (evaluated,) = (entry for entry in entries if entry["phase"] == "evaluate")
+        (header,) = evaluated["items"]
+        promised = {departure.phase: departure.bytes for departure in leaves(name, done.plan, done.layout).departures}
+        assert (header["name"], header["bytes"]) == ("header", promised["evaluate"])
 
 
 def test_a_silos_first_head_is_its_own_and_the_same_every_time(project: Path) -> None:
