@@ -17,6 +17,7 @@ from gramfuse_protocol.canonical import canonical_json
 from gramfuse_protocol.keys import KEY_BYTES, SIGNATURE_BYTES
 from gramfuse_protocol.layout import PIECE_BYTES, Block, Layout
 from gramfuse_protocol.messages import (
+    MERGED,
     EvaluateReply,
     FinishReply,
     JoinReply,
@@ -40,7 +41,7 @@ from gramfuse_protocol.transcript import SUMS, Advert, Sum
 
 COORDINATOR = "the coordinator"
 
-CANDIDATES = ("simple", "regmean")
+CANDIDATES = ("simple", MERGED)
 """The models that a run measures: the simple average and the merged one."""
 
 MOST_EXAMPLES = 10**12
@@ -276,7 +277,7 @@ def _results(about: Mapping[str, Any], plan: Plan) -> Iterator[Departure]:
     """Yield how held-out results leave in the clear, or that there are none."""
     if plan.privacy.metrics == "none":
         if plan.model.head == "own":
-            yield _departure("that it has the merged body; no numbers", EvaluateReply(**about, candidate="regmean"))
+            yield _departure("that it has the merged body; no numbers", EvaluateReply(**about, candidate=MERGED))
         return
     task = plan.task_of(about["silo"])
     sums = _blank("float64", sums_shape(task))

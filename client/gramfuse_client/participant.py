@@ -16,6 +16,7 @@ from gramfuse_client.state import Origin, State
 from gramfuse_protocol.errors import FederationError, GramfuseError, RefusalError, SecurityError, disk_is_full
 from gramfuse_protocol.layout import Layout
 from gramfuse_protocol.messages import (
+    MERGED,
     EvaluateReply,
     EvaluateRequest,
     FinishReply,
@@ -40,9 +41,6 @@ from gramfuse_protocol.transcript import start_digest
 
 if TYPE_CHECKING:
     from gramfuse_client.workbench import Workbench
-
-MERGED = "regmean"
-"""What the coordinator calls the merged model."""
 
 log = logging.getLogger(__name__)
 

@@ -19,6 +19,10 @@ from gramfuse_protocol.shares import SHARE_BYTES
 from gramfuse_protocol.transcript import Advert, Hex64, Nonce, Sum
 
 Count = Annotated[int, Field(ge=0)]
+
+MERGED = "regmean"
+"""What an evaluate request calls the merged model."""
+
 Round = Annotated[int, Field(ge=1, le=LARGEST)]
 Sealed = Annotated[str, Field(pattern=rf"^[0-9a-f]{{{2 * SEALED_BYTES}}}$")]
 Share = Annotated[str, Field(pattern=rf"^[0-9a-f]{{{2 * SHARE_BYTES}}}$")]

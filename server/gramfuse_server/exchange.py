@@ -19,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 from gramfuse_model.base import Base
 from gramfuse_model.tasks import merged_form
 from gramfuse_protocol.layout import ITEM_BYTES, PIECE_BYTES, Layout, delta_block
+from gramfuse_protocol.messages import MERGED
 from gramfuse_protocol.plan import Plan
 from gramfuse_protocol.statistics import Contribution
 from gramfuse_server.accumulator import Merged
@@ -169,7 +170,7 @@ class Exchange:
         current.measure(self._candidates(current, merged))
         current.models += studied.pop("models", [])
         with conductor.phase("write"):
-            joint = next((model["metrics"] for model in current.models if model["kind"] == "regmean"), None)
+            joint = next((model["metrics"] for model in current.models if model["kind"] == MERGED), None)
             with self.run.writing():
                 chosen = studied.get("tuning", {}).get("chosen")
                 place = self.run.partial / "model"
@@ -187,7 +188,7 @@ class Exchange:
                 own = self.own_models(name, current.conductor.round)
                 arrays = {delta_block(t.name): own.block(delta_block(t.name)) for t in self.layout.tensors}
                 yield Candidate(name, "silo", arrays)
-        for kind, deltas in (("simple", merged.mean), ("regmean", merged.deltas)):
+        for kind, deltas in (("simple", merged.mean), (MERGED, merged.deltas)):
             yield Candidate(kind, kind, {delta_block(name): np.asarray(d, np.float32) for name, d in deltas.items()})
 
     def _report(self, current: Round, rounds: list[dict[str, Any]]) -> dict[str, Any]:
