@@ -1,45 +1,54 @@
-"""What one exchange buys on real text: every silo's own model, their simple average, RegMean, and what to compare with.
+"""What one exchange buys on real text: every silo's own model, RegMean, and what to compare it with.
 
-    python benchmarks/accuracy hwu64 --data PATH/TO/SETS
-    python benchmarks/accuracy mrpc stsb emotion ner tasks rounds --data PATH/TO/SETS --seeds 1
-    python benchmarks/accuracy desk
+    python benchmarks/accuracy glue --data PATH/TO/SETS --seeds 1 2 3 4 5
+    python benchmarks/accuracy emotion ner sent intents skew tasks generation desk --data PATH/TO/SETS
+    python benchmarks/accuracy hwu64 --data hf:OWNER --base distilbert/distilbert-base-uncased
 
-A set is a folder with train, validation and test as JSON lines (.jsonl or .jsonl.gz). Results of each seed are kept in
---out and not made again, so an interrupted benchmark goes on where it stopped. Tables are printed as Markdown.
+A name is a table, or one of its experiments. A set is a folder with train, validation and test as JSON lines (.jsonl or
+.jsonl.gz), or a data set of the Hugging Face hub. What is measured is kept in --out as JSON and not measured again, and
+trained silos are kept in --cache, so an interrupted benchmark goes on where it stopped. Tables are printed as Markdown.
 """
 
 from __future__ import annotations
 
 import argparse
-import signal
-import sys
+import os
 from pathlib import Path
 
-from results import measured, table
-from settings import SETTINGS
+from jobs import Job, work
+from settings import EXPERIMENTS, TABLES
+from tables import table
 
 
 def main() -> None:
     """Run experiments and print their tables."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C does, it ends what runs below
     parser = argparse.ArgumentParser(
         prog="accuracy", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("experiments", nargs="+", choices=SETTINGS, metavar="EXPERIMENT", help=", ".join(SETTINGS))
-    parser.add_argument("--data", type=Path, help="folder of the sets (not needed for desk)")
+    names = {**{name: (name,) for name in EXPERIMENTS}, **TABLES}
+    parser.add_argument("names", nargs="+", choices=names, metavar="NAME", help=", ".join(names))
+    parser.add_argument("--data", default="", help="folder of the sets, or hf:OWNER (not needed for desk)")
+    parser.add_argument("--base", help="base model: hub id or directory  [default: MiniLM-L6]")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/out"), help="where results are kept")
+    parser.add_argument("--cache", type=Path, default=Path("benchmarks/cache"), help="where trained silos are kept")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--secure", action="store_true", help="under secure aggregation, and nothing to compare with")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="experiments at a time  [default: cores]")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change the plan")
+    parser.add_argument("--quick", action="store_true", help="an eighth of the rows and few epochs: does it work?")
+    parser.add_argument("--print", action="store_true", help="print tables of what is there, and measure nothing")
     options = parser.parse_args()
-    if options.data is None and options.experiments != ["desk"]:
+    chosen = list(dict.fromkeys(experiment for name in options.names for experiment in names[name]))
+    if not options.data and chosen != ["desk"] and not options.print:
         parser.error("these experiments need --data")
-    for name in options.experiments:
-        results = []
-        for seed in options.seeds:
-            print(f"{name}, seed {seed}", file=sys.stderr)
-            setting = SETTINGS[name](options.data, seed)
-            results.append(measured(name, setting, seed, options.out, secure=options.secure))
-        print(table(results) + "\n")
+    jobs = [
+        Job(name, seed, options.data, options.base, options.out, options.cache, options.quick, tuple(options.set))
+        for seed in options.seeds
+        for name in chosen
+    ]
+    if not options.print:
+        work(jobs, options.jobs)
+    for name in options.names:
+        print(table(name, names[name], options.out) + "\n")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,8 @@ class Setting:
         model, training, merge: keys of these sections of the plan.
         columns: keys of [data] in the silo files, but for the files.
         tasks: [[task]] sections.
-        compare: terms of `gramfuse simulate --compare`.
+        metric: which one a table shows, if not that which ranks models.
+        base: the base model.
     """
 
     title: str
@@ -49,7 +50,22 @@ class Setting:
     merge: Keys = field(default_factory=dict)
     columns: Keys = field(default_factory=dict)
     tasks: Sequence[Keys] = ()
-    compare: str = "best,ensemble,joint"
+    metric: str = ""
+    base: str = "bundled:minilm"
+
+    def quick(self) -> Setting:
+        """Return a small version: an eighth of the rows, and two epochs at most."""
+        silos = {
+            name: replace(
+                data,
+                train=data.train[: max(64, len(data.train) // 8)],
+                held_out=data.held_out[: max(32, len(data.held_out) // 8)],
+                validation=data.validation[: max(32, len(data.validation) // 8)],
+            )
+            for name, data in self.silos.items()
+        }
+        training = {**self.training, "epochs": min(2, self.training.get("epochs", 5))}
+        return replace(self, title=f"{self.title} (quick)", silos=silos, training=training)
 
 
 def write(directory: Path, setting: Setting, *, name: str, secure: bool = False) -> Path:
@@ -57,8 +73,8 @@ def write(directory: Path, setting: Setting, *, name: str, secure: bool = False)
     own_metrics = "silo" if setting.tasks or not secure else "sum"
     plan: dict[str, Any] = {
         "plan": {"name": name},
-        "model": {"base": "bundled:minilm", **setting.model},
-        "training": {"learning-rate": 2e-4, **setting.training},
+        "model": {"base": setting.base, **setting.model},
+        "training": {"learning-rate": 2e-4, "precision": "bfloat16", **setting.training},
         "merge": dict(setting.merge),
         "privacy": {"secure-aggregation": secure, "metrics": own_metrics},
         "silo": [{"name": silo, **data.entry} for silo, data in setting.silos.items()],
@@ -74,7 +90,6 @@ def write(directory: Path, setting: Setting, *, name: str, secure: bool = False)
             _write_rows(directory / "data" / silo / f"{part}.jsonl", parts[part])
         own = {
             "name": silo,
-            "threads": 1 if len(setting.silos) > 1 else 0,
             "data": {**files, **setting.columns},
             "limits": {"minimum-examples": 1, "open-uploads": not secure, "metrics": own_metrics},
         }

@@ -1,96 +1,81 @@
-"""The experiments by name. Each takes the folder of the sets and a seed, which draws rows and splits."""
+"""The experiments by name, and the tables that they are rows of. A seed draws rows, splits, heads and batches."""
 
 from __future__ import annotations
 
 import random
 import subprocess
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
+from typing import Any
 
+from bases import spoken
 from partitions import by_label, halves
 from projects import Setting, SiloData
 from results import gramfuse
-from sets import Row, Rows, labels_of, read
+from sets import Row, Rows, Source, labels_of
 
-Maker = Callable[[Path, int], Setting]
+Silos = tuple[str, ...]
 
 EMOTIONS = ["anger", "disgust", "fear", "joy", "neutral", "sadness", "surprise"]
 TAGS = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC", "B-ORG", "I-ORG"]
+GLUE = ("cola", "sst2", "mrpc", "stsb", "mnli", "rte")
+DOMAINS = {
+    "emotion": ("isear", "goemotions", "dailydialog", "crowdflower"),
+    "ner": ("wikigold", "sec", "btc", "crossner_politics"),
+    "sent": ("books", "dvd", "electronics", "kitchen"),
+}
+MOST_TEST = 400
+"""Held-out rows of a domain or task at most, and half of that for validation."""
 
 
-def hwu64(data: Path, seed: int, rounds: int = 1) -> Setting:
-    """Intents under strong label skew."""
+@dataclass(frozen=True)
+class Experiment:
+    """A setting, and what is measured on it.
+
+    Args:
+        make: returns the setting of a seed.
+        subsets: silos that are merged with each other; by default all of them.
+        parts: more that is measured, as `experiment.run` has it.
+        fedavg: most rounds of FedAvg, for the first seed.
+        base: one of `bases.BASES`, in place of the setting's.
+    """
+
+    make: Callable[[Source, int], Setting]
+    subsets: tuple[Silos, ...] = ()
+    parts: tuple[str, ...] = ("joint",)
+    fedavg: int = 0
+    base: str = ""
+
+
+def intents(name: str, silos: int, skew: float, data: Source, seed: int) -> Setting:
+    """Intents under label skew: `skew` of each intent's requests at one silo, the rest drawn evenly over the others."""
     rng = random.Random(seed)
-    folder = data / "intent_hwu64"
-    train = rng.sample(read(folder, "train"), 3000)
-    test, validation = read(folder, "test"), read(folder, "validation")
-    rng.shuffle(test)
-    shares = by_label(train, 4, 0.85, rng)
+    folder = f"intent_{name}"
+    train = _some(data.read(folder, "train"), 3000, rng)
+    test, validation = (_some(data.read(folder, part), 1076, rng) for part in ("test", "validation"))
+    shares = by_label(train, silos, skew, rng)
     return Setting(
-        title="HWU64 intents, 4 silos × 750 requests, 85% of each intent at one silo, MiniLM-L6",
-        silos={f"silo-{n + 1}": SiloData(shares[n], test[n::4], validation[n::4]) for n in range(4)},
+        title=f"{name} intents, {silos} silos × {3000 // silos} requests, {skew:.0%} of each intent at one silo",
+        silos={f"silo-{n + 1}": SiloData(shares[n], test[n::silos], validation[n::silos]) for n in range(silos)},
         model={"task": "classification", "labels": labels_of(train), "max-length": 32},
-        training={"epochs": 5, "seed": seed},
-        merge={"rounds": rounds},
-        compare="best,ensemble,joint" if rounds == 1 else "joint",
+        training={"epochs": 5},
     )
 
 
-def rounds(data: Path, seed: int) -> Setting:
-    """The same intents, merged twice."""
-    return hwu64(data, seed, rounds=2)
-
-
-def sent(data: Path, seed: int) -> Setting:
-    """Sentiment over four domains."""
-    rng = random.Random(seed)
-    silos = {
-        domain: SiloData(
-            rng.sample(read(data / f"sent_{domain}", "train"), 400),
-            rng.sample(read(data / f"sent_{domain}", "test"), 200),
-            read(data / f"sent_{domain}", "validation"),
-        )
-        for domain in ("books", "dvd", "electronics", "kitchen")
-    }
-    return Setting(
-        title="Amazon sentiment, 4 silos (books, dvd, electronics, kitchen) × 400 reviews, MiniLM-L6",
-        silos=silos,
-        model={"task": "classification", "labels": ["negative", "positive"], "max-length": 64},
-        training={"epochs": 3, "seed": seed},
-    )
-
-
-def desk(_: Path, seed: int) -> Setting:
-    """The demo's data, with the demo's training."""
-    with tempfile.TemporaryDirectory(prefix="gramfuse-") as scratch:
-        project = Path(scratch) / "desk"
-        subprocess.run([gramfuse(), "init", str(project)], check=True, capture_output=True)
-        folders = sorted((project / "data").iterdir())
-        silos = {f.name: SiloData(read(f, "train"), read(f, "held-out")) for f in folders}
-    return Setting(
-        title="The demo: 4 front desks × about 315 messages, MiniLM-L6",
-        silos=silos,
-        model={
-            "task": "classification",
-            "labels": labels_of([row for silo in silos.values() for row in silo.train]),
-            "max-length": 64,
-        },
-        training={"seed": seed},
-    )
-
-
-def glue(name: str, data: Path, seed: int) -> Setting:
+def glue(name: str, data: Source, seed: int) -> Setting:
     """One GLUE task at two silos of about 1,000 examples, split as the RegMean authors do."""
     rng = random.Random(seed)
-    folder = data / f"glue_{name}"
-    train = rng.sample(read(folder, "train"), 2000)
-    test, validation = read(folder, "test"), read(folder, "validation")
+    folder = f"glue_{name}"
+    train = _some(data.read(folder, "train"), 2000, rng)
+    test, validation = _some(data.read(folder, "test"), 500, rng), _some(data.read(folder, "validation"), 250, rng)
     shares = halves(train, 0.8, rng)
     pair = "text_pair" in train[0]
     regression = isinstance(train[0]["label"], int | float)
     return Setting(
-        title=f"GLUE {name}, 2 silos × about 1,000 examples, label skew 80/20, MiniLM-L6",
+        title=f"GLUE {name}, 2 silos × about 1,000 examples, label skew 80/20",
         silos={f"silo-{n + 1}": SiloData(shares[n], test[n::2], validation[n::2]) for n in range(2)},
         model={
             "task": "regression" if regression else "classification",
@@ -98,71 +83,142 @@ def glue(name: str, data: Path, seed: int) -> Setting:
             "pair": pair,
             "max-length": 96 if pair else 48,
         },
-        training={"epochs": 5, "seed": seed},
+        training={"epochs": 3, "learning-rate": 1e-4},
         columns={"text-pair": "text_pair"} if pair else {},
+        metric="mcc" if name == "cola" else "",
     )
 
 
-def emotion(data: Path, seed: int, domains: tuple[str, ...] = ("isear", "goemotions")) -> Setting:
+def emotion(head: str, data: Source, seed: int) -> Setting:
     """Emotions over domains that do not annotate the same ones; those that a silo does not annotate are masked."""
     rng = random.Random(seed)
     silos = {}
-    for domain in domains:
-        folder = data / f"emo_{domain}"
-        train, test, validation = (read(folder, split) for split in ("train", "test", "validation"))
+    for domain in DOMAINS["emotion"]:
+        train, test, validation = _parts(data, f"emo_{domain}", 1000, rng)
         own = labels_of(train, "labels")
-        entry = {} if own == EMOTIONS else {"labels": own}
-        silos[domain] = SiloData(_some(train, 1000, rng), _some(test, 1000, rng), _some(validation, 500, rng), entry)
+        silos[domain] = SiloData(train, test, validation, {} if own == EMOTIONS else {"labels": own})
     return Setting(
-        title=f"Emotions, {len(domains)} silos ({', '.join(domains)}) × 1,000 texts, masked heads, MiniLM-L6",
+        title=f"Emotions, four domains × 1,000 texts, masked labels, {head} heads at the start",
         silos=silos,
-        model={"task": "multi-label", "labels": EMOTIONS, "max-length": 64, "threshold": 0.3},
-        training={"epochs": 8, "seed": seed},
+        model={"task": "multi-label", "labels": EMOTIONS, "max-length": 48, "threshold": 0.3, "head": head},
+        training={"epochs": 8},
         columns={"label": "labels"},
-        compare="best,ensemble,joint",
     )
 
 
-def ner(data: Path, seed: int, domains: tuple[str, ...] = ("wikigold", "sec", "btc")) -> Setting:
+def ner(head: str, data: Source, seed: int) -> Setting:
     """Names of persons, places and organisations over domains."""
     rng = random.Random(seed)
     silos = {}
-    for domain in domains:
-        folder = data / f"ner_{domain}"
-        train, test, validation = (_some(read(folder, s), 600, rng) for s in ("train", "test", "validation"))
+    for domain in DOMAINS["ner"]:
+        train, test, validation = _parts(data, f"ner_{domain}", 600, rng)
         silos[domain.replace("_", "-")] = SiloData(train, test, validation)
     return Setting(
-        title=f"NER, {len(domains)} silos ({', '.join(domains)}) × 600 sentences at most, MiniLM-L6",
+        title=f"NER, four domains × 600 sentences at most, {head} heads at the start",
         silos=silos,
-        model={"task": "token-classification", "labels": TAGS, "max-length": 96},
-        training={"epochs": 6, "seed": seed},
+        model={"task": "token-classification", "labels": TAGS, "max-length": 96, "head": head},
+        training={"epochs": 6},
         columns={"text": "tokens", "label": "tags"},
     )
 
 
-def tasks(data: Path, seed: int) -> Setting:
-    """Three different tasks: one body is merged, each silo keeps its head."""
+def sent(data: Source, seed: int) -> Setting:
+    """Sentiment over four domains."""
     rng = random.Random(seed)
-    kinds = {"trec6": "topic_trec6", "sst2": "glue_sst2", "mrpc": "glue_mrpc"}
-    silos, sections = {}, []
-    for name, folder in kinds.items():
-        train = _some(read(data / folder, "train"), 1000, rng)
-        test, validation = _some(read(data / folder, "test"), 1000, rng), read(data / folder, "validation")
-        pair = "text_pair" in train[0]
-        silos[name] = SiloData([_plain(r) for r in train], [_plain(r) for r in test], [_plain(r) for r in validation],
-                               {"task": name})  # fmt: skip
-        sections.append(
-            {"name": name, "task": "classification", "labels": labels_of(train), "pair": pair, "max-length": 64}
-        )
+    silos = {}
+    for domain in DOMAINS["sent"]:
+        train, test, validation = _parts(data, f"sent_{domain}", 400, rng)
+        silos[domain] = SiloData(train, test, validation)
     return Setting(
-        title="Three tasks (TREC questions, SST-2, MRPC) × 1,000 examples, heads of their own, MiniLM-L6",
+        title="Amazon sentiment, four domains × 400 reviews, cut at 64 tokens",
+        silos=silos,
+        model={"task": "classification", "labels": ["negative", "positive"], "max-length": 64},
+        training={"epochs": 3},
+    )
+
+
+def tasks(data: Source, seed: int) -> Setting:
+    """Different tasks: one body is merged, each silo keeps its head."""
+    rng = random.Random(seed)
+    silos, sections = {}, []
+    for name in ("cola", "sst2", "mrpc", "mnli", "rte"):
+        train, test, validation = _parts(data, f"glue_{name}", 1000, rng)
+        pair = "text_pair" in train[0]
+        silos[name] = SiloData(*([_plain(row) for row in part] for part in (train, test, validation)), {"task": name})
+        labels = labels_of(train)
+        sections.append({"name": name, "task": "classification", "labels": labels, "pair": pair, "max-length": 96})
+    return Setting(
+        title="Five GLUE tasks × 1,000 examples, heads of their own",
         silos=silos,
         model={"head": "own"},
-        training={"epochs": 5, "seed": seed},
+        training={"epochs": 3, "learning-rate": 1e-4},
         columns={"text-pair": "text_pair"},
         tasks=sections,
-        compare="fisher,ties",
     )
+
+
+def desk(_: Source, seed: int) -> Setting:
+    """The demo's data, with the demo's training."""
+    with tempfile.TemporaryDirectory(prefix="gramfuse-") as scratch:
+        project = Path(scratch) / "desk"
+        subprocess.run([gramfuse(), "init", str(project)], check=True, capture_output=True)
+        data = Source(str(project / "data"))
+        silos = {}
+        for folder in sorted((project / "data").iterdir()):
+            held_out = data.read(folder.name, "held-out")
+            silos[folder.name] = SiloData(data.read(folder.name, "train"), held_out[::2], held_out[1::2])
+    return Setting(
+        title="The demo: four front desks × about 315 messages",
+        silos=silos,
+        model={
+            "task": "classification",
+            "labels": labels_of([row for silo in silos.values() for row in silo.train]),
+            "max-length": 64,
+        },
+    )
+
+
+def t5(data: Source, seed: int) -> Setting:
+    """Intents by their names, as a T5 writes them, under label skew."""
+    rng = random.Random(seed)
+    train = _some(data.read("intent_hwu64", "train"), 3000, rng)
+    test, validation = (_some(data.read("intent_hwu64", part), 1076, rng) for part in ("test", "validation"))
+    shares = by_label(train, 4, 0.85, rng)
+
+    def spelled(rows: Rows) -> Rows:
+        return [{"text": row["text"], "label": spoken(row["label"])} for row in rows]
+
+    return Setting(
+        title="hwu64 intents as text, 4 silos × 750 requests, 85% of each intent at one silo, a T5 of 192 features",
+        silos={
+            f"silo-{n + 1}": SiloData(spelled(shares[n]), spelled(test[n::4]), spelled(validation[n::4]))
+            for n in range(4)
+        },
+        model={"task": "sequence-to-sequence", "max-length": 32, "target-length": 12},
+        training={"epochs": 8, "learning-rate": 5e-4},
+        metric="exact-match",
+    )
+
+
+def decoder(data: Source, seed: int) -> Setting:
+    """Reviews of four domains, continued by a small decoder."""
+    rng = random.Random(seed)
+    silos = {}
+    for domain in DOMAINS["sent"]:
+        parts = _parts(data, f"sent_{domain}", 1400, rng)
+        silos[domain] = SiloData(*([{"text": row["text"]} for row in part] for part in parts))
+    return Setting(
+        title="Amazon reviews as text, four domains × 1,360 reviews, cut at 64 tokens, a GPT-2 of 192 features",
+        silos=silos,
+        model={"task": "causal-lm", "max-length": 64},
+        training={"epochs": 4, "learning-rate": 5e-4},
+    )
+
+
+def _parts(data: Source, folder: str, most: int, rng: random.Random) -> tuple[Rows, Rows, Rows]:
+    sizes = {"train": most, "test": MOST_TEST, "validation": MOST_TEST // 2}
+    train, test, validation = (_some(data.read(folder, part), size, rng) for part, size in sizes.items())
+    return train, test, validation
 
 
 def _some(rows: Rows, most: int, rng: random.Random) -> Rows:
@@ -173,14 +229,58 @@ def _plain(row: Row) -> Row:
     return {key: row[key] for key in ("text", "text_pair", "label") if key in row}
 
 
-SETTINGS: Mapping[str, Maker] = {
-    "hwu64": hwu64,
-    "sent": sent,
-    "desk": desk,
-    "mrpc": lambda data, seed: glue("mrpc", data, seed),
-    "stsb": lambda data, seed: glue("stsb", data, seed),
-    "emotion": emotion,
-    "ner": ner,
-    "tasks": tasks,
-    "rounds": rounds,
+def _pairs(names: Sequence[str]) -> tuple[Silos, ...]:
+    return tuple(combinations([name.replace("_", "-") for name in names], 2))
+
+
+def _with_all(names: Sequence[str]) -> tuple[Silos, ...]:
+    return (*_pairs(names), tuple(name.replace("_", "-") for name in names))
+
+
+def _intents(name: str, silos: int, skew: float, **more: Any) -> Experiment:
+    return Experiment(lambda data, seed: intents(name, silos, skew, data, seed), **more)
+
+
+def _domains(make: Callable[[str, Source, int], Setting], name: str, head: str, **more: Any) -> Experiment:
+    return Experiment(lambda data, seed: make(head, data, seed), _with_all(DOMAINS[name]), **more)
+
+
+EIGHT = tuple(f"silo-{n + 1}" for n in range(8))
+CURVES = ("joint", "alphas", "structures", "tokens", "rounds")
+
+EXPERIMENTS: Mapping[str, Experiment] = {
+    **{
+        f"glue-{name}": Experiment(
+            lambda data, seed, name=name: glue(name, data, seed), parts=("joint", "transport"), fedavg=3
+        )
+        for name in GLUE
+    },
+    "emotion": _domains(emotion, "emotion", "same", parts=("joint", "transport")),
+    "emotion-heads": _domains(emotion, "emotion", "different", parts=()),
+    "ner": _domains(ner, "ner", "same", parts=("joint", "transport"), fedavg=5),
+    "ner-heads": _domains(ner, "ner", "different", parts=()),
+    "sent": Experiment(sent, _with_all(DOMAINS["sent"]), ("joint", "transport"), fedavg=5),
+    "hwu64": _intents("hwu64", 4, 0.85, parts=CURVES, fedavg=10),
+    "hwu64-8": _intents("hwu64", 8, 0.85, subsets=tuple(EIGHT[:n] for n in (1, 2, 4, 6, 8)), parts=()),
+    "clinc150": _intents("clinc150", 4, 0.85, fedavg=10),
+    "clinc150-8": _intents("clinc150", 8, 0.85, parts=()),
+    **{f"skew-{skew}": _intents("hwu64", 4, skew / 100, parts=()) for skew in (25, 50, 70, 95, 100)},
+    "tasks": Experiment(tasks, _pairs(("cola", "sst2", "mrpc", "mnli", "rte")), parts=()),
+    "t5": Experiment(t5, fedavg=5, base="t5"),
+    "decoder": Experiment(decoder, fedavg=5, base="decoder"),
+    "desk": Experiment(desk, parts=("joint",), fedavg=5),
 }
+"""All experiments by name."""
+
+TABLES: Mapping[str, tuple[str, ...]] = {
+    "glue": tuple(f"glue-{name}" for name in GLUE),
+    "emotion": ("emotion", "emotion-heads"),
+    "ner": ("ner", "ner-heads"),
+    "sent": ("sent",),
+    "intents": ("hwu64", "hwu64-8", "clinc150", "clinc150-8"),
+    "skew": tuple(name for name in EXPERIMENTS if name.startswith("skew-")),
+    "tasks": ("tasks",),
+    "generation": ("t5", "decoder"),
+    "desk": ("desk",),
+}
+"""Experiments of each table."""

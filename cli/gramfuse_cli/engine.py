@@ -116,6 +116,7 @@ def simulate(spec: dict[str, Any]) -> dict[str, Any]:
                 study=study_of(spec, plan, layout),
                 own_heads=finish,
                 observer=observe,
+                resumable=False,
             )
         )
 
@@ -199,7 +200,7 @@ def main() -> int:
         outcome: dict[str, Any] = {"report": simulate(spec)}
         code = 0
     except GramfuseError as error:
-        outcome = {"error": type(error).__name__, "message": str(error)}
+        outcome = {"error": type(error).__name__, "message": str(error), "left": error.report and str(error.report)}
         code = error.exit_code
     except Exception as error:  # noqa: BLE001  # Flower and Ray raise their own
         traceback.print_exc()

@@ -273,13 +273,17 @@ class Laboratory:
         annotated = [bench.task.annotated for bench in self.benches.values()]
         return {name: bench.measure_together(models, annotated) for name, bench in self.benches.items()}
 
-    def measure_joint(self) -> dict[str, Sums]:
-        """Return each silo's held-out sums of the base model fine-tuned on all silos' data; they must have one task."""
+    def measure_joint(self, threads: int | None = None) -> dict[str, Sums]:
+        """Return each silo's held-out sums of the base model fine-tuned on all silos' data; they must have one task.
+
+        Args:
+            threads: of the CPU; by default all, since no silo trains beside it.
+        """
         from gramfuse_client.batches import pooled
 
         benches = list(self.benches.values())
         everything = pooled([bench.encoded(bench.examples[0]) for bench in benches])
-        tuned = benches[0].finetune({}, 1, everything, threads=os.cpu_count() or 1)  # no silo trains beside it
+        tuned = benches[0].finetune({}, 1, everything, threads=threads or os.cpu_count() or 1)
         sums = {}
         for name, bench in self.benches.items():
             with bench.model({}, head=tuned) as model:

@@ -6,11 +6,12 @@ import json
 import signal
 import sys
 import traceback
+from pathlib import Path
 from typing import Any, NoReturn
 
 import click
 
-from gramfuse_cli import demo, init, measure, merge, pki, plan, run, server, silo, simulate, tune
+from gramfuse_cli import demo, init, measure, merge, page, pki, plan, run, server, silo, simulate, tune
 from gramfuse_protocol.errors import GramfuseError
 
 INTERRUPTED = 130
@@ -33,6 +34,7 @@ def cli() -> None:
     Be a silo:              gramfuse silo start silo.toml
     Merge between silos:    gramfuse run my-merge DIR
     Without a network:      gramfuse measure, gramfuse merge
+    The page of a run:      gramfuse report RUN
 
     Every command takes --json: one JSON object on standard output, everything else on standard error.
     """
@@ -44,6 +46,7 @@ cli.add_command(measure.measure)
 cli.add_command(merge.merge)
 cli.add_command(pki.pki)
 cli.add_command(plan.plan)
+cli.add_command(page.report)
 cli.add_command(run.run)
 cli.add_command(server.server)
 cli.add_command(silo.silo)
@@ -61,7 +64,7 @@ def main() -> NoReturn:
         result = cli.main(prog_name="gramfuse", standalone_mode=False)
         sys.exit(result if isinstance(result, int) else 0)
     except GramfuseError as error:
-        _fail(type(error).__name__, str(error), error.exit_code, as_json)
+        _fail(type(error).__name__, str(error), error.exit_code, as_json, error.report)
     except click.ClickException as error:
         if not as_json:
             error.show()
@@ -73,10 +76,18 @@ def main() -> NoReturn:
         _fail("InternalError", f"this is a bug in gramfuse\n{traceback.format_exc()}", 1, as_json)
 
 
-def _fail(kind: str, message: str, code: int, as_json: bool) -> NoReturn:
+def _fail(kind: str, message: str, code: int, as_json: bool, report: Path | None = None) -> NoReturn:
+    """End with an error.
+
+    Args:
+        report: of the run that it ended, if one was left.
+    """
     if as_json:
-        click.echo(json.dumps({"error": {"type": kind, "message": message, "exit_code": code}}))
+        left = {} if report is None else {"report": str(report)}
+        click.echo(json.dumps({"error": {"type": kind, "message": message, "exit_code": code, **left}}))
     click.echo(f"{click.style('error', fg='red', bold=True)}: {message}", err=True)
+    if report is not None:
+        click.echo(f"report of the failed run: {report}", err=True)
     if 10 <= code < 100:
         click.echo(f"exit code {code}; see docs/exit-codes/{code}.md", err=True)
     sys.exit(code)

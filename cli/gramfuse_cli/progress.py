@@ -9,25 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-TITLES = {
-    "start": "start Flower",
-    "join": "silos join",
-    "train": "silos fine-tune and measure",
-    "upload": "silos upload",
-    "keys": "silos exchange keys",
-    "shares": "silos share the secrets of their masks",
-    "masked": "silos upload, masked",
-    "survivors": "silos sign who is in the sum",
-    "unmask": "silos release what opens the sum",
-    "merge": "merge",
-    "study": "try other merges",
-    "evaluate": "measure on held-out data",
-    "masked-metrics": "silos upload metrics, masked",
-    "survivors-metrics": "silos sign who is in the sum of metrics",
-    "unmask-metrics": "silos release what opens the sum of metrics",
-    "write": "write the model",
-    "finish": "silos wipe what they kept of the session",
-}
+from gramfuse_server.pages.wording import PHASES
 
 
 class RunProgress:
@@ -69,7 +51,7 @@ class RunProgress:
             case "start":
                 self.phase = phase
                 which = f" (round {event['round']} of {event['rounds']})" if "round" in event else ""
-                self._say(f"[bold]{TITLES[phase]}[/]{which}")
+                self._say(f"[bold]{PHASES[phase]}[/]{which}")
                 if phase == "train":
                     self._bars = {s: self._progress.add_task(s, total=None, doing="") for s in self.silos}
             case "silo":

@@ -11,24 +11,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from gramfuse_protocol.metrics import PRIMARY
-from gramfuse_protocol.task import Kind
-
-MODES = {
-    "open": "The coordinator saw each silo's statistics.",
-    "secure": "The coordinator saw their sums only.",
-}
-
-NAMES = {
-    "silo": "{name} alone",
-    "body": "{name}'s body, with each silo's own head",
-    "alone": "each silo's own model",
-    "simple": "simple average",
-    "regmean": "RegMean",
-    "untuned": "RegMean, not tuned",
-}
-
-MERGES = ("simple", "regmean")
+from gramfuse_server.pages.wording import MERGES, MODES, columns, explain, name_of
 
 
 def show_report(report: Mapping[str, Any], run: Path, as_json: bool) -> None:
@@ -70,30 +53,21 @@ def show_models(
     *earlier, last = report.get("rounds") or [{"round": 1}]
     models = [(model, each["round"]) for each in earlier for model in each["models"] if model["kind"] in MERGES]
     models += [(model, last["round"]) for model in report["models"]]
-    rows = [_columns(model, report["tasks"]) for model, _ in models]
-    columns = list(dict.fromkeys(column for row in rows for column in row))
+    rows = [columns(model, report["tasks"]) for model, _ in models]
+    titles = list(dict.fromkeys(title for row in rows for title in row))
     table = Table()
     table.add_column("model")
-    for column in columns:
-        table.add_column(column, justify="right")
+    for title in titles:
+        table.add_column(title, justify="right")
     for (model, number), row in zip(models, rows, strict=True):
         style = "bold" if model["kind"] == "regmean" else ""
-        cells = [f"{row[column]:.3f}" if column in row else "" for column in columns]
-        name = NAMES.get(model["kind"], "{name}").format(name=model["name"])
+        cells = [f"{row[title]:.3f}" if title in row else "" for title in titles]
+        name = name_of(model)
         table.add_row(f"{name}, round {number}" if earlier and model["kind"] in MERGES else name, *cells, style=style)
     console.print(table)
     for model in report["models"]:
         if "note" in model:
             console.print(f"[dim]{model['name']}: {model['note']}[/]", highlight=False, soft_wrap=True)
-
-
-def _columns(model: Mapping[str, Any], tasks: Mapping[str, Kind]) -> dict[str, float]:
-    """Return what a table says of a model: all metrics, or, of several tasks, of each the one that ranks them."""
-    found = {name: value for name, value in model["metrics"].items() if name != "examples"}
-    for name, metrics in model.get("tasks", {}).items():
-        metric = PRIMARY[tasks[name]]
-        found[f"{name}: {metric}"] = metrics[metric]
-    return found
 
 
 def _how_to_load(report: Mapping[str, Any], run: Path) -> str:
@@ -110,14 +84,4 @@ def show_steps(console: Console, steps: Sequence[Mapping[str, Any]]) -> None:
     """Print how each group was solved for which it was not plain."""
     for step in steps:
         if step["outcome"] != "clean":
-            console.print(f"[yellow]{step['group']}: {_explain(step)}[/]", highlight=False, soft_wrap=True)
-
-
-def _explain(step: Mapping[str, Any]) -> str:
-    match step["outcome"]:
-        case "jitter":
-            return f"ill-conditioned; solved with a relative ridge of {step['jitter']:g} towards the simple average"
-        case "empty":
-            return "no silo saw a token there; took the simple average"
-        case _:
-            return f"{step['mean_blocks']} of {step['blocks']} blocks could not be solved; they took the simple average"
+            console.print(f"[yellow]{step['group']}: {explain(step)}[/]", highlight=False, soft_wrap=True)

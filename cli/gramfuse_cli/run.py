@@ -196,7 +196,10 @@ def _follow(app: Path, link: Link, project: Project, out: Path, how: dict[str, A
         raise
     go_on = f"\n{_kept(project, link, out)}".rstrip()
     if failures:
-        raise error_types().get(failures[-1]["error"], FederationError)(failures[-1]["message"] + go_on)
+        failed = failures[-1]
+        error = error_types().get(failed["error"], FederationError)(failed["message"] + go_on)
+        error.report = Path(failed["report"]) if failed["report"] else None
+        raise error
     if status["status"] != "finished:completed" or not out.exists():
         raise FederationError(
             f"Flower run {run_id} ended as {status['status']} ({status.get('status-details') or 'no details'}); "
@@ -207,7 +210,7 @@ def _follow(app: Path, link: Link, project: Project, out: Path, how: dict[str, A
 
 
 def _kept(project: Project, link: Link, out: Path, seconds: float = 0.0) -> str:
-    """Say how to go on with a run that was interrupted after the silos had trained; of any other, leave nothing.
+    """Say how to go on with a run that was interrupted after the silos had trained; of any other, keep nothing for it.
 
     Args:
         seconds: how long its ServerApp may take to end.

@@ -76,7 +76,8 @@ def run_simulation(
         opened: whether silos allow open uploads, whatever their files say.
 
     Raises:
-        GramfuseError: of the kind that fits; then nothing is left but silos' data as they were.
+        GramfuseError: of the kind that fits; then nothing is left but silos' data as they were, and the report of a
+            run that failed on its way.
     """
     from gramfuse_cli.engine import simulated_silo
     from gramfuse_client.data import load, load_validation
@@ -157,7 +158,9 @@ def _outcome(scratch: Path, log: Path, code: int) -> dict[str, Any]:
     if kind in (FederationError, RefusalError):  # others say all that there is to say
         tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:])
         click.echo(f"The last lines of Flower's log:\n{tail}\n", err=True)
-    raise kind(outcome["message"])
+    error = kind(outcome["message"])
+    error.report = Path(outcome["left"]) if outcome.get("left") else None
+    raise error
 
 
 def _gpus_per_silo(silos: int) -> float:

@@ -18,6 +18,7 @@ One page for each exit code stands in docs/exit-codes/.
 from __future__ import annotations
 
 import errno
+from pathlib import Path
 
 
 class GramfuseError(Exception):
@@ -29,9 +30,13 @@ class GramfuseError(Exception):
     Args:
         message: the whole story, for whoever owns the files that it names.
         reason: what the other side may read; by default the class's `summary`, which quotes nothing.
+
+    Attributes:
+        report: the report of the run that it ended, if one was left.
     """
 
     exit_code = 1
+    report: Path | None = None
     summary = "gramfuse stopped"
 
     def __init__(self, message: str, *, reason: str | None = None) -> None:

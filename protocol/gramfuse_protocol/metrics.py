@@ -194,7 +194,7 @@ def metrics(task: Task, sums: Sums) -> dict[str, float]:
         case "regression":
             return n | _of_moments(sums)
         case "multi-label":
-            return n | _of_labels(sums[1:].reshape(-1, 4))
+            return n | _of_labels(_decisions(sums))
         case "token-classification":
             return n | _of_entities(sums[1:].reshape(-1, 3))
         case "sequence-to-sequence":
@@ -203,6 +203,35 @@ def metrics(task: Task, sums: Sums) -> dict[str, float]:
         case "causal-lm":
             _, tokens, nll, correct = (float(value) for value in sums)
             return n | {"perplexity": _perplexity(nll, tokens), "token-accuracy": correct / max(tokens, 1.0)}
+
+
+def by_label(task: Task, sums: Sums) -> dict[str, dict[str, float]]:
+    """Turn added sums into what they say of each label, or of each type of entity.
+
+    Returns:
+        By label, in the task's order: `examples` (how often it is in the truth), `precision` (0 of what was never
+        predicted), `recall` (0 of what is never true) and `f1`. A label that is neither true nor predicted is left
+        out. Empty for tasks without labels.
+    """
+    match task.task:
+        case "classification" | "image-classification":
+            names, counts = task.labels, np.stack([np.diag(sums), sums.sum(axis=0), sums.sum(axis=1)], axis=1)
+        case "multi-label":
+            names, counts = task.labels, _decisions(sums)
+        case "token-classification":
+            names, counts = task.entities, sums[1:].reshape(-1, 3)
+        case _:
+            return {}
+    return {
+        name: {
+            "examples": float(truth),
+            "precision": _share(found, predicted),
+            "recall": _share(found, truth),
+            "f1": _f1(found, predicted, truth),
+        }
+        for name, (found, predicted, truth) in zip(names, counts, strict=True)
+        if predicted + truth > 0
+    }
 
 
 def _of_confusion(sums: Sums) -> dict[str, float]:
@@ -221,20 +250,30 @@ def _of_moments(sums: Sums) -> dict[str, float]:
     return {"pearson": pearson, "rmse": math.sqrt(squared / n), "mae": absolute / n}
 
 
+def _decisions(sums: Sums) -> Sums:
+    """Return how often each label of a multi-label task was found, predicted, and true: shape (labels, 3)."""
+    found, wrong, missed, _ = sums[1:].reshape(-1, 4).T
+    return np.stack([found, found + wrong, found + missed], axis=1)
+
+
 def _of_labels(counts: Sums) -> dict[str, float]:
-    found, predicted, truth = counts[:, 0], counts[:, 0] + counts[:, 1], counts[:, 0] + counts[:, 2]
-    f1 = [_f1(*values) for values in zip(found, predicted, truth, strict=True) if values[2] > 0]
-    return {"macro-f1": _mean(f1), "micro-f1": _f1(found.sum(), predicted.sum(), truth.sum())}
+    f1 = [_f1(*row) for row in counts if row[2] > 0]
+    return {"macro-f1": _mean(f1), "micro-f1": _f1(*counts.sum(axis=0))}
 
 
 def _of_entities(counts: Sums) -> dict[str, float]:
     found, predicted, truth = counts.sum(axis=0)
     return {
         "entity-f1": _f1(found, predicted, truth),
-        "precision": float(found / predicted) if predicted else 0.0,
-        "recall": float(found / truth) if truth else 0.0,
+        "precision": _share(found, predicted),
+        "recall": _share(found, truth),
         "macro-f1": _mean([_f1(*row) for row in counts if row[1] + row[2] > 0]),
     }
+
+
+def _share(found: float, of: float) -> float:
+    """Return which share was found; 0 of nothing."""
+    return float(found / of) if of else 0.0
 
 
 def _f1(found: float, predicted: float, truth: float) -> float:

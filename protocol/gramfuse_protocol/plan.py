@@ -84,6 +84,8 @@ class Training(Section):
     warmup: Unit = 0.06
     """Fraction of the steps over which the learning rate rises from zero."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the products in training. Weights and the optimizer stay in float32, and so does all that is measured."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 1
     freeze: tuple[str, ...] = (EMBEDDINGS,)
     """Patterns (shell style) of the parameters that stay as they are and never leave a silo.

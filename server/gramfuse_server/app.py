@@ -42,6 +42,7 @@ def coordinate(
     patience: float | None = None,
     grace: float = GRACE_SECONDS,
     authenticated: bool = False,
+    resumable: bool = True,
 ) -> dict[str, Any]:
     """Run all rounds of a plan and return the report; `out` is complete or absent afterwards.
 
@@ -51,15 +52,16 @@ def coordinate(
         own_models, study, own_heads, observer, wait, patience, grace, authenticated: as
             `gramfuse_server.exchange.Exchange` has them.
         resume: go on with what an interrupted run left there.
+        resumable: whether anybody could do that, so that something is left for it.
 
     Raises:
-        GramfuseError: of the kind that fits.
+        GramfuseError: of the kind that fits; it says where the report of the failed run is.
     """
     if not plan.locked or layout.digest != plan.merge.layout:
         raise PlanError("the plan is not locked, or the layout is not the one it is locked to; run: gramfuse plan lock")
     base = load_base(plan, directory)
     model_bytes = sum(p.numel() * p.element_size() for p in base.model.parameters())
-    with RunDirectory(out, needed_bytes(plan, layout, model_bytes), resume=resume) as run:
+    with RunDirectory(out, needed_bytes(plan, layout, model_bytes), resume=resume, resumable=resumable) as run:
         exchange = Exchange(
             grid,
             plan,
@@ -103,7 +105,10 @@ def main(grid: Grid, context: Context) -> None:
             authenticated=bool(context.run_config["authenticated"]),
         )
     except GramfuseError as error:
-        _print({"phase": "end", "state": "failed", "error": type(error).__name__, "message": str(error)})
+        report = error.report and str(error.report)
+        _print(
+            {"phase": "end", "state": "failed", "error": type(error).__name__, "message": str(error), "report": report}
+        )
         raise
 
 

@@ -55,8 +55,10 @@ class Conductor:
         needed: fewest silos whose statistics are to be merged.
         nodes: Flower's node id of each silo that is still there, in roster order.
         joined: node ids of all silos that joined.
+        came: how far silos came that did not stay away: "connected" or "joined".
         lost: why a silo is not there any more.
-        seconds: duration of each phase.
+        at: the phase that was begun last.
+        seconds: duration of each phase, also of one that failed.
     """
 
     def __init__(
@@ -86,7 +88,9 @@ class Conductor:
         self.post = Post(grid, run.record)
         self.nodes: dict[str, int] = {}
         self.joined: Mapping[str, int] = {}
+        self.came: dict[str, str] = {}
         self.lost: dict[str, GramfuseError] = {}
+        self.at = "start"
         self.seconds: dict[str, float] = {}
         self.nonce: str = self.done("session") or secrets.token_hex(16)
         self.about: dict[str, Any] = {"plan": plan.digest, "session": self.nonce, "round": number}
@@ -123,6 +127,7 @@ class Conductor:
                 errors.append(error)
                 name = reply.silo if isinstance(reply, Refusal) and not self.authenticated else label
                 refused[name] = error
+                self.came[name] = "connected"
                 self._tell_lost("join", name, error)
                 continue
             if joined in self.nodes:
@@ -132,6 +137,7 @@ class Conductor:
             if joined not in self.plan.names:
                 raise FederationError(f"{label} says that it is silo {joined!r}, which the roster does not name")
             self.nodes[joined] = nodes[label]
+            self.came[joined] = "joined"
             self.post.rename(label, joined)
             self.tell("join", "silo", silo=joined)
         self.nodes = {name: self.nodes[name] for name in useful if name in self.nodes}
@@ -257,10 +263,13 @@ class Conductor:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Announce a phase and measure how long it takes."""
+        self.at = name
         self.tell(name, "start")
         began = time.monotonic()
-        yield
-        self.seconds[name] = time.monotonic() - began
+        try:
+            yield
+        finally:
+            self.seconds[name] = time.monotonic() - began
         self.tell(name, "end", seconds=round(self.seconds[name], 3))
 
     def tell(self, phase: str, state: str, **more: Any) -> None:
@@ -294,6 +303,8 @@ class Conductor:
             if time.monotonic() > deadline:
                 if len(nodes) >= self.plan.minimum_survivors:
                     break
+                if self.authenticated:
+                    self.came |= dict.fromkeys(nodes, "connected")
                 raise FederationError(
                     f"{len(nodes)} of {needed} silos connected within {self.wait:.0f} s; start the others with: "
                     "gramfuse silo start"

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from gramfuse_protocol.encoding import decode
 from gramfuse_protocol.errors import FederationError, SecurityError
 from gramfuse_protocol.messages import EvaluateReply, EvaluateRequest
-from gramfuse_protocol.metrics import Sums, are_sums, metrics, primary, sums_shape
+from gramfuse_protocol.metrics import Sums, are_sums, by_label, metrics, primary, sums_shape
 from gramfuse_protocol.plan import Plan
 from gramfuse_protocol.scales import METRICS_SCALE
 from gramfuse_protocol.transcript import metrics_context
@@ -62,9 +62,11 @@ class Evaluation:
                 digests[candidate.name], found[candidate.name] = self._ask(candidate)
                 self.conductor.tell("evaluate", "measured", name=candidate.name)
         if self.secure is not None:
-            (task,) = self.plan.tasks.values()
-            sums = self._summed(digests, survivors)
-            return [{"name": n, "kind": kinds[n], "metrics": metrics(task, total)} for n, total in sums.items()]
+            (task_name,) = self.plan.tasks
+            return [
+                _described(self.plan, name, kinds[name], {task_name: total})
+                for name, total in self._summed(digests, survivors).items()
+            ]
         # A silo that was lost half-way would be in the metrics of some models only.
         silos = [silo for silo in self.conductor.nodes if all(silo in by for by in found.values())]
         results = {name: {silo: by[silo] for silo in silos} for name, by in found.items()}
@@ -132,23 +134,34 @@ def described(plan: Plan, name: str, kind: str, by: Mapping[str, Sums]) -> dict[
     Returns:
         `name`, `kind` and `metrics`, over the examples of all silos together. If silos have different tasks, these are
         the number of `examples` and `mean-score`, the mean over the tasks of the metric that ranks them, and `tasks`
-        has all metrics of each. If the plan shows metrics silo by silo, `silos` has those.
+        has all metrics of each. If there are tasks with labels, `labels` has of each of them what `by_label` returns;
+        a plan with one task calls it "". If the plan shows metrics silo by silo, `silos` has those.
     """
-    joint: dict[str, dict[str, float]] = {}
-    for task_name, task in plan.tasks.items():
+    joint: dict[str, Sums] = {}
+    for task_name in plan.tasks:
         theirs = [sums for silo, sums in by.items() if not plan.task or _task_name(plan, silo) == task_name]
         if theirs:
-            joint[task_name] = metrics(task, np.sum(theirs, axis=0))
-    model: dict[str, Any] = {"name": name, "kind": kind}
-    if plan.task:
-        scores = [found[primary(plan.tasks[task_name])] for task_name, found in joint.items()]
-        examples = sum(found["examples"] for found in joint.values())
-        model["metrics"] = {"examples": examples, "mean-score": sum(scores) / len(scores)}
-        model["tasks"] = joint
-    else:
-        model["metrics"] = joint[""]
+            joint[task_name] = np.sum(theirs, axis=0)
+    model = _described(plan, name, kind, joint)
     if plan.privacy.metrics == "silo":
         model["silos"] = {silo: metrics(plan.task_of(silo), sums) for silo, sums in by.items()}
+    return model
+
+
+def _described(plan: Plan, name: str, kind: str, joint: Mapping[str, Sums]) -> dict[str, Any]:
+    """Return what `described` does of all silos together, from their sums by task."""
+    model: dict[str, Any] = {"name": name, "kind": kind}
+    found = {task_name: metrics(plan.tasks[task_name], sums) for task_name, sums in joint.items()}
+    if plan.task:
+        scores = [of[primary(plan.tasks[task_name])] for task_name, of in found.items()]
+        examples = sum(of["examples"] for of in found.values())
+        model["metrics"] = {"examples": examples, "mean-score": sum(scores) / len(scores)}
+        model["tasks"] = found
+    else:
+        model["metrics"] = found[""]
+    labels = {task_name: by_label(plan.tasks[task_name], sums) for task_name, sums in joint.items()}
+    if any(labels.values()):
+        model["labels"] = {task_name: of for task_name, of in labels.items() if of}
     return model
 
 

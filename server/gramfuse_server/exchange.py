@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 from gramfuse_model.base import Base
 from gramfuse_model.tasks import merged_form
+from gramfuse_protocol.errors import GramfuseError
 from gramfuse_protocol.layout import ITEM_BYTES, PIECE_BYTES, Layout, delta_block
 from gramfuse_protocol.messages import MERGED
 from gramfuse_protocol.plan import Plan
@@ -26,9 +27,10 @@ from gramfuse_server.accumulator import Merged
 from gramfuse_server.conductor import WAIT_SECONDS, Conductor, Observer
 from gramfuse_server.evaluation import Candidate
 from gramfuse_server.model import write_model
+from gramfuse_server.pages.page import page
 from gramfuse_server.post import GRACE_SECONDS
 from gramfuse_server.round import Round
-from gramfuse_server.run import START, RunDirectory, of_round
+from gramfuse_server.run import PAGE, PLAN, REPORT, START, RunDirectory, of_round
 
 OUTCOME = "outcome"
 """Under what the report of a round that is over is kept."""
@@ -109,7 +111,7 @@ class Exchange:
             grace=grace,
             authenticated=authenticated,
         )
-        self._conductors: list[Conductor] = []
+        self._rounds: list[Round] = []
 
     def start(self) -> dict[str, Any]:
         """Run all rounds and write the run directory, but for its checksums and its final name.
@@ -118,9 +120,10 @@ class Exchange:
             The report, as it stands in report.json.
 
         Raises:
-            GramfuseError: of the kind that fits; the message names the silo.
+            GramfuseError: of the kind that fits; the message names the silo. The run directory knows then what there
+                is to say of the run.
         """
-        self.run.write("plan.toml", self.plan.to_toml())
+        self.run.write(PLAN, self.plan.to_toml())
         self.run.write("layout.json", self.layout.to_json())
         last = self.plan.merge.rounds
         for number in range(1, last):
@@ -128,22 +131,25 @@ class Exchange:
                 self._pass_on(self._begin(number))
         earlier = [self.run.done[of_round(OUTCOME, number)] for number in range(1, last)]
         report = self._conclude(self._begin(last), earlier)
-        self.run.write("report.json", json.dumps(report, indent=2) + "\n")
+        self.run.write(REPORT, _text(report))
+        self.run.write(PAGE, page(report, self.plan))
         return report
 
     def finish(self) -> None:
         """Have the silos wipe what they keep of the run; call it once the run directory is complete."""
-        last = {silo: conductor for conductor in self._conductors for silo in conductor.joined}
-        for conductor in self._conductors:
+        conductors = [current.conductor for current in self._rounds]
+        last = {silo: conductor for conductor in conductors for silo in conductor.joined}
+        for conductor in conductors:
             if silos := [silo for silo in conductor.joined if last[silo] is conductor]:
                 conductor.finish(silos)
 
     def _begin(self, number: int) -> Round:
         """Return a round in which nothing was done, or what a run that was interrupted had done."""
-        conductor = self._conductor(number=number)
-        self._conductors.append(conductor)
         start = {} if number == 1 else load_file(self._start(number))
-        return Round(conductor, self.layout, start, self.piece_bytes)
+        current = Round(self._conductor(number=number), self.layout, start, self.piece_bytes)
+        self._rounds.append(current)
+        self.run.account = partial(self._failed, current)
+        return current
 
     def _pass_on(self, current: Round) -> None:
         """Do a round that is not the last, and keep what the next one starts from."""
@@ -156,7 +162,7 @@ class Exchange:
             save_file(dict(candidates[-1].arrays), temporary)
             os.replace(temporary, path)
         current.conductor.keep("lost", current.lost)
-        current.conductor.keep(OUTCOME, current.report(merged))
+        current.conductor.keep(OUTCOME, current.report())
         for spool in ("spool", "spool-metrics"):
             shutil.rmtree(current.conductor.place(spool), ignore_errors=True)
 
@@ -167,6 +173,7 @@ class Exchange:
         if self.study is not None:
             with conductor.phase("study"):
                 merged, studied = self.study(current.survivors, merged, conductor.observer)
+            current.merged = merged
         current.measure(self._candidates(current, merged))
         current.models += studied.pop("models", [])
         with conductor.phase("write"):
@@ -179,7 +186,7 @@ class Exchange:
                     arrays = {delta_block(name): np.asarray(d, np.float32) for name, d in merged.deltas.items()}
                     for silo in current.survivors:
                         self.own_heads(silo, arrays, self.run.partial / "models" / silo)
-        return self._report(current, [*earlier, current.report(merged)]) | studied
+        return self._report(current, earlier) | studied
 
     def _candidates(self, current: Round, merged: Merged) -> Iterator[Candidate]:
         """Yield the models that are measured; the merge is the last."""
@@ -191,9 +198,36 @@ class Exchange:
         for kind, deltas in (("simple", merged.mean), (MERGED, merged.deltas)):
             yield Candidate(kind, kind, {delta_block(name): np.asarray(d, np.float32) for name, d in deltas.items()})
 
-    def _report(self, current: Round, rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    def _report(self, current: Round, earlier: list[dict[str, Any]]) -> dict[str, Any]:
         """Return the report: of the last round, but for what all of them took."""
-        of_last = {key: rounds[-1][key] for key in ("lost", "models", "unmeasured", "solve")}
+        rounds = [*earlier, current.report()]
+        silos = [{"name": name, "examples": current.trained[name]["examples"]} for name in current.survivors]
+        return {**self._about(), "silos": silos, **self._came(current, rounds), "rounds": rounds, **_versions()}
+
+    def _failed(self, current: Round, error: GramfuseError, resumable: bool) -> dict[str, str]:
+        """Return what stays of a run that failed: its page, its report, as far as it came, and the plan."""
+        number = current.conductor.round
+        earlier = [self.run.done[of_round(OUTCOME, each)] for each in range(1, number)]
+        failure = {
+            "error": type(error).__name__,
+            "message": str(error),
+            "phase": current.conductor.at,
+            "round": number,
+            "exit_code": error.exit_code,
+            "resumable": resumable,
+        }
+        report = {
+            **self._about(),
+            "silos": current.silos,
+            **self._came(current, [*earlier, current.report()]),
+            "rounds": earlier,
+            **_versions(),
+            "failure": failure,
+        }
+        return {PAGE: page(report, self.plan), REPORT: _text(report), PLAN: self.plan.to_toml()}
+
+    def _about(self) -> dict[str, Any]:
+        """Return what a report says of the run before anything happened in it."""
         return {
             "run": self.run.path.name,
             "name": self.plan.plan.name,
@@ -203,23 +237,33 @@ class Exchange:
             "auto_class": merged_form(self.plan).auto,
             "head": self.plan.model.head,
             "tasks": {name: task.task for name, task in self.plan.tasks.items()},
-            "mode": "open" if current.secure is None else "secure",
+            "mode": "secure" if self.plan.privacy.secure_aggregation else "open",
             "identities": "made for this run" if self.own_models else "those of the plan",
-            "silos": [{"name": name, "examples": current.trained[name]["examples"]} for name in current.survivors],
-            "examples": current.accumulator.examples,
-            **of_last,
+        }
+
+    def _came(self, current: Round, rounds: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return what came of the rounds; of a run that failed, what is there of it."""
+        came = {"examples": current.accumulator.examples} if current.merged is not None else {}
+        return {
+            **came,
+            **{key: rounds[-1][key] for key in ("lost", "models", "unmeasured", "solve") if key in rounds[-1]},
             "bytes": _total(of["bytes"] for of in rounds),
             "bytes_to_silos": _total(of["bytes_to_silos"] for of in rounds),
             "seconds": {phase: round(took, 3) for phase, took in _sum(of["seconds"] for of in rounds).items()},
-            "rounds": rounds,
-            "versions": {
-                name: importlib.metadata.version(name) for name in ("gramfuse", "flwr", "torch", "transformers")
-            },
         }
 
     def _start(self, number: int) -> Path:
         """Return where the model that a round starts from is kept until the run is over."""
         return self.run.partial / f"{of_round(START, number)}.safetensors"
+
+
+def _versions() -> dict[str, dict[str, str]]:
+    names = ("gramfuse", "flwr", "torch", "transformers")
+    return {"versions": {name: importlib.metadata.version(name) for name in names}}
+
+
+def _text(report: Mapping[str, Any]) -> str:
+    return json.dumps(report, indent=2) + "\n"
 
 
 def _sum(counts: Iterable[Mapping[str, N]]) -> dict[str, N]:

@@ -25,7 +25,8 @@ from gramfuse_protocol.statistics import Contribution, check_slices
 from gramfuse_protocol.statistics_file import StatisticsFile, read_statistics
 from gramfuse_server.accumulator import Accumulator, Merged
 from gramfuse_server.model import add_differences, front_matter, usage
-from gramfuse_server.run import RunDirectory
+from gramfuse_server.pages.page import page
+from gramfuse_server.run import PAGE, REPORT, RunDirectory
 
 Weighting = Literal["uniform", "examples"]
 Heads = Literal["merged", "own"]
@@ -279,7 +280,13 @@ def merge_files(
             "alpha": alpha,
             "weighting": weighting,
             "silos": [
-                {"name": file.name, "examples": file.examples, "weight": weights[file.name], "sha256": file.sha256}
+                {
+                    "name": file.name,
+                    "examples": file.examples,
+                    "weight": weights[file.name],
+                    "sha256": file.sha256,
+                    "auto_class": FORMS[file.about.task.task].auto,
+                }
                 for file in collection.files
             ],
             "examples": accumulator.examples,
@@ -295,7 +302,8 @@ def merge_files(
                     own = collection.load_base(file, settings.base, directory)
                     _write(run.partial / file.name, own, merged, collection, report, file)
         report["seconds"] = round(time.monotonic() - began, 3)
-        run.write("report.json", json.dumps(report, indent=2) + "\n")
+        run.write(REPORT, json.dumps(report, indent=2) + "\n")
+        run.write(PAGE, page(report, None))
         run.finish()
     return report
 

@@ -36,6 +36,7 @@ class Round:
     Attributes:
         trained: `examples` and `tokens` of each silo that trained, in roster order.
         survivors: the silos whose contributions are in the merge, in roster order.
+        merged: the merge, as differences from the base, once it is there; what is measured and reported.
         models: what was measured, as `gramfuse_server.evaluation` returns it.
         unmeasured: why nothing was, or None.
     """
@@ -53,6 +54,7 @@ class Round:
         self.accumulator = Accumulator(layout, alpha=self.plan.merge.alpha, weighting=self.plan.merge.weighting)
         self.trained: Mapping[str, Mapping[str, Any]] = {}
         self.survivors: tuple[str, ...] = ()
+        self.merged: Merged | None = None
         self.models: list[dict[str, Any]] = []
         self.unmeasured: str | None = None
 
@@ -79,7 +81,8 @@ class Round:
                 f"{', '.join(conductor.only)}. Bring back those that are lost, and resume the run"
             ) from None
         with conductor.phase("merge"):
-            return self.accumulator.merge().after(self.start)
+            self.merged = self.accumulator.merge().after(self.start)
+        return self.merged
 
     def measure(self, candidates: Iterable[Candidate]) -> None:
         """Have the survivors measure models.
@@ -108,23 +111,46 @@ class Round:
         before = {name: reason for name, reason in conductor.lost_before.items() if name not in self.survivors}
         return before | {name: str(error) for name, error in conductor.lost.items()}
 
-    def report(self, merged: Merged) -> dict[str, Any]:
-        """Return what report.json says of this round."""
+    @property
+    def silos(self) -> list[dict[str, Any]]:
+        """How far each silo of the roster came, for the report of a failed run.
+
+        `state` is "merged", "lost", "trained", "joined", "connected" (its key is known, and it was not asked yet) or
+        "absent"; `examples` are those that it trained with, if it may say that.
+        """
+        return [{"name": name, "state": self._state(name), **self._examples(name)} for name in self.plan.names]
+
+    def report(self) -> dict[str, Any]:
+        """Return what report.json says of this round; of one that failed, as far as it came."""
         conductor = self.conductor
-        return {
-            "round": conductor.round,
-            "survivors": list(self.survivors),
+        found: dict[str, Any] = {"round": conductor.round}
+        if self.merged is not None:
+            found["survivors"] = list(self.survivors)
+            found["solve"] = [asdict(step) for step in self.merged.steps]
+        if self.models or self.unmeasured:
+            found |= {"models": self.models, "unmeasured": self.unmeasured}
+        return found | {
             "lost": [{"name": name, "reason": reason} for name, reason in self.lost.items()],
-            "models": self.models,
-            "unmeasured": self.unmeasured,
-            "solve": [asdict(step) for step in merged.steps],
             "bytes": self._of_silos(conductor.post.received),
             "bytes_to_silos": self._of_silos(conductor.post.sent),
             "seconds": {phase: round(seconds, 3) for phase, seconds in conductor.seconds.items()},
         }
 
+    def _state(self, silo: str) -> str:
+        if self.merged is not None and silo in self.survivors:
+            return "merged"
+        came = self.conductor.came.get(silo, "absent")
+        if silo in self.conductor.lost_before or (silo in self.conductor.lost and came != "absent"):
+            return "lost"
+        return "trained" if silo in self.trained else came
+
+    def _examples(self, silo: str) -> dict[str, int]:
+        examples = self.trained.get(silo, {}).get("examples")
+        return {} if examples is None else {"examples": examples}
+
     def _train(self) -> dict[str, dict[str, Any]]:
-        trained = {}
+        trained: dict[str, dict[str, Any]] = {}
+        self.trained = trained  # also of a run that fails before all have
         request = TrainRequest(**self.conductor.about, arrays=self.start)
         open_mode = self.secure is None
 

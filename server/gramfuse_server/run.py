@@ -1,6 +1,7 @@
-"""The run directory: everything that a run leaves behind, or nothing.
+"""The run directory: everything that a run leaves behind.
 
-While a run is under way its directory is called `<name>.partial`; it gets its name when it is complete.
+While a run is under way its directory is called `<name>.partial`; it gets its name when it is complete. Of a run that
+failed there is a report, in `<name>.failed`.
 """
 
 from __future__ import annotations
@@ -11,35 +12,51 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from gramfuse_protocol.errors import ContributionError, RunDirectoryError, SecurityError, disk_is_full
+from gramfuse_protocol.errors import ContributionError, GramfuseError, RunDirectoryError, SecurityError, disk_is_full
 
 CHECKPOINT = "checkpoint.json"
 LOCK = "lock"
 SUMS = "SHA256SUMS"
+PLAN = "plan.toml"
+TRANSCRIPT = "transcript.jsonl"
+REPORT = "report.json"
+PAGE = "report.html"
+REMAINS = {PLAN, TRANSCRIPT, REPORT, PAGE}
+"""All that stays of a run that failed."""
 START = "start"
 """How the name of a model that a round starts from begins."""
 RESUMABLE = "train"
 """The phase whose result makes a run worth resuming."""
 
 
+Account = Callable[[GramfuseError, bool], Mapping[str, str]]
+"""Returns what is to stay of a run that failed, as texts by file name, the one that people read first.
+
+It is given the error, and whether the run can be resumed.
+"""
+
+
 class RunDirectory:
     """A run directory in the making.
 
     Leaving it with an exception removes it, unless the silos had trained: then it stays under its partial name, to be
-    resumed. Errors that a resumed run would meet again remove it all the same.
+    resumed. Errors that a resumed run would meet again remove it all the same. After a GramfuseError, what `account`
+    returns is left with the transcript, and the error says where; if that cannot be written, the error comes out alone.
 
     Args:
         path: its final name; must not exist.
         needed: bytes that the run will write at most.
         resume: go on with what an interrupted run left under the partial name.
+        resumable: whether anybody could go on with what is kept; if not, nothing is.
 
     Attributes:
+        account: set by whoever knows what the run was.
         done: results of the phases that are over, as JSON values by `of_round(phase, round)`; empty but for a
             resumed run.
 
@@ -48,11 +65,13 @@ class RunDirectory:
             enough room.
     """
 
-    def __init__(self, path: Path, needed: int, *, resume: bool = False) -> None:
+    def __init__(self, path: Path, needed: int, *, resume: bool = False, resumable: bool = True) -> None:
         self.path = path
         self.partial = partial_of(path)
         self.needed = needed
         self.resume = resume
+        self.resumable = resumable
+        self.account: Account | None = None
         self.done: dict[str, Any] = {}
         self._locked = ExitStack()
 
@@ -86,8 +105,34 @@ class RunDirectory:
         with self._locked:
             if error is None:
                 return
-            if RESUMABLE not in self.done or isinstance(error, ContributionError | SecurityError):
+            again = isinstance(error, ContributionError | SecurityError)
+            kept = self.resumable and RESUMABLE in self.done and not again
+            if isinstance(error, GramfuseError) and self.account is not None:
+                with suppress(Exception):  # whatever goes wrong now, the error that ended the run must come out
+                    error.report = self._leave(self.account(error, kept), kept=kept)
+            if not kept:
                 shutil.rmtree(self.partial, ignore_errors=True)
+
+    def _leave(self, texts: Mapping[str, str], *, kept: bool) -> Path:
+        """Write what stays of a failed run, in the place of what stayed of an earlier one; return what to read."""
+        if not kept:  # first of all, so that there is room for the report on a disk that is full
+            for path in self.partial.iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path)
+                elif path.name not in (TRANSCRIPT, LOCK):
+                    path.unlink()
+        failed, transcript = failed_of(self.path), self.partial / TRANSCRIPT
+        _forget(failed)
+        failed.mkdir()
+        try:
+            for name, text in texts.items():
+                (failed / name).write_text(text, encoding="utf-8")
+            if transcript.exists():
+                (shutil.copyfile if kept else os.replace)(transcript, failed / TRANSCRIPT)
+        except BaseException:
+            shutil.rmtree(failed, ignore_errors=True)
+            raise
+        return failed / next(iter(texts))
 
     def _lock(self) -> None:
         """Keep other runs out, until this one is over or its process ends."""
@@ -127,11 +172,14 @@ class RunDirectory:
     def record(self, entry: dict[str, Any]) -> None:
         """Append one line to the transcript: what crossed the coordinator's door, and when."""
         line = json.dumps({"time": round(time.time(), 3), **entry})
-        with self.writing(), (self.partial / "transcript.jsonl").open("a", encoding="utf-8") as transcript:
+        with self.writing(), (self.partial / TRANSCRIPT).open("a", encoding="utf-8") as transcript:
             transcript.write(line + "\n")
 
     def finish(self) -> Path:
-        """Write SHA256SUMS over all files, remove what only a resumed run needs, and give the directory its name."""
+        """Write SHA256SUMS over all files, remove what only a resumed run needs, and give the directory its name.
+
+        What an earlier run of that name left when it failed goes too.
+        """
         with self.writing():
             spools = list(self.partial.glob("spool*"))
             starts = list(self.partial.glob(f"{START}*"))
@@ -147,7 +195,50 @@ class RunDirectory:
             for start in starts:
                 start.unlink()
             os.replace(self.partial, self.path)
+        _forget(failed_of(self.path))
         return self.path
+
+
+def rewrite(directory: Path, name: str, text: str) -> None:
+    """Write a text file of a run directory that is complete, and its line of SHA256SUMS, if it has such a file.
+
+    Raises:
+        RunDirectoryError: if that cannot be done.
+    """
+    texts = {name: text}
+    try:
+        if (directory / SUMS).exists():
+            sums = read_sums(directory) | {name: hashlib.sha256(text.encode()).hexdigest()}
+            texts[SUMS] = "".join(f"{sums[each]}  {each}\n" for each in sorted(sums, key=Path))
+        for each, content in texts.items():
+            temporary = directory / f"{each}.partial"
+            temporary.write_text(content, encoding="utf-8")
+            os.replace(temporary, directory / each)
+    except OSError as error:
+        raise RunDirectoryError(f"{directory}: cannot be written: {error}") from None
+
+
+def read_sums(directory: Path) -> dict[str, str]:
+    """Return the digest of each file that SHA256SUMS of a run directory lists.
+
+    Raises:
+        RunDirectoryError: if it cannot be read.
+    """
+    file = directory / SUMS
+    try:
+        return {name: digest for digest, name in (line.split("  ", 1) for line in file.read_text("utf-8").splitlines())}
+    except (OSError, ValueError) as error:
+        raise RunDirectoryError(f"{file}: cannot be read: {error}") from None
+
+
+def check_unchanged(directory: Path, name: str) -> None:
+    """Raise RunDirectoryError if a file is not what SHA256SUMS of its run directory says, where there is one."""
+    listed = read_sums(directory).get(name) if (directory / SUMS).exists() else None
+    if listed is not None and listed != _sha256(directory / name):
+        raise RunDirectoryError(
+            f"{directory / name}: was changed since the run wrote it: its SHA-256 is not that in {SUMS}; take the "
+            "directory from where it was copied"
+        )
 
 
 def of_round(name: str, number: int) -> str:
@@ -158,6 +249,11 @@ def of_round(name: str, number: int) -> str:
 def partial_of(path: Path) -> Path:
     """Return what a run directory is called while its run is under way."""
     return path.with_name(path.name + ".partial")
+
+
+def failed_of(path: Path) -> Path:
+    """Return where the report of a run is that failed."""
+    return path.with_name(path.name + ".failed")
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -214,6 +310,13 @@ def discard(path: Path, seconds: float = 0.0) -> None:
         if time.monotonic() >= deadline:
             return
         time.sleep(0.1)
+
+
+def _forget(failed: Path) -> None:
+    """Remove what stayed of a failed run, unless somebody else's files are there."""
+    with suppress(OSError):
+        if {path.name for path in failed.iterdir()} <= REMAINS:
+            shutil.rmtree(failed)
 
 
 def _way_out(taken: Path) -> str:

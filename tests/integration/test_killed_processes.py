@@ -132,7 +132,7 @@ def test_a_killed_silo_is_left_out_and_a_killed_coordinator_goes_on(
         assert [path.name for path in session.iterdir()] == ["session.json"]
         assert json.loads((session / "session.json").read_text())["member"] is None
     assert {path.name for path in out.iterdir()} == {
-        "SHA256SUMS", "layout.json", "model", "plan.toml", "report.json", "transcript.jsonl",
+        "SHA256SUMS", "layout.json", "model", "plan.toml", "report.html", "report.json", "transcript.jsonl",
     }  # fmt: skip
 
 

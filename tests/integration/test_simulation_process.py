@@ -116,13 +116,27 @@ def test_training_that_diverges_names_silo_and_tensor_and_fails(
     running = command(
         "simulate", str(project.directory), "--set", "training.learning-rate=1e20", "--out", str(out), "--json"
     )
-    code, stdout, _ = running.finish()
+    code, stdout, stderr = running.finish()
     error = json.loads(stdout)["error"]
     assert code == 13 == error["exit_code"]
     assert error["type"] == "RefusalError"
     assert "silo-" in error["message"]
     assert "tensor 'gram:" in error["message"] or "tensor 'delta:" in error["message"]
     assert "NaN" in error["message"]
-    assert list(tmp_path.glob("run*")) == []
+    failed = tmp_path / "run.failed"
+    assert error["report"] == str(failed / "report.html")
+    assert stderr.splitlines().count(f"report of the failed run: {failed / 'report.html'}") == 1
+    assert list(tmp_path.glob("run*")) == [failed]
+    assert {path.name for path in failed.iterdir()} == {"plan.toml", "report.html", "report.json", "transcript.jsonl"}
+    report = json.loads((failed / "report.json").read_text())
+    assert report["failure"] == {
+        "error": "RefusalError",
+        "message": error["message"],
+        "phase": "train",
+        "round": 1,
+        "exit_code": 13,
+        "resumable": False,
+    }
+    assert {silo["state"] for silo in report["silos"]} <= {"lost", "joined"}
     assert running.descendants() == []
     assert list(running.scratch.iterdir()) == []

@@ -100,7 +100,7 @@ def test_simulation_deployment_and_plain_loop_agree(tmp_path: Path, pico_project
         run = tmp_path / way
         assert report["run"] == str(run)
         assert {path.name for path in run.iterdir()} == {
-            "SHA256SUMS", "layout.json", "model", "plan.toml", "report.json", "transcript.jsonl",
+            "SHA256SUMS", "layout.json", "model", "plan.toml", "report.html", "report.json", "transcript.jsonl",
         }  # fmt: skip
         assert subprocess.run(["sha256sum", "--quiet", "-c", "SHA256SUMS"], cwd=run).returncode == 0
         assert Plan.read(run / "plan.toml").digest == digest == report["plan_digest"]

@@ -7,6 +7,7 @@ import hashlib
 import json
 import random
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,6 +53,7 @@ from gramfuse_protocol.wire import pack, unpack
 from gramfuse_server import post
 from gramfuse_server.app import coordinate
 from gramfuse_server.exchange import Exchange
+from gramfuse_server.pages.page import page
 from gramfuse_server.run import RunDirectory
 from gramfuse_server.secure import UPLOADS
 
@@ -281,9 +283,10 @@ def assert_merged(
 def test_a_run_leaves_a_model_that_loads_and_a_complete_report(honest: Honest) -> None:
     out, report = honest.out, honest.report
     assert {path.name for path in out.iterdir()} == {
-        "SHA256SUMS", "layout.json", "model", "plan.toml", "report.json", "transcript.jsonl",
+        "SHA256SUMS", "layout.json", "model", "plan.toml", "report.html", "report.json", "transcript.jsonl",
     }  # fmt: skip
     assert json.loads((out / "report.json").read_text()) == report
+    assert (out / "report.html").read_text(encoding="utf-8") == page(report, honest.plan)
     assert report["plan_digest"] == honest.plan.digest == Plan.read(out / "plan.toml").digest
     assert report["layout_digest"] == honest.layout.digest == Layout.read(out / "layout.json").digest
     assert report["silos"] == [{"name": name, "examples": 24} for name in SILOS]
@@ -313,11 +316,13 @@ def test_a_run_leaves_a_model_that_loads_and_a_complete_report(honest: Honest) -
 
     model = AutoModelForSequenceClassification.from_pretrained(out / "model").eval()
     held_out = [row for name in SILOS for row in rows_of(honest.project.directory / "data" / name / "held-out.jsonl")]
-    right = [
-        model.config.id2label[logits.argmax().item()] == row["label"]
-        for row, logits in zip(held_out, logits_of(out, held_out), strict=True)
-    ]
+    guessed = [model.config.id2label[logits.argmax().item()] for logits in logits_of(out, held_out)]
+    right = [label == row["label"] for row, label in zip(held_out, guessed, strict=True)]
     assert report["models"][-1]["metrics"]["accuracy"] == pytest.approx(np.mean(right))
+    (labels,) = report["models"][-1]["labels"].values()
+    true = Counter(row["label"] for row in held_out)
+    assert {label: of["examples"] for label, of in labels.items()} == {name: true[name] for name in labels}
+    assert labels.keys() == true.keys() | set(guessed)
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
@@ -596,18 +601,35 @@ def test_a_silo_whose_app_raises_is_not_asked_again(honest: Honest, in_process_g
 def failure(kind: type[GramfuseError], grid: Any, honest: Honest, place: Path, piece_bytes: int = ONE_PIECE) -> str:
     """Run an exchange that must end in exactly this error; return its message.
 
-    Nothing may be left of the run, unless Flower or a silo failed it after the silos had trained: then it can be
-    resumed.
+    Nothing may be left of the run but its report, unless Flower or a silo failed it after the silos had trained: then
+    it can be resumed.
     """
     before = sorted(place.rglob("*"))
     with pytest.raises(kind) as caught:
         exchange(grid, honest, place / "run", piece_bytes)
     assert type(caught.value) is kind
-    if kind in (FederationError, RefusalError) and "upload" in {phase for _, phase in grid.sent}:
+    resumable = kind in (FederationError, RefusalError) and "upload" in {phase for _, phase in grid.sent}
+    failed = left(place, caught.value)["failure"]
+    assert (failed["phase"], failed["round"], failed["resumable"]) == (grid.sent[-1][1], 1, resumable)
+    if resumable:
         assert set(json.loads((place / "run.partial" / "checkpoint.json").read_text())) == {"session", "train"}
         shutil.rmtree(place / "run.partial")
     assert sorted(place.rglob("*")) == before
     return str(caught.value)
+
+
+def left(place: Path, error: GramfuseError) -> dict[str, Any]:
+    """Take away the report that a failed run left, of which it must be all; return it."""
+    failed = place / "run.failed"
+    assert error.report == failed / "report.html"
+    crossed = {"transcript.jsonl"}  # if anything did
+    assert {path.name for path in failed.iterdir()} - crossed == {"plan.toml", "report.html", "report.json"}
+    report: dict[str, Any] = json.loads((failed / "report.json").read_text())
+    about = {"error": type(error).__name__, "message": str(error), "exit_code": error.exit_code}
+    assert report["failure"].items() >= about.items()
+    assert report["plan_digest"] == Plan.read(failed / "plan.toml").digest
+    shutil.rmtree(failed)
+    return report
 
 
 def failure_of(kind: type[GramfuseError]) -> Callable[[Any, Honest, Path], str]:
@@ -826,6 +848,41 @@ def test_nodes_without_keys_are_not_silos_where_nodes_are_authenticated(
     assert not grid.sent
 
 
+def test_the_report_of_a_run_that_failed_says_how_far_each_silo_came(
+    honest: Honest, in_process_grid: Any, place: Path
+) -> None:
+    keyed = Keyed.of(honest)
+
+    def states(plan: Plan, fault: Any = None, minimum: int = 3, **more: Any) -> tuple[dict[str, str], dict[str, str]]:
+        grid = in_process_grid(honest.scripted(), keys=keyed.public, fault=fault)
+        grid.away |= {"silo-b"} if "wait" in more else set()
+        privacy = plan.privacy.model_copy(update={"minimum_survivors": minimum})
+        with pytest.raises(GramfuseError) as caught:
+            exchange(grid, honest, place / "run", plan=plan.model_copy(update={"privacy": privacy}), **more)
+        report = left(place, caught.value)
+        assert report["name"] == honest.report["name"]
+        assert report["base"] == honest.report["base"]
+        return {s["name"]: s["state"] for s in report["silos"]}, {s["name"]: s["reason"] for s in report["lost"]}
+
+    def refuses(visit: Any, deliver: Callable[[], RecordDict]) -> RecordDict | Error:
+        reply = unpack(from_record(deliver()), REPLIES)
+        if (visit.node, visit.phase) == ("silo-c", "join"):
+            said = {"error": "RefusalError", "exit_code": 13, "reason": "the operator said no"}
+            return to_record(pack(Refusal(plan=reply.plan, session=reply.session, silo="silo-c", **said)))
+        return Error(5, "it is gone") if (visit.node, visit.phase) == ("silo-a", "upload") else to_record(pack(reply))
+
+    found, lost = states(keyed.plan, wait=0.1, authenticated=True)
+    assert found == {"silo-a": "connected", "silo-b": "absent", "silo-c": "connected"}
+    assert lost == {}
+    found, lost = states(honest.plan, refuses)
+    assert found == {"silo-a": "joined", "silo-b": "joined", "silo-c": "lost"}
+    assert "the operator said no" in lost["silo-c"]
+    found, lost = states(honest.plan, refuses, minimum=2)
+    assert found == {"silo-a": "lost", "silo-b": "trained", "silo-c": "lost"}
+    assert lost.keys() == {"silo-a", "silo-c"}
+    assert "it is gone" in lost["silo-a"]
+
+
 def test_nodes_beyond_the_roster_that_refuse_do_not_stop_the_others(
     honest: Honest, in_process_grid: Any, place: Path
 ) -> None:
@@ -952,6 +1009,9 @@ def test_a_merge_that_float32_cannot_hold_ends_the_run_and_names_the_tensor(
     with pytest.raises(ContributionError) as caught:
         exchange(in_process_grid(silos), honest, place / "run", plan=plan)
     assert any(repr(tensor.name) in str(caught.value) for tensor in honest.layout.tensors)
+    report = left(place, caught.value)
+    assert report["failure"].items() >= {"phase": "merge", "round": 1, "resumable": False}.items()
+    assert {silo["state"] for silo in report["silos"]} == {"trained"}
     assert not list(place.iterdir())
 
 

@@ -185,6 +185,10 @@ def test_different_tasks_share_a_body_and_keep_their_heads(
     assert regmean["tasks"]["topic"]["examples"] == 40
     scores = [regmean["tasks"][name][metric] for name, metric in RANKED.items()]
     assert regmean["metrics"]["mean-score"] == pytest.approx(sum(scores) / 3)
+    for model in models.values():
+        assert set(model["labels"]) == {"topic", "entities"}, "numbers have none"
+        assert sum(label["examples"] for label in model["labels"]["topic"].values()) == 40
+        assert model["labels"]["entities"]["animal"]["f1"] == model["tasks"]["entities"]["entity-f1"]
 
     body, about = transformers.AutoModel.from_pretrained(done.out / "model", output_loading_info=True)
     assert not about["missing_keys"]

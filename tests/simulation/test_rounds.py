@@ -250,7 +250,7 @@ def test_the_report_has_each_round_and_what_all_of_them_took(done: Done, capsys:
         assert first["bytes_to_silos"][name]["train"] < 1000 < model <= second["bytes_to_silos"][name]["train"]
     assert report["seconds"]["train"] == pytest.approx(first["seconds"]["train"] + second["seconds"]["train"], abs=2e-3)
     assert {path.name for path in here.out.iterdir()} == {
-        "SHA256SUMS", "layout.json", "model", "plan.toml", "report.json", "transcript.jsonl",
+        "SHA256SUMS", "layout.json", "model", "plan.toml", "report.html", "report.json", "transcript.jsonl",
     }  # fmt: skip
     assert json.loads((here.out / "report.json").read_text()) == report
     show_report(report, here.out, False)
@@ -465,6 +465,15 @@ def test_another_start_than_before_is_refused(site: Callable[..., Site], trainin
     with pytest.raises(RefusalError, match="this silo went on from another model in round 2 before"):
         here.run(resume=True)
     assert set(trainings.values()) == {1}
+    report = json.loads((here.out.with_name("run.failed") / "report.json").read_text())
+    assert [one["round"] for one in report["rounds"]] == [1]
+    failure = {"error": "RefusalError", "phase": "train", "round": 2, "exit_code": 13, "resumable": True}
+    assert report["failure"].items() >= failure.items()
+    assert "lost" in {silo["state"] for silo in report["silos"]} <= {"lost", "joined"}
+    first = report["rounds"][0]["bytes"]["silo-a"]
+    assert report["bytes"]["silo-a"]["upload"] == first["upload"]
+    assert report["bytes"]["silo-a"]["join"] == 2 * first["join"]
+    assert not report.keys() & {"models", "solve"}, "there is no merge of the last round"
     save_file(start, partial / "start-2.safetensors")
     here.run(resume=True)
     assert set(trainings.values()) == {1}

@@ -319,7 +319,8 @@ def test_the_secure_merge_is_the_open_merge_in_any_order_of_arrival(
     assert distance(secure.deltas, opened.deltas, start) <= 1e-6
     assert distance(secure.deltas, opened.deltas) <= 1e-6
     assert distance(opened.deltas, site.merged(opened.plan, NAMES[:4])) == 0
-    assert [m["metrics"] for m in secure.report["models"]] == [m["metrics"] for m in opened.report["models"]]
+    for key in ("metrics", "labels"):
+        assert [m[key] for m in secure.report["models"]] == [m[key] for m in opened.report["models"]]
     assert [m["metrics"]["examples"] for m in secure.report["models"]] == [80, 80]
     assert secure.report["examples"] == opened.report["examples"] == 100 * sum(12 + 2 * n for n in range(4))
     assert secure.report["silos"] == [{"name": name, "examples": None} for name in NAMES[:4]]
@@ -400,11 +401,34 @@ def test_two_losses_of_five_end_the_run_and_reveal_nothing(
     assert all(repr(name) in str(caught.value) for name in (B, D))
     assert {event["silo"] for event in run.events if event["state"] == "lost"} == {B, D}
     assert not run.out.exists()
+    report = left(run, caught.value)
+    assert {lost["name"] for lost in report["lost"]} == {B, D}
+    # The coordinator asks all that are left before it counts them.
+    assert report["failure"]["phase"] == phases[-1] == run.grid.sent[-1][1]
+    assert report["failure"]["resumable"] == (run.place / "run.partial").exists() == ("train" not in phases)
+    states = {silo["name"]: silo["state"] for silo in report["silos"]}
+    assert tuple(states) == NAMES
+    assert {name for name, state in states.items() if state == "lost"} == {B, D}
+    assert {states[name] for name in (A, C, E)} <= ({"joined", "trained"} if "train" in phases else {"trained"})
+    assert report["bytes"][A].keys() <= {phase for _, phase in run.grid.sent} == report["bytes_to_silos"][A].keys()
+    assert report["failure"]["phase"] in report["seconds"]
+    assert not report.keys() & {"models", "solve", "examples"}
     threshold = run.plan.threshold
     assert threshold == 4
     # To take a mask off, t shares of its seed or key are needed; the statistics' are asked for last of all.
     assert max(run.shares().values(), default=0) < threshold
     assert "evaluate" not in {phase for _, phase in run.grid.sent}
+
+
+def left(run: Run, error: GramfuseError) -> dict[str, Any]:
+    """The report of a run that failed, beside which nothing may be left but what a resumed run needs."""
+    failed = run.out.with_name("run.failed")
+    assert error.report == failed / "report.html"
+    assert {path.name for path in failed.iterdir()} == {"plan.toml", "report.html", "report.json", "transcript.jsonl"}
+    assert {path.name for path in run.place.iterdir()} <= {"state", "run.failed", "run.partial"}
+    report: dict[str, Any] = json.loads((failed / "report.json").read_text())
+    assert report["failure"]["message"] == str(error)
+    return report
 
 
 # Faults of every kind
@@ -563,7 +587,7 @@ def test_before_the_silos_have_trained_there_is_nothing_to_resume(
     run = Run(site, site.plan(silos=4), place)
     with pytest.raises(Killed):
         run.start(in_process_grid, observer=killer(*point))
-    assert not (place / "run.partial").exists()
+    assert not list(place.glob("run*")), "whoever ends a run wants no report of it"
     with pytest.raises(RunDirectoryError, match="nothing to resume"):
         run.start(in_process_grid, resume=True)
 
@@ -574,7 +598,9 @@ def test_a_run_that_lost_too_many_goes_on_when_they_are_back(
     run = Run(site, site.plan(), place)
     with pytest.raises(FederationError):
         run.start(in_process_grid, fault=gone({B: ("unmask", 1), D: ("unmask", 1)}))
+    assert run.out.with_name("run.failed").exists()
     report = run.start(in_process_grid, resume=True)
+    assert not run.out.with_name("run.failed").exists()
     assert distance(run.deltas, site.merged(run.plan, NAMES)) <= 1e-6
     assert report["lost"] == []
     assert set(watched.masked.values()) == set(watched.trained.values()) == {1}
@@ -1148,8 +1174,9 @@ def test_secrets_are_nowhere_but_on_the_silos_disk(
         run = Run(site, site.plan(silos=4), place)
         run.start(in_process_grid, fault=gone({B: ("unmask", 1)}, refuses=True))
         lying = Run(site, run.plan, place / "second")
-        with pytest.raises(RefusalError, match="do not open"):
+        with pytest.raises(RefusalError, match="do not open") as caught:
             lying.start(in_process_grid, fault=spoil_shares)
+    assert left(lying, caught.value)["failure"]["error"] == "RefusalError"
     assert "SecurityError" in {reply.error for reply in lying.of(Refusal)}
     assert len(caplog.records) > 50
     assert {record.levelname for record in caplog.records} >= {"INFO", "ERROR"}
@@ -1160,6 +1187,7 @@ def test_secrets_are_nowhere_but_on_the_silos_disk(
         "refusals": "".join(reply.reason for reply in run.of(Refusal) + lying.of(Refusal)),
         "contexts": "".join(str(context) for r in (run, lying) for context in r.grid.contexts.values()),
         **{path.name: path.read_text() for path in run.out.glob("*.*") if path.is_file()},
+        **{f"failed {path.name}": path.read_text() for path in lying.out.with_name("run.failed").iterdir()},
     }
     assert "transcript.jsonl" in places
     assert all(not context.state for r in (run, lying) for context in r.grid.contexts.values())

@@ -299,6 +299,7 @@ def test_models_of_different_labels_keep_their_heads(
     gramfuse("merge", *files, "-o", tmp_path / "bodies", "--base", pico_bert, "--heads", "own")
     assert {path.name for path in (tmp_path / "bodies").iterdir()} == {
         *(m.name for m in models),
+        "report.html",
         "report.json",
         "SHA256SUMS",
     }

@@ -69,6 +69,13 @@ def test_progress_counts_every_step(tuned: Callable[..., dict[str, np.ndarray]])
     assert seen == [(step, 9) for step in range(1, 10)]  # 24 examples in batches of 10, three times
 
 
+def test_bfloat16_is_for_products_only(tuned: Callable[..., dict[str, np.ndarray]]) -> None:
+    exact, rounded = tuned(), tuned("training.precision=bfloat16")
+    assert {values.dtype for values in rounded.values()} == {np.dtype(np.float32)}
+    apart = {name: np.abs(exact[name] - rounded[name]).max() for name in exact}
+    assert 0 < max(apart.values()) < 0.05
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_a_device_that_is_not_there_is_refused() -> None:
     assert choose_device("auto").type in ("cpu", "mps")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -14,6 +16,7 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from gramfuse_protocol.metrics import (
     PRIMARY,
     are_sums,
+    by_label,
     classification_sums,
     entities,
     entity_sums,
@@ -200,6 +203,65 @@ def test_entity_metrics_are_those_of_seqeval(truth: list[list[str]], data: st.Da
         assert found[name] == pytest.approx(score(truth, predicted, zero_division=0)), name
     if any(entities(tags) for tags in (*truth, *predicted)):
         assert found["macro-f1"] == pytest.approx(seqeval.f1_score(truth, predicted, average="macro", zero_division=0))
+
+
+IMAGES = Task(task="image-classification", labels=tuple("abcdef"))
+
+
+def counted(task: Task, pairs: list[tuple[set[str], set[str]]]) -> dict[str, Any]:
+    """What `by_label` must return, from what is true and what is predicted of each example."""
+    found = {}
+    for label in task.labels:
+        both = sum(label in true and label in guessed for true, guessed in pairs)
+        of_truth = sum(label in true for true, _ in pairs)
+        of_guesses = sum(label in guessed for _, guessed in pairs)
+        if of_truth or of_guesses:
+            precision, recall = both / of_guesses if of_guesses else 0, both / of_truth if of_truth else 0
+            f1 = 2 * precision * recall / (precision + recall) if both else 0
+            values = {"examples": of_truth, "precision": precision, "recall": recall, "f1": f1}
+            found[label] = pytest.approx(values)
+    return found
+
+
+@pytest.mark.parametrize("task", [CLASSIFY, IMAGES], ids=lambda task: task.task)
+@given(pairs=PAIRS)
+def test_each_label_has_the_values_of_a_count_over_the_examples(task: Task, pairs: list[tuple[int, int]]) -> None:
+    truth, predicted = np.array(pairs).T
+    found = by_label(task, classification_sums(truth, predicted, LABELS))
+    assert found == counted(task, [({task.labels[t]}, {task.labels[p]}) for t, p in pairs])
+
+
+@given(
+    rows=st.lists(st.tuples(*(st.sets(st.sampled_from(APPLY.labels)) for _ in range(2))), min_size=1, max_size=20),
+    annotated=st.sets(st.integers(0, 2), min_size=1),
+)
+def test_each_of_several_labels_has_the_values_of_a_count_over_the_examples(
+    rows: list[tuple[set[str], set[str]]], annotated: set[int]
+) -> None:
+    truth, predicted = (np.array([[label in row[side] for label in APPLY.labels] for row in rows]) for side in (0, 1))
+    names = {APPLY.labels[label] for label in annotated}
+    found = by_label(APPLY, multi_label_sums(truth, predicted, sorted(annotated)))
+    assert found == counted(APPLY, [(true & names, guessed & names) for true, guessed in rows])
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.UndefinedMetricWarning")
+@given(truth=st.lists(st.lists(st.sampled_from(TAGS), min_size=1, max_size=8), min_size=1, max_size=6), data=st.data())
+def test_each_type_of_entity_has_the_values_of_seqeval(truth: list[list[str]], data: st.DataObject) -> None:
+    predicted = [data.draw(st.lists(st.sampled_from(TAGS), min_size=len(t), max_size=len(t))) for t in truth]
+    found = by_label(TAG, entity_sums(truth, predicted, TAG.entities))
+    if any(entities(tags) for tags in (*truth, *predicted)):
+        report = seqeval.classification_report(truth, predicted, output_dict=True, zero_division=0)
+        names = {"examples": "support", "precision": "precision", "recall": "recall", "f1": "f1-score"}
+        expected = {kind: {mine: report[kind][theirs] for mine, theirs in names.items()} for kind in found}
+        assert report.keys() - {"micro avg", "macro avg", "weighted avg"} == found.keys()
+        assert found == {kind: pytest.approx(of) for kind, of in expected.items()}
+    else:
+        assert found == {}
+
+
+@pytest.mark.parametrize("task", [REGRESS, WRITE, SPEAK], ids=lambda task: task.task)
+def test_tasks_without_labels_have_none(task: Task) -> None:
+    assert by_label(task, np.ones(sums_shape(task))) == {}
 
 
 def test_generated_texts_are_compared_word_by_word() -> None:

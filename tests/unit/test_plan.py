@@ -71,6 +71,7 @@ method = "regmean"
 freeze = []
 seed = 4294967295
 weight-decay = 0
+precision = "bfloat16"
 warmup = 1e-17
 batch-size = 1
 learning-rate = 3.0000000000000004e-5
@@ -141,10 +142,10 @@ SMALL_CANONICAL = (
     '"privacy":{"colluding":1,"metrics":"sum","minimum-survivors":null,"secure-aggregation":false,"threshold":null},'
     '"silo":[{"labels":[],"name":"a","node-key":null,"public-key":null,"task":null},'
     '{"labels":[],"name":"b","node-key":null,"public-key":null,"task":null}],"task":[],'
-    '"training":{"batch-size":16,"epochs":5,"freeze":["embeddings"],"learning-rate":"5e-05","seed":1,"warmup":"0.06",'
+    '"training":{"batch-size":16,"epochs":5,"freeze":["embeddings"],"learning-rate":"5e-05","precision":"float32","seed":1,"warmup":"0.06",'
     '"weight-decay":"0.01"}}'
 )
-SMALL_DIGEST = "4d7cb94bb18d9dfae67c45ccca768bbb2dace70805b95b665013ae9247241d5e"
+SMALL_DIGEST = "b9511791beebfef71b3d682b45fc57cb18dcf40c40e8a69300f021a1e2d1f117"
 
 
 def _edit(text: str, old: str, new: str) -> str:
@@ -262,7 +263,7 @@ def test_values_arrive_as_written() -> None:
         (
             "[training]\nlearning-rat = 1.0",
             "training.learning-rat",
-            "epochs, learning-rate, batch-size, warmup, weight-decay, seed, freeze",
+            "epochs, learning-rate, batch-size, warmup, weight-decay, precision, seed, freeze",
         ),
         ("[merge]\nbeta = 1", "merge.beta", "method, alpha, weighting, gram, exclude, tokens, rounds, layout"),
         (
@@ -602,6 +603,7 @@ CHANGED: dict[tuple[str, ...], Any] = {
     ("training", "batch-size"): 17,
     ("training", "warmup"): math.nextafter(0.06, 1),
     ("training", "weight-decay"): 0.0,
+    ("training", "precision"): "bfloat16",
     ("training", "seed"): 0,
     ("training", "freeze"): [],
     ("merge", "method"): "other",

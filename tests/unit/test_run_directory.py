@@ -14,7 +14,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from gramfuse_protocol.errors import ContributionError, FederationError, RefusalError, RunDirectoryError, SecurityError
+from gramfuse_protocol.errors import (
+    ContributionError,
+    FederationError,
+    GramfuseError,
+    RefusalError,
+    RunDirectoryError,
+    SecurityError,
+)
 from gramfuse_server.run import RunDirectory, discard
 
 
@@ -99,6 +106,73 @@ def test_whatever_ends_a_run_leaves_nothing_of_it(error: type[BaseException], tm
 
     with pytest.raises(error):
         fail()
+    assert list(tmp_path.iterdir()) == []
+
+
+def fail(path: Path, error: BaseException, *, trained: bool, resume: bool = False, resumable: bool = True) -> None:
+    """A run that somebody gives an account of, and that ends with an error."""
+    with RunDirectory(path, needed=1, resume=resume, resumable=resumable) as run:
+        run.account = lambda error, kept: {"report.json": json.dumps([str(error), kept]), "plan.toml": ""}
+        run.write("layout.json", "{}")
+        (run.partial / "spool").mkdir(exist_ok=True)
+        run.record({"phase": "join"})
+        if trained:
+            run.keep("train", {})
+        raise error
+
+
+@pytest.mark.parametrize(("trained", "resumable"), [(False, True), (True, True), (True, False)])
+def test_a_run_that_fails_leaves_its_report_and_a_later_one_takes_it_away(
+    trained: bool, resumable: bool, tmp_path: Path
+) -> None:
+    failed, kept = tmp_path / "one.failed", trained and resumable
+    for number, error in enumerate((FederationError("first"), RefusalError("second"))):
+        with pytest.raises(type(error)) as caught:
+            fail(tmp_path / "one", error, trained=trained, resume=kept and number > 0, resumable=resumable)
+        assert caught.value.report == failed / "report.json"
+        assert {path.name for path in failed.iterdir()} == {"plan.toml", "report.json", "transcript.jsonl"}
+        assert json.loads((failed / "report.json").read_text()) == [str(error), kept]
+        assert len((failed / "transcript.jsonl").read_text().splitlines()) == (2 if kept and number else 1)
+        assert (tmp_path / "one.partial").exists() == kept
+    with RunDirectory(tmp_path / "one", needed=1, resume=kept) as run:
+        run.finish()
+    assert [path.name for path in tmp_path.iterdir()] == ["one"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("a bug")], ids=["Ctrl-C", "bug"])
+def test_whoever_stops_a_run_and_whatever_is_a_bug_leaves_no_report(error: BaseException, tmp_path: Path) -> None:
+    with pytest.raises(type(error)):
+        fail(tmp_path / "one", error, trained=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_that_only_has_the_name_of_a_report_is_left_alone(tmp_path: Path) -> None:
+    """Somebody may have called a run so."""
+    with RunDirectory(tmp_path / "one.failed", needed=1) as run:
+        run.write("report.json", "precious")
+        run.finish()
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(FederationError, match="first") as caught:
+        fail(tmp_path / "one", FederationError("first"), trained=False)
+    assert caught.value.report is None
+    assert sorted(tmp_path.rglob("*")) == before
+    with RunDirectory(tmp_path / "one", needed=1) as run:
+        run.finish()
+    assert (tmp_path / "one.failed" / "report.json").read_text() == "precious"
+
+
+def test_an_account_that_cannot_be_given_hides_no_error(tmp_path: Path) -> None:
+    def broken(error: GramfuseError, kept: bool) -> dict[str, str]:
+        raise KeyError(kept)
+
+    def run_out() -> None:
+        with RunDirectory(tmp_path / "one", needed=1) as run:
+            run.account = broken
+            raise FederationError("first")
+
+    with pytest.raises(FederationError, match="first") as caught:
+        run_out()
+    assert caught.value.report is None
     assert list(tmp_path.iterdir()) == []
 
 
@@ -226,3 +300,22 @@ def test_a_disk_that_fills_up_is_an_error_and_nothing_stays(
         run_out()
     assert str(small_disk / "one") in str(caught.value)
     assert list(small_disk.iterdir()) == []
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_full_disk_leaves_the_report_if_there_is_room_once_the_rest_is_gone(trained: bool, small_disk: Path) -> None:
+    def run_out() -> None:
+        with RunDirectory(small_disk / "one", needed=1) as run:
+            run.account = lambda error, kept: {"report.json": str(error) + "x" * 20_000}
+            run.record({"phase": "join"})
+            if trained:
+                run.keep("train", {})
+            with run.writing():
+                (run.partial / "model.bin").write_bytes(b"\0" * 1_000_000)
+
+    with pytest.raises(RunDirectoryError, match="no space left on the disk") as caught:
+        run_out()
+    report = small_disk / "one.failed" / "report.json"
+    assert caught.value.report == (None if trained else report)
+    assert [path.name for path in small_disk.iterdir()] == (["one.partial"] if trained else ["one.failed"])
+    assert trained or report.read_text().startswith(str(caught.value))

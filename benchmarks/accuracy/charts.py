@@ -1,0 +1,238 @@
+"""Draws charts, as SVG, of what experiments found.
+
+python benchmarks/accuracy/charts.py --out benchmarks/out --to docs/charts
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+from tables import Content, read
+
+matplotlib.use("svg")
+
+from matplotlib import pyplot  # after the choice of what draws
+from matplotlib.axes import Axes
+
+Point = tuple[float, float]
+
+COLOURS = {
+    "RegMean": "#0b6e99",
+    "RegMean, masked": "#7fb5cc",
+    "simple average": "#8a6d00",
+    "Fisher": "#7a3e9d",
+    "ensemble": "#4d7c0f",
+    "FedAvg": "#b3401f",
+    "joint training": "#555555",
+}
+MARKERS = dict(zip(COLOURS, "ooD^svx", strict=True))
+
+STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "gramfuse",
+    "font.family": "sans-serif",
+    "font.sans-serif": ["Helvetica", "Arial", "DejaVu Sans"],
+    "font.size": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e3e3e3",
+    "figure.facecolor": "white",
+    "legend.frameon": False,
+}
+
+
+def main() -> None:
+    """Draw all charts of which there is something to draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/out"), help="where results are kept")
+    parser.add_argument("--to", type=Path, default=Path("docs/charts"), help="where charts are written")
+    options = parser.parse_args()
+    options.to.mkdir(parents=True, exist_ok=True)
+    for name, draw in CHARTS.items():
+        with pyplot.rc_context(STYLE):
+            figure, axes = pyplot.subplots(figsize=(7.2, 4.2), layout="constrained")
+            if draw(axes, options.out):
+                figure.savefig(options.to / f"{name}.svg", metadata={"Date": None, "Title": axes.get_title()})
+                print(options.to / f"{name}.svg")
+            pyplot.close(figure)
+
+
+def alpha(axes: Axes, out: Path) -> bool:
+    """Accuracy over α."""
+    contents = read("hwu64", out)
+    points = _curve(contents, lambda row: row.get("alpha") if row["model"].startswith("regmean, α = ") else None)
+    if not points:
+        return False
+    _line(axes, "RegMean", points)
+    _level(axes, "simple average", contents, "simple")
+    _level(axes, "joint training", contents, "joint")
+    _finish(
+        axes, contents, "One exchange over α (hwu64, 4 silos, 85% skew)", "α: share of the off-diagonal that is kept"
+    )
+    return True
+
+
+def structure(axes: Axes, out: Path) -> bool:
+    """Accuracy over the structure of the Gram matrices, with the bytes that each silo sends."""
+    contents = read("hwu64", out)
+    rows = [row for content in contents for row in content["rows"] if "structure" in row and "curve" not in row]
+    chosen = {row["model"]: row for content in contents for row in content["rows"] if row["model"].endswith("α chosen")}
+    if not rows:
+        return False
+    for name, mode in (("RegMean", "open"), ("RegMean, masked", "secure")):
+        points = [
+            (row["bytes"][mode] / 1e6, chosen[f"{row['model']}, α chosen"]["in"][contents[0]["metric"]])
+            for row in rows
+            if f"{row['model']}, α chosen" in chosen
+        ]
+        _line(axes, name, points)
+        if mode == "open":
+            for row, (x, y) in zip(rows, points, strict=False):
+                below = (0, -16) if row["structure"] != "diagonal" else (10, -4)
+                axes.annotate(row["structure"], (x, y), below, textcoords="offset points", ha="center", fontsize=9)
+    _level(axes, "simple average", contents, "simple")
+    axes.set_xscale("log")
+    _plain(axes)
+    _finish(axes, contents, "Structure of the Gram matrices (hwu64, α chosen)", "MB that each silo sends")
+    return True
+
+
+def tokens(axes: Axes, out: Path) -> bool:
+    """Accuracy over the number of token rows behind a Gram matrix."""
+    contents = read("hwu64", out)
+
+    def count(row: dict[str, Any]) -> float | None:
+        return row.get("tokens") if "curve" not in row else None
+
+    points = _curve(contents, count)
+    if not points:
+        return False
+    _line(axes, "RegMean", points)
+    _level(axes, "simple average", contents, "simple")
+    axes.set_xscale("log")
+    _plain(axes)
+    _finish(axes, contents, "Token rows for a Gram matrix (hwu64, α = 0.9)", "most token rows that each silo measures")
+    return True
+
+
+def silos(axes: Axes, out: Path) -> bool:
+    """Accuracy over the number of silos that are merged."""
+    contents = read("hwu64-8", out)
+    if not contents:
+        return False
+    for name, model in (("RegMean", "regmean"), ("simple average", "simple"), ("Fisher", "fisher")):
+        _line(
+            axes, name, _curve(contents, lambda row, model=model: len(row["silos"]) if row["model"] == model else None)
+        )
+    _finish(axes, contents, "Silos in the merge (hwu64, 8 silos, on the data of all)", "silos that are merged")
+    return True
+
+
+def skew(axes: Axes, out: Path) -> bool:
+    """Accuracy over label skew."""
+    found = {int(name.split("-")[1]): read(name, out) for name in (f"skew-{n}" for n in (25, 50, 70, 95, 100))}
+    found[85] = [content for content in read("hwu64", out) if content["seed"] in _seeds(found.values())]
+    found = {share: contents for share, contents in sorted(found.items()) if contents}
+    if len(found) < 2:
+        return False
+    names = {"RegMean": "regmean", "simple average": "simple", "Fisher": "fisher", "ensemble": "ensemble"}
+    for name, model in names.items():
+        points = [(float(share), _mean(contents, model)) for share, contents in found.items()]
+        _line(axes, name, [(x, y) for x, y in points if y is not None])
+    contents = next(iter(found.values()))
+    title = "Label skew (hwu64, 4 silos; 25% is iid)"
+    _finish(axes, contents, title, "% of each intent's requests at one silo")
+    return True
+
+
+def traffic(axes: Axes, out: Path) -> bool:
+    """Accuracy over the bytes that each silo sends: rounds of RegMean, and rounds of FedAvg."""
+    contents = [content for content in read("hwu64", out) if _row(content, "fedavg")]
+    if not contents:
+        return False
+    content = contents[0]
+    metric, fedavg = content["metric"], _row(content, "fedavg")
+    assert fedavg is not None
+    models = ["regmean", "regmean, round 2", "regmean, round 3"]
+    scores = [row["in"][metric] for model in models if (row := _row(content, model))]
+    for name, mode in (("RegMean", "open"), ("RegMean, masked", "secure")):
+        sent = content["upload"][mode] / 1e6
+        _line(axes, name, [(number * sent, score) for number, score in enumerate(scores, 1)])
+    each = fedavg["bytes"] / 1e6
+    _line(axes, "FedAvg", [(n * each, found[metric]) for n, found in enumerate(fedavg["rounds"], 1)])
+    _level(axes, "joint training", contents, "joint")
+    axes.set_xscale("log")
+    _plain(axes)
+    _finish(axes, contents, "Bytes sent (hwu64; each point is a round)", "MB that each silo sends in all")
+    return True
+
+
+CHARTS: dict[str, Callable[[Axes, Path], bool]] = {
+    "alpha": alpha,
+    "structure": structure,
+    "tokens": tokens,
+    "silos": silos,
+    "skew": skew,
+    "bytes": traffic,
+}
+
+
+def _curve(contents: Sequence[Content], place: Callable[[dict[str, Any]], float | None]) -> list[Point]:
+    """Return points over what `place` says of a row, if it says anything; the mean over seeds."""
+    found: dict[float, list[float]] = {}
+    for content in contents:
+        for row in content["rows"]:
+            x = place(row)
+            if x is not None:
+                found.setdefault(float(x), []).append(row.get("all", row["in"])[content["metric"]])
+    return [(x, statistics.fmean(values)) for x, values in sorted(found.items())]
+
+
+def _row(content: Content, model: str) -> dict[str, Any] | None:
+    everyone = list(content["examples"])
+    return next((row for row in content["rows"] if row["model"] == model and row["silos"] == everyone), None)
+
+
+def _mean(contents: Sequence[Content], model: str) -> float | None:
+    values = [row["in"][content["metric"]] for content in contents if (row := _row(content, model))]
+    return statistics.fmean(values) if values else None
+
+
+def _seeds(found: Any) -> set[int]:
+    return {content["seed"] for contents in found for content in contents}
+
+
+def _line(axes: Axes, name: str, points: Sequence[Point]) -> None:
+    if points:
+        x, y = zip(*points, strict=True)
+        axes.plot(x, y, color=COLOURS[name], marker=MARKERS[name], label=name, linewidth=2, markersize=6)
+
+
+def _level(axes: Axes, name: str, contents: Sequence[Content], model: str) -> None:
+    value = _mean(contents, model)
+    if value is not None:
+        axes.axhline(value, color=COLOURS[name], linestyle="--", linewidth=1.5, label=f"{name} ({value:.3f})")
+
+
+def _plain(axes: Axes) -> None:
+    """Write numbers on a logarithmic axis as they are."""
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+
+
+def _finish(axes: Axes, contents: Sequence[Content], title: str, x: str) -> None:
+    seeds = ", ".join(str(content["seed"]) for content in contents)
+    axes.set_title(title, loc="left", fontsize=12, fontweight="bold")
+    axes.set_xlabel(x)
+    axes.set_ylabel(f"{contents[0]['metric']} (seed {seeds})" if "," not in seeds else f"{contents[0]['metric']}, mean")
+    axes.legend(loc="best", fontsize=9)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,468 @@
+"""One experiment: trained silos, and every way of putting them together that is measured."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from gramfuse_cli.averaging import federated_average
+from gramfuse_cli.laboratory import Deltas, Laboratory, Part
+from gramfuse_client.batches import batches
+from gramfuse_client.fisher import choose_variant
+from gramfuse_client.statistics import collect_statistics
+from gramfuse_model.base import trainable
+from gramfuse_model.tracing import public_batch
+from gramfuse_protocol.layout import Layout, delta_block, gram_block
+from gramfuse_protocol.metrics import Sums
+from gramfuse_protocol.statistics import Contribution
+from gramfuse_server.accumulator import Accumulator, Merged
+from gramfuse_server.baselines import fisher_mean, normalised, task_arithmetic, ties
+from gramfuse_server.evaluation import described
+from gramfuse_server.transport import feed_forward_pairs, transport_mean
+
+Row = dict[str, Any]
+Silos = tuple[str, ...]
+
+ALPHAS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 0.95, 1.0)
+CHOICES = (0.1, 0.5, 0.7, 0.9, 1.0)
+SCALES = (0.2, 0.3, 0.5, 1.0)
+NORMS = ("per tensor", "per model", "none")
+STRUCTURES = ("full", "block:384", "block:128", "block:64", "diagonal")
+TOKENS = (250, 1_000, 4_000, 16_000)
+FISHER_EXAMPLES = 256
+
+
+class Store:
+    """Rows of one experiment on disk: what is there is not measured again.
+
+    Args:
+        path: a JSON file.
+        about: what stands beside the rows.
+    """
+
+    def __init__(self, path: Path, about: Mapping[str, Any]) -> None:
+        self.path = path
+        self.content: dict[str, Any] = {**about, "rows": []}
+        if path.exists():
+            self.content = json.loads(path.read_text(encoding="utf-8"))
+        self.rows: list[Row] = self.content["rows"]
+
+    def find(self, model: str, silos: Silos) -> Row | None:
+        """Return a row, if it was measured."""
+        return next((row for row in self.rows if (row["model"], tuple(row["silos"])) == (model, silos)), None)
+
+    def add(self, row: Row) -> None:
+        """Keep a row."""
+        self.rows.append(row)
+        self.write()
+
+    def write(self) -> None:
+        """Write everything, or nothing."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_suffix(".partial")
+        temporary.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
+        temporary.replace(self.path)
+
+
+def machine() -> str:
+    """Say what all of it is measured on."""
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ", no GPU"
+    return f"{platform.machine()}, {os.cpu_count()} cores{gpu}, torch {torch.__version__}"
+
+
+class Enough(Exception):  # noqa: N818  # it is no error
+    """Raised to end FedAvg before its last round."""
+
+
+@dataclass(frozen=True)
+class Derived:
+    """A contribution with other Gram matrices.
+
+    Args:
+        whole: the contribution that it is made of.
+        grams: by block name.
+        tokens: by group.
+    """
+
+    whole: Contribution
+    grams: Mapping[str, NDArray[np.float32]]
+    tokens: Mapping[str, int]
+
+    @property
+    def examples(self) -> int:
+        """Training examples."""
+        return self.whole.examples
+
+    def block(self, name: str) -> NDArray[np.float32]:
+        """Return one block."""
+        return self.grams[name] if name in self.grams else self.whole.block(name)
+
+
+class Experiment:
+    """Measures models over trained silos, and keeps what it finds.
+
+    Args:
+        store: where rows are kept. A row has `model`, `silos` (those that are in the merge), `in` (metrics on the
+            held-out data of these together), `out` (on those of the others together, if there are any), `all`, `by`
+            (the ranking metric on each silo's data), `seconds`, and whatever else is to be said of a model.
+        ranked: the metric by which something is chosen on validation data.
+        tell: is told each row.
+    """
+
+    def __init__(self, laboratory: Laboratory, store: Store, ranked: str, tell: Callable[[Row], None]) -> None:
+        self.laboratory = laboratory
+        self.plan = laboratory.plan
+        self.layout = laboratory.layout
+        self.store = store
+        self.tell = tell
+        self.everyone: Silos = tuple(laboratory.contributions)
+        self.ranked = ranked
+        self._fishers: dict[str, Mapping[str, NDArray[np.float32]]] = {}
+
+    # What is measured
+
+    def row(self, model: str, silos: Silos, make: Callable[[], tuple[Mapping[str, Sums], Row]]) -> Row:
+        """Return the row of a model, measured now if it was not before.
+
+        Args:
+            make: returns sums by silo, and what else is to be said.
+        """
+        found = self.store.find(model, silos)
+        if found is None:
+            began = time.monotonic()
+            sums, more = make()
+            row = {"model": model, "silos": list(silos), **self._judged(sums, silos), **more}
+            found = {**row, "seconds": round(time.monotonic() - began, 2)}
+            self.store.add(found)
+            self.tell(found)
+        return found
+
+    def _judged(self, sums: Mapping[str, Sums], silos: Silos) -> Row:
+        own = {name: found for name, found in sums.items() if name in silos}
+        others = {name: found for name, found in sums.items() if name not in silos}
+        by = {name: _metrics(self, {name: found})[self.ranked] for name, found in sums.items()}
+        judged: Row = {"in": _metrics(self, own), "by": by}
+        if others:
+            judged |= {"out": _metrics(self, others), "all": _metrics(self, sums)}
+        return judged
+
+    def measure(self, deltas: Deltas, silos: Silos, part: Part = "held-out") -> dict[str, Sums]:
+        """Return sums by silo: of the silos that are in a merge, and, unless heads are their own, of all others."""
+        where = silos if self.plan.model.head == "own" or part == "validation" else self.everyone
+        return {name: self.laboratory.benches[name].measure(deltas, part) for name in where}
+
+    def score(self, deltas: Deltas, silos: Silos) -> float:
+        """Return what models are chosen by: the ranking metric on the validation data of the silos in a merge."""
+        return float(_metrics(self, self.measure(deltas, silos, "validation"))[self.ranked])
+
+    def choose(self, model: str, silos: Silos, option: str, makes: Mapping[Any, Callable[[], Deltas]]) -> Row:
+        """Return the row of the candidate that is best on validation data, with all their scores."""
+
+        def make() -> tuple[Mapping[str, Sums], Row]:
+            scores = {value: self.score(candidate(), silos) for value, candidate in makes.items()}
+            best = max(scores, key=lambda value: scores[value])
+            curve = [{option: value, "validation": score} for value, score in scores.items()]
+            return self.measure(makes[best](), silos), {option: best, "curve": curve}
+
+        return self.row(model, silos, make)
+
+    # Ways to put silos together
+
+    def alone(self) -> None:
+        """Measure each silo's own model."""
+        for name in self.everyone:
+            self.row("alone", (name,), lambda name=name: (self.measure(self.laboratory.deltas(name), (name,)), {}))
+
+    def merges(self, silos: Silos, *, transport: bool) -> None:
+        """Measure every way of merging some silos' models without more training.
+
+        What has settings of its own is measured with the usual ones, and, for merges of all silos, with those that are
+        best on validation data.
+        """
+        laboratory, layout = self.laboratory, self.layout
+        parents = [laboratory.deltas(name) for name in silos]
+        differences, weights = self._parents(silos)
+        sums = Between(layout, {name: laboratory.contributions[name] for name in silos}, self.plan.merge.weighting)
+        self.row("simple", silos, lambda: (self.measure(sums.at(0.9).mean(), silos), {}))
+        self.regmean("regmean", silos, sums.merge)
+        fishers = cached(lambda: [self._fisher(name) for name in silos])
+        norms = {
+            norm: lambda norm=norm: fisher_mean(differences, [normalised(f, norm) for f in fishers()], weights)
+            for norm in NORMS
+        }
+        self.row("fisher", silos, lambda: (self.measure(norms[NORMS[0]](), silos), {"norm": NORMS[0]}))
+        if silos == self.everyone:
+            scales = {scale: lambda scale=scale: task_arithmetic(parents, scale) for scale in SCALES}
+            self.choose("fisher, norm chosen", silos, "norm", norms)
+            self.choose("task-arithmetic", silos, "scale", scales)
+        self.row("ties", silos, lambda: (self.measure(ties(parents), silos), {}))
+        if not self.plan.task:
+            self.row("ensemble", silos, lambda: (self._ensemble(silos), {}))
+        if transport and len(silos) == 2:
+            self.row("transport", silos, lambda: (self.measure(self._transport(silos), silos), {}))
+
+    def regmean(self, model: str, silos: Silos, merge: Callable[[float], Merged], **more: Any) -> None:
+        """Measure RegMean with the plan's α, and with the α that is best on validation data."""
+        solved: dict[float, Merged] = {}
+
+        def at(alpha: float) -> Merged:
+            if alpha not in solved:
+                solved.clear()  # one at a time is enough, and large
+                solved[alpha] = merge(alpha)
+            return solved[alpha]
+
+        def plain() -> tuple[Mapping[str, Sums], Row]:
+            merged = at(self.plan.merge.alpha)
+            odd = [{"group": s.group, "outcome": s.outcome} for s in merged.steps if s.outcome != "clean"]
+            return self.measure(merged.deltas, silos), {"not-clean": odd, **more}
+
+        self.row(model, silos, plain)
+        makes = {alpha: lambda alpha=alpha: at(alpha).deltas for alpha in CHOICES}
+        self.choose(f"{model}, α chosen", silos, "alpha", makes)
+
+    def joint(self) -> None:
+        """Measure one model that is trained on all silos' data."""
+        self.row("joint", self.everyone, lambda: (self.laboratory.measure_joint(torch.get_num_threads()), {}))
+
+    def fedavg(self, rounds: int) -> None:
+        """Measure FedAvg after each round, until it is as good as one exchange of RegMean or the rounds are over."""
+        target = self.store.find("regmean", self.everyone)
+        goal = float(target["in"][self.ranked]) if target else float("inf")
+        if self.store.find("fedavg", self.everyone):
+            return
+        by_round: list[dict[str, float]] = []
+        last: list[Mapping[str, Sums]] = []
+
+        def after(number: int, deltas: Deltas) -> None:
+            last[:] = [self.measure(deltas, self.everyone)]
+            by_round.append(_metrics(self, last[0]))
+            print(f"  fedavg, round {number}: {by_round[-1][self.ranked]:.3f}", file=sys.stderr, flush=True)
+            if by_round[-1][self.ranked] >= goal:
+                raise Enough
+
+        def make() -> tuple[Mapping[str, Sums], Row]:
+            with suppress(Enough):
+                federated_average(self.laboratory, rounds, after)
+            return last[0], {"rounds": by_round, "goal": goal, "bytes": self._model_bytes}
+
+        self.row("fedavg", self.everyone, make)
+
+    def alphas(self) -> None:
+        """Measure RegMean over α on held-out data, where nothing is chosen by it."""
+        sums = Between(self.layout, self.laboratory.contributions, self.plan.merge.weighting)
+        for alpha in ALPHAS:
+            self.row(
+                f"regmean, α = {alpha:g}",
+                self.everyone,
+                lambda alpha=alpha: (self.measure(sums.merge(alpha).deltas, self.everyone), {"alpha": alpha}),
+            )
+
+    def structures(self) -> None:
+        """Measure RegMean over the structure of Gram matrices, cut out of the full ones."""
+        for structure in STRUCTURES:
+            layout = structured(self.layout, structure)
+            parts = {name: cut(self.layout, layout, whole) for name, whole in self.laboratory.contributions.items()}
+            size = {"open": layout.upload_bytes(masked=False), "secure": layout.upload_bytes(masked=True)}
+            merge = Between(layout, parts, self.plan.merge.weighting).merge
+            self.regmean(f"regmean, {structure}", self.everyone, merge, structure=structure, bytes=size)
+
+    def tokens(self) -> None:
+        """Measure RegMean over the most token rows that a silo measures for one Gram matrix."""
+        for limit in TOKENS:
+            fewer = cached(lambda limit=limit: {name: self._remeasured(name, limit) for name in self.everyone})
+
+            def merge(alpha: float, fewer: Any = fewer) -> Merged:
+                return Between(self.layout, fewer(), self.plan.merge.weighting).merge(alpha)
+
+            self.regmean(f"regmean, {limit} tokens", self.everyone, merge, tokens=limit)
+
+    def rounds(self, most: int) -> None:
+        """Merge again and again: silos go on from the merged model, as under a plan with `merge.rounds`."""
+        start = cached(
+            lambda: (
+                Between(self.layout, self.laboratory.contributions, self.plan.merge.weighting)
+                .merge(self.plan.merge.alpha)
+                .deltas
+            )
+        )
+        for number in range(2, most + 1):
+            merge = cached(lambda start=start, number=number: self._round(start(), number))
+            self.row(
+                f"regmean, round {number}",
+                self.everyone,
+                lambda merge=merge: (self.measure(merge().deltas, self.everyone), {}),
+            )
+            self.row(
+                f"simple, round {number}",
+                self.everyone,
+                lambda merge=merge: (self.measure(merge().mean, self.everyone), {}),
+            )
+            start = cached(lambda merge=merge: merge().deltas)
+
+    # How it is done
+
+    @cached_property
+    def _model_bytes(self) -> int:
+        return sum(array.nbytes for array in self.laboratory.start().values())
+
+    def _parents(self, silos: Silos) -> tuple[list[Deltas], list[Mapping[str, NDArray[np.float64]]]]:
+        differences, weights = self.laboratory.parents()
+        places = [self.everyone.index(name) for name in silos]
+        return [differences[place] for place in places], [weights[place] for place in places]
+
+    def _fisher(self, name: str) -> Mapping[str, NDArray[np.float32]]:
+        if name not in self._fishers:
+            bench = self.laboratory.benches[name]
+            variant = choose_variant(bench.task, None)
+            self._fishers[name] = bench.fisher(self.laboratory.deltas(name), variant, FISHER_EXAMPLES)
+        return self._fishers[name]
+
+    def _ensemble(self, silos: Silos) -> dict[str, Sums]:
+        benches = self.laboratory.benches
+        models = [(self.laboratory.deltas(name), benches[name].head) for name in silos]
+        annotated = [benches[name].task.annotated for name in silos]
+        return {name: bench.measure_together(models, annotated) for name, bench in benches.items()}
+
+    def _transport(self, silos: Silos) -> Deltas:
+        base = self.laboratory.benches[silos[0]].base
+        trained = [tensor.name for tensor in self.layout.tensors]
+        pairs, _ = feed_forward_pairs(base.model, public_batch(base), trained)
+        return transport_mean(pairs, self.laboratory.start(), *self._parents(silos))
+
+    def _remeasured(self, name: str, limit: int) -> Contribution:
+        bench, whole = self.laboratory.benches[name], self.laboratory.contributions[name]
+        start = trainable(bench.base.model)
+        encoded = bench.encoded(bench.examples[0])
+        with bench.model(self.laboratory.deltas(name)) as model:
+            size = self.plan.training.batch_size
+            found = collect_statistics(
+                model, batches(encoded, size, bench.device), self.layout, base=start, examples=len(encoded), limit=limit
+            )
+        grams = {name: values for name, values in found.blocks.items() if name.startswith(gram_block(""))}
+        return Derived(whole, grams, found.tokens)
+
+    def _round(self, start: Deltas, number: int) -> Merged:
+        began = {delta_block(name): np.asarray(delta, np.float32) for name, delta in start.items()}
+        sums = Accumulator(self.layout, alpha=self.plan.merge.alpha, weighting=self.plan.merge.weighting)
+        for name, bench in self.laboratory.benches.items():
+            deltas = {name: began[delta_block(name)] for name in start}
+            tuned = bench.finetune(deltas, number)
+            encoded = bench.encoded(bench.examples[0])
+            with bench.model(deltas) as model:
+                before = trainable(model)
+            with bench.model({}, head=tuned) as model:
+                size, limit = self.plan.training.batch_size, self.plan.merge.tokens
+                found = collect_statistics(
+                    model,
+                    batches(encoded, size, bench.device),
+                    self.layout,
+                    base=before,
+                    examples=len(encoded),
+                    limit=limit,
+                )
+            sums.fold(found, name, silo=name)
+        return sums.merge().after(began)
+
+
+class Between:
+    """Merges of the same silos over α; they are added up twice, however many there are."""
+
+    def __init__(self, layout: Layout, contributions: Mapping[str, Contribution], weighting: Any) -> None:
+        self.layout = layout
+        self.contributions = contributions
+        self.weighting = weighting
+        self._ends = cached(lambda: [self._sum(end) for end in (0.0, 1.0)])
+
+    def at(self, alpha: float) -> Accumulator:
+        """Return the sums for one α."""
+        zero, one = self._ends()
+        return zero.between(one, alpha)
+
+    def merge(self, alpha: float) -> Merged:
+        """Return the merge for one α."""
+        return self.at(alpha).merge()
+
+    def _sum(self, alpha: float) -> Accumulator:
+        sums = Accumulator(self.layout, alpha=alpha, weighting=self.weighting)
+        for name, contribution in self.contributions.items():
+            sums.fold(contribution, name, silo=name)
+        return sums
+
+
+def structured(layout: Layout, structure: str) -> Layout:
+    """Return a layout with another structure of all Gram matrices."""
+    document = layout.model_dump()
+    for group in document["groups"]:
+        group["structure"] = structure
+    return Layout.model_validate(document)
+
+
+def cut(layout: Layout, other: Layout, whole: Contribution) -> Derived:
+    """Return a contribution with full Gram matrices as one of another structure, whose entries are among theirs."""
+    grams = {}
+    for group, target in zip(layout.groups, other.groups, strict=True):
+        ((full,),) = group.blocks.unpack(whole.block(gram_block(group.name)))
+        parts = []
+        for first, count, width in target.blocks.parts:
+            starts = [first + n * width for n in range(count)]
+            parts.append(np.stack([full[at : at + width, at : at + width] for at in starts]))
+        grams[gram_block(group.name)] = target.blocks.pack(parts)
+    return Derived(whole, grams, whole.tokens)
+
+
+def cached(make: Callable[[], Any]) -> Callable[[], Any]:
+    """Return a function that makes its value when it is first called."""
+    made: list[Any] = []
+
+    def get() -> Any:
+        if not made:
+            made.append(make())
+        return made[0]
+
+    return get
+
+
+def _metrics(experiment: Experiment, sums: Mapping[str, Sums]) -> dict[str, Any]:
+    model = described(experiment.plan, "", "", sums)
+    found: dict[str, Any] = dict(model["metrics"])
+    if experiment.plan.task:
+        found["tasks"] = model["tasks"]
+    return found
+
+
+def run(experiment: Experiment, subsets: Iterable[Silos], parts: Sequence[str], *, fedavg: int = 0) -> None:
+    """Measure what a setting asks for.
+
+    Args:
+        subsets: silos that are merged with each other.
+        parts: `joint`, `alphas`, `structures`, `tokens`, `rounds`, `transport`.
+        fedavg: most rounds of FedAvg; 0 for none.
+    """
+    experiment.alone()
+    for silos in subsets:
+        experiment.merges(silos, transport="transport" in parts)
+    if "joint" in parts:
+        experiment.joint()
+    if "alphas" in parts:
+        experiment.alphas()
+    if "structures" in parts:
+        experiment.structures()
+    if "tokens" in parts:
+        experiment.tokens()
+    if "rounds" in parts:
+        experiment.rounds(3)
+    if fedavg:
+        experiment.fedavg(fedavg)

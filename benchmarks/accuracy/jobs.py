@@ -1,0 +1,117 @@
+"""Does experiments, several at a time, each in a process of its own."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from settings import EXPERIMENTS
+
+
+@dataclass(frozen=True)
+class Job:
+    """One experiment with one seed."""
+
+    name: str
+    seed: int
+    data: str
+    base: str | None
+    out: Path
+    cache: Path
+    quick: bool
+    settings: tuple[str, ...]
+
+
+def work(jobs: Sequence[Job], at_a_time: int) -> None:
+    """Do all jobs, some at a time, and say how long the rest will take."""
+    threads = max(1, (os.cpu_count() or 1) // at_a_time)
+    context = multiprocessing.get_context("spawn")
+    began = time.monotonic()
+    pool = ProcessPoolExecutor(at_a_time, mp_context=context, initializer=begin, initargs=(threads,))
+    stop = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C does
+    try:
+        futures = {pool.submit(do, job): job for job in jobs}
+        for done, future in enumerate(as_completed(futures), 1):
+            job = futures[future]
+            future.result()
+            left = (time.monotonic() - began) / done * (len(jobs) - done) / 60
+            say(f"[{done}/{len(jobs)}] {job.name}, seed {job.seed} is done; about {left:.0f} min left")
+    except BaseException:
+        for process in list((pool._processes or {}).values()):
+            process.terminate()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+        signal.signal(signal.SIGTERM, stop)
+
+
+def begin(threads: int) -> None:
+    """Set up a process that does jobs."""
+    import torch
+    from flwr.supercore.task_identity import TaskIdentity
+    from transformers.utils import logging as transformers
+
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    torch.set_num_threads(threads)
+    transformers.set_verbosity_error()
+    transformers.disable_progress_bar()
+    TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1  # FedAvg's messages ask for them
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+
+
+def do(job: Job) -> None:
+    """Train the silos of an experiment, unless they are in the cache, and measure what was not measured before."""
+    from bases import there
+    from experiment import Experiment, Store, machine, run
+    from gramfuse_server.evaluation import ranked_by
+    from sets import Source
+    from silos import laboratory
+
+    wanted = EXPERIMENTS[job.name]
+    setting = wanted.make(Source(job.data), job.seed)
+    own = str(there(wanted.base, Source(job.data), job.cache).resolve()) if wanted.base else setting.base
+    setting = replace(setting, training={**setting.training, "seed": job.seed}, base=job.base or own)
+    if job.quick:
+        setting = setting.quick()
+    found, seconds = laboratory(setting, job.name, job.cache, job.settings)
+    upload = {mode: found.layout.upload_bytes(masked=mode == "secure") for mode in ("open", "secure")}
+    about = {
+        "experiment": job.name,
+        "title": setting.title,
+        "seed": job.seed,
+        "base": setting.base,
+        "plan": found.plan.digest,
+        "training": found.plan.training.model_dump(mode="json"),
+        "examples": {name: contribution.examples for name, contribution in found.contributions.items()},
+        "upload": upload,
+        "train-seconds": round(seconds, 1),
+        "machine": machine(),
+    }
+    store = Store(job.out / f"{job.name}-seed{job.seed}.json", about)
+    if store.content["plan"] != found.plan.digest:
+        raise SystemExit(f"{store.path}: is of another plan; remove it, or choose another --out")
+    metric = setting.metric or ranked_by(found.plan)
+    store.content["metric"] = metric
+
+    def tell(row: dict[str, Any]) -> None:
+        where = f" of {', '.join(row['silos'])}" if len(row["silos"]) < len(found.plan.names) else ""
+        say(f"  {job.name}, seed {job.seed}: {row['model']}{where}: {row['in'][metric]:.3f} ({row['seconds']:.0f} s)")
+
+    experiment = Experiment(found, store, metric, tell)
+    first = job.seed == 1
+    parts = wanted.parts if first else tuple(part for part in wanted.parts if part in ("joint", "transport"))
+    run(experiment, wanted.subsets or (experiment.everyone,), parts, fedavg=wanted.fedavg if first else 0)
+
+
+def say(line: str) -> None:
+    """Write a line of progress."""
+    print(line, file=sys.stderr, flush=True)

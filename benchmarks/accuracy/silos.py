@@ -1,0 +1,75 @@
+"""Trains the silos of a project, or finds them in the cache: each silo's statistics file is its trained model too."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from gramfuse_cli.engine import simulated_silo
+from gramfuse_cli.laboratory import Laboratory
+from gramfuse_cli.project import Project
+from gramfuse_client.offline import contribute
+from gramfuse_client.state import State
+from gramfuse_protocol.layout import Layout
+from gramfuse_protocol.plan import Plan
+from gramfuse_protocol.statistics_file import StatisticsFile, read_statistics
+from projects import Setting, write
+
+
+def laboratory(setting: Setting, name: str, cache: Path, settings: Sequence[str] = ()) -> tuple[Laboratory, float]:
+    """Return all silos of a setting, trained, in one laboratory, and the seconds that training took now.
+
+    Every silo fine-tunes and measures by the code of `gramfuse measure --plan`, which gives the statistics of a run bit
+    for bit. What is in the cache under the digest of plan, data and base model is not done again.
+
+    Args:
+        name: of the plan.
+        cache: directory of trained silos; may be removed at any time, between runs.
+        settings: `section.key=value` overrides of the plan.
+    """
+    project = Project.read(_written(setting, name, cache), settings)
+    plan, layout = project.locked()
+    place = project.directory.parent / plan.digest
+    place.mkdir(exist_ok=True)
+    began = time.monotonic()
+    files = _trained(project, plan, layout, place)
+    seconds = time.monotonic() - began
+    silos = {name: simulated_silo(str(silo.path), str(place), plan.digest) for name, silo in project.silos().items()}
+    heads = {name: file.own() for name, file in files.items()} if plan.model.head == "own" else {}
+    return Laboratory(plan, layout, project.directory, silos, files, heads), seconds
+
+
+def _written(setting: Setting, name: str, cache: Path) -> Path:
+    """Write a project into the cache, under the digest of all its files, if it is not there."""
+    cache.mkdir(parents=True, exist_ok=True)
+    temporary = write(cache / f"{name}.{os.getpid()}.partial", setting, name=name)
+    total = hashlib.sha256()
+    for path in sorted(path for path in temporary.rglob("*") if path.is_file()):
+        total.update(f"{path.relative_to(temporary)}\n".encode() + hashlib.sha256(path.read_bytes()).digest())
+    place = cache / f"{name}-{total.hexdigest()[:16]}"
+    place.mkdir(exist_ok=True)
+    if (place / "project").exists():
+        shutil.rmtree(temporary)
+    else:
+        temporary.rename(place / "project")
+    return place / "project"
+
+
+def _trained(project: Project, plan: Plan, layout: Layout, place: Path) -> dict[str, StatisticsFile]:
+    found = {}
+    for name in plan.names:
+        path = place / f"{name}.safetensors"
+        if not path.exists():
+            silo = simulated_silo(str(project.silos()[name].path), str(place), plan.digest, opened=True)
+            temporary = path.with_suffix(".partial")
+            temporary.unlink(missing_ok=True)
+            state = State(silo.state, plan.digest)
+            contribute(silo, plan, layout, temporary, state)
+            temporary.rename(path)
+            shutil.rmtree(state.directory)  # the file has all of it
+        found[name] = read_statistics(path)
+    return found

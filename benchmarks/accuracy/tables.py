@@ -1,0 +1,193 @@
+"""Makes Markdown tables of what experiments found."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+Content = dict[str, Any]
+Row = dict[str, Any]
+
+NAMES = {
+    "simple": "simple average",
+    "task-arithmetic": "task arithmetic, scale chosen",
+    "ties": "TIES",
+    "fisher": "Fisher",
+    "fisher, norm chosen": "Fisher, norm chosen",
+    "transport": "optimal transport",
+    "ensemble": "ensemble (mean of logits)",
+    "regmean": "**RegMean**, α = 0.9",
+    "regmean, α chosen": "**RegMean**, α chosen",
+    "joint": "joint training",
+}
+"""Models in the order of a table."""
+
+DOMAINS = ("emotion", "ner", "sent")
+
+
+def read(experiment: str, out: Path) -> list[Content]:
+    """Return what was found with each seed, in order of the seeds."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in out.glob(f"{experiment}-seed*.json")]
+    return sorted(found, key=lambda content: int(content["seed"]))
+
+
+def table(name: str, experiments: Sequence[str], out: Path) -> str:
+    """Return the tables of some experiments, with what belongs under them."""
+    found = {experiment: contents for experiment in experiments if (contents := read(experiment, out))}
+    if not found:
+        return f"{name}: nothing was measured yet"
+    parts = [f"{contents[0]['title']}; seeds {_seeds(contents)}." for contents in found.values()]
+    if name in DOMAINS:
+        parts += [domains(contents) for contents in found.values()]
+    elif name == "tasks":
+        parts.append(pairs(found["tasks"]))
+    else:
+        parts.append(columns(found))
+    parts += [line for experiment, contents in found.items() if (line := fedavg(experiment, contents))]
+    parts.append(_cost([content for contents in found.values() for content in contents]))
+    return "\n\n".join(parts)
+
+
+def columns(found: dict[str, list[Content]]) -> str:
+    """Return a table with a column for each experiment, and one of their mean if each has every model and metric."""
+    heads = [f"{experiment} ({contents[0]['metric']})" for experiment, contents in found.items()]
+    rows = []
+    for model, title in _models(found.values()):
+        values = [[_whole(content, model) for content in contents] for contents in found.values()]
+        rows.append((title, [*map(_spread, values), _mean_over(values)] if len(found) > 1 else [*map(_spread, values)]))
+    return _markdown([*heads, "mean"] if len(found) > 1 else heads, rows)
+
+
+def domains(contents: Sequence[Content]) -> str:
+    """Return a table of merges of pairs, in and out of their domains, and of all domains.
+
+    A value is the mean over domains of the metric on one domain's held-out data.
+    """
+    whole = len(contents[0]["examples"])
+    kinds: list[tuple[str, Callable[[Row], float | None]]] = [
+        ("pairs, in domain", lambda row: _by(row, inside=True) if len(row["silos"]) == 2 else None),
+        ("pairs, out of domain", lambda row: _by(row, inside=False) if len(row["silos"]) == 2 else None),
+        (f"all {whole}", lambda row: _by(row, inside=True) if len(row["silos"]) == whole else None),
+    ]
+    rows = [("each on its own data", ["", "", _spread([_own(content) for content in contents])])]
+    rows.append(("one for all, mean", ["", "", _spread([_mean(_all_of_alone(content)) for content in contents])]))
+    rows.append(("one for all, best", ["", "", _spread([max(_all_of_alone(content)) for content in contents])]))
+    for model, title in list(_models([contents]))[2:]:
+        cells = []
+        for _, value in kinds:
+            seeds = [[v for row in _rows(content, model) if (v := value(row)) is not None] for content in contents]
+            cells.append(_spread([_mean(seed) for seed in seeds if seed]))
+        rows.append((title, cells))
+    metric = contents[0]["metric"]
+    return f"`{contents[0]['experiment']}`, {metric}:\n\n" + _markdown([head for head, _ in kinds], rows)
+
+
+def pairs(contents: Sequence[Content]) -> str:
+    """Return a table of merges of two tasks: for each task the mean over its partners, and the mean over all."""
+    names = list(contents[0]["examples"])
+    rows = [("each task's own", _pair_cells(contents, "alone", names))]
+    rows += [(title, _pair_cells(contents, model, names)) for model, title in list(_models([contents]))[2:]]
+    return _markdown([*names, "mean"], rows)
+
+
+def _pair_cells(contents: Sequence[Content], model: str, names: Sequence[str]) -> list[str]:
+    by_task = [[_mean([row["by"][n] for row in _rows(c, model) if n in row["silos"]]) for c in contents] for n in names]
+    return [*map(_spread, by_task), _mean_over(by_task)]
+
+
+def fedavg(experiment: str, contents: Sequence[Content]) -> str:
+    """Say how many rounds, and bytes, FedAvg takes to be as good as one exchange of RegMean."""
+    for content in contents:
+        for row in _rows(content, "fedavg"):
+            metric, goal = content["metric"], row["goal"]
+            curve = [found[metric] for found in row["rounds"]]
+            sent = row["bytes"] / 1e6
+            end = (
+                f"matches it after {len(curve)} ({len(curve) * sent:.0f} MB from each silo)"
+                if curve[-1] >= goal
+                else f"does not match it in {len(curve)} ({len(curve) * sent:.0f} MB from each silo)"
+            )
+            upload = content["upload"]
+            return (
+                f"{experiment}, seed {content['seed']}: one exchange of RegMean gives {goal:.3f} for "
+                f"{upload['open'] / 1e6:.0f} MB from each silo (open; {upload['secure'] / 1e6:.0f} MB masked). FedAvg, "
+                f"as much training in each round, {end}: {', '.join(f'{value:.3f}' for value in curve)}."
+            )
+    return ""
+
+
+def _models(found: Iterable[Sequence[Content]]) -> Iterable[tuple[str, str]]:
+    """Yield the models that were measured, and their names; first two of the silos alone."""
+    there = {row["model"] for contents in found for content in contents for row in content["rows"]}
+    yield "alone, mean", "silos alone, mean"
+    yield "alone, best", "best silo alone"
+    yield from ((model, title) for model, title in NAMES.items() if model in there)
+
+
+def _whole(content: Content, model: str) -> float:
+    """Return the score of a model of all silos, on all of their data together; NaN if it was not measured."""
+    if model.startswith("alone"):
+        scores = [row["all"][content["metric"]] for row in _rows(content, "alone")]
+        return max(scores) if model == "alone, best" else _mean(scores)
+    count = len(content["examples"])
+    scores = [row["in"][content["metric"]] for row in _rows(content, model) if len(row["silos"]) == count]
+    return scores[0] if scores else float("nan")
+
+
+def _rows(content: Content, model: str) -> list[Row]:
+    return [row for row in content["rows"] if row["model"] == model]
+
+
+def _by(row: Row, *, inside: bool) -> float:
+    return _mean([score for silo, score in row["by"].items() if (silo in row["silos"]) == inside])
+
+
+def _own(content: Content) -> float:
+    return _mean([row["by"][row["silos"][0]] for row in _rows(content, "alone")])
+
+
+def _all_of_alone(content: Content) -> list[float]:
+    return [_mean(list(row["by"].values())) for row in _rows(content, "alone")]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return statistics.fmean(values) if values else float("nan")
+
+
+def _mean_over(columns: Sequence[Sequence[float]]) -> str:
+    """Return mean ± deviation over seeds of the mean over columns; only seeds that all columns have."""
+    return _spread([_mean(values) for values in zip(*columns, strict=False)])
+
+
+def _spread(values: Sequence[float]) -> str:
+    """Return mean ± sample standard deviation."""
+    known = [value for value in values if value == value]  # NaN is not itself
+    if not known:
+        return ""
+    deviation = f" ± {statistics.stdev(known):.3f}" if len(known) > 1 else ""
+    return f"{statistics.fmean(known):.3f}{deviation}"
+
+
+def _markdown(heads: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> str:
+    lines = [f"| model | {' | '.join(heads)} |", "|---|" + "---|" * len(heads)]
+    lines += [f"| {title} | {' | '.join(cells)} |" for title, cells in rows]
+    return "\n".join(lines)
+
+
+def _seeds(contents: Sequence[Content]) -> str:
+    return ", ".join(str(content["seed"]) for content in contents)
+
+
+def _cost(contents: Sequence[Content]) -> str:
+    upload = statistics.fmean(content["upload"]["open"] for content in contents) / 1e6
+    masked = statistics.fmean(content["upload"]["secure"] for content in contents) / 1e6
+    training = statistics.fmean(content["train-seconds"] for content in contents)
+    measuring = statistics.fmean(sum(row["seconds"] for row in content["rows"]) for content in contents)
+    machines = sorted({content["machine"] for content in contents})
+    return (
+        f"Each silo sends {upload:.1f} MB open, {masked:.1f} MB masked. Training all silos took {training:.0f} s, all "
+        f"else {measuring:.0f} s in the mean ({'; '.join(machines)})."
+    )

@@ -1,0 +1,63 @@
+"""`gramfuse report`: the page of a run, made again from what lies in its directory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from gramfuse_cli.options import as_json as json_option
+from gramfuse_protocol.errors import RunDirectoryError
+
+
+@click.command()
+@click.argument("run", metavar="RUN", type=click.Path(path_type=Path))
+@json_option
+def report(run: Path, as_json: bool) -> None:
+    """Make RUN/report.html again, from report.json and plan.toml there.
+
+    RUN is a directory that a run left, also a failed one (NAME.failed), or that gramfuse merge or tune made of files.
+    The page is one static file: it loads nothing, runs nothing, and can be mailed or printed. Its line of
+    RUN/SHA256SUMS follows.
+    """
+    from gramfuse_server.run import PAGE, rewrite
+
+    rewrite(run, PAGE, _page_of(run))
+    place = run / PAGE
+    click.echo(json.dumps({"page": str(place.absolute())}) if as_json else str(place))
+
+
+def _page_of(run: Path) -> str:
+    """Return the page of what lies in a run directory.
+
+    Raises:
+        RunDirectoryError: if that is no run directory, or its report is damaged.
+        PlanError: if its plan is.
+    """
+    from gramfuse_protocol.plan import Plan
+    from gramfuse_server.pages.page import page
+    from gramfuse_server.run import PLAN, REPORT, check_unchanged, failed_of
+
+    file = run / REPORT
+    if not file.is_file():
+        there = failed_of(run) if (failed_of(run) / REPORT).is_file() else None
+        hint = f"the run failed, and its report is in {there}" if there else "expected what a run, merge or tune made"
+        raise RunDirectoryError(f"{run}: has no {REPORT}; {hint}")
+    plan = None
+    for name in (REPORT, PLAN):
+        if (run / name).is_file():
+            check_unchanged(run, name)
+    if (run / PLAN).is_file():
+        plan = Plan.read(run / PLAN)
+    try:
+        found: Any = json.loads(file.read_text(encoding="utf-8"))
+        return page(found, plan)
+    except OSError as error:
+        raise RunDirectoryError(f"{file}: cannot be read: {error}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        what = f"{error}" if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise RunDirectoryError(
+            f"{file}: is damaged, or no report of this version of gramfuse ({what}); take it from where it was copied"
+        ) from None

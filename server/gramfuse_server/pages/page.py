@@ -1,0 +1,46 @@
+"""The page of a run's report: one static file for people, which loads nothing and runs nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+
+from gramfuse_protocol.plan import Plan
+from gramfuse_server.pages.sections import heading, sections
+
+
+def page(report: Mapping[str, Any], plan: Plan | None) -> str:
+    """Return the page of a report, as HTML; the same report always gives the same text.
+
+    Args:
+        report: as it stands in report.json: of a run that is complete, of one that failed (it has `failure`), or of a
+            merge of files.
+        plan: that of the run, or None for files.
+
+    Raises:
+        KeyError, TypeError, ValueError, AttributeError: if this is no such report.
+    """
+    title, told = heading(report, plan)
+    return _template().render(
+        title=title,
+        told=told,
+        failed="failure" in report,
+        sections=sections(report, plan),
+        version=report["versions"]["gramfuse"],
+    )
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(
+        loader=PackageLoader("gramfuse_server.pages"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template("report.html")

@@ -1,0 +1,115 @@
+"""What things of a report are called, on the terminal and on its page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from gramfuse_protocol.metrics import PRIMARY
+from gramfuse_protocol.task import Kind
+
+MODES = {
+    "open": "The coordinator saw each silo's statistics.",
+    "secure": "The coordinator saw their sums only.",
+}
+
+NAMES = {
+    "silo": "{name} alone",
+    "body": "{name}'s body, with each silo's own head",
+    "alone": "each silo's own model",
+    "simple": "simple average",
+    "regmean": "RegMean",
+    "untuned": "RegMean, not tuned",
+}
+
+MERGES = ("simple", "regmean")
+
+KINDS = {
+    "silo": "fine-tuned at one silo, on its own examples only",
+    "body": "fine-tuned at one silo, under the heads of all silos",
+    "alone": "each silo's own model, on its own held-out examples",
+    "simple": "the mean of the silos' parameters",
+    "regmean": "the merge of this run: each linear layer solved in closed form from the silos' Gram matrices",
+    "untuned": "the merge with the plan's own α and weights",
+    "fisher": "the mean of the silos' parameters, weighted by their Fisher information",
+    "ensemble": "all silos' models asked at once, and their answers averaged",
+    "joint": "fine-tuned on the pooled examples of all silos, which silos that keep their data cannot do",
+    "best": "the best of the silos' own models, picked with hindsight",
+    "fedavg": "federated averaging: silos train, are averaged, and go on from the average, round after round",
+    "task-arithmetic": "the base model plus the scaled sum of the silos' differences from it",
+    "ties": "differences from the base, trimmed, and added where silos agree on the sign",
+    "transport": "units of two models matched before they are averaged",
+}
+"""What a model of a kind is, in one line."""
+
+METRICS = {
+    "accuracy": "share of examples that are right",
+    "macro-f1": "F1 of each label, averaged over labels, so that rare ones count as much as common ones",
+    "micro-f1": "F1 over the decisions about all labels together",
+    "mcc": "Matthews' correlation of truth and prediction, from −1 to 1; 0 is chance",
+    "pearson": "correlation of truth and prediction, from −1 to 1",
+    "rmse": "root of the mean squared error; lower is better",
+    "mae": "mean absolute error; lower is better",
+    "entity-f1": "F1 over entities, each of which must have the right type, beginning and end",
+    "precision": "share of what was found that is right",
+    "recall": "share of what is there that was found",
+    "exact-match": "share of texts that are exactly right",
+    "token-f1": "overlap of the words generated with those expected",
+    "perplexity": "how surprised the model is by the right words; lower is better",
+    "token-accuracy": "share of next tokens that are right",
+    "mean-score": "mean over the tasks of the metric that ranks models of each",
+}
+"""What a metric says, in one line; higher is better unless it says otherwise."""
+
+PHASES = {
+    "start": "start Flower",
+    "join": "silos join",
+    "train": "silos fine-tune and measure",
+    "upload": "silos upload",
+    "keys": "silos exchange keys",
+    "shares": "silos share the secrets of their masks",
+    "masked": "silos upload, masked",
+    "survivors": "silos sign who is in the sum",
+    "unmask": "silos release what opens the sum",
+    "merge": "merge",
+    "study": "try other merges",
+    "evaluate": "measure on held-out data",
+    "masked-metrics": "silos upload metrics, masked",
+    "survivors-metrics": "silos sign who is in the sum of metrics",
+    "unmask-metrics": "silos release what opens the sum of metrics",
+    "write": "write the model",
+    "finish": "silos wipe what they kept of the session",
+    "refusal": "silos refuse",
+}
+
+
+def name_of(model: Mapping[str, Any]) -> str:
+    """Return what a model of a report is called."""
+    return NAMES.get(model["kind"], "{name}").format(name=model["name"])
+
+
+def columns(model: Mapping[str, Any], tasks: Mapping[str, Kind]) -> dict[str, float]:
+    """Return what a table says of a model: all metrics, or, of several tasks, of each the one that ranks them."""
+    found = {name: value for name, value in model["metrics"].items() if name != "examples"}
+    for name, metrics in model.get("tasks", {}).items():
+        metric = PRIMARY[tasks[name]]
+        found[f"{name}: {metric}"] = metrics[metric]
+    return found
+
+
+def ranked_by(tasks: Mapping[str, Kind]) -> str:
+    """Return which metric ranks the models of a report: the higher, the better."""
+    return PRIMARY[tasks[""]] if "" in tasks else "mean-score"
+
+
+def explain(step: Mapping[str, Any]) -> str:
+    """Say how a group was solved."""
+    match step["outcome"]:
+        case "clean":
+            return "solved as it stands"
+        case "jitter":
+            return f"ill-conditioned; solved with a relative ridge of {step['jitter']:g} towards the simple average"
+        case "empty":
+            return "no silo saw a token there; took the simple average"
+        case _:
+            return f"{step['mean_blocks']} of {step['blocks']} blocks could not be solved; they took the simple average"
