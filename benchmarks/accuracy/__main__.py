@@ -16,7 +16,7 @@ import os
 from pathlib import Path
 
 from jobs import Job, work
-from settings import EXPERIMENTS, TABLES
+from settings import EXPERIMENTS, PARTS, TABLES
 from tables import table
 
 
@@ -34,6 +34,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="experiments at a time  [default: cores]")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change the plan")
+    parser.add_argument(
+        "--skip", nargs="+", default=[], choices=PARTS, metavar="PART", help=f"leave out {', '.join(PARTS)}"
+    )
     parser.add_argument("--quick", action="store_true", help="an eighth of the rows and few epochs: does it work?")
     parser.add_argument("--print", action="store_true", help="print tables of what is there, and measure nothing")
     options = parser.parse_args()
@@ -41,7 +44,17 @@ def main() -> None:
     if not options.data and chosen != ["desk"] and not options.print:
         parser.error("these experiments need --data")
     jobs = [
-        Job(name, seed, options.data, options.base, options.out, options.cache, options.quick, tuple(options.set))
+        Job(
+            name,
+            seed,
+            options.data,
+            options.base,
+            options.out,
+            options.cache,
+            options.quick,
+            tuple(options.set),
+            tuple(options.skip),
+        )
         for seed in options.seeds
         for name in chosen
     ]

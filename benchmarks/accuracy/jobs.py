@@ -29,6 +29,7 @@ class Job:
     cache: Path
     quick: bool
     settings: tuple[str, ...]
+    skip: tuple[str, ...]
 
 
 def work(jobs: Sequence[Job], at_a_time: int) -> None:
@@ -107,9 +108,10 @@ def do(job: Job) -> None:
         say(f"  {job.name}, seed {job.seed}: {row['model']}{where}: {row['in'][metric]:.3f} ({row['seconds']:.0f} s)")
 
     experiment = Experiment(found, store, metric, tell)
-    first = job.seed == 1
-    parts = wanted.parts if first else tuple(part for part in wanted.parts if part in ("joint", "transport"))
-    run(experiment, wanted.subsets or (experiment.everyone,), parts, fedavg=wanted.fedavg if first else 0)
+    every_time = ("joint", "transport")
+    parts = [p for p in wanted.parts if p not in job.skip and (job.seed == 1 or p in every_time)]
+    fedavg = 0 if job.seed > 1 or "fedavg" in job.skip else wanted.fedavg
+    run(experiment, wanted.subsets or (experiment.everyone,), parts, fedavg=fedavg)
 
 
 def say(line: str) -> None:

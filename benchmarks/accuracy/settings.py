@@ -27,6 +27,9 @@ DOMAINS = {
     "ner": ("wikigold", "sec", "btc", "crossner_politics"),
     "sent": ("books", "dvd", "electronics", "kitchen"),
 }
+PARTS = ("joint", "transport", "alphas", "structures", "tokens", "rounds", "fedavg")
+"""What takes long or is asked for of some experiments only; curves and FedAvg are of the first seed."""
+
 MOST_TEST = 400
 """Held-out rows of a domain or task at most, and half of that for validation."""
 
@@ -83,7 +86,7 @@ def glue(name: str, data: Source, seed: int) -> Setting:
             "pair": pair,
             "max-length": 96 if pair else 48,
         },
-        training={"epochs": 3, "learning-rate": 1e-4},
+        training={"epochs": 5, "learning-rate": 5e-5 if regression else 2e-4},
         columns={"text-pair": "text_pair"} if pair else {},
         metric="mcc" if name == "cola" else "",
     )
@@ -151,7 +154,7 @@ def tasks(data: Source, seed: int) -> Setting:
         title="Five GLUE tasks × 1,000 examples, heads of their own",
         silos=silos,
         model={"head": "own"},
-        training={"epochs": 3, "learning-rate": 1e-4},
+        training={"epochs": 5},
         columns={"text-pair": "text_pair"},
         tasks=sections,
     )
