@@ -9,12 +9,13 @@ READY := $(VENV)/.ready
 # In containers it runs as whoever calls make, but not as root.
 USER_ID = $(shell id -u | sed 's/^0$$/1000/')
 GROUP_ID = $(shell id -g | sed 's/^0$$/1000/')
+TABLES = glue emotion ner sent intents skew tasks generation desk
 COMPOSE = GRAMFUSE_UID=$(USER_ID) GRAMFUSE_GID=$(GROUP_ID) docker compose --file docker/compose.yaml
 
-.PHONY: help demo test deployed containers check bench api compose clean
+.PHONY: help demo test deployed containers check bench bench-quick api compose clean
 
 help: ## Show this help
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 
 demo: $(READY) ## Merge four front desks, simulated on this machine (about 3 minutes)
 	$(BIN)/gramfuse demo
@@ -35,6 +36,11 @@ check: $(READY) ## Format, lint, dependency rule, types, unit tests (under a min
 	$(BIN)/mypy
 	$(BIN)/pytest -q tests/unit
 
+bench-quick: $(READY) ## A small version of every table and chart of accuracy: make bench-quick DATA=PATH/TO/SETS
+	@test -n "$(DATA)" || { echo "give the folder of the sets: make bench-quick DATA=PATH/TO/SETS" >&2; exit 2; }
+	$(BIN)/python benchmarks/accuracy $(TABLES) --quick --seeds 1 --data "$(DATA)" --out benchmarks/out/quick
+	$(BIN)/python benchmarks/accuracy/charts.py --out benchmarks/out/quick --to benchmarks/out/quick/charts
+
 bench: $(READY) ## Accuracy of the demo, secure against open, cost of a secure sum, memory (about 35 minutes)
 	$(BIN)/python benchmarks/accuracy desk
 	$(BIN)/python benchmarks/accuracy/equality.py desk
@@ -51,7 +57,7 @@ compose: ## Merge four silos in containers of their own; the model is in ./runs 
 	exit $$(docker inspect --format '{{.State.ExitCode}}' $$($(COMPOSE) ps --all --quiet flower-server))
 
 clean: ## Remove the environment, caches and benchmark results; keep runs/
-	rm -rf $(VENV) dist benchmarks/out .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) dist benchmarks/out benchmarks/cache .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): pyproject.toml constraints.txt

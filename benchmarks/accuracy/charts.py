@@ -1,6 +1,8 @@
 """Draws charts, as SVG, of what experiments found.
 
-python benchmarks/accuracy/charts.py --out benchmarks/out --to docs/charts
+    python benchmarks/accuracy/charts.py --out benchmarks/out --to docs/charts
+
+A chart of which nothing was measured yet is left out.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """How far a merge under secure aggregation is from the open one: the same silos, data and training, both ways.
 
     python benchmarks/accuracy/equality.py desk
-    python benchmarks/accuracy/equality.py hwu64 --data PATH/TO/SETS
+    python benchmarks/accuracy/equality.py hwu64 --data PATH/TO/SETS --rounds 2
 
 The relative difference of a tensor is ‖secure − open‖ / ‖open‖ over its merged weights, in the Frobenius norm; that of
 the model is over all weights that were trained, together.
@@ -13,15 +13,17 @@ import argparse
 import os
 import platform
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
+from command import simulate
 from gramfuse_protocol.layout import Layout
 from projects import write
-from results import simulate
-from settings import SETTINGS
+from sets import Source
+from settings import EXPERIMENTS
 
 LIMIT = 1e-6
 
@@ -29,15 +31,18 @@ LIMIT = 1e-6
 def main() -> None:
     """Merge both ways and print the differences."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("benchmark", choices=SETTINGS)
-    parser.add_argument("--data", type=Path, help="folder of the sets (not needed for desk)")
+    parser.add_argument("experiment", choices=EXPERIMENTS)
+    parser.add_argument("--data", default="", help="folder of the sets (not needed for desk)")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=1, help="merge so many times")
     options = parser.parse_args()
     reports, weights = {}, {}
     with tempfile.TemporaryDirectory(prefix="gramfuse-") as scratch:
-        setting = SETTINGS[options.benchmark](options.data, options.seed)
+        setting = EXPERIMENTS[options.experiment].make(Source(options.data), options.seed)
+        training = {**setting.training, "seed": options.seed}
+        setting = replace(setting, training=training, merge={**setting.merge, "rounds": options.rounds})
         for mode, secure in (("open", False), ("secure", True)):
-            project = write(Path(scratch) / mode, setting, name=options.benchmark, secure=secure)
+            project = write(Path(scratch) / mode, setting, name=options.experiment, secure=secure)
             reports[mode] = simulate(project)
             weights[mode] = load_file(project / "run" / "model" / "model.safetensors")
             layout = Layout.read(project / "run" / "layout.json")
@@ -48,10 +53,10 @@ def main() -> None:
     worst = max(apart, key=lambda name: apart[name])
     print(f"{setting.title}; seed {options.seed}")
     print("\n| | open | secure |\n|---|---|---|")
-    for model in reports["open"]["models"]:
-        other = next(m for m in reports["secure"]["models"] if m["name"] == model["name"])
-        cells = [" / ".join(f"{v:.4f}" for k, v in m["metrics"].items() if k != "examples") for m in (model, other)]
-        print(f"| {model['name']} | {cells[0]} | {cells[1]} |")
+    for one, other in zip(*(reports[mode]["rounds"] for mode in ("open", "secure")), strict=True):
+        for model, same in zip(one["models"], other["models"], strict=True):
+            cells = [" / ".join(f"{v:.4f}" for k, v in m["metrics"].items() if k != "examples") for m in (model, same)]
+            print(f"| round {one['round']}: {model['name']} | {cells[0]} | {cells[1]} |")
     for what, value in (("MB from each silo", sent), ("seconds", seconds)):
         print(f"| {what} | {value(reports['open']):.1f} | {value(reports['secure']):.1f} |")
     print(f"\nrelative difference of the merged weights: {whole:.2e} over all, {worst} {apart[worst]:.2e} at most")

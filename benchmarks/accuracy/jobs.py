@@ -46,9 +46,11 @@ def work(jobs: Sequence[Job], at_a_time: int) -> None:
             future.result()
             left = (time.monotonic() - began) / done * (len(jobs) - done) / 60
             say(f"[{done}/{len(jobs)}] {job.name}, seed {job.seed} is done; about {left:.0f} min left")
-    except BaseException:
+    except BaseException as error:
         for process in list((pool._processes or {}).values()):
             process.terminate()
+        if isinstance(error, KeyboardInterrupt):
+            raise SystemExit("interrupted; what was measured is kept, and the same command goes on") from None
         raise
     finally:
         pool.shutdown(cancel_futures=True)
@@ -111,7 +113,10 @@ def do(job: Job) -> None:
     every_time = ("joint", "transport")
     parts = [p for p in wanted.parts if p not in job.skip and (job.seed == 1 or p in every_time)]
     fedavg = 0 if job.seed > 1 or "fedavg" in job.skip else wanted.fedavg
-    run(experiment, wanted.subsets or (experiment.everyone,), parts, fedavg=fedavg)
+    subsets = wanted.subsets or (experiment.everyone,)
+    if job.quick:
+        subsets, fedavg = tuple(dict.fromkeys((subsets[0], subsets[-1]))), min(2, fedavg)
+    run(experiment, subsets, parts, fedavg=fedavg)
 
 
 def say(line: str) -> None:

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from bases import spoken
+from command import gramfuse
 from partitions import by_label, halves
 from projects import Setting, SiloData
-from results import gramfuse
 from sets import Row, Rows, Source, labels_of
 
 Silos = tuple[str, ...]

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gramfuse_server.pages.wording import MERGES, MODES, columns, explain, name_of
+from gramfuse_server.run import PAGE
 
 
 def show_report(report: Mapping[str, Any], run: Path, as_json: bool) -> None:
@@ -33,7 +34,7 @@ def show_report(report: Mapping[str, Any], run: Path, as_json: bool) -> None:
         seen += f" Their keys are {report['identities']}."
     console.print(
         f"\n{len(report['silos'])} silos sent {sent / 1e6:.1f} MB in all, in {sum(report['seconds'].values()):.0f} s. "
-        f"{seen}\nplan {report['plan_digest']}\nrun  {run}\n\n"
+        f"{seen}\nplan    {report['plan_digest']}\nrun     {run}\nreport  {run / PAGE}\n\n"
         f"{_how_to_load(report, run)}",
         highlight=False,
         soft_wrap=True,

@@ -264,7 +264,7 @@ def test_a_silo_learns_and_counts_only_the_labels_that_it_annotates(
     )
     (directory / "plan.toml").write_text(
         f'[plan]\nname = "masked"\n[model]\nbase = "{pico_bert}"\ntask = "multi-label"\nlabels = ["a", "b", "c"]\n'
-        'max-length = 16\nthreshold = 0.2\n[training]\nepochs = 15\nlearning-rate = 3e-3\nbatch-size = 8\n'
+        "max-length = 16\nthreshold = 0.2\n[training]\nepochs = 15\nlearning-rate = 3e-3\nbatch-size = 8\n"
         f'[privacy]\nsecure-aggregation = false\nmetrics = "silo"\n{roster}'
     )
     done = run(directory, tmp_path, in_process_grid)
