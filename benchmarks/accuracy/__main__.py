@@ -17,7 +17,7 @@ from pathlib import Path
 
 from jobs import Job, work
 from settings import EXPERIMENTS, PARTS, TABLES
-from tables import table
+from tables import insert, table
 
 
 def main() -> None:
@@ -38,6 +38,7 @@ def main() -> None:
         "--skip", nargs="+", default=[], choices=PARTS, metavar="PART", help=f"leave out {', '.join(PARTS)}"
     )
     parser.add_argument("--quick", action="store_true", help="an eighth of the rows and few epochs: does it work?")
+    parser.add_argument("--into", type=Path, help="write tables into this Markdown document, where they have a place")
     parser.add_argument("--print", action="store_true", help="print tables of what is there, and measure nothing")
     options = parser.parse_args()
     chosen = list(dict.fromkeys(experiment for name in options.names for experiment in names[name]))
@@ -61,7 +62,11 @@ def main() -> None:
     if not options.print:
         work(jobs, options.jobs)
     for name in options.names:
-        print(table(name, names[name], options.out) + "\n")
+        text = table(name, names[name], options.out)
+        if options.into:
+            insert(options.into, name, text)
+        else:
+            print(f"{text}\n")
 
 
 if __name__ == "__main__":

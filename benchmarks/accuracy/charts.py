@@ -21,6 +21,7 @@ matplotlib.use("svg")
 
 from matplotlib import pyplot  # after the choice of what draws
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator, NullLocator
 
 Point = tuple[float, float]
 
@@ -97,11 +98,9 @@ def structure(axes: Axes, out: Path) -> bool:
         _line(axes, name, points)
         if mode == "open":
             for row, (x, y) in zip(rows, points, strict=False):
-                below = (0, -16) if row["structure"] != "diagonal" else (10, -4)
-                axes.annotate(row["structure"], (x, y), below, textcoords="offset points", ha="center", fontsize=9)
+                axes.annotate(row["structure"], (x, y), (8, -4), textcoords="offset points", fontsize=9)
     _level(axes, "simple average", contents, "simple")
-    axes.set_xscale("log")
-    _plain(axes)
+    axes.set_xlim(left=0)
     _finish(axes, contents, "Structure of the Gram matrices (hwu64, α chosen)", "MB that each silo sends")
     return True
 
@@ -118,8 +117,7 @@ def tokens(axes: Axes, out: Path) -> bool:
         return False
     _line(axes, "RegMean", points)
     _level(axes, "simple average", contents, "simple")
-    axes.set_xscale("log")
-    _plain(axes)
+    _logarithmic(axes)
     _finish(axes, contents, "Token rows for a Gram matrix (hwu64, α = 0.9)", "most token rows that each silo measures")
     return True
 
@@ -170,8 +168,7 @@ def traffic(axes: Axes, out: Path) -> bool:
     each = fedavg["bytes"] / 1e6
     _line(axes, "FedAvg", [(n * each, found[metric]) for n, found in enumerate(fedavg["rounds"], 1)])
     _level(axes, "joint training", contents, "joint")
-    axes.set_xscale("log")
-    _plain(axes)
+    _logarithmic(axes)
     _finish(axes, contents, "Bytes sent (hwu64; each point is a round)", "MB that each silo sends in all")
     return True
 
@@ -223,9 +220,12 @@ def _level(axes: Axes, name: str, contents: Sequence[Content], model: str) -> No
         axes.axhline(value, color=COLOURS[name], linestyle="--", linewidth=1.5, label=f"{name} ({value:.3f})")
 
 
-def _plain(axes: Axes) -> None:
-    """Write numbers on a logarithmic axis as they are."""
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+def _logarithmic(axes: Axes) -> None:
+    """Have a logarithmic axis, with numbers as they are."""
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.xaxis.set_minor_locator(NullLocator())
 
 
 def _finish(axes: Axes, contents: Sequence[Content], title: str, x: str) -> None:

@@ -198,6 +198,10 @@ class Experiment:
         sums = Between(layout, {name: laboratory.contributions[name] for name in silos}, self.plan.merge.weighting)
         self.row("simple", silos, lambda: (self.measure(sums.at(0.9).mean(), silos), {}))
         self.regmean("regmean", silos, sums.merge)
+        if silos == self.everyone:
+            by_examples = Between(layout, laboratory.contributions, "examples").merge
+            alpha = self.plan.merge.alpha
+            self.row("regmean, by examples", silos, lambda: (self.measure(by_examples(alpha).deltas, silos), {}))
         fishers = cached(lambda: [self._fisher(name) for name in silos])
         norms = {
             norm: lambda norm=norm: fisher_mean(differences, [normalised(f, norm) for f in fishers()], weights)

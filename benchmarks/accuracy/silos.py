@@ -21,7 +21,7 @@ from projects import Setting, write
 
 
 def laboratory(setting: Setting, name: str, cache: Path, settings: Sequence[str] = ()) -> tuple[Laboratory, float]:
-    """Return all silos of a setting, trained, in one laboratory, and the seconds that training took now.
+    """Return all silos of a setting, trained, in one laboratory, and the seconds that training took, now or before.
 
     Every silo fine-tunes and measures by the code of `gramfuse measure --plan`, which gives the statistics of a run bit
     for bit. What is in the cache under the digest of plan, data and base model is not done again.
@@ -35,9 +35,8 @@ def laboratory(setting: Setting, name: str, cache: Path, settings: Sequence[str]
     plan, layout = project.locked()
     place = project.directory.parent / plan.digest
     place.mkdir(exist_ok=True)
-    began = time.monotonic()
-    files = _trained(project, plan, layout, place)
-    seconds = time.monotonic() - began
+    files = {name: _trained(project, plan, layout, name, place) for name in plan.names}
+    seconds = sum(float((place / f"{name}.seconds").read_text()) for name in files)
     silos = {name: simulated_silo(str(silo.path), str(place), plan.digest) for name, silo in project.silos().items()}
     heads = {name: file.own() for name, file in files.items()} if plan.model.head == "own" else {}
     return Laboratory(plan, layout, project.directory, silos, files, heads), seconds
@@ -59,17 +58,16 @@ def _written(setting: Setting, name: str, cache: Path) -> Path:
     return place / "project"
 
 
-def _trained(project: Project, plan: Plan, layout: Layout, place: Path) -> dict[str, StatisticsFile]:
-    found = {}
-    for name in plan.names:
-        path = place / f"{name}.safetensors"
-        if not path.exists():
-            silo = simulated_silo(str(project.silos()[name].path), str(place), plan.digest, opened=True)
-            temporary = path.with_suffix(".partial")
-            temporary.unlink(missing_ok=True)
-            state = State(silo.state, plan.digest)
-            contribute(silo, plan, layout, temporary, state)
-            temporary.rename(path)
-            shutil.rmtree(state.directory)  # the file has all of it
-        found[name] = read_statistics(path)
-    return found
+def _trained(project: Project, plan: Plan, layout: Layout, name: str, place: Path) -> StatisticsFile:
+    path = place / f"{name}.safetensors"
+    if not path.exists():
+        began = time.monotonic()
+        silo = simulated_silo(str(project.silos()[name].path), str(place), plan.digest, opened=True)
+        temporary = path.with_suffix(".partial")
+        temporary.unlink(missing_ok=True)
+        state = State(silo.state, plan.digest)
+        contribute(silo, plan, layout, temporary, state)
+        shutil.rmtree(state.directory)  # the file has all of it
+        path.with_suffix(".seconds").write_text(f"{time.monotonic() - began:.1f}\n", encoding="ascii")
+        temporary.rename(path)
+    return read_statistics(path)

@@ -21,6 +21,7 @@ NAMES = {
     "ensemble": "ensemble (mean of logits)",
     "regmean": "**RegMean**, α = 0.9",
     "regmean, α chosen": "**RegMean**, α chosen",
+    "regmean, by examples": "RegMean, α = 0.9, weighted by examples",
     "joint": "joint training",
 }
 """Models in the order of a table."""
@@ -49,6 +50,21 @@ def table(name: str, experiments: Sequence[str], out: Path) -> str:
     parts += [line for experiment, contents in found.items() if (line := fedavg(experiment, contents))]
     parts.append(_cost([content for contents in found.values() for content in contents]))
     return "\n\n".join(parts)
+
+
+def insert(document: Path, name: str, text: str) -> None:
+    """Put the tables of a name into a Markdown document, between `<!-- table NAME -->` and `<!-- end -->`.
+
+    Raises:
+        ValueError: if it has no such place.
+    """
+    before, begin, rest = document.read_text(encoding="utf-8").partition(f"<!-- table {name} -->\n")
+    _, end, after = rest.partition("<!-- end -->")
+    if not begin or not end:
+        raise ValueError(f"{document} has no place for the table {name}")
+    temporary = document.with_suffix(".partial")
+    temporary.write_text(f"{before}{begin}\n{text}\n\n{end}{after}", encoding="utf-8")
+    temporary.replace(document)
 
 
 def columns(found: dict[str, list[Content]]) -> str:
