@@ -245,8 +245,6 @@ class Experiment:
         """Measure FedAvg after each round, until it is as good as one exchange of RegMean or the rounds are over."""
         target = self.store.find("regmean", self.everyone)
         goal = float(target["in"][self.ranked]) if target else float("inf")
-        if self.store.find("fedavg", self.everyone):
-            return
         by_round: list[dict[str, float]] = []
         last: list[Mapping[str, Sums]] = []
 
