@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Sequence
 
 from sets import Rows
@@ -50,3 +51,16 @@ def halves(rows: Rows, skew: float, rng: random.Random) -> list[Rows]:
     for share in shares:
         rng.shuffle(share)
     return shares
+
+
+def thinned(rows: Rows, labels: Sequence[str]) -> Rows:
+    """Leave out rows with exactly these `labels` once there are as many as of the most frequent other label."""
+    counts = Counter(label for row in rows for label in row["labels"] if label not in labels)
+    left = max(counts.values())
+    kept = []
+    for row in rows:
+        common = row["labels"] == labels
+        left -= common
+        if not common or left >= 0:
+            kept.append(row)
+    return kept
