@@ -120,9 +120,12 @@ class Experiment:
             (the ranking metric on each silo's data), `seconds`, and whatever else is to be said of a model.
         ranked: the metric by which something is chosen on validation data.
         tell: is told each row.
+        quick: choose among fewer, and take Fisher information over fewer examples.
     """
 
-    def __init__(self, laboratory: Laboratory, store: Store, ranked: str, tell: Callable[[Row], None]) -> None:
+    def __init__(
+        self, laboratory: Laboratory, store: Store, ranked: str, tell: Callable[[Row], None], *, quick: bool = False
+    ) -> None:
         self.laboratory = laboratory
         self.plan = laboratory.plan
         self.layout = laboratory.layout
@@ -130,6 +133,8 @@ class Experiment:
         self.tell = tell
         self.everyone: Silos = tuple(laboratory.contributions)
         self.ranked = ranked
+        self.choices = (0.5, 0.9) if quick else CHOICES
+        self.fisher_examples = FISHER_EXAMPLES // 8 if quick else FISHER_EXAMPLES
         self._fishers: dict[str, Mapping[str, NDArray[np.float32]]] = {}
 
     # What is measured
@@ -234,7 +239,7 @@ class Experiment:
             return self.measure(merged.deltas, silos), {"not-clean": odd, **more}
 
         self.row(model, silos, plain)
-        makes = {alpha: lambda alpha=alpha: at(alpha).deltas for alpha in CHOICES}
+        makes = {alpha: lambda alpha=alpha: at(alpha).deltas for alpha in self.choices}
         self.choose(f"{model}, α chosen", silos, "alpha", makes)
 
     def joint(self) -> None:
@@ -329,7 +334,7 @@ class Experiment:
         if name not in self._fishers:
             bench = self.laboratory.benches[name]
             variant = choose_variant(bench.task, None)
-            self._fishers[name] = bench.fisher(self.laboratory.deltas(name), variant, FISHER_EXAMPLES)
+            self._fishers[name] = bench.fisher(self.laboratory.deltas(name), variant, self.fisher_examples)
         return self._fishers[name]
 
     def _ensemble(self, silos: Silos) -> dict[str, Sums]:

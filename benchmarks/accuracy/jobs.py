@@ -109,7 +109,7 @@ def do(job: Job) -> None:
         where = f" of {', '.join(row['silos'])}" if len(row["silos"]) < len(found.plan.names) else ""
         say(f"  {job.name}, seed {job.seed}: {row['model']}{where}: {row['in'][metric]:.3f} ({row['seconds']:.0f} s)")
 
-    experiment = Experiment(found, store, metric, tell)
+    experiment = Experiment(found, store, metric, tell, quick=job.quick)
     every_time = ("joint", "transport")
     parts = [p for p in wanted.parts if p not in job.skip and (job.seed == 1 or p in every_time)]
     fedavg = 0 if job.seed > 1 or "fedavg" in job.skip else wanted.fedavg
