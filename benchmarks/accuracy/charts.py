@@ -98,7 +98,7 @@ def structure(axes: Axes, out: Path) -> bool:
         _line(axes, name, points)
         if mode == "open":
             for row, (x, y) in zip(rows, points, strict=False):
-                axes.annotate(row["structure"], (x, y), (8, -4), textcoords="offset points", fontsize=9)
+                axes.annotate(row["structure"], (x, y), (7, -11), textcoords="offset points", fontsize=9)
     _level(axes, "simple average", contents, "simple")
     axes.set_xlim(left=0)
     _finish(axes, contents, "Structure of the Gram matrices (hwu64, α chosen)", "MB that each silo sends")

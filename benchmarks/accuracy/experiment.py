@@ -246,8 +246,12 @@ class Experiment:
         """Measure one model that is trained on all silos' data."""
         self.row("joint", self.everyone, lambda: (self.laboratory.measure_joint(torch.get_num_threads()), {}))
 
-    def fedavg(self, rounds: int) -> None:
-        """Measure FedAvg after each round, until it is as good as one exchange of RegMean or the rounds are over."""
+    def fedavg(self, rounds: int, *, stop: bool) -> None:
+        """Measure FedAvg after each round.
+
+        Args:
+            stop: end once it is as good as one exchange of RegMean.
+        """
         target = self.store.find("regmean", self.everyone)
         goal = float(target["in"][self.ranked]) if target else float("inf")
         by_round: list[dict[str, float]] = []
@@ -257,7 +261,7 @@ class Experiment:
             last[:] = [self.measure(deltas, self.everyone)]
             by_round.append(_metrics(self, last[0]))
             print(f"  fedavg, round {number}: {by_round[-1][self.ranked]:.3f}", file=sys.stderr, flush=True)
-            if by_round[-1][self.ranked] >= goal:
+            if stop and by_round[-1][self.ranked] >= goal:
                 raise Enough
 
         def make() -> tuple[Mapping[str, Sums], Row]:
@@ -472,4 +476,4 @@ def run(experiment: Experiment, subsets: Iterable[Silos], parts: Sequence[str], 
     if "rounds" in parts:
         experiment.rounds(3)
     if fedavg:
-        experiment.fedavg(fedavg)
+        experiment.fedavg(fedavg, stop="rounds" not in parts)

@@ -53,14 +53,12 @@ def halves(rows: Rows, skew: float, rng: random.Random) -> list[Rows]:
     return shares
 
 
-def thinned(rows: Rows, labels: Sequence[str]) -> Rows:
-    """Leave out rows with exactly these `labels` once there are as many as of the most frequent other label."""
-    counts = Counter(label for row in rows for label in row["labels"] if label not in labels)
-    left = max(counts.values())
+def balanced(rows: Rows, most: int, rng: random.Random) -> Rows:
+    """Draw rows until there are `most` of each label, or no more; a row with several is drawn if one is lacking."""
+    counts: Counter[str] = Counter()
     kept = []
-    for row in rows:
-        common = row["labels"] == labels
-        left -= common
-        if not common or left >= 0:
+    for row in rng.sample(rows, len(rows)):
+        if min(counts[label] for label in row["labels"]) < most:
+            counts.update(row["labels"])
             kept.append(row)
     return kept

@@ -40,7 +40,7 @@ def table(name: str, experiments: Sequence[str], out: Path) -> str:
     found = {experiment: contents for experiment in experiments if (contents := read(experiment, out))}
     if not found:
         return f"{name}: nothing was measured yet"
-    parts = [f"{contents[0]['title']}; seeds {_seeds(contents)}." for contents in found.values()]
+    parts = [_seeded(found)]
     if name in DOMAINS:
         parts += [domains(contents) for contents in found.values()]
     elif name == "tasks":
@@ -121,9 +121,10 @@ def fedavg(experiment: str, contents: Sequence[Content]) -> str:
             metric, goal = content["metric"], row["goal"]
             curve = [found[metric] for found in row["rounds"]]
             sent = row["bytes"] / 1e6
+            matched = next((number for number, value in enumerate(curve, 1) if value >= goal), 0)
             end = (
-                f"matches it after {len(curve)} ({len(curve) * sent:.0f} MB from each silo)"
-                if curve[-1] >= goal
+                f"matches it after {matched} ({matched * sent:.0f} MB from each silo)"
+                if matched
                 else f"does not match it in {len(curve)} ({len(curve) * sent:.0f} MB from each silo)"
             )
             upload = content["upload"]
@@ -193,8 +194,14 @@ def _markdown(heads: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -
     return "\n".join(lines)
 
 
-def _seeds(contents: Sequence[Content]) -> str:
-    return ", ".join(str(content["seed"]) for content in contents)
+def _seeded(found: dict[str, list[Content]]) -> str:
+    """Say which seeds were measured: once, if they are the same for all."""
+    seeds = {
+        experiment: ", ".join(str(content["seed"]) for content in contents) for experiment, contents in found.items()
+    }
+    if len(set(seeds.values())) == 1:
+        return f"Seeds: {next(iter(seeds.values()))}."
+    return f"Seeds: {'; '.join(f'{experiment} {of}' for experiment, of in seeds.items())}."
 
 
 def _cost(contents: Sequence[Content]) -> str:
