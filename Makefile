@@ -17,7 +17,7 @@ COMPOSE = GRAMFUSE_UID=$(USER_ID) GRAMFUSE_GID=$(GROUP_ID) docker compose --file
 help: ## Show this help
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 
-demo: $(READY) ## Merge four front desks, simulated on this machine (about 3 minutes)
+demo: $(READY) ## Merge four front desks, simulated on this machine (2 to 4 minutes)
 	$(BIN)/gramfuse demo
 
 test: $(READY) ## Run the tests but for the next two (under 10 minutes on two cores)

@@ -245,7 +245,7 @@ def _pairs(names: Sequence[str]) -> tuple[Silos, ...]:
 
 
 def _with_all(names: Sequence[str]) -> tuple[Silos, ...]:
-    return (*_pairs(names), tuple(name.replace("_", "-") for name in names))
+    return (tuple(name.replace("_", "-") for name in names), *_pairs(names))
 
 
 def _intents(name: str, silos: int, skew: float, **more: Any) -> Experiment:
