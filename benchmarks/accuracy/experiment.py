@@ -10,16 +10,16 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from transformers import PreTrainedModel
 
 from gramfuse_cli.averaging import federated_average
-from gramfuse_cli.laboratory import Deltas, Laboratory, Part
+from gramfuse_cli.laboratory import Bench, Deltas, Laboratory, Part
 from gramfuse_client.batches import batches
 from gramfuse_client.fisher import choose_variant
 from gramfuse_client.statistics import collect_statistics
@@ -27,7 +27,7 @@ from gramfuse_model.base import trainable
 from gramfuse_model.tracing import public_batch
 from gramfuse_protocol.layout import Layout, delta_block, gram_block
 from gramfuse_protocol.metrics import Sums
-from gramfuse_protocol.statistics import Contribution
+from gramfuse_protocol.statistics import Contribution, Statistics
 from gramfuse_server.accumulator import Accumulator, Merged
 from gramfuse_server.baselines import fisher_mean, normalised, task_arithmetic, ties
 from gramfuse_server.evaluation import described
@@ -158,10 +158,10 @@ class Experiment:
     def _judged(self, sums: Mapping[str, Sums], silos: Silos) -> Row:
         own = {name: found for name, found in sums.items() if name in silos}
         others = {name: found for name, found in sums.items() if name not in silos}
-        by = {name: _metrics(self, {name: found})[self.ranked] for name, found in sums.items()}
-        judged: Row = {"in": _metrics(self, own), "by": by}
+        by = {name: self._metrics({name: found})[self.ranked] for name, found in sums.items()}
+        judged: Row = {"in": self._metrics(own), "by": by}
         if others:
-            judged |= {"out": _metrics(self, others), "all": _metrics(self, sums)}
+            judged |= {"out": self._metrics(others), "all": self._metrics(sums)}
         return judged
 
     def measure(self, deltas: Deltas, silos: Silos, part: Part = "held-out") -> dict[str, Sums]:
@@ -171,7 +171,7 @@ class Experiment:
 
     def score(self, deltas: Deltas, silos: Silos) -> float:
         """Return what models are chosen by: the ranking metric on the validation data of the silos in a merge."""
-        return float(_metrics(self, self.measure(deltas, silos, "validation"))[self.ranked])
+        return float(self._metrics(self.measure(deltas, silos, "validation"))[self.ranked])
 
     def choose(self, model: str, silos: Silos, option: str, makes: Mapping[Any, Callable[[], Deltas]]) -> Row:
         """Return the row of the candidate that is best on validation data, with all their scores."""
@@ -200,8 +200,8 @@ class Experiment:
         laboratory, layout = self.laboratory, self.layout
         parents = [laboratory.deltas(name) for name in silos]
         differences, weights = self._parents(silos)
-        sums = Between(layout, {name: laboratory.contributions[name] for name in silos}, self.plan.merge.weighting)
-        self.row("simple", silos, lambda: (self.measure(sums.at(0.9).mean(), silos), {}))
+        sums = self._sums({name: laboratory.contributions[name] for name in silos})
+        self.row("simple", silos, lambda: (self.measure(sums.at(self.plan.merge.alpha).mean(), silos), {}))
         self.regmean("regmean", silos, sums.merge)
         if silos == self.everyone:
             by_examples = Between(layout, laboratory.contributions, "examples").merge
@@ -259,7 +259,7 @@ class Experiment:
 
         def after(number: int, deltas: Deltas) -> None:
             last[:] = [self.measure(deltas, self.everyone)]
-            by_round.append(_metrics(self, last[0]))
+            by_round.append(self._metrics(last[0]))
             print(f"  fedavg, round {number}: {by_round[-1][self.ranked]:.3f}", file=sys.stderr, flush=True)
             if stop and by_round[-1][self.ranked] >= goal:
                 raise Enough
@@ -267,13 +267,14 @@ class Experiment:
         def make() -> tuple[Mapping[str, Sums], Row]:
             with suppress(Enough):
                 federated_average(self.laboratory, rounds, after)
-            return last[0], {"rounds": by_round, "goal": goal, "bytes": self._model_bytes}
+            sent = sum(array.nbytes for array in self.laboratory.start().values())
+            return last[0], {"rounds": by_round, "goal": goal, "bytes": sent}
 
         self.row("fedavg", self.everyone, make)
 
     def alphas(self) -> None:
         """Measure RegMean over α on held-out data, where nothing is chosen by it."""
-        sums = Between(self.layout, self.laboratory.contributions, self.plan.merge.weighting)
+        sums = self._sums(self.laboratory.contributions)
         for alpha in ALPHAS:
             self.row(
                 f"regmean, α = {alpha:g}",
@@ -285,30 +286,27 @@ class Experiment:
         """Measure RegMean over the structure of Gram matrices, cut out of the full ones."""
         for structure in STRUCTURES:
             layout = structured(self.layout, structure)
-            parts = {name: cut(self.layout, layout, whole) for name, whole in self.laboratory.contributions.items()}
+            sums = cached(lambda layout=layout: self._cut(layout))
             size = {"open": layout.upload_bytes(masked=False), "secure": layout.upload_bytes(masked=True)}
-            merge = Between(layout, parts, self.plan.merge.weighting).merge
+
+            def merge(alpha: float, sums: Any = sums) -> Merged:
+                return sums().merge(alpha)
+
             self.regmean(f"regmean, {structure}", self.everyone, merge, structure=structure, bytes=size)
 
     def tokens(self) -> None:
         """Measure RegMean over the most token rows that a silo measures for one Gram matrix."""
         for limit in TOKENS:
-            fewer = cached(lambda limit=limit: {name: self._remeasured(name, limit) for name in self.everyone})
+            sums = cached(lambda limit=limit: self._sums({n: self._remeasured(n, limit) for n in self.everyone}))
 
-            def merge(alpha: float, fewer: Any = fewer) -> Merged:
-                return Between(self.layout, fewer(), self.plan.merge.weighting).merge(alpha)
+            def merge(alpha: float, sums: Any = sums) -> Merged:
+                return sums().merge(alpha)
 
             self.regmean(f"regmean, {limit} tokens", self.everyone, merge, tokens=limit)
 
     def rounds(self, most: int) -> None:
         """Merge again and again: silos go on from the merged model, as under a plan with `merge.rounds`."""
-        start = cached(
-            lambda: (
-                Between(self.layout, self.laboratory.contributions, self.plan.merge.weighting)
-                .merge(self.plan.merge.alpha)
-                .deltas
-            )
-        )
+        start = cached(lambda: self._sums(self.laboratory.contributions).merge(self.plan.merge.alpha).deltas)
         for number in range(2, most + 1):
             merge = cached(lambda start=start, number=number: self._round(start(), number))
             self.row(
@@ -325,9 +323,12 @@ class Experiment:
 
     # How it is done
 
-    @cached_property
-    def _model_bytes(self) -> int:
-        return sum(array.nbytes for array in self.laboratory.start().values())
+    def _sums(self, contributions: Mapping[str, Contribution]) -> Between:
+        return Between(self.layout, contributions, self.plan.merge.weighting)
+
+    def _cut(self, layout: Layout) -> Between:
+        parts = {name: cut(self.layout, layout, whole) for name, whole in self.laboratory.contributions.items()}
+        return Between(layout, parts, self.plan.merge.weighting)
 
     def _parents(self, silos: Silos) -> tuple[list[Deltas], list[Mapping[str, NDArray[np.float64]]]]:
         differences, weights = self.laboratory.parents()
@@ -356,12 +357,8 @@ class Experiment:
     def _remeasured(self, name: str, limit: int) -> Contribution:
         bench, whole = self.laboratory.benches[name], self.laboratory.contributions[name]
         start = trainable(bench.base.model)
-        encoded = bench.encoded(bench.examples[0])
         with bench.model(self.laboratory.deltas(name)) as model:
-            size = self.plan.training.batch_size
-            found = collect_statistics(
-                model, batches(encoded, size, bench.device), self.layout, base=start, examples=len(encoded), limit=limit
-            )
+            found = self._collected(bench, model, start, limit)
         grams = {name: values for name, values in found.blocks.items() if name.startswith(gram_block(""))}
         return Derived(whole, grams, found.tokens)
 
@@ -371,21 +368,23 @@ class Experiment:
         for name, bench in self.laboratory.benches.items():
             deltas = {name: began[delta_block(name)] for name in start}
             tuned = bench.finetune(deltas, number)
-            encoded = bench.encoded(bench.examples[0])
             with bench.model(deltas) as model:
                 before = trainable(model)
             with bench.model({}, head=tuned) as model:
-                size, limit = self.plan.training.batch_size, self.plan.merge.tokens
-                found = collect_statistics(
-                    model,
-                    batches(encoded, size, bench.device),
-                    self.layout,
-                    base=before,
-                    examples=len(encoded),
-                    limit=limit,
-                )
-            sums.fold(found, name, silo=name)
+                sums.fold(self._collected(bench, model, before, self.plan.merge.tokens), name, silo=name)
         return sums.merge().after(began)
+
+    def _collected(
+        self, bench: Bench, model: PreTrainedModel, base: Mapping[str, NDArray[np.float32]], limit: int
+    ) -> Statistics:
+        """Measure a model on a silo's training examples."""
+        encoded = bench.encoded(bench.examples[0])
+        found = batches(encoded, self.plan.training.batch_size, bench.device)
+        return collect_statistics(model, found, self.layout, base=base, examples=len(encoded), limit=limit)
+
+    def _metrics(self, sums: Mapping[str, Sums]) -> dict[str, Any]:
+        model = described(self.plan, "", "", sums)
+        return {**model["metrics"], **({"tasks": model["tasks"]} if self.plan.task else {})}
 
 
 class Between:
@@ -444,14 +443,6 @@ def cached(make: Callable[[], Any]) -> Callable[[], Any]:
         return made[0]
 
     return get
-
-
-def _metrics(experiment: Experiment, sums: Mapping[str, Sums]) -> dict[str, Any]:
-    model = described(experiment.plan, "", "", sums)
-    found: dict[str, Any] = dict(model["metrics"])
-    if experiment.plan.task:
-        found["tasks"] = model["tasks"]
-    return found
 
 
 def run(experiment: Experiment, subsets: Iterable[Silos], parts: Sequence[str], *, fedavg: int = 0) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from gramfuse_protocol.messages import MERGED
 from gramfuse_protocol.metrics import PRIMARY
 from gramfuse_protocol.task import Kind
 
@@ -22,7 +23,7 @@ NAMES = {
     "untuned": "RegMean, not tuned",
 }
 
-MERGES = ("simple", "regmean")
+MERGES = ("simple", MERGED)
 
 KINDS = {
     "silo": "fine-tuned at one silo, on its own examples only",
