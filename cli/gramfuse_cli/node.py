@@ -13,7 +13,7 @@ import secrets
 import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -38,10 +38,15 @@ FORGET_SECONDS = 90.0
 """A SuperLink takes up to 60 s to notice that a node is gone; until then it refuses the same node."""
 SENT_SECONDS = 60.0
 """With --once: how long the last answer may take from the ledger to the coordinator, at most."""
+FORSAKEN_SECONDS = 90.0
+"""Flower notices within 60 s that a worker is gone which had its request, and never that one is gone which had not."""
+WORKER_SECONDS = 5.0
+"""How often to look whether there is a worker."""
 
 _COMPLAINT = re.compile(r"\d{4}-\d\d-\d\d \S+ (?:WARNING|ERROR) (.*)")
 """What gramfuse_client logs for the silo's operator, in a worker."""
 
+NODE, RUNNER = "SuperNode", "SuperExec"
 WORKER = "flwr-clientapp"
 OTHERS = ("flwr-agentapp", "flwr-connector", "flwr-model", "flwr-serverapp", "flwr-simulation")
 """What else a SuperExec starts if a coordinator asks for it; of these, some run code that a bundle brings."""
@@ -122,12 +127,12 @@ def services(silo: Silo, directory: Path, address: str, ca: Path | None, watch: 
         node += ["--insecure"]
     else:
         node += ["--root-certificates", str(ca), "--auth-supernode-private-key", str(silo.node_key_path)]
-    yield Service("SuperNode", node, watch.node_log.path, environment, advice=watch.advice)
+    yield Service(NODE, node, watch.node_log.path, environment, advice=watch.advice)
 
     runner = [str(BIN / "flower-superexec"), "--runtime-api-address", f"127.0.0.1:{port}", "--insecure"]
     runner += ["--superexec-auth-secret-file", str(secret)]
     path = f"{bin_}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
-    yield Service("SuperExec", runner, watch.worker_log.path, {**environment, "PATH": path})
+    yield Service(RUNNER, runner, watch.worker_log.path, {**environment, "PATH": path})
 
 
 def write_commands(directory: Path) -> None:
@@ -162,6 +167,9 @@ def follow(supervisor: Supervisor, watch: Watch, *, once: bool) -> None:
     while not (once and watch.over):
         supervisor.poll()
         watch.look()
+        if watch.forsaken(lambda: supervisor.works(RUNNER)):
+            say("a request came and no worker answers it: the SuperNode is started again, so that it is asked anew")
+            supervisor.restart(NODE)
         time.sleep(POLL_SECONDS)
 
 
@@ -190,6 +198,8 @@ class Watch:
         self._finished: float | None = None
         self._sent = False
         self._failing = False
+        self._held: float | None = None  # when a request that is not answered yet came, or was last seen worked on
+        self._looked = 0.0
 
     @property
     def over(self) -> bool:
@@ -211,8 +221,22 @@ class Watch:
         if self._state != "connected" and time.monotonic() > self._asked + PROBE_SECONDS:
             self._look_for_obstacles()
 
+    def forsaken(self, works: Callable[[], bool]) -> bool:
+        """Return whether a request is here that nothing works on.
+
+        Args:
+            works: whether there is a worker.
+        """
+        now = time.monotonic()
+        if self._held is not None and now > self._looked + WORKER_SECONDS:
+            self._looked = now
+            if works():
+                self._held = now
+        return self._held is not None and now > self._held + FORSAKEN_SECONDS
+
     def advice(self, output: str) -> str:
         """Return what it means that the SuperNode ended, and what to do."""
+        self._held = None
         if self._state != "connecting":
             self._known = time.monotonic()
         self._state = "connecting"
@@ -249,6 +273,10 @@ class Watch:
         elif "Connection successful" in line and self._state == "lost":
             self._state = "connected"
             say(f"connected to {self.address} again")
+        elif "Receiving: " in line:
+            self._held = time.monotonic()
+        elif any(words in line for words in ("Sending: ", "Failed to receive", "Ignoring message")):
+            self._held = None
         elif "Sent successfully" in line and self._finished is not None:
             self._sent = True
 

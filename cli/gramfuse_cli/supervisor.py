@@ -139,6 +139,19 @@ class Supervisor:
             elif now >= running.again:
                 self._start_again(running, now)
 
+    def works(self, name: str) -> bool:
+        """Return whether a service has started a process that still runs."""
+        with suppress(psutil.Error):
+            return any(
+                child.status() != psutil.STATUS_ZOMBIE
+                for child in psutil.Process(self._named(name).process.pid).children()
+            )
+        return False
+
+    def restart(self, name: str) -> None:
+        """Have a service end; `poll` starts it again."""
+        self._named(name).process.terminate()
+
     @contextmanager
     def kept(self) -> Iterator[None]:
         """Keep the services running while something else is done here."""
@@ -166,6 +179,9 @@ class Supervisor:
         end(leaders, self.mark)
         for running in self._all:
             running.process.wait()
+
+    def _named(self, name: str) -> _Running:
+        return next(running for running in self._all if running.service.name == name)
 
     def _launch(self, service: Service) -> _Running:
         with os.fdopen(open_private(service.log, os.O_APPEND), "ab") as output:

@@ -115,12 +115,14 @@ class Running:
     Args:
         out: its run directory, once it is complete.
         log, answer: what it says on standard error and on standard output.
+        around: the coordinator and the silos, for what they say if it goes wrong.
     """
 
     process: subprocess.Popen[bytes]
     out: Path
     log: Path
     answer: Path
+    around: list[Started]
 
     def crossed(self) -> list[tuple[str, str, str]]:
         """("to" or "from", silo, phase) of everything that its transcript has so far."""
@@ -138,7 +140,7 @@ class Running:
         deadline = time.monotonic() + seconds
         while message not in self.crossed():
             assert self.process.poll() is None, self.log.read_text()
-            assert time.monotonic() < deadline, f"no {message} in {self.crossed()}\n{self.log.read_text()}"
+            assert time.monotonic() < deadline, f"no {message} in {self.crossed()}\n{self.told()}"
             time.sleep(0.05)
 
     def end(self, seconds: float = 420) -> tuple[int, dict[str, Any]]:
@@ -146,7 +148,7 @@ class Running:
         try:
             code = self.process.wait(seconds)
         except subprocess.TimeoutExpired:
-            raise AssertionError(f"it does not end:\n{self.log.read_text()}") from None
+            raise AssertionError(f"it does not end:\n{self.told()}") from None
         answer = json.loads(self.answer.read_text())
         return code, answer.get("error", answer)
 
@@ -155,6 +157,10 @@ class Running:
         code, answer = self.end(seconds)
         assert code == 0, f"{answer}\n{self.log.read_text()}"
         return answer
+
+    def told(self) -> str:
+        """What it said, and all around it."""
+        return self.log.read_text() + "".join(f"\n--- {c.log}\n{c.said}{c.logs()}" for c in self.around)
 
     def weights(self) -> bytes:
         """The merged model, once it is complete."""
@@ -262,7 +268,7 @@ class Deployment:
             process = subprocess.Popen(
                 [GRAMFUSE, *map(str, arguments)], stdin=subprocess.DEVNULL, stdout=output, stderr=errors
             )
-        self.running.append(Running(process, path, log, answer))
+        self.running.append(Running(process, path, log, answer, self.started))
         return self.running[-1]
 
     def resume(self, out: str = "run") -> Running:

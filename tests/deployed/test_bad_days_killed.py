@@ -91,6 +91,25 @@ def test_a_worker_and_a_supernode_are_killed_and_missed_when_flower_misses_them(
 
 
 @pytest.mark.timeout(900)
+def test_a_worker_fails_before_it_has_its_message(deploy: Run, pico_project: Run, tmp_path: Path) -> None:
+    project = pico_project(silos=2)
+    deployment = deploy(project)
+    stumble = tmp_path / "stumble"
+    stumble.touch()
+    deployment.change("STUMBLE", str(stumble))
+    deployment.start_server()
+    deployment.register()
+    silo = deployment.start_silo("silo-a")
+    deployment.environment.clear()
+    deployment.start_silo("silo-b")
+    running = deployment.start_run()
+    silo.wait_for("no worker answers it: the SuperNode is started again", seconds=300)
+    assert running.report()["lost"] == []
+    assert not stumble.exists()
+    deployment.check_silos()
+
+
+@pytest.mark.timeout(900)
 def test_a_serverapp_is_killed_and_a_run_interrupted_and_each_time_it_goes_on(
     deploy: Run, pico_project: Run, undisturbed: Run
 ) -> None:
