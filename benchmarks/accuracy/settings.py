@@ -87,7 +87,7 @@ def glue(name: str, data: Source, seed: int) -> Setting:
             "pair": pair,
             "max-length": 96 if pair else 48,
         },
-        training={"epochs": 5, "learning-rate": 5e-5 if regression else 2e-4},
+        training={"epochs": 5, "learning-rate": 5e-5 if pair else 2e-4},
         columns={"text-pair": "text_pair"} if pair else {},
         metric="mcc" if name == "cola" else "",
     )

@@ -46,10 +46,10 @@ def table(name: str, experiments: Sequence[str], out: Path) -> str:
     elif name == "tasks":
         parts.append(pairs(found["tasks"]))
     else:
-        parts.append(columns(found))
+        parts += [columns(found), versus(found)]
     parts += [line for experiment, contents in found.items() if (line := fedavg(experiment, contents))]
     parts.append(_cost([content for contents in found.values() for content in contents]))
-    return "\n\n".join(parts)
+    return "\n\n".join(filter(None, parts))
 
 
 def insert(document: Path, name: str, text: str) -> None:
@@ -75,6 +75,23 @@ def columns(found: dict[str, list[Content]]) -> str:
         values = [[_whole(content, model) for content in contents] for contents in found.values()]
         rows.append((title, [*map(_spread, values), _mean_over(values)] if len(found) > 1 else [*map(_spread, values)]))
     return _markdown([*heads, "mean"] if len(found) > 1 else heads, rows)
+
+
+def versus(found: dict[str, list[Content]]) -> str:
+    """Say by how much RegMean is above other models, over all experiments and seeds."""
+    contents = [content for each in found.values() for content in each]
+    lines = []
+    for model in ("simple", "fisher", "ensemble"):
+        differences = [_whole(content, "regmean") - _whole(content, model) for content in contents]
+        known = [difference for difference in differences if difference == difference]
+        if len(known) > 1:
+            above, below = sum(d > 0 for d in known), sum(d < 0 for d in known)
+            error = statistics.stdev(known) / len(known) ** 0.5
+            counts = f"above in {above}, below in {below}"
+            lines.append(f"{statistics.fmean(known):+.3f} ± {error:.3f} against {NAMES[model]} ({counts})")
+    if not lines:
+        return ""
+    return f"RegMean, α = 0.9, over {len(contents)} experiments, mean ± standard error: {'; '.join(lines)}."
 
 
 def domains(contents: Sequence[Content]) -> str:
@@ -180,12 +197,13 @@ def _mean_over(columns: Sequence[Sequence[float]]) -> str:
 
 
 def _spread(values: Sequence[float]) -> str:
-    """Return mean ± sample standard deviation."""
+    """Return mean ± sample standard deviation, and of how many it is where some are missing (NaN)."""
     known = [value for value in values if value == value]  # NaN is not itself
     if not known:
         return ""
     deviation = f" ± {statistics.stdev(known):.3f}" if len(known) > 1 else ""
-    return f"{statistics.fmean(known):.3f}{deviation}"
+    of = "" if len(known) == len(values) else f" ({len(known)} of {len(values)})"
+    return f"{statistics.fmean(known):.3f}{deviation}{of}"
 
 
 def _markdown(heads: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> str:

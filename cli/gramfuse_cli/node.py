@@ -45,6 +45,10 @@ WORKER_SECONDS = 5.0
 
 _COMPLAINT = re.compile(r"\d{4}-\d\d-\d\d \S+ (?:WARNING|ERROR) (.*)")
 """What gramfuse_client logs for the silo's operator, in a worker."""
+_RUN = re.compile(r"\[RUN (\d+)")
+"""A SuperNode logs it before it logs that it receives or sends a message of the run."""
+_DROPPED = ("Failed to receive", "Ignoring message")
+"""What a SuperNode logs of a request that it will not answer."""
 
 NODE, RUNNER = "SuperNode", "SuperExec"
 WORKER = "flwr-clientapp"
@@ -198,7 +202,9 @@ class Watch:
         self._finished: float | None = None
         self._sent = False
         self._failing = False
+        self._run = ""  # that the SuperNode's log is about
         self._held: float | None = None  # when a request that is not answered yet came, or was last seen worked on
+        self._held_of = ""  # the request's run
         self._looked = 0.0
 
     @property
@@ -273,9 +279,11 @@ class Watch:
         elif "Connection successful" in line and self._state == "lost":
             self._state = "connected"
             say(f"connected to {self.address} again")
+        elif found := _RUN.search(line):
+            self._run = found[1]
         elif "Receiving: " in line:
-            self._held = time.monotonic()
-        elif any(words in line for words in ("Sending: ", "Failed to receive", "Ignoring message")):
+            self._held, self._held_of = time.monotonic(), self._run
+        elif ("Sending: " in line and self._run == self._held_of) or any(words in line for words in _DROPPED):
             self._held = None
         elif "Sent successfully" in line and self._finished is not None:
             self._sent = True
