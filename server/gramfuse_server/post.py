@@ -54,7 +54,7 @@ class _Sent(Generic[M]):
     """A request that is under way, or waits for its node, and those of the same silo that are still to be sent.
 
     Args:
-        ids: Flower's ids of the messages that it went out in; any of them may be answered.
+        ids: Flower's ids of the messages that it went out in; any may be answered. None: Flower did not take it.
         activated: when the node was started, as far as it is known.
     """
 
@@ -151,6 +151,13 @@ class Post:
                 if request is not None:
                     active.append(self._send(_Sent(silo, remaining, request), nodes, activated))
             progress = False
+            for sent in [sent for sent in active if not sent.ids]:  # of a node that was revoked, say
+                active.remove(sent)
+                progress = True
+                if sent.attempt < ATTEMPTS:
+                    lost.append(sent.again())
+                else:
+                    yield sent.silo, sent.request, sent.no_answer("Flower does not take the request; its log has why")
             for sent in list(active):
                 answer = self._pull(sent)
                 if answer is not None:
@@ -209,7 +216,7 @@ class Post:
         message = FlowerMessage(content=content, dst_node_id=node, message_type=message_type(request.phase), ttl=LONG)
         self.sent[sent.silo][request.phase] += frame.nbytes
         self._note("to", sent.silo, request.phase, frame)
-        sent.ids += map(str, self.grid.push_messages([message]))
+        sent.ids += [str(found) for found in self.grid.push_messages([message]) if found]
         sent.activated = activated.get(node)
         return sent
 

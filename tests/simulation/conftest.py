@@ -56,6 +56,7 @@ class InProcessGrid(Grid):
         keys: public keys by name, as a SuperLink that authenticates nodes has them, PEM.
         away: names of nodes that are not connected now; the test may change it.
         starts: how often a node was started anew; the test may change it.
+        untaken: how many of the next messages to a node are not taken, by (node, phase); the test may change it.
 
     Attributes:
         sent: (node, phase) of every message that was sent, in order.
@@ -74,6 +75,7 @@ class InProcessGrid(Grid):
         self.keys = keys or {}
         self.away: set[str] = set()
         self.starts: Counter[str] = Counter()
+        self.untaken: Counter[tuple[str, str]] = Counter()
         self.fault = fault
         self.lag = lag
         self.nodes = {FIRST_NODE + n: (name, node) for n, (name, node) in enumerate(nodes.items())}
@@ -121,6 +123,10 @@ class InProcessGrid(Grid):
             name, _ = self.nodes[message.metadata.dst_node_id]
             phase = message.metadata.message_type.rpartition(".")[2]
             self.sent.append((name, phase))
+            if self.untaken[name, phase]:
+                self.untaken[name, phase] -= 1
+                ids.append("")  # so a SuperLink answers
+                continue
             visit = Visit(name, phase, self.sent.count((name, phase)))
             self._under_way[message_id] = visit, _carried(message, message_id)
             under_way = defaultdict(set)

@@ -567,6 +567,20 @@ def test_three_losses_in_a_row_end_the_run(
     assert ("silo 'silo-b'" if phase != "join" else f"node {grid.number('silo-b')}") in message
 
 
+def test_a_request_that_flower_does_not_take_is_sent_again(
+    honest: Honest, in_process_grid: Any, place: Path, tmp_path: Path
+) -> None:
+    grid = in_process_grid(honest.scripted())
+    grid.untaken.update({("silo-a", "train"): 2, ("silo-b", "upload"): 1, ("silo-c", "join"): 2})
+    exchange(grid, honest, place / "run")
+    assert_identical(weights_of(place / "run"), honest.weights)
+
+    grid = in_process_grid(honest.scripted())
+    grid.untaken["silo-b", "train"] = post.ATTEMPTS
+    message = failure(FederationError, grid, honest, tmp_path)
+    assert "silo 'silo-b' gave no answer in phase 'train' after 3 tries: Flower does not take the request" in message
+
+
 def test_a_run_that_lost_a_silo_after_training_goes_on_where_it_stopped(
     honest: Honest, in_process_grid: Any, place: Path
 ) -> None:
