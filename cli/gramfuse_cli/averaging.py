@@ -61,11 +61,12 @@ class LocalGrid(Grid):
         raise NotImplementedError
 
 
-def silo_app(bench: Bench, start: Mapping[str, np.ndarray[Any, Any]], weight: float) -> ClientApp:
+def silo_app(bench: Bench, start: Mapping[str, np.ndarray[Any, Any]], own: Deltas, weight: float) -> ClientApp:
     """Return a ClientApp that fine-tunes what it is sent on a silo's data, and sends it back.
 
     Args:
         start: the base model's parameters that are averaged, by name.
+        own: the silo's own model, which is what it has after the first round.
         weight: what the silo counts for in the mean.
     """
     app = ClientApp()
@@ -73,9 +74,11 @@ def silo_app(bench: Bench, start: Mapping[str, np.ndarray[Any, Any]], weight: fl
     @app.train()
     def train(message: Message, _: Context) -> Message:
         received = {name: array.numpy() for name, array in message.content.array_records["arrays"].items()}
-        deltas = {name: array - start[name] for name, array in received.items()}
         number = int(message.content.config_records["config"]["server-round"])
-        tuned = bench.finetune(deltas, number)
+        if number == 1:
+            tuned = {name: array + np.asarray(own[name], np.float32) for name, array in received.items()}
+        else:
+            tuned = bench.finetune({name: array - start[name] for name, array in received.items()}, number)
         arrays = ArrayRecord({name: Array(tuned[name]) for name in received})
         metrics = MetricRecord({WEIGHT: weight})
         return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
@@ -85,6 +88,8 @@ def silo_app(bench: Bench, start: Mapping[str, np.ndarray[Any, Any]], weight: fl
 
 def federated_average(laboratory: Laboratory, rounds: int, after: Callable[[int, Deltas], None]) -> dict[str, int]:
     """Run FedAvg, each round with as much local training as the plan has in all.
+
+    The first round is that which the silos have behind them.
 
     Args:
         after: called after each round with its number and the averaged model, as differences from the base.
@@ -102,7 +107,9 @@ def federated_average(laboratory: Laboratory, rounds: int, after: Callable[[int,
             after(number, {name: array.numpy().astype(np.float64) - start[name] for name, array in arrays.items()})
 
     benches = laboratory.benches
-    grid = LocalGrid([silo_app(bench, start, laboratory.weight(name)) for name, bench in benches.items()])
+    grid = LocalGrid(
+        [silo_app(bench, start, laboratory.deltas(name), laboratory.weight(name)) for name, bench in benches.items()]
+    )
     count = len(benches)
     strategy = FedAvg(fraction_evaluate=0.0, min_train_nodes=count, min_available_nodes=count, weighted_by_key=WEIGHT)
     initial = ArrayRecord({name: Array(array) for name, array in start.items()})
