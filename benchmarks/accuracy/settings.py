@@ -266,7 +266,7 @@ EXPERIMENTS: Mapping[str, Experiment] = {
         )
         for name in GLUE
     },
-    "emotion": _domains(emotion, "emotion", "same", parts=("joint", "transport")),
+    "emotion": _domains(emotion, "emotion", "same", parts=("joint", "transport"), fedavg=3),
     "emotion-heads": _domains(emotion, "emotion", "different", parts=()),
     "ner": _domains(ner, "ner", "same", parts=("joint", "transport"), fedavg=5),
     "ner-heads": _domains(ner, "ner", "different", parts=()),
