@@ -81,8 +81,10 @@ def do(job: Job) -> None:
 
     wanted = EXPERIMENTS[job.name]
     setting = wanted.make(Source(job.data), job.seed)
-    own = str(there(wanted.base, Source(job.data), job.cache).resolve()) if wanted.base else setting.base
-    setting = replace(setting, training={**setting.training, "seed": job.seed}, base=job.base or own)
+    base = job.base or setting.base
+    if wanted.base and not job.base:
+        base = str(there(wanted.base, Source(job.data), job.cache, quick=job.quick).resolve())
+    setting = replace(setting, training={**setting.training, "seed": job.seed}, base=base)
     if job.quick:
         setting = setting.quick()
     found, seconds = laboratory(setting, job.name, job.cache, job.settings)
