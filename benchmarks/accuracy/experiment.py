@@ -120,7 +120,7 @@ class Experiment:
             (the ranking metric on each silo's data), `seconds`, and whatever else is to be said of a model.
         ranked: the metric by which something is chosen on validation data.
         tell: is told each row.
-        quick: choose among fewer, and take Fisher information over fewer examples.
+        quick: choose among two, take Fisher information over fewer examples, and weigh silos in one way only.
     """
 
     def __init__(
@@ -133,7 +133,10 @@ class Experiment:
         self.tell = tell
         self.everyone: Silos = tuple(laboratory.contributions)
         self.ranked = ranked
+        self.quick = quick
         self.choices = (0.5, 0.9) if quick else CHOICES
+        self.scales = SCALES[::3] if quick else SCALES
+        self.norms = NORMS[:2] if quick else NORMS
         self.fisher_examples = FISHER_EXAMPLES // 8 if quick else FISHER_EXAMPLES
         self._fishers: dict[str, Mapping[str, NDArray[np.float32]]] = {}
 
@@ -203,18 +206,18 @@ class Experiment:
         sums = self._sums({name: laboratory.contributions[name] for name in silos})
         self.row("simple", silos, lambda: (self.measure(sums.at(self.plan.merge.alpha).mean(), silos), {}))
         self.regmean("regmean", silos, sums.merge)
-        if silos == self.everyone:
+        if silos == self.everyone and not self.quick:
             by_examples = Between(layout, laboratory.contributions, "examples").merge
             alpha = self.plan.merge.alpha
             self.row("regmean, by examples", silos, lambda: (self.measure(by_examples(alpha).deltas, silos), {}))
         fishers = cached(lambda: [self._fisher(name) for name in silos])
         norms = {
             norm: lambda norm=norm: fisher_mean(differences, [normalised(f, norm) for f in fishers()], weights)
-            for norm in NORMS
+            for norm in self.norms
         }
         self.row("fisher", silos, lambda: (self.measure(norms[NORMS[0]](), silos), {"norm": NORMS[0]}))
         if silos == self.everyone:
-            scales = {scale: lambda scale=scale: task_arithmetic(parents, scale) for scale in SCALES}
+            scales = {scale: lambda scale=scale: task_arithmetic(parents, scale) for scale in self.scales}
             self.choose("fisher, norm chosen", silos, "norm", norms)
             self.choose("task-arithmetic", silos, "scale", scales)
         self.row("ties", silos, lambda: (self.measure(ties(parents), silos), {}))
@@ -296,7 +299,7 @@ class Experiment:
 
     def tokens(self) -> None:
         """Measure RegMean over the most token rows that a silo measures for one Gram matrix."""
-        for limit in TOKENS:
+        for limit in TOKENS[::3] if self.quick else TOKENS:
             sums = cached(lambda limit=limit: self._sums({n: self._remeasured(n, limit) for n in self.everyone}))
 
             def merge(alpha: float, sums: Any = sums) -> Merged:
