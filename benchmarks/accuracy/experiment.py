@@ -205,7 +205,7 @@ class Experiment:
         differences, weights = self._parents(silos)
         sums = self._sums({name: laboratory.contributions[name] for name in silos})
         self.row("simple", silos, lambda: (self.measure(sums.at(self.plan.merge.alpha).mean(), silos), {}))
-        self.regmean("regmean", silos, sums.merge)
+        self.regmean("regmean", silos, lambda: sums)
         if silos == self.everyone and not self.quick:
             by_examples = Between(layout, laboratory.contributions, "examples").merge
             alpha = self.plan.merge.alpha
@@ -226,14 +226,18 @@ class Experiment:
         if transport and len(silos) == 2:
             self.row("transport", silos, lambda: (self.measure(self._transport(silos), silos), {}))
 
-    def regmean(self, model: str, silos: Silos, merge: Callable[[float], Merged], **more: Any) -> None:
-        """Measure RegMean with the plan's α, and with the α that is best on validation data."""
+    def regmean(self, model: str, silos: Silos, sums: Callable[[], Between], **more: Any) -> None:
+        """Measure RegMean with the plan's α, and with the α that is best on validation data.
+
+        Args:
+            sums: asked only if something of it was not measured before.
+        """
         solved: dict[float, Merged] = {}
 
         def at(alpha: float) -> Merged:
             if alpha not in solved:
                 solved.clear()  # one at a time is enough, and large
-                solved[alpha] = merge(alpha)
+                solved[alpha] = sums().merge(alpha)
             return solved[alpha]
 
         def plain() -> tuple[Mapping[str, Sums], Row]:
@@ -291,21 +295,13 @@ class Experiment:
             layout = structured(self.layout, structure)
             sums = cached(lambda layout=layout: self._cut(layout))
             size = {"open": layout.upload_bytes(masked=False), "secure": layout.upload_bytes(masked=True)}
-
-            def merge(alpha: float, sums: Any = sums) -> Merged:
-                return sums().merge(alpha)
-
-            self.regmean(f"regmean, {structure}", self.everyone, merge, structure=structure, bytes=size)
+            self.regmean(f"regmean, {structure}", self.everyone, sums, structure=structure, bytes=size)
 
     def tokens(self) -> None:
         """Measure RegMean over the most token rows that a silo measures for one Gram matrix."""
         for limit in TOKENS[::3] if self.quick else TOKENS:
             sums = cached(lambda limit=limit: self._sums({n: self._remeasured(n, limit) for n in self.everyone}))
-
-            def merge(alpha: float, sums: Any = sums) -> Merged:
-                return sums().merge(alpha)
-
-            self.regmean(f"regmean, {limit} tokens", self.everyone, merge, tokens=limit)
+            self.regmean(f"regmean, {limit} tokens", self.everyone, sums, tokens=limit)
 
     def rounds(self, most: int) -> None:
         """Merge again and again: silos go on from the merged model, as under a plan with `merge.rounds`."""

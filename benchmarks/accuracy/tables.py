@@ -83,15 +83,15 @@ def versus(found: dict[str, list[Content]]) -> str:
     lines = []
     for model in ("simple", "fisher", "ensemble"):
         differences = [_whole(content, "regmean") - _whole(content, model) for content in contents]
-        known = [difference for difference in differences if difference == difference]
+        known = _known(differences)
         if len(known) > 1:
             above, below = sum(d > 0 for d in known), sum(d < 0 for d in known)
             error = statistics.stdev(known) / len(known) ** 0.5
-            counts = f"above in {above}, below in {below}"
+            counts = f"above in {above}, below in {below} of {len(known)}"
             lines.append(f"{statistics.fmean(known):+.3f} ± {error:.3f} against {NAMES[model]} ({counts})")
     if not lines:
         return ""
-    return f"RegMean, α = 0.9, over {len(contents)} experiments, mean ± standard error: {'; '.join(lines)}."
+    return f"RegMean, α = 0.9, mean ± standard error over experiments and seeds: {'; '.join(lines)}."
 
 
 def domains(contents: Sequence[Content]) -> str:
@@ -196,9 +196,13 @@ def _mean_over(columns: Sequence[Sequence[float]]) -> str:
     return _spread([_mean(values) for values in zip(*columns, strict=False)])
 
 
+def _known(values: Sequence[float]) -> list[float]:
+    return [value for value in values if value == value]  # NaN is not itself
+
+
 def _spread(values: Sequence[float]) -> str:
     """Return mean ± sample standard deviation, and of how many it is where some are missing (NaN)."""
-    known = [value for value in values if value == value]  # NaN is not itself
+    known = _known(values)
     if not known:
         return ""
     deviation = f" ± {statistics.stdev(known):.3f}" if len(known) > 1 else ""

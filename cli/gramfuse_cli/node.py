@@ -228,7 +228,7 @@ class Watch:
             self._look_for_obstacles()
 
     def forsaken(self, works: Callable[[], bool]) -> bool:
-        """Return whether a request is here that nothing works on.
+        """Return whether a request is here that nothing works on; of each request it is said once.
 
         Args:
             works: whether there is a worker.
@@ -238,7 +238,10 @@ class Watch:
             self._looked = now
             if works():
                 self._held = now
-        return self._held is not None and now > self._held + FORSAKEN_SECONDS
+        if self._held is None or now <= self._held + FORSAKEN_SECONDS:
+            return False
+        self._held = None
+        return True
 
     def advice(self, output: str) -> str:
         """Return what it means that the SuperNode ended, and what to do."""
