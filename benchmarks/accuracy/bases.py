@@ -24,7 +24,8 @@ from transformers import (
 
 from gramfuse_client.batches import Encoded
 from gramfuse_client.data import Examples
-from gramfuse_client.finetune import finetune
+from gramfuse_client.finetune import choose_device, finetune
+from gramfuse_client.private import exclusive
 from gramfuse_protocol.plan import Training
 from gramfuse_protocol.task import Task
 from sets import Source
@@ -42,13 +43,15 @@ Base = Callable[[Source, Path, int], None]
 def there(name: str, data: Source, cache: Path, *, quick: bool) -> Path:
     """Return where a base model is in the cache, made now if it is not there."""
     place = cache / "bases" / (f"{name}-quick" if quick else name)
-    if not place.exists():
-        print(f"  train base model {place.name}", file=sys.stderr, flush=True)
-        partial = place.with_name(f"{place.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        BASES[name](data, partial, QUICK if quick else 1)
-        partial.rename(place)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with exclusive(place.with_suffix(".lock")):  # another seed may be making it
+        if not place.exists():
+            print(f"  train base model {place.name}", file=sys.stderr, flush=True)
+            partial = place.with_suffix(".partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            BASES[name](data, partial, QUICK if quick else 1)
+            partial.rename(place)
     return place
 
 
@@ -129,6 +132,6 @@ def _train(
     model: PreTrainedModel, tokenizer: Any, task: Task, examples: Examples, *, epochs: int, directory: Path
 ) -> None:
     training = Training(epochs=epochs, learning_rate=1e-3, batch_size=32, precision="bfloat16", freeze=())
-    finetune(model, Encoded(examples, tokenizer, task), training, torch.device("cpu"))
+    finetune(model, Encoded(examples, tokenizer, task), training, choose_device("auto"))
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)

@@ -9,11 +9,6 @@ from collections.abc import Sequence
 from sets import Rows
 
 
-def iid(rows: Rows, silos: int) -> list[Rows]:
-    """Deal the rows out, one to each silo in turn."""
-    return [rows[n::silos] for n in range(silos)]
-
-
 def by_label(rows: Rows, silos: int, skew: float, rng: random.Random) -> list[Rows]:
     """Give each label a home: `skew` of its rows lie there, the rest at the other silos, drawn evenly.
 

@@ -73,8 +73,8 @@ def glue(name: str, data: Source, seed: int) -> Setting:
     """One GLUE task at two silos of about 1,000 examples, split as the RegMean authors do."""
     rng = random.Random(seed)
     folder = f"glue_{name}"
-    train = _some(data.read(folder, "train"), 2000, rng)
-    test, validation = _some(data.read(folder, "test"), 500, rng), _some(data.read(folder, "validation"), 250, rng)
+    train = _scaled(_some(data.read(folder, "train"), 2000, rng))
+    test, validation = (_scaled(_some(data.read(folder, p), n, rng)) for p, n in (("test", 500), ("validation", 250)))
     shares = halves(train, 0.8, rng)
     pair = "text_pair" in train[0]
     regression = isinstance(train[0]["label"], int | float)
@@ -154,7 +154,8 @@ def tasks(data: Source, seed: int) -> Setting:
     for name in OWN_HEADS:
         train, test, validation = _parts(data, f"glue_{name}", 1000, rng)
         pair = "text_pair" in train[0]
-        silos[name] = SiloData(*([_plain(row) for row in part] for part in (train, test, validation)), {"task": name})
+        parts = (_scaled([_plain(row) for row in part]) for part in (train, test, validation))
+        silos[name] = SiloData(*parts, {"task": name})
         regression = isinstance(train[0]["label"], int | float)
         kind = {"task": "regression"} if regression else {"task": "classification", "labels": labels_of(train)}
         sections.append({"name": name, **kind, "pair": pair, "max-length": 96})
@@ -234,6 +235,13 @@ def _parts(data: Source, folder: str, most: int, rng: random.Random) -> tuple[Ro
 
 def _some(rows: Rows, most: int, rng: random.Random) -> Rows:
     return rng.sample(rows, min(most, len(rows)))
+
+
+def _scaled(rows: Rows) -> Rows:
+    """Return rows with numbers for labels, of 0 to 5, from -1 to 1: a head starts near 0, and a small rate is slow."""
+    if not isinstance(rows[0]["label"], int | float):
+        return rows
+    return [{**row, "label": row["label"] / 2.5 - 1} for row in rows]
 
 
 def _plain(row: Row) -> Row:
