@@ -47,7 +47,8 @@ STYLE = {
     "axes.grid": True,
     "grid.color": "#e3e3e3",
     "figure.facecolor": "white",
-    "legend.frameon": False,
+    "legend.edgecolor": "white",
+    "legend.framealpha": 1.0,
 }
 
 
@@ -69,22 +70,21 @@ def main() -> None:
 
 def alpha(axes: Axes, out: Path) -> bool:
     """Accuracy over α."""
-    contents = read("hwu64", out)
-    points = _curve(contents, lambda row: row.get("alpha") if row["model"].startswith("regmean, α = ") else None)
-    if not points:
+    contents = _with(read("hwu64", out), lambda row: row["model"].startswith("regmean, α = "))
+    if not contents:
         return False
+    points = _curve(contents, lambda row: row.get("alpha") if row["model"].startswith("regmean, α = ") else None)
     _line(axes, "RegMean", points)
     _level(axes, "simple average", contents, "simple")
     _level(axes, "joint training", contents, "joint")
-    _finish(
-        axes, contents, "One exchange over α (hwu64, 4 silos, 85% skew)", "α: share of the off-diagonal that is kept"
-    )
+    title = "One exchange over α (hwu64, 4 silos, 85% skew)"
+    _finish(axes, contents, title, "α: share of the off-diagonal that is kept", legend=(0.66, 0.2))
     return True
 
 
 def structure(axes: Axes, out: Path) -> bool:
     """Accuracy over the structure of the Gram matrices, with the bytes that each silo sends."""
-    contents = read("hwu64", out)
+    contents = _with(read("hwu64", out), lambda row: "structure" in row)
     rows = [row for content in contents for row in content["rows"] if "structure" in row and "curve" not in row]
     chosen = {row["model"]: row for content in contents for row in content["rows"] if row["model"].endswith("α chosen")}
     if not rows:
@@ -98,7 +98,8 @@ def structure(axes: Axes, out: Path) -> bool:
         _line(axes, name, points)
         if mode == "open":
             for row, (x, y) in zip(rows, points, strict=False):
-                axes.annotate(row["structure"], (x, y), (7, -11), textcoords="offset points", fontsize=9)
+                offset = (6, 5) if row["structure"] == "full" else (7, -11)
+                axes.annotate(row["structure"], (x, y), offset, textcoords="offset points", fontsize=9)
     _level(axes, "simple average", contents, "simple")
     axes.set_xlim(left=0)
     _finish(axes, contents, "Structure of the Gram matrices (hwu64, α chosen)", "MB that each silo sends")
@@ -107,15 +108,10 @@ def structure(axes: Axes, out: Path) -> bool:
 
 def tokens(axes: Axes, out: Path) -> bool:
     """Accuracy over the number of token rows behind a Gram matrix."""
-    contents = read("hwu64", out)
-
-    def count(row: dict[str, Any]) -> float | None:
-        return row.get("tokens") if "curve" not in row else None
-
-    points = _curve(contents, count)
-    if not points:
+    contents = _with(read("hwu64", out), lambda row: "tokens" in row)
+    if not contents:
         return False
-    _line(axes, "RegMean", points)
+    _line(axes, "RegMean", _curve(contents, lambda row: row.get("tokens") if "curve" not in row else None))
     _level(axes, "simple average", contents, "simple")
     _logarithmic(axes)
     _finish(axes, contents, "Token rows for a Gram matrix (hwu64, α = 0.9)", "most token rows that each silo measures")
@@ -154,7 +150,7 @@ def skew(axes: Axes, out: Path) -> bool:
 
 def traffic(axes: Axes, out: Path) -> bool:
     """Accuracy over the bytes that each silo sends: rounds of RegMean, and rounds of FedAvg."""
-    contents = [content for content in read("hwu64", out) if _row(content, "fedavg")]
+    contents = _with(read("hwu64", out), lambda row: row["model"] == "fedavg")
     if not contents:
         return False
     content = contents[0]
@@ -181,6 +177,11 @@ CHARTS: dict[str, Callable[[Axes, Path], bool]] = {
     "skew": skew,
     "bytes": traffic,
 }
+
+
+def _with(contents: Sequence[Content], wanted: Callable[[dict[str, Any]], bool]) -> list[Content]:
+    """Return what was found with the seeds that have a row of some kind."""
+    return [content for content in contents if any(map(wanted, content["rows"]))]
 
 
 def _curve(contents: Sequence[Content], place: Callable[[dict[str, Any]], float | None]) -> list[Point]:
@@ -228,12 +229,12 @@ def _logarithmic(axes: Axes) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
 
 
-def _finish(axes: Axes, contents: Sequence[Content], title: str, x: str) -> None:
+def _finish(axes: Axes, contents: Sequence[Content], title: str, x: str, legend: str | Point = "best") -> None:
     seeds = ", ".join(str(content["seed"]) for content in contents)
     axes.set_title(title, loc="left", fontsize=12, fontweight="bold")
     axes.set_xlabel(x)
     axes.set_ylabel(f"{contents[0]['metric']} (seed {seeds})" if "," not in seeds else f"{contents[0]['metric']}, mean")
-    axes.legend(loc="best", fontsize=9)
+    axes.legend(loc=legend, fontsize=9)
 
 
 if __name__ == "__main__":

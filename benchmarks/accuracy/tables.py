@@ -47,6 +47,7 @@ def table(name: str, experiments: Sequence[str], out: Path) -> str:
         parts.append(pairs(found["tasks"]))
     else:
         parts += [columns(found), versus(found)]
+    parts.append(alphas(found))
     parts += [line for experiment, contents in found.items() if (line := fedavg(experiment, contents))]
     parts.append(_cost([content for contents in found.values() for content in contents]))
     return "\n\n".join(filter(None, parts))
@@ -92,6 +93,21 @@ def versus(found: dict[str, list[Content]]) -> str:
     if not lines:
         return ""
     return f"RegMean, α = 0.9, mean ± standard error over experiments and seeds: {'; '.join(lines)}."
+
+
+def alphas(found: dict[str, list[Content]]) -> str:
+    """Return what RegMean scores over α on validation data, in the mean over all merges and seeds."""
+    curves = {
+        experiment: [row["curve"] for content in contents for row in _rows(content, "regmean, α chosen")]
+        for experiment, contents in found.items()
+    }
+    values = [point["alpha"] for point in next(iter(curves.values()))[0]]
+    rows = []
+    for experiment, each in curves.items():
+        means = [_mean([curve[place]["validation"] for curve in each]) for place in range(len(values))]
+        rows.append((experiment, [f"{mean:.3f}" for mean in means]))
+    title = "RegMean on validation data, over α, mean over all merges and seeds:"
+    return f"{title}\n\n" + _markdown([f"α = {value:g}" for value in values], rows, "experiment")
 
 
 def domains(contents: Sequence[Content]) -> str:
@@ -210,8 +226,8 @@ def _spread(values: Sequence[float]) -> str:
     return f"{statistics.fmean(known):.3f}{deviation}{of}"
 
 
-def _markdown(heads: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> str:
-    lines = [f"| model | {' | '.join(heads)} |", "|---|" + "---|" * len(heads)]
+def _markdown(heads: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]], first: str = "model") -> str:
+    lines = [f"| {first} | {' | '.join(heads)} |", "|---|" + "---|" * len(heads)]
     lines += [f"| {title} | {' | '.join(cells)} |" for title, cells in rows]
     return "\n".join(lines)
 
