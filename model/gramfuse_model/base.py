@@ -100,7 +100,7 @@ def load_base(plan: Plan, directory: Path, *, silo: str | None = None, override:
         override: where this side keeps the base model, if not where the plan says; its weights must be the same.
 
     Raises:
-        ModelError: if it cannot be loaded, or its digest is not the plan's.
+        ModelError: if it cannot be loaded, a weight is NaN or infinite, or its digest is not the plan's.
     """
     source = locate(override or plan.model.base, directory)
     task = next(iter(plan.tasks.values())) if silo is None else plan.task_of(silo)
@@ -108,6 +108,12 @@ def load_base(plan: Plan, directory: Path, *, silo: str | None = None, override:
         model = _load_model(source, task, plan.training.seed)
         tokenizer = _load_processor(source, task)
         shared = _shared(plan, source, model)
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise ModelError(
+                f"base {plan.model.base!r} ({source}): {name!r} holds values that are NaN or infinite; its files are "
+                "damaged, or its training diverged. Take another base model"
+            )
     if isinstance(tokenizer, PreTrainedTokenizerBase) and tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
         model.config.pad_token_id = tokenizer.pad_token_id

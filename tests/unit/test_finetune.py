@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModel, AutoTokenizer
 
 from gramfuse_client.batches import Encoded
 from gramfuse_client.data import load
 from gramfuse_client.finetune import choose_device, finetune
 from gramfuse_client.silo import Silo
 from gramfuse_model.base import load_base
-from gramfuse_protocol.errors import PlanError
+from gramfuse_protocol.errors import ModelError, PlanError
 from gramfuse_protocol.plan import Plan
 
 CPU = torch.device("cpu")
@@ -81,3 +82,16 @@ def test_a_device_that_is_not_there_is_refused() -> None:
     assert choose_device("auto").type in ("cpu", "mps")
     with pytest.raises(PlanError, match="cuda"):
         choose_device("cuda")
+
+
+def test_a_base_model_with_a_weight_that_is_no_number_is_refused_by_name(
+    pico_project: Callable[..., Any], pico_bert: Path, tmp_path: Path
+) -> None:
+    broken = AutoModel.from_pretrained(pico_bert)
+    with torch.no_grad():
+        broken.encoder.layer[1].output.dense.weight[0, 0] = float("nan")
+    broken.save_pretrained(tmp_path / "broken")
+    AutoTokenizer.from_pretrained(pico_bert).save_pretrained(tmp_path / "broken")
+    plan = Plan.read(pico_project(silos=2).plan)
+    with pytest.raises(ModelError, match=r"layer\.1\.output\.dense\.weight.*NaN"):
+        load_base(plan, Path(), override=str(tmp_path / "broken"))
