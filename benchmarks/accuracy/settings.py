@@ -283,7 +283,7 @@ EXPERIMENTS: Mapping[str, Experiment] = {
     "hwu64-8": _intents("hwu64", 8, 0.85, subsets=tuple(EIGHT[:n] for n in (1, 2, 4, 6, 8)), parts=()),
     "clinc150": _intents("clinc150", 4, 0.85, fedavg=10),
     "clinc150-8": _intents("clinc150", 8, 0.85, parts=()),
-    **{f"skew-{skew}": _intents("hwu64", 4, skew / 100, parts=()) for skew in (25, 50, 70, 95, 100)},
+    **{f"skew-{skew}": _intents("hwu64", 4, skew / 100, parts=(), fedavg=5) for skew in (25, 50, 70, 95, 100)},
     "tasks": Experiment(tasks, _pairs(OWN_HEADS), parts=()),
     "t5": Experiment(t5, fedavg=5, base="t5"),
     "decoder": Experiment(decoder, fedavg=5, base="decoder"),

@@ -101,13 +101,14 @@ def alphas(found: dict[str, list[Content]]) -> str:
         experiment: [row["curve"] for content in contents for row in _rows(content, "regmean, α chosen")]
         for experiment, contents in found.items()
     }
-    values = [point["alpha"] for point in next(iter(curves.values()))[0]]
+    heads: list[str] = []
     rows = []
     for experiment, each in curves.items():
-        means = [_mean([curve[place]["validation"] for curve in each]) for place in range(len(values))]
-        rows.append((experiment, [f"{mean:.3f}" for mean in means]))
+        points = [list(place) for place in zip(*each, strict=True)]
+        heads = heads or [f"α = {point[0]['alpha']:g}" for point in points]
+        rows.append((experiment, [f"{_mean([one['validation'] for one in point]):.3f}" for point in points]))
     title = "RegMean on validation data, over α, mean over all merges and seeds:"
-    return f"{title}\n\n" + _markdown([f"α = {value:g}" for value in values], rows, "experiment")
+    return f"{title}\n\n{_markdown(heads, rows, 'experiment')}" if heads else ""
 
 
 def domains(contents: Sequence[Content]) -> str:
