@@ -129,7 +129,7 @@ def domains(contents: Sequence[Content]) -> str:
         cells = []
         for _, value in kinds:
             seeds = [[v for row in _rows(content, model) if (v := value(row)) is not None] for content in contents]
-            cells.append(_spread([_mean(seed) for seed in seeds if seed]))
+            cells.append(_spread([_mean(seed) for seed in seeds]))
         rows.append((title, cells))
     metric = contents[0]["metric"]
     return f"`{contents[0]['experiment']}`, {metric}:\n\n" + _markdown([head for head, _ in kinds], rows)
