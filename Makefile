@@ -36,7 +36,7 @@ check: $(READY) ## Format, lint, dependency rule, types, unit tests (under a min
 	$(BIN)/mypy
 	$(BIN)/pytest -q tests/unit
 
-bench-quick: $(READY) ## Every table and chart of accuracy, small, in 15 minutes: make bench-quick DATA=PATH/TO/SETS
+bench-quick: $(READY) ## Every table and chart of accuracy, small, in 17 minutes: make bench-quick DATA=PATH/TO/SETS
 	@test -n "$(DATA)" || { echo "give the folder of the sets: make bench-quick DATA=PATH/TO/SETS" >&2; exit 2; }
 	$(BIN)/python benchmarks/accuracy $(TABLES) --quick --seeds 1 --data "$(DATA)" --out benchmarks/out/quick
 	$(BIN)/python benchmarks/accuracy/charts.py --out benchmarks/out/quick --to benchmarks/out/quick/charts
