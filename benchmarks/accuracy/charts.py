@@ -24,6 +24,8 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullLocator
 
 Point = tuple[float, float]
+Place = Callable[[dict[str, Any]], Any]
+"""What a row says of something, or None."""
 
 COLOURS = {
     "RegMean": "#0b6e99",
@@ -70,11 +72,10 @@ def main() -> None:
 
 def alpha(axes: Axes, out: Path) -> bool:
     """Accuracy over α."""
-    contents = _with(read("hwu64", out), lambda row: row["model"].startswith("regmean, α = "))
+    contents = _with(read("hwu64", out), _fixed("alpha"))
     if not contents:
         return False
-    points = _curve(contents, lambda row: row.get("alpha") if row["model"].startswith("regmean, α = ") else None)
-    _line(axes, "RegMean", points)
+    _line(axes, "RegMean", _curve(contents, _fixed("alpha")))
     _level(axes, "simple average", contents, "simple")
     _level(axes, "joint training", contents, "joint")
     title = "One exchange over α (hwu64, 4 silos, 85% skew)"
@@ -84,7 +85,7 @@ def alpha(axes: Axes, out: Path) -> bool:
 
 def structure(axes: Axes, out: Path) -> bool:
     """Accuracy over the structure of the Gram matrices, with the bytes that each silo sends."""
-    contents = _with(read("hwu64", out), lambda row: "structure" in row)
+    contents = _with(read("hwu64", out), _fixed("structure"))
     rows = [row for content in contents for row in content["rows"] if "structure" in row and "curve" not in row]
     chosen = {row["model"]: row for content in contents for row in content["rows"] if row["model"].endswith("α chosen")}
     if not rows:
@@ -108,10 +109,10 @@ def structure(axes: Axes, out: Path) -> bool:
 
 def tokens(axes: Axes, out: Path) -> bool:
     """Accuracy over the number of token rows behind a Gram matrix."""
-    contents = _with(read("hwu64", out), lambda row: "tokens" in row)
+    contents = _with(read("hwu64", out), _fixed("tokens"))
     if not contents:
         return False
-    _line(axes, "RegMean", _curve(contents, lambda row: row.get("tokens") if "curve" not in row else None))
+    _line(axes, "RegMean", _curve(contents, _fixed("tokens")))
     _level(axes, "simple average", contents, "simple")
     _logarithmic(axes)
     _finish(axes, contents, "Token rows for a Gram matrix (hwu64, α = 0.9)", "most token rows that each silo measures")
@@ -150,7 +151,7 @@ def skew(axes: Axes, out: Path) -> bool:
 
 def traffic(axes: Axes, out: Path) -> bool:
     """Accuracy over the bytes that each silo sends: rounds of RegMean, and rounds of FedAvg."""
-    contents = _with(read("hwu64", out), lambda row: row["model"] == "fedavg")
+    contents = _with(read("hwu64", out), _fixed("rounds"))
     if not contents:
         return False
     content = contents[0]
@@ -179,12 +180,17 @@ CHARTS: dict[str, Callable[[Axes, Path], bool]] = {
 }
 
 
-def _with(contents: Sequence[Content], wanted: Callable[[dict[str, Any]], bool]) -> list[Content]:
-    """Return what was found with the seeds that have a row of some kind."""
-    return [content for content in contents if any(map(wanted, content["rows"]))]
+def _fixed(key: str) -> Place:
+    """Return what gives a row's value of a key; of rows that chose it on validation data, none."""
+    return lambda row: None if "curve" in row else row.get(key)
 
 
-def _curve(contents: Sequence[Content], place: Callable[[dict[str, Any]], float | None]) -> list[Point]:
+def _with(contents: Sequence[Content], place: Place) -> list[Content]:
+    """Return what was found with the seeds that have a row of which `place` says anything."""
+    return [content for content in contents if any(place(row) is not None for row in content["rows"])]
+
+
+def _curve(contents: Sequence[Content], place: Place) -> list[Point]:
     """Return points over what `place` says of a row, if it says anything; the mean over seeds."""
     found: dict[float, list[float]] = {}
     for content in contents:

@@ -111,8 +111,8 @@ def load_base(plan: Plan, directory: Path, *, silo: str | None = None, override:
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise ModelError(
-                f"base {plan.model.base!r} ({source}): {name!r} holds values that are NaN or infinite; its files are "
-                "damaged, or its training diverged. Take another base model"
+                f"base {plan.model.base!r} ({source}): {name!r} holds values that are NaN or infinite; the files "
+                "are damaged, or what was trained diverged"
             )
     if isinstance(tokenizer, PreTrainedTokenizerBase) and tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
