@@ -137,6 +137,22 @@ class Privacy(Section):
     """Fewest silos that a merge may be of; by default the threshold, or without secure aggregation all of them."""
     metrics: Literal["none", "sum", "silo"] = "sum"
     """Whether held-out metrics leave a silo: not at all, to be shown as a sum only, or silo by silo."""
+    metrics_epsilon: Annotated[float, Field(gt=0, le=100)] | Literal["none"] = 2.0
+    """The differential privacy of one held-out example in the secure sum of one candidate's metrics, at δ = 1e-5.
+
+    `"none"` adds no noise; a silo takes part in such a plan only if its own file allows it.
+    """
+    candidates: Annotated[tuple[Literal["simple", "regmean"], ...], Field(min_length=1)] = ("simple", "regmean")
+    """The models that silos measure in each round, in this order, and no others. `regmean` must be among them.
+
+    `simple` is the plain average, a control. Each candidate costs `metrics-epsilon`.
+    """
+
+    @model_validator(mode="after")
+    def _candidates(self) -> Privacy:
+        if len(set(self.candidates)) != len(self.candidates) or "regmean" not in self.candidates:
+            raise ValueError("'privacy.candidates' names each model once, and \"regmean\" among them")
+        return self
 
 
 class Silo(Section):
