@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -33,13 +34,25 @@ def write_masked(
     Raises:
         ContributionError: naming the tensor, if a value has no place in the range; no file is left then.
     """
+    with _masking(path, masks) as masker:
+        for name, values, scale in blocks:
+            encode(values, scale, silos, name, masker.room)
+
+
+def write_masked_words(path: Path, words: Words, masks: Sequence[Mask]) -> None:
+    """Add the masks to words that are encoded already, and write them as `write_masked` does."""
+    with _masking(path, masks) as masker:
+        masker.room(words.size)[:] = words
+
+
+@contextmanager
+def _masking(path: Path, masks: Sequence[Mask]) -> Iterator[_Masker]:
     temporary = path.with_name(path.name + ".partial")
     descriptor = open_private(temporary)
     try:
         try:
             with _Masker(descriptor, masks) as masker:
-                for name, values, scale in blocks:
-                    encode(values, scale, silos, name, masker.room)
+                yield masker
         finally:
             os.close(descriptor)
     except BaseException:

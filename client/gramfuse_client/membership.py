@@ -8,22 +8,25 @@ more leaves.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gramfuse_client.masking import read_masked, write_masked
-from gramfuse_client.session import Answer, Measured, Record, answered, with_answer
+from gramfuse_client.masking import read_masked, write_masked, write_masked_words
+from gramfuse_client.measurements import Measurement
+from gramfuse_client.policy import check_space
+from gramfuse_client.releases import Release, Releases, digest_of
+from gramfuse_client.session import Answer, Record, answer_key, answered, with_answer
 from gramfuse_client.silo import Silo
-from gramfuse_client.state import Contributed, Origin, State
+from gramfuse_client.state import HELD_OUT, TRAINING, Contributed, State
 from gramfuse_protocol import secure_sum
-from gramfuse_protocol.errors import ContributionError, FederationError, RefusalError, SecurityError
+from gramfuse_protocol.encoding import encode
+from gramfuse_protocol.errors import ContributionError, DataError, FederationError, RefusalError, SecurityError
 from gramfuse_protocol.layout import Layout
 from gramfuse_protocol.messages import (
-    EvaluateRequest,
     KeysReply,
     KeysRequest,
     MaskedReply,
@@ -36,10 +39,9 @@ from gramfuse_protocol.messages import (
     UnmaskReply,
     UnmaskRequest,
 )
-from gramfuse_protocol.metrics import Sums
 from gramfuse_protocol.plan import Plan
 from gramfuse_protocol.roster import Roster
-from gramfuse_protocol.scales import METRICS_SCALE, MOST_EXAMPLES, Scale, scales
+from gramfuse_protocol.scales import MOST_EXAMPLES, Scale, scales
 from gramfuse_protocol.secure_sum import Member
 from gramfuse_protocol.transcript import Sum, metrics_context, round_digest
 from gramfuse_protocol.wire import pack
@@ -50,13 +52,14 @@ SecureRequest = KeysRequest | SharesRequest | MaskedRequest | SurvivorsRequest |
 class Membership:
     """One silo's part in one session."""
 
-    def __init__(self, silo: Silo, plan: Plan, layout: Layout, state: State, nonce: str) -> None:
+    def __init__(self, silo: Silo, plan: Plan, layout: Layout, state: State, releases: Releases, nonce: str) -> None:
         if not plan.privacy.secure_aggregation:
             raise FederationError("the plan has no secure sum", reason="the plan has no secure sum")
         self.silo = silo
         self.plan = plan
         self.layout = layout
         self.state = state
+        self.releases = releases
         self.session = state.session(nonce)
 
     def answer(self, request: SecureRequest) -> Message:
@@ -69,7 +72,11 @@ class Membership:
         if isinstance(request, MaskedRequest):
             return self._masked(request)
         record = self._read(request)
-        key = request.phase if isinstance(request, KeysRequest | SharesRequest) else _key(request.phase, request.sum_of)
+        key = (
+            request.phase
+            if isinstance(request, KeysRequest | SharesRequest)
+            else answer_key(request.phase, request.sum_of)
+        )
         if reply := answered(record, key, request):
             return reply
         member: Member | None
@@ -86,26 +93,6 @@ class Membership:
         if isinstance(request, UnmaskRequest):
             self.session.masked(request.sum_of).unlink(missing_ok=True)
         return reply
-
-    def measured(self, request: EvaluateRequest) -> bool:
-        """Whether the metrics of this model are kept already.
-
-        Raises:
-            SecurityError: if another model came under the same name, or after the metrics were sent.
-        """
-        record = self.session.read()
-        known = record.measured.get(request.candidate)
-        if known is not None and known.request != pack(request).digest:
-            raise SecurityError(f"two different models came as {request.candidate!r}")
-        if known is None and _key("masked", "metrics") in record.answers:
-            raise SecurityError(f"model {request.candidate!r} came after the metrics were sent")
-        return known is not None
-
-    def keep_metrics(self, request: EvaluateRequest, sums: Sums) -> None:
-        """Keep the metrics of a model until they are asked for, masked."""
-        record = self.session.read()
-        measured = Measured(request=pack(request).digest, sums=tuple(sums.reshape(-1).tolist()))
-        self.session.write(record.model_copy(update={"measured": {**record.measured, request.candidate: measured}}))
 
     def _keys(self, record: Record, request: KeysRequest) -> tuple[Message, Member]:
         member = secure_sum.advertise(
@@ -128,7 +115,7 @@ class Membership:
         record = self.session.read()
         name = request.sum_of
         whole = pack(request.model_copy(update={"piece": 0})).digest
-        key = _key(request.phase, name)
+        key = answer_key(request.phase, name)
         if key not in record.answers:
             self._write_vector(record, request, key, whole)
         elif record.answers[key].request != whole:
@@ -149,84 +136,98 @@ class Membership:
         if name == "statistics":
             sealed = {peer: bytes.fromhex(data) for peer, data in request.sealed.items()}
             member = secure_sum.receive(roster, member, sealed)
-            origin = self.state.origin()
-            if origin.start != record.start:
+            if self.state.origin().start != record.start:
                 raise SecurityError("the statistics start from another model than the keys were made for")
-            record = record.model_copy(update={"data": origin.data})
-            blocks = self._statistics()
         else:
             if self.plan.privacy.metrics != "sum":
                 raise SecurityError("a sum of metrics was asked for; the plan has none")
-            if request.candidates != tuple(record.measured):
+            if request.candidates != self.plan.privacy.candidates or set(self._measured()) != set(request.candidates):
                 raise SecurityError("a sum of metrics was asked for, of other models than were measured here")
-            blocks = self._metrics(record)
-        member, masks = secure_sum.contribute(roster, member, name, whole, self._context(record, name))
-        write_masked(self.session.masked(name), blocks, len(roster.keys), masks)
+        check_space(self.silo, 8 * self._entries(name))
+        with self.state.attempts.attempt(request, key, whole, anew=True):
+            member, masks = secure_sum.contribute(roster, member, name, whole, self._context(name))
+            path = self.session.masked(name)
+            if name == "statistics":
+                record = record.model_copy(update={"data": self.state.origin().data})
+                blocks = statistics_blocks(self.silo, self.plan, self.layout, self.state)
+                write_masked(path, blocks, len(roster.keys), masks)
+            else:
+                words = [word for candidate in request.candidates for word in self._measured()[candidate].words]
+                write_masked_words(path, np.array(words, np.uint64), masks)
         answers = {**record.answers, key: Answer(request=whole)}
         self.session.write(record.model_copy(update={"member": member, "answers": answers}))
 
-    def _statistics(self) -> Iterator[tuple[str, NDArray[np.float64], Scale]]:
-        import torch  # nothing else in the secure phases needs it, and it takes seconds to load
+    def _measured(self) -> Mapping[str, Measurement]:
+        return self.state.measurements.of(self.state.round)
 
-        from gramfuse_model.summands import summands
+    def _entries(self, name: Sum) -> int:
+        """Return how many words a vector has."""
+        return (
+            self.layout.sum_entries if name == "statistics" else sum(len(of.words) for of in self._measured().values())
+        )
 
-        if self.silo.file.threads:
-            torch.set_num_threads(self.silo.file.threads)
-        contribution, merge = self.state.contribution(), self.plan.merge
-        if merge.weighting == "examples" and contribution.examples > MOST_EXAMPLES:
-            raise ContributionError(
-                f"{contribution.examples} examples are more than the {MOST_EXAMPLES} that a secure sum can weigh; "
-                "agree on merge.weighting = 'uniform'"
-            )
-        values = summands(self.layout, contribution, alpha=merge.alpha, weighting=merge.weighting, silo=self.silo.name)
-        for (block, array), (_, scale) in zip(
-            values, scales(self.layout, len(self.plan.silo), merge.weighting), strict=True
-        ):
-            yield block.name, array, scale
-
-    def _metrics(self, record: Record) -> Iterator[tuple[str, NDArray[np.float64], Scale]]:
-        scale = METRICS_SCALE[self.plan.task_of(self.silo.name).task]
-        for name, measured in record.measured.items():
-            yield f"metrics of {name}", np.array(measured.sums), scale
-
-    def _context(self, record: Record, name: Sum) -> str:
+    def _context(self, name: Sum) -> str:
         """Return what a sum is about, as this silo knows it."""
         if name == "statistics":
             return self.layout.digest
-        return metrics_context({candidate: measured.request for candidate, measured in record.measured.items()})
+        measured = self._measured()
+        return metrics_context({candidate: measured[candidate].model for candidate in self.plan.privacy.candidates})
 
     def _survivors(self, record: Record, request: SurvivorsRequest) -> tuple[Message, Member]:
         name = request.sum_of
         member, signature = secure_sum.sign(
             self._roster(record), self._member(record), self.silo.identity(), name, request.survivors
         )
-        self._contribute(name, request.survivors, Origin(record.data, record.start))
+        contributed = self._including(record, request)
+        content = pack(request).digest
+        with self.state.attempts.attempt(request, answer_key("survivors", name), content, anew=True):
+            if contributed.data != record.data:
+                raise DataError(
+                    "a sum of other data of this silo was signed under this plan before, and the difference of the two "
+                    "would show what changed; put the data back as they were, or agree on a new plan"
+                )
+            self._release(request)
+            self.state.contribute(contributed)
         return SurvivorsReply(**self._about(request), sum_of=name, signature=signature.hex()), member
 
-    def _contribute(self, name: Sum, survivors: tuple[str, ...], origin: Origin) -> None:
-        """Note that a sum over these survivors may become known, before anything is signed.
-
-        Args:
-            origin: what the masked statistics were measured on; what is on the disk may be newer.
+    def _including(self, record: Record, request: SurvivorsRequest) -> Contributed:
+        """Return what this silo contributed to under the plan, with this sum.
 
         Raises:
-            SecurityError: if another set, or other data, were signed under this plan, in whichever round: the
-                difference of two sums is somebody's input.
+            SecurityError: if another set was signed under this plan, in whichever round: the difference of two sums is
+                somebody's input.
         """
-        contributed = self.state.contributed() or Contributed(data=origin.data)
-        if contributed.data != origin.data:
-            raise SecurityError(
-                "a sum of other data of this silo was signed under this plan before, and the difference of the two "
-                "would show what changed; agree on a new version of the plan"
-            )
-        if contributed.survivors.get(name, survivors) != survivors:
+        name = request.sum_of
+        contributed = self.state.contributed() or Contributed(data=record.data)
+        if contributed.survivors.get(name, request.survivors) != request.survivors:
             raise SecurityError(
                 f"a sum of {name} over other silos was signed under this plan before, and the difference of the two "
-                "would show single silos' part; agree on a new version of the plan"
+                "would show single silos' part"
             )
-        survivors_of = {**contributed.survivors, name: survivors}
-        contributed = contributed.including(self.state.round, self.session.directory.name, origin.start)
-        self.state.contribute(contributed.model_copy(update={"survivors": survivors_of}))
+        survivors = {**contributed.survivors, name: request.survivors}
+        contributed = contributed.including(self.state.round, self.session.directory.name, record.start)
+        return contributed.model_copy(update={"survivors": survivors})
+
+    def _release(self, request: SurvivorsRequest) -> None:
+        """Note that a sum over these survivors may become known, before anything is signed.
+
+        Raises:
+            RefusalError: if its difference from an earlier sum would be the part of a few silos.
+        """
+        rows = self.state.rows(TRAINING if request.sum_of == "statistics" else HELD_OUT)
+        keys = self.plan.roster.keys
+        release = Release(
+            plan=self.plan.digest,
+            round=self.state.round,
+            session=request.session,
+            sum_of=request.sum_of,
+            colluding=self.plan.privacy.colluding,
+            survivors=tuple(sorted(keys[name].hex() for name in request.survivors)),
+            rows=digest_of(rows),
+        )
+        if not self.silo.file.limits.differing_survivors:
+            self.releases.check(release, rows)
+        self.releases.add(release, rows)
 
     def _unmask(self, record: Record, request: UnmaskRequest) -> tuple[Message, Member | None]:
         member, name = self._member(record), request.sum_of
@@ -259,6 +260,31 @@ class Membership:
         return {**request.about, "silo": self.silo.name}
 
 
-def _key(phase: str, name: Sum) -> str:
-    """Under what the answer of a phase that comes once for each sum is kept."""
-    return f"{phase}:{name}"
+def statistics_blocks(
+    silo: Silo, plan: Plan, layout: Layout, state: State
+) -> Iterator[tuple[str, NDArray[np.float64], Scale]]:
+    """Yield what a silo adds to the sum of statistics: name, values and scale of each block."""
+    import torch  # nothing else in the secure phases needs it, and it takes seconds to load
+
+    from gramfuse_model.summands import summands
+
+    if silo.file.threads:
+        torch.set_num_threads(silo.file.threads)
+    contribution, merge = state.contribution(), plan.merge
+    if merge.weighting == "examples" and contribution.examples > MOST_EXAMPLES:
+        raise ContributionError(
+            f"{contribution.examples} examples are more than the {MOST_EXAMPLES} that a secure sum can weigh; "
+            "agree on merge.weighting = 'uniform'"
+        )
+    values = summands(layout, contribution, alpha=merge.alpha, weighting=merge.weighting, silo=silo.name)
+    for (block, array), (_, scale) in zip(values, scales(layout, len(plan.silo), merge.weighting), strict=True):
+        yield block.name, array, scale
+
+
+def check_range(silo: Silo, plan: Plan, layout: Layout, state: State) -> None:
+    """Raise ContributionError if the kept statistics have no place in a secure sum, so that it shows while training.
+
+    Later, a silo that cannot mask its vector would have the others' masks opened.
+    """
+    for name, values, scale in statistics_blocks(silo, plan, layout, state):
+        encode(values, scale, len(plan.silo), name, lambda count: np.empty(count, np.uint64))

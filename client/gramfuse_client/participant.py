@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import logging
+import secrets
 from contextlib import nullcontext
 from datetime import datetime
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from gramfuse_client.data import load
-from gramfuse_client.membership import Membership
-from gramfuse_client.policy import check_bytes, check_examples, check_hours, check_plan, check_repeat
+from gramfuse_client.measurements import Measurement
+from gramfuse_client.membership import Membership, check_range
+from gramfuse_client.policy import check_bytes, check_disk, check_examples, check_hours, check_plan, check_repeat
 from gramfuse_client.private import exclusive
+from gramfuse_client.releases import Releases
 from gramfuse_client.silo import Silo
-from gramfuse_client.state import Origin, State
-from gramfuse_protocol.errors import FederationError, GramfuseError, RefusalError, SecurityError, disk_is_full
+from gramfuse_client.state import HELD_OUT, TRAINING, Origin, State
+from gramfuse_protocol.errors import (
+    DataError,
+    FailureError,
+    FederationError,
+    GramfuseError,
+    RefusalError,
+    SecurityError,
+)
 from gramfuse_protocol.layout import Layout
 from gramfuse_protocol.messages import (
     MERGED,
@@ -35,12 +47,17 @@ from gramfuse_protocol.messages import (
     UploadRequest,
     refusal,
 )
+from gramfuse_protocol.metrics import sums_shape
+from gramfuse_protocol.noise import noisy_words
 from gramfuse_protocol.plan import Plan
 from gramfuse_protocol.statistics import check_slices
-from gramfuse_protocol.transcript import start_digest
+from gramfuse_protocol.transcript import model_digest
 
 if TYPE_CHECKING:
     from gramfuse_client.workbench import Workbench
+
+NOTHING_SENT = "0" * 64
+"""Content of an attempt whose request brings no model: the first round's training, and uploads."""
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +69,10 @@ class Participant:
         self.silo = silo
 
     def answer(self, request: Message) -> Message:
-        """Return the reply to a request. What goes wrong becomes a refusal, but for bugs, which raise.
+        """Return the reply to a request.
+
+        What is refused before the silo's data are touched says why. Whatever goes wrong afterwards, bugs too, is one
+        failure, with one text for each phase: what the other side reads must not depend on the data.
 
         One is answered after the other: a worker may still be at a request that its node, started anew, got again.
         """
@@ -63,14 +83,20 @@ class Participant:
                 return self._answer(request)
         except GramfuseError as error:
             log.error("silo %s, phase %s: %s: %s", self.silo.name, request.phase, type(error).__name__, error)
-            if isinstance(error, SecurityError):
-                self._state(request).session(request.session).end(str(error))
-            return refusal(request, self.silo.name, error)
+            return self._declined(request, error)
         except Exception as error:
-            if not disk_is_full(error):
-                raise
-            log.error("silo %s, phase %s: no space left on the disk: %s", self.silo.name, request.phase, error)
-            return refusal(request, self.silo.name, RefusalError("", reason="no space left on this silo's disk"))
+            log.exception("silo %s, phase %s: unexpected error", self.silo.name, request.phase)
+            return self._declined(request, FailureError(str(error), phase=request.phase))
+
+    def _declined(self, request: Message, error: GramfuseError) -> Message:
+        """Return the refusal of a request. A lie, and a failure that is final, end the session."""
+        state = self._state(request)
+        if isinstance(error, SecurityError) or (isinstance(error, FailureError) and state.attempts.failed(request)):
+            try:
+                state.session(request.session).end(str(error))
+            except Exception:  # the state itself may be what is damaged; nothing leaves in it either way
+                log.exception("silo %s: the session could not be ended", self.silo.name)
+        return refusal(request, self.silo.name, error)
 
     def _answer(self, request: Message) -> Message:
         match request:
@@ -89,6 +115,7 @@ class Participant:
         raise FederationError(f"phase {request.phase!r} is not a silo's to answer")
 
     def _join(self, request: JoinRequest) -> JoinReply:
+        """Join; the silo's data are not touched, so that a refusal may say why."""
         plan = Plan.parse(request.plan_text, "the coordinator's plan")
         if plan.digest != request.plan:
             raise FederationError(
@@ -97,16 +124,17 @@ class Participant:
         check_plan(self.silo, plan)
         _check_round(plan, request)
         state = self._state(request)
+        state.attempts.check(request)
         check_repeat(self.silo, state, request.session)
-        examples, _ = load(self.silo, plan.task_of(self.silo.name))
-        check_examples(self.silo, len(examples))
-        if not (state.trained and state.origin().data == examples.digest):
+        if not state.trained:
             check_hours(self.silo, datetime.now())
         given = Layout.parse(request.layout, "the coordinator's layout")
         if given.digest != plan.merge.layout:
             raise FederationError("the coordinator's layout is not the plan's", reason="layout digest differs")
         check_bytes(self.silo, plan, given)
         layout = self._workbench(plan).check_layout(given)
+        if not state.trained:
+            check_disk(self.silo, plan, layout)
         state.join(request.plan_text, layout)
         if plan.privacy.secure_aggregation:
             state.join_session(request.session)
@@ -115,21 +143,14 @@ class Participant:
     def _train(self, request: TrainRequest) -> TrainReply:
         state = self._state(request)
         plan, layout = self._joined(state, request)
-        examples, _ = load(self.silo, plan.task_of(self.silo.name))
-        check_examples(self.silo, len(examples))
-        contributed = state.contributed()
-        if contributed is not None and contributed.data != examples.digest:
-            raise RefusalError(
-                f"{self.silo.path}: other data were contributed under this plan before; the difference of the two sums "
-                "would show what changed. Agree on a new version of the plan",
-                reason="this silo contributed other data under this plan before",
-            )
-        origin = Origin(examples.digest, self._check_start(state, layout, request))
-        if not state.trained or state.origin() != origin:
+        start = self._check_start(state, layout, request)
+        if not state.trained:
             check_hours(self.silo, datetime.now())
-            statistics = self._workbench(plan).measure(layout, examples, state, request.arrays)
-            state.save(statistics, origin, request.arrays)
-        kept, secure = state.contribution(), plan.privacy.secure_aggregation
+            check_disk(self.silo, plan, layout)
+        with state.attempts.attempt(request, "train", start or NOTHING_SENT):
+            self._have_statistics(state, plan, layout, request, start)
+            kept = state.contribution()
+        secure = plan.privacy.secure_aggregation
         return TrainReply(
             **request.about,
             silo=self.silo.name,
@@ -137,26 +158,55 @@ class Participant:
             tokens={} if secure else kept.tokens,
         )
 
+    def _have_statistics(self, state: State, plan: Plan, layout: Layout, request: TrainRequest, start: str) -> None:
+        """Fine-tune and measure, unless that was done with the same data and from the same model."""
+        examples, _ = load(self.silo, plan.task_of(self.silo.name))
+        check_examples(self.silo, len(examples))
+        contributed = state.contributed()
+        if contributed is not None and contributed.data != examples.digest:
+            raise DataError(
+                f"{self.silo.path}: other data were contributed under this plan before; the difference of the two sums "
+                "would show what changed. Put the data back as they were, or agree on a new plan"
+            )
+        origin = Origin(examples.digest, start)
+        if state.trained and state.origin() == origin:
+            return
+        check_hours(self.silo, datetime.now())
+        statistics = self._workbench(plan).measure(layout, examples, state, request.arrays)
+        state.keep_rows(TRAINING, self.releases.rows(examples.given))
+        state.save(statistics, origin, request.arrays)
+        if plan.privacy.secure_aggregation:
+            check_range(self.silo, plan, layout, state)
+
     def _check_start(self, state: State, layout: Layout, request: TrainRequest) -> str:
         """Return the digest of the model that a round starts from; empty in the first, which starts from the base.
 
+        A later round starts from the merged model that this silo was given in the round before, after it contributed
+        there: any other start would be a question that the coordinator asks of this silo's data.
+
         Raises:
             ContributionError: if it does not fit the layout.
-            RefusalError: if this silo started the round from another model before.
+            RefusalError: if it is another model, or this silo was given none.
         """
         check_slices(layout.deltas if request.round > 1 else (), request.arrays, "the model to go on from")
         if request.round == 1:
             return ""
-        start = start_digest(request.arrays[piece.name] for piece in layout.deltas)
+        before = State(self.silo.state, request.plan, request.round - 1)
         contributed = state.contributed()
-        known = {state.origin().start} if state.trained else set()
-        known |= {contributed.starts.get(request.round, start)} if contributed else set()
-        if known - {start}:
+        given = before.measurements.of(before.round).get(MERGED)
+        if given is None or contributed is None or not contributed.sessions.get(before.round):
             raise RefusalError(
-                f"{self.silo.path}: this silo went on from another model in round {request.round} before, and "
-                "contributions from two would show more than one does. Go on with the run that was interrupted "
-                "(gramfuse run --resume), or agree on a new version of the plan",
-                reason=f"this silo went on from another model in round {request.round} before",
+                f"{self.silo.path}: round {request.round} was asked for, and this silo did not contribute to round "
+                f"{before.round} or was not given the merged model there",
+                reason="this silo did not go through the round before",
+            )
+        start = model_digest(request.arrays[piece.name] for piece in layout.deltas)
+        if start != given.model:
+            raise RefusalError(
+                f"{self.silo.path}: round {request.round} was asked for from another model than the merged one that "
+                f"this silo was given in round {before.round}. Go on with the run that was interrupted (gramfuse run "
+                "--resume)",
+                reason="the model to go on from is not the merged one of the round before",
             )
         return start
 
@@ -170,32 +220,82 @@ class Participant:
             raise FederationError(
                 f"piece {request.piece} was asked for; there are {len(pieces)}", reason="no such piece"
             )
-        arrays = state.slices(pieces[request.piece])
-        check_slices(pieces[request.piece], arrays, "this silo")
-        state.contribute_openly(request.session)
+        state.check_trained()
+        with state.attempts.attempt(request, "upload", NOTHING_SENT):
+            arrays = state.slices(pieces[request.piece])
+            check_slices(pieces[request.piece], arrays, "this silo")
+            state.contribute_openly(request.session)
         return UploadReply(**request.about, silo=self.silo.name, piece=request.piece, arrays=arrays)
 
     def _evaluate(self, request: EvaluateRequest) -> EvaluateReply:
+        """Measure a model: one of the plan's, once in a round, after this silo's contribution was released."""
         state = self._state(request)
         plan, layout = self._joined(state, request)
-        finished = plan.model.head == "own" and request.candidate == MERGED
         unmeasured = plan.privacy.metrics == "none"
-        if unmeasured and not finished:
+        if unmeasured and not (
+            request.candidate == MERGED and (plan.model.head == "own" or request.round < plan.merge.rounds)
+        ):
             raise FederationError("the plan lets no metrics leave", reason="the plan lets no metrics leave")
+        if request.candidate not in plan.privacy.candidates:
+            raise SecurityError(
+                f"the plan has {', '.join(plan.privacy.candidates)} measured, and another candidate came"
+            )
         check_slices(layout.deltas, request.arrays, "the coordinator's model")
+        self._check_released(state, plan, request)
+        model = model_digest(request.arrays[piece.name] for piece in layout.deltas)
+        known = state.measurements.of(request.round).get(request.candidate)
+        if known is not None and known.model != model:
+            raise SecurityError(f"two different models came as {request.candidate!r}")
+        if known is None and not unmeasured:
+            check_hours(self.silo, datetime.now())
+        with state.attempts.attempt(request, f"evaluate {request.candidate}", model):
+            if known is None:
+                known = self._measure(state, plan, layout, request, model)
         reply = EvaluateReply(**request.about, silo=self.silo.name, candidate=request.candidate)
-        if unmeasured:
-            self._workbench(plan).keep(layout, request.arrays, state)
+        if not known.sums:
             return reply
-        summed = plan.privacy.secure_aggregation and plan.privacy.metrics == "sum"
-        membership = Membership(self.silo, plan, layout, state, request.session) if summed else None
-        if membership is not None and membership.measured(request):
-            return reply
-        sums = self._workbench(plan).evaluate(layout, request.arrays, state, keep=finished)
-        if membership is not None:
-            membership.keep_metrics(request, sums)
-            return reply
-        return reply.model_copy(update={"arrays": {"sums": sums}})
+        shape = sums_shape(plan.task_of(self.silo.name))
+        return reply.model_copy(update={"arrays": {"sums": np.array(known.sums).reshape(shape)}})
+
+    def _measure(self, state: State, plan: Plan, layout: Layout, request: EvaluateRequest, model: str) -> Measurement:
+        """Measure a model, and keep what leaves of it."""
+        finished = plan.model.head == "own" and request.candidate == MERGED
+        workbench = self._workbench(plan)
+        if plan.privacy.metrics == "none":
+            if finished:
+                workbench.keep(layout, request.arrays, state)
+            measurement = Measurement(model=model)
+            state.measurements.keep(request.round, request.candidate, measurement)
+            return measurement
+        task = plan.task_of(self.silo.name)
+        _, held_out = load(self.silo, task)
+        if state.measurements.held_out() not in ("", held_out.digest):
+            raise DataError(
+                f"{self.silo.path}: other held-out examples were measured on under this plan before; the difference of "
+                "the two sums would show what changed. Put them back as they were"
+            )
+        sums = workbench.evaluate(layout, request.arrays, state, held_out, keep=finished)
+        if plan.privacy.secure_aggregation and plan.privacy.metrics == "sum":
+            words = noisy_words(plan, task, sums, secrets.token_bytes)
+            measurement = Measurement(model=model, words=tuple(words.tolist()))
+            state.keep_rows(HELD_OUT, self.releases.rows(held_out.given))
+        else:
+            measurement = Measurement(model=model, sums=tuple(np.nan_to_num(sums).reshape(-1).tolist()))
+        state.measurements.keep(request.round, request.candidate, measurement, held_out.digest)
+        return measurement
+
+    def _check_released(self, state: State, plan: Plan, request: EvaluateRequest) -> None:
+        """Raise RefusalError unless this silo's contribution to the round was released in this session."""
+        if plan.privacy.secure_aggregation:
+            released = state.session(request.session).read().released("statistics")
+        else:
+            contributed = state.contributed()
+            released = contributed is not None and request.session in contributed.sessions.get(request.round, ())
+        if not released:
+            raise RefusalError(
+                f"{self.silo.path}: a model came to be measured before this silo's contribution was released",
+                reason="this silo measures models after its contribution was released",
+            )
 
     def _finish(self, request: FinishRequest) -> FinishReply:
         self._state(request).session(request.session).end("the run is over")
@@ -203,18 +303,25 @@ class Participant:
 
     def _membership(self, request: Message) -> Membership:
         state = self._state(request)
-        return Membership(self.silo, *self._joined(state, request), state, request.session)
+        plan, layout = self._joined(state, request)
+        return Membership(self.silo, plan, layout, state, self.releases, request.session)
 
     def _joined(self, state: State, request: Message) -> tuple[Plan, Layout]:
-        """Return what was joined, if the silo file still allows it and the session goes on."""
+        """Return what was joined, if the silo file still allows it, nothing failed, and the session goes on."""
         plan, layout = state.joined()
         check_plan(self.silo, plan)
         _check_round(plan, request)
         check_bytes(self.silo, plan, layout)
+        state.attempts.check(request)
         check_repeat(self.silo, state, request.session)
         if plan.privacy.secure_aggregation:
             state.session(request.session).read()
         return plan, layout
+
+    @property
+    def releases(self) -> Releases:
+        """The sums that this silo signed, over all plans."""
+        return Releases(self.silo.state / "releases")
 
     def _workbench(self, plan: Plan) -> Workbench:
         from gramfuse_client.workbench import Workbench  # torch takes seconds to load, and few phases need it

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from datetime import datetime
 
@@ -105,6 +106,24 @@ def check_bytes(silo: Silo, plan: Plan, layout: Layout) -> None:
             'ask for a plan that sends less, for instance merge.gram = { "*" = "block:128" }, or write under [limits]: '
             f"maximum-bytes = {size}",
             reason="a contribution under this plan has more bytes than this silo lets leave",
+        )
+
+
+def check_disk(silo: Silo, plan: Plan, layout: Layout) -> None:
+    """Raise RefusalError if the disk has no room for what a run keeps: statistics and, once, the masked vector."""
+    masked = 8 * layout.sum_entries if plan.privacy.secure_aggregation else 0
+    check_space(silo, layout.contribution_bytes + masked)
+
+
+def check_space(silo: Silo, needed: int) -> None:
+    """Raise RefusalError if less than `needed` bytes are free where the silo's state is."""
+    place = silo.state.resolve()
+    free = shutil.disk_usage(next(path for path in (place, *place.parents) if path.exists())).free
+    if free < needed:
+        raise RefusalError(
+            f"{place}: no space left: {free:,} bytes are free, and {needed:,} are needed; make room, or name a 'state' "
+            f"on another disk in {silo.path}",
+            reason="no space left on this silo's disk",
         )
 
 

@@ -27,6 +27,10 @@ RUNTIME_BYTES = 2**30
 """Memory of Python, torch and Flower, and of one piece on its way out."""
 TEXT_BYTES = 16
 """Memory for each character of an example, which is tokenised into Python's lists."""
+LESS_MEMORY = (
+    "stop what else runs here; or ask for a plan with a smaller training.batch-size or model.max-length, or "
+    'with smaller Gram matrices: merge.gram = { "*" = "block:128" }'
+)
 IMAGE_ROWS = 1024
 """Rows of an image in a layer, where the model's configuration does not say."""
 
@@ -156,7 +160,23 @@ def check_memory(
         task: the silo's own.
         available: bytes of this machine's that are free.
     """
-    training, measuring = memory(plan, task, layout, base, examples)
+    needed = memory(plan, task, layout, base, examples)
+    about, enough = _weighed(needed, device, available)
+    if enough:
+        found.ok("memory", about)
+    else:
+        found.problem("memory", about, LESS_MEMORY)
+
+
+def lacking_memory(plan: Plan, task: Task, layout: Layout, base: Base, device: str) -> str | None:
+    """Return what memory is lacking to fine-tune or measure, whatever the data are; None if there is enough."""
+    about, enough = _weighed(memory(plan, task, layout, base, None), device, available_memory())
+    return None if enough else f"{about}; {LESS_MEMORY}"
+
+
+def _weighed(needed: tuple[int, int], device: str, available: int) -> tuple[str, bool]:
+    """Say what memory fine-tuning and measuring take and what there is, and whether that is enough."""
+    training, measuring = needed
     free, room = available, f"{_mb(available)} are free"
     if device == "cuda":
         import torch
@@ -164,15 +184,7 @@ def check_memory(
         free, _ = torch.cuda.mem_get_info()
         room = f"{_mb(free)} of the GPU's and {_mb(available)} of this machine's are free"
     about = f"fine-tuning takes about {_mb(training)}, measuring about {_mb(measuring)}; {room}"
-    if training <= free and measuring <= available:
-        found.ok("memory", about)
-    else:
-        found.problem(
-            "memory",
-            about,
-            "stop what else runs here; or ask for a plan with a smaller training.batch-size or model.max-length, or "
-            'with smaller Gram matrices: merge.gram = { "*" = "block:128" }',
-        )
+    return about, training <= free and measuring <= available
 
 
 def memory(plan: Plan, task: Task, layout: Layout, base: Base, examples: Examples | None) -> tuple[int, int]:

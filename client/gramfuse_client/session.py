@@ -1,4 +1,4 @@
-"""What a silo keeps of one session of the secure sum: its secrets, what it answered, what it measured.
+"""What a silo keeps of one session of the secure sum: its secrets, and what it answered.
 
 One file holds all of it and is replaced as a whole before the reply that depends on it leaves, so a silo that is
 killed at any moment either answered nothing or gives the same answer again. Files are 0600 in a directory 0700.
@@ -32,20 +32,12 @@ class Answer(_Frozen):
     reply: str = ""
 
 
-class Measured(_Frozen):
-    """A model that was measured: the digest of the request that brought it, and the sums of its metrics."""
-
-    request: str
-    sums: tuple[float, ...]
-
-
 class Record(_Frozen):
     """All that is kept.
 
     Args:
         member: state of the secure sum; None before the keys are made and after the last sum is open.
         answers: by phase and sum.
-        measured: by candidate, in the order in which they came.
         round: of the plan, that the session belongs to.
         data: digest of the data that the masked statistics were measured on; empty before they are masked.
         start: digest of the model that they start from; empty before keys are made, and in the first round.
@@ -54,11 +46,14 @@ class Record(_Frozen):
 
     member: Member | None = None
     answers: Mapping[str, Answer] = {}
-    measured: Mapping[str, Measured] = {}
     round: int = 1
     data: str = ""
     start: str = ""
     ended: str | None = None
+
+    def released(self, name: Sum) -> bool:
+        """Whether this silo released what opens a sum."""
+        return answer_key("unmask", name) in self.answers
 
 
 class Session:
@@ -144,6 +139,11 @@ class Session:
                 f"{self._file}: is damaged or of another version; remove the directory and start a new session",
                 reason="the session cannot be read at this silo",
             ) from None
+
+
+def answer_key(phase: str, name: Sum) -> str:
+    """Return under what the answer of a phase that comes once for each sum is kept."""
+    return f"{phase}:{name}"
 
 
 def answered(record: Record, key: str, request: Message) -> Message | None:

@@ -23,7 +23,10 @@ from pydantic import BaseModel, ConfigDict
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from gramfuse_client.attempts import Attempts
+from gramfuse_client.measurements import Measurements
 from gramfuse_client.private import make_private_directory, write_private
+from gramfuse_client.releases import Rows
 from gramfuse_client.session import Session
 from gramfuse_protocol.errors import FederationError
 from gramfuse_protocol.layout import Layout, Slice, delta_block
@@ -33,6 +36,7 @@ from gramfuse_protocol.transcript import Sum
 
 PROGRESS_SECONDS = 0.5
 HEAD = "head.safetensors"
+TRAINING, HELD_OUT = "training.rows", "held-out.rows"
 
 log = logging.getLogger(__name__)
 
@@ -125,6 +129,28 @@ class State:
             raise FederationError("a message came for a plan that this silo did not join", reason="not joined")
         return Plan.read(self.directory / "plan.toml"), Layout.read(self.directory / "layout.json")
 
+    @property
+    def attempts(self) -> Attempts:
+        """What this silo was asked under the plan that had it touch its data."""
+        return Attempts(self.directory / "attempts.json")
+
+    @property
+    def measurements(self) -> Measurements:
+        """What it measured under the plan."""
+        return Measurements(self.directory / "measured.json")
+
+    def keep_rows(self, name: str, rows: Rows) -> None:
+        """Keep which rows the statistics, or the metrics, are over: TRAINING of this round, or HELD_OUT."""
+        make_private_directory(self._of_round)
+        write_private(self._rows(name), rows.astype("<u8").tobytes(), durable=True)
+
+    def rows(self, name: str) -> Rows:
+        """Return the rows that were kept."""
+        return np.frombuffer(self._rows(name).read_bytes(), "<u8")
+
+    def _rows(self, name: str) -> Path:
+        return (self._of_round if name == TRAINING else self.directory) / name
+
     def save(self, statistics: Statistics, origin: Origin, start: Mapping[str, NDArray[np.float32]]) -> None:
         """Keep statistics, what they were measured on, and the model that training started from.
 
@@ -163,6 +189,10 @@ class State:
     def trained(self) -> bool:
         """Whether there are statistics."""
         return self._statistics.exists()
+
+    def check_trained(self) -> None:
+        """Raise FederationError if there are no statistics."""
+        self._about()
 
     def contribution(self, *, from_base: bool = False) -> Kept:
         """Return the kept statistics, to be read block by block.

@@ -14,15 +14,17 @@ import torch
 from numpy.typing import NDArray
 
 from gramfuse_client.batches import Encoded, batches
-from gramfuse_client.data import Examples, load
+from gramfuse_client.data import Examples
 from gramfuse_client.evaluate import evaluate
 from gramfuse_client.finetune import choose_device, finetune
 from gramfuse_client.private import make_private_directory
+from gramfuse_client.resources import lacking_memory
 from gramfuse_client.silo import Silo
 from gramfuse_client.state import State
 from gramfuse_client.statistics import collect_statistics
 from gramfuse_model.base import Base, load_base, own_head, trainable
 from gramfuse_model.tracing import plan_layout
+from gramfuse_protocol.errors import RefusalError
 from gramfuse_protocol.layout import Layout, delta_block
 from gramfuse_protocol.metrics import Sums
 from gramfuse_protocol.plan import Plan
@@ -46,11 +48,16 @@ class Workbench:
 
         Raises:
             ModelError: if the base model cannot be loaded or is another one, or the layout is.
+            RefusalError: if this machine has too little memory to fine-tune or measure.
         """
-        base = self._base()
+        base = own = self._base()
         if self.plan.task:  # the layout is derived from one task's model, the same everywhere
             base = load_base(self.plan, self.silo.directory, override=self.silo.file.base)
-        return plan_layout(self.plan, base, given)
+        layout = plan_layout(self.plan, base, given)
+        lack = lacking_memory(self.plan, self.task, layout, own, choose_device(self.silo.file.device).type)
+        if lack is not None:
+            raise RefusalError(f"{self.silo.path}: {lack}", reason="this silo has too little memory for the plan")
+        return layout
 
     def measure(
         self, layout: Layout, examples: Examples, state: State, start: Mapping[str, NDArray[Any]]
@@ -66,15 +73,23 @@ class Workbench:
             add(layout, base, start)
         return train(self.silo, self.plan, layout, base, examples, state)
 
-    def evaluate(self, layout: Layout, arrays: Mapping[str, NDArray[Any]], state: State, *, keep: bool = False) -> Sums:
+    def evaluate(
+        self,
+        layout: Layout,
+        arrays: Mapping[str, NDArray[Any]],
+        state: State,
+        held_out: Examples,
+        *,
+        keep: bool = False,
+    ) -> Sums:
         """Return the held-out sums of the base model with differences added (`delta:<parameter>`, float32).
 
         Args:
             state: where the silo's own head is, if it keeps one.
+            held_out: what it is measured on.
             keep: whether the model is this silo's finished one; it is written into the state.
         """
         base = self._merged(layout, arrays, state)
-        _, held_out = load(self.silo, self.task)
         device = choose_device(self.silo.file.device)
         encoded = Encoded(held_out, base.tokenizer, self.task)
         sums = evaluate(

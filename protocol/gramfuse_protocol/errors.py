@@ -10,7 +10,8 @@
     ├── FederationError          16   Flower, or a silo behind it, did not answer as it must
     ├── SecurityError            17   a message that breaks the secure sum's protocol
     ├── LedgerError              18   an egress ledger that does not hold together, or cannot be written
-    └── CheckError               19   a silo that is not ready, as `gramfuse silo check` finds
+    ├── CheckError               19   a silo that is not ready, as `gramfuse silo check` finds
+    └── FailureError             20   a silo that touched its data and failed
 
 One page for each exit code stands in docs/exit-codes/.
 """
@@ -122,6 +123,23 @@ class CheckError(GramfuseError):
 
     exit_code = 19
     summary = "the silo is not ready"
+
+
+class FailureError(GramfuseError):
+    """A silo touched its data, or its own state, and failed.
+
+    Args:
+        message: what happened, for the silo's own log.
+        phase: of the request. The other side reads one text for each phase, whatever happened.
+    """
+
+    exit_code = 20
+    summary = "the silo failed; its own log has the reason"
+
+    def __init__(self, message: str, *, phase: str = "") -> None:
+        super().__init__(
+            message, reason=f"this silo failed in phase {phase}; its own log has the reason" if phase else None
+        )
 
 
 def error_types() -> dict[str, type[GramfuseError]]:

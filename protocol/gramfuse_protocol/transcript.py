@@ -99,11 +99,11 @@ def survivors_statement(
     return framed(Label.SURVIVORS, session, name, *lists, bytes.fromhex(context))
 
 
-def start_digest(arrays: Iterable[NDArray[np.float32]]) -> str:
-    """Return the digest of the model that a round after the first starts from, hexadecimal.
+def model_digest(arrays: Iterable[NDArray[np.float32]]) -> str:
+    """Return the digest of a model that the coordinator sends, hexadecimal.
 
     Args:
-        arrays: its differences from the base, in the layout's order.
+        arrays: its differences from the base, float32, in the layout's order.
     """
     hasher = hashlib.sha256()
     for array in arrays:
@@ -121,7 +121,7 @@ def round_digest(plan: str, number: int, start: str) -> str:
     Args:
         plan: digest of the plan, hexadecimal.
         number: of the round.
-        start: `start_digest`; empty in the first round, which starts from the base.
+        start: `model_digest` of it; empty in the first round, which starts from the base.
     """
     if number == 1:
         return plan
@@ -133,7 +133,7 @@ def metrics_context(candidates: Mapping[str, str]) -> str:
     """Return what a sum of metrics is about, hexadecimal.
 
     Args:
-        candidates: digest of each measured model by its name, in the order in which their sums stand in the vector.
+        candidates: `model_digest` of each measured model by its name, in the order of their sums in the vector.
     """
     fields = [field for name, digest in candidates.items() for field in (name, bytes.fromhex(digest))]
     return hashlib.sha256(framed(Label.CONTEXT, *fields)).hexdigest()

@@ -10,12 +10,12 @@ from numpy.typing import NDArray
 
 from gramfuse_protocol.encoding import decode
 from gramfuse_protocol.errors import FederationError, SecurityError
+from gramfuse_protocol.layout import Layout
 from gramfuse_protocol.messages import EvaluateReply, EvaluateRequest
 from gramfuse_protocol.metrics import Sums, are_sums, by_label, metrics, primary, sums_shape
 from gramfuse_protocol.plan import Plan
 from gramfuse_protocol.scales import METRICS_SCALE
-from gramfuse_protocol.transcript import metrics_context
-from gramfuse_protocol.wire import pack
+from gramfuse_protocol.transcript import metrics_context, model_digest
 from gramfuse_server.conductor import Conductor
 from gramfuse_server.secure import SecureSums
 
@@ -32,11 +32,13 @@ class Evaluation:
     """One evaluation of several models by the same silos.
 
     Args:
+        layout: the plan's.
         secure: takes the metrics as a secure sum, if the plan has one and shows metrics as a sum only.
     """
 
-    def __init__(self, conductor: Conductor, secure: SecureSums | None) -> None:
+    def __init__(self, conductor: Conductor, layout: Layout, secure: SecureSums | None) -> None:
         self.conductor = conductor
+        self.layout = layout
         self.plan = conductor.plan
         self.secure = secure if self.plan.privacy.metrics == "sum" else None
         self.in_the_clear = self.secure is None and self.plan.privacy.metrics != "none"
@@ -77,7 +79,9 @@ class Evaluation:
         return [described(self.plan, name, kinds[name], by) for name, by in results.items()]
 
     def hand_over(self, merged: Candidate) -> None:
-        """Bring the merged body to silos that keep their heads, under a plan that lets no metrics leave.
+        """Bring the merged model to the silos under a plan that lets no metrics leave.
+
+        Those that keep their heads need its body, and all need it to go on from in another round.
 
         Raises:
             GramfuseError: if fewer silos answer than the plan asks for.
@@ -86,13 +90,14 @@ class Evaluation:
             self._ask(merged)
 
     def _ask(self, candidate: Candidate) -> tuple[str, dict[str, Sums]]:
-        """Return the digest of the request that brought a model, and the sums of each silo that may tell them."""
+        """Return a model's digest, and the sums of each silo that may tell them."""
         request = EvaluateRequest(**self.conductor.about, candidate=candidate.name, arrays=candidate.arrays)
         requests = {silo: [request] for silo in self.conductor.nodes}
         replies = self.conductor.ask(
             EvaluateReply, requests, needed=self.plan.minimum_survivors, long_work=True, check=self._check
         )
-        return pack(request).digest, {silo: reply.arrays["sums"] for silo, _, reply in replies if self.in_the_clear}
+        digest = model_digest(candidate.arrays[piece.name] for piece in self.layout.deltas)
+        return digest, {silo: reply.arrays["sums"] for silo, _, reply in replies if self.in_the_clear}
 
     def _check(self, silo: str, request: EvaluateRequest, reply: EvaluateReply) -> None:
         name, found = request.candidate, reply.arrays.get("sums")

@@ -13,7 +13,7 @@ from gramfuse_protocol.errors import FederationError, GramfuseError, RefusalErro
 from gramfuse_protocol.layout import Layout
 from gramfuse_protocol.messages import TrainReply, TrainRequest, UploadReply, UploadRequest
 from gramfuse_protocol.statistics import check_counts, check_slices
-from gramfuse_protocol.transcript import start_digest
+from gramfuse_protocol.transcript import model_digest
 from gramfuse_server.accumulator import Accumulator, Merged
 from gramfuse_server.conductor import Conductor
 from gramfuse_server.evaluation import Candidate, Evaluation
@@ -49,7 +49,7 @@ class Round:
         self.piece_bytes = piece_bytes
         self.secure: SecureSums | None = None
         if self.plan.privacy.secure_aggregation:
-            digest = start_digest(start[piece.name] for piece in layout.deltas) if start else ""
+            digest = model_digest(start[piece.name] for piece in layout.deltas) if start else ""
             self.secure = SecureSums(conductor, piece_bytes, digest)
         self.accumulator = Accumulator(layout, alpha=self.plan.merge.alpha, weighting=self.plan.merge.weighting)
         self.trained: Mapping[str, Mapping[str, Any]] = {}
@@ -87,16 +87,17 @@ class Round:
     def measure(self, candidates: Iterable[Candidate]) -> None:
         """Have the survivors measure models.
 
-        Silos that keep their heads are given the merged body, the last candidate, even if no metrics may leave.
+        Silos that keep their heads, or go on in another round, are given the merged model, the last candidate, even
+        if no metrics may leave.
 
         The merge is done by now, so whatever goes wrong here costs the metrics and not the model.
         """
         self.conductor.keep_only(self.survivors)
-        evaluation = Evaluation(self.conductor, self.secure)
+        evaluation = Evaluation(self.conductor, self.layout, self.secure)
         try:
             if self.plan.privacy.metrics == "none":
                 self.unmeasured = "the plan lets no metrics leave"
-                if self.plan.model.head == "own":
+                if self.plan.model.head == "own" or self.conductor.round < self.plan.merge.rounds:
                     *_, merged = candidates
                     evaluation.hand_over(merged)
             else:

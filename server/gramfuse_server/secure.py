@@ -53,7 +53,7 @@ class SecureSums:
     Args:
         conductor: leads the silos.
         piece_bytes: most bytes of a vector in one message.
-        start: `gramfuse_protocol.transcript.start_digest` of what silos started from; empty in the first round.
+        start: `gramfuse_protocol.transcript.model_digest` of what silos started from; empty in the first round.
     """
 
     def __init__(self, conductor: Conductor, piece_bytes: int, start: str) -> None:

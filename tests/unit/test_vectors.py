@@ -37,9 +37,9 @@ from gramfuse_protocol.transcript import (
     Advert,
     commitment,
     metrics_context,
+    model_digest,
     round_digest,
     session_id,
-    start_digest,
 )
 
 VECTORS = Path(__file__).parents[1] / "vectors"
@@ -606,8 +606,8 @@ def test_metrics_context(vector: Json) -> None:
 def test_rounds(vector: Json) -> None:
     plan, number, start = (vector[key] for key in ("plan", "round", "start"))
     if start:
-        ours = start_digest(np.array([value], np.float32) for value in start)
-        assert ours == independent.start_digest(start) == vector["start_digest"]
+        ours = model_digest(np.array([value], np.float32) for value in start)
+        assert ours == independent.model_digest(start) == vector["start_digest"]
     digest = vector["start_digest"]
     assert round_digest(plan, number, digest) == independent.round_digest(plan, number, digest) == vector["digest"]
 

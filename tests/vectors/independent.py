@@ -227,7 +227,7 @@ def advert_statement(plan: str, nonce: str, advert: Mapping[str, Any]) -> bytes:
     return framed("advert", bytes.fromhex(plan), bytes.fromhex(nonce), *advert_fields(advert))
 
 
-def start_digest(start: Sequence[float]) -> str:
+def model_digest(start: Sequence[float]) -> str:
     return hashlib.sha256(struct.pack(f"<{len(start)}f", *start)).hexdigest()
 
 

@@ -42,9 +42,9 @@ from gramfuse_protocol.transcript import (
     advert_statement,
     commitment,
     metrics_context,
+    model_digest,
     round_digest,
     session_id,
-    start_digest,
     survivors_statement,
 )
 
@@ -603,7 +603,7 @@ def parts() -> Json:
 
 def _round(number: int, start: list[float]) -> Json:
     plan = "0123456789abcdef" * 4
-    digest_of_start = start_digest(np.array([value], np.float32) for value in start) if start else ""
+    digest_of_start = model_digest(np.array([value], np.float32) for value in start) if start else ""
     return {
         "plan": plan,
         "round": number,
