@@ -33,8 +33,20 @@ class Measurement(_Frozen):
     sums: tuple[float, ...] = ()
 
 
+class HeldOut(_Frozen):
+    """What was measured on.
+
+    Args:
+        data: digest of the held-out examples; empty before the first measurement.
+        rows: what their rows are kept by (`gramfuse_client.releases.Releases.keep_rows`); empty without a secure sum.
+    """
+
+    data: str = ""
+    rows: str = ""
+
+
 class _Kept(_Frozen):
-    held_out: str = ""
+    held_out: HeldOut = HeldOut()
     rounds: Mapping[int, Mapping[str, Measurement]] = {}
 
 
@@ -48,8 +60,8 @@ class Measurements:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def held_out(self) -> str:
-        """Return the digest of the held-out examples that were measured on; empty before the first measurement.
+    def held_out(self) -> HeldOut:
+        """Return what was measured on.
 
         Raises:
             ValueError: if the file is damaged, as from all methods.
@@ -60,12 +72,12 @@ class Measurements:
         """Return the measurements of a round by candidate."""
         return self._read().rounds.get(number, {})
 
-    def keep(self, number: int, candidate: str, measurement: Measurement, held_out: str = "") -> None:
+    def keep(self, number: int, candidate: str, measurement: Measurement, held_out: HeldOut | None = None) -> None:
         """Keep a measurement.
 
         Args:
             number: of the round.
-            held_out: digest of what it was measured on; empty if nothing was measured.
+            held_out: what it was measured on, if anything was measured.
         """
         kept = self._read()
         rounds = {**kept.rounds, number: {**kept.rounds.get(number, {}), candidate: measurement}}

@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from gramfuse_client.masking import read_masked, write_masked, write_masked_words
 from gramfuse_client.measurements import Measurement
 from gramfuse_client.policy import check_space
-from gramfuse_client.releases import Release, Releases, digest_of
+from gramfuse_client.releases import Release, Releases
 from gramfuse_client.session import Answer, Record, answer_key, answered, with_answer
 from gramfuse_client.silo import Silo
-from gramfuse_client.state import HELD_OUT, TRAINING, Contributed, State
+from gramfuse_client.state import Contributed, State
 from gramfuse_protocol import secure_sum
 from gramfuse_protocol.encoding import encode
 from gramfuse_protocol.errors import ContributionError, DataError, FederationError, RefusalError, SecurityError
@@ -148,7 +148,8 @@ class Membership:
             member, masks = secure_sum.contribute(roster, member, name, whole, self._context(name))
             path = self.session.masked(name)
             if name == "statistics":
-                record = record.model_copy(update={"data": self.state.origin().data})
+                origin = self.state.origin()
+                record = record.model_copy(update={"data": origin.data, "rows": origin.rows})
                 blocks = statistics_blocks(self.silo, self.plan, self.layout, self.state)
                 write_masked(path, blocks, len(roster.keys), masks)
             else:
@@ -186,7 +187,7 @@ class Membership:
                     "a sum of other data of this silo was signed under this plan before, and the difference of the two "
                     "would show what changed; put the data back as they were, or agree on a new plan"
                 )
-            self._release(request)
+            self._release(record, request)
             self.state.contribute(contributed)
         return SurvivorsReply(**self._about(request), sum_of=name, signature=signature.hex()), member
 
@@ -208,13 +209,13 @@ class Membership:
         contributed = contributed.including(self.state.round, self.session.directory.name, record.start)
         return contributed.model_copy(update={"survivors": survivors})
 
-    def _release(self, request: SurvivorsRequest) -> None:
+    def _release(self, record: Record, request: SurvivorsRequest) -> None:
         """Note that a sum over these survivors may become known, before anything is signed.
 
         Raises:
             RefusalError: if its difference from an earlier sum would be the part of a few silos.
         """
-        rows = self.state.rows(TRAINING if request.sum_of == "statistics" else HELD_OUT)
+        rows = record.rows if request.sum_of == "statistics" else self.state.measurements.held_out().rows
         keys = self.plan.roster.keys
         release = Release(
             plan=self.plan.digest,
@@ -223,11 +224,11 @@ class Membership:
             sum_of=request.sum_of,
             colluding=self.plan.privacy.colluding,
             survivors=tuple(sorted(keys[name].hex() for name in request.survivors)),
-            rows=digest_of(rows),
+            rows=rows,
         )
         if not self.silo.file.limits.differing_survivors:
-            self.releases.check(release, rows)
-        self.releases.add(release, rows)
+            self.releases.check(release)
+        self.releases.add(release)
 
     def _unmask(self, record: Record, request: UnmaskRequest) -> tuple[Message, Member | None]:
         member, name = self._member(record), request.sum_of

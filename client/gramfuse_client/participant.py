@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gramfuse_client.data import load
-from gramfuse_client.measurements import Measurement
+from gramfuse_client.measurements import HeldOut, Measurement
 from gramfuse_client.membership import Membership, check_range
 from gramfuse_client.policy import check_bytes, check_disk, check_examples, check_hours, check_plan, check_repeat
 from gramfuse_client.private import exclusive
 from gramfuse_client.releases import Releases
 from gramfuse_client.silo import Silo
-from gramfuse_client.state import HELD_OUT, TRAINING, Origin, State
+from gramfuse_client.state import Origin, State
 from gramfuse_protocol.errors import (
     DataError,
     FailureError,
@@ -168,13 +168,12 @@ class Participant:
                 f"{self.silo.path}: other data were contributed under this plan before; the difference of the two sums "
                 "would show what changed. Put the data back as they were, or agree on a new plan"
             )
-        origin = Origin(examples.digest, start)
-        if state.trained and state.origin() == origin:
+        if state.trained and state.origin()[:2] == (examples.digest, start):
             return
         check_hours(self.silo, datetime.now())
         statistics = self._workbench(plan).measure(layout, examples, state, request.arrays)
-        state.keep_rows(TRAINING, self.releases.rows(examples.given))
-        state.save(statistics, origin, request.arrays)
+        rows = self.releases.keep_rows(examples.given)
+        state.save(statistics, Origin(examples.digest, start, rows), request.arrays)
         if plan.privacy.secure_aggregation:
             check_range(self.silo, plan, layout, state)
 
@@ -269,7 +268,8 @@ class Participant:
             return measurement
         task = plan.task_of(self.silo.name)
         _, held_out = load(self.silo, task)
-        if state.measurements.held_out() not in ("", held_out.digest):
+        known = state.measurements.held_out()
+        if known.data not in ("", held_out.digest):
             raise DataError(
                 f"{self.silo.path}: other held-out examples were measured on under this plan before; the difference of "
                 "the two sums would show what changed. Put them back as they were"
@@ -278,10 +278,12 @@ class Participant:
         if plan.privacy.secure_aggregation and plan.privacy.metrics == "sum":
             words = noisy_words(plan, task, sums, secrets.token_bytes)
             measurement = Measurement(model=model, words=tuple(words.tolist()))
-            state.keep_rows(HELD_OUT, self.releases.rows(held_out.given))
+            rows = known.rows or self.releases.keep_rows(held_out.given)
         else:
             measurement = Measurement(model=model, sums=tuple(np.nan_to_num(sums).reshape(-1).tolist()))
-        state.measurements.keep(request.round, request.candidate, measurement, held_out.digest)
+            rows = ""
+        measured_on = HeldOut(data=held_out.digest, rows=rows)
+        state.measurements.keep(request.round, request.candidate, measurement, measured_on)
         return measurement
 
     def _check_released(self, state: State, plan: Plan, request: EvaluateRequest) -> None:

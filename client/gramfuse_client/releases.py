@@ -44,7 +44,7 @@ class Release(BaseModel):
         round: of the plan.
         colluding: how many silos may collude under it.
         survivors: public keys of the silos in the sum, in hexadecimal, sorted.
-        rows: SHA-256 of this silo's rows in the sum, by which they are kept.
+        rows: what this silo's rows in the sum are kept by (`Releases.keep_rows`).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -92,15 +92,21 @@ class Releases:
         except FileNotFoundError:
             return ()
 
-    def check(self, release: Release, rows: Rows) -> None:
-        """Raise RefusalError if the difference of a sum and an earlier one would be the part of a few silos.
+    def keep_rows(self, given: Iterable[Given]) -> str:
+        """Keep the salted hashes of examples' inputs, and return the digest that they are kept by; raises as `rows`."""
+        rows = self.rows(given).astype("<u8").tobytes()
+        digest = hashlib.sha256(rows).hexdigest()
+        if not self._rows(digest).exists():
+            write_private(self._rows(digest), rows, durable=True)
+        return digest
 
-        Args:
-            rows: of this silo in the sum.
+    def check(self, release: Release) -> None:
+        """Raise RefusalError if the difference of a sum and an earlier one would be the part of a few silos.
 
         Raises:
             ValueError: if what is kept is damaged.
         """
+        rows = self._load(release.rows)
         for earlier in self.read():
             differing = len(set(earlier.survivors) ^ set(release.survivors))
             if earlier.sum_of != release.sum_of or not differing:
@@ -117,12 +123,8 @@ class Releases:
                     "'limits.differing-survivors = true' knowingly"
                 )
 
-    def add(self, release: Release, rows: Rows) -> None:
+    def add(self, release: Release) -> None:
         """Keep a release, before anything is signed."""
-        make_private_directory(self.directory)
-        path = self._rows(release.rows)
-        if not path.exists():
-            write_private(path, rows.astype("<u8").tobytes(), durable=True)
         known = self.read()
         if release not in known:
             content = json.dumps([each.model_dump() for each in (*known, release)])
@@ -165,11 +167,6 @@ class Releases:
         if len(salt) != SALT_BYTES:
             raise ValueError(f"{path}: is damaged")
         return salt
-
-
-def digest_of(rows: Rows) -> str:
-    """Return the SHA-256 of rows, by which they are kept."""
-    return hashlib.sha256(rows.astype("<u8").tobytes()).hexdigest()
 
 
 def _normal(given: Given) -> bytes:

@@ -40,6 +40,7 @@ class Record(_Frozen):
         answers: by phase and sum.
         round: of the plan, that the session belongs to.
         data: digest of the data that the masked statistics were measured on; empty before they are masked.
+        rows: what the rows of the masked statistics are kept by.
         start: digest of the model that they start from; empty before keys are made, and in the first round.
         ended: why nothing leaves in this session any more, or None.
     """
@@ -48,6 +49,7 @@ class Record(_Frozen):
     answers: Mapping[str, Answer] = {}
     round: int = 1
     data: str = ""
+    rows: str = ""
     start: str = ""
     ended: str | None = None
 

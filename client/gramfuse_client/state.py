@@ -26,7 +26,6 @@ from safetensors.numpy import save_file
 from gramfuse_client.attempts import Attempts
 from gramfuse_client.measurements import Measurements
 from gramfuse_client.private import make_private_directory, write_private
-from gramfuse_client.releases import Rows
 from gramfuse_client.session import Session
 from gramfuse_protocol.errors import FederationError
 from gramfuse_protocol.layout import Layout, Slice, delta_block
@@ -36,7 +35,6 @@ from gramfuse_protocol.transcript import Sum
 
 PROGRESS_SECONDS = 0.5
 HEAD = "head.safetensors"
-TRAINING, HELD_OUT = "training.rows", "held-out.rows"
 
 log = logging.getLogger(__name__)
 
@@ -72,10 +70,12 @@ class Origin(NamedTuple):
     Args:
         data: digest of the training data.
         start: digest of the model that training started from; empty in the first round, which starts from the base.
+        rows: what the rows of the training data are kept by (`gramfuse_client.releases.Releases.keep_rows`).
     """
 
     data: str
     start: str
+    rows: str = ""
 
 
 @dataclass(frozen=True)
@@ -139,18 +139,6 @@ class State:
         """What it measured under the plan."""
         return Measurements(self.directory / "measured.json")
 
-    def keep_rows(self, name: str, rows: Rows) -> None:
-        """Keep which rows the statistics, or the metrics, are over: TRAINING of this round, or HELD_OUT."""
-        make_private_directory(self._of_round)
-        write_private(self._rows(name), rows.astype("<u8").tobytes(), durable=True)
-
-    def rows(self, name: str) -> Rows:
-        """Return the rows that were kept."""
-        return np.frombuffer(self._rows(name).read_bytes(), "<u8")
-
-    def _rows(self, name: str) -> Path:
-        return (self._of_round if name == TRAINING else self.directory) / name
-
     def save(self, statistics: Statistics, origin: Origin, start: Mapping[str, NDArray[np.float32]]) -> None:
         """Keep statistics, what they were measured on, and the model that training started from.
 
@@ -210,7 +198,7 @@ class State:
     def origin(self) -> Origin:
         """Return what the kept statistics were measured on; raises as `contribution`."""
         about = self._about()
-        return Origin(about["data"], about["start"])
+        return Origin(about["data"], about["start"], about["rows"])
 
     def session(self, nonce: str) -> Session:
         """Return a session of this round."""
@@ -237,7 +225,7 @@ class State:
 
     def contribute_openly(self, session: str) -> None:
         """Note that the kept statistics leave in the clear in this session."""
-        data, start = self.origin()
+        data, start, _ = self.origin()
         contributed = self.contributed() or Contributed(data=data)
         if session not in contributed.sessions.get(self.round, ()):
             self.contribute(contributed.including(self.round, session, start))
