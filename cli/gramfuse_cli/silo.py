@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from gramfuse_cli import check, ledger, node
+from gramfuse_cli import check, clear, ledger, node
 from gramfuse_cli.options import as_json as json_option
 from gramfuse_cli.pki import make_node_key
 from gramfuse_protocol.keys import KEY_BYTES, Identity
@@ -24,6 +24,7 @@ def silo() -> None:
     Before approving a plan:  gramfuse silo check silo.toml --plan plan.toml
     To take part:             gramfuse silo start silo.toml
     What left, at any time:   gramfuse silo ledger show silo.toml
+    After a failure:          gramfuse silo clear silo.toml --plan DIGEST
 
     A silo file (silo.toml) says what a silo brings and what it allows. It is private to the silo. 'check' is a dry run,
     and sends nothing of the silo's; do it again before a run. 'start' answers a coordinator for plans that the file
@@ -32,6 +33,7 @@ def silo() -> None:
 
 
 silo.add_command(check.check)
+silo.add_command(clear.clear)
 silo.add_command(ledger.ledger)
 silo.add_command(node.start)
 

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from gramfuse_client import policy
+from gramfuse_client.data import Examples
 from gramfuse_client.finding import Findings
+from gramfuse_client.releases import Releases
 from gramfuse_client.silo import Silo
 from gramfuse_client.state import Contributed, State
 from gramfuse_protocol.errors import PlanError, RefusalError
@@ -117,10 +119,54 @@ def check_repeat(found: Findings, silo: Silo, plan: Plan) -> Contributed | None:
         found.problem(
             "repeat",
             f"{state.directory / 'contributed.json'}: is damaged, or another version's",
-            "look in the ledger whether this silo contributed under the plan, and agree on a new version of it if so:\n"
+            "look in the ledger whether this silo contributed under the plan, and if so agree on a new plan, which must end with "
+            "the same silos:\n"
             f"gramfuse silo ledger show {silo.path}",
         )
     return contributed
+
+
+def check_attempts(found: Findings, silo: Silo, plan: Plan) -> None:
+    """Look at whether an attempt under the plan failed, which is final until it is cleared."""
+    clear = f"look into this silo's log, remove the cause, then:\ngramfuse silo clear {silo.path} --plan {plan.digest}"
+    try:
+        attempts = State(silo.state, plan.digest).attempts.read()
+    except (OSError, ValueError):
+        found.problem("failures", "the record of what was attempted is damaged, or another version's", clear)
+        return
+    failed = [attempt for attempt in attempts if attempt.outcome == "failed"]
+    if failed:
+        works = ", ".join(f"{attempt.work} in round {attempt.round}" for attempt in failed)
+        found.problem("failures", f"failed, and takes no further part: {works}", clear)
+    else:
+        found.ok("failures", "none under this plan")
+
+
+def check_releases(found: Findings, silo: Silo, plan: Plan, examples: Examples | None) -> None:
+    """Look at whether a sum over the whole roster could be subtracted from one that this silo was in."""
+    if not plan.privacy.secure_aggregation or silo.name not in plan.names:
+        return
+    releases = Releases(silo.state / "releases")
+    try:
+        if not (earlier := releases.read()):
+            found.ok("earlier sums", "this silo was in none")
+            return
+        if examples is None:
+            found.skip("earlier sums", f"this silo was in {len(earlier)}; its data were not read")
+            return
+        keys = tuple(sorted(key.hex() for key in plan.roster.keys.values()))
+        shared = releases.conflict(releases.rows(examples.given), "statistics", keys, plan.privacy.colluding)
+    except (OSError, ValueError, PlanError) as error:
+        found.problem(
+            "earlier sums",
+            f"what this silo remembers of them cannot be used: {error}",
+            f"restore {releases.directory}, or forget them knowingly:\ngramfuse silo clear {silo.path} --releases",
+        )
+        return
+    if shared is None or silo.file.limits.differing_survivors:
+        found.ok("earlier sums", f"{len(earlier)}; a sum over all silos of this plan may follow them")
+    else:
+        found.problem("earlier sums", shared, "agree on the silos with the plan's author, see docs/threat-model.md")
 
 
 def check_keys(found: Findings, silo: Silo, plan: Plan | None) -> None:

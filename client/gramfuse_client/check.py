@@ -70,6 +70,7 @@ def check(
         agreement.check_terms(found, silo, given)
         agreement.check_hours(found, silo, moment)
         contributed = agreement.check_repeat(found, silo, given.plan)
+        agreement.check_attempts(found, silo, given.plan)
     agreement.check_keys(found, silo, None if given is None else given.plan)
     resources.check_state(found, silo)
     last = resources.check_ledger(found, silo)
@@ -77,6 +78,7 @@ def check(
     if given is not None and (silo.name in given.plan.names or not given.plan.task):  # else it has no task here
         progress("reading the data")
         examples = materials.check_data(found, silo, given.plan, contributed, offline)
+        agreement.check_releases(found, silo, given.plan, examples)
         progress("reading the base model, and deriving the layout from it; this takes some seconds")
         base = materials.check_base(found, silo, given.plan)
         layout = materials.check_layout(found, silo, given, base)

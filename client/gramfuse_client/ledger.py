@@ -66,7 +66,7 @@ class Item(_Frozen):
 
 
 class Entry(_Frozen):
-    """What is recorded about one message.
+    """What is recorded about one message, or, of kind "clear", about what the silo's owner cleared.
 
     Args:
         plan: digest of the plan; empty if it is not known.
@@ -84,7 +84,7 @@ class Entry(_Frozen):
     round: Annotated[int, Field(ge=0, lt=2**53)] = 0
     run: RunId = 0
     phase: str
-    kind: Literal["reply", "refusal", "error"]
+    kind: Literal["reply", "refusal", "error", "clear"]
     form: Annotated[str, Field(max_length=40)]
     note: Annotated[str, Field(max_length=2000)] = ""
     items: tuple[Item, ...] = ()

@@ -68,7 +68,7 @@ def contribute(silo: Silo, plan: Plan, layout: Layout, path: Path, state: State)
         if contributed is not None and contributed.data != examples.digest:
             raise RefusalError(
                 f"{silo.path}: other data were contributed under this plan before; the difference of the two merges "
-                "would show what changed. Agree on a new version of the plan"
+                "would show what changed. Put the data back as they were"
             )
         measured_on = Origin(examples.digest, start="")
         if not state.trained or state.origin() != measured_on:

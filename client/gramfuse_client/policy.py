@@ -148,7 +148,7 @@ def check_repeat(silo: Silo, state: State, session: str) -> None:
     if not sessions or session in sessions or silo.file.limits.repeat_contributions:
         return
     raise RefusalError(
-        f"{silo.path}: this silo contributed under this plan before; agree on a new version of the plan, go on with "
-        "the run that was interrupted (gramfuse run --resume), or set 'limits.repeat-contributions = true'",
+        f"{silo.path}: this silo contributed under this plan before; go on with the run that was interrupted (gramfuse "
+        "run --resume), agree on a new plan, which must end with the same silos over these rows, or set 'limits.repeat-contributions = true'",
         reason="this silo contributed under this plan before",
     )

@@ -107,21 +107,33 @@ class Releases:
             ValueError: if what is kept is damaged.
         """
         rows = self._load(release.rows)
+        if problem := self.conflict(rows, release.sum_of, release.survivors, release.colluding):
+            raise RefusalError(f"{self._index}: {problem}")
+
+    def conflict(self, rows: Rows, sum_of: Sum, survivors: tuple[str, ...], colluding: int) -> str | None:
+        """Say which earlier sum a sum could be subtracted from, and how many silos would be left; None if none.
+
+        Args:
+            rows: of this silo in the sum.
+            survivors, colluding: as `Release` has them.
+
+        Raises:
+            ValueError: if what is kept is damaged.
+        """
         for earlier in self.read():
-            differing = len(set(earlier.survivors) ^ set(release.survivors))
-            if earlier.sum_of != release.sum_of or not differing:
-                continue
-            if differing > max(earlier.colluding, release.colluding) + 1:
+            differing = len(set(earlier.survivors) ^ set(survivors))
+            most = max(earlier.colluding, colluding) + 1
+            if earlier.sum_of != sum_of or not 1 <= differing <= most:
                 continue
             shared = len(np.intersect1d(self._load(earlier.rows), rows, assume_unique=True))
             if shared:
-                raise RefusalError(
-                    f"{self._index}: {shared} rows of this sum of {release.sum_of} were in a sum under plan "
-                    f"{earlier.plan} already, with silos that differ by {differing}; the difference of the two would "
-                    f"show what those silos hold. Agree on a plan that ends with the same silos as that one, or with "
-                    f"{max(earlier.colluding, release.colluding) + 2} others at least, or set "
-                    "'limits.differing-survivors = true' knowingly"
+                return (
+                    f"{shared} rows of this sum of {sum_of} were in a sum under plan {earlier.plan} already, and the "
+                    f"silos differ by {differing}: the difference of the two sums is what those silos hold. Take the "
+                    f"same silos as in that sum, or {most + 1} others at least, or rows that were in none; or set "
+                    "'limits.differing-survivors = true', which gives that difference away"
                 )
+        return None
 
     def add(self, release: Release) -> None:
         """Keep a release, before anything is signed."""

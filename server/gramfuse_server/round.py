@@ -93,6 +93,8 @@ class Round:
         The merge is done by now, so whatever goes wrong here costs the metrics and not the model.
         """
         self.conductor.keep_only(self.survivors)
+        if self.secure is not None:
+            self.secure.have_released(self.survivors)
         evaluation = Evaluation(self.conductor, self.layout, self.secure)
         try:
             if self.plan.privacy.metrics == "none":

@@ -88,6 +88,29 @@ class SecureSums:
         }
         return self._sum("statistics", members, about, entries, context)
 
+    def have_released(self, survivors: Sequence[str]) -> None:
+        """Have survivors sign and release that were lost before they did, and are back in a resumed run.
+
+        A silo measures nothing before its contribution was released. Whoever does not answer is lost.
+        """
+        done = self.conductor.done("unmask")
+        late = [silo for silo in survivors if silo in self.conductor.nodes and silo not in done]
+        if not late:
+            return
+        members = [advert.silo for advert in self.adverts if advert.silo in self.sealed]
+        signed = SurvivorsRequest(**self.conductor.about, sum_of="statistics", survivors=tuple(survivors))
+        released = UnmaskRequest(
+            **self.conductor.about, sum_of="statistics", signatures=self.conductor.done("survivors")
+        )
+
+        def check(silo: str, _: UnmaskRequest, reply: UnmaskReply) -> None:
+            if set(reply.shares) != set(members):
+                raise SecurityError(f"silo {silo!r} did not release exactly one share for each member of the sum")
+
+        with self.conductor.phase("unmask"):
+            self._gather(SurvivorsReply, signed, late, 0, lambda silo, request, reply: None)
+            self._gather(UnmaskReply, released, late, 0, check)
+
     def metrics(
         self, members: Sequence[str], candidates: Sequence[str], entries: int, context: str
     ) -> tuple[Words, tuple[str, ...]]:
