@@ -119,8 +119,8 @@ def check_repeat(found: Findings, silo: Silo, plan: Plan) -> Contributed | None:
         found.problem(
             "repeat",
             f"{state.directory / 'contributed.json'}: is damaged, or another version's",
-            "look in the ledger whether this silo contributed under the plan, and if so agree on a new plan, which must end with "
-            "the same silos:\n"
+            "look in the ledger whether this silo contributed under the plan; if so, a new plan must end with the same "
+            "silos:\n"
             f"gramfuse silo ledger show {silo.path}",
         )
     return contributed

@@ -50,7 +50,7 @@ def check_data(
         found.problem(
             "data",
             "other data were contributed under this plan before; the difference of the sums would show what changed",
-            "put the data back as they were, or agree on a new plan, which must end with the same silos over these rows",
+            "put the data back as they were; a new plan must end with the same silos over these rows",
         )
     elif weighed and len(train) > MOST_EXAMPLES:
         found.problem(

@@ -149,6 +149,7 @@ def check_repeat(silo: Silo, state: State, session: str) -> None:
         return
     raise RefusalError(
         f"{silo.path}: this silo contributed under this plan before; go on with the run that was interrupted (gramfuse "
-        "run --resume), agree on a new plan, which must end with the same silos over these rows, or set 'limits.repeat-contributions = true'",
+        "run --resume), agree on a new plan, which must end with the same silos over these rows, or set "
+        "'limits.repeat-contributions = true'",
         reason="this silo contributed under this plan before",
     )

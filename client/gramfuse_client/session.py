@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from gramfuse_client.private import make_private_directory, write_private
 from gramfuse_protocol.errors import RefusalError, SecurityError
@@ -93,6 +93,7 @@ class Session:
         Raises:
             RefusalError: if the session is over, or was never joined.
             SecurityError: if it is a session of another round.
+            ValueError: if the file is damaged, or another version's.
         """
         record = self._read()
         if record.ended is not None:
@@ -118,7 +119,7 @@ class Session:
     def _over(self) -> bool:
         try:
             return self._read().ended is not None
-        except RefusalError:  # what cannot be read may still hold secrets
+        except ValueError:  # what cannot be read may still hold secrets
             return False
 
     def masked(self, name: Sum) -> Path:
@@ -135,11 +136,6 @@ class Session:
         except FileNotFoundError:
             raise RefusalError(
                 f"{self.directory}: a message came for a session that this silo did not join", reason="not joined"
-            ) from None
-        except ValidationError:
-            raise RefusalError(
-                f"{self._file}: is damaged or of another version; remove the directory and start a new session",
-                reason="the session cannot be read at this silo",
             ) from None
 
 

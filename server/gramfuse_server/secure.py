@@ -103,13 +103,9 @@ class SecureSums:
             **self.conductor.about, sum_of="statistics", signatures=self.conductor.done("survivors")
         )
 
-        def check(silo: str, _: UnmaskRequest, reply: UnmaskReply) -> None:
-            if set(reply.shares) != set(members):
-                raise SecurityError(f"silo {silo!r} did not release exactly one share for each member of the sum")
-
         with self.conductor.phase("unmask"):
             self._gather(SurvivorsReply, signed, late, 0, lambda silo, request, reply: None)
-            self._gather(UnmaskReply, released, late, 0, check)
+            self._gather(UnmaskReply, released, late, 0, _one_share_each(members))
 
     def metrics(
         self, members: Sequence[str], candidates: Sequence[str], entries: int, context: str
@@ -226,12 +222,7 @@ class SecureSums:
 
     def _unmask(self, name: Sum, members: Sequence[str], signatures: Mapping[str, str]) -> dict[str, dict[str, str]]:
         request = UnmaskRequest(**self.conductor.about, sum_of=name, signatures=signatures)
-
-        def check(silo: str, _: UnmaskRequest, reply: UnmaskReply) -> None:
-            if set(reply.shares) != set(members):
-                raise SecurityError(f"silo {silo!r} did not release exactly one share for each member of the sum")
-
-        replies = self._gather(UnmaskReply, request, tuple(signatures), self.roster.threshold, check)
+        replies = self._gather(UnmaskReply, request, tuple(signatures), self.roster.threshold, _one_share_each(members))
         return {silo: dict(reply.shares) for silo, reply in replies.items()}
 
     def _gather(
@@ -244,3 +235,11 @@ class SecureSums:
             replies[silo] = reply
             conductor.tell(request.phase, "silo", silo=silo)
         return replies
+
+
+def _one_share_each(members: Sequence[str]) -> Callable[[str, UnmaskRequest, UnmaskReply], None]:
+    def check(silo: str, _: UnmaskRequest, reply: UnmaskReply) -> None:
+        if set(reply.shares) != set(members):
+            raise SecurityError(f"silo {silo!r} did not release exactly one share for each member of the sum")
+
+    return check
