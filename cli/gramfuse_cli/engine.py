@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import traceback
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from gramfuse_cli.laboratory import Laboratory
-    from gramfuse_protocol.statistics import Contribution
     from gramfuse_server.accumulator import Merged
     from gramfuse_server.conductor import Observer
     from gramfuse_server.exchange import Study
@@ -89,9 +89,6 @@ def simulate(spec: dict[str, Any]) -> dict[str, Any]:
     files = dict(zip(plan.names, spec["silos"], strict=True))
     server = ServerApp()
 
-    def own(name: str, number: int) -> Contribution:
-        return State(Path(spec["state"]) / name, plan.digest, number).contribution(from_base=True)
-
     def finish(name: str, arrays: Mapping[str, NDArray[np.float32]], directory: Path) -> None:
         from gramfuse_client.workbench import Workbench
 
@@ -112,7 +109,7 @@ def simulate(spec: dict[str, Any]) -> dict[str, Any]:
                 layout,
                 Path(spec["directory"]),
                 Path(spec["out"]),
-                own_models=own,
+                simulated=partial(laboratory_of, spec, plan, layout),
                 study=study_of(spec, plan, layout),
                 own_heads=finish,
                 observer=observe,
@@ -152,7 +149,7 @@ def study_of(spec: dict[str, Any], plan: Plan, layout: Layout) -> Study | None:
     from gramfuse_cli.tuning import Wanted, tune
 
     def study(survivors: tuple[str, ...], merged: Merged, observer: Observer) -> tuple[Merged, dict[str, Any]]:
-        laboratory = laboratory_of(spec, plan, layout, survivors, tuned=bool(spec["tune"]))
+        laboratory = laboratory_of(spec, plan, layout, plan.merge.rounds, survivors)
         found: dict[str, Any] = {}
         if spec["tune"]:
             merged, found = tune(laboratory, Wanted(**spec["tune"]), merged, observer)
@@ -165,15 +162,16 @@ def study_of(spec: dict[str, Any], plan: Plan, layout: Layout) -> Study | None:
 
 
 def laboratory_of(
-    spec: dict[str, Any], plan: Plan, layout: Layout, survivors: tuple[str, ...], *, tuned: bool = False
+    spec: dict[str, Any], plan: Plan, layout: Layout, number: int, survivors: tuple[str, ...]
 ) -> Laboratory:
-    """Return the laboratory of the silos that are in a merge, with what they keep on their disks."""
+    """Return the laboratory of a round and of the silos that are in its merge, with what they keep on their disks."""
     from gramfuse_cli.laboratory import Laboratory
     from gramfuse_client.state import State
 
     files = dict(zip(plan.names, spec["silos"], strict=True))
+    tuned = bool(spec["tune"])
     silos = {name: simulated_silo(files[name], spec["state"], plan.digest, tuned=tuned) for name in survivors}
-    states = {name: State(silos[name].state, plan.digest, plan.merge.rounds) for name in survivors}
+    states = {name: State(silos[name].state, plan.digest, number) for name in survivors}
     contributions = {name: state.contribution(from_base=True) for name, state in states.items()}
     heads = {name: state.head() for name, state in states.items()} if plan.model.head == "own" else {}
     return Laboratory(plan, layout, Path(spec["directory"]), silos, contributions, heads)

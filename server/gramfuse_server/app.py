@@ -21,7 +21,7 @@ from gramfuse_protocol.errors import GramfuseError, PlanError
 from gramfuse_protocol.layout import Layout
 from gramfuse_protocol.plan import Plan
 from gramfuse_server.conductor import WAIT_SECONDS, Observer
-from gramfuse_server.exchange import Exchange, Finish, OwnModels, Study, needed_bytes
+from gramfuse_server.exchange import Exchange, Finish, Simulated, Study, needed_bytes
 from gramfuse_server.post import GRACE_SECONDS
 from gramfuse_server.run import RunDirectory
 
@@ -33,7 +33,7 @@ def coordinate(
     directory: Path,
     out: Path,
     *,
-    own_models: OwnModels | None = None,
+    simulated: Simulated | None = None,
     study: Study | None = None,
     own_heads: Finish | None = None,
     observer: Observer = lambda event: None,
@@ -49,7 +49,7 @@ def coordinate(
     Args:
         directory: where relative paths of the plan start.
         out: the run directory.
-        own_models, study, own_heads, observer, wait, patience, grace, authenticated: as
+        simulated, study, own_heads, observer, wait, patience, grace, authenticated: as
             `gramfuse_server.exchange.Exchange` has them.
         resume: go on with what an interrupted run left there.
         resumable: whether anybody could do that, so that something is left for it.
@@ -68,7 +68,7 @@ def coordinate(
             layout,
             base,
             run,
-            own_models=own_models,
+            simulated=simulated,
             study=study,
             own_heads=own_heads,
             observer=observer,

@@ -34,6 +34,9 @@ class Evaluation:
     Args:
         layout: the plan's.
         secure: takes the metrics as a secure sum, if the plan has one and shows metrics as a sum only.
+
+    Attributes:
+        silos: those that what was measured is of, in roster order.
     """
 
     def __init__(self, conductor: Conductor, layout: Layout, secure: SecureSums | None) -> None:
@@ -42,12 +45,10 @@ class Evaluation:
         self.plan = conductor.plan
         self.secure = secure if self.plan.privacy.metrics == "sum" else None
         self.in_the_clear = self.secure is None and self.plan.privacy.metrics != "none"
+        self.silos: tuple[str, ...] = ()
 
     def measure(self, candidates: Iterable[Candidate], survivors: tuple[str, ...]) -> list[dict[str, Any]]:
         """Return what is to be reported of each model (`described`).
-
-        Where silos keep their heads, a silo's model is measured as a body under each silo's own head, and `alone` are
-        all silos' own models, each on its own examples.
 
         Args:
             survivors: the silos whose contributions are in the merge.
@@ -70,12 +71,8 @@ class Evaluation:
                 for name, total in self._summed(digests, survivors).items()
             ]
         # A silo that was lost half-way would be in the metrics of some models only.
-        silos = [silo for silo in self.conductor.nodes if all(silo in by for by in found.values())]
-        results = {name: {silo: by[silo] for silo in silos} for name, by in found.items()}
-        own = {silo: results[silo][silo] for silo in silos if kinds.get(silo) == "silo"}
-        if self.plan.model.head == "own" and own:
-            kinds |= dict.fromkeys(own, "body") | {"alone": "alone"}
-            results = {silo: results[silo] for silo in own} | {"alone": own} | results
+        self.silos = tuple(silo for silo in self.conductor.nodes if all(silo in by for by in found.values()))
+        results = {name: {silo: by[silo] for silo in self.silos} for name, by in found.items()}
         return [described(self.plan, name, kinds[name], by) for name, by in results.items()]
 
     def hand_over(self, merged: Candidate) -> None:
@@ -119,7 +116,9 @@ class Evaluation:
         assert self.secure is not None  # noqa: S101
         (task,) = self.plan.tasks.values()
         size = int(np.prod(sums_shape(task)))
-        words, _ = self.secure.metrics(survivors, tuple(digests), size * len(digests), metrics_context(digests))
+        words, self.silos = self.secure.metrics(
+            survivors, tuple(digests), size * len(digests), metrics_context(digests)
+        )
         values = decode(words, METRICS_SCALE[task.task]).reshape(len(digests), *sums_shape(task))
         if not all(are_sums(task, total) for total in values):
             raise SecurityError(
@@ -168,6 +167,21 @@ def _described(plan: Plan, name: str, kind: str, joint: Mapping[str, Sums]) -> d
     if any(labels.values()):
         model["labels"] = {task_name: of for task_name, of in labels.items() if of}
     return model
+
+
+def of_silos(plan: Plan, found: Mapping[str, Mapping[str, Sums]]) -> list[dict[str, Any]]:
+    """Return what a report says of the silos' own models.
+
+    Where silos keep their heads, each is a `body` under every silo's own head, and `alone` are all silos' own models,
+    each on its own examples.
+
+    Args:
+        found: held-out sums, by whose model it is and by silo.
+    """
+    if plan.model.head != "own":
+        return [described(plan, name, "silo", by) for name, by in found.items()]
+    bodies = [described(plan, name, "body", by) for name, by in found.items()]
+    return [*bodies, described(plan, "alone", "alone", {silo: by[silo] for silo, by in found.items()})]
 
 
 def ranked_by(plan: Plan) -> str:

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from flwr.serverapp import Grid
@@ -21,11 +21,11 @@ from gramfuse_model.tasks import merged_form
 from gramfuse_protocol.errors import GramfuseError
 from gramfuse_protocol.layout import ITEM_BYTES, PIECE_BYTES, Layout, delta_block
 from gramfuse_protocol.messages import MERGED
+from gramfuse_protocol.metrics import Sums
 from gramfuse_protocol.plan import Plan
-from gramfuse_protocol.statistics import Contribution
 from gramfuse_server.accumulator import Merged
 from gramfuse_server.conductor import WAIT_SECONDS, Conductor, Observer
-from gramfuse_server.evaluation import Candidate
+from gramfuse_server.evaluation import Candidate, described, of_silos
 from gramfuse_server.model import write_model
 from gramfuse_server.pages.page import page
 from gramfuse_server.post import GRACE_SECONDS
@@ -37,9 +37,19 @@ OUTCOME = "outcome"
 
 N = TypeVar("N", int, float)
 
-OwnModels = Callable[[str, int], Contribution]
-"""Returns what a silo measured, by its name and the round, with differences from the base: only whoever simulates all
-silos has that."""
+
+class Laboratory(Protocol):
+    """All silos of one round in one place, without a message in between: only whoever simulates them has that."""
+
+    def deltas(self, silo: str) -> Mapping[str, NDArray[Any]]:
+        """Return a silo's own model: its differences from the base by parameter name, in the parameter's shape."""
+
+    def measure(self, deltas: Mapping[str, NDArray[Any]]) -> Mapping[str, Sums]:
+        """Return each silo's held-out sums of the base model with differences added, exactly, by silo."""
+
+
+Simulated = Callable[[int, tuple[str, ...]], Laboratory]
+"""Returns the laboratory of a round, by its number, and of the silos that are in its merge."""
 
 Study = Callable[[tuple[str, ...], Merged, Observer], tuple[Merged, dict[str, Any]]]
 """Looks at the merge of the last round before it is measured and written: for whoever has all silos' statistics and
@@ -65,8 +75,8 @@ class Exchange:
         layout: the plan's.
         base: the plan's base model; it becomes the merged model.
         run: the run directory, entered.
-        own_models: if given, each silo's own model is sent to all silos to be measured too; for simulations only,
-            since it shows one silo's model to the others.
+        simulated: if given, each silo's own model is measured too, at all silos, and beside every metric that leaves
+            with noise stands the exact one; for simulations only. No message is sent for it.
         study: if given, looks at the merge; for simulations only.
         own_heads: if given, and if silos keep their heads, writes each silo's finished model into the run directory;
             for simulations only.
@@ -82,7 +92,7 @@ class Exchange:
         base: Base,
         run: RunDirectory,
         *,
-        own_models: OwnModels | None = None,
+        simulated: Simulated | None = None,
         study: Study | None = None,
         own_heads: Finish | None = None,
         observer: Observer = lambda event: None,
@@ -96,7 +106,7 @@ class Exchange:
         self.layout = layout
         self.base = base
         self.run = run
-        self.own_models = own_models
+        self.simulated = simulated
         self.study = study
         self.own_heads = own_heads
         self.piece_bytes = piece_bytes
@@ -154,12 +164,11 @@ class Exchange:
     def _pass_on(self, current: Round) -> None:
         """Do a round that is not the last, and keep what the next one starts from."""
         merged = current.merge()
-        candidates = list(self._candidates(current, merged))
-        current.measure(candidates)
+        self._measure(current, merged)
         path = self._start(current.conductor.round + 1)
         temporary = path.with_name(f"{path.name}.partial")
         with self.run.writing():
-            save_file(dict(candidates[-1].arrays), temporary)
+            save_file({delta_block(name): np.asarray(d, np.float32) for name, d in merged.deltas.items()}, temporary)
             os.replace(temporary, path)
         current.conductor.keep("lost", current.lost)
         current.conductor.keep(OUTCOME, current.report())
@@ -174,7 +183,7 @@ class Exchange:
             with conductor.phase("study"):
                 merged, studied = self.study(current.survivors, merged, conductor.observer)
             current.merged = merged
-        current.measure(self._candidates(current, merged))
+        self._measure(current, merged)
         current.models += studied.pop("models", [])
         with conductor.phase("write"):
             joint = next((model["metrics"] for model in current.models if model["kind"] == MERGED), None)
@@ -188,15 +197,36 @@ class Exchange:
                         self.own_heads(silo, arrays, self.run.partial / "models" / silo)
         return self._report(current, earlier) | studied
 
-    def _candidates(self, current: Round, merged: Merged) -> Iterator[Candidate]:
-        """Yield the models that are measured; the merge is the last."""
-        if self.own_models is not None:
-            for name in current.survivors:
-                own = self.own_models(name, current.conductor.round)
-                arrays = {delta_block(t.name): own.block(delta_block(t.name)) for t in self.layout.tensors}
-                yield Candidate(name, "silo", arrays)
-        for kind, deltas in (("simple", merged.mean), (MERGED, merged.deltas)):
-            yield Candidate(kind, kind, {delta_block(name): np.asarray(d, np.float32) for name, d in deltas.items()})
+    def _measure(self, current: Round, merged: Merged) -> None:
+        """Have the survivors measure the plan's candidates, and the laboratory, if there is one, all models."""
+        candidates = self._candidates(merged)
+        current.measure(
+            Candidate(name, name, {delta_block(block): d for block, d in deltas.items()}) for name, deltas in candidates
+        )
+        if self.simulated is None or current.unmeasured is not None:
+            return
+        conductor, silos = current.conductor, current.measured
+        with conductor.phase("exact"):
+            laboratory = self.simulated(conductor.round, current.survivors)
+
+            def measure(name: str, deltas: Mapping[str, NDArray[Any]]) -> dict[str, Sums]:
+                found = laboratory.measure(deltas)
+                conductor.tell("exact", "measured", name=name)
+                return {silo: found[silo] for silo in silos}
+
+            own = {silo: measure(silo, laboratory.deltas(silo)) for silo in silos}
+            noisy = {model["name"]: model for model in current.models if "privacy" in model}
+            for name, deltas in self._candidates(merged):
+                if name in noisy:
+                    exact = described(self.plan, name, name, measure(name, deltas))
+                    noisy[name]["exact"] = {key: exact[key] for key in ("metrics", "labels") if key in exact}
+        current.models = of_silos(self.plan, own) + current.models
+
+    def _candidates(self, merged: Merged) -> Iterator[tuple[str, dict[str, NDArray[np.float32]]]]:
+        """Yield the models that silos measure, by name, as differences by parameter name; the merge is the last."""
+        deltas = {"simple": merged.mean, MERGED: merged.deltas}
+        for name in sorted(self.plan.privacy.candidates, key=lambda name: name == MERGED):
+            yield name, {parameter: np.asarray(d, np.float32) for parameter, d in deltas[name].items()}
 
     def _report(self, current: Round, earlier: list[dict[str, Any]]) -> dict[str, Any]:
         """Return the report: of the last round, but for what all of them took."""
@@ -238,7 +268,7 @@ class Exchange:
             "head": self.plan.model.head,
             "tasks": {name: task.task for name, task in self.plan.tasks.items()},
             "mode": "secure" if self.plan.privacy.secure_aggregation else "open",
-            "identities": "made for this run" if self.own_models else "those of the plan",
+            "identities": "made for this run" if self.simulated else "those of the plan",
         }
 
     def _came(self, current: Round, rounds: list[dict[str, Any]]) -> dict[str, Any]:

@@ -38,6 +38,7 @@ class Round:
         survivors: the silos whose contributions are in the merge, in roster order.
         merged: the merge, as differences from the base, once it is there; what is measured and reported.
         models: what was measured, as `gramfuse_server.evaluation` returns it.
+        measured: the silos whose held-out examples it was measured on, in roster order.
         unmeasured: why nothing was, or None.
     """
 
@@ -56,6 +57,7 @@ class Round:
         self.survivors: tuple[str, ...] = ()
         self.merged: Merged | None = None
         self.models: list[dict[str, Any]] = []
+        self.measured: tuple[str, ...] = ()
         self.unmeasured: str | None = None
 
     def merge(self) -> Merged:
@@ -104,6 +106,7 @@ class Round:
                     evaluation.hand_over(merged)
             else:
                 self.models = evaluation.measure(candidates, self.survivors)
+                self.measured = evaluation.silos
         except GramfuseError as error:
             self.unmeasured = str(error)
 

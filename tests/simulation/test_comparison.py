@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,6 @@ from gramfuse_client.app import SiloApp
 from gramfuse_client.batches import Encoded, batches
 from gramfuse_client.data import Examples, load
 from gramfuse_client.finetune import finetune
-from gramfuse_client.state import State
 from gramfuse_model.base import load_base, weights_digest
 from gramfuse_protocol.layout import delta_block
 from gramfuse_protocol.metrics import metrics
@@ -78,11 +78,11 @@ def compare(in_process_grid: Any, tmp_path: Path) -> Callable[[Path, str], Compa
             layout,
             directory,
             tmp_path / "run",
-            own_models=lambda name, number: State(state / name, plan.digest, number).contribution(from_base=True),
+            simulated=partial(laboratory_of, spec, plan, layout),
             study=study_of(spec, plan, layout),
             observer=events.append,
         )
-        compared = Compared(report, tmp_path / "run", events, laboratory_of(spec, plan, layout, plan.names))
+        compared = Compared(report, tmp_path / "run", events, laboratory_of(spec, plan, layout, 1, plan.names))
         check_exchange(compared)
         return compared
 

@@ -10,6 +10,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,11 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import gramfuse_client.workbench
-from gramfuse_cli.engine import simulated_silo
+from gramfuse_cli.engine import laboratory_of, simulated_silo
 from gramfuse_cli.project import Project
 from gramfuse_client.app import SiloApp
 from gramfuse_client.records import from_record, to_record
 from gramfuse_client.silo import Silo
-from gramfuse_client.state import State
 from gramfuse_model.base import Base, load_base
 from gramfuse_protocol.errors import (
     ContributionError,
@@ -48,7 +48,7 @@ from gramfuse_protocol.messages import (
 )
 from gramfuse_protocol.node_key import generate
 from gramfuse_protocol.plan import Plan
-from gramfuse_protocol.statistics import Contribution, Statistics
+from gramfuse_protocol.statistics import Statistics
 from gramfuse_protocol.wire import pack, unpack
 from gramfuse_server import post
 from gramfuse_server.app import coordinate
@@ -74,9 +74,11 @@ def simulated(project: Any, plan: Plan, state: Path) -> dict[str, Any]:
     return apps
 
 
-def own_models(plan: Plan, state: Path) -> Callable[[str, int], Contribution]:
+def laboratory(project: Any, plan: Plan, layout: Layout, state: Path) -> Callable[[int, tuple[str, ...]], Any]:
     """What `gramfuse simulate` gives to have every silo's own model measured."""
-    return lambda name, number: State(state / name, plan.digest, number).contribution(from_base=True)
+    silos = [str(project.silo(name)) for name in plan.names]
+    spec = {"silos": silos, "state": str(state), "directory": str(project.directory), "tune": None}
+    return partial(laboratory_of, spec, plan, layout)
 
 
 @dataclass(repr=False)
@@ -184,8 +186,8 @@ def honest(
         place = tmp_path_factory.mktemp("honest")
         recorder = Recorder()
         grid = in_process_grid(simulated(project, plan, place / "state"), fault=recorder)
-        own = own_models(plan, place / "state")
-        report = coordinate(grid, plan, layout, project.directory, place / "run", own_models=own)
+        simulated_all = laboratory(project, plan, layout, place / "state")
+        report = coordinate(grid, plan, layout, project.directory, place / "run", simulated=simulated_all)
         sums = {name: recorder.sums(name) for name in SILOS}
         base = load_base(plan, project.directory)
         _kept.append(Honest(project, plan, layout, place / "run", report, grid.sent, recorder.statistics(), sums, base))
@@ -453,17 +455,13 @@ def test_no_more_metrics_come_than_the_plan_says(
         sha256=honest.plan.model.sha256, layout=honest.layout.digest
     )
     grid = in_process_grid(honest.scripted())
-
-    def own(name: str, _: int) -> Statistics:
-        return honest.statistics[name]
-
-    report = exchange(grid, honest, place / "run", plan=plan, own_models=own, observer=events.append)
+    report = exchange(grid, honest, place / "run", plan=plan, observer=events.append)
     assert report["unmeasured"] == ("the plan lets no metrics leave" if metrics == "none" else None)
     if metrics == "none":
         assert report["models"] == []
         assert "evaluate" not in {phase for _, phase in grid.sent}
     else:
-        assert [m["metrics"] for m in report["models"]] == [m["metrics"] for m in honest.report["models"]]
+        assert [m["metrics"] for m in report["models"]] == [m["metrics"] for m in honest.report["models"][3:]]
     assert not any("silos" in model for model in report["models"])
     assert not any("silos" in event for event in events)
     assert_identical(weights_of(place / "run"), honest.weights)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 import transformers
 from safetensors.numpy import load_file
 
-from gramfuse_cli.engine import simulated_silo
+from gramfuse_cli.engine import laboratory_of, simulated_silo
 from gramfuse_cli.project import Project
 from gramfuse_cli.report import show_report
 from gramfuse_client.app import SiloApp
@@ -126,13 +127,15 @@ def run(directory: Path, place: Path, grid: Any, *settings: str) -> SimpleNamesp
     def finish(name: str, arrays: Mapping[str, np.ndarray], to: Path) -> None:
         Workbench(silos[name], plan).finish(layout, arrays, State(silos[name].state, plan.digest), to)
 
+    files = [str(directory / "silos" / f"{name}.toml") for name in plan.names]
+    spec = {"silos": files, "state": str(place / "state"), "directory": str(directory), "tune": None}
     report = coordinate(
         grid({name: SiloApp(lambda _, name=name: silos[name]) for name in plan.names}),
         plan,
         layout,
         directory,
         place / "run",
-        own_models=lambda name, _: State(silos[name].state, plan.digest).contribution(from_base=True),
+        simulated=partial(laboratory_of, spec, plan, layout),
         own_heads=finish,
     )
     return SimpleNamespace(plan=plan, layout=layout, silos=silos, report=report, out=place / "run")

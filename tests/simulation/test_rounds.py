@@ -16,7 +16,8 @@ import torch
 from flwr.app import Context, Error, Message, RecordDict
 from safetensors.numpy import load_file, save_file
 
-from gramfuse_cli.engine import simulated_silo
+from gramfuse_cli.engine import laboratory_of, simulated_silo
+from gramfuse_cli.laboratory import Laboratory
 from gramfuse_cli.project import Project
 from gramfuse_cli.report import show_report
 from gramfuse_client import workbench
@@ -135,8 +136,10 @@ class Site:
         self.grid = self.make_grid({name: node(name) for name in self.plan.names}, fault=recorded)
         return coordinate(self.grid, self.plan, self.layout, self.project.directory, self.out, observer=observe, **more)
 
-    def own(self, name: str, number: int) -> Any:
-        return State(self.state / name, self.plan.digest, number).contribution(from_base=True)
+    def laboratory(self, number: int, survivors: tuple[str, ...]) -> Laboratory:
+        files = [str(self.project.silo(name)) for name in self.plan.names]
+        spec = {"silos": files, "state": str(self.state), "directory": str(self.project.directory), "tune": None}
+        return laboratory_of(spec, self.plan, self.layout, number, survivors)
 
     @property
     def weights(self) -> Arrays:
@@ -220,7 +223,7 @@ def done(_kept: list[Done], site: Callable[..., Site], trainings: Counter[str]) 
                 sent[request.round, "start"] = request.arrays
             return request
 
-        report = here.run(own_models=here.own, change=change)
+        report = here.run(simulated=here.laboratory, change=change)
         _kept.append(Done(here, report, trainings, sent))
     return _kept[0]
 
@@ -262,23 +265,26 @@ def test_the_report_has_each_round_and_what_all_of_them_took(done: Done, capsys:
     assert {rounds for _, _, rounds in begun} == {2}
     entries = [json.loads(line)["entry"] for line in here.silo(names[0]).ledger.read_text().splitlines()]
     assert [(entry["phase"], entry["round"]) for entry in entries] == [
-        *((phase, 1) for phase in ("join", "train", "upload", *["evaluate"] * 5)),
-        *((phase, 2) for phase in ("join", "train", "upload", *["evaluate"] * 5, "finish")),
+        *((phase, 1) for phase in ("join", "train", "upload", *["evaluate"] * 2)),
+        *((phase, 2) for phase in ("join", "train", "upload", *["evaluate"] * 2, "finish")),
     ]
 
 
 def test_what_is_measured_are_whole_models_in_every_round(done: Done) -> None:
-    """Differences are sent from the base, and not from what a round started from: also of silos' own models."""
+    """Differences are from the base, and not from what a round started from: also those of silos' own models."""
     here, sent = done.site, done.sent
     base = load_base(here.plan, here.project.directory).model.state_dict()
     own = State(here.state / "silo-a", here.plan.digest, 2).contribution()
+    laboratory = here.laboratory(2, here.plan.names)
+    models = [laboratory.deltas(name) for name in here.plan.names]
     assert sent[1, "start"] == {}
+    assert {name for _, name in sent} == {"start", "simple", "regmean"}, "silos' own models are sent to nobody"
     for name, array in sent[2, "regmean"].items():
         np.testing.assert_array_equal(sent[2, "start"][name], sent[1, "regmean"][name])
         parameter = name.removeprefix("delta:")
         np.testing.assert_allclose(base[parameter].numpy() + array, here.weights[parameter], atol=1e-7)
-        np.testing.assert_allclose(sent[2, "silo-a"][name], sent[2, "start"][name] + own.block(name), atol=1e-7)
-        mean = np.mean([sent[2, silo][name] for silo in here.plan.names], axis=0)
+        np.testing.assert_allclose(models[0][parameter], sent[2, "start"][name] + own.block(name), atol=1e-7)
+        mean = np.mean([model[parameter] for model in models], axis=0)
         np.testing.assert_allclose(sent[2, "simple"][name], mean, atol=1e-7)
 
 

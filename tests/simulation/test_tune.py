@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from gramfuse_cli import laboratory as laboratory_module
-from gramfuse_cli.engine import simulated_silo, study_of
+from gramfuse_cli.engine import laboratory_of, simulated_silo, study_of
 from gramfuse_cli.project import Project
 from gramfuse_cli.tuning import Wanted
 from gramfuse_client.app import SiloApp
@@ -85,7 +86,7 @@ def tuned(
             layout,
             project.directory,
             tmp_path / "run",
-            own_models=lambda name, number: State(state / name, plan.digest, number).contribution(from_base=True),
+            simulated=partial(laboratory_of, spec, plan, layout),
             study=study_of(spec, plan, layout),
         )
         return Tuned(project, plan, layout, tmp_path / "run", report, seen)

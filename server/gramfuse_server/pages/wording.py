@@ -75,6 +75,7 @@ PHASES = {
     "merge": "merge",
     "study": "try other merges",
     "evaluate": "measure on held-out data",
+    "exact": "measure all models exactly",
     "masked-metrics": "silos upload metrics, masked",
     "survivors-metrics": "silos sign who is in the sum of metrics",
     "unmask-metrics": "silos release what opens the sum of metrics",
