@@ -143,7 +143,7 @@ class Participant:
     def _train(self, request: TrainRequest) -> TrainReply:
         state = self._state(request)
         plan, layout = self._joined(state, request)
-        start = self._check_start(state, layout, request)
+        start = self._check_start(state, layout, request, secure=plan.privacy.secure_aggregation)
         if not state.trained:
             check_hours(self.silo, datetime.now())
             check_disk(self.silo, plan, layout)
@@ -177,11 +177,12 @@ class Participant:
         if plan.privacy.secure_aggregation:
             check_range(self.silo, plan, layout, state)
 
-    def _check_start(self, state: State, layout: Layout, request: TrainRequest) -> str:
+    def _check_start(self, state: State, layout: Layout, request: TrainRequest, *, secure: bool) -> str:
         """Return the digest of the model that a round starts from; empty in the first, which starts from the base.
 
-        A later round starts from the merged model that this silo was given in the round before, after it contributed
-        there: any other start would be a question that the coordinator asks of this silo's data.
+        Under secure aggregation, a later round starts from the merged model that this silo was given in the round
+        before, after it contributed there: any other start would be a question that the coordinator asks of this
+        silo's data.
 
         Raises:
             ContributionError: if it does not fit the layout.
@@ -190,6 +191,9 @@ class Participant:
         check_slices(layout.deltas if request.round > 1 else (), request.arrays, "the model to go on from")
         if request.round == 1:
             return ""
+        start = model_digest(request.arrays[piece.name] for piece in layout.deltas)
+        if not secure:  # the coordinator reads what this silo contributes; who was away may come back
+            return start
         before = State(self.silo.state, request.plan, request.round - 1)
         contributed = state.contributed()
         given = before.measurements.of(before.round).get(MERGED)
@@ -199,7 +203,6 @@ class Participant:
                 f"{before.round} or was not given the merged model there",
                 reason="this silo did not go through the round before",
             )
-        start = model_digest(request.arrays[piece.name] for piece in layout.deltas)
         if start != given.model:
             raise RefusalError(
                 f"{self.silo.path}: round {request.round} was asked for from another model than the merged one that "
