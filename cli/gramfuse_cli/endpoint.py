@@ -9,7 +9,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from gramfuse_protocol.errors import FederationError
+from gramfuse_protocol.errors import FederationError, PlanError
 
 SECONDS = 5.0
 
@@ -30,6 +30,24 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def listening_address(host: str, port: int) -> str:
+    """Return `host:port` for a configuration; an IPv6 address gets brackets.
+
+    Raises:
+        PlanError: if the host is no plain IP address (a scope such as %eth0 is none of it, and may be any text), or the
+            port is none.
+    """
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        address = None
+    if address is None or "%" in host:
+        raise PlanError(f"{host!r} is not an IP address of this machine; expected one such as 10.0.0.5 or fd00::5")
+    if not 0 < port < 65536:
+        raise PlanError(f"{port} is not a port; expected 1 to 65535")
+    return f"[{address}]:{port}" if address.version == 6 else f"{address}:{port}"
 
 
 def free_port() -> int:

@@ -20,15 +20,19 @@ BIN = Path(sys.executable).parent
 MARK = "GRAMFUSE_PROCESS_MARK"
 GRACE_SECONDS = 10.0
 
+CHUNK_BYTES = 5 * 2**20
+"""Flower sends an array in chunks of this size, each as one request."""
+
 FLOWER_OFF = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE": str(CHUNK_BYTES),
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "TOKENIZERS_PARALLELISM": "false",
 }
-"""Flower and Ray: no telemetry, no update check, nothing installed at run time."""
+"""Flower and Ray: no telemetry, no update check, nothing installed at run time, and chunks that the proxy lets pass."""
 
 GIVE_BACK = {"MALLOC_ARENA_MAX": "2", "MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
 """glibc: the memory of a large message goes back to the system once the message is gone."""

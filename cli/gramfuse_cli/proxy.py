@@ -12,22 +12,38 @@ import pwd
 import shutil
 from pathlib import Path
 
+from gramfuse_cli.endpoint import listening_address
+from gramfuse_cli.processes import CHUNK_BYTES
 from gramfuse_protocol.errors import PlanError
 
-MOST_MEGABYTES = 64
-"""Of one request. Flower sends arrays in chunks of 5 MiB; what it does not cut is far smaller than this."""
+BODY_BYTES = CHUNK_BYTES + 2**20
+"""Of one request at most. Flower cuts arrays into chunks; what it does not cut, a message's header, is far smaller."""
+HEADER_SECONDS = 10
+"""For the TLS handshake and for all of a request's header, each."""
+STALL_SECONDS = 20
+"""Between two pieces of a body, or of an answer that is being read. Flower's own client gives up after 30."""
+ADDRESS_AT_ONCE = 16
+"""Requests of one address that are under way at once: a silo has up to four, and several may share an address."""
+ADDRESS_PER_SECOND = 50
+"""Requests of one address; what is above waits. With full chunks that is 250 MB/s, more than a SuperLink can take."""
+ADDRESS_WAITING = 200
+"""Requests of one address that may wait for their turn; beyond that they are refused, to be repeated."""
+ALL_AT_ONCE = 32
+"""Requests that the SuperLink has at once, of all addresses: what bounds its memory, whoever sends."""
 
 # All paths are relative to the file, so that they need no quoting.
 # The name of a call is matched as nginx understands the path (decoded, without '..' and doubled slashes), and only the
 # match is passed on: what was checked is what the SuperLink sees.
-# Time-outs are about progress: so long without a byte. An answer may take its time, a large message any time.
+# A SuperLink has all of a request in memory before it looks at who sent it. So a body is small, it waits on the disk
+# until it is complete, and only so many are passed on at once. Flower's clients repeat what is refused with 502 or 503.
 _CONFIGURATION = """\
 daemon off;
 {user}worker_processes 1;
+worker_rlimit_nofile 8192;
 pid nginx.pid;
 error_log stderr warn;
 
-events {{ worker_connections 1024; }}
+events {{ worker_connections 2048; }}
 
 http {{
     access_log off;
@@ -38,8 +54,13 @@ http {{
     uwsgi_temp_path nginx-uwsgi;
     scgi_temp_path nginx-scgi;
 
+    limit_conn_zone $binary_remote_addr zone=requests:1m;
+    limit_req_zone $binary_remote_addr zone=rate:1m rate={per_second}r/s;
+    limit_conn_log_level warn;
+    limit_req_log_level warn;
+
     upstream superlink {{
-        server 127.0.0.1:{port};
+        server 127.0.0.1:{port} max_conns={all_at_once};
         keepalive 32;
         keepalive_timeout 3s;  # below the SuperLink's 5 s, which would hang up on a request
     }}
@@ -47,21 +68,27 @@ http {{
     server {{
         listen {listen}{ssl};
         {certificate}
-        client_max_body_size {megabytes}m;
-        client_body_timeout 120s;
-        send_timeout 120s;
+        client_header_timeout {header_seconds}s;
+        client_body_timeout {stall_seconds}s;
+        send_timeout {stall_seconds}s;
+        keepalive_timeout 15s;
+        reset_timedout_connection on;
+        client_max_body_size {body_bytes};
+        client_body_buffer_size 16k;
 
         location / {{ return 404; }}
 
         location ~ "^/v1/fleet/(?<call>[a-z-]+)\\z" {{
             limit_except POST {{ deny all; }}
+            limit_conn requests {address_at_once};
+            limit_req zone=rate burst={waiting};
             proxy_pass http{s}://superlink/v1/fleet/$call;
             proxy_http_version 1.1;
             proxy_set_header Connection "";
-            proxy_request_buffering off;
-            proxy_buffering off;
-            proxy_read_timeout 600s;
-            proxy_send_timeout 120s;
+            proxy_request_buffering on;
+            proxy_buffering on;
+            proxy_read_timeout 60s;
+            proxy_send_timeout 60s;
             {trust}
         }}
     }}
@@ -95,28 +122,47 @@ def find_nginx() -> str:
     return path
 
 
-def write_configuration(path: Path, listen: str, port: int, *, tls: bool) -> None:
+def write_configuration(path: Path, host: str, port: int, superlink: int, *, tls: bool) -> None:
     """Write nginx's configuration.
 
     Args:
         path: in a directory of a directory with ca.crt, server.crt and server.key.
-        listen: `host:port` that silos dial.
-        port: the SuperLink's, on 127.0.0.1.
+        host, port: IP address and port that silos come in by.
+        superlink: the SuperLink's port, on 127.0.0.1.
         tls: whether both of them speak TLS.
+
+    Raises:
+        PlanError: if `host` is no plain IP address, or a port is out of range.
     """
+    listen, _ = listening_address(host, port), listening_address("127.0.0.1", superlink)
     user = ""
     if os.geteuid() == 0:  # otherwise nginx would take another user, who may not read here
-        user = f"user {pwd.getpwuid(0).pw_name} {grp.getgrgid(os.getegid()).gr_name};\n"
+        names = pwd.getpwuid(0).pw_name, grp.getgrgid(os.getegid()).gr_name
+        user = f"user {' '.join(map(_quoted, names))};\n"
     path.write_text(
         _CONFIGURATION.format(
             user=user,
-            port=port,
+            port=superlink,
             listen=listen,
             ssl=" ssl" if tls else "",
             s="s" if tls else "",
             certificate=_CERTIFICATE if tls else "",
             trust=_TRUST if tls else "",
-            megabytes=MOST_MEGABYTES,
+            body_bytes=BODY_BYTES,
+            header_seconds=HEADER_SECONDS,
+            stall_seconds=STALL_SECONDS,
+            address_at_once=ADDRESS_AT_ONCE,
+            per_second=ADDRESS_PER_SECOND,
+            waiting=ADDRESS_WAITING,
+            all_at_once=ALL_AT_ONCE,
         ),
         encoding="utf-8",
     )
+
+
+def _quoted(name: str) -> str:
+    """Return a name as one word of nginx's configuration."""
+    if not name.isprintable():
+        raise PlanError(f"the user or group {name!r} has a name that nginx cannot be given; start it as another one")
+    escaped = name.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'

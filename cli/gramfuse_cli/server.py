@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import os
 import secrets
@@ -22,7 +21,16 @@ import tomlkit
 from cryptography import x509
 
 from gramfuse_cli.authority import LOCAL_HOSTS
-from gramfuse_cli.endpoint import check_free, free_port, healthy, host_of, is_loopback, listens, port_of
+from gramfuse_cli.endpoint import (
+    check_free,
+    free_port,
+    healthy,
+    host_of,
+    is_loopback,
+    listening_address,
+    listens,
+    port_of,
+)
 from gramfuse_cli.link import SERVER, UNREGISTERED, Link, home_of
 from gramfuse_cli.options import as_json as json_option
 from gramfuse_cli.processes import BIN, GIVE_BACK
@@ -38,10 +46,12 @@ directory_argument = click.argument("directory", metavar="DIR", type=click.Path(
 
 
 def _address(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
-    try:
-        return value and str(ipaddress.ip_address(value))
-    except ValueError:
-        raise click.BadParameter(f"{value!r} is not an IP address of this machine, such as 10.0.0.5") from None
+    if value is not None:
+        try:
+            listening_address(value, 1)
+        except PlanError as error:
+            raise click.BadParameter(str(error)) from None
+    return value
 
 
 @click.group()
@@ -125,9 +135,9 @@ def serving(directory: Path, host: str | None, port: int, *, insecure_loopback: 
     else:
         host = host or "0.0.0.0"  # noqa: S104  # nginx is there for everyone, and behind it node keys decide
         hosts = check_certificate(directory)
+    listen = listening_address(host, port)
     own = directory.resolve() / "superlink"
     home = home_of(directory.resolve())
-    listen = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     with supervised(own, ended=lambda: _compact(own / "state.db")) as supervisor:
         check_free(host, port)
         home.mkdir(mode=0o700, exist_ok=True)
@@ -135,7 +145,7 @@ def serving(directory: Path, host: str | None, port: int, *, insecure_loopback: 
         ca = None if insecure_loopback else directory.resolve() / "ca.crt"
         write_private(own / "secret", secrets.token_hex(32).encode("ascii"))
         write_private(home / "config.toml", _connection(link, ca).encode("utf-8"))
-        write_configuration(own / "nginx.conf", listen, link, tls=not insecure_loopback)
+        write_configuration(own / "nginx.conf", host, port, link, tls=not insecure_loopback)
         for service in (
             _superlink(own, home, link, ca),
             _superexec(own, home, link, ca),
