@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import grp
 import http.client
 import os
 import ssl
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from flwr.proto.runtime_pb2 import AcquireTaskRequest
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor, SuperExecAuthHttpInterceptor
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
@@ -17,10 +20,14 @@ from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_TYPES
 from flwr.supercore.runtime import RuntimeHttpClient
 from httpx import HTTPStatusError
 
+from gramfuse_cli.endpoint import free_port
 from gramfuse_cli.link import Link
 from gramfuse_cli.processes import BIN
+from gramfuse_cli.proxy import BODY_BYTES, find_nginx, write_configuration
+from gramfuse_cli.run import run
+from gramfuse_cli.server import server
 from gramfuse_protocol import node_key
-from gramfuse_protocol.errors import FederationError
+from gramfuse_protocol.errors import FederationError, PlanError
 
 FORBIDDEN = sorted(
     path for method, path in PROTOBUF_REQUEST_TYPES if method == "POST" and not path.startswith("/v1/fleet/")
@@ -98,8 +105,67 @@ def test_no_other_way_to_write_a_path_passes(coordinator: Any, path: str) -> Non
 def test_only_posts_of_a_bounded_size_pass(coordinator: Any) -> None:
     for method in ("GET", "PUT", "DELETE", "OPTIONS", "PROPFIND"):
         assert ask(coordinator, coordinator.port, "/v1/fleet/pull-messages", method)[0] == 403, method
-    for size, status in ((60, 400), (65, 413)):  # the SuperLink itself finds that zeros are no message
-        assert ask(coordinator, coordinator.port, "/v1/fleet/push-object", body=bytes(size * 2**20))[0] == status
+    for size, status in ((BODY_BYTES, 400), (BODY_BYTES + 1, 413)):  # the SuperLink finds that zeros are no message
+        assert ask(coordinator, coordinator.port, "/v1/fleet/push-object", body=bytes(size))[0] == status
+
+
+HOSTS = [
+    "::1%x]:1; } include /etc/passwd; server { listen [::1",  # Python takes any text for the scope of an address
+    "fe80::1%eth0",
+    "127.0.0.1; access_log /tmp/x",
+    "127.0.0.1:80",
+    "127.0.0.1\n",
+    "127.0.0.1 ssl",
+    "{",
+    "localhost",
+    "unix:/tmp/x",
+    "",
+]
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_a_host_that_would_be_a_directive_of_nginx_is_refused(host: str, tmp_path: Path) -> None:
+    path = tmp_path / "nginx.conf"
+    with pytest.raises(PlanError):
+        write_configuration(path, host, 9443, 8000, tls=True)
+    for command, arguments in ((server, ["start", str(tmp_path)]), (run, [str(tmp_path), str(tmp_path), "--serve"])):
+        result = CliRunner().invoke(command, [*arguments, "--host", host])
+        assert (result.exit_code, "--host" in result.output) == (2, True), result.output
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(("port", "superlink"), [(0, 8000), (65536, 8000), (-1, 8000), (9443, 0), (9443, 65536)])
+def test_a_port_that_is_none_is_refused(port: int, superlink: int, tmp_path: Path) -> None:
+    with pytest.raises(PlanError):
+        write_configuration(tmp_path / "nginx.conf", "127.0.0.1", port, superlink, tls=True)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "::", "::1"])
+def test_nginx_reads_the_configuration_for_every_kind_of_address(host: str, tmp_path: Path) -> None:
+    directory = tmp_path / "with 'quotes\"; and a brace {"
+    directory.mkdir()
+    write_configuration(directory / "nginx.conf", host, free_port(), 8000, tls=False)
+    done = subprocess.run(
+        [find_nginx(), "-t", "-q", "-e", "stderr", "-p", f"{directory}/", "-c", "nginx.conf"], capture_output=True
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize("group", ['x"; worker_processes 9; #', "domain users", "a\\", "a{b}"])
+def test_a_group_with_an_odd_name_is_one_word_of_nginxs(
+    group: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(grp, "getgrgid", lambda _: SimpleNamespace(gr_name=group))
+    write_configuration(tmp_path / "nginx.conf", "127.0.0.1", 9443, 8000, tls=False)
+    done = subprocess.run(
+        [find_nginx(), "-t", "-e", "stderr", "-p", f"{tmp_path}/", "-c", "nginx.conf"], capture_output=True, text=True
+    )
+    # It looks for that very group, and finds none; nothing else of the line is taken for anything.
+    assert f'getgrnam("{group}") failed' in done.stderr or "ignored" in done.stderr, done.stderr
+    monkeypatch.setattr(grp, "getgrgid", lambda _: SimpleNamespace(gr_name="a\nb"))
+    with pytest.raises(PlanError):
+        write_configuration(tmp_path / "nginx.conf", "127.0.0.1", 9443, 8000, tls=False)
 
 
 def test_a_silo_cannot_register_a_node_or_push_a_run(coordinator: Any, tmp_path: Path) -> None:
