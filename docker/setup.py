@@ -73,8 +73,8 @@ def main() -> None:
     gramfuse("init", project)
     if FIFTH in names:
         deal_fifth(project)
-    gramfuse("pki", "init", pki)
-    gramfuse("pki", "server", pki, "--host", SERVER)
+    gramfuse("pki", "init", pki, "--host", SERVER)
+    gramfuse("pki", "server", pki)
     for file in ("ca.crt", "server.crt", "server.key"):  # the authority's own key goes away with this container
         shutil.copy2(pki / file, coordinator)
 

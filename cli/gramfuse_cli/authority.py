@@ -2,14 +2,18 @@
 
 Keys and times are arguments; nothing is written here.
 
-Sources: RFC 5280 (certificates), RFC 9525 (a server is known by its alternative names, not by its subject).
+An authority is bound to the hosts that it was made for: whoever steals its key can pose as one of them, to those who
+trust the authority, and as nobody else.
+
+Sources: RFC 5280 (certificates; 4.2.1.10: name constraints), RFC 9525 (a server is known by its alternative names, not
+by its subject).
 """
 
 from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -25,6 +29,9 @@ from gramfuse_protocol.errors import PlanError
 
 KEY_FILE = "ca.key"
 CERTIFICATE_FILE = "ca.crt"
+
+LEAST_PASSPHRASE = 20
+"""Characters of an authority's passphrase: a stolen file can be tried at leisure, some thousand times a second."""
 
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 """In every server's certificate: the processes that a SuperLink starts dial it on its own machine."""
@@ -42,11 +49,12 @@ class Authority:
     certificate: x509.Certificate
 
     @staticmethod
-    def create(name: str, now: datetime, days: int) -> Authority:
-        """Make an authority that vouches for servers, not for other authorities.
+    def create(name: str, hosts: Iterable[x509.GeneralName], now: datetime, days: int) -> Authority:
+        """Make an authority that vouches for these hosts as servers: not for others, nor for other authorities.
 
         Args:
             name: what its certificate calls it, 1 to 64 characters.
+            hosts: see `server_names`; with a name, the names under it.
             now: the time, with its zone; it ends that many days later.
         """
         key = new_key()
@@ -55,19 +63,24 @@ class Authority:
             _builder(subject, subject, key.public_key(), now, now + timedelta(days=days))
             .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
             .add_extension(_usage("key_cert_sign", "crl_sign"), critical=True)
+            .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+            .add_extension(x509.NameConstraints([_subtree(host) for host in hosts], None), critical=True)
             .sign(key, hashes.SHA384())
         )
         return Authority(key, certificate)
 
     @staticmethod
-    def read(directory: Path, now: datetime) -> Authority:
+    def read(directory: Path, now: datetime, passphrase: Callable[[], bytes] | None = None) -> Authority:
         """Read ca.key and ca.crt.
+
+        Args:
+            passphrase: asked for the key's, if it has one.
 
         Raises:
             PlanError: if one is not there or is something else, the two do not belong together, others on this machine
-                can read the key, or the certificate is not valid now.
+                can read the key, its passphrase is another or is not known, or the certificate is not valid now.
         """
-        key = _read_key(directory / KEY_FILE)
+        key = _read_key(directory / KEY_FILE, passphrase)
         path = directory / CERTIFICATE_FILE
         text = read_text(path)
         try:
@@ -75,6 +88,7 @@ class Authority:
             certifies = certificate.public_key() == key.public_key()
             constraints = certificate.extensions.get_extension_for_class(x509.BasicConstraints).value
             certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier)
+            certificate.extensions.get_extension_for_class(x509.NameConstraints)
         except (ValueError, UnsupportedAlgorithm, x509.ExtensionNotFound):
             raise PlanError(f"{path}: is not a certificate that gramfuse pki init made; put that one there") from None
         if not certifies or not constraints.ca:
@@ -87,6 +101,18 @@ class Authority:
             )
         return Authority(key, certificate)
 
+    @property
+    def hosts(self) -> list[x509.GeneralName]:
+        """All that it vouches for, as a server's certificate names it."""
+        allowed = self.certificate.extensions.get_extension_for_class(x509.NameConstraints).value.permitted_subtrees
+        return [_of_subtree(subtree) for subtree in allowed or ()]
+
+    def vouches(self, host: x509.GeneralName) -> bool:
+        """Return whether a host is one of its own, or a name under one."""
+        names = [name.value for name in self.hosts if isinstance(name, x509.DNSName)]
+        under = isinstance(host, x509.DNSName) and any(host.value.endswith(f".{name}") for name in names)
+        return under or host in self.hosts
+
     def certify(
         self, key: ec.EllipticCurvePublicKey, names: Iterable[x509.GeneralName], now: datetime, days: int
     ) -> x509.Certificate:
@@ -94,7 +120,17 @@ class Authority:
 
         Args:
             names: all that clients dial the server by; see `server_names`.
+
+        Raises:
+            PlanError: if it does not vouch for one of them.
         """
+        names = list(names)
+        if others := [str(name.value) for name in names if not self.vouches(name)]:
+            raise PlanError(
+                f"this authority does not vouch for {', '.join(others)}, but for "
+                f"{', '.join(str(name.value) for name in self.hosts)} only; leave --host out, or make another "
+                "authority for it (gramfuse pki init OTHER_DIR --host HOST), whose ca.crt every silo needs"
+            )
         end = min(now + timedelta(days=days), self.certificate.not_valid_after_utc)
         own = self.certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
         return (
@@ -113,11 +149,12 @@ def new_key() -> ec.EllipticCurvePrivateKey:
     return ec.generate_private_key(ec.SECP384R1())
 
 
-def key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
-    """Return a private key as PKCS#8 in PEM, unencrypted."""
-    return key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
+def key_pem(key: ec.EllipticCurvePrivateKey, passphrase: bytes | None = None) -> bytes:
+    """Return a private key as PKCS#8 in PEM, encrypted if there is a passphrase (AES-256, PBKDF2)."""
+    encryption: serialization.KeySerializationEncryption = serialization.NoEncryption()
+    if passphrase is not None:
+        encryption = serialization.BestAvailableEncryption(passphrase)
+    return key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption)
 
 
 def certificate_pem(certificate: x509.Certificate) -> bytes:
@@ -156,7 +193,18 @@ def _host(text: str) -> x509.GeneralName:
     return x509.IPAddress(address)
 
 
-def _read_key(path: Path) -> ec.EllipticCurvePrivateKey:
+def _subtree(host: x509.GeneralName) -> x509.GeneralName:
+    """Return a host as a name constraint has it; an address is a network of one there."""
+    return x509.IPAddress(ipaddress.ip_network(host.value)) if isinstance(host, x509.IPAddress) else host
+
+
+def _of_subtree(subtree: x509.GeneralName) -> x509.GeneralName:
+    if isinstance(subtree, x509.IPAddress):
+        return x509.IPAddress(ipaddress.ip_network(subtree.value).network_address)
+    return subtree
+
+
+def _read_key(path: Path, passphrase: Callable[[], bytes] | None) -> ec.EllipticCurvePrivateKey:
     try:
         mode = path.stat().st_mode
     except OSError:
@@ -164,9 +212,16 @@ def _read_key(path: Path) -> ec.EllipticCurvePrivateKey:
     if mode & 0o077:
         raise PlanError(f"{path}: others on this machine can read it; run: chmod 600 {path}")
     text = read_text(path)
+    secret = None
+    if "BEGIN ENCRYPTED PRIVATE KEY" in text:
+        if passphrase is None:
+            raise PlanError(f"{path}: has a passphrase; give it by --passphrase-file, or at a terminal")
+        secret = passphrase()
     try:
-        key = serialization.load_pem_private_key(text.encode("utf-8"), password=None)
+        key = serialization.load_pem_private_key(text.encode("utf-8"), secret)
     except (ValueError, TypeError, UnsupportedAlgorithm):
+        if secret is not None:
+            raise PlanError(f"{path}: its passphrase is another; give that one") from None
         key = None
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise PlanError(f"{path}: is not a private key that gramfuse pki init made; put that one there")

@@ -98,7 +98,7 @@ def healthy(port: int, ca: Path | None) -> bool:
         if isinstance(error.reason, ssl.SSLCertVerificationError):
             raise FederationError(
                 f"127.0.0.1:{port} cannot be trusted ({error.reason.verify_message}); expected a certificate for this "
-                f"machine by the authority in {ca}; make one with: gramfuse pki server DIR --host HOST --renew"
+                f"machine by the authority in {ca}; make one with: gramfuse pki server DIR --renew"
             ) from None
         return False
     except OSError:

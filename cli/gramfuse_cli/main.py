@@ -28,7 +28,7 @@ def cli() -> None:
     Try it on one machine:  gramfuse simulate my-merge
     Choose α and weights:   gramfuse tune my-merge
     Make a silo's keys:     gramfuse silo keygen silo.toml
-    Make certificates:      gramfuse pki init DIR
+    Make certificates:      gramfuse pki init DIR --host HOST
     Agree on the contract:  gramfuse plan lock my-merge
     Be the coordinator:     gramfuse server start DIR
     Be a silo:              gramfuse silo start silo.toml

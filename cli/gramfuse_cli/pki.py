@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -18,6 +19,7 @@ from cryptography import x509
 from gramfuse_cli.authority import (
     CERTIFICATE_FILE,
     KEY_FILE,
+    LEAST_PASSPHRASE,
     Authority,
     certificate_pem,
     fingerprint,
@@ -27,6 +29,7 @@ from gramfuse_cli.authority import (
 )
 from gramfuse_cli.options import as_json as json_option
 from gramfuse_protocol import node_key
+from gramfuse_protocol.documents import read_text
 from gramfuse_protocol.errors import PlanError
 
 if TYPE_CHECKING:
@@ -121,9 +124,47 @@ def _name(_: click.Context, __: click.Parameter, value: str) -> str:
 
 def _hosts(_: click.Context, __: click.Parameter, value: tuple[str, ...]) -> list[x509.GeneralName]:
     try:
-        return server_names(value)
+        return server_names(value) if value else []
     except ValueError as error:
         raise click.BadParameter(str(error)) from None
+
+
+passphrase_file = click.option(
+    "--passphrase-file",
+    metavar="FILE",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="The passphrase of ca.key is the first line of this file.",
+)
+
+
+def _read_passphrase(path: Path) -> bytes:
+    """Return the passphrase in a file.
+
+    Raises:
+        PlanError: if it cannot be read, or others can read it too, or it is too short.
+    """
+    lines = read_text(path).splitlines()
+    if path.stat().st_mode & 0o077:
+        raise PlanError(f"{path}: others on this machine can read it; run: chmod 600 {path}")
+    return _long_enough(lines[0] if lines else "", str(path))
+
+
+def _long_enough(text: str, where: str) -> bytes:
+    if len(text) < LEAST_PASSPHRASE:
+        raise PlanError(
+            f"{where}: the passphrase has {len(text)} characters and needs {LEAST_PASSPHRASE} at least; six words drawn "
+            "by dice are a good one"
+        )
+    return text.encode("utf-8")
+
+
+def _asked(path: Path | None) -> Callable[[], bytes] | None:
+    """Return how to learn the passphrase of an authority's key; None if there is no way."""
+    if path is not None:
+        return lambda: _read_passphrase(path)
+    if sys.stdin.isatty():
+        return lambda: str(click.prompt("Passphrase of the authority's key", hide_input=True, err=True)).encode("utf-8")
+    return None
 
 
 @click.group()
@@ -131,8 +172,8 @@ def pki() -> None:
     """A private certificate authority, for those who have none.
 
     \b
-    Once, where the authority is kept:  gramfuse pki init DIR
-    For the coordinator's SuperLink:    gramfuse pki server DIR --host merge.example.org
+    Once, where the authority is kept:  gramfuse pki init DIR --host merge.example.org
+    For the coordinator's SuperLink:    gramfuse pki server DIR
     At each silo:                       gramfuse silo keygen silo.toml
 
     Silos connect to the coordinator's SuperLink by TLS. They know it by a certificate that an authority signed, and it
@@ -143,6 +184,15 @@ def pki() -> None:
 
 @pki.command()
 @click.argument("directory", metavar="DIR", type=click.Path(path_type=Path, file_okay=False))
+@click.option(
+    "--host",
+    "hosts",
+    multiple=True,
+    required=True,
+    metavar="HOST",
+    callback=_hosts,
+    help="A name or IP address that silos dial the coordinator by, now or later. Can be repeated.",
+)
 @click.option(
     "--name",
     default="gramfuse CA",
@@ -157,26 +207,48 @@ def pki() -> None:
     type=click.IntRange(1, MOST_DAYS),
     help="How long the authority lasts.",
 )
+@click.option("--passphrase", is_flag=True, help="Ask for a passphrase, and encrypt ca.key with it.")
+@passphrase_file
 @json_option
-def init(directory: Path, name: str, days: int, as_json: bool) -> None:
+def init(
+    directory: Path,
+    hosts: list[x509.GeneralName],
+    name: str,
+    days: int,
+    passphrase: bool,
+    passphrase_file: Path | None,
+    as_json: bool,
+) -> None:
     """Make an authority in DIR: its key DIR/ca.key and its certificate DIR/ca.crt.
 
+    The authority vouches for every --host and for names under it, for localhost, and for nothing else, as its
+    certificate says: give all that silos will ever dial. Another host needs another authority.
+
     DIR/ca.key is for its owner only. Whoever has it can pose as the coordinator to every silo, so keep it away from the
-    coordinator's machine. DIR/ca.crt goes to the coordinator and to every silo ('--root-certificates' of
+    coordinator's machine; with a passphrase, a copy of the file alone is not enough. DIR/ca.crt goes to the coordinator and to every silo ('--root-certificates' of
     flower-supernode), and is no secret; let each silo compare its SHA-256, which is printed, over another way.
     """
-    authority = Authority.create(name, datetime.now(UTC), days)
+    secret = _read_passphrase(passphrase_file) if passphrase_file is not None else None
+    if secret is None and passphrase:
+        text = click.prompt("Passphrase of the authority's key", hide_input=True, confirmation_prompt=True, err=True)
+        secret = _long_enough(str(text), "--passphrase")
+    authority = Authority.create(name, hosts, datetime.now(UTC), days)
     key, certificate = directory / KEY_FILE, directory / CERTIFICATE_FILE
     write_new(
-        {key: Content(key_pem(authority.key)), certificate: Content(certificate_pem(authority.certificate), 0o644)},
+        {
+            key: Content(key_pem(authority.key, secret)),
+            certificate: Content(certificate_pem(authority.certificate), 0o644),
+        },
         "every silo trusts that authority; to make another one, take another directory",
     )
     end, digest = authority.certificate.not_valid_after_utc, fingerprint(authority.certificate)
+    names = [str(host.value) for host in hosts]
     if as_json:
-        _echo(key=key, certificate=certificate, name=name, valid_until=end, sha256=digest)
+        _echo(key=key, certificate=certificate, name=name, hosts=names, valid_until=end, sha256=digest)
         return
-    click.echo(f"private key written to {key}", err=True)
-    click.echo(f"certificate  {certificate}\nvalid until  {end:%Y-%m-%d}\nSHA-256      {digest}")
+    click.echo(f"private key written to {key}{', encrypted' if secret else ''}", err=True)
+    click.echo(f"certificate  {certificate}\nvalid until  {end:%Y-%m-%d}\nfor          {', '.join(names)} only")
+    click.echo(f"SHA-256      {digest}")
 
 
 @pki.command()
@@ -185,10 +257,9 @@ def init(directory: Path, name: str, days: int, as_json: bool) -> None:
     "--host",
     "names",
     multiple=True,
-    required=True,
     metavar="HOST",
     callback=_hosts,
-    help="A name or IP address that silos dial the coordinator by. Can be repeated.",
+    help="A name or IP address that silos dial the coordinator by. Can be repeated.  [default: all of the authority's]",
 )
 @click.option(
     "--days",
@@ -198,12 +269,21 @@ def init(directory: Path, name: str, days: int, as_json: bool) -> None:
     help="How long the certificate lasts; never longer than the authority.",
 )
 @click.option("--renew", is_flag=True, help="Replace server.key and server.crt, and keep the old ones as .old.")
+@passphrase_file
 @json_option
-def server(directory: Path, names: list[x509.GeneralName], days: int, renew: bool, as_json: bool) -> None:
+def server(
+    directory: Path,
+    names: list[x509.GeneralName],
+    days: int,
+    renew: bool,
+    passphrase_file: Path | None,
+    as_json: bool,
+) -> None:
     """Make the coordinator's key DIR/server.key and its certificate DIR/server.crt, signed by the authority in DIR.
 
-    The certificate names every --host, and localhost, since what a SuperLink starts dials it there. A silo that dials
-    another name is refused, so give all of them. Both files go to the coordinator's machine, with DIR/ca.crt:
+    The certificate names the authority's hosts, or of them each --host, and localhost, since what a SuperLink starts
+    dials it there. A silo that dials another name is refused. Both files go to the coordinator's machine, with
+    DIR/ca.crt:
 
     \b
     flower-superlink --ssl-ca-certfile ca.crt --ssl-certfile server.crt --ssl-keyfile server.key
@@ -211,13 +291,14 @@ def server(directory: Path, names: list[x509.GeneralName], days: int, renew: boo
     Silos notice nothing of a renewal, as long as the authority is the same.
     """
     now = datetime.now(UTC)
-    authority = Authority.read(directory, now)
+    authority = Authority.read(directory, now, _asked(passphrase_file))
     private = new_key()
+    names = names or authority.hosts
     made = authority.certify(private.public_key(), names, now, days)
     key, certificate = directory / "server.key", directory / "server.crt"
     kept = write_new(
         {key: Content(key_pem(private)), certificate: Content(certificate_pem(made), 0o644)},
-        f"to replace it: gramfuse pki server {directory} --host HOST --renew",
+        f"to replace it: gramfuse pki server {directory} --renew",
         renew=renew,
     )
     hosts, end = [str(name.value) for name in names], made.not_valid_after_utc

@@ -233,8 +233,8 @@ def check_certificate(directory: Path) -> list[str]:
             lacks one of this machine's own names.
     """
     ca, certificate, key = (directory / name for name in ("ca.crt", "server.crt", "server.key"))
-    renew = f"gramfuse pki server {directory} --host HOST"
-    for path, make in ((ca, f"gramfuse pki init {directory}"), (certificate, renew), (key, renew)):
+    renew = f"gramfuse pki server {directory}"
+    for path, make in ((ca, f"gramfuse pki init {directory} --host HOST"), (certificate, renew), (key, renew)):
         if not path.is_file():
             raise PlanError(f"{path}: no such file; make it with: {make}")
     if key.stat().st_mode & 0o077:

@@ -192,7 +192,7 @@ def _check_certificate(
         return False
     left = leaf.not_valid_after_utc - datetime.now(UTC)
     what = f"for {', '.join(_names(leaf))}, until {leaf.not_valid_after_utc:%Y-%m-%d} ({version})"
-    renew = f"{left.days} days are left; {OPERATOR} should renew it: gramfuse pki server DIR --host HOST --renew"
+    renew = f"{left.days} days are left; {OPERATOR} should renew it: gramfuse pki server DIR --renew"
     found.ok("certificate", what, renew if left < EXPIRY_NOTICE else "")
     return True
 

@@ -191,8 +191,8 @@ class Deployment:
             self.port = probe.getsockname()[1]
         self.coordinator.mkdir(parents=True)
         if not self.insecure:
-            gramfuse("pki", "init", self.coordinator)
-            gramfuse("pki", "server", self.coordinator, "--host", "localhost")
+            gramfuse("pki", "init", self.coordinator, "--host", "localhost")
+            gramfuse("pki", "server", self.coordinator)
         if self.project:
             self._agree()
 

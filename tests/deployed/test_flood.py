@@ -90,8 +90,8 @@ def passed_on(deployment: Any) -> int:
     (started,), port = deployment.started, deployment.server_port()
     nginx = [process for process in started.processes() if "nginx" in process.name()]
     assert len(nginx) > 1
-    open_ones = {c.laddr for process in nginx for c in process.net_connections("tcp") if c.raddr and c.raddr.port == port}
-    return len(open_ones)
+    found = [connection for process in nginx for connection in process.net_connections("tcp")]
+    return len({connection.laddr for connection in found if connection.raddr and connection.raddr.port == port})
 
 
 def together(*calls: Callable[[], int]) -> Counter[int]:

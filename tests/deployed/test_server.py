@@ -96,7 +96,7 @@ def test_a_missing_file_is_named_with_the_command_that_makes_it(tmp_path: Path, 
 def certificates(directory: Path, hosts: tuple[str, ...] = (), days: int = 30, when: datetime = NOW) -> Path:
     """Make a coordinator's directory, with a certificate for these hosts and this machine's own names."""
     directory.mkdir()
-    authority = Authority.create("test", when - timedelta(days=1), 400)
+    authority = Authority.create("test", server_names(hosts), when - timedelta(days=1), 400)
     key = new_key()
     made = authority.certify(key.public_key(), server_names(hosts), when, days)
     (directory / "ca.crt").write_bytes(certificate_pem(authority.certificate))
@@ -139,8 +139,9 @@ def test_a_bad_certificate_is_refused(tmp_path: Path) -> None:
     assert "is valid from" in refused(over)
 
     nameless = certificates(tmp_path / "nameless")
-    authority, key = Authority.create("test", NOW, 400), new_key()
-    made = authority.certify(key.public_key(), server_names(["merge.example.org"])[:1], NOW, 30)
+    hosts, key = server_names(["merge.example.org"]), new_key()
+    authority = Authority.create("test", hosts, NOW, 400)
+    made = authority.certify(key.public_key(), hosts[:1], NOW, 30)
     (nameless / "server.crt").write_bytes(certificate_pem(made))
     (nameless / "server.key").write_bytes(key_pem(key))
     assert "does not name localhost and 127.0.0.1" in refused(nameless)

@@ -103,7 +103,7 @@ def test_what_keeps_it_from_connecting_is_said(deploy: Run, pico_project: Run, g
     assert silo.stop() == 0
 
     # The silo has another authority's certificate.
-    gramfuse("pki", "init", tmp_path / "other")
+    gramfuse("pki", "init", tmp_path / "other", "--host", "localhost")
     deployment.project.replace(file, str(deployment.ca), str(tmp_path / "other" / "ca.crt"))
     silo = deployment.start_silo("silo-a", connected=False)
     said = silo.wait_for("SuperNode ended with status 1: Exit Code: 305")

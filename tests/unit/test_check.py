@@ -83,7 +83,8 @@ def coordinator(tmp_path: Path) -> Iterator[Coordinator]:
     now = datetime.now(UTC)
     directory = tmp_path / "coordinator"
     directory.mkdir()
-    ours = Coordinator(directory, Authority.create("pico CA", now - 2 * YEAR, 3650))
+    hosts = server_names(["merge.example.org"])
+    ours = Coordinator(directory, Authority.create("pico CA", hosts, now - 2 * YEAR, 3650))
     ours.certify(server_names([]), now, 397)
     (directory / "ca.crt").write_bytes(certificate_pem(ours.authority.certificate))
 
@@ -704,7 +705,7 @@ def test_a_certificate_for_another_host_is_named(site: Site, coordinator: Coordi
 
 
 def test_another_authority_is_named(site: Site, coordinator: Coordinator) -> None:
-    other = Authority.create("somebody else", datetime.now(UTC), 30)
+    other = Authority.create("somebody else", server_names([]), datetime.now(UTC), 30)
     coordinator.certify(server_names([]), datetime.now(UTC), 30, other)
     said = certificate(site)
     assert "but by CN=somebody else" in said
@@ -713,7 +714,7 @@ def test_another_authority_is_named(site: Site, coordinator: Coordinator) -> Non
 
 def test_an_authority_that_is_over_is_named(site: Site, coordinator: Coordinator) -> None:
     begin = datetime.now(UTC) - YEAR
-    over = Authority.create("pico CA", begin, 30)
+    over = Authority.create("pico CA", server_names([]), begin, 30)
     Silo.read(site.silo).ca_path.write_bytes(certificate_pem(over.certificate))
     key = new_key()
     lasting = (

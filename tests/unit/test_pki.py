@@ -91,8 +91,8 @@ def spki(key: Any) -> bytes:
 def authority(tmp_path: Path) -> Path:
     """A directory with an authority and a server's certificate."""
     directory = tmp_path / "pki"
-    succeed(pki, "init", directory)
-    succeed(pki, "server", directory, "--host", "merge.example.org", "--host", "10.0.0.5")
+    succeed(pki, "init", directory, "--host", "merge.example.org", "--host", "10.0.0.5")
+    succeed(pki, "server", directory)
     return directory
 
 
@@ -259,25 +259,29 @@ def test_tls_accepts_the_hosts_of_the_certificate_and_the_machine_itself_and_nob
     for host in ("example.org", "other.merge.example.org", "10.0.0.6"):
         with pytest.raises(ssl.SSLCertVerificationError, match=r"[Hh]ostname mismatch|IP address mismatch"):
             handshake(authority, authority / "ca.crt", host)
-    succeed(pki, "init", tmp_path / "other")
+    succeed(pki, "init", tmp_path / "other", "--host", "merge.example.org")
     with pytest.raises(ssl.SSLCertVerificationError, match="certificate verify failed"):
         handshake(authority, tmp_path / "other" / "ca.crt", "merge.example.org")
     # A server's certificate is no authority's, though a real authority signed it.
     shutil.copy(authority / "server.key", tmp_path / "other" / "ca.key")
     shutil.copy(authority / "server.crt", tmp_path / "other" / "ca.crt")
-    refuse("is not the authority's certificate", pki, "server", tmp_path / "other", "--host", "a")
+    refuse("is not a certificate that gramfuse pki init made", pki, "server", tmp_path / "other")
 
 
 def test_certificates_say_what_they_are_for_and_end_when_they_must() -> None:
-    made = Authority.create("north CA", NOW, 30)
+    hosts = server_names(["Merge.Example.org.", "10.0.0.5", "localhost"])
+    made = Authority.create("north CA", hosts, NOW, 30)
     own = made.certificate
     assert own.issuer == own.subject
     assert own.not_valid_after_utc == NOW + timedelta(days=30)
     assert own.extensions.get_extension_for_class(x509.BasicConstraints).value == x509.BasicConstraints(True, 0)
     usage = own.extensions.get_extension_for_class(x509.KeyUsage).value
     assert (usage.key_cert_sign, usage.crl_sign, usage.digital_signature) == (True, True, False)
+    assert list(own.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value) == [x509.OID_SERVER_AUTH]
+    constraints = own.extensions.get_extension_for_class(x509.NameConstraints)
+    assert (constraints.critical, made.hosts) == (True, hosts)
 
-    leaf = made.certify(new_key().public_key(), server_names(["Merge.Example.org.", "10.0.0.5", "localhost"]), NOW, 397)
+    leaf = made.certify(new_key().public_key(), hosts, NOW, 397)
     leaf.verify_directly_issued_by(own)
     assert leaf.not_valid_before_utc == NOW - timedelta(days=1)
     assert leaf.not_valid_after_utc == own.not_valid_after_utc, "no longer than the authority"
@@ -296,8 +300,8 @@ def test_certificates_say_what_they_are_for_and_end_when_they_must() -> None:
 def test_private_files_are_private_and_public_ones_hold_one_certificate(tmp_path: Path) -> None:
     before = os.umask(0o002)
     try:
-        made = succeed(pki, "init", tmp_path / "a" / "b", "--name", "north CA", "--days", "10")
-        server = succeed(pki, "server", tmp_path / "a" / "b", "--host", "h.example")
+        made = succeed(pki, "init", tmp_path / "a" / "b", "--host", "h.example", "--name", "north CA", "--days", "10")
+        server = succeed(pki, "server", tmp_path / "a" / "b")
     finally:
         os.umask(before)
     directory = tmp_path / "a" / "b"
@@ -322,23 +326,23 @@ def test_private_files_are_private_and_public_ones_hold_one_certificate(tmp_path
 
 def test_nothing_is_overwritten(authority: Path) -> None:
     before = tree(authority)
-    refuse("ca.key exists already; every silo trusts that authority", pki, "init", authority)
-    refuse("server.key exists already; to replace it", pki, "server", authority, "--host", "a")
+    refuse("ca.key exists already; every silo trusts that authority", pki, "init", authority, "--host", "a")
+    refuse("server.key exists already; to replace it", pki, "server", authority)
     (authority / "server.key").unlink()
-    refuse("server.crt exists already", pki, "server", authority, "--host", "a")
+    refuse("server.crt exists already", pki, "server", authority)
     assert tree(authority) == {name: data for name, data in before.items() if name != "server.key"}
 
 
 def test_renewal_keeps_the_old_pair_once_and_clients_notice_nothing(authority: Path) -> None:
     before = tree(authority)
-    made = succeed(pki, "server", authority, "--host", "new.example.org", "--renew")
+    made = succeed(pki, "server", authority, "--host", "new.merge.example.org", "--renew")
     after = tree(authority)
     for name in ("server.key", "server.crt"):
         assert after[f"{name}.old"] == before[name] != after[name]
     assert made["kept"] == [str(authority / "server.key.old"), str(authority / "server.crt.old")]
     assert mode(authority / "server.key") == mode(authority / "server.key.old") == 0o600
-    handshake(authority, authority / "ca.crt", "new.example.org")
-    refuse("server.key.old exists already", pki, "server", authority, "--host", "a", "--renew")
+    handshake(authority, authority / "ca.crt", "new.merge.example.org")
+    refuse("server.key.old exists already", pki, "server", authority, "--renew")
     assert tree(authority) == after
 
 
@@ -362,21 +366,21 @@ def test_a_failure_half_way_leaves_everything_as_it_was(
 
     fail("link")
     fail("replace")
-    refuse("No space left on device", pki, "server", authority, "--host", "a", *(["--renew"] if renew else []))
+    refuse("No space left on device", pki, "server", authority, *(["--renew"] if renew else []))
     assert tree(authority) == before
 
 
 def test_an_authority_that_cannot_be_used_is_refused(authority: Path, tmp_path: Path) -> None:
-    refuse(f"make the authority with: gramfuse pki init {tmp_path}", pki, "server", tmp_path, "--host", "a")
+    refuse(f"make the authority with: gramfuse pki init {tmp_path}", pki, "server", tmp_path)
     (authority / "ca.key").chmod(0o640)
-    refuse(f"run: chmod 600 {authority / 'ca.key'}", pki, "server", authority, "--host", "a", "--renew")
+    refuse(f"run: chmod 600 {authority / 'ca.key'}", pki, "server", authority, "--renew")
     (authority / "ca.key").write_bytes(key_pem(new_key()))
     (authority / "ca.key").chmod(0o600)
-    refuse("is not the authority's certificate of ca.key", pki, "server", authority, "--host", "a", "--renew")
+    refuse("is not the authority's certificate of ca.key", pki, "server", authority, "--renew")
     (authority / "ca.key").write_text("nothing")
-    refuse("ca.key: is not a private key", pki, "server", authority, "--host", "a", "--renew")
+    refuse("ca.key: is not a private key", pki, "server", authority, "--renew")
 
-    old = Authority.create("old", NOW, 30)
+    old = Authority.create("old", server_names([]), NOW, 30)
     (authority / "ca.key").write_bytes(key_pem(old.key))
     (authority / "ca.crt").write_bytes(certificate_pem(old.certificate))
     assert Authority.read(authority, NOW + timedelta(days=29)).certificate == old.certificate
@@ -416,11 +420,71 @@ def test_what_is_no_host_is_refused(host: str, authority: Path) -> None:
     assert result.exit_code == 2
     assert "--host" in result.stderr
     assert tree(authority) == before
+    assert invoke(pki, "init", authority.parent / "new", "--host", host).exit_code == 2
+    assert not (authority.parent / "new").exists()
+
+
+def test_an_authority_signs_for_its_own_hosts_only(authority: Path, tmp_path: Path) -> None:
+    before = tree(authority)
+    for host in ("example.org", "bank.example.org", "evilmerge.example.org", "10.0.0.6", "fd00::5"):
+        refuse(f"does not vouch for {host}", pki, "server", authority, "--host", host, "--renew")
+    assert tree(authority) == before
+    assert invoke(pki, "init", tmp_path / "new").exit_code == 2  # it has to know which hosts are its own
+
+
+# Its passphrase
+
+
+@pytest.fixture
+def passphrase(tmp_path: Path) -> Path:
+    path = tmp_path / "passphrase"
+    path.touch(mode=0o600)
+    path.write_text("correct horse battery staple\nnot this line\n")
+    return path
+
+
+def test_a_key_with_a_passphrase_is_of_no_use_without_it(tmp_path: Path, passphrase: Path) -> None:
+    directory, other = tmp_path / "pki", tmp_path / "other"
+    succeed(pki, "init", directory, "--host", "merge.example.org", "--passphrase-file", passphrase)
+    text = (directory / "ca.key").read_text()
+    assert text.startswith("-----BEGIN ENCRYPTED PRIVATE KEY-----")
+    serialization.load_pem_private_key(text.encode(), b"correct horse battery staple")
+    before = tree(directory)
+    refuse("ca.key: has a passphrase; give it by --passphrase-file", pki, "server", directory)
+    other.touch(mode=0o600)
+    other.write_text("another one that is long enough")
+    refuse("its passphrase is another", pki, "server", directory, "--passphrase-file", other)
+    assert tree(directory) == before
+    succeed(pki, "server", directory, "--passphrase-file", passphrase)
+    handshake(directory, directory / "ca.crt", "merge.example.org")
+    assert b"ENCRYPTED" not in (directory / "server.key").read_bytes()  # nginx and the SuperLink start by themselves
+
+
+def test_a_passphrase_that_protects_little_is_refused(tmp_path: Path, passphrase: Path) -> None:
+    arguments = (pki, "init", tmp_path / "pki", "--host", "a", "--passphrase-file", passphrase)
+    passphrase.chmod(0o640)
+    refuse("others on this machine can read it", *arguments)
+    passphrase.chmod(0o600)
+    for text in ("", "\n" + "x" * 40, "x" * 19):
+        passphrase.write_text(text)
+        refuse("needs 20 at least", *arguments)
+    passphrase.unlink()
+    refuse("passphrase", *arguments)
+    assert not (tmp_path / "pki").exists()
+
+
+def test_a_passphrase_can_be_typed(tmp_path: Path) -> None:
+    typed = "correct horse battery staple"
+    arguments = ["init", str(tmp_path / "pki"), "--host", "a", "--passphrase"]
+    result = CliRunner().invoke(pki, arguments, input=f"{typed}\n{typed}\n", help_option_names=["-h", "--help"])
+    assert result.exit_code == 0, result.output
+    assert typed not in result.output
+    serialization.load_pem_private_key((tmp_path / "pki" / "ca.key").read_bytes(), typed.encode())
 
 
 @pytest.mark.parametrize("arguments", [["--name", ""], ["--name", "a" * 65], ["--name", "a\nb"], ["--days", "0"]])
 def test_an_authority_without_a_name_or_a_day_is_refused(arguments: list[str], tmp_path: Path) -> None:
-    assert invoke(pki, "init", tmp_path / "pki", *arguments).exit_code == 2
+    assert invoke(pki, "init", tmp_path / "pki", "--host", "a", *arguments).exit_code == 2
     assert not (tmp_path / "pki").exists()
 
 
