@@ -152,8 +152,8 @@ def _read_passphrase(path: Path) -> bytes:
 def _long_enough(text: str, where: str) -> bytes:
     if len(text) < LEAST_PASSPHRASE:
         raise PlanError(
-            f"{where}: the passphrase has {len(text)} characters and needs {LEAST_PASSPHRASE} at least; six words drawn "
-            "by dice are a good one"
+            f"{where}: the passphrase has {len(text)} characters and needs {LEAST_PASSPHRASE} at least; six words "
+            "drawn by dice are a good one"
         )
     return text.encode("utf-8")
 
@@ -225,8 +225,9 @@ def init(
     certificate says: give all that silos will ever dial. Another host needs another authority.
 
     DIR/ca.key is for its owner only. Whoever has it can pose as the coordinator to every silo, so keep it away from the
-    coordinator's machine; with a passphrase, a copy of the file alone is not enough. DIR/ca.crt goes to the coordinator and to every silo ('--root-certificates' of
-    flower-supernode), and is no secret; let each silo compare its SHA-256, which is printed, over another way.
+    coordinator's machine; with a passphrase, a copy of the file alone is not enough. DIR/ca.crt goes to the coordinator
+    and to every silo ('--root-certificates' of flower-supernode), and is no secret; let each silo compare its SHA-256,
+    which is printed, over another way.
     """
     secret = _read_passphrase(passphrase_file) if passphrase_file is not None else None
     if secret is None and passphrase:

@@ -41,7 +41,7 @@ daemon off;
 {user}worker_processes 1;
 worker_rlimit_nofile 8192;
 pid nginx.pid;
-error_log stderr warn;
+error_log stderr error;
 
 events {{ worker_connections 2048; }}
 
@@ -56,8 +56,6 @@ http {{
 
     limit_conn_zone $binary_remote_addr zone=requests:1m;
     limit_req_zone $binary_remote_addr zone=rate:1m rate={per_second}r/s;
-    limit_conn_log_level warn;
-    limit_req_log_level warn;
 
     upstream superlink {{
         server 127.0.0.1:{port} max_conns={all_at_once};

@@ -1,7 +1,8 @@
 """The run directory: everything that a run leaves behind.
 
 While a run is under way its directory is called `<name>.partial`; it gets its name when it is complete. Of a run that
-failed there is a report, in `<name>.failed`.
+failed there is a report, in `<name>.failed`. All of them are their owner's only, from their first moment: directories
+0700, files 0600, the merged model's too.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ class RunDirectory:
             )
         try:
             with self.writing():
-                self.partial.mkdir()
+                self.partial.mkdir(mode=0o700)
         except RunDirectoryError:
             check_free(self.path)  # a run that was started at the same time was faster
             raise
@@ -123,12 +124,13 @@ class RunDirectory:
                     path.unlink()
         failed, transcript = failed_of(self.path), self.partial / TRANSCRIPT
         _forget(failed)
-        failed.mkdir()
+        failed.mkdir(mode=0o700)
         try:
             for name, text in texts.items():
                 (failed / name).write_text(text, encoding="utf-8")
             if transcript.exists():
                 (shutil.copyfile if kept else os.replace)(transcript, failed / TRANSCRIPT)
+            _close(failed)
         except BaseException:
             shutil.rmtree(failed, ignore_errors=True)
             raise
@@ -194,6 +196,7 @@ class RunDirectory:
                 shutil.rmtree(spool)
             for start in starts:
                 start.unlink()
+            _close(self.partial)
             os.replace(self.partial, self.path)
         _forget(failed_of(self.path))
         return self.path
@@ -212,6 +215,7 @@ def rewrite(directory: Path, name: str, text: str) -> None:
             texts[SUMS] = "".join(f"{sums[each]}  {each}\n" for each in sorted(sums, key=Path))
         for each, content in texts.items():
             temporary = directory / f"{each}.partial"
+            temporary.touch(mode=0o600)
             temporary.write_text(content, encoding="utf-8")
             os.replace(temporary, directory / each)
     except OSError as error:
@@ -310,6 +314,12 @@ def discard(path: Path, seconds: float = 0.0) -> None:
         if time.monotonic() >= deadline:
             return
         time.sleep(0.1)
+
+
+def _close(directory: Path) -> None:
+    """Make all of a directory its owner's only; nobody else got in there while it was made."""
+    for path in directory.rglob("*"):
+        path.chmod(0o700 if path.is_dir() else 0o600)
 
 
 def _forget(failed: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -22,7 +23,8 @@ from gramfuse_protocol.errors import (
     RunDirectoryError,
     SecurityError,
 )
-from gramfuse_server.run import RunDirectory, discard
+from gramfuse_server.run import RunDirectory, discard, rewrite
+from gramfuse_server.spool import Spool
 
 
 def test_a_finished_run_has_its_name_and_sums_that_verify(tmp_path: Path) -> None:
@@ -43,6 +45,34 @@ def test_a_finished_run_has_its_name_and_sums_that_verify(tmp_path: Path) -> Non
     assert set(sums) == files - {"SHA256SUMS"} == {"report.json", "transcript.jsonl", "model/weights.bin"}
     for name, digest in sums.items():
         assert hashlib.sha256((path / name).read_bytes()).hexdigest() == digest
+
+
+def test_a_run_is_its_owners_only_whatever_the_umask(tmp_path: Path) -> None:
+    def modes(directory: Path) -> dict[str, int]:
+        return {p.name: p.stat().st_mode & 0o777 for p in (directory, *directory.rglob("*"))}
+
+    before = os.umask(0)
+    try:
+        with RunDirectory(tmp_path / "one", needed=1) as run:
+            assert modes(run.partial)["one.partial"] == 0o700  # what is in there is out of others' reach already
+            run.write("report.json", "{}")
+            Spool(run.partial / "spool").save("silo-a", 0, {"words": np.zeros(1, np.uint64)})
+            (run.partial / "model").mkdir()
+            (run.partial / "model" / "model.safetensors").write_bytes(b"weights")
+            path = run.finish()
+        rewrite(path, "report.json", '{"seen": true}')
+        names = {"one": 0o700, "model": 0o700, "model.safetensors": 0o600, "report.json": 0o600, "SHA256SUMS": 0o600}
+        assert modes(path) == names
+
+        run = RunDirectory(tmp_path / "two", needed=1)
+        run.account = lambda error, kept: {"report.html": "why", "report.json": "{}"}
+        with pytest.raises(FederationError), run:
+            run.record({"phase": "join"})
+            raise FederationError("lost")
+        names = {"two.failed": 0o700, "report.html": 0o600, "report.json": 0o600, "transcript.jsonl": 0o600}
+        assert modes(tmp_path / "two.failed") == names
+    finally:
+        os.umask(before)
 
 
 @pytest.mark.parametrize("name", ["one", "one.partial"])
