@@ -12,7 +12,7 @@ GROUP_ID = $(shell id -g | sed 's/^0$$/1000/')
 TABLES = glue emotion ner sent intents skew tasks generation desk
 COMPOSE = GRAMFUSE_UID=$(USER_ID) GRAMFUSE_GID=$(GROUP_ID) docker compose --file docker/compose.yaml
 
-.PHONY: help demo test deployed containers check bench bench-quick api compose clean
+.PHONY: help demo test deployed containers check bench bench-quick api hashes compose clean
 
 help: ## Show this help
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -49,6 +49,9 @@ bench: $(READY) ## Accuracy of the demo, secure against open, cost of a secure s
 
 api: $(READY) ## Make docs/api.md from the docstrings
 	$(BIN)/python docs/make_api.py
+
+hashes: $(READY) ## Write what the images install, by version and SHA-256, after a change of constraints.txt
+	$(BIN)/python docker/lock.py
 
 compose: ## Merge four silos in containers of their own; the model is in ./runs (needs Docker)
 	mkdir -p runs

@@ -85,7 +85,7 @@ def main() -> None:
         (home / "silo.toml").write_text(silo_file(name), encoding="utf-8")
         roster += "\n" + gramfuse("silo", "keygen", home / "silo.toml")
     terms = (project / "plan.toml").read_text(encoding="utf-8")
-    terms = re.sub(r"^epochs = .*$", f"epochs = {os.environ['EPOCHS']}", terms, flags=re.M)
+    terms = re.sub(r"^epochs = .*$", f"epochs = {int(os.environ['EPOCHS'])}", terms, flags=re.M)
     head = re.split(r"^\[\[silo\]\]", terms, maxsplit=1, flags=re.M)[0]
     (plan / "plan.toml").write_text(head + roster, encoding="utf-8")
     digest = json.loads(gramfuse("plan", "lock", plan, "--json"))["plan_digest"]
