@@ -3,7 +3,7 @@
 Versions come from constraints.txt, hashes from the package index that uv is set up with: those of every file of a
 version, for x86_64 and aarch64 alike, so that anybody gets the same lines. Three files are made:
 
-  requirements.txt  gramfuse's dependencies, without torch and without Ray, which is for simulations only; the demo's model
+  requirements.txt  gramfuse's dependencies without torch, and without Ray, which simulations need; the demo's model
   torch.txt         torch, and on Linux the CUDA libraries that its build on the index needs
   build.txt         what builds gramfuse's own package
 
@@ -31,9 +31,7 @@ def locked(*arguments: str, asked: str = "") -> dict[str, str]:
     command = [str(UV), "pip", "compile", *arguments, "--constraint", "constraints.txt", "--universal"]
     command += ["--python-version", "3.11", "--generate-hashes", "--no-header", "--no-annotate", "--quiet"]
     settings = {name: value for name, value in os.environ.items() if name not in ("UV_FIND_LINKS", "VIRTUAL_ENV")}
-    done = subprocess.run(
-        command, input=asked, stdout=subprocess.PIPE, check=True, text=True, cwd=ROOT, env=settings
-    )
+    done = subprocess.run(command, input=asked, stdout=subprocess.PIPE, check=True, text=True, cwd=ROOT, env=settings)
     pins = re.split(r"\n(?=\S)", done.stdout.rstrip("\n"))
     return {re.split(r"[=\[ ]", pin, maxsplit=1)[0]: pin for pin in pins}
 

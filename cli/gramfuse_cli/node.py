@@ -159,11 +159,15 @@ def node_config(path: Path) -> str:
         PlanError: if Flower could not read the path.
     """
     text = str(path)
-    if "'" not in text:
-        return f"silo='{text}'"
-    if '"' in text or "\\" in text:
-        raise PlanError(f"{path}: Flower cannot be told this path; use one with fewer quotes and backslashes")
-    return f'silo="{text}"'
+    if text.isprintable():
+        if "'" not in text:
+            return f"silo='{text}'"
+        if '"' not in text and "\\" not in text:
+            return f'silo="{text}"'
+    raise PlanError(
+        f"{text!r}: Flower cannot be told this path; use one with fewer quotes and backslashes, and without control "
+        "characters"
+    )
 
 
 def follow(supervisor: Supervisor, watch: Watch, *, once: bool) -> None:

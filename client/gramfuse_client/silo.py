@@ -100,10 +100,19 @@ class Limits(Section):
     """When this silo trains and measures, for instance 20:00-06:00; None is at any hour."""
 
 
+def _port(address: str) -> str:
+    """Refuse a port that there is not."""
+    if int(address.rpartition(":")[2]) > 65535:
+        raise ValueError("its port is above 65535")
+    return address
+
+
 class Coordinator(Section):
     """`[coordinator]`: where the coordinator is, and how each knows the other."""
 
-    address: Annotated[str, Field(pattern=r"^(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9.-]+):[0-9]{1,5}$")]
+    address: Annotated[
+        str, Field(pattern=r"^(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9][A-Za-z0-9.-]*):[1-9][0-9]{0,4}$"), AfterValidator(_port)
+    ]
     """host:port of its proxy."""
     ca: str = "ca.crt"
     """PEM file with the certificate authority that signed the coordinator's certificate."""

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,9 @@ def docker(*command: str) -> str:
 
 def environment(**more: str) -> dict[str, str]:
     owner = {"GRAMFUSE_UID": str(os.getuid() or 1000), "GRAMFUSE_GID": str(os.getgid() or 1000)}
-    return {**os.environ, **owner, **more}
+    # Who has torch's CPU build here has an index with it, and the images are spared CUDA.
+    torch = {"TORCH": "torch-cpu"} if version("torch").endswith("+cpu") else {}
+    return {**torch, **os.environ, **owner, **more}
 
 
 def containers() -> dict[str, dict[str, Any]]:
@@ -90,8 +93,14 @@ def test_make_compose_leaves_a_merged_model(clean: set[Path]) -> None:
     silos = {name: c for name, c in found.items() if name.startswith("flower-client")}
     for name, container in (silos | {"flower-server": found["flower-server"]}).items():
         assert container["Config"]["User"].split(":")[0] not in ("", "0", "root"), name
-        assert container["HostConfig"]["ReadonlyRootfs"], name
         assert container["Config"]["Healthcheck"]["Test"], name
+    for name, container in found.items():
+        limits = container["HostConfig"]
+        assert limits["ReadonlyRootfs"], name
+        assert limits["CapDrop"] == ["ALL"], name
+        assert limits["CapAdd"] == (["CHOWN", "DAC_OVERRIDE", "FOWNER"] if name == "setup" else None), name
+        assert limits["SecurityOpt"] == ["no-new-privileges"], name
+        assert (limits["PidsLimit"], limits["Memory"]) == (512, 4 * 2**30), name
     for name, container in silos.items():
         (network,) = container["NetworkSettings"]["Networks"]
         sharing = {n for n, c in found.items() if network in c["NetworkSettings"]["Networks"]}

@@ -174,8 +174,9 @@ def test_flower_reads_the_silos_path_back(path: str) -> None:
 
 
 def test_a_path_that_flower_could_not_read_is_refused() -> None:
-    with pytest.raises(PlanError, match="fewer quotes"):
-        node_config(Path("/o'brien's \"x\"/silo.toml"))
+    for path in ("/o'brien's \"x\"/silo.toml", "/a\nb/silo.toml", "/a' silo='b\t/silo.toml"):
+        with pytest.raises(PlanError):
+            node_config(Path(path))
 
 
 def test_a_growing_file_is_read_line_by_line(tmp_path: Path) -> None:

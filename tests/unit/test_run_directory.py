@@ -66,9 +66,9 @@ def test_a_run_is_its_owners_only_whatever_the_umask(tmp_path: Path) -> None:
 
         run = RunDirectory(tmp_path / "two", needed=1)
         run.account = lambda error, kept: {"report.html": "why", "report.json": "{}"}
-        with pytest.raises(FederationError), run:
-            run.record({"phase": "join"})
-            raise FederationError("lost")
+        run.__enter__()
+        run.record({"phase": "join"})
+        run.__exit__(FederationError, FederationError("lost"), None)
         names = {"two.failed": 0o700, "report.html": 0o600, "report.json": 0o600, "transcript.jsonl": 0o600}
         assert modes(tmp_path / "two.failed") == names
     finally:

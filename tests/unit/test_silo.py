@@ -68,3 +68,25 @@ def test_what_are_no_hours_is_refused_naming_file_and_key(hours: str, tmp_path: 
 def test_hours_are_written_as_they_were_read(hours: str, tmp_path: Path) -> None:
     silo = read(tmp_path / "north.toml", tail=f"[limits]\ntrain-hours = {json.dumps(hours)}")
     assert str(silo.file.limits.train_hours) == hours
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "a:0",
+        "a:65536",
+        "a:99999",
+        "-a:1",
+        "--root-certificates:1",
+        "a:1\\n",
+        "a b:1",
+        "a",
+        "a:",
+        ":1",
+        "[::1%x]:1",
+        "a;b:1",
+    ],
+)
+def test_an_address_that_is_none_is_refused(address: str, tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match=r"coordinator\.address"):
+        read(tmp_path / "north.toml", "", f'[coordinator]\naddress = "{address}"\n')
