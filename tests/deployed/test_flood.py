@@ -47,7 +47,8 @@ def post(deployment: Any, body: bytes, address: str = "127.0.0.1") -> int:
 
 
 def head(length: int) -> bytes:
-    return f"POST {PATH} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {length}\r\n\r\n".encode()
+    kind = f"Content-Type: {PROTOBUF_MEDIA_TYPE}\r\n"
+    return f"POST {PATH} HTTP/1.1\r\nHost: localhost\r\n{kind}Content-Length: {length}\r\n\r\n".encode()
 
 
 def cut_off(connection: ssl.SSLSocket) -> bool:
@@ -196,6 +197,17 @@ def test_a_body_that_drips_takes_its_own_addresss_places_only(coordinator: Any, 
             assert time.monotonic() - begin < 5
             time.sleep(0.5)
     assert grown() < 16 * MB
+
+
+def test_a_line_of_2_megabytes_a_second_that_stops_for_a_while_is_served(coordinator: Any) -> None:
+    # What the loris pretends to be: a chunk in small parts, 2 MB/s at most, and a line that is dead for 12 s.
+    part = MB // 4
+    with secured(coordinator, "127.0.0.8") as connection:
+        connection.sendall(head(BODY_BYTES))
+        for number in range(BODY_BYTES // part):
+            connection.sendall(bytes(part))
+            time.sleep(0.6 * STALL_SECONDS if number == 10 else part / 2e6)
+        assert connection.recv(64).startswith(b"HTTP/1.1 400 ")  # it came whole, and zeros are no message
 
 
 def test_many_calls_of_one_address_wait_for_their_turn(coordinator: Any) -> None:
