@@ -13,6 +13,7 @@ from gramfuse_cli.options import settings as settings_options
 from gramfuse_cli.project import Project
 from gramfuse_cli.report import show_report
 from gramfuse_cli.simulate import run_simulation
+from gramfuse_cli.terminal import say
 
 
 @click.command()
@@ -25,9 +26,10 @@ def demo(settings: tuple[str, ...], seed: int | None, out: Path | None, as_json:
     them. MiniLM (22 million parameters) is fine-tuned at each, on about 300 messages, and merged in one exchange.
     """
     project = Project.read(DESK, options.all_settings(settings, seed))
-    click.echo(
-        "Four silos, about 300 messages each, eight labels of which each silo sees mostly two.\n"
-        "MiniLM is fine-tuned at each; the models are merged in one exchange.\n",
+    say(
+        "Four silos, about 300 messages each, eight labels of which each silo sees mostly two.",
+        "MiniLM is fine-tuned at each; the models are merged in one exchange.",
+        "",
         err=True,
     )
     run = options.run_path(out, project.plan)

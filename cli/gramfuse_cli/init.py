@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib.resources
-import json
 import shutil
 from pathlib import Path
 
 import click
 
 from gramfuse_cli.options import as_json as json_option
+from gramfuse_cli.terminal import say, show_json
 from gramfuse_protocol.errors import PlanError
 
 DESK = Path(str(importlib.resources.files("gramfuse_cli"))) / "desk"
@@ -32,6 +32,7 @@ def init(directory: Path, as_json: bool) -> None:
     except (OSError, shutil.Error) as error:
         raise PlanError(f"{directory} cannot be made: {error}") from None
     if as_json:
-        click.echo(json.dumps({"directory": str(directory.absolute())}))
+        show_json({"directory": str(directory.absolute())})
         return
-    click.echo(f"{directory} made. Next:\n  gramfuse plan show {directory}\n  gramfuse simulate {directory}")
+    say(f"{directory} made. Next:")
+    say(f"  gramfuse plan show {directory}", f"  gramfuse simulate {directory}", copied=True)

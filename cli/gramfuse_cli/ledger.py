@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import os
 import re
 import secrets
-import sys
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
 
 from gramfuse_cli.options import as_json as json_option
+from gramfuse_cli.terminal import Table, say, show_json
 from gramfuse_protocol.errors import LedgerError
 
 if TYPE_CHECKING:
@@ -61,24 +57,23 @@ def show(file: Path, last: int | None, items: bool, as_json: bool) -> None:
     lines = deque(source.lines(), maxlen=last)
     if as_json:
         shown = [{**line.model_dump(mode="json"), "digest": line.digest} for line in lines]
-        click.echo(json.dumps({"ledger": str(source.path), "silo": source.silo, "lines": shown}))
+        show_json({"ledger": str(source.path), "silo": source.silo, "lines": shown})
         return
     if not lines:
-        click.echo(f"{source.path}: no line yet: nothing left {source.silo}")
+        say(f"{source.path}: no line yet: nothing left {source.silo}")
         return
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False)
-    table = Table(box=SIMPLE_HEAD)
+    table = Table()
     for column in ("", "time (UTC)", "phase", "kind", "form", "bytes", "note"):
-        table.add_column(column, justify="right" if column in ("", "bytes") else "left", overflow="fold")
+        table.column(column, justify="right" if column in ("", "bytes") else "left", fold=True)
     for line in lines:
         entry = line.entry
         style = "" if entry.kind == "reply" else "yellow"
         when = line.time.replace("T", " ").removesuffix("Z")
         cells = [f"{line.number:,}", when, entry.phase, entry.kind, entry.form, f"{entry.bytes:,}", entry.note]
-        table.add_row(*map(printable, cells), style=style)
+        table.row(*cells, style=style)
         for item in entry.items if items else ():
-            table.add_row("", "", "", "", printable(f"  {item.name}"), f"{item.bytes:,}", _about(item), style="dim")
-    console.print(table)
+            table.row("", "", "", "", f"  {item.name}", f"{item.bytes:,}", _about(item), style="dim")
+    table.show()
 
 
 @ledger.command()
@@ -102,27 +97,26 @@ def verify(file: Path, head: str | None, as_json: bool) -> None:
     end = source.verify(head)
     whole = source.path.with_suffix(".head").exists() or not end.number
     if as_json:
-        click.echo(
-            json.dumps(
-                {
-                    "ledger": str(source.path),
-                    "silo": source.silo,
-                    "lines": end.number,
-                    "first": end.first or None,
-                    "last": end.last or None,
-                    "bytes": end.bytes,
-                    "head": end.digest,
-                    "end_is_known": whole,
-                }
-            )
+        show_json(
+            {
+                "ledger": str(source.path),
+                "silo": source.silo,
+                "lines": end.number,
+                "first": end.first or None,
+                "last": end.last or None,
+                "bytes": end.bytes,
+                "head": end.digest,
+                "end_is_known": whole,
+            }
         )
         return
-    click.echo(f"ledger  {source.path}\nlines   {end.number:,}, which hold together")
+    say(f"ledger  {source.path}", f"lines   {end.number:,}, which hold together")
     if end.number:
-        click.echo(f"first   {end.first}\nlast    {end.last}\nbytes   {end.bytes:,} left in all\nhead    {end.digest}")
-        click.echo("Note this digest somewhere this machine cannot write.", err=True)
+        say(f"first   {end.first}", f"last    {end.last}", f"bytes   {end.bytes:,} left in all")
+        say(f"head    {end.digest}", copied=True)
+        say("Note this digest somewhere this machine cannot write.", err=True)
     if not whole:
-        click.echo("ledger.head is missing: lines that were cut off at the end are not noticed", err=True)
+        say("ledger.head is missing: lines that were cut off at the end are not noticed", err=True)
 
 
 @ledger.command()
@@ -162,18 +156,13 @@ def export(file: Path, out: Path, as_csv: bool, as_json: bool) -> None:
             "out": str(out),
             "format": "csv" if as_csv else "jsonl",
         }
-        click.echo(json.dumps({**about, "lines": number, "head": digest, "plans": list(plans)}))
+        show_json({**about, "lines": number, "head": digest, "plans": list(plans)})
         return
-    click.echo(f"{number:,} lines, verified, written to {out}")
+    say(f"{number:,} lines, verified, written to {out}")
     for plan in plans:
-        click.echo(f"plan  {plan}")
+        say(f"plan  {plan}", copied=True)
     if digest:
-        click.echo(f"head  {digest}")
-
-
-def printable(text: str) -> str:
-    """Return text without what could move a terminal's cursor or change its colours."""
-    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
+        say(f"head  {digest}", copied=True)
 
 
 def _ledger(file: Path) -> Ledger:
@@ -186,7 +175,7 @@ def _ledger(file: Path) -> Ledger:
 
 def _about(item: Item) -> str:
     shape = f"{item.dtype} {list(item.shape)}" if item.shape else item.dtype
-    return printable(f"{shape} {item.sha256}")
+    return f"{shape} {item.sha256}"
 
 
 def _rows(lines: Iterator[Line]) -> Iterator[bytes]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import io
 import signal
 import sys
 import traceback
@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import click
 
 from gramfuse_cli import demo, init, measure, merge, page, pki, plan, run, server, silo, simulate, tune
+from gramfuse_cli.terminal import say, show_json
 from gramfuse_protocol.errors import GramfuseError
 
 INTERRUPTED = 130
@@ -67,7 +68,9 @@ def main() -> NoReturn:
         _fail(type(error).__name__, str(error), error.exit_code, as_json, error.report)
     except click.ClickException as error:
         if not as_json:
-            error.show()
+            shown = io.StringIO()
+            error.show(shown)
+            say(*shown.getvalue().rstrip().split("\n"), err=True)
             sys.exit(error.exit_code)
         _fail("UsageError", error.format_message(), error.exit_code, as_json)
     except (click.Abort, KeyboardInterrupt):
@@ -84,12 +87,13 @@ def _fail(kind: str, message: str, code: int, as_json: bool, report: Path | None
     """
     if as_json:
         left = {} if report is None else {"report": str(report)}
-        click.echo(json.dumps({"error": {"type": kind, "message": message, "exit_code": code, **left}}))
-    click.echo(f"{click.style('error', fg='red', bold=True)}: {message}", err=True)
+        show_json({"error": {"type": kind, "message": message, "exit_code": code, **left}})
+    first, *others = message.split("\n")
+    say(f": {first}", *(f"  {line}" for line in others), lead=("error", "bold red"), err=True)
     if report is not None:
-        click.echo(f"report of the failed run: {report}", err=True)
+        say(f"report of the failed run: {report}", err=True)
     if 10 <= code < 100:
-        click.echo(f"exit code {code}; see docs/exit-codes/{code}.md", err=True)
+        say(f"exit code {code}; see docs/exit-codes/{code}.md", err=True)
     sys.exit(code)
 
 

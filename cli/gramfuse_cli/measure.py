@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,12 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from gramfuse_cli.options import as_json as json_option
 from gramfuse_cli.options import columns as column_options
 from gramfuse_cli.project import Project
+from gramfuse_cli.terminal import bars, say, show_json
 from gramfuse_protocol.errors import DataError, PlanError, RunDirectoryError
 from gramfuse_protocol.plan import Merge
 from gramfuse_protocol.task import Kind
@@ -121,12 +119,12 @@ def measure(context: click.Context, /, model: str | None, out: Path, as_json: bo
         assert model is not None  # noqa: S101
         report = _checkpoint(model, out, options)
     if as_json:
-        click.echo(json.dumps(report))
+        show_json(report)
         return
-    click.echo(
-        f"{out} has {report['bytes'] / 1e6:,.1f} MB: {report['name']!r}, measured on {report['examples']:,} examples.\n"
-        f"sha256 {report['sha256']}\n"
-        "It holds the fine-tuned model and says much about its data. Merge it with others: gramfuse merge"
+    say(
+        f"{out} has {report['bytes'] / 1e6:,.1f} MB: {report['name']!r}, measured on {report['examples']:,} examples.",
+        f"sha256 {report['sha256']}",
+        "It holds the fine-tuned model and says much about its data. Merge it with others: gramfuse merge",
     )
 
 
@@ -257,24 +255,15 @@ def _report(out: Path, name: str, examples: int, sha256: str) -> dict[str, Any]:
 @contextmanager
 def _progress() -> Iterator[Any]:
     """Yield a function (phase, done, total) that shows how far a phase is, on standard error."""
-    console = Console(stderr=True)
     names = {"train": "fine-tune", "measure": "measure"}
-    with Progress(
-        TextColumn("{task.description:<10}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    ) as bars:
+    with bars("{task.description:<10}") as shown:
         tasks: dict[str, Any] = {}
 
         def show(phase: str, done: int, total: int) -> None:
             if phase not in tasks:
-                tasks[phase] = bars.add_task(names.get(phase, phase), total=total)
-            bars.update(tasks[phase], completed=done)
-            if not console.is_terminal and (done % EVERY == 0 or done == total):
-                click.echo(f"{names.get(phase, phase)}: {done} of {total}", err=True)
+                tasks[phase] = shown.add_task(names.get(phase, phase), total=total)
+            shown.update(tasks[phase], completed=done)
+            if not shown.console.is_terminal and (done % EVERY == 0 or done == total):
+                say(f"{names.get(phase, phase)}: {done} of {total}", err=True)
 
         yield show

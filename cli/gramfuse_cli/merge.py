@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
-from rich.console import Console
 
 from gramfuse_cli.options import as_json as json_option
 from gramfuse_cli.report import show_steps
+from gramfuse_cli.terminal import say, show_json
 
 
 @click.command()
@@ -61,16 +60,16 @@ def merge(
 
     if threads:
         torch.set_num_threads(threads)
-    click.echo("read the files and the base model", err=True)
+    say("read the files and the base model", err=True)
     disable_progress_bar()
     settings = Settings(alpha=alpha, weighting=weighting, weights=factors, heads=heads, base=base)  # type: ignore[arg-type]
     report = merge_files(files, out.absolute(), settings, Path.cwd())
     if as_json:
-        click.echo(json.dumps({**report, "run": str(out.absolute())}))
+        show_json({**report, "run": str(out.absolute())})
         return
-    show_steps(Console(stderr=True), report["solve"])
+    show_steps(report["solve"], err=True)
     names = ", ".join(silo["name"] for silo in report["silos"])
-    click.echo(f"{len(files)} models merged ({names}), alpha {report['alpha']}, in {report['seconds']:.0f} s: {out}")
+    say(f"{len(files)} models merged ({names}), alpha {report['alpha']}, in {report['seconds']:.0f} s: {out}")
 
 
 def _factor(setting: str) -> tuple[str, float]:

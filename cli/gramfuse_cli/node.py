@@ -6,7 +6,6 @@ on that PATH is one that is ours, so that nothing but the installed gramfuse eve
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import secrets
@@ -26,6 +25,7 @@ from gramfuse_cli.growing import Growing
 from gramfuse_cli.options import as_json as json_option
 from gramfuse_cli.processes import BIN, GIVE_BACK
 from gramfuse_cli.supervisor import POLL_SECONDS, Service, Supervisor, say, supervised
+from gramfuse_cli.terminal import show_json
 from gramfuse_client.connection import obstacle
 from gramfuse_client.private import open_private, write_private
 from gramfuse_protocol.errors import PlanError
@@ -91,9 +91,7 @@ def start(file: Path, insecure_loopback: bool, once: bool, as_json: bool) -> Non
         follow(supervisor, watch, once=once)
     say(f"{silo.name}: ended")
     if as_json:
-        click.echo(
-            json.dumps({"silo": silo.name, "replies": watch.replies, "refusals": watch.refusals, "bytes": watch.bytes})
-        )
+        show_json({"silo": silo.name, "replies": watch.replies, "refusals": watch.refusals, "bytes": watch.bytes})
 
 
 def check_keys(silo: Silo, *, insecure: bool) -> None:

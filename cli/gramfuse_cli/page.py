@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from gramfuse_cli.options import as_json as json_option
+from gramfuse_cli.terminal import say, show_json
 from gramfuse_protocol.errors import RunDirectoryError
 
 
@@ -26,7 +27,10 @@ def report(run: Path, as_json: bool) -> None:
 
     rewrite(run, PAGE, _page_of(run))
     place = run / PAGE
-    click.echo(json.dumps({"page": str(place.absolute())}) if as_json else str(place))
+    if as_json:
+        show_json({"page": str(place.absolute())})
+    else:
+        say(str(place), copied=True)
 
 
 def _page_of(run: Path) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import sys
@@ -28,6 +27,7 @@ from gramfuse_cli.authority import (
     server_names,
 )
 from gramfuse_cli.options import as_json as json_option
+from gramfuse_cli.terminal import say, show_json
 from gramfuse_protocol import node_key
 from gramfuse_protocol.documents import read_text
 from gramfuse_protocol.errors import PlanError
@@ -247,9 +247,9 @@ def init(
     if as_json:
         _echo(key=key, certificate=certificate, name=name, hosts=names, valid_until=end, sha256=digest)
         return
-    click.echo(f"private key written to {key}{', encrypted' if secret else ''}", err=True)
-    click.echo(f"certificate  {certificate}\nvalid until  {end:%Y-%m-%d}\nfor          {', '.join(names)} only")
-    click.echo(f"SHA-256      {digest}")
+    say(f"private key written to {key}{', encrypted' if secret else ''}", err=True)
+    say(f"certificate  {certificate}", f"valid until  {end:%Y-%m-%d}", f"for          {', '.join(names)} only")
+    say(f"SHA-256      {digest}", copied=True)
 
 
 @pki.command()
@@ -307,8 +307,8 @@ def server(
         _echo(key=key, certificate=certificate, hosts=hosts, valid_until=end, kept=kept)
         return
     _say_kept(kept)
-    click.echo(f"private key written to {key}", err=True)
-    click.echo(f"certificate  {certificate}\nvalid until  {end:%Y-%m-%d}\nhosts        {', '.join(hosts)}")
+    say(f"private key written to {key}", err=True)
+    say(f"certificate  {certificate}", f"valid until  {end:%Y-%m-%d}", f"hosts        {', '.join(hosts)}")
 
 
 @pki.command()
@@ -331,17 +331,23 @@ def silo(file: Path, renew: bool, as_json: bool) -> None:
         _echo(name=silo.name, node_key_file=silo.node_key_path, node_key=public, kept=kept)
         return
     _say_kept(kept)
-    click.echo(f"private key written to {silo.node_key_path}", err=True)
-    click.echo(f'node-key = "{public}"')
+    say(f"private key written to {silo.node_key_path}", err=True)
+    say(f'node-key = "{public}"', copied=True)
 
 
 def _say_kept(kept: list[Path]) -> None:
     for path in kept:
-        click.echo(f"the old one is kept as {path}", err=True)
+        say(f"the old one is kept as {path}", err=True)
 
 
 def _echo(**values: Any) -> None:
     """Print one JSON object; paths as text, times in ISO 8601."""
-    click.echo(
-        json.dumps(values, default=lambda value: value.isoformat() if isinstance(value, datetime) else str(value))
-    )
+    show_json({name: _plain(value) for name, value in values.items()})
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if isinstance(value, datetime):
+        return value.isoformat()
+    return value if isinstance(value, bool | None) else str(value)

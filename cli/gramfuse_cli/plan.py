@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import re
-import sys
 import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import click
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
 
 from gramfuse_cli.options import as_json as json_option
 from gramfuse_cli.options import project_directory
 from gramfuse_cli.project import Project
+from gramfuse_cli.terminal import Table, say, show_json
 from gramfuse_protocol.layout import ITEM_BYTES, Layout
 from gramfuse_protocol.node_key import fingerprint
 from gramfuse_protocol.plan import Plan
 from gramfuse_protocol.roster import tolerated
+from gramfuse_protocol.text import listed, quoted
 
 
 @click.group()
@@ -49,19 +46,18 @@ def lock(directory: Path, as_json: bool) -> None:
     locked, layout = Project(project.directory, project.plan.unlocked()).locked()
     project.write_lock(locked, layout)
     if as_json:
-        click.echo(
-            json.dumps(
-                {
-                    "plan": str(project.plan_path),
-                    "plan_digest": locked.digest,
-                    "base_sha256": locked.model.sha256,
-                    "tokenizer_sha256": locked.model.tokenizer,
-                    "layout_digest": layout.digest,
-                }
-            )
+        show_json(
+            {
+                "plan": str(project.plan_path),
+                "plan_digest": locked.digest,
+                "base_sha256": locked.model.sha256,
+                "tokenizer_sha256": locked.model.tokenizer,
+                "layout_digest": layout.digest,
+            }
         )
         return
-    click.echo(f"base    {locked.model.sha256}\nlayout  {layout.digest}\nplan    {locked.digest}")
+    lines = (f"base    {locked.model.sha256}", f"layout  {layout.digest}", f"plan    {locked.digest}")
+    say(*lines, copied=True)
 
 
 @plan.command()
@@ -77,44 +73,41 @@ def show(directory: Path, as_json: bool) -> None:
     locked, layout = project.locked()
     preview = _preview(project, locked, layout)
     if as_json:
-        click.echo(json.dumps(preview))
+        show_json(preview)
         return
-    # A pipe has no width, and lines that are folded in one are of no use to grep.
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    _show_model(locked, preview)
+    say("")
+    # What is approved comes last: nothing that a plan's author writes follows it, or pushes it off the screen.
     state = "locked" if project.plan.locked else "not locked yet; locking would give this digest"
-    _say(console, f"plan [bold]{locked.plan.name}[/], digest {locked.digest} ({state})")
-    _say(console, f"base {locked.model.base}, alpha {locked.merge.alpha}, silos {', '.join(locked.names)}")
-    for line in _tasks(locked):
-        _say(console, line)
-    for line in _privacy(locked):
-        _say(console, line)
-    for line in _keys(locked):
-        _say(console, line)
-    _say(console, "")
-    table = Table(title="Merged in closed form; one line for each Gram matrix", title_justify="left", box=SIMPLE_HEAD)
-    table.add_column("modules", overflow="fold")
+    say(*_privacy(locked), *_keys(locked), copied=True)
+    say(f"plan {locked.plan.name}, version {locked.plan.version}, digest {locked.digest} ({state})", copied=True)
+
+
+def _show_model(plan: Plan, preview: dict[str, Any]) -> None:
+    """Print what is trained and merged, and what it costs."""
+    say(f"base {quoted(plan.model.base)}, alpha {plan.merge.alpha}, silos {', '.join(plan.names)}", *_tasks(plan), "")
+    table = Table("Merged in closed form; one line for each Gram matrix")
+    table.column("modules", fold=True)
     for column in ("d_in", "structure", "entries", "bytes"):
-        table.add_column(column, justify="left" if column == "structure" else "right", no_wrap=True)
+        table.column(column, justify="left" if column == "structure" else "right")
     for group in preview["groups"]:
         numbers = [f"{group['d_in']:,}", group["structure"], f"{group['entries']:,}", f"{group['bytes']:,}"]
         of = f" (labels of {', '.join(group['silos'])})" if group["silos"] else ""
-        table.add_row(_modules(group["weights"]) + of, *numbers)
-    console.print(table)
-    _say(console, f"\nAveraged: {_families(preview['averaged'])}")
-    _say(console, f"Frozen, never sent: {_families(preview['frozen'])}")
+        table.row(_modules(group["weights"]) + of, *numbers)
+    table.show()
+    say("", f"Averaged: {_families(preview['averaged'])}", f"Frozen, never sent: {_families(preview['frozen'])}")
     for task, names in preview["kept"].items():
         if names:
-            _say(console, f"Kept at the silo, never sent{f' ({task})' if task else ''}: {_families(names)}")
-    _say(console, "")
+            say(f"Kept at the silo, never sent{f' ({task})' if task else ''}: {_families(names)}")
     cost = preview["cost"]
-    _say(
-        console,
+    say(
+        "",
         f"Each silo sends {cost['upload_bytes'] / 1e6:.1f} MB (Gram matrices {cost['gram_bytes'] / 1e6:.1f}, "
         f"differences {cost['delta_bytes'] / 1e6:.1f}{_products(cost)}): "
-        f"about {cost['upload_seconds']:.0f} s at 20 MB/s.\n"
+        f"about {cost['upload_seconds']:.0f} s at 20 MB/s.",
         f"Each silo needs {cost['silo_memory_bytes'] / 1e6:.0f} MB of memory beside the training; Gram matrices of "
-        f"{locked.merge.tokens:,} tokens, the most that the plan allows, take about {cost['gram_seconds']:.0f} s on "
-        f"this machine.\n"
+        f"{plan.merge.tokens:,} tokens, the most that the plan allows, take about {cost['gram_seconds']:.0f} s on "
+        f"this machine.",
         f"The coordinator holds {cost['coordinator_memory_bytes'] / 1e6:.0f} MB of sums, whatever the number of silos, "
         f"and {cost['coordinator_disk_bytes'] / 1e6:.0f} MB on disk.",
     )
@@ -131,11 +124,11 @@ def _tasks(plan: Plan) -> list[str]:
     """Say what silos fine-tune for, and what becomes of their heads."""
     lines = []
     for name, task in plan.tasks.items():
-        labels = f", {len(task.labels)} labels" if task.labels else ""
+        labels = f", {len(task.labels)} labels: {listed(task.labels)}" if task.labels else ""
         silos = f" ({', '.join(_silos_of(plan, name))})" if name else ""
         lines.append(f"task {f'{name}: ' if name else ''}{task.task}{labels}{silos}")
     lines += [
-        f"  {silo.name} annotates {len(silo.labels)} of the labels: {', '.join(silo.labels)}"
+        f"  {silo.name} annotates {len(silo.labels)} of the labels: {listed(silo.labels)}"
         for silo in plan.silo
         if silo.labels
     ]
@@ -181,10 +174,6 @@ def _privacy(plan: Plan) -> list[str]:
 
 def _products(cost: dict[str, Any]) -> str:
     return f", products {cost['product_bytes'] / 1e6:.1f}" if cost["product_bytes"] else ""
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, highlight=False, soft_wrap=True)
 
 
 def _modules(weights: list[str]) -> str:

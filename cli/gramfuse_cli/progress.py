@@ -6,9 +6,7 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-
+from gramfuse_cli.terminal import bars, say
 from gramfuse_server.pages.wording import PHASES
 
 
@@ -21,21 +19,11 @@ class RunProgress:
     """
 
     def __init__(self, silos: tuple[str, ...], poll: Callable[[str], Mapping[str, Any] | None]) -> None:
-        self.console = Console(stderr=True)
         self.silos = silos
         self.poll = poll
         self.phase = ""
-        self._bars: dict[str, TaskID] = {}
-        self._progress = Progress(
-            TextColumn("  {task.description:<12}"),
-            TextColumn("{task.fields[doing]:<8}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            console=self.console,
-            transient=True,
-            disable=not self.console.is_terminal,
-        )
+        self._progress = bars("  {task.description:<12}", "{task.fields[doing]:<8}")
+        self._bars: dict[str, Any] = {}
 
     def __enter__(self) -> RunProgress:
         self._progress.start()
@@ -51,7 +39,7 @@ class RunProgress:
             case "start":
                 self.phase = phase
                 which = f" (round {event['round']} of {event['rounds']})" if "round" in event else ""
-                self._say(f"[bold]{PHASES[phase]}[/]{which}")
+                self._say(f"{PHASES[phase]}{which}", "bold")
                 if phase == "train":
                     self._bars = {s: self._progress.add_task(s, total=None, doing="") for s in self.silos}
             case "silo":
@@ -60,19 +48,19 @@ class RunProgress:
                 self._say(f"  {event['connected']} of {event['needed']} silos are connected")
             case "waiting":
                 doing = "away" if event["away"] else "no answer yet"
-                self._say(f"  [dim]{event['silo']:<12} {doing}, {event['seconds'] // 60} min[/]")
+                self._say(f"  {event['silo']:<12} {doing}, {event['seconds'] // 60} min", "dim")
             case "lost":
-                self._say(f"  [yellow]{event['silo']:<12} lost: {event['reason']}[/]")
+                self._say(f"  {event['silo']:<12} lost: {event['reason']}", "yellow")
             case "try":
-                self._say(f"  [dim]{event['name']:<12} …[/]")
+                self._say(f"  {event['name']:<12} …", "dim")
             case "measured":
                 self._say(f"  {event['name']:<12} measured")
             case "end":
-                self._say(f"  [dim]{event['seconds']:.1f} s[/]")
+                self._say(f"  {event['seconds']:.1f} s", "dim")
 
     def refresh(self) -> None:
         """Look how far the silos are."""
-        if self.phase != "train" or not self.console.is_terminal:
+        if self.phase != "train" or not self._progress.console.is_terminal:
             return
         for silo, bar in self._bars.items():
             note = self.poll(silo)
@@ -93,5 +81,5 @@ class RunProgress:
             case _:
                 self._say(f"  {silo:<12} ok")
 
-    def _say(self, line: str) -> None:
-        self._progress.console.print(line, highlight=False)
+    def _say(self, line: str, style: str = "") -> None:
+        say(line, style=style, on=self._progress.console)

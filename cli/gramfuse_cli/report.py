@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import click
-from rich.console import Console
-from rich.table import Table
-
+from gramfuse_cli.terminal import Table, say, say_text, show_json
 from gramfuse_server.pages.wording import MERGES, MODES, columns, explain, name_of
 from gramfuse_server.run import PAGE
 
@@ -18,57 +14,51 @@ from gramfuse_server.run import PAGE
 def show_report(report: Mapping[str, Any], run: Path, as_json: bool) -> None:
     """Print a report: one JSON object, or a table and how to load the model."""
     if as_json:
-        click.echo(json.dumps({**report, "run": str(run)}))
+        show_json({**report, "run": str(run)})
         return
-    console = Console()
     if report["models"]:
-        show_models(console, report)
+        show_models(report)
     else:
-        console.print(f"[yellow]No metrics: {report['unmeasured']}[/]", highlight=False, soft_wrap=True)
+        say(f"No metrics: {report['unmeasured']}", style="yellow")
     for lost in report["lost"]:
-        console.print(f"[yellow]Lost on the way: {lost['name']}: {lost['reason']}[/]", highlight=False, soft_wrap=True)
-    show_steps(console, report["solve"])
+        say(f"Lost on the way: {lost['name']}: {lost['reason']}", style="yellow")
+    show_steps(report["solve"])
     sent = sum(sum(phases.values()) for phases in report["bytes"].values())
     seen = MODES[report["mode"]]
     if report["mode"] == "secure":
         seen += f" Their keys are {report['identities']}."
-    console.print(
-        f"\n{len(report['silos'])} silos sent {sent / 1e6:.1f} MB in all, in {sum(report['seconds'].values()):.0f} s. "
-        f"{seen}\nplan    {report['plan_digest']}\nrun     {run}\nreport  {run / PAGE}\n\n"
-        f"{_how_to_load(report, run)}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    sums = f"{sent / 1e6:.1f} MB in all, in {sum(report['seconds'].values()):.0f} s"
+    say("", f"{len(report['silos'])} silos sent {sums}. {seen}")
+    say(f"plan    {report['plan_digest']}", f"run     {run}", f"report  {run / PAGE}", "", copied=True)
+    say_text(_how_to_load(report, run), copied=True)
 
 
-def show_models(
-    console: Console, report: Mapping[str, Any], on: str = "held-out examples of all silos together"
-) -> None:
+def show_models(report: Mapping[str, Any], on: str = "held-out examples of all silos together") -> None:
     """Print the models that were measured, and their metrics; of the rounds before the last, the merges only.
 
     Args:
         on: what they were measured on.
     """
     examples = int(report["models"][0]["metrics"]["examples"])
-    console.print(f"On the {examples:,} {on}:")
+    say(f"On the {examples:,} {on}:")
     *earlier, last = report.get("rounds") or [{"round": 1}]
     models = [(model, each["round"]) for each in earlier for model in each["models"] if model["kind"] in MERGES]
     models += [(model, last["round"]) for model in report["models"]]
     rows = [columns(model, report["tasks"]) for model, _ in models]
     titles = list(dict.fromkeys(title for row in rows for title in row))
-    table = Table()
-    table.add_column("model")
+    table = Table(plain=False)
+    table.column("model", fold=True)
     for title in titles:
-        table.add_column(title, justify="right")
+        table.column(title, justify="right", fold=True)
     for (model, number), row in zip(models, rows, strict=True):
         style = "bold" if model["kind"] == "regmean" else ""
         cells = [f"{row[title]:.3f}" if title in row else "" for title in titles]
         name = name_of(model)
-        table.add_row(f"{name}, round {number}" if earlier and model["kind"] in MERGES else name, *cells, style=style)
-    console.print(table)
+        table.row(f"{name}, round {number}" if earlier and model["kind"] in MERGES else name, *cells, style=style)
+    table.show()
     for model in report["models"]:
         if "note" in model:
-            console.print(f"[dim]{model['name']}: {model['note']}[/]", highlight=False, soft_wrap=True)
+            say(f"{model['name']}: {model['note']}", style="dim")
 
 
 def _how_to_load(report: Mapping[str, Any], run: Path) -> str:
@@ -81,8 +71,8 @@ def _how_to_load(report: Mapping[str, Any], run: Path) -> str:
     return f"{lines}  # the body; with each silo's own head it is {where}"
 
 
-def show_steps(console: Console, steps: Sequence[Mapping[str, Any]]) -> None:
-    """Print how each group was solved for which it was not plain."""
+def show_steps(steps: Sequence[Mapping[str, Any]], *, err: bool = False) -> None:
+    """Print how each group was solved for which it was not plain; with `err` on standard error."""
     for step in steps:
         if step["outcome"] != "clean":
-            console.print(f"[yellow]{step['group']}: {explain(step)}[/]", highlight=False, soft_wrap=True)
+            say(f"{step['group']}: {explain(step)}", style="yellow", err=err)

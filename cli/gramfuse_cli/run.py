@@ -23,6 +23,7 @@ from gramfuse_cli.progress import RunProgress
 from gramfuse_cli.project import Project
 from gramfuse_cli.report import show_report
 from gramfuse_cli.server import listening, serving
+from gramfuse_cli.terminal import say
 from gramfuse_protocol.errors import FederationError, PlanError, RunDirectoryError, error_types
 from gramfuse_protocol.layout import Layout
 from gramfuse_protocol.plan import Plan
@@ -192,7 +193,7 @@ def _follow(app: Path, link: Link, project: Project, out: Path, how: dict[str, A
             status = _watch(run_id, link, take)
     except KeyboardInterrupt:
         link.flwr("stop", run_id, link.name)
-        click.echo(_kept(project, link, out, STOP_SECONDS) or "nothing of the run is kept", err=True)
+        say(_kept(project, link, out, STOP_SECONDS) or "nothing of the run is kept", err=True)
         raise
     go_on = f"\n{_kept(project, link, out)}".rstrip()
     if failures:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import shlex
@@ -20,6 +19,7 @@ import click
 import tomlkit
 from cryptography import x509
 
+from gramfuse_cli import terminal
 from gramfuse_cli.authority import LOCAL_HOSTS
 from gramfuse_cli.endpoint import (
     check_free,
@@ -109,7 +109,7 @@ def start(directory: Path, host: str | None, port: int, insecure_loopback: bool,
             time.sleep(POLL_SECONDS)
     say("all of it has ended")
     if as_json:
-        click.echo(json.dumps({"directory": str(directory), "port": port}))
+        terminal.show_json({"directory": str(directory), "port": port})
 
 
 @contextmanager
@@ -172,9 +172,9 @@ def register(directory: Path, project: Path, as_json: bool) -> None:
     plan = Project.read(project).plan
     Link.of_server(directory).admit(plan)
     if as_json:
-        click.echo(json.dumps({"registered": list(plan.names)}))
+        terminal.show_json({"registered": list(plan.names)})
         return
-    click.echo(f"may connect: {', '.join(plan.names)}")
+    terminal.say(f"may connect: {', '.join(plan.names)}")
 
 
 @server.command()
@@ -191,12 +191,12 @@ def silos(directory: Path, as_json: bool) -> None:
         found = [
             {"name": n.name, "status": _status(n.status), "fingerprint": n.fingerprint, "node_id": n.id} for n in nodes
         ]
-        click.echo(json.dumps({"silos": found}))
+        terminal.show_json({"silos": found})
         return
     for node in nodes:
-        click.echo(f"{node.name or node.id:<20} {_status(node.status):<11} {node.fingerprint}")
+        terminal.say(f"{node.name or node.id:<20} {_status(node.status):<11} {node.fingerprint}")
     if not nodes:
-        click.echo("none yet; gramfuse server register does it, or the first run of a plan", err=True)
+        terminal.say("none yet; gramfuse server register does it, or the first run of a plan", err=True)
 
 
 @server.command()
@@ -219,10 +219,10 @@ def revoke(directory: Path, silo: str, as_json: bool) -> None:
         link.unregister(node)
     fingerprints = [node.fingerprint for node in revoked]
     if as_json:
-        click.echo(json.dumps({"silo": silo, "revoked": fingerprints}))
+        terminal.show_json({"silo": silo, "revoked": fingerprints})
         return
     for fingerprint in fingerprints:
-        click.echo(f"revoked {fingerprint}")
+        terminal.say(f"revoked {fingerprint}")
 
 
 def check_certificate(directory: Path) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import click
 from gramfuse_cli import check, clear, ledger, node
 from gramfuse_cli.options import as_json as json_option
 from gramfuse_cli.pki import make_node_key
+from gramfuse_cli.terminal import say, show_json
 from gramfuse_protocol.keys import KEY_BYTES, Identity
 from gramfuse_protocol.node_key import fingerprint
 
@@ -62,20 +62,19 @@ def keygen(file: Path, as_json: bool) -> None:
         write_identity(silo.identity_path, identity)
     public = identity.public.hex()
     if as_json:
-        click.echo(
-            json.dumps(
-                {
-                    "name": silo.name,
-                    "identity": str(silo.identity_path),
-                    "node_key_file": str(silo.node_key_path),
-                    "public_key": public,
-                    "node_key": node_key,
-                    "fingerprint": fingerprint(node_key),
-                }
-            )
+        show_json(
+            {
+                "name": silo.name,
+                "identity": str(silo.identity_path),
+                "node_key_file": str(silo.node_key_path),
+                "public_key": public,
+                "node_key": node_key,
+                "fingerprint": fingerprint(node_key),
+            }
         )
         return
     for path, was_there in ((silo.identity_path, has_identity), (silo.node_key_path, has_node_key)):
-        click.echo(f"private key {'was there already:' if was_there else 'written to'} {path}", err=True)
-    click.echo(f"fingerprint of the node key: {fingerprint(node_key)}", err=True)
-    click.echo(f'[[silo]]\nname = "{silo.name}"\npublic-key = "{public}"\nnode-key = "{node_key}"')
+        say(f"private key {'was there already:' if was_there else 'written to'} {path}", err=True)
+    say(f"fingerprint of the node key: {fingerprint(node_key)}", err=True)
+    lines = (f'name = "{silo.name}"', f'public-key = "{public}"', f'node-key = "{node_key}"')
+    say("[[silo]]", *lines, copied=True)

@@ -22,6 +22,7 @@ from gramfuse_cli.processes import contained
 from gramfuse_cli.progress import RunProgress
 from gramfuse_cli.project import Project
 from gramfuse_cli.report import show_report
+from gramfuse_cli.terminal import say, uncoloured
 from gramfuse_cli.terms import Term, check_terms, compare_option
 from gramfuse_cli.tuning import Wanted
 from gramfuse_protocol.errors import FederationError, GramfuseError, RefusalError, error_types
@@ -88,7 +89,7 @@ def run_simulation(
 
     check_terms(compare, project.plan)
     check_free(out)
-    click.echo("read the silos' data and the base model", err=True)
+    say("read the silos' data and the base model", err=True)
     silos = project.silos()
     for silo in silos.values():  # what a silo would refuse later is said now, with the details that only it may see
         examples, _ = load(silo, project.plan.task_of(silo.name))
@@ -156,8 +157,8 @@ def _outcome(scratch: Path, log: Path, code: int) -> dict[str, Any]:
         return report
     kind: type[GramfuseError] = error_types().get(outcome["error"], FederationError)
     if kind in (FederationError, RefusalError):  # others say all that there is to say
-        tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:])
-        click.echo(f"The last lines of Flower's log:\n{tail}\n", err=True)
+        tail = uncoloured(log.read_text(encoding="utf-8", errors="replace")).split("\n")[-LOG_LINES:]
+        say("The last lines of Flower's log:", *(f"  {line}" for line in tail), "", err=True)
     error = kind(outcome["message"])
     error.report = Path(outcome["left"]) if outcome.get("left") else None
     raise error

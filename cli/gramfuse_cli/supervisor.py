@@ -9,7 +9,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -20,12 +19,13 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import click
 import psutil
 
+from gramfuse_cli import terminal
 from gramfuse_cli.processes import FLOWER_OFF, MARK, end, kill_marked, kill_session
 from gramfuse_client.private import open_private
 from gramfuse_protocol.errors import FederationError, PlanError
+from gramfuse_protocol.text import SAID, one_line
 
 START_SECONDS = 120.0
 POLL_SECONDS = 0.2
@@ -36,12 +36,10 @@ LOG_BYTES = 10 * 2**20
 TAIL_BYTES = 65536
 LOG_LINES = 15
 
-_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
-
 
 def say(line: str) -> None:
     """Tell the operator something: one line with the time, on standard error."""
-    click.echo(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}", err=True)
+    terminal.say(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}", err=True)
 
 
 @dataclass(frozen=True)
@@ -80,7 +78,7 @@ class _Running:
         """Return what it wrote last, without colours; nothing if its log was taken away."""
         with suppress(FileNotFoundError), self.service.log.open("rb") as log:
             log.seek(max(self.output, os.fstat(log.fileno()).st_size - TAIL_BYTES))
-            return _COLOUR.sub("", log.read().decode("utf-8", "replace"))
+            return terminal.uncoloured(log.read().decode("utf-8", "replace"))
         return ""
 
     def shorten(self) -> None:
@@ -96,7 +94,7 @@ class _Running:
         code = self.process.returncode
         if code < 0:
             return f"was ended by signal {-code}" + (" (somebody's, or for want of memory)" if code == -9 else "")
-        return ": ".join(filter(None, [f"ended with status {code}", reason(self.written())]))
+        return ": ".join(filter(None, [f"ended with status {code}", one_line(reason(self.written()), SAID)]))
 
 
 class Supervisor:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
-from rich.table import Table
 
 from gramfuse_cli import options
 from gramfuse_cli.project import Project
 from gramfuse_cli.report import show_models, show_report, show_steps
 from gramfuse_cli.simulate import run_simulation
+from gramfuse_cli.terminal import Table, say, show_json
 from gramfuse_cli.terms import Term, compare_option
 from gramfuse_cli.tuning import Data, Wanted, tune_files
 from gramfuse_protocol.errors import PlanError
@@ -121,17 +119,16 @@ def tune(
         raise click.UsageError("files need --validation DATA, --test DATA and -o MODEL")
     report = tune_files(sources, base, Data(validation, test, columns), wanted, out.absolute(), _say)
     if as_json:
-        click.echo(json.dumps({**report, "run": str(out.absolute())}))
+        show_json({**report, "run": str(out.absolute())})
         return
     show_tuning(report["tuning"])
-    console = Console()
-    show_models(console, report, "test examples")
-    show_steps(console, report["solve"])
-    console.print(f"\n{out}", highlight=False, soft_wrap=True)
+    show_models(report, "test examples")
+    show_steps(report["solve"])
+    say("", str(out))
 
 
 def _say(line: str) -> None:
-    click.echo(f"  {line}", err=True)
+    say(f"  {line}", err=True)
 
 
 def check_tunable(plan: Plan) -> None:
@@ -153,12 +150,12 @@ def check_tunable(plan: Plan) -> None:
 
 def show_tuning(tuning: Mapping[str, Any]) -> None:
     """Print what was tried, with the chosen merge marked."""
-    console = Console()
     metric, chosen = tuning["metric"], tuning["chosen"]
     examples = sum(tuning["examples"].values())
-    console.print(f"Chosen on {examples:,} validation examples, none of which is reported on:", highlight=False)
-    table = Table("merge", metric)
-    table.columns[1].justify = "right"
+    say(f"Chosen on {examples:,} validation examples, none of which is reported on:")
+    table = Table(plain=False)
+    table.column("merge", fold=True)
+    table.column(metric, justify="right", fold=True)
     for trial in tuning["alpha"]:
         mark = trial["alpha"] == chosen["alpha"] and not tuning["weights"]
         _row(table, f"α = {trial['alpha']:g}", trial["score"], mark)
@@ -170,9 +167,9 @@ def show_tuning(tuning: Mapping[str, Any]) -> None:
         _row(table, f"{len(step['silos'])} silos, with {last}" if len(step["silos"]) > 1 else last, step["score"])
     for entry in tuning["influence"]:
         _row(table, f"without {entry['silo']}", entry["without"])
-    console.print(table)
+    table.show()
 
 
 def _row(table: Table, what: str, score: float | None, chosen: bool = False) -> None:
     shown = "-" if score is None else f"{score:.3f}"
-    table.add_row(f"{what}, chosen" if chosen else what, shown, style="bold" if chosen else "")
+    table.row(f"{what}, chosen" if chosen else what, shown, style="bold" if chosen else "")

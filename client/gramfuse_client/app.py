@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
@@ -15,6 +16,7 @@ from gramfuse_client.participant import Participant
 from gramfuse_client.records import request_of, to_record
 from gramfuse_client.silo import Silo
 from gramfuse_protocol.errors import GramfuseError, PlanError
+from gramfuse_protocol.text import lines_of, one_line
 from gramfuse_protocol.wire import pack
 
 SiloOf = Callable[[Context], Silo]
@@ -63,12 +65,25 @@ class SiloApp(ClientApp):
         return Egress(silo)(message, context, answer)
 
 
+class _Formatter(logging.Formatter):
+    """Writes what others sent, where a message or an error quotes it, so that it cannot begin a line of the log."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  # logging's own name
+        record.message = one_line(record.message)
+        return super().formatMessage(record)
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802
+        first, *others = lines_of(super().formatException(ei)).split("\n")
+        last = one_line(f"{type(ei[1]).__name__}: {ei[1]}")
+        return "\n".join([first, *(f"  {line}" for line in others), last])
+
+
 def _show_log() -> None:
     """Let the silo's operator see what this silo does; Flower shows only its own log."""
     logger = logging.getLogger("gramfuse_client")
     if not logger.handlers:
         handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        handler.setFormatter(_Formatter("%(asctime)s %(levelname)s %(message)s"))
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
 

@@ -19,6 +19,7 @@ from gramfuse_client.silo import Silo
 from gramfuse_protocol import messages
 from gramfuse_protocol.errors import FederationError, GramfuseError, LedgerError
 from gramfuse_protocol.messages import PHASES, REPLIES, Refusal
+from gramfuse_protocol.text import one_line
 from gramfuse_protocol.wire import pack, unpack
 
 REFUSED = 6
@@ -102,12 +103,12 @@ class Egress:
 
 def failed(message: Message, error: GramfuseError) -> Message:
     """Return one of Flower's errors, with nothing in it but an error's type and its reason for the other side."""
-    return Message(Error(REFUSED, f"{type(error).__name__}: {error.reason}"[:2000]), reply_to=message)
+    return Message(Error(REFUSED, one_line(f"{type(error).__name__}: {error.reason}", 2000)), reply_to=message)
 
 
 def _phase(message: Message) -> str:
     kind = message.metadata.message_type
-    return PHASES.get(kind, kind[:100])
+    return PHASES.get(kind, one_line(kind, 100))
 
 
 def _sha256(data: bytes | memoryview) -> str:

@@ -22,11 +22,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, ValidationInfo
+from pydantic import BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, ValidationInfo
 
 from gramfuse_client.private import make_private_directory, sync_directory, write_private
 from gramfuse_protocol.canonical import canonical_json
 from gramfuse_protocol.errors import LedgerError
+from gramfuse_protocol.text import Legible
 
 BLOCK_BYTES = 65536
 NO_LINE = "0" * 64
@@ -45,7 +46,7 @@ Count = Annotated[int, Field(ge=0, lt=2**53)]
 RunId = Annotated[int, Field(ge=0, lt=2**64), BeforeValidator(_from_text), PlainSerializer(str, when_used="json")]
 
 
-class _Frozen(BaseModel):
+class _Frozen(Legible):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, hide_input_in_errors=True)
 
 

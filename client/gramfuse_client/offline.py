@@ -27,6 +27,7 @@ from gramfuse_protocol.errors import PlanError, RefusalError, RunDirectoryError
 from gramfuse_protocol.layout import Layout
 from gramfuse_protocol.plan import Plan
 from gramfuse_protocol.statistics_file import own_block, write_statistics
+from gramfuse_protocol.text import one_line
 
 SESSION = "file"
 """What stands for a session's number where a contribution leaves as a file."""
@@ -85,7 +86,8 @@ def contribute(silo: Silo, plan: Plan, layout: Layout, path: Path, state: State)
             *(_item(block.name, contribution.block(block.name)) for block in layout.blocks),
             *(_item(own_block(name), array) for name, array in own.items()),
         )
-        entry = Entry(plan=plan.digest, phase="measure", kind="reply", form="open", note=str(path), items=items)
+        note = one_line(str(path), 2000)
+        entry = Entry(plan=plan.digest, phase="measure", kind="reply", form="open", note=note, items=items)
         Ledger(silo.ledger, silo.name).append(entry)
         return write_statistics(
             path,

@@ -8,7 +8,7 @@ from datetime import time
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
 from gramfuse_client.private import open_private
 from gramfuse_protocol.documents import Section, parse, read_text
@@ -16,6 +16,7 @@ from gramfuse_protocol.errors import PlanError
 from gramfuse_protocol.keys import Identity
 from gramfuse_protocol.node_key import public_of
 from gramfuse_protocol.plan import Name, Sha256
+from gramfuse_protocol.text import Legible
 
 
 def _source_or_fraction(value: str | float) -> str | float:
@@ -50,7 +51,7 @@ class Data(Section):
     """Label, labels, number, tags or target text; `causal-lm` has none."""
 
 
-class Hours(BaseModel):
+class Hours(Legible):
     """A stretch of the day, by the silo's own clock; it may go over midnight."""
 
     model_config = ConfigDict(frozen=True)

@@ -7,14 +7,21 @@ import tomllib
 from pathlib import Path
 from typing import TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
 from gramfuse_protocol.errors import PlanError
+from gramfuse_protocol.text import SAID, Legible, one_line, quoted
+
+MOST_PROBLEMS = 20
+"""Most problems of one document that an error lists."""
 
 
-class Section(BaseModel):
-    """A frozen table of a TOML file. Keys are kebab-case; unknown keys are refused; types are strict."""
+class Section(Legible):
+    """A frozen table of a TOML file. Keys are kebab-case; unknown keys are refused; types are strict.
+
+    All its text is printable (`gramfuse_protocol.text`).
+    """
 
     model_config = ConfigDict(
         frozen=True,
@@ -51,7 +58,7 @@ def parse(model: type[T], text: str, source: str) -> T:
     try:
         document = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise PlanError(f"{source}: not valid TOML: {error}") from None
+        raise PlanError(f"{source}: not valid TOML: {one_line(str(error), SAID)}") from None
     return build(model, document, source)
 
 
@@ -64,7 +71,9 @@ def build(model: type[T], document: dict[str, object], source: str) -> T:
         return model.model_validate_json(text, by_alias=True, by_name=False)
     except ValidationError as error:
         problems = [p for p in error.errors(include_url=False) if not (p["type"] == "too_short" and p["input"])]
-        lines = [_explain(problem, model) for problem in problems]
+        lines = [_explain(problem, model) for problem in problems[:MOST_PROBLEMS]]
+        if problems[MOST_PROBLEMS:]:
+            lines.append(f"{len(problems) - MOST_PROBLEMS:,} more problems")
         raise PlanError("\n".join(f"{source}: {line}" for line in lines)) from None
 
 
@@ -72,13 +81,13 @@ def _explain(problem: ErrorDetails, model: type[Section]) -> str:
     key = ".".join(str(part) for part in problem["loc"]) or "the document"
     match problem["type"]:
         case "extra_forbidden":
-            return f"unknown key {key!r}; known here: {', '.join(_known(model, problem['loc'][:-1]))}"
+            return f"unknown key {quoted(key)}; known here: {', '.join(_known(model, problem['loc'][:-1]))}"
         case "missing":
-            return f"{key!r} is missing"
+            return f"{quoted(key)} is missing"
         case "value_error" | "assertion_error":
-            return f"{key!r}: {problem['ctx']['error']}" if problem["loc"] else str(problem["ctx"]["error"])
+            return f"{quoted(key)}: {problem['ctx']['error']}" if problem["loc"] else str(problem["ctx"]["error"])
         case _:
-            return f"{key!r}: {problem['msg']} (got {problem['input']!r})"
+            return f"{quoted(key)}: {problem['msg']} (got {quoted(problem['input'])})"
 
 
 def _known(model: type[Section], path: tuple[object, ...]) -> list[str]:

@@ -14,12 +14,13 @@ from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, ValidationError, model_validator
 
 from gramfuse_protocol.canonical import canonical_json, digest
 from gramfuse_protocol.documents import read_text
 from gramfuse_protocol.errors import ContributionError, PlanError
 from gramfuse_protocol.structure import Blocks, parse_structure
+from gramfuse_protocol.text import Legible, Word, quoted
 
 ITEM_BYTES = 4
 """Statistics travel as little-endian float32."""
@@ -42,7 +43,7 @@ def _structure(text: str) -> str:
     return text
 
 
-class _Frozen(BaseModel):
+class _Frozen(Legible):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
@@ -52,7 +53,7 @@ class Linear(_Frozen):
     torch's `nn.Linear` stores it transposed, (d_out, d_in); transformers' `Conv1D` stores (d_in, d_out).
     """
 
-    weight: str
+    weight: Word
     d_out: Positive
     """Outputs that are merged in this group."""
     transposed: bool
@@ -61,7 +62,7 @@ class Linear(_Frozen):
 class Group(_Frozen):
     """Linear weights whose modules receive the identical tensors, and so share one Gram matrix."""
 
-    name: str
+    name: Word
     d_in: Positive
     structure: Annotated[str, AfterValidator(_structure)]
     weights: Annotated[tuple[Linear, ...], Field(min_length=1)]
@@ -92,14 +93,14 @@ class Group(_Frozen):
 class Part(_Frozen):
     """Outputs of the last layer that the same silos train: labels that only these annotate."""
 
-    silos: Annotated[tuple[str, ...], Field(min_length=1)]
+    silos: Annotated[tuple[Word, ...], Field(min_length=1)]
     outputs: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
 
 
 class Tensor(_Frozen):
     """A parameter that is trained and merged."""
 
-    name: str
+    name: Word
     shape: tuple[Positive, ...]
     merge: Literal["regmean", "mean"]
     parted: bool = False
@@ -145,7 +146,7 @@ class Layout(_Frozen):
     version: Literal[1] = 1
     groups: tuple[Group, ...]
     tensors: Annotated[tuple[Tensor, ...], Field(min_length=1)]
-    frozen: tuple[str, ...]
+    frozen: tuple[Word, ...]
     parts: tuple[Part, ...] = ()
 
     @model_validator(mode="after")
@@ -283,8 +284,8 @@ class Layout(_Frozen):
             return Layout.model_validate_json(text)
         except ValidationError as error:
             problem = error.errors(include_url=False)[0]
-            key = ".".join(map(str, problem["loc"])) or "the document"
-            raise PlanError(f"{source}: not a layout: {key!r}: {problem['msg']}") from None
+            key = quoted(".".join(map(str, problem["loc"])) or "the document")
+            raise PlanError(f"{source}: not a layout: {key}: {problem['msg']}") from None
 
     @staticmethod
     def read(path: Path) -> Layout:

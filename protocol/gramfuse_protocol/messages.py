@@ -10,12 +10,13 @@ from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
 from gramfuse_protocol.errors import FederationError, GramfuseError, RefusalError
 from gramfuse_protocol.plan import LARGEST, Name, Sha256
 from gramfuse_protocol.secure_sum import SEALED_BYTES
 from gramfuse_protocol.shares import SHARE_BYTES
+from gramfuse_protocol.text import SAID, Legible, one_line
 from gramfuse_protocol.transcript import Advert, Hex64, Nonce, Sum
 
 Count = Annotated[int, Field(ge=0)]
@@ -28,7 +29,7 @@ Sealed = Annotated[str, Field(pattern=rf"^[0-9a-f]{{{2 * SEALED_BYTES}}}$")]
 Share = Annotated[str, Field(pattern=rf"^[0-9a-f]{{{2 * SHARE_BYTES}}}$")]
 
 
-class Body(BaseModel):
+class Body(Legible):
     """What everything on the wire has.
 
     Args:
@@ -74,6 +75,7 @@ class JoinRequest(Message):
     """The plan as TOML text and the layout as JSON text, for the silo to check against its own file and base."""
 
     phase = "join"
+    documents = frozenset({"plan_text"})
     plan_text: str
     layout: str
 
@@ -244,7 +246,7 @@ class Refusal(Message):
     silo: Name
     error: Annotated[str, Field(pattern=r"^[A-Za-z]{1,64}$")]
     exit_code: Annotated[int, Field(ge=1, le=255)]
-    reason: Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]{0,2000}$")]
+    reason: Annotated[str, Field(max_length=2000)]
 
 
 REQUESTS: Mapping[str, type[Message]] = {
@@ -296,7 +298,7 @@ def refusal(request: Message, silo: str, error: GramfuseError) -> Refusal:
         silo=silo,
         error=type(error).__name__,
         exit_code=error.exit_code,
-        reason=" ".join(error.reason.split())[:2000],
+        reason=one_line(" ".join(error.reason.split()), 2000),
     )
 
 
@@ -316,10 +318,11 @@ def expect(kind: type[M], request: Message, reply: Message, source: str) -> M:
     if reply.about != request.about:
         raise FederationError(f"{source} answered phase {request.phase!r} for another plan, session or round")
     if isinstance(reply, Refusal):
+        reason = one_line(reply.reason, SAID)
         raise RefusalError(
-            f"{source} refused in phase {request.phase!r}: {reply.reason} ({reply.error}); "
+            f"{source} refused in phase {request.phase!r}: {reason} ({reply.error}); "
             "the silo's own log has the details",
-            reason=reply.reason,
+            reason=reason,
         )
     if not isinstance(reply, kind):
         raise FederationError(f"{source} answered phase {request.phase!r} with {reply.phase!r}")

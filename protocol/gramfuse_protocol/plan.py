@@ -20,10 +20,13 @@ from gramfuse_protocol.errors import PlanError
 from gramfuse_protocol.node_key import PublicNodeKey
 from gramfuse_protocol.roster import Roster, check_terms, smallest_threshold
 from gramfuse_protocol.structure import parse_structure
-from gramfuse_protocol.task import HEADLESS, Kind, MaskedTask, Task, TaskSettings
+from gramfuse_protocol.task import HEADLESS, Kind, Label, MaskedTask, Task, TaskSettings
+from gramfuse_protocol.text import Word
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+BaseName = Annotated[str, Field(min_length=1, max_length=500)]
+"""Hub id, directory, or `bundled:minilm`."""
 EMBEDDINGS = "embeddings"
 LARGEST = 2**53 - 1
 Count = Annotated[int, Field(ge=1, le=LARGEST)]
@@ -38,8 +41,7 @@ class Header(Section):
 
 
 class _Start(Section):
-    base: Annotated[str, Field(min_length=1)]
-    """Hub id, directory, or `bundled:minilm`."""
+    base: BaseName
     sha256: Sha256 | None = None
     """Digest of every weight that training starts from, the head included if it is merged; filled by `plan lock`."""
     tokenizer: Sha256 | None = None
@@ -87,7 +89,7 @@ class Training(Section):
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the products in training. Weights and the optimizer stay in float32, and so does all that is measured."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 1
-    freeze: tuple[str, ...] = (EMBEDDINGS,)
+    freeze: tuple[Word, ...] = (EMBEDDINGS,)
     """Patterns (shell style) of the parameters that stay as they are and never leave a silo.
 
     The word `embeddings` stands for all that turns tokens, positions and patches into features, whatever a model calls
@@ -106,9 +108,9 @@ class Merge(Section):
     alpha: Unit = 0.9
     """Share of the off-diagonal of each Gram matrix that is kept."""
     weighting: Literal["uniform", "examples"] = "uniform"
-    gram: Mapping[str, str] = {"*": "full"}
+    gram: Mapping[Word, str] = {"*": "full"}
     """Pattern of a weight's name to `full`, `block:<b>` or `diagonal`; the longest pattern that fits counts."""
-    exclude: tuple[str, ...] = ()
+    exclude: tuple[Word, ...] = ()
     """Patterns of linear weights that are averaged instead."""
     tokens: Count = 100_000
     """Most token rows that a silo measures for one Gram matrix."""
@@ -165,7 +167,7 @@ class Silo(Section):
     """P-384 public key that the silo's connection to the coordinator is authenticated with, as an OpenSSH line."""
     task: Name | None = None
     """Which `[[task]]` this silo has."""
-    labels: tuple[str, ...] = ()
+    labels: tuple[Label, ...] = ()
     """Labels that this silo annotates, if not all: the others are masked there, not taken as absent."""
 
 

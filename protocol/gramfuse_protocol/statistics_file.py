@@ -24,9 +24,10 @@ from gramfuse_protocol.canonical import digest
 from gramfuse_protocol.documents import Section
 from gramfuse_protocol.errors import ContributionError, RunDirectoryError, disk_is_full
 from gramfuse_protocol.layout import ITEM_BYTES, Block, Layout, Positive
-from gramfuse_protocol.plan import Name, Sha256
+from gramfuse_protocol.plan import BaseName, Name, Sha256
 from gramfuse_protocol.statistics import Contribution, check_counts
 from gramfuse_protocol.task import Task
+from gramfuse_protocol.text import Word, quoted
 
 HEADER_LIMIT = 64 * 2**20
 """Most bytes of a header."""
@@ -44,8 +45,8 @@ class Origin(Section):
             `gramfuse_model.fingerprints.tensor_digests` has them.
     """
 
-    name: Annotated[str, Field(min_length=1)]
-    weights: Annotated[Mapping[str, Sha256], Field(min_length=1)]
+    name: BaseName
+    weights: Annotated[Mapping[Word, Sha256], Field(min_length=1)]
 
     @property
     def sha256(self) -> str:
@@ -70,6 +71,8 @@ class About(Section):
         made_by: version of gramfuse.
     """
 
+    documents = frozenset({"plan"})
+
     version: Literal[1] = 1
     name: Name
     base: Origin
@@ -77,9 +80,9 @@ class About(Section):
     task: Task
     layout: Layout
     examples: Positive
-    tokens: Mapping[str, Annotated[int, Field(ge=0, le=2**53 - 1)]]
-    head: tuple[str, ...] = ()
-    own: Mapping[str, tuple[Positive, ...]] = {}
+    tokens: Mapping[Word, Annotated[int, Field(ge=0, le=2**53 - 1)]]
+    head: tuple[Word, ...] = ()
+    own: Mapping[Word, tuple[Positive, ...]] = {}
     plan: str = ""
     made_by: str
 
@@ -309,11 +312,11 @@ def _about(path: Path, text: str) -> About:
         problem = error.errors(include_url=False)[0]
         if problem["loc"] == ("version",):
             raise ContributionError(
-                f"{path}: is of version {problem['input']!r} of the format, and this gramfuse reads version 1; "
+                f"{path}: is of version {quoted(problem['input'])} of the format, and this gramfuse reads version 1; "
                 "use the gramfuse that wrote it, or measure again"
             ) from None
-        key = ".".join(map(str, problem["loc"])) or "the document"
-        raise ContributionError(f"{path}: its document does not hold together: {key!r}: {problem['msg']}") from None
+        key = quoted(".".join(map(str, problem["loc"])) or "the document")
+        raise ContributionError(f"{path}: its document does not hold together: {key}: {problem['msg']}") from None
 
 
 def _check_header(path: Path, header: bytes, text: str, sha256: str, blocks: tuple[Block, ...]) -> None:
@@ -324,7 +327,7 @@ def _check_header(path: Path, header: bytes, text: str, sha256: str, blocks: tup
     for name in sorted(there.keys() | wanted.keys()):
         if there.get(name) != wanted.get(name):
             raise ContributionError(
-                f"{path}: tensor {name!r} is {_told(there.get(name))}, the layout in the file expects "
+                f"{path}: tensor {quoted(name)} is {_told(there.get(name))}, the layout in the file expects "
                 f"{_told(wanted.get(name))}; measure again"
             )
     raise ContributionError(f"{path}: its header is not as gramfuse writes it; measure again, and edit nothing")

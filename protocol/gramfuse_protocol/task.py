@@ -24,6 +24,8 @@ LABELLED = ("classification", "multi-label", "token-classification", "image-clas
 HEADLESS = ("sequence-to-sequence", "causal-lm")
 """Kinds whose models have no head for the task: what they predict tokens with came with the base model."""
 
+Label = Annotated[str, Field(min_length=1, max_length=200)]
+
 OUTSIDE = "O"
 """The tag of a word that is part of no entity."""
 
@@ -31,7 +33,7 @@ OUTSIDE = "O"
 class TaskSettings(Section):
     """What belongs to a task, but for its kind."""
 
-    labels: tuple[str, ...] = ()
+    labels: tuple[Label, ...] = ()
     """Labels; for `token-classification` the tags of the IOB2 scheme: O, and B-X and I-X for each type X."""
     pair: bool = False
     """Whether an example is two texts."""

@@ -8,10 +8,11 @@ from typing import Annotated, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from gramfuse_protocol.keys import Label, framed
 from gramfuse_protocol.plan import Name, Sha256
+from gramfuse_protocol.text import Legible
 
 Sum = Literal["statistics", "metrics"]
 SUMS: tuple[Sum, ...] = ("statistics", "metrics")
@@ -22,7 +23,7 @@ Hex64 = Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]
 Nonce = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 
 
-class Advert(BaseModel):
+class Advert(Legible):
     """The public keys that one silo uses in one session.
 
     Args:

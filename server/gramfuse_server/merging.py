@@ -23,8 +23,9 @@ from gramfuse_protocol.layout import ITEM_BYTES, Layout, Slice, delta_block
 from gramfuse_protocol.plan import Plan
 from gramfuse_protocol.statistics import Contribution, check_slices
 from gramfuse_protocol.statistics_file import StatisticsFile, read_statistics
+from gramfuse_protocol.text import listed
 from gramfuse_server.accumulator import Accumulator, Merged
-from gramfuse_server.model import add_differences, front_matter, usage
+from gramfuse_server.model import add_differences, code, front_matter, usage
 from gramfuse_server.pages.page import page
 from gramfuse_server.run import PAGE, REPORT, RunDirectory
 
@@ -372,10 +373,10 @@ def _card(collection: Collection, report: Mapping[str, Any], file: StatisticsFil
     form = FORMS[about.task.task]
     kept = f" Only the bodies were merged; the head is that of `{file.name}`." if file else ""
     followed = f" All of them follow the plan `{collection.plan.digest}`." if collection.plan else ""
-    lines = ["---", *front_matter(about.base.name, form), "---", "", f"# {file.name if file else 'Merged model'}", ""]
+    lines = [*front_matter(about.base.name, form), "", f"# {file.name if file else 'Merged model'}", ""]
     lines += [
-        f"{len(collection.files)} models that were fine-tuned from `{about.base.name}`, merged by RegMean (Jin et al., "
-        f"ICLR 2023) with gramfuse from files of their statistics: alpha {report['alpha']}, {report['weighting']} "
+        f"{len(collection.files)} models that were fine-tuned from {code(about.base.name)}, merged by RegMean (Jin et "
+        f"al., ICLR 2023) with gramfuse from files of their statistics: alpha {report['alpha']}, {report['weighting']} "
         f"weighting. Their data was not pooled.{kept}{followed}",
         "",
         "| model | examples | weight | SHA-256 of its statistics |",
@@ -391,9 +392,7 @@ def _card(collection: Collection, report: Mapping[str, Any], file: StatisticsFil
 
 
 def _told(kind: str, labels: Sequence[str]) -> str:
-    return (
-        f"{kind}, {len(labels)} labels ({', '.join(labels[:5])}{', …' if len(labels) > 5 else ''})" if labels else kind
-    )
+    return f"{kind}, {len(labels)} labels ({listed(labels, 5)})" if labels else kind
 
 
 def _difference(one: Layout, other: Layout) -> str:

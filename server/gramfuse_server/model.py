@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from torch import nn
 
 from gramfuse_model.base import BUNDLED, Base
@@ -64,9 +66,9 @@ def card(
     """Return the model card, made from the plan; arguments as `write_model` has them."""
     form = merged_form(plan)
     exchanges = "one exchange" if plan.merge.rounds == 1 else f"{plan.merge.rounds} exchanges"
-    lines = ["---", *front_matter(plan.model.base, form), "---", "", f"# {plan.plan.name}", ""]
+    lines = [*front_matter(plan.model.base, form), "", f"# {plan.plan.name}", ""]
     lines += [
-        f"`{plan.model.base}`, fine-tuned separately at {len(silos)} silos ({', '.join(silos)}) and merged "
+        f"{code(plan.model.base)}, fine-tuned separately at {len(silos)} silos ({', '.join(silos)}) and merged "
         f"in {exchanges} by RegMean (Jin et al., ICLR 2023) with gramfuse: {_settings(plan, chosen)}. "
         "The silos' data was not pooled; "
         + (
@@ -84,7 +86,7 @@ def card(
         lines += ["On the silos' held-out examples together:", "", "| metric | value |", "|---|---|"]
         lines += [f"| {name} | {value:.4g} |" for name, value in metrics.items()]
         lines += [""]
-    lines += ["The plan:", "", "```toml", plan.to_toml().strip(), "```", ""]
+    lines += ["The plan:", "", *fenced("toml", plan.to_toml().strip()), ""]
     return "\n".join(lines)
 
 
@@ -101,15 +103,30 @@ def _settings(plan: Plan, chosen: Mapping[str, Any] | None) -> str:
 def usage(form: Form) -> list[str]:
     """Return how to load a model, as lines of Markdown."""
     name = "processor" if form.processor == "AutoImageProcessor" else "tokenizer"
-    return [
-        "```python",
-        f"from transformers import {form.auto}, {form.processor}",
-        "",
-        f'model = {form.auto}.from_pretrained("path/to/this/directory")',
-        f'{name} = {form.processor}.from_pretrained("path/to/this/directory")',
-        "```",
-        "",
-    ]
+    text = (
+        f"from transformers import {form.auto}, {form.processor}\n\n"
+        f'model = {form.auto}.from_pretrained("path/to/this/directory")\n'
+        f'{name} = {form.processor}.from_pretrained("path/to/this/directory")'
+    )
+    return [*fenced("python", text), ""]
+
+
+def code(text: str) -> str:
+    """Return a text as a code span of Markdown, which it cannot leave."""
+    fence = _fence(text, 1)
+    room = " " if text.startswith(("`", " ")) or text.endswith(("`", " ")) else ""
+    return f"{fence}{room}{text}{room}{fence}"
+
+
+def fenced(language: str, text: str) -> list[str]:
+    """Return lines of code as a block of Markdown, which they cannot leave."""
+    fence = _fence(text, 3)
+    return [f"{fence}{language}", text, fence]
+
+
+def _fence(text: str, least: int) -> str:
+    """Return more backticks than stand in a row in a text."""
+    return "`" * max([least, *(len(run) + 1 for run in re.findall("`+", text))])
 
 
 def _kept_heads(plan: Plan) -> list[str]:
@@ -119,7 +136,7 @@ def _kept_heads(plan: Plan) -> list[str]:
 
 
 def front_matter(base: str, form: Form) -> list[str]:
-    """Return the card's metadata, as lines of YAML.
+    """Return the card's metadata: a document of YAML between its marks, as lines.
 
     Args:
         base: as a plan names it.
@@ -128,13 +145,11 @@ def front_matter(base: str, form: Form) -> list[str]:
     hub_id = BUNDLED[base].hub_id if base in BUNDLED else base
     # A directory of whoever merged says nothing to others.
     public = base in BUNDLED or not base.startswith((".", "/", "~"))
-    return [
-        *([f"base_model: {hub_id}"] if public else []),
-        "library_name: transformers",
-        f"pipeline_tag: {form.pipeline}",
-        "tags:",
-        "- gramfuse",
-        "- regmean",
-        "- merge",
-        "- federated-learning",
-    ]
+    metadata = {
+        **({"base_model": hub_id} if public else {}),
+        "library_name": "transformers",
+        "pipeline_tag": form.pipeline,
+        "tags": ["gramfuse", "regmean", "merge", "federated-learning"],
+    }
+    text = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True, width=float("inf"))
+    return ["---", *text.strip().split("\n"), "---"]

@@ -14,6 +14,7 @@ from flwr.serverapp import Grid
 
 from gramfuse_protocol.errors import FederationError
 from gramfuse_protocol.messages import REPLIES, Message, message_type
+from gramfuse_protocol.text import SAID, one_line
 from gramfuse_protocol.wire import Frame, pack, unpack
 from gramfuse_server.records import from_record, to_record
 
@@ -236,12 +237,12 @@ class Post:
     def _receive(self, sent: _Sent[M], answer: FlowerMessage) -> Message | FederationError:
         silo = sent.silo
         if answer.has_error():
-            return sent.no_answer(f"Flower error {answer.error.code}, {answer.error.reason}")
+            return sent.no_answer(f"Flower error {answer.error.code}, {one_line(answer.error.reason, SAID)}")
         try:
             frame = from_record(answer.content)
             reply = unpack(frame, REPLIES)
         except FederationError as error:
-            return FederationError(f"silo {silo!r}: {error}")
+            return FederationError(f"silo {silo!r}: {one_line(str(error), SAID)}")
         self.received[silo][reply.phase] += frame.nbytes
         self._note("from", silo, reply.phase, frame)
         return reply

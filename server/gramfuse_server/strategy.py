@@ -27,6 +27,7 @@ from gramfuse_protocol.errors import ContributionError, FederationError
 from gramfuse_protocol.layout import Layout, Slice
 from gramfuse_protocol.messages import StatisticsBody
 from gramfuse_protocol.statistics import Statistics, check_slices
+from gramfuse_protocol.text import SAID, one_line
 from gramfuse_protocol.wire import unpack
 from gramfuse_server.accumulator import Accumulator
 from gramfuse_server.records import from_record
@@ -120,5 +121,5 @@ class RegMean(FedAvg):
 
     def _failed(self, reply: Message) -> bool:
         if reply.has_error():
-            log(INFO, "\t> node %d failed: %s", reply.metadata.src_node_id, reply.error.reason)
+            log(INFO, "\t> node %d failed: %s", reply.metadata.src_node_id, one_line(reply.error.reason, SAID))
         return bool(reply.has_error())

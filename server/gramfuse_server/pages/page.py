@@ -7,8 +7,10 @@ from functools import cache
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from markupsafe import Markup
 
 from gramfuse_protocol.plan import Plan
+from gramfuse_protocol.text import lines_of
 from gramfuse_server.pages.sections import heading, sections
 
 
@@ -33,11 +35,17 @@ def page(report: Mapping[str, Any], plan: Plan | None) -> str:
     )
 
 
+def _shown(value: Any) -> Any:
+    """Return what stands in the page for a value: its text may be of silos, or of whoever gave the report."""
+    return lines_of(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
 @cache
 def _template() -> Template:
     environment = Environment(
         loader=PackageLoader("gramfuse_server.pages"),
         autoescape=True,
+        finalize=_shown,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

@@ -8,6 +8,7 @@ from typing import Any
 from markupsafe import Markup
 
 from gramfuse_protocol.plan import Plan
+from gramfuse_protocol.text import one_line
 from gramfuse_server.pages import drawing, sight
 from gramfuse_server.pages.blocks import Block, Cell, Code, Column, Facts, Row, Section, Sides, Table, Text
 from gramfuse_server.pages.course import failure, losses, solve, traffic
@@ -127,7 +128,7 @@ def _terms(reading: Reading) -> list[tuple[str, str | Markup]]:
 
 
 def _digest(text: str) -> Markup:
-    return Markup('<code class="digest">{}</code>').format(text)
+    return Markup('<code class="digest">{}</code>').format(one_line(text))
 
 
 def _task(reading: Reading, name: str) -> str:
