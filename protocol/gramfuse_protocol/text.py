@@ -26,8 +26,8 @@ MOST_MARKS = 4
 SAID = 300
 """Most characters that are shown of what another side says."""
 
-Word = Annotated[str, Field(pattern=r"^[!-~]+$", max_length=500)]
-"""The name of a parameter or group, or a pattern of such names: visible ASCII, without spaces."""
+Word = Annotated[str, Field(pattern=r"^[^ ]+$", max_length=500)]
+"""The name of a parameter or group, or a pattern of such names: without spaces."""
 
 _BLANK = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u2800\u3164\uffa0\U0001d159")
 """Characters that Python calls printable and that show nothing."""

@@ -22,6 +22,7 @@ from pydantic import ValidationError
 from gramfuse_protocol.canonical import canonical_json
 from gramfuse_protocol.errors import FederationError
 from gramfuse_protocol.messages import Body
+from gramfuse_protocol.text import printable, quoted
 
 BUFFER_BYTES = 32 * 2**20
 """Size of every buffer but the last: large enough to be few, small enough to be copied without pain."""
@@ -131,8 +132,8 @@ def _arrays(index: list[list[Any]], buffers: tuple[Bytes, ...]) -> dict[str, NDA
         raise ValueError("a buffer has not the size that its place asks for")
     start = 0
     for name, dtype_name, shape in index:
-        if not isinstance(name, str) or name in arrays:
-            raise ValueError(f"array name {name!r} is not a string or comes twice")
+        if not isinstance(name, str) or name in arrays or not printable(name):
+            raise ValueError(f"array name {quoted(name)} is not a string, comes twice, or cannot be printed")
         if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
             raise ValueError(f"array {name!r} has shape {shape}")
         dtype = DTYPES[dtype_name]

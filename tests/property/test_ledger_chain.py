@@ -15,9 +15,13 @@ from hypothesis import strategies as st
 
 from gramfuse_client.ledger import NO_LINE, Entry, Item, Ledger, Line
 from gramfuse_protocol.errors import LedgerError
+from gramfuse_protocol.text import printable
 
 DIGESTS = st.text("0123456789abcdef", min_size=64, max_size=64)
-TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+PRINTABLE = st.characters(
+    exclude_categories=["Cs", "Cc", "Cf", "Co", "Cn", "Zl", "Zp", "Zs", "Mn", "Me"], include_characters=" "
+).filter(printable)
+TEXTS = st.text(PRINTABLE, max_size=12)
 SIZES = st.integers(0, 2**53 - 1)
 TIMES = st.datetimes(datetime(1990, 1, 1), datetime(2100, 1, 1), timezones=st.just(UTC))
 

@@ -32,7 +32,7 @@ LAYOUT = Layout(
     ),
     frozen=("e",),
 )
-TASK = Task(task="classification", labels=('yes, "sir"', "nein\n"), threshold=0.25)
+TASK = Task(task="classification", labels=('yes, "sir"', "nein\\n 漢字"), threshold=0.25)
 OWN = {"head.weight": np.array([[1.5, -2.0]], np.float32)}
 
 

@@ -31,7 +31,7 @@ ENTRY = Entry(
     kind="reply",
     form="masked",
     items=(
-        Item(name='ma"sk\n\u2028', dtype="uint64", shape=(2, 3), bytes=48, sha256="c" * 64),
+        Item(name='ma"sk\\ é', dtype="uint64", shape=(2, 3), bytes=48, sha256="c" * 64),
         Item(name="none", dtype="json", shape=(), bytes=0, sha256="d" * 64),
     ),
 )

@@ -50,7 +50,7 @@ def ledger(silo: Path) -> Ledger:
         Entry(plan=PLANS[0], **about, phase="join", form="no data", items=(header,)),
         Entry(plan=PLANS[0], **about, phase="masked", form="masked", items=(header, masked)),
         Entry(plan=PLANS[1], **about | {"kind": "refusal"}, phase="join", form="reason", note="RefusalError: no"),
-        Entry(phase="query.\x1b[31mrows", kind="error", form="reason", note="=HYPERLINK(\"x\")"),
+        Entry(phase="query.[/x]", kind="error", form="reason", note="=HYPERLINK(\"x\")"),
         Entry(plan=PLANS[1], **about, phase="train", form="open", note="[bold]-1", items=(header,)),
     ]  # fmt: skip
     for n, entry in enumerate(entries):
@@ -96,6 +96,7 @@ def test_show_has_a_line_for_each_and_nothing_that_a_terminal_obeys(
     assert "16,200" in outcome.out
     assert "RefusalError: no" in outcome.out
     assert "[bold]-1" in outcome.out
+    assert "query.[/x]" in outcome.out
     assert "\x1b" not in outcome.out
     assert "e" * 64 not in outcome.out
     lines = [line for line in outcome.out.splitlines() if "2026-" in line]

@@ -61,7 +61,7 @@ secure-aggregation = false
 rounds = 3
 tokens = 4096
 layout = "LAYOUT"
-gram = {"*" = "diagonal", "*.query.weight" = "block:8", "*\\"ö\\u0001*" = "full"}
+gram = {"*" = "diagonal", "*.query.weight" = "block:8", "*\\"ö\\u4e00*" = "full"}
 exclude = ["*pooler*"]
 weighting = "examples"
 alpha = 1
@@ -85,7 +85,7 @@ tokenizer = "SHA256"
 pair = true
 max-length = 7
 task = "classification"
-labels = ["", "quoted \\"x\\"", "line\\nbreak", "é", "e\\u0301", "\\U0001F600"]
+labels = [" ", "quoted \\"x\\"", "back\\\\nslash", "é", "e\\u0301", "\\U0001F600"]
 sha256 = "SHA256"
 base = "../models/tïny"
 
@@ -246,8 +246,8 @@ def test_values_arrive_as_written() -> None:
     assert plan.names == ("north-1", "south")
     assert plan.locked
     assert plan.training.learning_rate == 3.0000000000000004e-5
-    assert plan.model.labels == ("", 'quoted "x"', "line\nbreak", "\u00e9", "e\u0301", "\U0001f600")
-    assert dict(plan.merge.gram) == {"*": "diagonal", "*.query.weight": "block:8", '*"ö\x01*': "full"}
+    assert plan.model.labels == (" ", 'quoted "x"', "back\\nslash", "\u00e9", "e\u0301", "\U0001f600")
+    assert dict(plan.merge.gram) == {"*": "diagonal", "*.query.weight": "block:8", '*"ö\u4e00*': "full"}
 
 
 @pytest.mark.parametrize(
