@@ -126,9 +126,9 @@ def _print_finding(finding: Finding, width: int) -> None:
     indent = " " * (12 + width)
     remedy = [f"{'  ' if number else '→ '}{line}" for number, line in enumerate(finding.remedy.splitlines())]
     first, *lines = [*finding.what.split("\n"), *remedy]
-    say(f"{finding.subject:<{width}}  {first}", lead=(f"  {mark:<8}", style))
+    say(f"{finding.subject:<{width}}  {first}", lead=(f"  {mark:<8}", style), indent=len(indent))
     for line in lines:
-        say(indent + line, copied=COPIED.match(line) is not None)
+        say(indent + line, indent=len(indent), copied=COPIED.match(line) is not None)
 
 
 def _messages(leaving: Leaving, *, wide: bool) -> Table:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
 import click
 
 from gramfuse_cli.options import as_json as json_option
+from gramfuse_cli.terminal import say, show_json
 from gramfuse_protocol.errors import PlanError
 
 
@@ -58,4 +58,7 @@ def clear(file: Path, plan: str | None, number: int | None, releases: bool, as_j
         if count:
             entry = Entry(plan=plan or "", phase="clear", kind="clear", form="no data", note=what)
             Ledger(silo.ledger, silo.name).append(entry)
-    click.echo(json.dumps({"silo": silo.name, "plan": plan, "cleared": count}) if as_json else what)
+    if as_json:
+        show_json({"silo": silo.name, "plan": plan, "cleared": count})
+    else:
+        say(what)

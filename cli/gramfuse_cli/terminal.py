@@ -45,6 +45,7 @@ def say(
     err: bool = False,
     style: str = "",
     lead: tuple[str, str] = ("", ""),
+    indent: int = 0,
     copied: bool = False,
     on: Console | None = None,
 ) -> None:
@@ -54,6 +55,7 @@ def say(
         err: on standard error.
         style: of all of it.
         lead: words of ours before the first line, and their style.
+        indent: where a line that is folded goes on.
         copied: for lines that are copied from the terminal, which are whole: none may hold free text of others.
         on: the console that bars are drawn on, where there are some; `err` does not count then.
     """
@@ -62,9 +64,17 @@ def say(
         text = Text.assemble(lead if number == 0 else "", one_line(line, None if copied else LINE), style=style)
         parts = [text]
         if not copied and here.is_terminal and cell_len(text.plain) > here.width:
-            parts = list(text.wrap(here, here.width - len(FOLD)))
-        for place, part in enumerate(parts):
-            here.print(Text.assemble(FOLD if place else "", part), soft_wrap=True)
+            fold = " " * min(indent, here.width // 2) + FOLD
+            first, *_ = text.wrap(here, here.width)
+            rest = text[len(first.plain) :]
+            parts = [first, *(Text.assemble(fold, part) for part in _left(rest).wrap(here, here.width - len(fold)))]
+        for part in parts:
+            here.print(part, soft_wrap=True)
+
+
+def _left(text: Text) -> Text:
+    """Return text without the spaces at its beginning."""
+    return text[len(text.plain) - len(text.plain.lstrip()) :]
 
 
 def say_text(text: str, **options: Any) -> None:
