@@ -34,6 +34,7 @@ from typing import Any
 from gramfuse_client.silo import Data, Silo
 from gramfuse_protocol.errors import DataError
 from gramfuse_protocol.task import Task
+from gramfuse_protocol.text import listed
 
 HALF = 0.5
 """Share of the held-out examples that is set aside for validation, where the silo file does not say."""
@@ -412,7 +413,7 @@ def _index(value: Any, task: Task, known: Mapping[str, int], where: str) -> int:
 
 
 def _few(labels: Mapping[str, int]) -> str:
-    return ", ".join(list(labels)[:20]) + (", …" if len(labels) > 20 else "")
+    return listed(labels, 20)
 
 
 def _labels(value: Any, column: str, task: Task, known: Mapping[str, int], where: str) -> tuple[int, ...]:

@@ -19,6 +19,7 @@ from gramfuse_protocol.metrics import entities
 from gramfuse_protocol.plan import Plan
 from gramfuse_protocol.scales import MOST_EXAMPLES
 from gramfuse_protocol.task import Task
+from gramfuse_protocol.text import quoted
 
 if TYPE_CHECKING:
     from gramfuse_model.base import Base
@@ -94,7 +95,7 @@ def _tags(examples: Examples, task: Task) -> Iterator[list[str]]:
 
 
 def _counted(counts: Mapping[str, int], what: str) -> str:
-    said = [f"{label} {count:,}" for label, count in counts.items()]
+    said = [f"{quoted(label, 60)} {count:,}" for label, count in counts.items()]
     return ", ".join(said[:12]) + (f", and {len(said) - 12} more {what}" if said[12:] else "")
 
 

@@ -230,7 +230,7 @@ def test_a_silo_that_is_ready_is_told_so_and_nothing_is_written(
     assert not Silo.read(site.silo).state.exists()
     assert "PROBLEM" not in out
     assert site.plan.digest in out
-    assert "24 training examples (animals 22, weather 2, kitchen 0), 20 held out" in out
+    assert "24 training examples ('animals' 22, 'weather' 2, 'kitchen' 0), 20 held out" in out
     assert "What does not leave" in out
     if secure:
         assert "nobody: random words" in out
