@@ -68,8 +68,7 @@ def say(
             first, *_ = text.wrap(here, here.width)
             rest = text[len(first.plain) :]
             parts = [first, *(Text.assemble(fold, part) for part in _left(rest).wrap(here, here.width - len(fold)))]
-        for part in parts:
-            here.print(part, soft_wrap=True)
+        here.print(Text("\n").join(parts), soft_wrap=True)
 
 
 def _left(text: Text) -> Text:

@@ -27,7 +27,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, PlainSerializer, Valida
 from gramfuse_client.private import make_private_directory, sync_directory, write_private
 from gramfuse_protocol.canonical import canonical_json
 from gramfuse_protocol.errors import LedgerError
-from gramfuse_protocol.text import Legible
+from gramfuse_protocol.text import Legible, one_line
 
 BLOCK_BYTES = 65536
 NO_LINE = "0" * 64
@@ -445,7 +445,7 @@ def _parse(raw: bytes, silo: str) -> Line:
         if problem["type"] == "json_invalid":
             raise ValueError("is not JSON") from None
         key = ".".join(str(part) for part in problem["loc"]) or "it"
-        raise ValueError(f"is not a line of a ledger: {key}: {problem['msg']}") from None
+        raise ValueError(one_line(f"is not a line of a ledger: {key}: {problem['msg']}", 1000)) from None
     if line.serialised() != raw:
         raise ValueError("was changed: it is not in canonical form")
     if line.silo != silo:

@@ -16,6 +16,9 @@ from gramfuse_protocol.text import SAID, Legible, one_line, quoted
 MOST_PROBLEMS = 20
 """Most problems of one document that an error lists."""
 
+MOST = 1000
+"""Most characters of what one is."""
+
 
 class Section(Legible):
     """A frozen table of a TOML file. Keys are kebab-case; unknown keys are refused; types are strict.
@@ -85,7 +88,8 @@ def _explain(problem: ErrorDetails, model: type[Section]) -> str:
         case "missing":
             return f"{quoted(key)} is missing"
         case "value_error" | "assertion_error":
-            return f"{quoted(key)}: {problem['ctx']['error']}" if problem["loc"] else str(problem["ctx"]["error"])
+            why = one_line(str(problem["ctx"]["error"]), MOST)
+            return f"{quoted(key)}: {why}" if problem["loc"] else why
         case _:
             return f"{quoted(key)}: {problem['msg']} (got {quoted(problem['input'])})"
 

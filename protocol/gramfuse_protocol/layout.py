@@ -20,7 +20,7 @@ from gramfuse_protocol.canonical import canonical_json, digest
 from gramfuse_protocol.documents import read_text
 from gramfuse_protocol.errors import ContributionError, PlanError
 from gramfuse_protocol.structure import Blocks, parse_structure
-from gramfuse_protocol.text import Legible, Word, quoted
+from gramfuse_protocol.text import Legible, Word, one_line, quoted
 
 ITEM_BYTES = 4
 """Statistics travel as little-endian float32."""
@@ -285,7 +285,7 @@ class Layout(_Frozen):
         except ValidationError as error:
             problem = error.errors(include_url=False)[0]
             key = quoted(".".join(map(str, problem["loc"])) or "the document")
-            raise PlanError(f"{source}: not a layout: {key}: {problem['msg']}") from None
+            raise PlanError(f"{source}: not a layout: {key}: {one_line(problem['msg'], 1000)}") from None
 
     @staticmethod
     def read(path: Path) -> Layout:

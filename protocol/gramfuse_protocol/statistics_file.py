@@ -27,7 +27,7 @@ from gramfuse_protocol.layout import ITEM_BYTES, Block, Layout, Positive
 from gramfuse_protocol.plan import BaseName, Name, Sha256
 from gramfuse_protocol.statistics import Contribution, check_counts
 from gramfuse_protocol.task import Task
-from gramfuse_protocol.text import Word, quoted
+from gramfuse_protocol.text import Word, one_line, quoted
 
 HEADER_LIMIT = 64 * 2**20
 """Most bytes of a header."""
@@ -316,7 +316,9 @@ def _about(path: Path, text: str) -> About:
                 "use the gramfuse that wrote it, or measure again"
             ) from None
         key = quoted(".".join(map(str, problem["loc"])) or "the document")
-        raise ContributionError(f"{path}: its document does not hold together: {key}: {problem['msg']}") from None
+        raise ContributionError(
+            f"{path}: its document does not hold together: {key}: {one_line(problem['msg'], 1000)}"
+        ) from None
 
 
 def _check_header(path: Path, header: bytes, text: str, sha256: str, blocks: tuple[Block, ...]) -> None:

@@ -22,7 +22,7 @@ from pydantic import ValidationError
 from gramfuse_protocol.canonical import canonical_json
 from gramfuse_protocol.errors import FederationError
 from gramfuse_protocol.messages import Body
-from gramfuse_protocol.text import printable, quoted
+from gramfuse_protocol.text import SAID, one_line, printable, quoted
 
 BUFFER_BYTES = 32 * 2**20
 """Size of every buffer but the last: large enough to be few, small enough to be copied without pain."""
@@ -92,9 +92,9 @@ def unpack(frame: Frame, types: Mapping[str, type[B]]) -> B:
             raise ValueError("the header is not in canonical form")
     except ValidationError as error:
         problem = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(map(str, problem["loc"])) or "the body"
+        where = one_line(".".join(map(str, problem["loc"])) or "the body", SAID)
         raise FederationError(
-            f"a message cannot be read: {where}: {problem['msg']}; do both sides run the same version?"
+            f"a message cannot be read: {where}: {one_line(problem['msg'], SAID)}; do both sides run the same version?"
         ) from None
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise FederationError(f"a message cannot be read: {error}; do both sides run the same version?") from None

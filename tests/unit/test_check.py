@@ -825,13 +825,13 @@ KINDS = {
     "multi-label": (
         MASKED,
         [["a"], ["a", "b"], []],
-        "a 2, b 1; none of them 1; 1 labels are not this silo's to annotate",
+        "'a' 2, 'b' 1; none of them 1; 1 labels are not this silo's to annotate",
         "got each label rightly or wrongly",
     ),
     "token-classification": (
         'task = "token-classification"\nlabels = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]',
         ["B-PER I-PER", "O B-PER", "B-LOC B-LOC"],
-        "PER 2, LOC 2",
+        "'PER' 2, 'LOC' 2",
         "entities of each type",
     ),
     "sequence-to-sequence": ('task = "sequence-to-sequence"', ["x", "y", "z"], "targets are texts", "targets were met"),
