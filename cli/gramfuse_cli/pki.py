@@ -27,7 +27,7 @@ from gramfuse_cli.authority import (
     server_names,
 )
 from gramfuse_cli.options import as_json as json_option
-from gramfuse_cli.terminal import say, show_json
+from gramfuse_cli.terminal import ask_secret, say, show_json
 from gramfuse_protocol import node_key
 from gramfuse_protocol.documents import read_text
 from gramfuse_protocol.errors import PlanError
@@ -163,7 +163,7 @@ def _asked(path: Path | None) -> Callable[[], bytes] | None:
     if path is not None:
         return lambda: _read_passphrase(path)
     if sys.stdin.isatty():
-        return lambda: str(click.prompt("Passphrase of the authority's key", hide_input=True, err=True)).encode("utf-8")
+        return lambda: ask_secret("Passphrase of the authority's key").encode("utf-8")
     return None
 
 
@@ -231,8 +231,7 @@ def init(
     """
     secret = _read_passphrase(passphrase_file) if passphrase_file is not None else None
     if secret is None and passphrase:
-        text = click.prompt("Passphrase of the authority's key", hide_input=True, confirmation_prompt=True, err=True)
-        secret = _long_enough(str(text), "--passphrase")
+        secret = _long_enough(ask_secret("Passphrase of the authority's key", twice=True), "--passphrase")
     authority = Authority.create(name, hosts, datetime.now(UTC), days)
     key, certificate = directory / KEY_FILE, directory / CERTIFICATE_FILE
     write_new(

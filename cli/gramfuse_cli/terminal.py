@@ -91,6 +91,11 @@ def show_json(document: Any) -> None:
     click.echo(json.dumps(document).replace("\x7f", "\\u007f"))
 
 
+def ask_secret(what: str, *, twice: bool = False) -> str:
+    """Ask for a secret on the terminal, on standard error, and show none of it; `twice` has it typed again."""
+    return str(click.prompt(one_line(what), hide_input=True, confirmation_prompt=twice, err=True))
+
+
 class Table(table.Table):
     """A table whose text is plain: a cell is one line, or several that are given one by one.
 
