@@ -16,6 +16,7 @@ from gramfuse_cli.project import Project
 from gramfuse_cli.terminal import Table, say, show_json
 from gramfuse_protocol.layout import ITEM_BYTES, Layout
 from gramfuse_protocol.node_key import fingerprint
+from gramfuse_protocol.noise import DELTA, spent
 from gramfuse_protocol.plan import Plan
 from gramfuse_protocol.roster import tolerated
 from gramfuse_protocol.text import listed, quoted
@@ -154,7 +155,7 @@ def _privacy(plan: Plan) -> list[str]:
     """Say who sees what, and what a secure sum tolerates."""
     metrics = {
         "none": "no metrics leave a silo",
-        "sum": "metrics are shown summed over silos",
+        "sum": f"metrics are shown summed over silos{_noise(plan)}",
         "silo": "metrics are shown silo by silo",
     }[plan.privacy.metrics]
     if not plan.privacy.secure_aggregation:
@@ -170,6 +171,18 @@ def _privacy(plan: Plan) -> list[str]:
         f"{plan.privacy.colluding})",
         *([f"  no public key yet: {', '.join(missing)}; they run: gramfuse silo keygen"] if missing else []),
     ]
+
+
+def _noise(plan: Plan) -> str:
+    """Say how private held-out examples are in the sum of metrics."""
+    if not plan.summed:
+        return ""
+    if plan.epsilon is None:
+        return ", without noise"
+    return (
+        f", with noise: epsilon {plan.epsilon:g} of a held-out example for each of {plan.releases} sums, "
+        f"{spent(plan):.2f} in all, at delta {DELTA:g}"
+    )
 
 
 def _products(cost: dict[str, Any]) -> str:
@@ -227,6 +240,8 @@ def _preview(project: Project, plan: Plan, layout: Layout) -> dict[str, Any]:
             "minimum_survivors": plan.minimum_survivors,
             "tolerates": tolerated(len(plan.silo), plan.threshold, plan.minimum_survivors) if secure else None,
             "metrics": plan.privacy.metrics,
+            "metrics_epsilon": plan.epsilon,
+            "metrics_epsilon_in_all": spent(plan),
         },
         "groups": [
             {

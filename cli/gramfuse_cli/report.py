@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gramfuse_cli.terminal import Table, say, say_text, show_json
-from gramfuse_server.pages.wording import MERGES, MODES, columns, explain, name_of
+from gramfuse_server.pages.wording import MERGES, MODES, columns, explain, known, name_of, noise, off_by, ranked_by
 from gramfuse_server.run import PAGE
 
 
@@ -39,11 +39,12 @@ def show_models(report: Mapping[str, Any], on: str = "held-out examples of all s
     Args:
         on: what they were measured on.
     """
-    examples = int(report["models"][0]["metrics"]["examples"])
-    say(f"On the {examples:,} {on}:")
     *earlier, last = report.get("rounds") or [{"round": 1}]
-    models = [(model, each["round"]) for each in earlier for model in each["models"] if model["kind"] in MERGES]
-    models += [(model, last["round"]) for model in report["models"]]
+    models = [(known(model), each["round"]) for each in earlier for model in each["models"] if model["kind"] in MERGES]
+    models += [(known(model), last["round"]) for model in report["models"]]
+    measured = models[-1][0]
+    about = "about " if "privacy" in measured else ""
+    say(f"On the {about}{measured['metrics']['examples']:,.0f} {on}:")
     rows = [columns(model, report["tasks"]) for model, _ in models]
     titles = list(dict.fromkeys(title for row in rows for title in row))
     table = Table(plain=False)
@@ -52,13 +53,20 @@ def show_models(report: Mapping[str, Any], on: str = "held-out examples of all s
         table.column(title, justify="right", fold=True)
     for (model, number), row in zip(models, rows, strict=True):
         style = "bold" if model["kind"] == "regmean" else ""
-        cells = [f"{row[title]:.3f}" if title in row else "" for title in titles]
+        cells = [f"{row[title]:.3f}{_spread(model, title)}" if title in row else "" for title in titles]
         name = name_of(model)
         table.row(f"{name}, round {number}" if earlier and model["kind"] in MERGES else name, *cells, style=style)
     table.show()
+    if (said := noise(report, ranked_by(report["tasks"]))) is not None:
+        say(said)
     for model in report["models"]:
         if "note" in model:
             say(f"{model['name']}: {model['note']}", style="dim")
+
+
+def _spread(model: Mapping[str, Any], title: str) -> str:
+    off = off_by(model, title)
+    return "" if off is None else f" ± {off:.3f}"
 
 
 def _how_to_load(report: Mapping[str, Any], run: Path) -> str:

@@ -17,6 +17,7 @@ from gramfuse_client.state import Contributed, State
 from gramfuse_protocol.errors import PlanError, RefusalError
 from gramfuse_protocol.layout import Layout
 from gramfuse_protocol.node_key import fingerprint
+from gramfuse_protocol.noise import spent
 from gramfuse_protocol.plan import Plan
 
 SHOWN = {"none": "none leave", "sum": "shown as a sum over silos only", "silo": "shown silo by silo"}
@@ -78,7 +79,8 @@ def check_terms(found: Findings, silo: Silo, given: Given) -> None:
         if secure
         else "open, as 'limits.open-uploads' allows: the coordinator can read what this silo uploads",
         "metrics": SHOWN[metrics]
-        + ("; the coordinator can read this silo's own" if metrics == "sum" and not secure else ""),
+        + ("; the coordinator can read this silo's own" if metrics == "sum" and not secure else "")
+        + _noise(plan),
     }
     if not plan.locked:
         del fine["approval"]  # a plan has its digest when it is locked
@@ -90,6 +92,15 @@ def check_terms(found: Findings, silo: Silo, given: Given) -> None:
             found.error(subject, refused[subject], approve if subject == "approval" else "")
         else:
             found.ok(subject, fine[subject])
+
+
+def _noise(plan: Plan) -> str:
+    """Say what noise does for held-out results, and what they cost."""
+    if not plan.summed:
+        return ""
+    if plan.epsilon is None:
+        return ", without noise, as 'limits.exact-metrics' allows"
+    return f", with noise: epsilon {plan.epsilon:g} for each of {plan.releases} sums, {spent(plan):.2f} in all"
 
 
 def check_hours(found: Findings, silo: Silo, moment: datetime) -> None:

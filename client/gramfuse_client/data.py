@@ -5,7 +5,8 @@ What the columns of a source hold, by kind of task (`text`, `text-pair`, `image`
 | kind                 | input                                     | label                                            |
 |----------------------|-------------------------------------------|--------------------------------------------------|
 | classification       | `text` (and `text-pair`): text            | a label of the plan                              |
-| regression           | `text` (and `text-pair`): text            | a finite number                                  |
+| regression           | `text` (and `text-pair`): text            | a finite number; in the plan's range, if results |
+|                      |                                           | leave in a secure sum                            |
 | multi-label          | `text` (and `text-pair`): text            | a list of labels, [] if none applies; or one     |
 | token-classification | `text`: a list of words, or words between | a list of tags, or tags between spaces; as many  |
 |                      | white space                               | as words                                         |
@@ -205,7 +206,7 @@ def _label(row: dict[str, Any], column: str, task: Task, known: Mapping[str, int
     value = _column(row, column, where)
     match task.task:
         case "regression":
-            return _target(value, where)
+            return _target(value, task, where)
         case "multi-label":
             return _labels(value, column, task, known, where)
         case "token-classification":
@@ -443,11 +444,16 @@ def _tags(
     return tuple(_index(tag, task, known, where) for tag in tags)
 
 
-def _target(value: Any, where: str) -> float:
+def _target(value: Any, task: Task, where: str) -> float:
     try:
         target = float(value)
     except (TypeError, ValueError, OverflowError):
         target = math.nan
     if not math.isfinite(target):
         raise DataError(f"{where}: the target must be a finite number, found {value!r}")
+    if task.range is not None and not task.range[0] <= target <= task.range[1]:
+        raise DataError(
+            f"{where}: the target {target:g} is outside of the plan's range of {task.range[0]:g} to {task.range[1]:g}; "
+            "correct it, or agree on a plan with a wider 'model.range'"
+        )
     return target

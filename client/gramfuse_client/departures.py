@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gramfuse_protocol.canonical import canonical_json
+from gramfuse_protocol.held_out import groups
 from gramfuse_protocol.keys import KEY_BYTES, SIGNATURE_BYTES
 from gramfuse_protocol.layout import PIECE_BYTES, Block, Layout
 from gramfuse_protocol.messages import (
@@ -31,18 +32,16 @@ from gramfuse_protocol.messages import (
     UploadReply,
 )
 from gramfuse_protocol.metrics import sums_shape
+from gramfuse_protocol.noise import DELTA, spent
 from gramfuse_protocol.plan import Plan
 from gramfuse_protocol.roster import tolerated
 from gramfuse_protocol.secure_sum import SEALED_BYTES
 from gramfuse_protocol.shares import SHARE_BYTES
 from gramfuse_protocol.structure import parse_structure
-from gramfuse_protocol.task import Kind, Task
+from gramfuse_protocol.task import Kind
 from gramfuse_protocol.transcript import SUMS, Advert, Sum
 
 COORDINATOR = "the coordinator"
-
-CANDIDATES = ("simple", MERGED)
-"""The models that a run measures: the simple average and the merged one."""
 
 MOST_EXAMPLES = 10**12
 """More than a silo has; what leaves in the clear is said to have room for so many."""
@@ -70,6 +69,22 @@ HELD_OUT: dict[Kind, str] = {
     "their log-likelihoods",
 }
 """What held-out results are, in words."""
+
+GROUPS = {
+    "outcome": "how many held-out examples the model is right about, and how many wrong",
+    "labels": "for each label, how many held-out examples got it rightly, wrongly, or lack it",
+    "examples": "how many held-out examples there are",
+    "entities": "how many entities were found, predicted too much, and missed, each example's clipped",
+    "types": "the same for each type of entity",
+    "means": "truth and prediction, added up, each moved from the plan's range to -1 to 1",
+    "squares": "their squares and their product, added up",
+    "error": "how far they are from each other, added up",
+    "overlap": "words in common with the target, and those that are not, as shares added up",
+    "exact": "how many targets were met",
+    "tokens": "tokens predicted rightly and wrongly, or target tokens and their log-likelihood, as shares added up",
+    "loss": "log-likelihood of the tokens, each one's clipped, added up",
+}
+"""What the groups of numbers are (`gramfuse_protocol.held_out`), in words."""
 
 WORDS = {
     "every message": "has the plan's digest, the session's number and this silo's name, beside what it says",
@@ -215,22 +230,28 @@ def _masked_run(about: Mapping[str, Any], plan: Plan, layout: Layout) -> Iterato
         yield from _results(about, plan)
     else:
         yield _departure(
-            f"that it measured the {len(CANDIDATES)} models that came back; no numbers",
-            *(EvaluateReply(**about, candidate=name) for name in CANDIDATES),
+            f"that it measured {_models(plan)}; no numbers",
+            *(EvaluateReply(**about, candidate=name) for name in plan.privacy.candidates),
         )
-        parts = _held_out_parts("metrics", "uint64", plan.task_of(about["silo"]))
-        yield from _masked_sum("metrics", "its held-out results", about, plan, parts)
+        noise = ", noise and masks" if plan.epsilon is not None else ", masks"
+        yield from _masked_sum(
+            "metrics", "its held-out results", about, plan, _vector_parts(plan, about["silo"]), noise
+        )
 
 
 def _masked_sum(
-    name: Sum, what: str, about: Mapping[str, Any], plan: Plan, parts: tuple[Part, ...]
+    name: Sum, what: str, about: Mapping[str, Any], plan: Plan, parts: tuple[Part, ...], added: str = ", masks"
 ) -> Iterator[Departure]:
-    """Yield what leaves for one of the two sums: the vector, a signature, and what opens the sum."""
+    """Yield what leaves for one of the two sums: the vector, a signature, and what opens the sum.
+
+    Args:
+        added: what is added to each word.
+    """
     words, silos, signature = sum(part.bytes for part in parts) // 8, len(plan.names), "00" * SIGNATURE_BYTES
     pieces = [min(PIECE_BYTES // 8, words - start) for start in range(0, words, PIECE_BYTES // 8)]
     many = f", in {len(pieces)} pieces" if len(pieces) > 1 else ""
     yield _departure(
-        f"{what}, as one vector of {words:,} words of 64 bits{many}, masks added to each",
+        f"{what}, as one vector of {words:,} words of 64 bits{many}{added} added to each",
         *(
             MaskedReply(**about, sum_of=name, piece=piece, arrays={"masked": _blank("uint64", (count,))})
             for piece, count in enumerate(pieces)
@@ -283,10 +304,19 @@ def _results(about: Mapping[str, Any], plan: Plan) -> Iterator[Departure]:
     sums = _blank("float64", sums_shape(task))
     said = "shown as a sum, read one by one" if plan.privacy.metrics == "sum" else "shown silo by silo"
     yield _departure(
-        f"its held-out results, for each of the {len(CANDIDATES)} models that come back: {HELD_OUT[task.task]}; {said}",
-        *(EvaluateReply(**about, candidate=name, arrays={"sums": sums}) for name in CANDIDATES),
-        parts=_held_out_parts("sums", "float64", task),
+        f"its held-out results, for {_models(plan)}: {HELD_OUT[task.task]}; {said}",
+        *(EvaluateReply(**about, candidate=name, arrays={"sums": sums}) for name in plan.privacy.candidates),
+        parts=tuple(
+            _array(f"sums of {name}", "float64", sums_shape(task), HELD_OUT[task.task])
+            for name in plan.privacy.candidates
+        ),
     )
+
+
+def _models(plan: Plan) -> str:
+    """Say which models a silo measures."""
+    names = {"simple": "the simple average", MERGED: "the merged model"}
+    return " and ".join(names[name] for name in plan.privacy.candidates)
 
 
 def _departure(
@@ -313,9 +343,14 @@ def _parts(blocks: tuple[Block, ...], dtype: str, layout: Layout) -> tuple[Part,
     return tuple(_array(block.name, dtype, block.shape, _says(block, layout)) for block in blocks)
 
 
-def _held_out_parts(name: str, dtype: str, task: Task) -> tuple[Part, ...]:
-    says = HELD_OUT[task.task]
-    return tuple(_array(f"{name} of {candidate}", dtype, sums_shape(task), says) for candidate in CANDIDATES)
+def _vector_parts(plan: Plan, silo: str) -> tuple[Part, ...]:
+    """Return what a silo's held-out results are in a secure sum: a group of numbers each."""
+    task = plan.task_of(silo)
+    return tuple(
+        _array(f"{group.name} of {candidate}", "uint64", (group.size,), GROUPS[group.name])
+        for candidate in plan.privacy.candidates
+        for group in groups(task)
+    )
 
 
 def _array(name: str, dtype: str, shape: tuple[int, ...], what: str) -> Part:
@@ -382,7 +417,26 @@ def _claims(plan: Plan) -> tuple[str, ...]:
         f"If more than {most} work together with the coordinator, they may be able to read this silo's own part.",
         f"The sum is not anonymous: it says something about the data of the {minimum} or more silos together.",
         *rounds,
+        *_noise(plan),
         after,
+    )
+
+
+def _noise(plan: Plan) -> Iterator[str]:
+    """Yield what the sum of held-out results says of a single example."""
+    if not plan.summed:
+        return
+    if plan.epsilon is None:
+        yield (
+            "Held-out results are in their sum without noise: a coordinator that sends crafted models can learn single "
+            "held-out examples, with their labels, from the difference of two sums."
+        )
+        return
+    times = _models(plan) + (f", in each of {plan.merge.rounds} rounds" if plan.merge.rounds > 1 else "")
+    yield (
+        "The sum of held-out results has noise, which all silos make together: whatever model was sent, one sum tells "
+        f"of a single held-out example no more than epsilon = {plan.epsilon:g}, delta = {DELTA:g} allow. There is one "
+        f"for {times}; together they cost epsilon = {spent(plan):.2f}."
     )
 
 

@@ -1,15 +1,27 @@
-"""Measures a model on a silo's held-out examples."""
+"""Measures a model on a silo's held-out examples: exactly, or for a sum that leaves with noise."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.nn.functional import cross_entropy
 
-from gramfuse_client.batches import IGNORED
+from gramfuse_client.batches import IGNORED, Encoded, batches
+from gramfuse_protocol.held_out import (
+    LOSS,
+    Vector,
+    class_rows,
+    entity_rows,
+    generation_rows,
+    label_rows,
+    language_rows,
+    moment_rows,
+    size,
+)
 from gramfuse_protocol.metrics import (
     Sums,
     classification_sums,
@@ -54,8 +66,24 @@ def outputs(model: Any, batch: Mapping[str, torch.Tensor], task: Task, tokenizer
         return Outputs(logits, tuple(tokenizer.batch_decode(generated, skip_special_tokens=True)))
 
 
+class _Tokens(NamedTuple):
+    """What a model said of the tokens of each example: arrays of shape (examples,).
+
+    Args:
+        said: how many were to be predicted.
+        loss: their negative log-likelihood.
+        clipped: the same, each token's clipped to [0, LOSS]; LOSS if it is not a number.
+        right: how many were predicted right.
+    """
+
+    said: NDArray[np.float64]
+    loss: NDArray[np.float64]
+    clipped: NDArray[np.float64]
+    right: NDArray[np.float64]
+
+
 def count(batch: Mapping[str, torch.Tensor], found: Outputs, task: Task, tokenizer: Any) -> Sums:
-    """Return the sums of one batch (`gramfuse_protocol.metrics`).
+    """Return the sums of one batch (`gramfuse_protocol.metrics`), exactly.
 
     Labels that the silo does not annotate are neither predicted nor counted. Of `token-classification`, the words count
     that `max_length` leaves; a target text is compared as the tokenizer gives it back, `target_length` tokens long.
@@ -64,41 +92,109 @@ def count(batch: Mapping[str, torch.Tensor], found: Outputs, task: Task, tokeniz
         batch: `labels` included.
         found: of a model, or of several together.
     """
-    truth, logits = batch["labels"].cpu(), found.logits.float().cpu()
+    facts = _facts(batch, found, task, tokenizer)
     match task.task:
         case "classification" | "image-classification":
-            own = torch.tensor(task.annotated)
-            predicted = own[logits[:, own].argmax(dim=-1)]
-            return classification_sums(truth.numpy(), predicted.numpy(), len(task.labels))
+            truth, predicted = facts
+            return classification_sums(truth, predicted, len(task.labels))
         case "regression":
-            return regression_sums(truth.numpy(), logits.squeeze(-1).numpy())
+            return regression_sums(*facts)
         case "multi-label":
-            likely = torch.sigmoid(logits) >= task.threshold
-            return multi_label_sums(truth.bool().numpy(), likely.numpy(), task.annotated)
+            truth, predicted = facts
+            return multi_label_sums(truth, predicted, task.annotated)
         case "token-classification":
-            return entity_sums(_tags(truth, truth, task), _tags(logits.argmax(dim=-1), truth, task), task.entities)
+            truth, predicted = facts
+            return entity_sums(truth, predicted, task.entities)
         case "sequence-to-sequence":
-            targets = truth.masked_fill(truth == IGNORED, tokenizer.pad_token_id)
-            texts = tokenizer.batch_decode(targets, skip_special_tokens=True)
-            tokens, nll, _ = _next_tokens(logits, truth)
-            return generation_sums(texts, found.texts, tokens, nll)
+            truth, generated, tokens = facts
+            return generation_sums(truth, generated, int(tokens.said.sum()), float(tokens.loss.sum()))
         case "causal-lm":
-            return language_sums(len(truth), *_next_tokens(logits[:, :-1], truth[:, 1:]))
+            (tokens,) = facts
+            totals = int(tokens.said.sum()), float(tokens.loss.sum()), int(tokens.right.sum())
+            return language_sums(len(tokens.said), *totals)
+
+
+def rows(batch: Mapping[str, torch.Tensor], found: Outputs, task: Task, tokenizer: Any) -> Vector:
+    """Return the sum of the rows of one batch (`gramfuse_protocol.held_out`): bounded, whatever the model says.
+
+    Arguments as `count` has them, and otherwise counted as there.
+    """
+    facts = _facts(batch, found, task, tokenizer)
+    match task.task:
+        case "classification" | "image-classification":
+            return class_rows(task, *facts)
+        case "regression":
+            return moment_rows(task, *facts)
+        case "multi-label":
+            return label_rows(task, *facts)
+        case "token-classification":
+            return entity_rows(task, *facts)
+        case "sequence-to-sequence":
+            truth, generated, tokens = facts
+            return generation_rows(task, truth, generated, tokens.said, tokens.clipped)
+        case "causal-lm":
+            (tokens,) = facts
+            return language_rows(task, tokens.said, tokens.clipped, tokens.right)
 
 
 def evaluate(model: Any, batches: Iterable[Mapping[str, torch.Tensor]], task: Task, tokenizer: Any) -> Sums:
-    """Return the held-out sums of a model (`gramfuse_protocol.metrics`).
+    """Return the held-out sums of a model (`gramfuse_protocol.metrics`), exactly.
 
     Args:
         batches: as `gramfuse_client.batches.batches` yields them, `labels` included.
         task: the silo's own.
         tokenizer: what the batches were made with.
     """
+    return _total(model, batches, task, tokenizer, count, np.zeros(sums_shape(task), np.float64))
+
+
+def evaluate_for_sum(model: Any, encoded: Encoded, device: torch.device, task: Task, tokenizer: Any) -> Vector:
+    """Return the sum of a model's rows (`gramfuse_protocol.held_out`), for a sum that leaves with noise.
+
+    Examples are measured one by one, so that what a model says of one cannot depend on another: in a batch it could,
+    since a model with crafted weights sees the padding.
+
+    Args:
+        encoded: held-out examples.
+        device: where the model is.
+        task, tokenizer: as `evaluate` has them.
+    """
+    return _total(model, batches(encoded, 1, device), task, tokenizer, rows, np.zeros(size(task), np.float64))
+
+
+def _total(
+    model: Any,
+    given: Iterable[Mapping[str, torch.Tensor]],
+    task: Task,
+    tokenizer: Any,
+    counted: Callable[[Mapping[str, torch.Tensor], Outputs, Task, Any], NDArray[np.float64]],
+    total: NDArray[np.float64],
+) -> NDArray[np.float64]:
     model.eval()
-    total = np.zeros(sums_shape(task), np.float64)
-    for batch in batches:
-        total += count(batch, outputs(model, batch, task, tokenizer), task, tokenizer)
+    for batch in given:
+        total += counted(batch, outputs(model, batch, task, tokenizer), task, tokenizer)
     return total
+
+
+def _facts(batch: Mapping[str, torch.Tensor], found: Outputs, task: Task, tokenizer: Any) -> tuple[Any, ...]:
+    """Return truth and prediction of each example, as what counts a task's examples takes them."""
+    truth, logits = batch["labels"].cpu(), found.logits.float().cpu()
+    match task.task:
+        case "classification" | "image-classification":
+            own = torch.tensor(task.annotated)
+            return truth.numpy(), own[logits[:, own].argmax(dim=-1)].numpy()
+        case "regression":
+            return truth.numpy(), logits.squeeze(-1).numpy()
+        case "multi-label":
+            return truth.bool().numpy(), (torch.sigmoid(logits) >= task.threshold).numpy()
+        case "token-classification":
+            return _tags(truth, truth, task), _tags(logits.argmax(dim=-1), truth, task)
+        case "sequence-to-sequence":
+            targets = truth.masked_fill(truth == IGNORED, tokenizer.pad_token_id)
+            texts = tokenizer.batch_decode(targets, skip_special_tokens=True)
+            return texts, found.texts, _next_tokens(logits, truth)
+        case "causal-lm":
+            return (_next_tokens(logits[:, :-1], truth[:, 1:]),)
 
 
 def _tags(indices: torch.Tensor, truth: torch.Tensor, task: Task) -> list[list[str]]:
@@ -109,8 +205,13 @@ def _tags(indices: torch.Tensor, truth: torch.Tensor, task: Task) -> list[list[s
     ]
 
 
-def _next_tokens(logits: torch.Tensor, truth: torch.Tensor) -> tuple[int, float, int]:
-    """Return how many tokens were to be predicted, their negative log-likelihood, and how many were predicted right."""
-    real = truth != IGNORED
-    nll = cross_entropy(logits[real].double(), truth[real], reduction="sum")
-    return int(real.sum()), float(nll), int((logits[real].argmax(dim=-1) == truth[real]).sum())
+def _next_tokens(logits: torch.Tensor, truth: torch.Tensor) -> _Tokens:
+    """Return what a model said of each token that was to be predicted, by example."""
+    found = []
+    for said, true in zip(logits, truth, strict=True):
+        real = true != IGNORED
+        losses = cross_entropy(said[real].double(), true[real], reduction="none")
+        clipped = losses.nan_to_num(nan=LOSS).clamp(0.0, LOSS)
+        right = said[real].argmax(dim=-1) == true[real]
+        found.append([float(of.sum()) for of in (real, losses, clipped, right)])
+    return _Tokens(*np.array(found, np.float64).T)

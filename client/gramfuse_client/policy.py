@@ -84,6 +84,14 @@ def refusals(silo: Silo, plan: Plan) -> Iterator[tuple[str, GramfuseError]]:
             f'[limits]: metrics = "{privacy.metrics}"',
             "this silo does not give that much of its metrics",
         )
+    elif plan.summed and plan.epsilon is None and not limits.exact_metrics:
+        yield refusal(
+            "metrics",
+            'the plan adds no noise to held-out counts (privacy.metrics-epsilon = "none"), and '
+            "'limits.exact-metrics' is false here; ask for a plan with an epsilon, or, only if a lying coordinator may "
+            "learn single held-out examples, write under [limits]: exact-metrics = true",
+            "this silo gives no held-out counts without noise",
+        )
 
 
 def check_examples(silo: Silo, examples: int) -> None:

@@ -87,6 +87,11 @@ class Limits(Section):
     """Whether this silo's own statistics may leave it unmasked."""
     metrics: Literal["none", "sum", "silo"] = "sum"
     """The most that may leave of its held-out metrics."""
+    exact_metrics: bool = False
+    """Whether held-out counts may be in a secure sum without noise (a plan with privacy.metrics-epsilon = "none").
+
+    Then a coordinator that sends two crafted models learns single held-out examples from the difference of their sums.
+    """
     maximum_bytes: Annotated[int, Field(ge=1)] | None = None
     """The most that one contribution may have; None is as much as the plan asks for."""
     repeat_contributions: bool = False

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from gramfuse_client.batches import Encoded, batches
 from gramfuse_client.data import Examples
-from gramfuse_client.evaluate import evaluate
+from gramfuse_client.evaluate import evaluate, evaluate_for_sum
 from gramfuse_client.finetune import choose_device, finetune
 from gramfuse_client.private import make_private_directory
 from gramfuse_client.resources import lacking_memory
@@ -84,6 +84,9 @@ class Workbench:
     ) -> Sums:
         """Return the held-out sums of the base model with differences added (`delta:<parameter>`, float32).
 
+        Where they leave in a secure sum, they are those of `gramfuse_protocol.held_out`, and otherwise those of
+        `gramfuse_protocol.metrics`.
+
         Args:
             state: where the silo's own head is, if it keeps one.
             held_out: what it is measured on.
@@ -91,13 +94,12 @@ class Workbench:
         """
         base = self._merged(layout, arrays, state)
         device = choose_device(self.silo.file.device)
-        encoded = Encoded(held_out, base.tokenizer, self.task)
-        sums = evaluate(
-            base.model.to(device),
-            batches(encoded, EVALUATION_BATCH, device, by_length=True),
-            self.task,
-            base.tokenizer,
-        )
+        encoded, model = Encoded(held_out, base.tokenizer, self.task), base.model.to(device)
+        if self.plan.summed:
+            sums = evaluate_for_sum(model, encoded, device, self.task, base.tokenizer)
+        else:
+            given = batches(encoded, EVALUATION_BATCH, device, by_length=True)
+            sums = evaluate(model, given, self.task, base.tokenizer)
         if keep:
             save_privately(base, state.model)
         return sums

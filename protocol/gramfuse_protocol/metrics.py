@@ -121,10 +121,10 @@ def generation_sums(truth: Sequence[str], generated: Sequence[str], tokens: int,
     """
     pairs = [(t.split(), g.split()) for t, g in zip(truth, generated, strict=True)]
     exact = sum(t == g for t, g in pairs)
-    return np.array([len(pairs), exact, sum(_token_f1(t, g) for t, g in pairs), tokens, nll], np.float64)
+    return np.array([len(pairs), exact, sum(token_f1(t, g) for t, g in pairs), tokens, nll], np.float64)
 
 
-def _token_f1(truth: Sequence[str], generated: Sequence[str]) -> float:
+def token_f1(truth: Sequence[str], generated: Sequence[str]) -> float:
     """Return the F1 of two bags of words; of two empty ones it is 1."""
     if not truth and not generated:
         return 1.0
@@ -190,13 +190,14 @@ def metrics(task: Task, sums: Sums) -> dict[str, float]:
     n = {"examples": examples_in(sums)}
     match task.task:
         case "classification" | "image-classification":
-            return n | _of_confusion(sums)
+            return n | of_classes(float(np.trace(sums)), n["examples"], _of_confusion(sums))
         case "regression":
             return n | _of_moments(sums)
         case "multi-label":
             return n | _of_labels(_decisions(sums))
         case "token-classification":
-            return n | _of_entities(sums[1:].reshape(-1, 3))
+            counts = sums[1:].reshape(-1, 3)
+            return n | of_entities(counts.sum(axis=0), counts)
         case "sequence-to-sequence":
             count, exact, f1, tokens, nll = (float(value) for value in sums)
             return n | {"exact-match": exact / count, "token-f1": f1 / count, "perplexity": _perplexity(nll, tokens)}
@@ -215,13 +216,21 @@ def by_label(task: Task, sums: Sums) -> dict[str, dict[str, float]]:
     """
     match task.task:
         case "classification" | "image-classification":
-            names, counts = task.labels, np.stack([np.diag(sums), sums.sum(axis=0), sums.sum(axis=1)], axis=1)
+            return of_names(task.labels, _of_confusion(sums))
         case "multi-label":
-            names, counts = task.labels, _decisions(sums)
+            return of_names(task.labels, _decisions(sums))
         case "token-classification":
-            names, counts = task.entities, sums[1:].reshape(-1, 3)
+            return of_names(task.entities, sums[1:].reshape(-1, 3))
         case _:
             return {}
+
+
+def of_names(names: Sequence[str], counts: Sums) -> dict[str, dict[str, float]]:
+    """Return what `by_label` does.
+
+    Args:
+        counts: how often each was found, predicted, and true: shape (names, 3).
+    """
     return {
         name: {
             "examples": float(truth),
@@ -234,20 +243,31 @@ def by_label(task: Task, sums: Sums) -> dict[str, dict[str, float]]:
     }
 
 
-def _of_confusion(sums: Sums) -> dict[str, float]:
-    hits, truth, predicted, n = np.diag(sums), sums.sum(axis=1), sums.sum(axis=0), sums.sum()
+def of_classes(right: float, n: float, counts: Sums) -> dict[str, float]:
+    """Return the metrics of a classifier, but for the number of examples.
+
+    Args:
+        right: examples whose label was found, of n.
+        counts: how often each label was found, predicted, and true: shape (labels, 3).
+    """
+    hits, predicted, truth = counts.T
     seen = truth + predicted > 0
-    f1 = 2 * hits[seen] / (truth + predicted)[seen]
-    spread = (n * n - truth @ truth) * (n * n - predicted @ predicted)
-    mcc = (hits.sum() * n - truth @ predicted) / math.sqrt(spread) if spread > 0 else 0.0
-    return {"accuracy": float(hits.sum() / n), "macro-f1": float(f1.mean()), "mcc": float(mcc)}
+    f1 = np.clip(2 * hits[seen] / (truth + predicted)[seen], 0.0, 1.0)
+    squares = n * n - truth @ truth, n * n - predicted @ predicted
+    mcc = (right * n - truth @ predicted) / math.sqrt(squares[0] * squares[1]) if min(squares) > 0 else 0.0
+    return {"accuracy": _share(right, n), "macro-f1": _mean(f1.tolist()), "mcc": float(mcc)}
+
+
+def _of_confusion(sums: Sums) -> Sums:
+    """Return how often each label was found, predicted, and true: shape (labels, 3)."""
+    return np.stack([np.diag(sums), sums.sum(axis=0), sums.sum(axis=1)], axis=1)
 
 
 def _of_moments(sums: Sums) -> dict[str, float]:
     n, t, p, tt, pp, tp, absolute, squared = (float(value) for value in sums)
     spread = _spread(tt, t, n) * _spread(pp, p, n)
     pearson = min(1.0, max(-1.0, (tp - t * p / n) / math.sqrt(spread))) if spread > 0 else 0.0
-    return {"pearson": pearson, "rmse": math.sqrt(squared / n), "mae": absolute / n}
+    return {"pearson": pearson, "rmse": math.sqrt(max(0.0, squared / n)), "mae": absolute / n}
 
 
 def _decisions(sums: Sums) -> Sums:
@@ -261,8 +281,14 @@ def _of_labels(counts: Sums) -> dict[str, float]:
     return {"macro-f1": _mean(f1), "micro-f1": _f1(*counts.sum(axis=0))}
 
 
-def _of_entities(counts: Sums) -> dict[str, float]:
-    found, predicted, truth = counts.sum(axis=0)
+def of_entities(totals: Sums, counts: Sums) -> dict[str, float]:
+    """Return the metrics of entities.
+
+    Args:
+        totals: how many were found, predicted, and true.
+        counts: the same by type: shape (types, 3).
+    """
+    found, predicted, truth = totals
     return {
         "entity-f1": _f1(found, predicted, truth),
         "precision": _share(found, predicted),
@@ -272,13 +298,13 @@ def _of_entities(counts: Sums) -> dict[str, float]:
 
 
 def _share(found: float, of: float) -> float:
-    """Return which share was found; 0 of nothing."""
-    return float(found / of) if of else 0.0
+    """Return which share was found; 0 of nothing. Counts with noise may be below 0."""
+    return min(1.0, max(0.0, float(found / of))) if of > 0 else 0.0
 
 
 def _f1(found: float, predicted: float, truth: float) -> float:
     """Return the harmonic mean of precision and recall; 0 where there is neither."""
-    return float(2 * found / (predicted + truth)) if predicted + truth else 0.0
+    return _share(2 * found, predicted + truth)
 
 
 def _mean(values: Sequence[float]) -> float:

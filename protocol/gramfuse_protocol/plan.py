@@ -269,7 +269,7 @@ class Plan(Section):
         """
         entry = next((entry for entry in self.silo if entry.name == silo), None)
         if not self.task:
-            task = self.model.alone
+            task = self._alone
             return MaskedTask(**dict(task), annotates=entry.labels) if entry and entry.labels else task
         if entry is None:
             raise PlanError(f"the plan has no [[silo]] {silo!r}, so none of its tasks is this silo's")
@@ -278,7 +278,29 @@ class Plan(Section):
     @property
     def tasks(self) -> Mapping[str, Task]:
         """All tasks by name; the only one of a plan without [[task]] sections has none, and covers all labels."""
-        return {task.name: task for task in self.task} or {"": self.model.alone}
+        return {task.name: task for task in self.task} or {"": self._alone}
+
+    @property
+    def _alone(self) -> Task:
+        """The task that all silos have; without a range where nothing is clipped to it."""
+        task = self.model.alone
+        return task if self.summed else task.model_copy(update={"range": None})
+
+    @property
+    def summed(self) -> bool:
+        """Whether held-out results leave in a secure sum only."""
+        return self.privacy.secure_aggregation and self.privacy.metrics == "sum"
+
+    @property
+    def epsilon(self) -> float | None:
+        """The differential privacy of one held-out example in what leaves of one candidate; None without noise."""
+        epsilon = self.privacy.metrics_epsilon
+        return None if epsilon == "none" or not self.summed else epsilon
+
+    @property
+    def releases(self) -> int:
+        """How many times held-out results leave: once for each candidate in each round."""
+        return 0 if self.privacy.metrics == "none" else len(self.privacy.candidates) * self.merge.rounds
 
     def holders(self, label: str) -> tuple[str, ...]:
         """Return the silos that annotate a label, in roster order."""

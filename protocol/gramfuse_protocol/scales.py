@@ -23,23 +23,14 @@ from numpy.typing import NDArray
 
 from gramfuse_protocol.encoding import capacity
 from gramfuse_protocol.layout import Block, Group, Layout
-from gramfuse_protocol.task import Kind
 
 AMPLITUDE_BITS = 10
 DELTA_BITS = 8
 WEIGHT_BITS = {"uniform": 0, "examples": 18}
 MOST_EXAMPLES = 2 ** WEIGHT_BITS["examples"]
 
-METRICS_SCALE: dict[Kind, float] = {
-    "classification": 1.0,
-    "regression": 2.0**20,
-    "multi-label": 1.0,
-    "token-classification": 1.0,
-    "sequence-to-sequence": 2.0**20,
-    "causal-lm": 2.0**20,
-    "image-classification": 1.0,
-}
-"""Scale of the metrics' sums, by kind of task: where all of them are counts, they need no fraction."""
+METRICS_SCALE = 2.0**20
+"""Scale of what leaves of held-out results (`gramfuse_protocol.held_out`): fine enough for noise and losses."""
 
 Scale = NDArray[np.float64] | float
 

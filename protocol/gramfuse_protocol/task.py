@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from gramfuse_protocol.documents import Section
 
@@ -43,6 +44,18 @@ class TaskSettings(Section):
     """`sequence-to-sequence`: most tokens of a target, and of what is generated when the model is measured."""
     threshold: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """`multi-label`: the probability from which on a label counts as predicted."""
+    range: tuple[float, float] | None = (-1.0, 1.0)
+    """`regression`: lowest and highest target where held-out results leave in a secure sum; None where they do not.
+
+    There, a target outside of it is an error, and a prediction outside of it counts as the nearer end.
+    """
+
+    @field_validator("range")
+    @classmethod
+    def _range_is_one(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
+        if value is not None and not (-math.inf < value[0] < value[1] < math.inf):
+            raise ValueError("'range' is two finite numbers, the lower one first")
+        return value
 
 
 class Task(TaskSettings):
@@ -74,6 +87,8 @@ class Task(TaskSettings):
             raise ValueError(f"task {self.task!r} needs at least {'one label' if least == 1 else 'two labels'}")
         if len(set(self.labels)) != len(self.labels):
             raise ValueError("a label is listed twice")
+        if self.task != "regression" and self.range not in (None, (-1.0, 1.0)):
+            raise ValueError(f"task {self.task!r} has no range")
         if self.pair and self.task not in ("classification", "regression", "multi-label"):
             raise ValueError(f"task {self.task!r} has no pairs of texts")
         if self.task == "token-classification":

@@ -10,21 +10,23 @@ from numpy.typing import NDArray
 
 from gramfuse_protocol.encoding import decode
 from gramfuse_protocol.errors import FederationError, SecurityError
+from gramfuse_protocol.held_out import Vector, figures, is_sum, label_figures, size
 from gramfuse_protocol.layout import Layout
 from gramfuse_protocol.messages import EvaluateReply, EvaluateRequest
 from gramfuse_protocol.metrics import Sums, are_sums, by_label, metrics, primary, sums_shape
 from gramfuse_protocol.plan import Plan
 from gramfuse_protocol.scales import METRICS_SCALE
+from gramfuse_protocol.task import Task
 from gramfuse_protocol.transcript import metrics_context, model_digest
 from gramfuse_server.conductor import Conductor
+from gramfuse_server.intervals import with_intervals
 from gramfuse_server.secure import SecureSums
 
 
 class Candidate(NamedTuple):
-    """A model to be measured: its name, what it is, and its differences from the base, float32 by block name."""
+    """A model to be measured: its name, and its differences from the base, float32 by block name."""
 
     name: str
-    kind: str
     arrays: Mapping[str, NDArray[np.float32]]
 
 
@@ -56,24 +58,18 @@ class Evaluation:
         Raises:
             GramfuseError: if fewer silos answer than the plan asks for.
         """
-        kinds: dict[str, str] = {}
         digests: dict[str, str] = {}
         found: dict[str, dict[str, Sums]] = {}
         with self.conductor.phase("evaluate"):
             for candidate in candidates:
-                kinds[candidate.name] = candidate.kind
                 digests[candidate.name], found[candidate.name] = self._ask(candidate)
                 self.conductor.tell("evaluate", "measured", name=candidate.name)
         if self.secure is not None:
-            (task_name,) = self.plan.tasks
-            return [
-                _described(self.plan, name, kinds[name], {task_name: total})
-                for name, total in self._summed(digests, survivors).items()
-            ]
+            return self._summed({name: digests[name] for name in self.plan.privacy.candidates}, survivors)
         # A silo that was lost half-way would be in the metrics of some models only.
         self.silos = tuple(silo for silo in self.conductor.nodes if all(silo in by for by in found.values()))
         results = {name: {silo: by[silo] for silo in self.silos} for name, by in found.items()}
-        return [described(self.plan, name, kinds[name], by) for name, by in results.items()]
+        return [described(self.plan, name, name, by) for name, by in results.items()]
 
     def hand_over(self, merged: Candidate) -> None:
         """Bring the merged model to the silos under a plan that lets no metrics leave.
@@ -112,20 +108,31 @@ class Evaluation:
         if not are_sums(task, found):
             raise FederationError(f"silo {silo!r} sent metrics of {name!r} that are no sums over examples")
 
-    def _summed(self, digests: Mapping[str, str], survivors: tuple[str, ...]) -> dict[str, Sums]:
+    def _summed(self, digests: Mapping[str, str], survivors: tuple[str, ...]) -> list[dict[str, Any]]:
+        """Return what is to be reported of each model, from the secure sum."""
         assert self.secure is not None  # noqa: S101
         (task,) = self.plan.tasks.values()
-        size = int(np.prod(sums_shape(task)))
-        words, self.silos = self.secure.metrics(
-            survivors, tuple(digests), size * len(digests), metrics_context(digests)
-        )
-        values = decode(words, METRICS_SCALE[task.task]).reshape(len(digests), *sums_shape(task))
-        if not all(are_sums(task, total) for total in values):
+        entries = size(task) * len(digests)
+        words, self.silos = self.secure.metrics(survivors, tuple(digests), entries, metrics_context(digests))
+        values = decode(words, METRICS_SCALE).reshape(len(digests), -1)
+        if not all(is_sum(task, total) for total in values):
             raise SecurityError(
                 "what the sum of the metrics opened to is no sum over examples: the silos did not measure the same "
                 "models, or one of them sent what it did not measure. The report names the silos that were lost"
             )
-        return dict(zip(digests, values, strict=True))
+        said = [_from_vector(self.plan, task, total, len(self.silos)) for total in values]
+        return [{"name": name, "kind": name, **of} for name, of in zip(digests, said, strict=True)]
+
+
+def _from_vector(plan: Plan, task: Task, vector: Vector, silos: int) -> dict[str, Any]:
+    """Return `metrics` of a sum that left as a secure one, and `labels`; with noise, also what is known of it."""
+    if plan.epsilon is None:
+        said: dict[str, Any] = {"metrics": figures(task, vector)}
+        labels = label_figures(task, vector)
+    else:
+        said = with_intervals(plan, task, vector, silos)
+        labels = said.pop("labels", {})
+    return said | ({"labels": {"": labels}} if labels else {})
 
 
 def described(plan: Plan, name: str, kind: str, by: Mapping[str, Sums]) -> dict[str, Any]:

@@ -186,11 +186,11 @@ class Exchange:
         self._measure(current, merged)
         current.models += studied.pop("models", [])
         with conductor.phase("write"):
-            joint = next((model["metrics"] for model in current.models if model["kind"] == MERGED), None)
+            measured = next((model for model in current.models if model["kind"] == MERGED), None)
             with self.run.writing():
                 chosen = studied.get("tuning", {}).get("chosen")
                 place = self.run.partial / "model"
-                write_model(place, self.base, merged.deltas, self.plan, current.survivors, joint, chosen)
+                write_model(place, self.base, merged.deltas, self.plan, current.survivors, measured, chosen)
                 if self.own_heads is not None and self.plan.model.head == "own":
                     arrays = {delta_block(name): np.asarray(d, np.float32) for name, d in merged.deltas.items()}
                     for silo in current.survivors:
@@ -201,7 +201,7 @@ class Exchange:
         """Have the survivors measure the plan's candidates, and the laboratory, if there is one, all models."""
         candidates = self._candidates(merged)
         current.measure(
-            Candidate(name, name, {delta_block(block): d for block, d in deltas.items()}) for name, deltas in candidates
+            Candidate(name, {delta_block(block): d for block, d in deltas.items()}) for name, deltas in candidates
         )
         if self.simulated is None or current.unmeasured is not None:
             return
@@ -225,7 +225,7 @@ class Exchange:
     def _candidates(self, merged: Merged) -> Iterator[tuple[str, dict[str, NDArray[np.float32]]]]:
         """Yield the models that silos measure, by name, as differences by parameter name; the merge is the last."""
         deltas = {"simple": merged.mean, MERGED: merged.deltas}
-        for name in sorted(self.plan.privacy.candidates, key=lambda name: name == MERGED):
+        for name in sorted(self.plan.privacy.candidates, key=MERGED.__eq__):
             yield name, {parameter: np.asarray(d, np.float32) for parameter, d in deltas[name].items()}
 
     def _report(self, current: Round, earlier: list[dict[str, Any]]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from gramfuse_model.base import BUNDLED, Base
 from gramfuse_model.tasks import Form, merged_form
 from gramfuse_protocol.plan import Plan
 from gramfuse_server.accumulator import Deltas
+from gramfuse_server.pages.wording import known
 
 
 def write_model(
@@ -24,7 +25,7 @@ def write_model(
     deltas: Deltas,
     plan: Plan,
     silos: Sequence[str],
-    metrics: Mapping[str, float] | None,
+    measured: Mapping[str, Any] | None,
     chosen: Mapping[str, Any] | None = None,
 ) -> None:
     """Write base + deltas; the base model in memory becomes the merged one.
@@ -34,7 +35,7 @@ def write_model(
     Args:
         directory: made if it is not there.
         silos: whose contributions are in it.
-        metrics: joint held-out metrics for the card, if any were measured.
+        measured: what the report says of the model, for the card, if it was measured.
         chosen: `alpha` and `weights` by silo, if they were chosen on held-out data and are not the plan's.
     """
     add_differences(base.model, deltas)
@@ -45,7 +46,7 @@ def write_model(
             model.config.__dict__.pop(key, None)
     model.save_pretrained(directory)
     base.tokenizer.save_pretrained(directory)
-    (directory / "README.md").write_text(card(plan, silos, metrics, chosen), encoding="utf-8")
+    (directory / "README.md").write_text(card(plan, silos, measured, chosen), encoding="utf-8")
 
 
 def add_differences(model: nn.Module, deltas: Deltas) -> None:
@@ -60,7 +61,7 @@ def add_differences(model: nn.Module, deltas: Deltas) -> None:
 def card(
     plan: Plan,
     silos: Sequence[str],
-    metrics: Mapping[str, float] | None,
+    measured: Mapping[str, Any] | None,
     chosen: Mapping[str, Any] | None = None,
 ) -> str:
     """Return the model card, made from the plan; arguments as `write_model` has them."""
@@ -82,12 +83,28 @@ def card(
         "",
         *usage(form),
     ]
-    if metrics:
-        lines += ["On the silos' held-out examples together:", "", "| metric | value |", "|---|---|"]
-        lines += [f"| {name} | {value:.4g} |" for name, value in metrics.items()]
-        lines += [""]
+    if measured:
+        lines += _results(known(measured))
     lines += ["The plan:", "", *fenced("toml", plan.to_toml().strip()), ""]
     return "\n".join(lines)
+
+
+def _results(model: Mapping[str, Any]) -> list[str]:
+    """Return what was measured, and, where it left with noise, in which interval the exact value lies."""
+    privacy, intervals = model.get("privacy"), model.get("intervals", {})
+    head = ["| metric | value | 95% interval |", "|---|---|---|"] if privacy else ["| metric | value |", "|---|---|"]
+    lines = ["On the silos' held-out examples together:", "", *head]
+    for name, value in model["metrics"].items():
+        between = " to ".join(f"{end:.4g}" for end in intervals.get(name, ()))
+        lines.append(f"| {name} | {value:.4g} |" + (f" {between} |" if privacy else ""))
+    if privacy:
+        total = privacy["total"]
+        lines += [
+            "",
+            f"Held-out counts left the silos with noise: of one example, each of {total['releases']} sums tells "
+            f"ε = {privacy['epsilon']:g}, and all of them ε = {total['epsilon']:.2f}, at δ = {privacy['delta']:g}.",
+        ]
+    return [*lines, ""]
 
 
 def _settings(plan: Plan, chosen: Mapping[str, Any] | None) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from gramfuse_protocol.metrics import PRIMARY
 from gramfuse_protocol.plan import Plan
-from gramfuse_server.pages.wording import ranked_by
+from gramfuse_server.pages.wording import known, ranked_by
 
 Model = Mapping[str, Any]
 
@@ -25,7 +25,7 @@ class Reading:
         self.report = report
         self.plan = plan
         self.failure: Mapping[str, Any] | None = report.get("failure")
-        self.models: Sequence[Model] = report.get("models") or []
+        self.models: Sequence[Model] = [known(model) for model in report.get("models") or []]
         self.tasks: Mapping[str, Any] = report.get("tasks") or {}
         self.rounds: Sequence[Mapping[str, Any]] = report.get("rounds") or []
         self.tuning: Mapping[str, Any] | None = report.get("tuning")

@@ -23,7 +23,7 @@ from gramfuse_server.pages.blocks import (
 )
 from gramfuse_server.pages.drawing import count, score
 from gramfuse_server.pages.reading import Model, Reading
-from gramfuse_server.pages.wording import KINDS, MERGES, METRICS, columns, name_of
+from gramfuse_server.pages.wording import KINDS, MERGES, METRICS, columns, known, name_of, noise, off_by
 
 OPENLY = 24
 """Most labels that are all shown at once."""
@@ -55,7 +55,13 @@ def result(reading: Reading) -> Section:
     values = [reading.value(model) for _, model in shown]
     bars = drawing.bars(values, strong=[0], most=1.0)
     tiles = [
-        Tile(title, score(value), _beside(reading, model, values[0] - value), bar, strong=model is merged)
+        Tile(
+            title,
+            _said(model, reading.ranked, value),
+            _beside(reading, model, values[0] - value),
+            bar,
+            strong=model is merged,
+        )
         for (title, model), value, bar in zip(shown, values, bars, strict=True)
     ]
     examples = count(merged["metrics"]["examples"], "held-out examples")
@@ -66,6 +72,8 @@ def result(reading: Reading) -> Section:
         ),
         Tiles(tiles),
     ]
+    if (said := noise(reading.report, reading.ranked)) is not None:
+        blocks.append(Text(said))
     if reading.tuning is not None:
         blocks.append(Text("The merge was chosen on other examples than these; see the search below."))
     if reading.unsolved:
@@ -74,6 +82,12 @@ def result(reading: Reading) -> Section:
             Notice("Note", f"{groups} of weights were not solved as they stand; see the quality of the solve.")
         )
     return Section("result", "Result", blocks)
+
+
+def _said(model: Model, metric: str, value: float | None) -> str:
+    """Return a metric of a model, and how far the exact one may be from it."""
+    off = off_by(model, metric)
+    return score(value) + ("" if off is None else f" ± {score(off)}")
 
 
 def _beside(reading: Reading, model: Model, ahead: float) -> str:
@@ -88,7 +102,7 @@ def models(reading: Reading) -> Section | None:
     *earlier, _ = reading.rounds or [{}]
     if reading.failure is not None:
         earlier = list(reading.rounds)
-    listed = [(model, of["round"]) for of in earlier for model in of.get("models", []) if model["kind"] in MERGES]
+    listed = [(known(m), of["round"]) for of in earlier for m in of.get("models", []) if m["kind"] in MERGES]
     listed += [(model, reading.last) for model in reading.models]
     if not listed:
         return None
@@ -103,7 +117,9 @@ def models(reading: Reading) -> Section | None:
     sent = any("bytes" in model for model, _ in listed)
     rows = []
     for (model, number), row, bar in zip(listed, found, drawn, strict=True):
-        cells = [Cell(score(row.get(title)), bar if title == reading.ranked else None) for title in titles]
+        cells = [
+            Cell(_said(model, title, row.get(title)), bar if title == reading.ranked else None) for title in titles
+        ]
         cells += [Cell(drawing.duration(model["seconds"]) if "seconds" in model else drawing.NONE)] if timed else []
         cells += [Cell(drawing.size(_sent(model["bytes"])) if "bytes" in model else drawing.NONE)] if sent else []
         name = name_of(model) + (f", round {number}" if earlier and model["kind"] in MERGES else "")
@@ -245,7 +261,11 @@ def _labels_of(reading: Reading, task: str, merged: Mapping[str, Mapping[str, fl
         rows = []
         for place, name in enumerate(names):
             mine = slice(place * len(each), (place + 1) * len(each))
-            cells = [Cell(score(value), bar) for value, bar in zip(flat[mine], drawn[mine], strict=True)]
+            spans = [labels.get(name, {}).get("interval") for _, labels in each]
+            cells = [
+                Cell(score(value) + _between(span), bar)
+                for value, bar, span in zip(flat[mine], drawn[mine], spans, strict=True)
+            ]
             cells += [Cell(score(merged.get(name, {}).get(what))) for what in ("precision", "recall")]
             rows.append(Row(name, cells, note=count(everything[name]["examples"], "examples")))
         titles = [*(f"F1, {title}" for title, _ in each), "precision, merged model", "recall, merged model"]
@@ -263,6 +283,11 @@ def _labels_of(reading: Reading, task: str, merged: Mapping[str, Mapping[str, fl
         table(f"The {ENDS} worst of {len(order)} {what}{of}", order[-ENDS:]),
         Folded(f"The {len(middle)} {what} between", [table(f"The {len(middle)} {what} between{of}", middle)]),
     ]
+
+
+def _between(interval: Sequence[float] | None) -> str:
+    """Return the interval that a value may lie in, if it is not exact."""
+    return "" if interval is None else f" [{score(interval[0])}, {score(interval[1])}]"
 
 
 def search(reading: Reading) -> Section | None:

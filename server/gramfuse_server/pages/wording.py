@@ -90,6 +90,44 @@ def name_of(model: Mapping[str, Any]) -> str:
     return NAMES.get(model["kind"], "{name}").format(name=model["name"])
 
 
+def known(model: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a model of a report with the exact figures in place of those with noise, where a simulation has both."""
+    if "exact" not in model:
+        return model
+    rest = {key: value for key, value in model.items() if key not in ("exact", "intervals", "labels", "privacy")}
+    return {**rest, **model["exact"]}
+
+
+def off_by(model: Mapping[str, Any], metric: str) -> float | None:
+    """Return how far the exact value of a metric may be from what a report says; None if that is exact."""
+    interval = model.get("intervals", {}).get(metric)
+    return None if interval is None else max(abs(end - model["metrics"][metric]) for end in interval)
+
+
+def noise(report: Mapping[str, Any], ranked: str) -> str | None:
+    """Say what noise the metrics of a report have, if any, and what they cost in privacy.
+
+    Args:
+        ranked: the metric that models are ranked by.
+    """
+    noisy = [model for model in report.get("models") or [] if "privacy" in model]
+    if not noisy:
+        return None
+    last, privacy = noisy[-1], noisy[-1]["privacy"]
+    total = privacy["total"]
+    cost = (
+        f"ε = {privacy['epsilon']:g} of one held-out example for each of {total['releases']} sums, "
+        f"{total['epsilon']:.2f} for all, at δ = {privacy['delta']:g}"
+    )
+    if "exact" not in last:
+        return f"Held-out counts left with noise: {cost}. The exact value lies within ± in 95 of 100 cases."
+    return (
+        f"These values are exact, which only a simulation can know. Between silos, held-out counts leave with noise "
+        f"({cost}), and {name_of(last)} would show {ranked} {last['metrics'][ranked]:.3f} ± "
+        f"{off_by(last, ranked):.3f}."
+    )
+
+
 def columns(model: Mapping[str, Any], tasks: Mapping[str, Kind]) -> dict[str, float]:
     """Return what a table says of a model: all metrics, or, of several tasks, of each the one that ranks them."""
     found = {name: value for name, value in model["metrics"].items() if name != "examples"}
