@@ -29,6 +29,7 @@ BaseName = Annotated[str, Field(min_length=1, max_length=500)]
 """Hub id, directory, or `bundled:minilm`."""
 EMBEDDINGS = "embeddings"
 LARGEST = 2**53 - 1
+UNIT_RANGE = (-1.0, 1.0)
 Count = Annotated[int, Field(ge=1, le=LARGEST)]
 Unit = Annotated[float, Field(ge=0, le=1)]
 
@@ -282,9 +283,11 @@ class Plan(Section):
 
     @property
     def _alone(self) -> Task:
-        """The task that all silos have; without a range where nothing is clipped to it."""
+        """The task that all silos have; with a range where results are clipped to one."""
         task = self.model.alone
-        return task if self.summed else task.model_copy(update={"range": None})
+        if self.summed and task.task == "regression" and task.range is None:
+            return task.model_copy(update={"range": UNIT_RANGE})
+        return task
 
     @property
     def summed(self) -> bool:

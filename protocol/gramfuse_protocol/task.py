@@ -44,10 +44,11 @@ class TaskSettings(Section):
     """`sequence-to-sequence`: most tokens of a target, and of what is generated when the model is measured."""
     threshold: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """`multi-label`: the probability from which on a label counts as predicted."""
-    range: tuple[float, float] | None = (-1.0, 1.0)
-    """`regression`: lowest and highest target where held-out results leave in a secure sum; None where they do not.
+    range: tuple[float, float] | None = None
+    """`regression`: lowest and highest target; a target outside of it is an error.
 
-    There, a target outside of it is an error, and a prediction outside of it counts as the nearer end.
+    Where held-out results leave in a secure sum, it is [-1, 1] by default, and in that sum a prediction outside of it
+    counts as the nearer end. Elsewhere there is none by default.
     """
 
     @field_validator("range")
@@ -87,7 +88,7 @@ class Task(TaskSettings):
             raise ValueError(f"task {self.task!r} needs at least {'one label' if least == 1 else 'two labels'}")
         if len(set(self.labels)) != len(self.labels):
             raise ValueError("a label is listed twice")
-        if self.task != "regression" and self.range not in (None, (-1.0, 1.0)):
+        if self.task != "regression" and self.range is not None:
             raise ValueError(f"task {self.task!r} has no range")
         if self.pair and self.task not in ("classification", "regression", "multi-label"):
             raise ValueError(f"task {self.task!r} has no pairs of texts")
