@@ -82,6 +82,18 @@ LOSS = 16.0
 """What the negative log-likelihood of one token is clipped to; e^16 is more than any vocabulary has tokens."""
 
 
+SHARE = (0.0, 1.0)
+RANGES = {
+    "examples": (1.0, math.inf),
+    "mcc": (-1.0, 1.0),
+    "pearson": (-1.0, 1.0),
+    "rmse": (0.0, math.inf),
+    "mae": (0.0, math.inf),
+    "perplexity": (1.0, math.exp(LOSS)),
+}
+"""What metrics can be; all others are a SHARE."""
+
+
 class Group(NamedTuple):
     """Entries of the vector that share a sensitivity.
 
@@ -218,18 +230,19 @@ def is_sum(task: Task, vector: Vector) -> bool:
 def figures(task: Task, vector: Vector) -> dict[str, float]:
     """Turn a vector, with noise or without, into metrics: those of `gramfuse_protocol.metrics.metrics`.
 
-    Without noise and clipping they are the same. With noise, shares are clipped to what a share can be, and there is
-    one example at least.
+    Without noise and clipping they are the same. With noise, each is clipped to RANGES.
     """
     match task.task:
         case "classification" | "image-classification":
             n = max(1.0, float(vector[0] + vector[1]))
-            return {"examples": n} | of_classes(float(vector[0]), n, _counts(vector[2:]))
+            found = {"examples": n} | of_classes(float(vector[0]), n, _counts(vector[2:]))
         case "token-classification":
             totals = _counts(vector[1:4])[0]
-            return {"examples": max(1.0, float(vector[0]))} | of_entities(totals, _counts(vector[4:]))
+            found = {"examples": float(vector[0])} | of_entities(totals, _counts(vector[4:]))
         case _:
-            return metrics(task, _sums(task, vector))
+            found = metrics(task, _sums(task, vector))
+    limits = {name: RANGES.get(name, SHARE) for name in found}
+    return {name: min(max(value, limits[name][0]), limits[name][1]) for name, value in found.items()}
 
 
 def label_figures(task: Task, vector: Vector) -> dict[str, dict[str, float]]:

@@ -200,10 +200,11 @@ def metrics(task: Task, sums: Sums) -> dict[str, float]:
             return n | of_entities(counts.sum(axis=0), counts)
         case "sequence-to-sequence":
             count, exact, f1, tokens, nll = (float(value) for value in sums)
-            return n | {"exact-match": exact / count, "token-f1": f1 / count, "perplexity": _perplexity(nll, tokens)}
+            shares = {"exact-match": _share(exact, count), "token-f1": _share(f1, count)}
+            return n | shares | {"perplexity": _perplexity(nll, tokens)}
         case "causal-lm":
             _, tokens, nll, correct = (float(value) for value in sums)
-            return n | {"perplexity": _perplexity(nll, tokens), "token-accuracy": correct / max(tokens, 1.0)}
+            return n | {"perplexity": _perplexity(nll, tokens), "token-accuracy": _share(correct, max(tokens, 1.0))}
 
 
 def by_label(task: Task, sums: Sums) -> dict[str, dict[str, float]]:

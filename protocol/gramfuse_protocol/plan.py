@@ -140,7 +140,7 @@ class Privacy(Section):
     """Fewest silos that a merge may be of; by default the threshold, or without secure aggregation all of them."""
     metrics: Literal["none", "sum", "silo"] = "sum"
     """Whether held-out metrics leave a silo: not at all, to be shown as a sum only, or silo by silo."""
-    metrics_epsilon: Annotated[float, Field(gt=0, le=100)] | Literal["none"] = 2.0
+    metrics_epsilon: Annotated[float, Field(ge=0.001, le=100)] | Literal["none"] = 2.0
     """The differential privacy of one held-out example in the secure sum of one candidate's metrics, at δ = 1e-5.
 
     `"none"` adds no noise; a silo takes part in such a plan only if its own file allows it.

@@ -88,8 +88,6 @@ class Task(TaskSettings):
             raise ValueError(f"task {self.task!r} needs at least {'one label' if least == 1 else 'two labels'}")
         if len(set(self.labels)) != len(self.labels):
             raise ValueError("a label is listed twice")
-        if self.task != "regression" and self.range is not None:
-            raise ValueError(f"task {self.task!r} has no range")
         if self.pair and self.task not in ("classification", "regression", "multi-label"):
             raise ValueError(f"task {self.task!r} has no pairs of texts")
         if self.task == "token-classification":

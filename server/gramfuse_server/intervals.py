@@ -10,28 +10,22 @@ known, it is the whole range of the metric. What clipping does to an example is 
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gramfuse_protocol.held_out import LOSS, Vector, figures, label_counts, label_figures
+from gramfuse_protocol.held_out import RANGES, SHARE, Vector, figures, label_counts, label_figures
 from gramfuse_protocol.noise import DELTA, deviations, spent
 from gramfuse_protocol.plan import Plan
 from gramfuse_protocol.task import Task
 
 COVERAGE = 0.975
 """Share of the draws that an interval is of: more than 95%, so that what it neglects does not take it below."""
-DRAWS = 2000
+DRAWS = 1000
 UNCLEAR = 1 / 4
 """Where more than this share of labels is as rare as the noise is strong, their mean F1 says nothing."""
-
-RANGES = {"mcc": (-1.0, 1.0), "pearson": (-1.0, 1.0), "perplexity": (1.0, math.exp(LOSS)), "examples": (1.0, math.inf)}
-RANGES |= {"rmse": (0.0, math.inf), "mae": (0.0, math.inf)}
-SHARE = (0.0, 1.0)
-"""The range of all other metrics."""
 
 
 def with_intervals(plan: Plan, task: Task, vector: Vector, silos: int) -> dict[str, Any]:

@@ -51,6 +51,8 @@ silo = [{labels = ["é"], node-key = "NODE", public-key = "KEY", name = "north-1
 task = []
 
 [privacy]
+candidates = ["regmean"]
+metrics-epsilon = "none"
 metrics = "none"
 minimum-survivors = 2
 threshold = 9007199254740991
@@ -80,6 +82,7 @@ epochs = 9
 [model]
 head = "different"
 threshold = 0.3
+range = [-2.5, 1e300]
 target-length = 9
 tokenizer = "SHA256"
 pair = true
@@ -114,6 +117,7 @@ pair = true
 max-length = 9
 target-length = 9
 threshold = 0.3
+range = [0, 5]
 
 [[task]]
 name = "names"
@@ -136,16 +140,16 @@ task = "mail"
 SMALL_CANONICAL = (
     '{"merge":{"alpha":"0.9","exclude":[],"gram":{"*":"full"},"layout":null,"method":"regmean","rounds":1,'
     '"tokens":100000,"weighting":"uniform"},'
-    '"model":{"base":"bundled:minilm","head":"same","labels":["no","yes"],"max-length":128,"pair":false,'
+    '"model":{"base":"bundled:minilm","head":"same","labels":["no","yes"],"max-length":128,"pair":false,"range":null,'
     '"sha256":null,"target-length":32,"task":"classification","threshold":"0.5","tokenizer":null},'
     '"plan":{"name":"small","version":1},'
-    '"privacy":{"colluding":1,"metrics":"sum","minimum-survivors":null,"secure-aggregation":false,"threshold":null},'
+    '"privacy":{"candidates":["simple","regmean"],"colluding":1,"metrics":"sum","metrics-epsilon":"2.0","minimum-survivors":null,"secure-aggregation":false,"threshold":null},'
     '"silo":[{"labels":[],"name":"a","node-key":null,"public-key":null,"task":null},'
     '{"labels":[],"name":"b","node-key":null,"public-key":null,"task":null}],"task":[],'
     '"training":{"batch-size":16,"epochs":5,"freeze":["embeddings"],"learning-rate":"5e-05","precision":"float32","seed":1,"warmup":"0.06",'
     '"weight-decay":"0.01"}}'
 )
-SMALL_DIGEST = "b9511791beebfef71b3d682b45fc57cb18dcf40c40e8a69300f021a1e2d1f117"
+SMALL_DIGEST = "b9ab8ba921881b71fc85223c846d38f1ecd51e3f2a34c52d46b2b68acc42e096"
 
 
 def _edit(text: str, old: str, new: str) -> str:
@@ -258,7 +262,7 @@ def test_values_arrive_as_written() -> None:
         (
             "[model]\nrevision = 'x'",
             "model.revision",
-            "base, sha256, tokenizer, task, head, labels, pair, max-length, target-length, threshold",
+            "base, sha256, tokenizer, task, head, labels, pair, max-length, target-length, threshold, range",
         ),
         (
             "[training]\nlearning-rat = 1.0",
@@ -269,7 +273,7 @@ def test_values_arrive_as_written() -> None:
         (
             "[privacy]\nnoise = {x = 1}",
             "privacy.noise",
-            "secure-aggregation, colluding, threshold, minimum-survivors, metrics",
+            "secure-aggregation, colluding, threshold, minimum-survivors, metrics, metrics-epsilon, candidates",
         ),
         ("[[silo]]\ncolour = 1", "silo.0.colour", "name, public-key, node-key, task, labels"),
     ],
@@ -597,6 +601,7 @@ CHANGED: dict[tuple[str, ...], Any] = {
     ("model", "head"): "own",
     ("model", "target-length"): 33,
     ("model", "threshold"): 0.4,
+    ("model", "range"): (0.0, 1.0),
     ("model", "max-length"): 127,
     ("training", "epochs"): 6,
     ("training", "learning-rate"): math.nextafter(5e-5, 1),
@@ -619,6 +624,8 @@ CHANGED: dict[tuple[str, ...], Any] = {
     ("privacy", "threshold"): 2,
     ("privacy", "minimum-survivors"): 2,
     ("privacy", "metrics"): "none",
+    ("privacy", "metrics-epsilon"): 1.0,
+    ("privacy", "candidates"): ["regmean"],
     ("silo",): [{"name": "b"}, {"name": "a"}],
     ("task",): [],
 }

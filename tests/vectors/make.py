@@ -392,8 +392,8 @@ class Session:
                 "buffers": [part.hex() for part in data],
                 "digest": digests[name],
             }
-        size = len(self.labels) ** 2 or 8
-        scale = METRICS_SCALE["classification" if self.labels else "regression"]
+        size = 2 + 3 * len(self.labels) if self.labels else 7
+        scale = METRICS_SCALE
         values: dict[str, list[float]] = {}
         for silo in self.roster.names:
             drawn = self.source.integers(size * len(candidates), 50)
