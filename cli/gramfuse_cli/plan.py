@@ -96,7 +96,11 @@ def _show_model(plan: Plan, preview: dict[str, Any]) -> None:
         of = f" (labels of {', '.join(group['silos'])})" if group["silos"] else ""
         table.row(_modules(group["weights"]) + of, *numbers)
     table.show()
-    say("", f"Averaged: {_families(preview['averaged'])}", f"Frozen, never sent: {_families(preview['frozen'])}")
+    say("", f"Averaged: {_families(preview['averaged'])}")
+    if preview["context_free"]:
+        modules = _families([name.removesuffix(".weight") for name in preview["context_free"]])
+        say(f"See tokens or patches without context, {CONTEXT_FREE[plan.merge.context_free]}: {modules}")
+    say(f"Frozen, never sent: {_families(preview['frozen'])}")
     for task, names in preview["kept"].items():
         if names:
             say(f"Kept at the silo, never sent{f' ({task})' if task else ''}: {_families(names)}")
@@ -113,6 +117,13 @@ def _show_model(plan: Plan, preview: dict[str, Any]) -> None:
         f"and {cost['coordinator_disk_bytes'] / 1e6:.0f} MB on disk.",
     )
 
+
+CONTEXT_FREE = {
+    "mean": "and so are averaged",
+    "diagonal": "and the diagonals of their Gram matrices leave, which may tell words and how often they occur",
+    "full": "and their Gram matrices leave, which tell words and how often they occur",
+}
+"""What becomes of weights whose layers see tokens without context."""
 
 HEADS = {
     "same": "all silos start from one head, and it is merged",
@@ -256,6 +267,7 @@ def _preview(project: Project, plan: Plan, layout: Layout) -> dict[str, Any]:
             for group in layout.groups
         ],
         "averaged": [tensor.name for tensor in layout.tensors if tensor.merge == "mean"],
+        "context_free": [tensor.name for tensor in layout.tensors if tensor.context_free],
         "frozen": list(layout.frozen),
         "kept": {task: list(names) for task, names in kept_parameters(plan, project.directory).items()},
         "cost": {

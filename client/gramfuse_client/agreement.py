@@ -23,6 +23,13 @@ from gramfuse_protocol.plan import Plan
 SHOWN = {"none": "none leave", "sum": "shown as a sum over silos only", "silo": "shown silo by silo"}
 """What is shown of a silo's metrics."""
 
+VOCABULARY = {
+    "mean": "layers that see tokens without context are averaged; no Gram matrix of theirs leaves",
+    "diagonal": "of layers that see tokens without context, diagonals of Gram matrices leave, which may tell the words",
+    "full": "of layers that see tokens without context, Gram matrices leave, which tell the words, and how often each is",
+}
+"""What leaves of layers that see tokens without context, by `merge.context-free`."""
+
 
 @dataclass(frozen=True)
 class Given:
@@ -81,6 +88,7 @@ def check_terms(found: Findings, silo: Silo, given: Given) -> None:
         "metrics": SHOWN[metrics]
         + ("; the coordinator can read this silo's own" if metrics == "sum" and not secure else "")
         + _noise(plan),
+        "vocabulary": VOCABULARY[plan.merge.context_free],
     }
     if not plan.locked:
         del fine["approval"]  # a plan has its digest when it is locked

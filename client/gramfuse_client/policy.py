@@ -5,14 +5,16 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from datetime import datetime
+from typing import get_args
 
 from gramfuse_client.silo import Silo
 from gramfuse_client.state import State
 from gramfuse_protocol.errors import GramfuseError, PlanError, RefusalError
 from gramfuse_protocol.layout import Layout
-from gramfuse_protocol.plan import Plan
+from gramfuse_protocol.plan import ContextFree, Plan
 
 _ORDER = ("none", "sum", "silo")
+_CONTEXT_FREE = get_args(ContextFree)
 
 
 def check_plan(silo: Silo, plan: Plan) -> None:
@@ -91,6 +93,15 @@ def refusals(silo: Silo, plan: Plan) -> Iterator[tuple[str, GramfuseError]]:
             "'limits.exact-metrics' is false here; ask for a plan with an epsilon, or, only if a lying coordinator may "
             "learn single held-out examples, write under [limits]: exact-metrics = true",
             "this silo gives no held-out counts without noise",
+        )
+    asked, allowed = plan.merge.context_free, limits.context_free
+    if privacy.secure_aggregation and _CONTEXT_FREE.index(asked) > _CONTEXT_FREE.index(allowed):
+        yield refusal(
+            "vocabulary",
+            f"the plan asks for merge.context-free = {asked!r}, and 'limits.context-free' here is {allowed!r}; ask for "
+            f"a plan with merge.context-free = {allowed!r}, or, only if the coordinator may learn which words occur in "
+            f'the silos\' data and how often, write under [limits]: context-free = "{asked}"',
+            "this silo does not give Gram matrices of layers that see tokens without context",
         )
 
 

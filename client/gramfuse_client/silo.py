@@ -15,7 +15,7 @@ from gramfuse_protocol.documents import Section, parse, read_text
 from gramfuse_protocol.errors import PlanError
 from gramfuse_protocol.keys import Identity
 from gramfuse_protocol.node_key import public_of
-from gramfuse_protocol.plan import Name, Sha256
+from gramfuse_protocol.plan import ContextFree, Name, Sha256
 from gramfuse_protocol.text import Legible
 
 
@@ -91,6 +91,12 @@ class Limits(Section):
     """Whether held-out counts may be in a secure sum without noise (a plan with privacy.metrics-epsilon = "none").
 
     Then a coordinator that sends two crafted models learns single held-out examples from the difference of their sums.
+    """
+    context_free: ContextFree = "mean"
+    """The most that a secure plan may ask for (`merge.context-free`) of layers that see tokens without context.
+
+    From the sum of what leaves under `full`, and often under `diagonal`, it can be told which words occur in the silos'
+    data, and how often.
     """
     maximum_bytes: Annotated[int, Field(ge=1)] | None = None
     """The most that one contribution may have; None is as much as the plan asks for."""

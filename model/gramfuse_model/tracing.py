@@ -13,12 +13,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from gramfuse_model.base import Base
+from gramfuse_model.context_free import context_free
 from gramfuse_model.heads import answers, last_layer
 from gramfuse_model.linear import linear_modules
 from gramfuse_model.observation import Hook, has_rows_of, observing
 from gramfuse_protocol.errors import ModelError
 from gramfuse_protocol.layout import EXPONENT, Group, Layout, Linear, Part, Rows, Tensor
 from gramfuse_protocol.plan import Merge, Plan
+from gramfuse_protocol.structure import parse_structure
 
 PUBLIC_TEXT = (
     "The quick brown fox jumps over the lazy dog.",
@@ -134,10 +136,11 @@ def derive_layout(
 
     Linear modules belong to one group if every one of their calls received the identical tensor, and if they
     have the same Gram structure. Modules that the model does not call keep the mean. A module that is called several
-    times with different inputs, as ALBERT's layers are, has one Gram matrix over all of them.
+    times with different inputs, as ALBERT's layers are, has one Gram matrix over all of them. Modules that see tokens
+    without context (`gramfuse_model.context_free`) are averaged, unless `merge.context_free` says otherwise.
 
     Args:
-        batch: keyword arguments of the model's forward; values only need the right shapes. For a model with encoder
+        batch: keyword arguments of the model's forward: texts of different words, or images. For a model with encoder
             and decoder, inputs and targets must differ in length.
         merge: structures and exclusions; by default full Gram matrices for everything.
         scaled: whether the layout says how large each feature is on this batch, which a secure sum needs; the batch
@@ -147,7 +150,8 @@ def derive_layout(
         parted: names of that layer's weight and bias.
 
     Raises:
-        ModelError: if a pattern fits nothing, if nothing is left to merge, or if inputs and targets have one length.
+        ModelError: if a pattern fits nothing or asks for what `merge.context_free` does not give, if nothing is left to
+            merge, if inputs and targets have one length, or if the texts have but one token.
     """
     merge = merge or Merge()
     parameters = {name: p for name, p in model.named_parameters() if shared is None or name in shared}
@@ -158,15 +162,19 @@ def derive_layout(
         for pattern in patterns:
             if not any(fnmatchcase(linear.weight, pattern) for linear in linears):
                 raise ModelError(f"merge.{key}: pattern {pattern!r} fits no linear weight of the base model")
-    candidates = {
-        linear.weight: linear
-        for linear in linears
-        if linear.module.weight.requires_grad and not any(fnmatchcase(linear.weight, p) for p in merge.exclude)
+    shapes = _shapes(model, batch)
+    trained = {linear.weight: linear for linear in linears if linear.module.weight.requires_grad}
+    single = context_free(model, batch, {weight: linear.module for weight, linear in trained.items()})
+    structures = {
+        weight: _structure(merge, weight, context_free=weight in single)
+        for weight in trained
+        if not any(fnmatchcase(weight, pattern) for pattern in merge.exclude)
     }
-    calls = _calls(model, batch, {weight: linear.module for weight, linear in candidates.items()})
+    candidates = {weight: trained[weight] for weight, structure in structures.items() if structure is not None}
+    calls = _calls(model, batch, shapes, {weight: linear.module for weight, linear in candidates.items()})
     members: dict[tuple[Any, ...], list[str]] = {}
     for weight, found in calls.items():  # in the order in which the model first calls them
-        members.setdefault((found.keys, _structure(merge, weight), weight in parted), []).append(weight)
+        members.setdefault((found.keys, structures[weight], weight in parted), []).append(weight)
     groups = tuple(
         Group(
             name=weights[0].removesuffix(".weight") + ("" if part is None else f"[{part}]"),
@@ -195,6 +203,7 @@ def derive_layout(
                 shape=tuple(p.shape),
                 merge="regmean" if name in calls else "mean",
                 parted=name in parted,
+                context_free=name in single,
             )
             for name, p in parameters.items()
             if p.requires_grad
@@ -216,11 +225,15 @@ class _Calls:
     power: torch.Tensor
 
 
-def _calls(model: nn.Module, batch: Mapping[str, Any], modules: Mapping[str, nn.Module]) -> dict[str, _Calls]:
+def _calls(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    shapes: Mapping[Rows, torch.Size],
+    modules: Mapping[str, nn.Module],
+) -> dict[str, _Calls]:
     """Run a model once and return how each of these modules is called, those that are not called left out."""
     calls: dict[str, _Calls] = {}
     alive: list[torch.Tensor] = []  # an identity is only good while the tensor lives
-    shapes = _shapes(model, batch)
 
     def record(weight: str) -> Hook:
         def hook(_: nn.Module, x: torch.Tensor) -> None:
@@ -271,8 +284,20 @@ def _exponents(power: torch.Tensor) -> tuple[int, ...]:
     return tuple(min(EXPONENT, max(-EXPONENT, floor, exponent)) for exponent in found)
 
 
-def _structure(merge: Merge, weight: str) -> str:
+def _structure(merge: Merge, weight: str, *, context_free: bool) -> str | None:
+    """Return the structure of a weight's Gram matrix, or None if it has none since its layer sees no context."""
     fitting = [pattern for pattern in merge.gram if fnmatchcase(weight, pattern)]
     if not fitting:
         raise ModelError(f'merge.gram: no pattern fits {weight!r}; add a pattern "*"')
-    return merge.gram[max(fitting, key=lambda pattern: (len(pattern), pattern))]
+    pattern = max(fitting, key=lambda pattern: (len(pattern), pattern))
+    structure = merge.gram[pattern]
+    if not context_free or merge.context_free == "full":
+        return structure
+    if pattern != "*" and parse_structure(structure) != 1:
+        raise ModelError(
+            f"merge.gram: pattern {pattern!r} asks for {structure!r} of {weight!r}, whose layer sees tokens without "
+            "context, so that its Gram matrix would tell which tokens occur and how often. Add a longer pattern that "
+            f'fits such weights only, with "diagonal": merge.context-free = {merge.context_free!r} says what becomes '
+            'of them. Or, only if all silos accept it, use merge.context-free = "full"'
+        )
+    return None if merge.context_free == "mean" else "diagonal"

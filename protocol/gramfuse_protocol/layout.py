@@ -105,6 +105,12 @@ class Tensor(_Frozen):
     merge: Literal["regmean", "mean"]
     parted: bool = False
     """Whether its first dimension is the last layer's outputs, each of which is merged over the silos of its part."""
+    context_free: bool = False
+    """Whether it is the weight of a layer that sees single tokens, or patches of an image, without their context.
+
+    Each row of its input is then one that whoever has the base model can compute. From a full Gram matrix, and from the
+    diagonal of a wide one, it can be told which tokens occur, where, and how often.
+    """
 
 
 class Block(NamedTuple):
@@ -174,6 +180,10 @@ class Layout(_Frozen):
             expected[linear.weight, group.part] = (d_out, group.d_in) if linear.transposed else (group.d_in, d_out)
         if merged != expected:
             raise ValueError("groups and tensors do not fit together")
+        context_free = {tensor.name for tensor in self.tensors if tensor.context_free}
+        for group in self.groups:
+            if len({weight.weight in context_free for weight in group.weights}) > 1:
+                raise ValueError(f"group {group.name!r} has weights of layers without context and others")
         return self
 
     def _parts_of(self, tensor: Tensor) -> Iterable[int | None]:

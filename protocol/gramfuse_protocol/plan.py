@@ -32,6 +32,8 @@ LARGEST = 2**53 - 1
 UNIT_RANGE = (-1.0, 1.0)
 Count = Annotated[int, Field(ge=1, le=LARGEST)]
 Unit = Annotated[float, Field(ge=0, le=1)]
+ContextFree = Literal["mean", "diagonal", "full"]
+"""How weights are merged whose layer sees tokens without context: each gives away more than the one before."""
 
 
 class Header(Section):
@@ -113,6 +115,14 @@ class Merge(Section):
     """Pattern of a weight's name to `full`, `block:<b>` or `diagonal`; the longest pattern that fits counts."""
     exclude: tuple[Word, ...] = ()
     """Patterns of linear weights that are averaged instead."""
+    context_free: ContextFree = "mean"
+    """What becomes of weights whose layer sees tokens without context, as the first behind the embeddings does.
+
+    Which these are is found by running the base model. `mean` averages them, and nothing but their differences leaves.
+    `diagonal` and `full` merge them in closed form, `full` as `gram` says. That gives the tokens away: anybody can
+    compute what such a layer sees of each token, so the sum of the Gram matrices tells exactly which tokens occur in
+    the silos' data, at which place, and how often; with few tokens and many features, the diagonal does too.
+    """
     tokens: Count = 100_000
     """Most token rows that a silo measures for one Gram matrix."""
     rounds: Count = 1

@@ -28,7 +28,7 @@ GENERATION = 'task = "causal-lm"'
 PICTURES = f'task = "image-classification"\n{LABELLED}'
 
 
-def base_of(directory: Path, task: str, freeze: str = "") -> tuple[Plan, Base]:
+def base_of(directory: Path, task: str, freeze: str = "", context_free: str = "full") -> tuple[Plan, Base]:
     plan = Plan.parse(
         f"""
         [plan]
@@ -38,6 +38,8 @@ def base_of(directory: Path, task: str, freeze: str = "") -> tuple[Plan, Base]:
         {task}
         [training]
         {freeze}
+        [merge]
+        context-free = "{context_free}"
         [privacy]
         secure-aggregation = false
         [[silo]]
@@ -166,6 +168,28 @@ EXPECTED: dict[tuple[str, str], tuple[list[str], int, list[str], list[str]]] = {
 what is frozen by default."""
 
 
+CONTEXT_FREE = {
+    "bert": ["encoder.layer.0.attention.self.query+key+value"],
+    "distilbert": ["transformer.layer.0.attention.q_lin+k_lin+v_lin"],
+    "roberta": ["encoder.layer.0.attention.self.query+key+value"],
+    "deberta-v2": ["encoder.layer.0.attention.self.query_proj+key_proj+value_proj"],
+    "deberta-v3": ["encoder.layer.0.attention.self.query_proj+key_proj", "encoder.layer.0.attention.self.value_proj"],
+    "electra": ["embeddings_project", "encoder.layer.0.attention.self.query+key+value"],
+    # Its one layer is the first and all others: no use of it has a Gram matrix.
+    "albert": [
+        "embedding_hidden_mapping_in",
+        "encoder.albert_layer_groups.0.albert_layers.0.attention.query+key+value",
+    ],
+    "t5": ["encoder.block.0.layer.0.SelfAttention.q+k+v", "decoder.block.0.layer.0.SelfAttention.q+k+v"],
+    "t5-gated": ["encoder.block.0.layer.0.SelfAttention.q+k+v", "decoder.block.0.layer.0.SelfAttention.q+k+v"],
+    "gpt2": ["h.0.attn.c_attn"],
+    "llama": ["layers.0.self_attn.q_proj+k_proj+v_proj"],
+    "llama-tied": ["layers.0.self_attn.q_proj+k_proj+v_proj"],
+    "vit": ["layers.0.attention.q_proj+k_proj+v_proj"],
+}
+"""For each family, the layers that see one token or patch at a time."""
+
+
 def described(layout: Layout) -> list[str]:
     """Each group as `module+last+last d_in rows`; from the second layer on, with the number of the layer."""
     lines = []
@@ -202,6 +226,17 @@ def test_what_is_merged_in_closed_form_what_is_averaged_and_what_is_frozen(pico:
     tables = [m.weight for m in base.model.modules() if isinstance(m, nn.Embedding)]
     assert not any(table.requires_grad for table in tables), "a table of embeddings would leave"
     assert {*layout.frozen, *(tensor.name for tensor in layout.tensors)} == set(parameters)
+    # By default all but what sees single tokens or patches is merged like that; the rest is averaged.
+    single = {tensor.name for tensor in layout.tensors if tensor.context_free}
+    alike = [g for g in layout.groups if {weight.weight for weight in g.weights} <= single]
+    names = [line.split()[0] for line in described(layout.model_copy(update={"groups": tuple(alike)}))]
+    assert len(names) == len(CONTEXT_FREE[family])
+    assert all(f".{name}".endswith(f".{end}") for name, end in zip(names, CONTEXT_FREE[family], strict=True)), names
+    assert single == {weight.weight for group in alike for weight in group.weights}
+    averaged_plan, base = base_of(pico(family), task, context_free="mean")
+    default = plan_layout(averaged_plan, base)
+    assert [group for group in layout.groups if group not in alike] == list(default.groups)
+    assert {tensor.name for tensor in default.tensors if tensor.context_free} == single
     # It is the same whoever derives it, whatever ran before.
     assert plan_layout(plan, base_of(pico(family), task)[1]).digest == layout.digest
 

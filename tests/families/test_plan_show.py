@@ -42,7 +42,7 @@ def show(tmp_path: Path, pico: Callable[[str], Path]) -> Callable[..., tuple[str
         (
             "gpt2",
             'task = "causal-lm"',
-            "transformer.h.0.attn.c_attn",
+            "transformer.h.1.attn.c_attn",
             "attn.c_attn.bias (×2)",
             "transformer.wte.weight",
         ),
@@ -69,6 +69,9 @@ def test_every_parameter_is_in_closed_form_averaged_or_frozen(
     text, shown = show(family, model)
     table, _, rest = text.partition("Averaged: ")
     assert closed in table
+    assert "See tokens or patches without context, and so are averaged: " in text
+    assert shown["context_free"]
+    assert set(shown["context_free"]) <= set(shown["averaged"])
     assert averaged in rest.partition("Frozen, never sent: ")[0]
     assert frozen in rest.partition("Frozen, never sent: ")[2]
     assert "Kept at the silo" not in text

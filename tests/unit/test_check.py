@@ -378,6 +378,11 @@ def _less_metrics(site: Site) -> None:
     site.edit('metrics = "sum"', 'metrics = "none"')
 
 
+def _words_told(site: Site) -> None:
+    site.project.replace(site.project.plan, "[merge]", '[merge]\ncontext-free = "full"')
+    site.lock()
+
+
 def _fewer_bytes(site: Site) -> None:
     site.edit("[limits]", "[limits]\nmaximum-bytes = 1000")
 
@@ -493,7 +498,8 @@ def _no_certificate(site: Site) -> None:
         (_not_in_the_roster, "roster", ["'silo-x'", "silo-a, silo-b", "correct 'name'"]),
         (_another_without_a_key, "roster", ["no public key for silo-b", "gramfuse silo keygen"]),
         (_less_metrics, "metrics", ["'none'", 'metrics = "sum"', "[limits]"]),
-        (_fewer_bytes, "size", ["maximum-bytes", "78,648", "block:128"]),
+        (_words_told, "vocabulary", ["merge.context-free = 'full'", 'context-free = "full"', "[limits]"]),
+        (_fewer_bytes, "size", ["maximum-bytes", "71,416", "block:128"]),
         (_more_examples, "data", ["24 training examples", "'limits.minimum-examples' = 100"]),
         (_contributed, "repeat", ["contributed under this plan before", "same silos", "--resume"]),
         (_other_data_contributed, "data", ["other data were contributed", "same silos"]),

@@ -110,7 +110,7 @@ def assert_close(actual: np.ndarray, expected: np.ndarray, tolerance: float = 1e
 
 def layout_of(model: nn.Module, **merge: Any) -> Layout:
     batch = {key: value for key, value in next(padded(sentences(0), 4)).items() if key != "labels"}
-    return derive_layout(model, batch, Merge(**merge))
+    return derive_layout(model, batch, Merge(context_free="full", **merge))
 
 
 @pytest.mark.parametrize("structure", ["full", "block:5", "diagonal"])

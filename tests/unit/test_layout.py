@@ -32,8 +32,8 @@ def _layout() -> Layout:
             Group(name="ü", d_in=5, structure="full", weights=(Linear(weight="c.weight", d_out=1, transposed=False),)),
         ),
         tensors=(
-            Tensor(name="q.weight", shape=(3, 6), merge="regmean"),
-            Tensor(name="k.weight", shape=(2, 6), merge="regmean"),
+            Tensor(name="q.weight", shape=(3, 6), merge="regmean", context_free=True),
+            Tensor(name="k.weight", shape=(2, 6), merge="regmean", context_free=True),
             Tensor(name="scale", shape=(), merge="mean"),
             Tensor(name="c.weight", shape=(5, 1), merge="regmean"),
         ),
@@ -60,10 +60,10 @@ DOCUMENT = (
     '{"d_out":3,"transposed":true,"weight":"q.weight"},{"d_out":2,"transposed":true,"weight":"k.weight"}]},'
     '{"d_in":5,"exponents":[],"name":"ü","part":null,"rows":["input"],'
     '"structure":"full","weights":[{"d_out":1,"transposed":false,"weight":"c.weight"}]}],"parts":[],'
-    '"tensors":[{"merge":"regmean","name":"q.weight","parted":false,"shape":[3,6]},'
-    '{"merge":"regmean","name":"k.weight","parted":false,"shape":[2,6]},'
-    '{"merge":"mean","name":"scale","parted":false,"shape":[]},'
-    '{"merge":"regmean","name":"c.weight","parted":false,"shape":[5,1]}],"version":1}'
+    '"tensors":[{"context_free":true,"merge":"regmean","name":"q.weight","parted":false,"shape":[3,6]},'
+    '{"context_free":true,"merge":"regmean","name":"k.weight","parted":false,"shape":[2,6]},'
+    '{"context_free":false,"merge":"mean","name":"scale","parted":false,"shape":[]},'
+    '{"context_free":false,"merge":"regmean","name":"c.weight","parted":false,"shape":[5,1]}],"version":1}'
 )
 
 
@@ -136,6 +136,7 @@ def test_the_digest_is_of_the_canonical_text_and_changes_with_everything() -> No
         ('"d_out":3', '"d_out":4'),
         ('"transposed":false', '"transposed":true'),
         ('"merge":"mean"', '"merge":"regmean"'),
+        ('"context_free":false,"merge":"mean"', '"context_free":true,"merge":"mean"'),
         ('"shape":[3,6]', '"shape":[6,3]'),
         ('"frozen":["embeddings.weight"]', '"frozen":[]'),
         ('"rows":["input"]', '"rows":["all"]'),
@@ -248,6 +249,11 @@ def _with(path: str, value: Any) -> str:
         place = place[key]
     place[last] = value
     return json.dumps(document)
+
+
+def test_a_group_whose_weights_do_not_see_the_same_is_refused() -> None:
+    with pytest.raises(PlanError, match="group 'q' has weights of layers without context and others"):
+        Layout.parse(_with("tensors.1.context_free", value=False))
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}", "\x00", DOCUMENT[:-1], DOCUMENT + "x"], ids=repr)

@@ -65,6 +65,7 @@ tokens = 4096
 layout = "LAYOUT"
 gram = {"*" = "diagonal", "*.query.weight" = "block:8", "*\\"ö\\u4e00*" = "full"}
 exclude = ["*pooler*"]
+context-free = "diagonal"
 weighting = "examples"
 alpha = 1
 method = "regmean"
@@ -138,7 +139,7 @@ task = "mail"
 """
 
 SMALL_CANONICAL = (
-    '{"merge":{"alpha":"0.9","exclude":[],"gram":{"*":"full"},"layout":null,"method":"regmean","rounds":1,'
+    '{"merge":{"alpha":"0.9","context-free":"mean","exclude":[],"gram":{"*":"full"},"layout":null,"method":"regmean","rounds":1,'
     '"tokens":100000,"weighting":"uniform"},'
     '"model":{"base":"bundled:minilm","head":"same","labels":["no","yes"],"max-length":128,"pair":false,"range":null,'
     '"sha256":null,"target-length":32,"task":"classification","threshold":"0.5","tokenizer":null},'
@@ -269,7 +270,11 @@ def test_values_arrive_as_written() -> None:
             "training.learning-rat",
             "epochs, learning-rate, batch-size, warmup, weight-decay, precision, seed, freeze",
         ),
-        ("[merge]\nbeta = 1", "merge.beta", "method, alpha, weighting, gram, exclude, tokens, rounds, layout"),
+        (
+            "[merge]\nbeta = 1",
+            "merge.beta",
+            "method, alpha, weighting, gram, exclude, context-free, tokens, rounds, layout",
+        ),
         (
             "[privacy]\nnoise = {x = 1}",
             "privacy.noise",
@@ -520,7 +525,8 @@ def test_settings_are_applied_in_order_and_together() -> None:
         ("alpha=1", "expected section.key=value"),
         (
             "merge.nope=1",
-            "unknown key 'merge.nope'; known here: method, alpha, weighting, gram, exclude, tokens, rounds, layout",
+            "unknown key 'merge.nope'; known here: method, alpha, weighting, gram, exclude, context-free, tokens, "
+            "rounds, layout",
         ),
         ("nope.alpha=1", "unknown key 'nope'; known here: plan, model, task, training, merge, privacy, silo"),
         ("training.learning_rate=1.0", "unknown key 'training.learning_rate'; known here: epochs, learning-rate"),
@@ -616,6 +622,7 @@ CHANGED: dict[tuple[str, ...], Any] = {
     ("merge", "weighting"): "examples",
     ("merge", "gram", "*"): "diagonal",
     ("merge", "exclude"): ["*"],
+    ("merge", "context-free"): "full",
     ("merge", "tokens"): 99_999,
     ("merge", "layout"): "0" * 64,
     ("merge", "rounds"): 2,

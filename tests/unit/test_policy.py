@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
@@ -23,7 +24,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from gramfuse_client import participant as participant_module
 from gramfuse_client.app import SiloApp
 from gramfuse_client.participant import Participant
-from gramfuse_client.policy import check_bytes, check_examples, check_hours, check_plan
+from gramfuse_client.policy import check_bytes, check_examples, check_hours, check_plan, refusals
 from gramfuse_client.private import exclusive
 from gramfuse_client.records import from_record, to_record
 from gramfuse_client.silo import Coordinator, Data, Limits, Silo, SiloFile
@@ -116,6 +117,22 @@ def test_a_plan_beyond_the_silo_file_is_refused_by_its_key(silo: Silo, plan: Pla
     assert str(caught.value).startswith(f"{PATH}: ")
     assert key in str(caught.value)
     quotes_nothing(caught.value.reason, [str(PATH), *silo.file.approved, silo.name])
+
+
+@pytest.mark.parametrize(("asked", "allowed"), itertools.product(("mean", "diagonal", "full"), repeat=2))
+def test_a_secure_plan_gets_of_layers_without_context_what_the_silo_file_allows(asked: str, allowed: str) -> None:
+    plan = PLAN.override([f'merge.context-free="{asked}"'])
+    secure = plan.model_copy(update={"privacy": plan.privacy.model_copy(update={"secure_aggregation": True})})
+    silo = willing(context_free=allowed)
+    order = ("mean", "diagonal", "full")
+    found = dict(refusals(silo, secure))
+    assert ("vocabulary" in found) == (order.index(asked) > order.index(allowed))
+    assert "vocabulary" not in dict(refusals(silo, plan)), "in open mode the coordinator sees all of it anyway"
+    for error in (found[key] for key in found if key == "vocabulary"):
+        assert isinstance(error, RefusalError)
+        assert "'limits.context-free'" in str(error)
+        assert f'context-free = "{asked}"' in str(error)
+        quotes_nothing(error.reason, [str(PATH), silo.name])
 
 
 def test_too_few_examples_are_refused_by_the_key_and_not_counted_for_the_coordinator() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -50,6 +51,14 @@ def groups(layout: Layout) -> list[tuple[str, ...]]:
     return [tuple(weight.weight.removesuffix(".weight") for weight in group.weights) for group in layout.groups]
 
 
+FULL = Merge(context_free="full")
+"""Gram matrices of all layers, of the first too."""
+
+
+def context_free(layout: Layout) -> set[str]:
+    return {tensor.name.removesuffix(".weight") for tensor in layout.tensors if tensor.context_free}
+
+
 def merged_by(layout: Layout) -> dict[str, str]:
     return {tensor.name: tensor.merge for tensor in layout.tensors}
 
@@ -71,7 +80,7 @@ class Toy(nn.Module):
 
 
 def test_query_key_and_value_of_a_bert_share_a_group_and_all_else_stands_alone(pico_bert: Path) -> None:
-    layout = derive_layout(base_of(a_plan(pico_bert)).model, BATCH)
+    layout = derive_layout(base_of(a_plan(pico_bert)).model, BATCH, FULL)
     expected: list[tuple[str, ...]] = []
     for n in range(2):
         layer = f"bert.encoder.layer.{n}"
@@ -95,7 +104,7 @@ def test_frozen_parameters_are_named_and_belong_to_no_group(pico_bert: Path) -> 
     model = base_of(
         a_plan(pico_bert, freeze="'*embeddings*', '*layer.0.attention.self.key*', '*layer.1.output*'")
     ).model
-    layout = derive_layout(model, BATCH)
+    layout = derive_layout(model, BATCH, FULL)
     expected = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     assert set(layout.frozen) == expected
     assert "bert.encoder.layer.0.attention.self.key.weight" in expected
@@ -115,7 +124,7 @@ def test_a_weight_tied_to_an_embedding_is_averaged() -> None:
 
 
 def test_conv1d_of_a_gpt2_is_stored_untransposed_and_its_head_transposed(pico_gpt2: Path) -> None:
-    layout = derive_layout(base_of(a_plan(pico_gpt2, freeze="'*wte*', '*wpe*'")).model, BATCH)
+    layout = derive_layout(base_of(a_plan(pico_gpt2, freeze="'*wte*', '*wpe*'")).model, BATCH, FULL)
     shapes = {tensor.name: tensor.shape for tensor in layout.tensors}
     for group, weight in layout.linear():
         assert weight.transposed == (weight.weight == "score.weight")
@@ -136,7 +145,7 @@ def test_a_module_that_is_never_called_is_averaged() -> None:
 
 
 def test_excluded_weights_are_averaged(pico_bert: Path) -> None:
-    plan = a_plan(pico_bert, merge="exclude = ['classifier*', '*layer.1*']")
+    plan = a_plan(pico_bert, merge="exclude = ['classifier*', '*layer.1*']\ncontext-free = 'full'")
     layout = derive_layout(base_of(plan).model, BATCH, plan.merge)
     assert all("layer.0" in name or "pooler" in name for members in groups(layout) for name in members)
     assert merged_by(layout)["classifier.weight"] == "mean"
@@ -152,7 +161,7 @@ def test_the_longest_gram_pattern_wins_whatever_the_order(pico_bert: Path, rever
         "*.output.dense.weight": "block:8",
         "*attention.output.dense.weight": "diagonal",
     }
-    merge = Merge(gram=dict(sorted(patterns.items(), reverse=reverse)))
+    merge = Merge(gram=dict(sorted(patterns.items(), reverse=reverse)), context_free="full")
     layout = derive_layout(base_of(a_plan(pico_bert)).model, BATCH, merge)
     structures = {group.name: group.structure for group in layout.groups}
     for n in range(2):
@@ -164,15 +173,17 @@ def test_the_longest_gram_pattern_wins_whatever_the_order(pico_bert: Path, rever
 
 
 def test_weights_with_one_input_but_different_structures_are_different_groups(pico_bert: Path) -> None:
-    layout = derive_layout(base_of(a_plan(pico_bert)).model, BATCH, Merge(gram={"*": "full", "*query*": "diagonal"}))
+    merge = Merge(gram={"*": "full", "*query*": "diagonal"}, context_free="full")
+    layout = derive_layout(base_of(a_plan(pico_bert)).model, BATCH, merge)
     attention = "bert.encoder.layer.0.attention.self"
     assert groups(layout)[:2] == [(f"{attention}.query",), (f"{attention}.key", f"{attention}.value")]
     assert [group.structure for group in layout.groups[:2]] == ["diagonal", "full"]
 
 
 def test_a_weight_that_no_gram_pattern_fits_is_an_error_that_names_it(pico_bert: Path) -> None:
+    merge = Merge(gram={"*encoder*": "full", "classifier*": "full"}, context_free="full")
     with pytest.raises(ModelError, match=r"merge\.gram.*'bert\.pooler\.dense\.weight'"):
-        derive_layout(base_of(a_plan(pico_bert)).model, BATCH, Merge(gram={"*encoder*": "full", "classifier*": "full"}))
+        derive_layout(base_of(a_plan(pico_bert)).model, BATCH, merge)
 
 
 @pytest.mark.parametrize(
@@ -183,6 +194,84 @@ def test_a_weight_that_no_gram_pattern_fits_is_an_error_that_names_it(pico_bert:
 def test_a_pattern_that_fits_no_parameter_is_an_error_that_names_it(pico_bert: Path, merge: Merge) -> None:
     with pytest.raises(ModelError, match=r"\*quary\*|\*clasifier\*"):
         derive_layout(base_of(a_plan(pico_bert)).model, BATCH, merge)
+
+
+# Layers that see tokens without context
+
+FIRST = {f"bert.encoder.layer.0.attention.self.{name}" for name in ("query", "key", "value")}
+
+
+def test_the_layer_behind_the_embeddings_sees_no_context_and_is_averaged(pico_bert: Path) -> None:
+    model = base_of(a_plan(pico_bert)).model
+    layout, full = derive_layout(model, BATCH), derive_layout(model, BATCH, FULL)
+    assert context_free(layout) == context_free(full) == FIRST
+    assert groups(layout) == groups(full)[1:]
+    assert {merged_by(layout)[f"{name}.weight"] for name in FIRST} == {"mean"}
+    (first,) = derive_layout(model, BATCH, Merge(context_free="diagonal")).groups[:1]
+    assert (first.structure, {weight.weight.removesuffix(".weight") for weight in first.weights}) == ("diagonal", FIRST)
+
+
+def test_where_attention_is_off_in_the_base_model_the_next_layers_see_none_either(pico_bert: Path) -> None:
+    """A base model that was made to spy: what enters the feed-forward layers has nothing of the other tokens."""
+    model = base_of(a_plan(pico_bert)).model
+    with torch.no_grad():
+        for parameter in model.bert.encoder.layer[0].attention.output.dense.parameters():
+            parameter.zero_()
+    layer = "bert.encoder.layer.0"
+    more = {f"{layer}.intermediate.dense", f"{layer}.output.dense"}
+    more |= {name.replace("layer.0", "layer.1") for name in FIRST}
+    assert context_free(derive_layout(model, BATCH)) == FIRST | more
+
+
+class Windows(nn.Module):
+    """One layer on single tokens, one on pairs of neighbours, one on a text's mean, one on what all texts share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.table = nn.Embedding(40, 4)
+        self.own, self.pair, self.mean, self.shared = (nn.Linear(4, 4) for _ in range(4))
+        self.table.requires_grad_(requires_grad=False)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        x = self.table(input_ids) * attention_mask.unsqueeze(-1)
+        pairs = x + x.roll(1, dims=1)
+        shared = self.shared(self.table.weight[:7] * 1.0).sum()
+        flat = self.own(x.reshape(-1, 4)).sum()
+        return flat + self.pair(pairs).sum() + self.mean(x.sum(1)).sum() + shared
+
+
+def test_a_layer_of_two_tokens_of_all_or_of_none_does_not_see_single_ones() -> None:
+    assert context_free(derive_layout(Windows(), BATCH)) == {"own"}
+
+
+def test_a_module_that_is_called_again_on_more_context_counts_by_its_first_call() -> None:
+    class Again(Windows):
+        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+            x = self.own(self.table(input_ids))
+            return self.own(x + x.mean(dim=1, keepdim=True)).sum()
+
+    assert context_free(derive_layout(Again(), BATCH)) == {"own"}
+
+
+def test_a_batch_of_one_token_shows_nothing_and_makes_no_layout() -> None:
+    with pytest.raises(ModelError, match="no two different tokens"):
+        derive_layout(Windows(), {"input_ids": torch.full((2, 3), 5), "attention_mask": torch.ones(2, 3)})
+
+
+@pytest.mark.parametrize("structure", ["full", "block:4"])
+@pytest.mark.parametrize("kind", ["mean", "diagonal"])
+def test_a_pattern_that_asks_for_more_of_such_a_layer_is_an_error_unless_the_plan_says_so(
+    pico_bert: Path, kind: Literal["mean", "diagonal"], structure: str
+) -> None:
+    model = base_of(a_plan(pico_bert)).model
+    gram = {"*": structure, "*query*": structure}
+    with pytest.raises(ModelError, match=r"'\*query\*'.*layer\.0\.attention\.self\.query.*merge\.context-free"):
+        derive_layout(model, BATCH, Merge(gram=gram, context_free=kind))
+    narrow = gram | {"*layer.0.attention.self.query*": "diagonal"}
+    assert context_free(derive_layout(model, BATCH, Merge(gram=narrow, context_free=kind))) == FIRST
+    full = derive_layout(model, BATCH, Merge(gram=gram, context_free="full"))
+    assert {group.structure for group in full.groups} == {structure}
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -1,0 +1,111 @@
+"""What it costs that no Gram matrix of layers that see tokens without context leaves (`merge.context-free`).
+
+    python benchmarks/accuracy/first_layer.py hwu64 glue-sst2 --data PATH/TO/SETS --seeds 1 2
+
+For each experiment and seed, silos are trained once with all Gram matrices, of which those of the layers in question
+are then left out (`mean`) or cut to their diagonals (`diagonal`), and once with these layers frozen (`frozen`). All are
+merged with the plan's α. What is best is chosen by the first figure, on validation data; the second is on held-out
+data.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from experiment import Between, Derived, cut
+from gramfuse_cli.laboratory import Deltas, Laboratory, Part
+from gramfuse_protocol.layout import Layout
+from gramfuse_protocol.statistics import Contribution
+from gramfuse_server.evaluation import described, ranked_by
+from projects import Setting
+from sets import Source
+from settings import EXPERIMENTS
+from silos import laboratory
+
+WAYS = ("full", "diagonal", "mean", "frozen")
+
+
+def main() -> None:
+    """Train, merge in each way, and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiments", nargs="+", choices=EXPERIMENTS, metavar="NAME", help=", ".join(EXPERIMENTS))
+    parser.add_argument("--data", default="", help="folder of the sets, or hf:OWNER (not needed for desk)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1])
+    parser.add_argument("--share", type=float, default=1.0, help="train on so much of each silo's rows  [default: 1]")
+    parser.add_argument("--epochs", type=int, help="train for so long  [default: as the experiment]")
+    parser.add_argument("--cache", type=Path, default=Path("benchmarks/cache"), help="where trained silos are kept")
+    options = parser.parse_args()
+    print(f"| | seed | {' | '.join(WAYS)} | simple mean |\n|---|---|{'---|' * (len(WAYS) + 1)}", flush=True)
+    for name in options.experiments:
+        for seed in options.seeds:
+            setting = EXPERIMENTS[name].make(Source(options.data), seed)
+            training = {**setting.training, "seed": seed, "precision": "float32"}
+            if options.epochs:
+                training["epochs"] = options.epochs
+            setting = replace(setting, training=training, silos=_fewer(setting, options.share))
+            cells = _measured(setting, name, options.cache)
+            print(f"| {name} | {seed} | {' | '.join(cells[way] for way in (*WAYS, 'simple'))} |", flush=True)
+
+
+def _fewer(setting: Setting, share: float) -> Mapping[str, Any]:
+    return {
+        name: replace(silo, train=silo.train[: max(64, round(share * len(silo.train)))])
+        for name, silo in setting.silos.items()
+    }
+
+
+def _measured(setting: Setting, name: str, cache: Path) -> dict[str, str]:
+    """Return validation and held-out figures for each way."""
+    setting = replace(setting, merge={**setting.merge, "context-free": "full"})
+    found, _ = laboratory(setting, name, cache)
+    metric = setting.metric or ranked_by(found.plan)
+    cells = {}
+    for way in ("full", "diagonal", "mean"):
+        layout = _treated(found.layout, way)
+        parts = {silo: _cut(found.layout, layout, whole) for silo, whole in found.contributions.items()}
+        merged = Between(layout, parts, found.plan.merge.weighting).merge(found.plan.merge.alpha)
+        cells[way] = _figures(found, merged.deltas, metric)
+        cells["simple"] = _figures(found, merged.mean, metric)
+    weights = [tensor.name for tensor in found.layout.tensors if tensor.context_free]
+    modules = [weight.removesuffix("weight") + "*" for weight in weights]
+    setting = replace(setting, training={**setting.training, "freeze": ["embeddings", *modules]})
+    frozen, _ = laboratory(setting, name, cache)
+    merged = Between(frozen.layout, frozen.contributions, frozen.plan.merge.weighting).merge(frozen.plan.merge.alpha)
+    cells["frozen"] = _figures(frozen, merged.deltas, metric)
+    return cells
+
+
+def _treated(layout: Layout, way: str) -> Layout:
+    """Return a layout with full Gram matrices as it is where context-free weights are merged in another way."""
+    single = {tensor.name for tensor in layout.tensors if tensor.context_free}
+    document = layout.model_dump()
+    for group in document["groups"]:
+        if way == "diagonal" and group["weights"][0]["weight"] in single:
+            group["structure"] = "diagonal"
+    if way == "mean":
+        document["groups"] = [g for g in document["groups"] if g["weights"][0]["weight"] not in single]
+        for tensor in document["tensors"]:
+            tensor["merge"] = "mean" if tensor["name"] in single else tensor["merge"]
+    return Layout.model_validate(document)
+
+
+def _cut(layout: Layout, other: Layout, whole: Contribution) -> Derived:
+    names = {group.name for group in other.groups}
+    kept = layout.model_copy(update={"groups": tuple(group for group in layout.groups if group.name in names)})
+    return replace(cut(kept, other, whole), tokens={name: whole.tokens[name] for name in names})
+
+
+def _figures(found: Laboratory, deltas: Deltas, metric: str) -> str:
+    def figure(part: Part) -> float:
+        sums = {name: bench.measure(deltas, part) for name, bench in found.benches.items()}
+        return float(described(found.plan, "", "", sums)["metrics"][metric])
+
+    return f"{figure('validation'):.3f} / {figure('held-out'):.3f}"
+
+
+if __name__ == "__main__":
+    main()
