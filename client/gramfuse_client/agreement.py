@@ -25,7 +25,7 @@ SHOWN = {"none": "none leave", "sum": "shown as a sum over silos only", "silo": 
 VOCABULARY = {
     "mean": "layers that see tokens without context are averaged; no Gram matrix of theirs leaves",
     "diagonal": "of layers that see tokens without context, diagonals of Gram matrices leave, which may tell the words",
-    "full": "of layers that see tokens without context, Gram matrices leave, which tell the words, and how often each is",
+    "full": "of layers that see tokens without context, Gram matrices leave, which tell the words and how often each is",
 }
 """What leaves of layers that see tokens without context, by `merge.context-free`."""
 
