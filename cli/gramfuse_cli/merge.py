@@ -9,7 +9,7 @@ import click
 from rich.console import Console
 
 from gramfuse_cli.options import as_json as json_option
-from gramfuse_cli.report import show_steps
+from gramfuse_cli.report import check_sound, show_checks, show_steps
 
 
 @click.command()
@@ -66,11 +66,15 @@ def merge(
     settings = Settings(alpha=alpha, weighting=weighting, weights=factors, heads=heads, base=base)  # type: ignore[arg-type]
     report = merge_files(files, out.absolute(), settings, Path.cwd())
     if as_json:
+        check_sound(report, out.absolute())
         click.echo(json.dumps({**report, "run": str(out.absolute())}))
         return
-    show_steps(Console(stderr=True), report["solve"])
+    console = Console(stderr=True)
+    show_steps(console, report["solve"])
+    show_checks(console, report)
     names = ", ".join(silo["name"] for silo in report["silos"])
     click.echo(f"{len(files)} models merged ({names}), alpha {report['alpha']}, in {report['seconds']:.0f} s: {out}")
+    check_sound(report, out.absolute())
 
 
 def _factor(setting: str) -> tuple[str, float]:

@@ -10,14 +10,22 @@ from typing import Any
 import click
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from gramfuse_server.pages.wording import MERGES, MODES, columns, explain, name_of
-from gramfuse_server.run import PAGE
+from gramfuse_protocol.errors import MergeError
+from gramfuse_server.pages.wording import MERGES, MODES, columns, explain, explain_check, name_of
+from gramfuse_server.run import PAGE, REPORT
+from gramfuse_server.verdicts import told, worst
 
 
 def show_report(report: Mapping[str, Any], run: Path, as_json: bool) -> None:
-    """Print a report: one JSON object, or a table and how to load the model."""
+    """Print a report: one JSON object, or a table and how to load the model.
+
+    Raises:
+        MergeError: if a check of the merge is bad; then no JSON is printed, and the error names the report.
+    """
     if as_json:
+        check_sound(report, run)
         click.echo(json.dumps({**report, "run": str(run)}))
         return
     console = Console()
@@ -28,6 +36,7 @@ def show_report(report: Mapping[str, Any], run: Path, as_json: bool) -> None:
     for lost in report["lost"]:
         console.print(f"[yellow]Lost on the way: {lost['name']}: {lost['reason']}[/]", highlight=False, soft_wrap=True)
     show_steps(console, report["solve"])
+    show_checks(console, report)
     sent = sum(sum(phases.values()) for phases in report["bytes"].values())
     seen = MODES[report["mode"]]
     if report["mode"] == "secure":
@@ -39,6 +48,30 @@ def show_report(report: Mapping[str, Any], run: Path, as_json: bool) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    check_sound(report, run)
+
+
+def check_sound(report: Mapping[str, Any], run: Path) -> None:
+    """Raise MergeError if a check of the merge is bad.
+
+    Args:
+        run: directory of the report.
+    """
+    if worst(report["checks"]) == "bad":
+        error = MergeError(
+            f"{run}: {told(report['checks'])}. A silo's training diverged, or a silo did not send what it measured; "
+            "the sum does not say which. The model is there to be looked at, not to be used"
+        )
+        error.report = run / REPORT
+        raise error
+
+
+def show_checks(console: Console, report: Mapping[str, Any]) -> None:
+    """Print the checks that are not ok."""
+    for check in report["checks"]:
+        if check["verdict"] != "ok":
+            style = "bold red" if check["verdict"] == "bad" else "yellow"
+            console.print(Text(explain_check(check), style), soft_wrap=True)
 
 
 def show_models(

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from gramfuse_cli import options
 from gramfuse_cli.project import Project
-from gramfuse_cli.report import show_models, show_report, show_steps
+from gramfuse_cli.report import check_sound, show_checks, show_models, show_report, show_steps
 from gramfuse_cli.simulate import run_simulation
 from gramfuse_cli.terms import Term, compare_option
 from gramfuse_cli.tuning import Data, Wanted, tune_files
@@ -121,13 +121,16 @@ def tune(
         raise click.UsageError("files need --validation DATA, --test DATA and -o MODEL")
     report = tune_files(sources, base, Data(validation, test, columns), wanted, out.absolute(), _say)
     if as_json:
+        check_sound(report, out.absolute())
         click.echo(json.dumps({**report, "run": str(out.absolute())}))
         return
     show_tuning(report["tuning"])
     console = Console()
     show_models(console, report, "test examples")
     show_steps(console, report["solve"])
+    show_checks(console, report)
     console.print(f"\n{out}", highlight=False, soft_wrap=True)
+    check_sound(report, out.absolute())
 
 
 def _say(line: str) -> None:

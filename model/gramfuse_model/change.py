@@ -57,7 +57,7 @@ def check_changes(model: nn.Module, layout: Layout, arrays: Mapping[str, NDArray
         RefusalError: naming the tensor that changes most.
     """
     found = changes(model, {tensor.name: arrays[delta_block(tensor.name)] for tensor in layout.tensors})
-    worst = max(found, key=lambda name: _order(found[name]))
+    worst = max(found, key=lambda name: np.nan_to_num(found[name], nan=np.inf))
     if not found[worst] <= limit:
         told = (
             f"the model that came changes tensor {worst!r} by {found[worst]:.3g} times the base's norm; the plan "
@@ -73,8 +73,3 @@ def check_changes(model: nn.Module, layout: Layout, arrays: Mapping[str, NDArray
 def _root_mean_square(values: NDArray[Any]) -> float:
     with np.errstate(over="ignore", invalid="ignore"):  # what is no number is told as such
         return float(np.sqrt(np.mean(np.square(values, dtype=np.float64))))
-
-
-def _order(change: float) -> float:
-    """Return what changes are compared by: what is no number is more than any."""
-    return change if change == change else np.inf  # noqa: PLR0124

@@ -24,6 +24,8 @@ def write_model(
     silos: Sequence[str],
     metrics: Mapping[str, float] | None,
     chosen: Mapping[str, Any] | None = None,
+    *,
+    doubt: str = "",
 ) -> None:
     """Write base + deltas; the base model in memory becomes the merged one.
 
@@ -34,6 +36,7 @@ def write_model(
         silos: whose contributions are in it.
         metrics: joint held-out metrics for the card, if any were measured.
         chosen: `alpha` and `weights` by silo, if they were chosen on held-out data and are not the plan's.
+        doubt: why it must not be used, if a check of the merge is bad.
     """
     add_differences(base.model, deltas)
     model = base.model
@@ -43,7 +46,7 @@ def write_model(
             model.config.__dict__.pop(key, None)
     model.save_pretrained(directory)
     base.tokenizer.save_pretrained(directory)
-    (directory / "README.md").write_text(card(plan, silos, metrics, chosen), encoding="utf-8")
+    (directory / "README.md").write_text(card(plan, silos, metrics, chosen, doubt=doubt), encoding="utf-8")
 
 
 def add_differences(model: nn.Module, deltas: Deltas) -> None:
@@ -60,11 +63,15 @@ def card(
     silos: Sequence[str],
     metrics: Mapping[str, float] | None,
     chosen: Mapping[str, Any] | None = None,
+    *,
+    doubt: str = "",
 ) -> str:
     """Return the model card, made from the plan; arguments as `write_model` has them."""
     form = merged_form(plan)
     exchanges = "one exchange" if plan.merge.rounds == 1 else f"{plan.merge.rounds} exchanges"
     lines = ["---", *front_matter(plan.model.base, form), "---", "", f"# {plan.plan.name}", ""]
+    if doubt:
+        lines += [f"**Do not use this model: {doubt}.**", ""]
     lines += [
         f"`{plan.model.base}`, fine-tuned separately at {len(silos)} silos ({', '.join(silos)}) and merged "
         f"in {exchanges} by RegMean (Jin et al., ICLR 2023) with gramfuse: {_settings(plan, chosen)}. "
