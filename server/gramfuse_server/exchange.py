@@ -199,16 +199,8 @@ class Exchange:
             with self.run.writing():
                 chosen = studied.get("tuning", {}).get("chosen")
                 place = self.run.partial / "model"
-                write_model(
-                    place,
-                    self.base,
-                    merged.deltas,
-                    self.plan,
-                    current.survivors,
-                    joint,
-                    chosen,
-                    doubt="" if current.sound else told(map(asdict, current.checks)),
-                )
+                doubt = "" if current.sound else told(map(asdict, current.checks))
+                write_model(place, self.base, merged.deltas, self.plan, current.survivors, joint, chosen, doubt)
                 if self.own_heads is not None and self.plan.model.head == "own":
                     arrays = {delta_block(name): np.asarray(d, np.float32) for name, d in merged.deltas.items()}
                     for silo in current.survivors:

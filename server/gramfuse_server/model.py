@@ -24,7 +24,6 @@ def write_model(
     silos: Sequence[str],
     metrics: Mapping[str, float] | None,
     chosen: Mapping[str, Any] | None = None,
-    *,
     doubt: str = "",
 ) -> None:
     """Write base + deltas; the base model in memory becomes the merged one.
@@ -46,7 +45,7 @@ def write_model(
             model.config.__dict__.pop(key, None)
     model.save_pretrained(directory)
     base.tokenizer.save_pretrained(directory)
-    (directory / "README.md").write_text(card(plan, silos, metrics, chosen, doubt=doubt), encoding="utf-8")
+    (directory / "README.md").write_text(card(plan, silos, metrics, chosen, doubt), encoding="utf-8")
 
 
 def add_differences(model: nn.Module, deltas: Deltas) -> None:
@@ -63,7 +62,6 @@ def card(
     silos: Sequence[str],
     metrics: Mapping[str, float] | None,
     chosen: Mapping[str, Any] | None = None,
-    *,
     doubt: str = "",
 ) -> str:
     """Return the model card, made from the plan; arguments as `write_model` has them."""
