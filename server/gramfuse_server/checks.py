@@ -43,7 +43,7 @@ RATIO = 8.0
 4.2."""
 
 AVERAGE = 1.0
-"""Usual change of an average; honest merges had up to 0.04."""
+"""Usual change of an average; honest merges had up to 0.14."""
 
 
 def check_merge(accumulator: Accumulator, merged: Merged, plan: Plan, survivors: Sequence[str]) -> list[Check]:
@@ -72,7 +72,7 @@ def check_model(model: nn.Module, merged: Merged, maximum: float) -> list[Check]
         maximum: `merge.maximum-change` of the plan.
     """
     found = []
-    for name, of, usual in (("average", merged.mean, AVERAGE), ("change", merged.deltas, maximum / 4)):
+    for name, of, usual in (("average", merged.mean, AVERAGE), ("change", merged.deltas, maximum / 2)):
         limits: tuple[Range, Range] = (None, min(usual, maximum)), (None, maximum)
         found += [Check.of(name, tensor, change, *limits) for tensor, change in changes(model, of).items()]
     return _shortened(found)

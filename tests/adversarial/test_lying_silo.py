@@ -17,7 +17,6 @@ import pytest
 from tests.adversarial.conftest import Liar
 from tests.simulation.conftest import InProcessGrid, _task_identity  # noqa: F401  # a fixture
 
-import gramfuse_model.summands as sums
 from gramfuse_cli.project import Project
 from gramfuse_cli.report import show_report
 from gramfuse_client import workbench
@@ -25,6 +24,7 @@ from gramfuse_client.app import SiloApp
 from gramfuse_client.data import load
 from gramfuse_client.silo import Silo
 from gramfuse_client.state import State
+from gramfuse_model import summands as sums
 from gramfuse_model.base import Base, load_base
 from gramfuse_protocol import messages as m
 from gramfuse_protocol.encoding import encode
@@ -39,6 +39,8 @@ from gramfuse_server.checks import check_merge, check_model
 from gramfuse_server.exchange import Exchange
 from gramfuse_server.run import RunDirectory
 from gramfuse_server.verdicts import Check
+
+honest = sums.summands
 
 LIAR = "silo-d"
 SILOS = 4
@@ -60,14 +62,12 @@ class Site:
 
     def of(self, name: str) -> Blocks:
         """What a silo adds to the sums, by the name of the block."""
-        found = sums.summands(self.layout, self.statistics[name], alpha=self.plan.merge.alpha, weighting="uniform")
+        found = honest(self.layout, self.statistics[name], alpha=self.plan.merge.alpha, weighting="uniform")
         return {block.name: values.copy() for block, values in found}
 
-    def within_range(self, blocks: Blocks) -> Iterator[tuple[Block, np.ndarray]]:
-        """The same with nothing beyond the range that the encoding has for one silo: the most that a liar can send."""
-        for block, scale in scales(self.layout, SILOS, "uniform"):
-            most = 2.0**59 / scale
-            yield block, np.clip(blocks[block.name], -most, most)
+    def room(self) -> dict[str, Any]:
+        """The largest values that have a place in a secure sum, by the name of the block."""
+        return {block.name: 2.0**60 / scale for block, scale in scales(self.layout, SILOS, "uniform")}
 
     def wish(self) -> dict[str, np.ndarray]:
         """The model that the liar wants: as far from the base as its own one, and elsewhere."""
@@ -82,8 +82,8 @@ class Site:
             blocks = self.of(name)
             if lie is not None and name == LIAR:
                 lie(self, blocks)
-            scaled = zip(self.within_range(blocks), scales(self.layout, SILOS, "uniform"), strict=True)
-            total += np.concatenate([encode(v, scale, SILOS, b.name).reshape(-1) for (b, v), (_, scale) in scaled])
+            scaled = scales(self.layout, SILOS, "uniform")
+            total += np.concatenate([encode(blocks[b.name], scale, SILOS, b.name).reshape(-1) for b, scale in scaled])
         accumulator = Accumulator(self.layout, alpha=plan.merge.alpha)
         accumulator.load(total, SILOS)
         merged = accumulator.merge()
@@ -107,11 +107,14 @@ def off(site: Site, merged: Merged) -> float:
 
 
 def loud(site: Site, blocks: Blocks, factor: float) -> None:
-    """Its Gram matrices are so much louder than it measured them, and go with the model that it wants."""
+    """Its Gram matrices are so much louder than it measured them, or as loud as the range takes."""
     wishes(site, blocks)
-    for name in blocks:
-        if name.startswith(("s:", "t:")):
-            blocks[name] *= factor
+    room = site.room()
+    for group in site.layout.groups:
+        both = (f"s:{group.name}", f"t:{group.name}")
+        least = min(float(np.min(room[name] / np.maximum(np.abs(blocks[name]), 1e-300))) for name in both)
+        for name in both:
+            blocks[name] *= min(factor, 0.9 * least)
 
 
 def wishes(site: Site, blocks: Blocks) -> None:
@@ -145,7 +148,7 @@ def products_of_nothing(site: Site, blocks: Blocks) -> None:
         if name.startswith("s:"):
             blocks[name][:] = 0
         elif name.startswith("t:"):
-            blocks[name] *= 2.0**40
+            blocks[name] = np.broadcast_to(0.9 * site.room()[name], blocks[name].shape)
 
 
 def negative(site: Site, blocks: Blocks) -> None:
@@ -181,7 +184,7 @@ LIES: Mapping[str, tuple[Lie, str, str]] = {
     "negative Gram matrices": (negative, "eigenvalue", "bad"),
     "no Gram matrix at all": (on_the_diagonal, "eigenvalue", "bad"),
     "a normalisation": (norms, "average", "bad"),
-    "boasts": (partial(boasts, factor=2.0**9), "change|average", "bad|look"),
+    "boasts": (partial(boasts, factor=2.0**9), "change|average", "bad"),
     "2^40 token rows": (partial(counts, place=2, value=2.0**40), "counts", "bad"),
     "-1000 examples": (partial(counts, place=1, value=-1000), "counts", "bad"),
     "counts twice": (partial(counts, place=0, value=2), "counts", "bad"),
@@ -213,13 +216,13 @@ def trained(project: Any, *settings: str) -> Site:
 
 def test_a_loud_liar_replaces_the_model_and_is_seen(site: Site) -> None:
     """This is the attack: what comes out is its model, and nobody noticed."""
-    merged, honest = site.merge()
-    assert {check.verdict for check in honest.values()} == {"ok"}
+    merged, usual = site.merge()
+    assert {check.verdict for check in usual.values()} == {"ok"}
     assert off(site, merged) > 0.9
     merged, seen = site.merge(partial(loud, factor=2.0**20))
     assert off(site, merged) < 0.01
     assert seen["power"].verdict == "bad"
-    assert seen["power"].value > 1000 * honest["power"].value
+    assert seen["power"].value > 1000 * usual["power"].value
 
 
 @pytest.mark.parametrize("lie", LIES)
@@ -244,12 +247,12 @@ def test_honest_merges_are_ok(pico_project: Any, pico_gpt2: Path, seed: int, gpt
 
 def test_a_liar_as_loud_as_honest_silos_is_not_seen(site: Site) -> None:
     """What remains: with honest Gram matrices and differences four times as large, it bends the merge, unseen."""
-    honest, _ = site.merge()
+    usual, _ = site.merge()
     merged, seen = site.merge(partial(boasts, factor=4.0))
     assert {check.verdict for check in seen.values()} == {"ok"}
     name = next(linear.weight for _, linear in site.layout.linear())
     wish = site.wish()[name]
-    along = [float((deltas[name] * wish).sum() / (wish**2).sum()) for deltas in (honest.deltas, merged.deltas)]
+    along = [float((deltas[name] * wish).sum() / (wish**2).sum()) for deltas in (usual.deltas, merged.deltas)]
     assert along[1] > along[0] + 0.5
 
 
@@ -263,14 +266,14 @@ def test_silos_are_not_given_a_replaced_model_and_the_run_says_so(
     """Heads stay at the silos, which keep the merged body; the report, the page, the card and the exit code tell."""
     project = pico_project(silos=SILOS, secure=True)
     site = trained(project, "model.head=own", "privacy.metrics=none")
-    honest, plan = sums.summands, site.plan
+    plan = site.plan
 
     def summands(layout: Layout, contribution: Any, *, silo: str, **how: Any) -> Iterator[tuple[Block, np.ndarray]]:
         if silo != LIAR or not lie:
             return honest(layout, contribution, silo=silo, **how)
         blocks = site.of(silo)
         LIES[lie][0](site, blocks)
-        return site.within_range(blocks)
+        return iter([(block, blocks[block.name]) for block in layout.sums])
 
     def silo(name: str) -> Silo:
         found = Silo.read(project.silo(name))
