@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from gramfuse_cli.options import as_json as json_option
-from gramfuse_cli.report import show_steps
+from gramfuse_cli.report import check_sound, show_checks, show_steps
 from gramfuse_cli.terminal import say, show_json
 
 
@@ -65,11 +65,14 @@ def merge(
     settings = Settings(alpha=alpha, weighting=weighting, weights=factors, heads=heads, base=base)  # type: ignore[arg-type]
     report = merge_files(files, out.absolute(), settings, Path.cwd())
     if as_json:
+        check_sound(report, out.absolute())
         show_json({**report, "run": str(out.absolute())})
         return
     show_steps(report["solve"], err=True)
+    show_checks(report, err=True)
     names = ", ".join(silo["name"] for silo in report["silos"])
     say(f"{len(files)} models merged ({names}), alpha {report['alpha']}, in {report['seconds']:.0f} s: {out}")
+    check_sound(report, out.absolute())
 
 
 def _factor(setting: str) -> tuple[str, float]:

@@ -7,13 +7,31 @@ from pathlib import Path
 from typing import Any
 
 from gramfuse_cli.terminal import Table, say, say_text, show_json
-from gramfuse_server.pages.wording import MERGES, MODES, columns, explain, known, name_of, noise, off_by, ranked_by
-from gramfuse_server.run import PAGE
+from gramfuse_protocol.errors import MergeError
+from gramfuse_server.pages.wording import (
+    MERGES,
+    MODES,
+    columns,
+    explain,
+    explain_check,
+    known,
+    name_of,
+    noise,
+    off_by,
+    ranked_by,
+)
+from gramfuse_server.run import PAGE, REPORT
+from gramfuse_server.verdicts import told, worst
 
 
 def show_report(report: Mapping[str, Any], run: Path, as_json: bool) -> None:
-    """Print a report: one JSON object, or a table and how to load the model."""
+    """Print a report: one JSON object, or a table and how to load the model.
+
+    Raises:
+        MergeError: if a check of the merge is bad; then no JSON is printed, and the error names the report.
+    """
     if as_json:
+        check_sound(report, run)
         show_json({**report, "run": str(run)})
         return
     if report["models"]:
@@ -23,6 +41,7 @@ def show_report(report: Mapping[str, Any], run: Path, as_json: bool) -> None:
     for lost in report["lost"]:
         say(f"Lost on the way: {lost['name']}: {lost['reason']}", style="yellow")
     show_steps(report["solve"])
+    show_checks(report)
     sent = sum(sum(phases.values()) for phases in report["bytes"].values())
     seen = MODES[report["mode"]]
     if report["mode"] == "secure":
@@ -31,6 +50,29 @@ def show_report(report: Mapping[str, Any], run: Path, as_json: bool) -> None:
     say("", f"{len(report['silos'])} silos sent {sums}. {seen}")
     say(f"plan    {report['plan_digest']}", f"run     {run}", f"report  {run / PAGE}", "", copied=True)
     say_text(_how_to_load(report, run), copied=True)
+    check_sound(report, run)
+
+
+def check_sound(report: Mapping[str, Any], run: Path) -> None:
+    """Raise MergeError if a check of the merge is bad.
+
+    Args:
+        run: directory of the report.
+    """
+    if worst(report["checks"]) == "bad":
+        error = MergeError(
+            f"{run}: {told(report['checks'])}. A silo's training diverged, or a silo did not send what it measured; "
+            "the sum does not say which. The model is there to be looked at, not to be used"
+        )
+        error.report = run / REPORT
+        raise error
+
+
+def show_checks(report: Mapping[str, Any], *, err: bool = False) -> None:
+    """Print the checks that are not ok."""
+    for check in report["checks"]:
+        if check["verdict"] != "ok":
+            say(explain_check(check), style="bold red" if check["verdict"] == "bad" else "yellow", err=err)
 
 
 def show_models(report: Mapping[str, Any], on: str = "held-out examples of all silos together") -> None:

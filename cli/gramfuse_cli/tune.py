@@ -10,7 +10,7 @@ import click
 
 from gramfuse_cli import options
 from gramfuse_cli.project import Project
-from gramfuse_cli.report import show_models, show_report, show_steps
+from gramfuse_cli.report import check_sound, show_checks, show_models, show_report, show_steps
 from gramfuse_cli.simulate import run_simulation
 from gramfuse_cli.terminal import Table, say, show_json
 from gramfuse_cli.terms import Term, compare_option
@@ -119,12 +119,15 @@ def tune(
         raise click.UsageError("files need --validation DATA, --test DATA and -o MODEL")
     report = tune_files(sources, base, Data(validation, test, columns), wanted, out.absolute(), _say)
     if as_json:
+        check_sound(report, out.absolute())
         show_json({**report, "run": str(out.absolute())})
         return
     show_tuning(report["tuning"])
     show_models(report, "test examples")
     show_steps(report["solve"])
+    show_checks(report)
     say("", str(out))
+    check_sound(report, out.absolute())
 
 
 def _say(line: str) -> None:

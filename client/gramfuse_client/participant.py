@@ -248,8 +248,10 @@ class Participant:
         known = state.measurements.of(request.round).get(request.candidate)
         if known is not None and known.model != model:
             raise SecurityError(f"two different models came as {request.candidate!r}")
-        if known is None and not unmeasured:
-            check_hours(self.silo, datetime.now())
+        if known is None:
+            self._workbench(plan).check_model(layout, request.arrays)
+            if not unmeasured:
+                check_hours(self.silo, datetime.now())
         with state.attempts.attempt(request, f"evaluate {request.candidate}", model):
             if known is None:
                 known = self._measure(state, plan, layout, request, model)

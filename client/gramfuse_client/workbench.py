@@ -23,6 +23,7 @@ from gramfuse_client.silo import Silo
 from gramfuse_client.state import State
 from gramfuse_client.statistics import collect_statistics
 from gramfuse_model.base import Base, load_base, own_head, trainable
+from gramfuse_model.change import check_changes
 from gramfuse_model.tracing import plan_layout
 from gramfuse_protocol.errors import RefusalError
 from gramfuse_protocol.layout import Layout, delta_block
@@ -58,6 +59,14 @@ class Workbench:
         if lack is not None:
             raise RefusalError(f"{self.silo.path}: {lack}", reason="this silo has too little memory for the plan")
         return layout
+
+    def check_model(self, layout: Layout, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Refuse differences from the base (`delta:<parameter>`, float32) that are larger than silos agreed on.
+
+        Raises:
+            RefusalError: naming the tensor; the silo's data have no part in it.
+        """
+        check_changes(self._base().model, layout, arrays, self.plan.merge.maximum_change)
 
     def measure(
         self, layout: Layout, examples: Examples, state: State, start: Mapping[str, NDArray[Any]]

@@ -11,7 +11,8 @@
     ├── SecurityError            17   a message that breaks the secure sum's protocol
     ├── LedgerError              18   an egress ledger that does not hold together, or cannot be written
     ├── CheckError               19   a silo that is not ready, as `gramfuse silo check` finds
-    └── FailureError             20   a silo that touched its data and failed
+    ├── FailureError             20   a silo that touched its data and failed
+    └── MergeError               21   a merge of which a check is bad
 
 One page for each exit code stands in docs/exit-codes/.
 """
@@ -140,6 +141,13 @@ class FailureError(GramfuseError):
         super().__init__(
             message, reason=f"this silo failed in phase {phase}; its own log has the reason" if phase else None
         )
+
+
+class MergeError(GramfuseError):
+    """A merge of which a check is bad: a silo's training diverged, or a silo did not send what it measured."""
+
+    exit_code = 21
+    summary = "a check of the merge is bad"
 
 
 def error_types() -> dict[str, type[GramfuseError]]:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from gramfuse_model.summands import side_by_side, summands, tensor_weight
 from gramfuse_protocol.encoding import decode
 from gramfuse_protocol.errors import ContributionError
-from gramfuse_protocol.layout import Layout, delta_block
+from gramfuse_protocol.layout import Group, Layout, delta_block
 from gramfuse_protocol.scales import scales
 from gramfuse_protocol.statistics import Contribution, check_counts
 from gramfuse_server.solve import Step, solve
@@ -100,6 +100,16 @@ class Accumulator:
     def examples(self) -> int:
         """Training examples of all silos together."""
         return int(self._sums["count"][1])
+
+    @property
+    def counts(self) -> tuple[float, ...]:
+        """C, examples, token rows of each group, and C of each part."""
+        return tuple(self._sums["count"].tolist())
+
+    def of_group(self, group: Group) -> tuple[Float64, Float64, float]:
+        """Return a group's S, packed, its T, (d_in, d_out), and the weight C of the silos that are in them."""
+        part = 0 if group.part is None else 2 + len(self.layout.groups) + group.part
+        return self._sums[f"s:{group.name}"], self._sums[f"t:{group.name}"], self.counts[part]
 
     def fold(self, contribution: Contribution, source: str, *, silo: str | None = None, share: float = 1.0) -> None:
         """Add one silo's contribution, whose blocks were checked when they came.

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -18,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 from gramfuse_model.base import Base
 from gramfuse_model.tasks import merged_form
-from gramfuse_protocol.errors import GramfuseError
+from gramfuse_protocol.errors import GramfuseError, MergeError
 from gramfuse_protocol.layout import ITEM_BYTES, PIECE_BYTES, Layout, delta_block
 from gramfuse_protocol.messages import MERGED
 from gramfuse_protocol.metrics import Sums
@@ -31,6 +32,7 @@ from gramfuse_server.pages.page import page
 from gramfuse_server.post import GRACE_SECONDS
 from gramfuse_server.round import Round
 from gramfuse_server.run import PAGE, PLAN, REPORT, START, RunDirectory, of_round
+from gramfuse_server.verdicts import told
 
 OUTCOME = "outcome"
 """Under what the report of a round that is over is kept."""
@@ -164,6 +166,12 @@ class Exchange:
     def _pass_on(self, current: Round) -> None:
         """Do a round that is not the last, and keep what the next one starts from."""
         merged = current.merge()
+        current.check(self.base.model, merged)
+        if not current.sound:
+            raise MergeError(
+                f"round {current.conductor.round}: {told(map(asdict, current.checks))}. The run does not go on "
+                "from this merge"
+            )
         self._measure(current, merged)
         path = self._start(current.conductor.round + 1)
         temporary = path.with_name(f"{path.name}.partial")
@@ -183,6 +191,7 @@ class Exchange:
             with conductor.phase("study"):
                 merged, studied = self.study(current.survivors, merged, conductor.observer)
             current.merged = merged
+        current.check(self.base.model, merged)
         self._measure(current, merged)
         current.models += studied.pop("models", [])
         with conductor.phase("write"):
@@ -190,7 +199,8 @@ class Exchange:
             with self.run.writing():
                 chosen = studied.get("tuning", {}).get("chosen")
                 place = self.run.partial / "model"
-                write_model(place, self.base, merged.deltas, self.plan, current.survivors, measured, chosen)
+                doubt = "" if current.sound else told(map(asdict, current.checks))
+                write_model(place, self.base, merged.deltas, self.plan, current.survivors, measured, chosen, doubt)
                 if self.own_heads is not None and self.plan.model.head == "own":
                     arrays = {delta_block(name): np.asarray(d, np.float32) for name, d in merged.deltas.items()}
                     for silo in current.survivors:
@@ -276,7 +286,9 @@ class Exchange:
         came = {"examples": current.accumulator.examples} if current.merged is not None else {}
         return {
             **came,
-            **{key: rounds[-1][key] for key in ("lost", "models", "unmeasured", "solve") if key in rounds[-1]},
+            **{
+                key: rounds[-1][key] for key in ("lost", "models", "unmeasured", "solve", "checks") if key in rounds[-1]
+            },
             "bytes": _total(of["bytes"] for of in rounds),
             "bytes_to_silos": _total(of["bytes_to_silos"] for of in rounds),
             "seconds": {phase: round(took, 3) for phase, took in _sum(of["seconds"] for of in rounds).items()},

@@ -20,14 +20,16 @@ from gramfuse_model.tasks import FORMS
 from gramfuse_model.zero_head import load_zero_headed, plan_for
 from gramfuse_protocol.errors import ContributionError, ModelError
 from gramfuse_protocol.layout import ITEM_BYTES, Layout, Slice, delta_block
-from gramfuse_protocol.plan import Plan
+from gramfuse_protocol.plan import Merge, Plan
 from gramfuse_protocol.statistics import Contribution, check_slices
 from gramfuse_protocol.statistics_file import StatisticsFile, read_statistics
 from gramfuse_protocol.text import listed
 from gramfuse_server.accumulator import Accumulator, Merged
+from gramfuse_server.checks import check_model, check_sums
 from gramfuse_server.model import add_differences, code, front_matter, usage
 from gramfuse_server.pages.page import page
 from gramfuse_server.run import PAGE, REPORT, RunDirectory
+from gramfuse_server.verdicts import told, worst
 
 Weighting = Literal["uniform", "examples"]
 Heads = Literal["merged", "own"]
@@ -271,6 +273,8 @@ def merge_files(
         for file in collection.files:
             accumulator.fold(_Part(file, collection.layout), str(file.path), silo=file.name, share=weights[file.name])
         merged = accumulator.merge()
+        maximum = (agreed or Merge()).maximum_change
+        checks = [*check_sums(accumulator, merged), *check_model(base.model, merged, maximum)]
         report = {
             "run": out.name,
             "mode": "files",
@@ -292,6 +296,7 @@ def merge_files(
             ],
             "examples": accumulator.examples,
             "solve": [asdict(step) for step in merged.steps],
+            "checks": [asdict(check) for check in checks],
             "versions": {name: importlib.metadata.version(name) for name in ("gramfuse", "torch", "transformers")},
             **(additions or {}),
         }
@@ -374,6 +379,8 @@ def _card(collection: Collection, report: Mapping[str, Any], file: StatisticsFil
     kept = f" Only the bodies were merged; the head is that of `{file.name}`." if file else ""
     followed = f" All of them follow the plan `{collection.plan.digest}`." if collection.plan else ""
     lines = [*front_matter(about.base.name, form), "", f"# {file.name if file else 'Merged model'}", ""]
+    if worst(report["checks"]) == "bad":
+        lines += [f"**Do not use this model: {told(report['checks'])}.**", ""]
     lines += [
         f"{len(collection.files)} models that were fine-tuned from {code(about.base.name)}, merged by RegMean (Jin et "
         f"al., ICLR 2023) with gramfuse from files of their statistics: alpha {report['alpha']}, {report['weighting']} "

@@ -27,6 +27,7 @@ def write_model(
     silos: Sequence[str],
     measured: Mapping[str, Any] | None,
     chosen: Mapping[str, Any] | None = None,
+    doubt: str = "",
 ) -> None:
     """Write base + deltas; the base model in memory becomes the merged one.
 
@@ -37,6 +38,7 @@ def write_model(
         silos: whose contributions are in it.
         measured: what the report says of the model, for the card, if it was measured.
         chosen: `alpha` and `weights` by silo, if they were chosen on held-out data and are not the plan's.
+        doubt: why it must not be used, if a check of the merge is bad.
     """
     add_differences(base.model, deltas)
     model = base.model
@@ -46,7 +48,7 @@ def write_model(
             model.config.__dict__.pop(key, None)
     model.save_pretrained(directory)
     base.tokenizer.save_pretrained(directory)
-    (directory / "README.md").write_text(card(plan, silos, measured, chosen), encoding="utf-8")
+    (directory / "README.md").write_text(card(plan, silos, measured, chosen, doubt), encoding="utf-8")
 
 
 def add_differences(model: nn.Module, deltas: Deltas) -> None:
@@ -63,11 +65,14 @@ def card(
     silos: Sequence[str],
     measured: Mapping[str, Any] | None,
     chosen: Mapping[str, Any] | None = None,
+    doubt: str = "",
 ) -> str:
     """Return the model card, made from the plan; arguments as `write_model` has them."""
     form = merged_form(plan)
     exchanges = "one exchange" if plan.merge.rounds == 1 else f"{plan.merge.rounds} exchanges"
     lines = [*front_matter(plan.model.base, form), "", f"# {plan.plan.name}", ""]
+    if doubt:
+        lines += [f"**Do not use this model: {doubt}.**", ""]
     lines += [
         f"{code(plan.model.base)}, fine-tuned separately at {len(silos)} silos ({', '.join(silos)}) and merged "
         f"in {exchanges} by RegMean (Jin et al., ICLR 2023) with gramfuse: {_settings(plan, chosen)}. "

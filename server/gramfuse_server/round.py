@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import nn
 
 from gramfuse_protocol.errors import FederationError, GramfuseError, RefusalError
 from gramfuse_protocol.layout import Layout
@@ -15,10 +16,12 @@ from gramfuse_protocol.messages import TrainReply, TrainRequest, UploadReply, Up
 from gramfuse_protocol.statistics import check_counts, check_slices
 from gramfuse_protocol.transcript import model_digest
 from gramfuse_server.accumulator import Accumulator, Merged
+from gramfuse_server.checks import check_merge, check_model
 from gramfuse_server.conductor import Conductor
 from gramfuse_server.evaluation import Candidate, Evaluation
 from gramfuse_server.secure import UPLOADS, SecureSums
 from gramfuse_server.spool import Spool, Spooled
+from gramfuse_server.verdicts import Check, worst
 
 Arrays = Mapping[str, NDArray[np.float32]]
 Traffic = dict[str, dict[str, int]]
@@ -37,6 +40,7 @@ class Round:
         trained: `examples` and `tokens` of each silo that trained, in roster order.
         survivors: the silos whose contributions are in the merge, in roster order.
         merged: the merge, as differences from the base, once it is there; what is measured and reported.
+        checks: what can be seen of the merge, once it is there.
         models: what was measured, as `gramfuse_server.evaluation` returns it.
         measured: the silos whose held-out examples it was measured on, in roster order.
         unmeasured: why nothing was, or None.
@@ -56,6 +60,7 @@ class Round:
         self.trained: Mapping[str, Mapping[str, Any]] = {}
         self.survivors: tuple[str, ...] = ()
         self.merged: Merged | None = None
+        self.checks: list[Check] = []
         self.models: list[dict[str, Any]] = []
         self.measured: tuple[str, ...] = ()
         self.unmeasured: str | None = None
@@ -83,17 +88,36 @@ class Round:
                 f"{', '.join(conductor.only)}. Bring back those that are lost, and resume the run"
             ) from None
         with conductor.phase("merge"):
-            self.merged = self.accumulator.merge().after(self.start)
+            merged = self.accumulator.merge()
+            self.checks = check_merge(self.accumulator, merged, self.plan, self.survivors)
+            self.merged = merged.after(self.start)
         return self.merged
+
+    def check(self, model: nn.Module, merged: Merged) -> None:
+        """Look at the model that the round ends with too.
+
+        Args:
+            model: the base.
+            merged: differences from it, of the model that is measured and written.
+        """
+        self.checks += check_model(model, merged, self.plan.merge.maximum_change)
+
+    @property
+    def sound(self) -> bool:
+        """Whether no check of the merge is bad."""
+        return worst(map(asdict, self.checks)) != "bad"
 
     def measure(self, candidates: Iterable[Candidate]) -> None:
         """Have the survivors measure models.
 
         Silos that keep their heads, or go on in another round, are given the merged model, the last candidate, even
-        if no metrics may leave.
+        if no metrics may leave. None is given a merge that is not sound.
 
         The merge is done by now, so whatever goes wrong here costs the metrics and not the model.
         """
+        if not self.sound:
+            self.unmeasured = "a check of the merge is bad, so no silo was given it"
+            return
         self.conductor.keep_only(self.survivors)
         if self.secure is not None:
             self.secure.have_released(self.survivors)
@@ -133,6 +157,7 @@ class Round:
         if self.merged is not None:
             found["survivors"] = list(self.survivors)
             found["solve"] = [asdict(step) for step in self.merged.steps]
+            found["checks"] = [asdict(check) for check in self.checks]
         if self.models or self.unmeasured:
             found |= {"models": self.models, "unmeasured": self.unmeasured}
         return found | {

@@ -1,4 +1,4 @@
-"""How a run went: the sections of a page on failures, losses, solves, bytes and seconds."""
+"""How a run went: the sections of a page on failures, losses, solves, checks, bytes and seconds."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from gramfuse_server.pages import drawing
 from gramfuse_server.pages.blocks import Block, Cell, Code, Column, Facts, Folded, Notice, Row, Section, Table, Text
 from gramfuse_server.pages.drawing import count
 from gramfuse_server.pages.reading import Reading
-from gramfuse_server.pages.wording import PHASES, explain
+from gramfuse_server.pages.wording import CHECKS, PHASES, VERDICTS, bounds, explain
+from gramfuse_server.verdicts import worst
 
 
 def failure(reading: Reading) -> Section:
@@ -107,6 +108,54 @@ def solve(reading: Reading) -> Section | None:
     titles = [Column("Group"), Column("Outcome", number=False), Column("Smallest eigenvalue"), Column("Zero features")]
     blocks.append(Folded(f"All {count(len(steps), 'groups')}", [Table("How each group was solved", titles, rows)]))
     return Section("solve", "Quality of the solve", blocks)
+
+
+def checks(reading: Reading) -> Section | None:
+    """What can be seen of the merge from the sum alone."""
+    listed = [
+        (check, of["round"])
+        for of in reading.rounds
+        for check in of.get("checks", [])
+        if of["round"] < reading.last and check["verdict"] != "ok"
+    ]
+    listed += [(check, reading.last) for check in reading.report.get("checks") or []]
+    if not listed:
+        return None
+    found = worst(check for check, _ in listed)
+    blocks: list[Block] = []
+    if found != "ok":
+        blocks.append(
+            Notice("Look" if found == "look" else "Bad", f"At least one check: {VERDICTS[found]}.", found == "bad")
+        )
+    rows = [
+        Row(
+            check["name"],
+            [
+                Cell(check["verdict"]),
+                Cell(check["where"]),
+                Cell(f"{check['value']:.4g}"),
+                Cell(bounds(check["usual"])),
+                Cell(bounds(check["possible"])),
+            ],
+            note=f"round {number}" if reading.last > 1 else "",
+            strong=check["verdict"] != "ok",
+        )
+        for check, number in listed
+    ]
+    titles = [
+        Column("Check"),
+        Column("Verdict", number=False),
+        Column("Where", number=False),
+        Column("Value"),
+        Column("Usual"),
+        Column("Possible"),
+    ]
+    blocks.append(Table("Of each check, the place that is furthest from usual", titles, rows))
+    blocks.append(Folded("What these checks and verdicts are", [Facts([*CHECKS.items(), *VERDICTS.items()])]))
+    blocks.append(
+        Text("Nothing shows which silo it is. A silo that bends the merge and stays within these ranges is not seen.")
+    )
+    return Section("checks", "Checks of the merge", blocks)
 
 
 def traffic(reading: Reading) -> Section | None:

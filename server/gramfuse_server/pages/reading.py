@@ -9,6 +9,7 @@ from typing import Any
 from gramfuse_protocol.metrics import PRIMARY
 from gramfuse_protocol.plan import Plan
 from gramfuse_server.pages.wording import known, ranked_by
+from gramfuse_server.verdicts import worst
 
 Model = Mapping[str, Any]
 
@@ -83,6 +84,11 @@ class Reading:
     def unsolved(self) -> list[Mapping[str, Any]]:
         """The groups that were not solved as they stand."""
         return [step for step in self.report.get("solve") or [] if step["outcome"] != "clean"]
+
+    @property
+    def unsound(self) -> bool:
+        """Whether a check of the merge is bad."""
+        return worst(self.report.get("checks") or []) == "bad"
 
     def primary(self, silo: str, metrics: Mapping[str, float]) -> str:
         """Return which of a silo's metrics ranks models there."""

@@ -11,7 +11,7 @@ from gramfuse_protocol.plan import Plan
 from gramfuse_protocol.text import one_line
 from gramfuse_server.pages import drawing, sight
 from gramfuse_server.pages.blocks import Block, Cell, Code, Column, Facts, Row, Section, Sides, Table, Text
-from gramfuse_server.pages.course import failure, losses, solve, traffic
+from gramfuse_server.pages.course import checks, failure, losses, solve, traffic
 from gramfuse_server.pages.drawing import count
 from gramfuse_server.pages.reading import Reading
 from gramfuse_server.pages.results import by_label, by_silo, models, result, search
@@ -42,6 +42,7 @@ def sections(report: Mapping[str, Any], plan: Plan | None) -> list[Section]:
     made = [
         failure(reading) if reading.failure else result(reading),
         losses(reading),
+        *([checks(reading)] if reading.unsound else []),
         _merged(reading),
         _sight(reading),
         models(reading),
@@ -49,6 +50,7 @@ def sections(report: Mapping[str, Any], plan: Plan | None) -> list[Section]:
         by_label(reading),
         search(reading),
         solve(reading),
+        *([] if reading.unsound else [checks(reading)]),
         traffic(reading),
         _load(reading),
         _check(reading),

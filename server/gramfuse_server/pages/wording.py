@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gramfuse_protocol.messages import MERGED
@@ -61,6 +61,22 @@ METRICS = {
     "mean-score": "mean over the tasks of the metric that ranks models of each",
 }
 """What a metric says, in one line; higher is better unless it says otherwise."""
+
+CHECKS = {
+    "counts": "how much silos counted: what cannot be is a lie, or a fault",
+    "power": "mean square of a layer's inputs over that on public text: one loud silo outweighs the others",
+    "eigenvalue": "smallest eigenvalue of the sum of the Gram matrices: below zero, some are none; far above, made up",
+    "ratio": "size of the merged difference over that of the simple average, on the silos' inputs",
+    "average": "norm of the simple average's difference over that of the base, by tensor",
+    "change": "norm of the merged difference over that of the base, by tensor; the plan has the limit",
+}
+"""What a check of the merge looks at, in one line."""
+
+VERDICTS = {
+    "ok": "as honest merges are",
+    "look": "honest merges are rarely so: look at it before you use the model",
+    "bad": "no honest merge is so, or the plan forbids it: do not use the model",
+}
 
 PHASES = {
     "start": "start Flower",
@@ -153,3 +169,20 @@ def explain(step: Mapping[str, Any]) -> str:
             return "no silo saw a token there; took the simple average"
         case _:
             return f"{step['mean_blocks']} of {step['blocks']} blocks could not be solved; they took the simple average"
+
+
+def explain_check(check: Mapping[str, Any]) -> str:
+    """Say what a check found."""
+    usual, possible = bounds(check["usual"]), bounds(check["possible"])
+    limits = f"usual {usual}" if usual == possible else f"usual {usual}, possible {possible}"
+    return f"{check['verdict']}: {check['name']} of {check['where']} is {check['value']:.4g} ({limits})"
+
+
+def bounds(of: Sequence[float | None]) -> str:
+    """Say which range a check allows."""
+    least, most = of
+    if least is None:
+        return "any" if most is None else f"up to {most:.4g}"
+    if most is None:
+        return f"from {least:.4g}"
+    return f"{least:.4g}" if least == most else f"{least:.4g} to {most:.4g}"
