@@ -12,8 +12,8 @@ PUBLIC = {
     "gramfuse_client": ("collect_statistics", "statistics_record", "write_statistics"),
     "gramfuse_server": ("merge", "Merged", "add_differences", "read_statistics", "RegMean"),
     "gramfuse_model.tracing": ("derive_layout",),
-    "gramfuse_model.base": ("trainable", "vocabulary_digest"),
-    "gramfuse_model.fingerprints": ("tensor_digests",),
+    "gramfuse_model.base": ("trainable",),
+    "gramfuse_model.digests": ("tensor_digests", "config_digest", "processor_digest"),
     "gramfuse_protocol.statistics": ("Statistics",),
     "gramfuse_protocol.statistics_file": ("StatisticsFile", "About", "Origin"),
 }

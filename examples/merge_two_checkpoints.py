@@ -9,7 +9,7 @@ import json
 import sys
 from pathlib import Path
 
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from gramfuse_client import collect_statistics
 from gramfuse_model.base import trainable
@@ -17,17 +17,24 @@ from gramfuse_model.tracing import derive_layout
 from gramfuse_server import add_differences, merge
 
 base_name, *pairs, out = sys.argv[1:]
-tokenizer = AutoTokenizer.from_pretrained(base_name)
-config = AutoModelForSequenceClassification.from_pretrained(pairs[0]).config
+tokenizer = AutoTokenizer.from_pretrained(base_name, trust_remote_code=False)
+config = AutoConfig.from_pretrained(pairs[0], trust_remote_code=False)
 base = AutoModelForSequenceClassification.from_pretrained(
-    base_name, num_labels=config.num_labels, id2label=config.id2label, label2id=config.label2id
+    base_name,
+    num_labels=config.num_labels,
+    id2label=config.id2label,
+    label2id=config.label2id,
+    trust_remote_code=False,  # nobody's code is run, and no pickle is opened
+    use_safetensors=True,
 )
 layout = derive_layout(base, tokenizer(["a public text", "and another"], padding=True, return_tensors="pt"))
 start = trainable(base)
 
 statistics = []
 for model_name, data in zip(pairs[::2], pairs[1::2], strict=True):
-    model = AutoModelForSequenceClassification.from_pretrained(model_name)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        model_name, trust_remote_code=False, use_safetensors=True
+    )
     texts = [json.loads(line)["text"] for line in Path(data).read_text(encoding="utf-8").splitlines()]
     batches = (
         tokenizer(texts[i : i + 16], padding=True, truncation=True, max_length=128, return_tensors="pt")

@@ -145,7 +145,6 @@ def _checkpoint(model: str, out: Path, options: dict[str, Any]) -> dict[str, Any
     from gramfuse_client.data import load_training
     from gramfuse_client.finetune import choose_device
     from gramfuse_client.silo import Data, Silo, SiloFile
-    from gramfuse_model.fingerprints import origin
     from gramfuse_model.heads import head_parameters
     from gramfuse_protocol.statistics_file import write_statistics
 
@@ -178,8 +177,7 @@ def _checkpoint(model: str, out: Path, options: dict[str, Any]) -> dict[str, Any
         out,
         statistics,
         name=name,
-        base=origin(checkpoint.base, options["base"]),
-        tokenizer=checkpoint.base.vocabulary,
+        base=checkpoint.base.origin(options["base"]),
         task=task,
         layout=checkpoint.layout,
         head=head_parameters(checkpoint.base.model),

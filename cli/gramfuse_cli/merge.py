@@ -14,7 +14,9 @@ from gramfuse_cli.terminal import say, show_json
 @click.command()
 @click.argument("files", metavar="STATS...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The model; must not exist.")
-@click.option("--base", metavar="BASE", help="Where the base model is.  [default: as the files say]")
+@click.option(
+    "--base", metavar="BASE", help="The base model, where it is here: directory, hub id or bundled name. Always needed."
+)
 @click.option(
     "--alpha", type=click.FloatRange(0, 1), help="Share of off-diagonals kept.  [default: the plan's, or 0.9]"
 )
@@ -43,11 +45,12 @@ def merge(
     """Merge fine-tuned models by RegMean, from the files that gramfuse measure wrote of them.
 
     \b
-    gramfuse merge mine.safetensors yours.safetensors -o merged
+    gramfuse merge mine.safetensors yours.safetensors --base BASE -o merged
 
-    All STATS must be of one base model and one tokenizer, and measured with the same --gram and --freeze. OUT is an
-    ordinary Hugging Face model with its card, and with report.json and SHA256SUMS; nothing is left there if the merge
-    fails. The order of the files does not matter.
+    All STATS must be of one base model, and measured with the same --gram and --freeze. What a file says that its base
+    is called is a stranger's word: nothing is loaded for it, and BASE is compared with what the file says of its
+    weights, configuration and tokenizer. OUT is an ordinary Hugging Face model with its card, and with report.json and
+    SHA256SUMS; nothing is left there if the merge fails. The order of the files does not matter.
 
     Files of a plan's silos (gramfuse measure --plan) become the model that gramfuse simulate makes of that plan, bit
     for bit where all used as many threads.

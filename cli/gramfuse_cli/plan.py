@@ -35,11 +35,13 @@ def plan() -> None:
 @project_directory
 @json_option
 def lock(directory: Path, as_json: bool) -> None:
-    """Pin the base model's weights and the layout in DIR/plan.toml, and print the plan's digest.
+    """Pin the base model and the layout in DIR/plan.toml, and print the plan's digest.
 
     A plan that is not safe is refused, and so is one with secure aggregation in which a silo has no public key.
-    Writes model.sha256, model.tokenizer and merge.layout into plan.toml, and the layout into layout.json. Do it again
-    after any change; each silo then has to approve the new digest ('approved' in its silo file).
+    Writes model.sha256 (of the weights), model.config, model.processor (tokenizer or image processor), for a hub model
+    model.revision (the newest commit, unless the plan names one), and merge.layout into plan.toml, and the layout into
+    layout.json. Do it again after any change; each silo then has to approve the new digest ('approved' in its silo
+    file).
     """
     project = Project.read(directory)
     if project.plan.privacy.secure_aggregation:
@@ -52,13 +54,21 @@ def lock(directory: Path, as_json: bool) -> None:
                 "plan": str(project.plan_path),
                 "plan_digest": locked.digest,
                 "base_sha256": locked.model.sha256,
-                "tokenizer_sha256": locked.model.tokenizer,
+                "config_sha256": locked.model.config,
+                "processor_sha256": locked.model.processor,
+                "base_revision": locked.model.revision,
                 "layout_digest": layout.digest,
             }
         )
         return
-    lines = (f"base    {locked.model.sha256}", f"layout  {layout.digest}", f"plan    {locked.digest}")
-    say(*lines, copied=True)
+    digests = {**_pins(locked), "layout": layout.digest, "plan": locked.digest}
+    say(*(f"{name:<9} {value}" for name, value in digests.items()), copied=True)
+
+
+def _pins(plan: Plan) -> dict[str, str]:
+    """Return what a plan holds its base model to, by what it is called on the terminal."""
+    named = {"revision": "commit", "sha256": "weights"}
+    return {named.get(key, key): value for key, value in plan.pins._asdict().items() if value is not None}
 
 
 @plan.command()
@@ -86,7 +96,9 @@ def show(directory: Path, as_json: bool) -> None:
 
 def _show_model(plan: Plan, preview: dict[str, Any]) -> None:
     """Print what is trained and merged, and what it costs."""
-    say(f"base {quoted(plan.model.base)}, alpha {plan.merge.alpha}, silos {', '.join(plan.names)}", *_tasks(plan), "")
+    say(f"base {quoted(plan.model.base)}, alpha {plan.merge.alpha}, silos {', '.join(plan.names)}")
+    say(*(f"  {name:<9} {value}" for name, value in _pins(plan).items()), copied=True)
+    say(*_tasks(plan), "")
     table = Table("Merged in closed form; one line for each Gram matrix")
     table.column("modules", fold=True)
     for column in ("d_in", "structure", "entries", "bytes"):
@@ -238,6 +250,9 @@ def _preview(project: Project, plan: Plan, layout: Layout) -> dict[str, Any]:
         "plan_digest": plan.digest,
         "locked": project.plan.locked,
         "base_sha256": plan.model.sha256,
+        "config_sha256": plan.model.config,
+        "processor_sha256": plan.model.processor,
+        "base_revision": plan.model.revision,
         "layout_digest": layout.digest,
         "tasks": {
             name: {"task": task.task, "labels": list(task.labels), "silos": _silos_of(plan, name)}

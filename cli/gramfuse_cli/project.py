@@ -51,7 +51,8 @@ class Project:
     def locked(self) -> tuple[Plan, Layout]:
         """Return the plan, locked, and its layout, derived from the base model as it is here.
 
-        A plan that is locked already is checked against the base model; one that is not is locked in memory.
+        A plan that is locked already is checked against the base model; one that is not is locked in memory, and takes
+        the newest commit of a hub model if it names none.
         """
         from gramfuse_model.base import load_base
         from gramfuse_model.tracing import plan_layout
@@ -59,14 +60,12 @@ class Project:
         base = load_base(self.plan, self.directory)
         given = Layout.read(self.layout_path) if self.plan.locked and self.layout_path.exists() else None
         layout = plan_layout(self.plan, base, given)
-        return self.plan.pinned(sha256=base.sha256, tokenizer=base.vocabulary, layout=layout.digest), layout
+        return self.plan if self.plan.locked else self.plan.pinned(base.pins, layout.digest), layout
 
     def write_lock(self, plan: Plan, layout: Layout) -> None:
         """Write the digests into plan.toml, keeping its comments, and the layout beside it."""
         document = tomlkit.parse(read_text(self.plan_path))
-        document["model"]["sha256"] = plan.model.sha256
-        if plan.model.tokenizer is not None:
-            document["model"]["tokenizer"] = plan.model.tokenizer
+        document["model"] |= {key: value for key, value in plan.pins._asdict().items() if value is not None}
         document.setdefault("merge", tomlkit.table())["layout"] = plan.merge.layout
         _replace(self.layout_path, layout.to_json() + "\n")
         _replace(self.plan_path, tomlkit.dumps(document))

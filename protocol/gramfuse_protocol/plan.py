@@ -9,7 +9,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import tomlkit
 from pydantic import Field, model_validator
@@ -25,6 +25,7 @@ from gramfuse_protocol.text import Word
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Commit = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
 BaseName = Annotated[str, Field(min_length=1, max_length=500)]
 """Hub id, directory, or `bundled:minilm`."""
 EMBEDDINGS = "embeddings"
@@ -43,12 +44,32 @@ class Header(Section):
     version: Count = 1
 
 
+class Pins(NamedTuple):
+    """What a plan holds its base model to; each is None as long as the plan is not locked.
+
+    Args:
+        sha256: digest of the weights.
+        config: digest of the configuration.
+        processor: digest of the tokenizer or image processor.
+        revision: commit of the hub repository that has the files; None for a base model that is a directory.
+    """
+
+    sha256: str | None
+    config: str | None
+    processor: str | None
+    revision: str | None = None
+
+
 class _Start(Section):
     base: BaseName
+    revision: Commit | None = None
+    """Commit of a hub model that is loaded, whatever came after it; `plan lock` fills in the newest."""
     sha256: Sha256 | None = None
     """Digest of every weight that training starts from, the head included if it is merged; filled by `plan lock`."""
-    tokenizer: Sha256 | None = None
-    """Digest of the tokenizer's vocabulary; filled by `plan lock`. An image processor has none."""
+    config: Sha256 | None = None
+    """Digest of the whole configuration, with how texts are generated; filled by `plan lock`."""
+    processor: Sha256 | None = None
+    """Digest of the whole tokenizer or image processor; filled by `plan lock`."""
     task: Kind | None = None
     head: Literal["same", "different", "own"] = "same"
     """Whether silos start from one head or each from a head of its own, or keep their heads, which are not merged."""
@@ -364,8 +385,13 @@ class Plan(Section):
 
     @property
     def locked(self) -> bool:
-        """Whether the base model's weights and the layout are pinned."""
-        return self.model.sha256 is not None and self.merge.layout is not None
+        """Whether the base model, weights, configuration and processor, and the layout are pinned."""
+        return None not in (self.model.sha256, self.model.config, self.model.processor, self.merge.layout)
+
+    @property
+    def pins(self) -> Pins:
+        """What the base model is held to."""
+        return Pins(*(getattr(self.model, name) for name in Pins._fields))
 
     def document(self) -> dict[str, Any]:
         """Return the plan as the nested kebab-case document that its digest is taken of."""
@@ -379,19 +405,19 @@ class Plan(Section):
         return tomlkit.dumps(document)
 
     def unlocked(self) -> Plan:
-        """Return this plan without the digests of `plan lock`."""
-        return self.pinned(sha256=None, tokenizer=None, layout=None)
+        """Return this plan without the digests of `plan lock`; a commit that it names stays."""
+        return self.pinned(Pins(None, None, None, self.model.revision), None)
 
     def with_keys(self, keys: Mapping[str, str]) -> Plan:
         """Return this plan with other public keys, by silo."""
         roster = tuple(silo.model_copy(update={"public_key": keys[silo.name]}) for silo in self.silo)
         return self.model_copy(update={"silo": roster})
 
-    def pinned(self, *, sha256: str | None, layout: str | None, tokenizer: str | None = None) -> Plan:
-        """Return this plan with the digests of `plan lock` filled in."""
+    def pinned(self, pins: Pins, layout: str | None) -> Plan:
+        """Return this plan with what `plan lock` fills in: what the base model is held to, and the layout's digest."""
         return self.model_copy(
             update={
-                "model": self.model.model_copy(update={"sha256": sha256, "tokenizer": tokenizer}),
+                "model": self.model.model_copy(update=pins._asdict()),
                 "merge": self.merge.model_copy(update={"layout": layout}),
             }
         )
@@ -399,13 +425,16 @@ class Plan(Section):
     def override(self, settings: Iterable[str]) -> Plan:
         """Return this plan with `section.key=value` settings applied and, if there are any, its lock removed.
 
-        Values are TOML (`merge.alpha=1.0`, `training.freeze=["*pooler*"]`); a bare word is a string.
+        With another base model, a commit goes too, unless it is among the settings. Values are TOML
+        (`merge.alpha=1.0`, `training.freeze=["*pooler*"]`); a bare word is a string.
 
         Raises:
             PlanError: for a setting without `=`, an unknown key or a value that does not fit.
         """
-        document = self.document()
         settings = tuple(settings)
+        document = self.document()
+        if any(setting.partition("=")[0].strip() == "model.base" for setting in settings):
+            document["model"]["revision"] = None
         for setting in settings:
             path, separator, text = setting.partition("=")
             keys = path.strip().split(".")
@@ -418,7 +447,8 @@ class Plan(Section):
                 raise PlanError(f"--set {setting}: {'.'.join(keys[:-1])!r} is not a table of the plan")
             table[keys[-1]] = _toml_value(text.strip())
         if settings:
-            document["model"]["sha256"] = document["model"]["tokenizer"] = document["merge"]["layout"] = None
+            document["model"] |= dict.fromkeys(("sha256", "config", "processor"))
+            document["merge"]["layout"] = None
         return build(Plan, document, f"--set {' '.join(settings)}" if settings else "plan")
 
     @staticmethod

@@ -20,11 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
-from gramfuse_protocol.canonical import digest
 from gramfuse_protocol.documents import Section
 from gramfuse_protocol.errors import ContributionError, RunDirectoryError, disk_is_full
 from gramfuse_protocol.layout import ITEM_BYTES, Block, Layout, Positive
-from gramfuse_protocol.plan import BaseName, Name, Sha256
+from gramfuse_protocol.plan import BaseName, Commit, Name, Sha256
 from gramfuse_protocol.statistics import Contribution, check_counts
 from gramfuse_protocol.task import Task
 from gramfuse_protocol.text import Word, one_line, quoted
@@ -41,17 +40,18 @@ class Origin(Section):
 
     Args:
         name: hub id, bundled name, or `./<last part>` of a directory.
+        revision: commit of the hub repository that it was loaded from; None if it was a directory.
         weights: SHA-256 of each parameter and persistent buffer, as
-            `gramfuse_model.fingerprints.tensor_digests` has them.
+            `gramfuse_model.digests.tensor_digests` has them.
+        config: `gramfuse_model.digests.config_digest`.
+        processor: `gramfuse_model.digests.processor_digest` of its tokenizer or image processor.
     """
 
     name: BaseName
+    revision: Commit | None = None
     weights: Annotated[Mapping[Word, Sha256], Field(min_length=1)]
-
-    @property
-    def sha256(self) -> str:
-        """One digest for all weights."""
-        return digest(dict(self.weights))
+    config: Sha256
+    processor: Sha256
 
 
 class About(Section):
@@ -60,7 +60,6 @@ class About(Section):
     Args:
         name: of the silo or model.
         base: what differences are taken from.
-        tokenizer: digest of the vocabulary; None for models without one.
         task: what the model was fine-tuned for.
         layout: of the tensors.
         examples: training examples, ≥ 1.
@@ -76,7 +75,6 @@ class About(Section):
     version: Literal[1] = 1
     name: Name
     base: Origin
-    tokenizer: Sha256 | None
     task: Task
     layout: Layout
     examples: Positive
@@ -156,7 +154,6 @@ def write_statistics(
     *,
     name: str,
     base: Origin,
-    tokenizer: str | None,
     task: Task,
     layout: Layout,
     head: Iterable[str] = (),
@@ -169,7 +166,7 @@ def write_statistics(
         path: must not exist.
         statistics: as `gramfuse_client.collect_statistics` returns them.
         own: parameters that are not merged, float32, by name.
-        name, base, tokenizer, task, layout, head, plan: as `About` has them.
+        name, base, task, layout, head, plan: as `About` has them.
 
     Returns:
         The file's digest.
@@ -185,7 +182,6 @@ def write_statistics(
     about = About(
         name=name,
         base=base,
-        tokenizer=tokenizer,
         task=task,
         layout=layout,
         examples=statistics.examples,

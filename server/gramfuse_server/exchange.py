@@ -273,7 +273,7 @@ class Exchange:
             "name": self.plan.plan.name,
             "plan_digest": self.plan.digest,
             "layout_digest": self.layout.digest,
-            "base": {"name": self.plan.model.base, "sha256": self.base.sha256},
+            "base": {"name": self.plan.model.base, "sha256": self.base.pins.sha256},
             "auto_class": merged_form(self.plan).auto,
             "head": self.plan.model.head,
             "tasks": {name: task.task for name, task in self.plan.tasks.items()},

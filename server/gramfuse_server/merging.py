@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from gramfuse_model.base import Base, load_base
-from gramfuse_model.fingerprints import tensor_digests
+from gramfuse_model.digests import tensor_digests
 from gramfuse_model.tasks import FORMS
 from gramfuse_model.zero_head import load_zero_headed, plan_for
 from gramfuse_protocol.errors import ContributionError, ModelError
@@ -33,6 +33,9 @@ from gramfuse_server.verdicts import told, worst
 
 Weighting = Literal["uniform", "examples"]
 Heads = Literal["merged", "own"]
+
+PINNED = {"config": "configurations", "processor": "tokenizers or image processors"}
+"""Digests of a base beside those of its weights, and of what they are."""
 
 
 def merge(
@@ -86,7 +89,8 @@ class Settings:
         weighting: None is as the plan has it, or `uniform`.
         weights: what the weight of a file in the sums is multiplied by, by its name; 1 for others.
         heads: whether heads are merged, or each model keeps its own.
-        base: where the base model is, if not where the files say.
+        base: the base model: directory, hub id or bundled name. It is needed; what the files call it is nobody's to
+            load.
     """
 
     alpha: float | None = None
@@ -150,11 +154,12 @@ class Collection:
     def _check_goes_with(self, first: StatisticsFile, file: StatisticsFile) -> None:
         one, other = first.about, file.about
         both = f"{first.path} and {file.path}"
-        if one.tokenizer != other.tokenizer:
-            raise ContributionError(
-                f"{both} have tokenizers with different vocabularies, so their inputs are not the same; only models "
-                "with the tokenizer of one base can be merged"
-            )
+        for key, what in PINNED.items():
+            if getattr(one.base, key) != getattr(other.base, key):
+                raise ContributionError(
+                    f"{both} have bases with different {what}, so the same weights do not mean the same in both; only "
+                    "models that were fine-tuned from one base can be merged"
+                )
         task, same = (one.task.task, one.task.labels), (other.task.task, other.task.labels)
         if self.heads == "merged" and task != same:
             raise ContributionError(
@@ -203,36 +208,37 @@ class Collection:
         """Load the base model of a file, with what its differences are taken from.
 
         Args:
-            given: where it is, if not where the file says.
+            given: its directory, hub id or bundled name.
 
         Raises:
-            ModelError: if it cannot be loaded, or is another one.
+            ModelError: if none is given, or if it cannot be loaded, or is another one.
         """
         about = file.about
-        if given is None and about.base.name.startswith("./"):
+        if given is None:
+            at = f" (commit {about.base.revision})" if about.base.revision else ""
             raise ModelError(
-                f"{file.path}: its base model was in a directory {about.base.name[2:]!r} of whoever measured; say "
-                "where it is here with --base"
+                f"{file.path}: says that its base model is {about.base.name!r}{at}. Nothing is loaded because a file "
+                "says so: if you know and trust that model, name it with --base"
             )
-        name = given or about.base.name
         if self.plan is not None:
-            base = load_base(self.plan, directory, silo=file.name, override=name)
+            base = load_base(self.plan, directory, silo=file.name, override=given)
         else:
-            base = load_zero_headed(plan_for(file.name, name, about.task), directory)
+            base = load_zero_headed(plan_for(file.name, given, about.task), directory)
         here = tensor_digests(base.model)
         odd = sorted(
             key for key in here.keys() | about.base.weights.keys() if here.get(key) != about.base.weights.get(key)
         )
         if odd:
             raise ModelError(
-                f"{name!r} is not the base model of {file.path}, which calls it {about.base.name!r}: tensor {odd[0]!r} "
-                f"is another, {len(odd)} in all; name the right one with --base"
+                f"{given!r} is not the base model of {file.path}, which calls it {about.base.name!r}: tensor "
+                f"{odd[0]!r} is another, {len(odd)} in all; name the right one with --base"
             )
-        if base.vocabulary != about.tokenizer:
-            raise ModelError(
-                f"base {name!r} has a tokenizer with another vocabulary than {file.path} was measured with; name the "
-                "right one with --base"
-            )
+        for key, what in PINNED.items():
+            if getattr(base.pins, key) != getattr(about.base, key):
+                raise ModelError(
+                    f"{given!r} is not the base model of {file.path}, which calls it {about.base.name!r}: their {what} "
+                    "differ; name the right one with --base, and merge with the transformers that it was measured with"
+                )
         return base
 
 
@@ -278,7 +284,7 @@ def merge_files(
         report = {
             "run": out.name,
             "mode": "files",
-            "base": {"name": settings.base or collection.files[0].about.base.name, "sha256": base.sha256},
+            "base": {"name": settings.base, "sha256": base.pins.sha256},
             "layout_digest": collection.layout.digest,
             "plan_digest": collection.plan.digest if collection.plan else None,
             "heads": collection.heads,

@@ -12,7 +12,8 @@ import torch
 import yaml
 from torch import nn
 
-from gramfuse_model.base import BUNDLED, Base
+from gramfuse_model.base import Base
+from gramfuse_model.source import BUNDLED
 from gramfuse_model.tasks import Form, merged_form
 from gramfuse_protocol.plan import Plan
 from gramfuse_server.accumulator import Deltas

@@ -467,7 +467,8 @@ def test_lock_pins_base_and_layout_keeps_all_else_and_is_idempotent(
     assert [line for line in locked.splitlines() if line not in added] == written.splitlines()
     assert added == [
         f'sha256 = "{first.object["base_sha256"]}"',
-        f'tokenizer = "{first.object["tokenizer_sha256"]}"',
+        f'config = "{first.object["config_sha256"]}"',
+        f'processor = "{first.object["processor_sha256"]}"',
         f'layout = "{first.object["layout_digest"]}"',
     ]
     plan = Plan.read(project.plan)

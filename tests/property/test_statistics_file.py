@@ -45,8 +45,7 @@ def statistics(seed: int = 1) -> Statistics:
 def write(path: Path, measured: Statistics | None = None, **changes: Any) -> Path:
     about: dict[str, Any] = {
         "name": "north",
-        "base": Origin(name="some/base", weights={"a.weight": "0" * 64}),
-        "tokenizer": "1" * 64,
+        "base": Origin(name="some/base", weights={"a.weight": "0" * 64}, config="1" * 64, processor="2" * 64),
         "task": TASK,
         "layout": LAYOUT,
         "head": ["head.weight"],

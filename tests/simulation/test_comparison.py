@@ -24,7 +24,8 @@ from gramfuse_client.app import SiloApp
 from gramfuse_client.batches import Encoded, batches
 from gramfuse_client.data import Examples, load
 from gramfuse_client.finetune import finetune
-from gramfuse_model.base import load_base, weights_digest
+from gramfuse_model.base import load_base
+from gramfuse_model.digests import weights_digest
 from gramfuse_protocol.layout import delta_block
 from gramfuse_protocol.metrics import metrics
 from gramfuse_server import post
@@ -99,7 +100,8 @@ def check_exchange(run: Compared) -> None:
             sums = laboratory.measure(laboratory.deltas(model["name"]))
             assert described(laboratory.plan, model["name"], model["kind"], sums) == model
     for bench in laboratory.benches.values():
-        assert weights_digest(bench.base.model, bench.base.shared) == laboratory.plan.model.sha256
+        loaded = load_base(laboratory.plan, bench.silo.directory, silo=bench.silo.name)
+        assert weights_digest(bench.base.model, loaded.shared) == weights_digest(loaded.model, loaded.shared)
 
 
 def write_project(

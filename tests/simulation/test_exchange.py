@@ -451,9 +451,7 @@ def test_no_more_metrics_come_than_the_plan_says(
     honest: Honest, in_process_grid: Any, place: Path, metrics: str
 ) -> None:
     events: list[dict[str, Any]] = []
-    plan = honest.plan.override([f"privacy.metrics={metrics}"]).pinned(
-        sha256=honest.plan.model.sha256, layout=honest.layout.digest
-    )
+    plan = honest.plan.override([f"privacy.metrics={metrics}"]).pinned(honest.plan.pins, honest.layout.digest)
     grid = in_process_grid(honest.scripted())
     report = exchange(grid, honest, place / "run", plan=plan, observer=events.append)
     assert report["unmeasured"] == ("the plan lets no metrics leave" if metrics == "none" else None)
@@ -1015,9 +1013,7 @@ def test_a_merge_that_float32_cannot_hold_ends_the_run_and_names_the_tensor(
         for name, block in true.blocks.items()
     }
     silos["silo-b"].statistics = Statistics(true.examples, true.tokens, blocks)
-    plan = honest.plan.override([f"privacy.metrics={metrics}"]).pinned(
-        sha256=honest.plan.model.sha256, layout=honest.layout.digest
-    )
+    plan = honest.plan.override([f"privacy.metrics={metrics}"]).pinned(honest.plan.pins, honest.layout.digest)
     with pytest.raises(ContributionError) as caught:
         exchange(in_process_grid(silos), honest, place / "run", plan=plan)
     assert any(repr(tensor.name) in str(caught.value) for tensor in honest.layout.tensors)

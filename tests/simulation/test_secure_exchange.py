@@ -93,7 +93,7 @@ class Site:
         """The plan with settings, of the first few silos, locked."""
         plan = Plan.read(self.project.plan)
         plan = plan.model_copy(update={"silo": plan.silo[:silos]}).override(changes)
-        return plan.pinned(sha256=self.base.sha256, layout=self.layout.digest)
+        return plan.pinned(self.base.pins, self.layout.digest)
 
     def silo(self, name: str, plan: Plan, place: Path) -> Silo:
         """A silo that approved the plan, with its state under a place."""

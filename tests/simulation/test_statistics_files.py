@@ -348,7 +348,17 @@ def test_what_does_not_belong_together_is_refused(
         text = (path / "tokenizer.json").read_text(encoding="utf-8")
         (path / "tokenizer.json").write_text(text.replace('"cat"', '"lynx"'), encoding="utf-8")
     other = measured(renamed[0], renamed[1], "--name", "lynx", out=tmp_path / "lynx.safetensors")
-    merge("tokenizers with different vocabularies", other)
+    merge("bases with different tokenizers", other)
+    refused("their tokenizers .* differ", "merge", good, "-o", out, "--base", renamed[1])
+    # Another configuration is another base too: what was measured does not mean the same in it.
+    louder = shutil.copytree(pico_bert, tmp_path / "louder")
+    config = json.loads((louder / "config.json").read_text(encoding="utf-8"))
+    (louder / "config.json").write_text(json.dumps({**config, "hidden_dropout_prob": 0.5}), encoding="utf-8")
+    merge(
+        "bases with different configurations",
+        measured(model, louder, "--name", "louder", out=tmp_path / "louder.safetensors"),
+    )
+    refused("their configurations differ", "merge", good, "-o", out, "--base", louder)
     merge("both called 'good'", good)
     three = measured(model, pico_bert, "--name", "three", out=tmp_path / "three.safetensors")
     refused(
@@ -361,7 +371,7 @@ def test_what_does_not_belong_together_is_refused(
         "--base",
         moved,
     )
-    refused("say where it is here with --base", "merge", good, three, "-o", out)
+    refused("name it with --base", "merge", good, three, "-o", out)
     merge("a weight is given for 'four'", three, "--weight", "four=2")
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes(three.read_bytes()[:-1])
@@ -371,7 +381,9 @@ def test_what_does_not_belong_together_is_refused(
     base = ("--data", model / "train.jsonl", "-o", out)
     refused("has no head|no task that gramfuse knows", "measure", pico_bert, "--base", pico_bert, *base)
     refused("of type 'bert' and base .* of type 'gpt2'", "measure", model, "--base", pico_gpt2, *base)
-    refused("tokenizers with different vocabularies", "measure", model, "--base", renamed[1], *base)
+    refused("different tokenizers or image processors", "measure", model, "--base", renamed[1], *base)
+    (louder / "config.json").write_text(json.dumps({**config, "hidden_act": "relu"}), encoding="utf-8")
+    refused("have another 'hidden_act'", "measure", model, "--base", louder, *base)
     refused(
         "is to be frozen and is not the same", "measure", model, "--base", pico_bert, *base, "--freeze", "*layer.0*"
     )

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from gramfuse_protocol.canonical import canonical_json, digest
 from gramfuse_protocol.errors import PlanError
-from gramfuse_protocol.plan import Plan
+from gramfuse_protocol.plan import Pins, Plan
 
 SMALL = """
 [plan]
@@ -85,7 +85,9 @@ head = "different"
 threshold = 0.3
 range = [-2.5, 1e300]
 target-length = 9
-tokenizer = "SHA256"
+config = "SHA256"
+processor = "SHA256"
+revision = "COMMIT"
 pair = true
 max-length = 7
 task = "classification"
@@ -98,6 +100,7 @@ version = 12
 name = "every-key"
 """.replace("LAYOUT", "0" * 63 + "f")
     .replace("SHA256", "ab" * 32)
+    .replace("COMMIT", "cd" * 20)
     .replace("KEY", "0" * 64)
     .replace("NODE", NODE_KEY)
 )
@@ -138,11 +141,13 @@ name = "b"
 task = "mail"
 """
 
+PINS = Pins("1" * 64, "3" * 64, "4" * 64)
+
 SMALL_CANONICAL = (
     '{"merge":{"alpha":"0.9","context-free":"mean","exclude":[],"gram":{"*":"full"},"layout":null,"method":"regmean","rounds":1,'
     '"tokens":100000,"weighting":"uniform"},'
-    '"model":{"base":"bundled:minilm","head":"same","labels":["no","yes"],"max-length":128,"pair":false,"range":null,'
-    '"sha256":null,"target-length":32,"task":"classification","threshold":"0.5","tokenizer":null},'
+    '"model":{"base":"bundled:minilm","config":null,"head":"same","labels":["no","yes"],"max-length":128,"pair":false,'
+    '"processor":null,"range":null,"revision":null,"sha256":null,"target-length":32,"task":"classification","threshold":"0.5"},'
     '"plan":{"name":"small","version":1},'
     '"privacy":{"candidates":["simple","regmean"],"colluding":1,"metrics":"sum","metrics-epsilon":"2.0","minimum-survivors":null,"secure-aggregation":false,"threshold":null},'
     '"silo":[{"labels":[],"name":"a","node-key":null,"public-key":null,"task":null},'
@@ -261,9 +266,10 @@ def test_values_arrive_as_written() -> None:
         ("top = 1\n[plan]", "top", "plan, model, task, training, merge, privacy, silo"),
         ("[plan]\ntitle = 1", "plan.title", "name, version"),
         (
-            "[model]\nrevision = 'x'",
-            "model.revision",
-            "base, sha256, tokenizer, task, head, labels, pair, max-length, target-length, threshold, range",
+            "[model]\ntokenizer = 'x'",
+            "model.tokenizer",
+            "base, revision, sha256, config, processor, task, head, labels, pair, max-length, target-length, "
+            "threshold, range",
         ),
         (
             "[training]\nlearning-rat = 1.0",
@@ -549,21 +555,27 @@ def test_a_setting_that_does_not_fit_is_refused_and_quoted(setting: str, message
 
 
 def test_settings_remove_the_lock_and_no_settings_keep_it() -> None:
-    locked = Plan.parse(SMALL).pinned(sha256="1" * 64, layout="2" * 64)
+    locked = Plan.parse(SMALL).pinned(PINS, "2" * 64)
     assert locked.locked
-    assert (locked.model.sha256, locked.merge.layout) == ("1" * 64, "2" * 64)
+    assert (locked.pins, locked.merge.layout) == (PINS, "2" * 64)
     assert locked.override([]) == locked
     changed = locked.override(["training.epochs=7"])
     assert not changed.locked
-    assert (changed.model.sha256, changed.merge.layout) == (None, None)
+    assert (changed.pins, changed.merge.layout) == (Pins(None, None, None), None)
     assert changed == Plan.parse(SMALL).override(["training.epochs=7"])
 
 
-def test_half_a_lock_is_no_lock() -> None:
-    weights = Plan.parse(_edit(SMALL, "[model]", f'[model]\nsha256 = "{"1" * 64}"'))
-    layout = Plan.parse(f'merge.layout = "{"2" * 64}"\n{SMALL}')
-    assert not weights.locked
-    assert not layout.locked
+def test_a_commit_stays_with_its_base_model() -> None:
+    locked = Plan.parse(SMALL).pinned(PINS._replace(revision="a" * 40), "2" * 64)
+    assert locked.unlocked().pins == locked.override(["merge.tokens=7"]).pins == Pins(None, None, None, "a" * 40)
+    assert locked.override(['model.base="other"']).model.revision is None
+    assert locked.override([f'model.revision="{"b" * 40}"', 'model.base="other"']).model.revision == "b" * 40
+
+
+@pytest.mark.parametrize("missing", [*PINS._fields[:3], "layout"])
+def test_a_lock_with_a_part_missing_is_no_lock(missing: str) -> None:
+    pins = PINS._replace(**({} if missing == "layout" else {missing: None}))
+    assert not Plan.parse(SMALL).pinned(pins, None if missing == "layout" else "2" * 64).locked
 
 
 # Digest
@@ -603,7 +615,9 @@ CHANGED: dict[tuple[str, ...], Any] = {
     ("model", "task"): "regression",
     ("model", "labels"): ["yes", "no"],
     ("model", "pair"): True,
-    ("model", "tokenizer"): "0" * 64,
+    ("model", "config"): "0" * 64,
+    ("model", "processor"): "0" * 64,
+    ("model", "revision"): "0" * 40,
     ("model", "head"): "own",
     ("model", "target-length"): 33,
     ("model", "threshold"): 0.4,

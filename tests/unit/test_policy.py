@@ -46,7 +46,7 @@ from gramfuse_protocol.messages import (
     UploadRequest,
 )
 from gramfuse_protocol.node_key import generate
-from gramfuse_protocol.plan import Plan
+from gramfuse_protocol.plan import Pins, Plan
 from gramfuse_protocol.wire import pack, unpack
 
 SESSION = "0123456789abcdef" * 2
@@ -59,6 +59,8 @@ PLAN = Plan.parse(
     [model]
     base = "pico"
     sha256 = "{"1" * 64}"
+    config = "{"3" * 64}"
+    processor = "{"4" * 64}"
     task = "classification"
     labels = ["animals", "weather"]
     [merge]
@@ -70,7 +72,7 @@ PLAN = Plan.parse(
     name = "silo-a"
     """
 )
-WITH_SILO_METRICS = PLAN.override(['privacy.metrics="silo"']).pinned(sha256="1" * 64, layout="2" * 64)
+WITH_SILO_METRICS = PLAN.override(['privacy.metrics="silo"']).pinned(Pins("1" * 64, "3" * 64, "4" * 64), "2" * 64)
 UNLOCKED = PLAN.override(["merge.alpha=1.0"])
 PATH = Path("private") / "silo-a.toml"
 
@@ -263,7 +265,7 @@ def site(pico_project: Callable[..., Any]) -> Callable[..., Site]:
         plan = Plan.read(project.plan).override(["training.epochs=1", *settings])
         base = load_base(plan, project.directory)
         layout = plan_layout(plan, base)
-        plan = plan.pinned(sha256=base.sha256, layout=layout.digest)
+        plan = plan.pinned(base.pins, layout.digest)
         site = Site(project.silo("silo-a"), plan, layout)
         site.edit("approved = []", f'approved = ["{plan.digest}"]')
         return site
@@ -298,14 +300,14 @@ def refused(site: Site, request: Message, kind: type[Exception]) -> Refusal:
 
 def test_a_plan_that_is_not_approved_is_refused_and_leaves_no_trace(site: Callable[..., Site]) -> None:
     here = site()
-    other = here.plan.override(["merge.alpha=0.5"]).pinned(sha256=here.plan.model.sha256, layout=here.plan.merge.layout)
+    other = here.plan.override(["merge.alpha=0.5"]).pinned(here.plan.pins, here.plan.merge.layout)
     refused(here, here.join(plan=other.digest, plan_text=other.to_toml()), RefusalError)
     assert no_trace(here)
 
 
 def test_an_approved_digest_does_not_cover_the_text_of_another_plan(site: Callable[..., Site]) -> None:
     here = site()
-    other = here.plan.override(["merge.tokens=7"]).pinned(sha256=here.plan.model.sha256, layout=here.layout.digest)
+    other = here.plan.override(["merge.tokens=7"]).pinned(here.plan.pins, here.layout.digest)
     refused(here, here.join(plan_text=other.to_toml()), FederationError)
     assert no_trace(here)
 

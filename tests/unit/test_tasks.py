@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import transformers
 
-from gramfuse_model.base import load_base, weights_digest
+from gramfuse_model.base import load_base
+from gramfuse_model.digests import weights_digest
 from gramfuse_model.heads import head_parameters
 from gramfuse_model.tasks import BODY, FORMS, head_settings, merged_form
 from gramfuse_protocol.errors import PlanError
@@ -84,7 +85,7 @@ def test_a_silo_that_is_not_in_the_roster_has_a_task_only_if_all_have_one() -> N
 def test_bodies_are_one_and_heads_are_their_tasks(pico_bert: Path) -> None:
     both = two_tasks(pico_bert)
     north, south = (load_base(both, pico_bert, silo=silo) for silo in both.names)
-    assert north.sha256 == south.sha256 == load_base(both, pico_bert).sha256
+    assert north.pins == south.pins == load_base(both, pico_bert).pins
     assert north.shared == south.shared
     assert not north.shared & (head_parameters(north.model) | head_parameters(south.model))
     assert not any("pooler" in name for name in north.shared), "the tagger's body has none"
@@ -93,4 +94,4 @@ def test_bodies_are_one_and_heads_are_their_tasks(pico_bert: Path) -> None:
     assert (north.model.config.num_labels, south.model.config.num_labels) == (2, 3)
     alone = load_base(plan(TOPIC, pico_bert), pico_bert)
     assert alone.shared == frozenset(alone.model.state_dict())
-    assert alone.sha256 == weights_digest(alone.model)
+    assert alone.pins.sha256 == weights_digest(alone.model)

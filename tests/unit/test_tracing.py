@@ -299,6 +299,6 @@ def test_a_plan_locked_to_another_layout_is_refused(pico_bert: Path) -> None:
     plan = a_plan(pico_bert)
     base = base_of(plan)
     layout = plan_layout(plan, base)
-    assert plan_layout(plan.pinned(sha256=base.sha256, layout=layout.digest), base).digest == layout.digest
+    assert plan_layout(plan.pinned(base.pins, layout.digest), base).digest == layout.digest
     with pytest.raises(ModelError, match=layout.digest):
-        plan_layout(plan.pinned(sha256=base.sha256, layout="0" * 64), base)
+        plan_layout(plan.pinned(base.pins, "0" * 64), base)

@@ -50,6 +50,7 @@ from gramfuse_protocol.transcript import (
 
 HERE = Path(__file__).parent
 ALPHA = 0.75
+PINNED = ("sha256", "config", "processor")
 """Few bits, so that the summands are exact in float64 whatever the order in which they are added up."""
 
 Json = dict[str, Any]
@@ -210,9 +211,9 @@ def statistics_values(layout: Layout, statistics: Statistics, weighting: Any, si
 def plan_text(name: str, keys: Mapping[str, str], layout: Layout, weighting: str, labels: Sequence[str], c: int) -> str:
     task = f'task = "classification"\nlabels = {json.dumps(list(labels))}' if labels else 'task = "regression"'
     silos = "".join(f'\n[[silo]]\nname = "{silo}"\npublic-key = "{key}"\n' for silo, key in keys.items())
-    weights = hashlib.sha256(name.encode()).hexdigest()
+    pins = "".join(f'{key} = "{hashlib.sha256((name + key).encode()).hexdigest()}"\n' for key in PINNED)
     return (
-        f'[plan]\nname = "{name}"\n\n[model]\nbase = "base"\nsha256 = "{weights}"\n{task}\n\n[merge]\nalpha = {ALPHA}\n'
+        f'[plan]\nname = "{name}"\n\n[model]\nbase = "base"\n{pins}{task}\n\n[merge]\nalpha = {ALPHA}\n'
         f'weighting = "{weighting}"\nlayout = "{layout.digest}"\n\n[privacy]\ncolluding = {c}\n{silos}'
     )
 

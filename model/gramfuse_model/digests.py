@@ -1,0 +1,212 @@
+"""What a base model is known by: one digest each of its weights, its configuration and its processor.
+
+They are taken of what was loaded, in memory, and not of files: a file that nobody reads changes none, and one that is
+read changes one, whatever it is called. What no run uses stays out: names and paths, versions, the dtype of the files,
+how attention is computed (which changes rounding only), chat templates, and the head's labels, which the plan has.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import tempfile
+from collections.abc import Mapping
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.image_processing_base import ImageProcessingMixin
+
+from gramfuse_model.heads import answers
+from gramfuse_protocol.canonical import canonical_json, digest
+from gramfuse_protocol.errors import ModelError
+
+UNUSED_SETTINGS = frozenset(
+    {"_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version"}
+    | {"_from_model_config", "_commit_hash", "_processor_class", "processor_class", "_auto_class"}
+)
+"""Keys of configurations and image processors that no run uses."""
+
+HEAD_SETTINGS = frozenset({"id2label", "label2id", "num_labels", "problem_type"})
+"""Keys of a configuration that follow from the plan's task, whatever the base model's files say."""
+
+UNUSED_ATTRIBUTES = frozenset(
+    {"name_or_path", "init_inputs", "init_kwargs", "files_loaded", "verbose", "deprecation_warnings"}
+    | {"chat_template", "response_template", "chat_control_tokens"}
+)
+"""Public attributes of a tokenizer that no run uses: what it was made of, and how it would write a chat."""
+
+TOKENIZER_SETTINGS = ("pad_token_type_id", "add_bos_token", "add_eos_token", "src_lang", "tgt_lang")
+"""Properties of tokenizers that decide what they do, and do not show among the attributes."""
+
+
+def weights_digest(model: nn.Module, names: frozenset[str] | None = None) -> str:
+    """Return the SHA-256 over parameters and persistent buffers: those that are named, or all.
+
+    The hash runs over each tensor in order of its name: name, dtype and shape as one line of text
+    (`encoder.weight float32 384,384` and a newline), then its little-endian bytes in C order.
+    """
+    state = model.state_dict()
+    hasher = hashlib.sha256()
+    for name in sorted(state if names is None else names):
+        _update(hasher, f"{name} ", state[name])
+    return hasher.hexdigest()
+
+
+def tensor_digests(model: nn.Module) -> dict[str, str]:
+    """Return the SHA-256 of each parameter and persistent buffer, by name.
+
+    The hash runs over dtype and shape as one line of text (`float32 384,384` and a newline), then the little-endian
+    bytes in C order.
+    """
+    return {
+        name: _update(hashlib.sha256(), "", tensor).hexdigest() for name, tensor in sorted(model.state_dict().items())
+    }
+
+
+def config_digest(model: PreTrainedModel) -> str:
+    """Return the SHA-256 of `config_document`, as canonical JSON (RFC 8785).
+
+    Raises:
+        ModelError: if the configuration holds what is no JSON.
+    """
+    return digest(config_document(model))
+
+
+def config_document(model: PreTrainedModel) -> dict[str, Any]:
+    """Return all that a model's configuration says of what it computes, defaults of this transformers included.
+
+    Returns:
+        `config`, without UNUSED_SETTINGS and HEAD_SETTINGS, and `generation`: how a model that answers (an encoder with
+        a decoder) generates; None for others, which generate nothing in a run.
+    """
+    config = _used(model.config.to_dict())
+    generation = _used(model.generation_config.to_dict()) if answers(model) else None
+    return {
+        "config": {key: value for key, value in config.items() if key not in HEAD_SETTINGS},
+        "generation": generation,
+    }
+
+
+def processor_digest(processor: Any) -> str:
+    """Return the SHA-256 of `processor_document`, as canonical JSON (RFC 8785).
+
+    Args:
+        processor: a tokenizer or an image processor of transformers.
+
+    Raises:
+        ModelError: if it is of a kind whose whole state cannot be had.
+    """
+    return digest(processor_document(processor))
+
+
+def processor_document(processor: Any) -> dict[str, Any]:
+    """Return all that decides which tensors a tokenizer or an image processor makes of an input.
+
+    Returns:
+        `class`; `settings`; and for tokenizers `special`, the special tokens by role, and `backend`: as tokenizer.json
+        has it, with normalizer, pre-tokenizer, model, post-processor, decoder and added tokens. Truncation and padding
+        are not in it, since every call sets them. A tokenizer that is written in Python has its vocabulary, its added
+        tokens and the SHA-256 of its vocabulary files in place of that.
+
+    Raises:
+        ModelError: if it is of a kind whose whole state cannot be had.
+    """
+    kind = type(processor).__name__
+    if isinstance(processor, ImageProcessingMixin):
+        return {"class": kind, "settings": _used(processor.to_dict())}
+    if not isinstance(processor, PreTrainedTokenizerBase):
+        raise ModelError(f"a {kind} is neither a tokenizer nor an image processor, so a plan cannot pin it")
+    attributes = {
+        name: _plain(value)
+        for name, value in vars(processor).items()
+        if not (name.startswith("_") or name.endswith("_file") or name in UNUSED_ATTRIBUTES) and _is_plain(value)
+    }
+    settings = {name: _plain(getattr(processor, name, None)) for name in TOKENIZER_SETTINGS}
+    return {
+        "class": kind,
+        "settings": attributes | settings,
+        "special": {
+            **{role: str(token) for role, token in processor.special_tokens_map.items() if isinstance(token, str)},
+            "extra": [str(token) for token in processor.extra_special_tokens],
+        },
+        "backend": tokenizer_backend(processor),
+    }
+
+
+def tokenizer_backend(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Return what a tokenizer makes of a text by itself, as `processor_document` has it.
+
+    Raises:
+        ModelError: if it is of a kind whose whole state cannot be had.
+    """
+    try:
+        if tokenizer.is_fast:
+            backend = json.loads(tokenizer.backend_tokenizer.to_str())
+            return {key: _plain(backend[key]) for key in backend.keys() - {"version", "truncation", "padding"}}
+        added = {str(index): token.__getstate__() for index, token in tokenizer.added_tokens_decoder.items()}
+        return {"vocabulary": dict(tokenizer.get_vocab()), "added": added, "files": _vocabulary_files(tokenizer)}
+    except (AttributeError, NotImplementedError, OSError) as error:
+        raise ModelError(
+            f"a {type(tokenizer).__name__} does not give its whole state away, so a plan cannot pin it ({error}); save "
+            "the base model with a tokenizer that has a tokenizer.json"
+        ) from None
+
+
+def _vocabulary_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    with tempfile.TemporaryDirectory(prefix="gramfuse-") as directory:
+        written = tokenizer.save_vocabulary(directory) or ()
+        return {Path(path).name: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in written}
+
+
+def _used(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings without those that no run uses, in the configurations of parts too."""
+    used = {}
+    for key, value in settings.items():
+        if key not in UNUSED_SETTINGS:
+            part = isinstance(value, Mapping) and "model_type" in value
+            used[key] = _used(value) if part else _plain(value)
+    return used
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as canonical JSON takes it: numbers that have no canonical form as strings."""
+    match value:
+        case Enum():
+            return _plain(value.value)
+        case None | bool() | str():
+            return value
+        case int():
+            return value if abs(value) < 2**53 else str(value)
+        case float():
+            return value if math.isfinite(value) else str(value)
+        case Mapping():
+            return {str(key): _plain(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_plain(item) for item in value]
+        case set() | frozenset():
+            return sorted(map(_plain, value), key=canonical_json)
+        case torch.dtype():
+            return str(value)
+    raise ModelError(f"a {type(value).__name__} in the base model's settings is no JSON, so a plan cannot pin it")
+
+
+def _is_plain(value: Any) -> bool:
+    try:
+        _plain(value)
+    except ModelError:
+        return False
+    return True
+
+
+def _update(hasher: Any, prefix: str, tensor: torch.Tensor) -> Any:
+    """Add a tensor to a hash: its dtype and shape as a line of text, and its bytes."""
+    tensor = tensor.detach().cpu().contiguous()
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    hasher.update(f"{prefix}{dtype} {','.join(map(str, tensor.shape))}\n".encode())
+    hasher.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return hasher
