@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from gramfuse_protocol.errors import ModelError
 from gramfuse_protocol.plan import Plan
+from gramfuse_protocol.text import quoted
 
 
 class Bundled(NamedTuple):
@@ -150,11 +151,11 @@ def check_files(directory: str) -> str:
     for path, value in _entries(config):
         if path[-1] == "auto_map" and path[:-1]:
             raise ModelError(
-                f"{root / 'config.json'}: {'.'.join(path)!r} names code, and a base model's code is not run"
+                f"{root / 'config.json'}: {quoted('.'.join(path))} names code, and a base model's code is not run"
             )
         if path[-1] in ("quantization_config", "transformers_weights") and value is not None:
             raise ModelError(
-                f"{root / 'config.json'}: {'.'.join(path)!r} is not supported; a base model has its weights in "
+                f"{root / 'config.json'}: {quoted('.'.join(path))} is not supported; a base model has its weights in "
                 f"{WEIGHTS}, and they are not quantized"
             )
     if (root / "adapter_config.json").exists():
@@ -173,7 +174,7 @@ def check_files(directory: str) -> str:
     raise ModelError(
         f"{root}: has no {WEIGHTS}"
         + (
-            f", only {', '.join(map(repr, pickled[:3]))}, and gramfuse does not open such files: they can hold code. "
+            f", only {', '.join(map(quoted, pickled[:3]))}, and gramfuse does not open such files: they can hold code. "
             "Where you trust the file, convert it: load the model with transformers, and call "
             "save_pretrained, which writes safetensors"
             if pickled
@@ -187,7 +188,7 @@ def _check_index(root: Path) -> str:
     parts = _json(root / INDEX).get("weight_map")
     for part in set(parts.values()) if isinstance(parts, dict) else {None}:
         if not isinstance(part, str) or Path(part).name != part or not part.endswith(".safetensors"):
-            raise ModelError(f"{root / INDEX}: {part!r} is no safetensors file of this directory")
+            raise ModelError(f"{root / INDEX}: {quoted(part)} is no safetensors file of this directory")
     return str(root)
 
 

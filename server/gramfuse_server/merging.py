@@ -23,7 +23,7 @@ from gramfuse_protocol.layout import ITEM_BYTES, Layout, Slice, delta_block
 from gramfuse_protocol.plan import Merge, Plan
 from gramfuse_protocol.statistics import Contribution, check_slices
 from gramfuse_protocol.statistics_file import StatisticsFile, read_statistics
-from gramfuse_protocol.text import listed
+from gramfuse_protocol.text import listed, quoted
 from gramfuse_server.accumulator import Accumulator, Merged
 from gramfuse_server.checks import check_model, check_sums
 from gramfuse_server.model import add_differences, code, front_matter, usage
@@ -217,8 +217,8 @@ class Collection:
         if given is None:
             at = f" (commit {about.base.revision})" if about.base.revision else ""
             raise ModelError(
-                f"{file.path}: says that its base model is {about.base.name!r}{at}. Nothing is loaded because a file "
-                "says so: if you know and trust that model, name it with --base"
+                f"{file.path}: says that its base model is {quoted(about.base.name)}{at}. Nothing is loaded because a "
+                "file says so: if you know and trust that model, name it with --base"
             )
         if self.plan is not None:
             base = load_base(self.plan, directory, silo=file.name, override=given)
