@@ -121,7 +121,7 @@ def test_a_plan_beyond_the_silo_file_is_refused_by_its_key(silo: Silo, plan: Pla
     quotes_nothing(caught.value.reason, [str(PATH), *silo.file.approved, silo.name])
 
 
-@pytest.mark.parametrize(("asked", "allowed"), itertools.product(("mean", "diagonal", "full"), repeat=2))
+@pytest.mark.parametrize(("asked", "allowed"), [*itertools.product(("mean", "diagonal", "full"), repeat=2)])
 def test_a_secure_plan_gets_of_layers_without_context_what_the_silo_file_allows(asked: str, allowed: str) -> None:
     plan = PLAN.override([f'merge.context-free="{asked}"'])
     secure = plan.model_copy(update={"privacy": plan.privacy.model_copy(update={"secure_aggregation": True})})
