@@ -61,6 +61,7 @@ secure-aggregation = false
 
 [merge]
 rounds = 3
+maximum-change = 2.5
 tokens = 4096
 layout = "LAYOUT"
 gram = {"*" = "diagonal", "*.query.weight" = "block:8", "*\\"ö\\u4e00*" = "full"}
@@ -139,7 +140,7 @@ task = "mail"
 """
 
 SMALL_CANONICAL = (
-    '{"merge":{"alpha":"0.9","context-free":"mean","exclude":[],"gram":{"*":"full"},"layout":null,"method":"regmean","rounds":1,'
+    '{"merge":{"alpha":"0.9","context-free":"mean","exclude":[],"gram":{"*":"full"},"layout":null,"maximum-change":"32.0","method":"regmean","rounds":1,'
     '"tokens":100000,"weighting":"uniform"},'
     '"model":{"base":"bundled:minilm","head":"same","labels":["no","yes"],"max-length":128,"pair":false,"range":null,'
     '"sha256":null,"target-length":32,"task":"classification","threshold":"0.5","tokenizer":null},'
@@ -150,7 +151,7 @@ SMALL_CANONICAL = (
     '"training":{"batch-size":16,"epochs":5,"freeze":["embeddings"],"learning-rate":"5e-05","precision":"float32","seed":1,"warmup":"0.06",'
     '"weight-decay":"0.01"}}'
 )
-SMALL_DIGEST = "b9ab8ba921881b71fc85223c846d38f1ecd51e3f2a34c52d46b2b68acc42e096"
+SMALL_DIGEST = "90cd0b0a531419ebdc2a9828d3edc3288dd4b9aff1a3a60024a1723a4c65a3e2"
 
 
 def _edit(text: str, old: str, new: str) -> str:
@@ -273,7 +274,7 @@ def test_values_arrive_as_written() -> None:
         (
             "[merge]\nbeta = 1",
             "merge.beta",
-            "method, alpha, weighting, gram, exclude, context-free, tokens, rounds, layout",
+            "method, alpha, weighting, gram, exclude, context-free, tokens, rounds, maximum-change, layout",
         ),
         (
             "[privacy]\nnoise = {x = 1}",
@@ -626,6 +627,7 @@ CHANGED: dict[tuple[str, ...], Any] = {
     ("merge", "tokens"): 99_999,
     ("merge", "layout"): "0" * 64,
     ("merge", "rounds"): 2,
+    ("merge", "maximum-change"): math.nextafter(32, 0),
     ("privacy", "secure-aggregation"): True,
     ("privacy", "colluding"): 0,
     ("privacy", "threshold"): 2,
