@@ -527,7 +527,7 @@ def test_settings_are_applied_in_order_and_together() -> None:
         (
             "merge.nope=1",
             "unknown key 'merge.nope'; known here: method, alpha, weighting, gram, exclude, context-free, tokens, "
-            "rounds, layout",
+            "rounds, maximum-change, layout",
         ),
         ("nope.alpha=1", "unknown key 'nope'; known here: plan, model, task, training, merge, privacy, silo"),
         ("training.learning_rate=1.0", "unknown key 'training.learning_rate'; known here: epochs, learning-rate"),
