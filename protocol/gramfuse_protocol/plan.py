@@ -148,7 +148,7 @@ class Merge(Section):
     """Most token rows that a silo measures for one Gram matrix."""
     rounds: Count = 1
     """Exchanges: in each after the first, silos go on from the merged model."""
-    maximum_change: Annotated[float, Field(gt=0, le=1e6)] = 32.0
+    maximum_change: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 32.0
     """Most that a tensor may change, as a multiple of the norm that it has in the base.
 
     Silos keep no model that changes more, and do not measure it or go on from it.

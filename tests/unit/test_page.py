@@ -21,6 +21,7 @@ from gramfuse_cli.main import main
 from gramfuse_protocol.plan import Plan
 from gramfuse_server.pages import drawing
 from gramfuse_server.pages.page import page
+from gramfuse_server.verdicts import Check
 
 SILOS = ["hospital", "bank", "telephone"]
 LABELS = [f"label-{number}" for number in range(64)]
@@ -99,6 +100,7 @@ def measured(name: str, kind: str, value: float, *, silos: bool = True, labels: 
 
 def base_of(plan: Plan, mode: str) -> dict[str, Any]:
     outcomes = ["clean", "jitter", "empty", "mean"] if mode == "secure" else ["clean"]
+    values = [300.5, 18.25, 0.9375] if mode == "secure" else [0.9375]
     return {
         "run": "desk-1",
         "name": "desk",
@@ -119,6 +121,10 @@ def base_of(plan: Plan, mode: str) -> dict[str, Any]:
             {"group": f"layer.{place}", "outcome": outcome, "jitter": 2e-6, "smallest_eigenvalue": 0.01}
             | {"dead_features": place, "mean_blocks": 1, "blocks": 3}
             for place, outcome in enumerate(outcomes)
+        ],
+        "checks": [
+            Check.of("power", f"layer.{place}", value, (None, 16.0), (None, 256.0)).__dict__
+            for place, value in enumerate(values)
         ],
         "bytes": {silo: {"join": 190, "upload": 241_000_000} for silo in SILOS},
         "bytes_to_silos": {silo: {"join": 8223, "evaluate": 90_100_000} for silo in SILOS},
@@ -174,7 +180,7 @@ def secure_run() -> tuple[dict[str, Any], Plan]:
 
 def failed_run() -> tuple[dict[str, Any], Plan]:
     report, plan = secure_run()
-    for key in ("models", "unmeasured", "solve", "examples"):
+    for key in ("models", "unmeasured", "solve", "checks", "examples"):
         del report[key]
     states = ("trained", "joined", "lost", "absent")
     report["silos"] = [{"name": name, "state": state} for name, state in zip(plan.names, states, strict=True)]
@@ -281,8 +287,20 @@ def test_every_silo_model_and_number_is_on_the_page_and_the_page_is_the_same_eve
         assert lost["reason"] in shown
     for step in report.get("solve", []):
         assert step["group"] in shown
+    for check in report.get("checks", []):
+        assert all(part in shown for part in (check["where"], check["verdict"], f"{check['value']:.4g}"))
     for digest in ("plan_digest", "layout_digest"):
         assert report[digest] in shown
+
+
+def test_a_bad_check_is_told_before_what_was_merged_and_a_good_one_where_it_belongs() -> None:
+    for run, bad in ((secure_run, True), (open_run, False)):
+        shown = Checked(page(*run())).text
+        assert ("do not use the model." in shown) is bad
+        assert (shown.rindex("Checks of the merge") < shown.rindex("What was merged")) is bad
+    report, plan = open_run()
+    report["rounds"][0]["checks"] = [Check.of("ratio", "layer.7", 9.125, (None, 8.0), (None, None)).__dict__]
+    assert "9.125" in Checked(page(report, plan)).text, "what is odd in an earlier round is told too"
 
 
 def test_what_a_failed_run_says_comes_first() -> None:

@@ -61,6 +61,7 @@ secure-aggregation = false
 
 [merge]
 rounds = 3
+maximum-change = 2.5
 tokens = 4096
 layout = "LAYOUT"
 gram = {"*" = "diagonal", "*.query.weight" = "block:8", "*\\"ö\\u4e00*" = "full"}
@@ -144,7 +145,7 @@ task = "mail"
 PINS = Pins("1" * 64, "3" * 64, "4" * 64)
 
 SMALL_CANONICAL = (
-    '{"merge":{"alpha":"0.9","context-free":"mean","exclude":[],"gram":{"*":"full"},"layout":null,"method":"regmean","rounds":1,'
+    '{"merge":{"alpha":"0.9","context-free":"mean","exclude":[],"gram":{"*":"full"},"layout":null,"maximum-change":"32.0","method":"regmean","rounds":1,'
     '"tokens":100000,"weighting":"uniform"},'
     '"model":{"base":"bundled:minilm","config":null,"head":"same","labels":["no","yes"],"max-length":128,"pair":false,'
     '"processor":null,"range":null,"revision":null,"sha256":null,"target-length":32,"task":"classification","threshold":"0.5"},'
@@ -155,7 +156,7 @@ SMALL_CANONICAL = (
     '"training":{"batch-size":16,"epochs":5,"freeze":["embeddings"],"learning-rate":"5e-05","precision":"float32","seed":1,"warmup":"0.06",'
     '"weight-decay":"0.01"}}'
 )
-SMALL_DIGEST = "b9ab8ba921881b71fc85223c846d38f1ecd51e3f2a34c52d46b2b68acc42e096"
+SMALL_DIGEST = "90cd0b0a531419ebdc2a9828d3edc3288dd4b9aff1a3a60024a1723a4c65a3e2"
 
 
 def _edit(text: str, old: str, new: str) -> str:
@@ -279,7 +280,7 @@ def test_values_arrive_as_written() -> None:
         (
             "[merge]\nbeta = 1",
             "merge.beta",
-            "method, alpha, weighting, gram, exclude, context-free, tokens, rounds, layout",
+            "method, alpha, weighting, gram, exclude, context-free, tokens, rounds, maximum-change, layout",
         ),
         (
             "[privacy]\nnoise = {x = 1}",
@@ -532,7 +533,7 @@ def test_settings_are_applied_in_order_and_together() -> None:
         (
             "merge.nope=1",
             "unknown key 'merge.nope'; known here: method, alpha, weighting, gram, exclude, context-free, tokens, "
-            "rounds, layout",
+            "rounds, maximum-change, layout",
         ),
         ("nope.alpha=1", "unknown key 'nope'; known here: plan, model, task, training, merge, privacy, silo"),
         ("training.learning_rate=1.0", "unknown key 'training.learning_rate'; known here: epochs, learning-rate"),
@@ -640,6 +641,7 @@ CHANGED: dict[tuple[str, ...], Any] = {
     ("merge", "tokens"): 99_999,
     ("merge", "layout"): "0" * 64,
     ("merge", "rounds"): 2,
+    ("merge", "maximum-change"): math.nextafter(32, 0),
     ("privacy", "secure-aggregation"): True,
     ("privacy", "colluding"): 0,
     ("privacy", "threshold"): 2,
