@@ -19,7 +19,6 @@ a tenth of one, and it is remembered.
 from __future__ import annotations
 
 import math
-from fractions import Fraction
 from functools import cache
 
 import numpy as np
@@ -119,7 +118,7 @@ def discrete_gaussian(variance: int, random: Random) -> int:
     scale = math.isqrt(variance) + 1
     while True:
         x = _discrete_laplace(scale, random)
-        if _happens_exp(Fraction((abs(x) * scale - variance) ** 2, 2 * variance * scale * scale), random):
+        if _happens_exp((abs(x) * scale - variance) ** 2, 2 * variance * scale * scale, random):
             return x
 
 
@@ -127,28 +126,24 @@ def _discrete_laplace(scale: int, random: Random) -> int:
     """Draw an integer x with probability proportional to exp(−|x| / scale)."""
     while True:
         rest = _below(scale, random)
-        if not _happens_exp(Fraction(rest, scale), random):
+        if not _happens_exp(rest, scale, random):
             continue
         times = 0
-        while _happens_exp(Fraction(1), random):
+        while _happens_exp(1, 1, random):
             times += 1
         x, negative = rest + scale * times, _below(2, random)
         if x or not negative:  # or else 0 would come twice as often
             return -x if negative else x
 
 
-def _happens_exp(gamma: Fraction, random: Random) -> bool:
-    """Return True with probability exp(−gamma), exactly; gamma is 0 or more."""
-    for _ in range(int(gamma)):
-        if not _happens_exp_below_one(Fraction(1), random):
+def _happens_exp(numerator: int, denominator: int, random: Random) -> bool:
+    """Return True with probability exp(−gamma), exactly; gamma is a fraction, 0 or more."""
+    while numerator > denominator:
+        if not _happens_exp(1, 1, random):
             return False
-    return _happens_exp_below_one(gamma - int(gamma), random)
-
-
-def _happens_exp_below_one(gamma: Fraction, random: Random) -> bool:
-    """Return True with probability exp(−gamma), gamma in [0, 1]: by the series of the exponential function."""
-    k = 1
-    while _below(gamma.denominator * k, random) < gamma.numerator:
+        numerator -= denominator
+    k = 1  # the series of the exponential function
+    while _below(denominator * k, random) < numerator:
         k += 1
     return k % 2 == 1
 

@@ -1,0 +1,164 @@
+"""A coordinator that reads single held-out records out of the sum of metrics.
+
+What it does: it has two models measured that say the same of all examples but for one, which it suspects to be there,
+with a label that it would like to know. Without noise, the difference of two sums is that record. It knows all other
+records, the model and the noise's distribution; what it gets is one sum, and so it guesses by the likelihood ratio,
+better than which no guess can be.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from scipy import stats
+from tests.adversarial.conftest import METRICS, Liar
+
+from gramfuse_protocol.encoding import decode
+from gramfuse_protocol.held_out import Vector, class_rows, size
+from gramfuse_protocol.noise import DELTA, noisy_words, variances
+from gramfuse_protocol.plan import Plan
+from gramfuse_protocol.scales import METRICS_SCALE
+
+GAMES = 1500
+"""Sums that it gets in each of the two worlds."""
+CONFIDENCE = 0.999
+
+SILOS = ("a", "b", "c", "d")
+VICTIM = "a"
+
+
+def plan(epsilon: str = "2.0") -> Plan:
+    """Four silos; one may drop out, one may be the coordinator's. Three labels."""
+    roster = "".join(f'[[silo]]\nname = "{name}"\n' for name in SILOS)
+    return Plan.parse(
+        '[plan]\nname = "p"\n[model]\nbase = "b"\ntask = "classification"\nlabels = ["healthy", "ill", "unknown"]\n'
+        f"[privacy]\nmetrics-epsilon = {epsilon}\n{roster}"
+    )
+
+
+class Won(NamedTuple):
+    """How often it said "the record is there": where it was, and where it was not, out of GAMES each."""
+
+    hits: int
+    alarms: int
+
+    @property
+    def right(self) -> float:
+        return (self.hits + GAMES - self.alarms) / (2 * GAMES)
+
+
+class Game:
+    """The victim has a record that a crafted model is right about, or has one that it confuses, as the label decides.
+
+    Args:
+        terms: the plan.
+        survivors: whose words are in the sum.
+        colluding: silos that tell the coordinator their words, with their noise.
+    """
+
+    def __init__(self, terms: Plan, survivors: tuple[str, ...], colluding: tuple[str, ...] = ()) -> None:
+        self.plan = terms
+        self.task = terms.task_of(VICTIM)
+        self.honest = [name for name in survivors if name not in colluding]
+        self.worlds = [self._others() + self._record(label) for label in (0, 1)]
+        self.random = random.Random(11).randbytes
+        each = np.array(variances(terms, self.task), np.float64)
+        self.spread = np.sqrt(len(self.honest) * each) / METRICS_SCALE
+
+    def _others(self) -> Vector:
+        truth = np.arange(60) % 3
+        return class_rows(self.task, truth, (truth + (np.arange(60) % 5 == 0)) % 3)
+
+    def _record(self, label: int) -> Vector:
+        return class_rows(self.task, np.array([label]), np.array([0 if label == 0 else 2]))
+
+    def sum_of(self, world: int) -> Vector:
+        """What the coordinator has when masks are off, and its own silos' words are taken out."""
+        total = np.zeros(size(self.task), np.uint64)
+        for name in self.honest:
+            vector = self.worlds[world] if name == VICTIM else self._others()
+            total += noisy_words(self.plan, self.task, vector, self.random)
+        return decode(total, METRICS_SCALE)
+
+    def without_the_others(self, world: int) -> Vector:
+        """The same, less what the other silos counted, which it knows."""
+        return self.sum_of(world) - (len(self.honest) - 1) * self._others()
+
+    def evidence(self, world: int) -> float:
+        """The logarithm of the likelihood ratio of the two worlds."""
+        left = self.without_the_others(world)
+        far = [float((((left - of) / self.spread) ** 2).sum()) for of in self.worlds]
+        return (far[0] - far[1]) / 2
+
+    def play(self) -> list[list[float]]:
+        return [[self.evidence(world) for _ in range(GAMES)] for world in (0, 1)]
+
+
+def epsilon_at_least(won: Won) -> float:
+    """What ε must at least be for a guess to win so often: by the bounds of Clopper and Pearson."""
+    hits = stats.beta.ppf(1 - CONFIDENCE, won.hits, GAMES - won.hits + 1) if won.hits else 0.0
+    alarms = stats.beta.ppf(CONFIDENCE, won.alarms + 1, GAMES - won.alarms) if won.alarms < GAMES else 1.0
+    return math.log((hits - DELTA) / alarms) if hits > DELTA else 0.0
+
+
+@pytest.mark.parametrize(
+    ("survivors", "colluding"),
+    [(SILOS, ()), (SILOS[:3], ("c",))],
+    ids=["all there", "one dropped out, one colludes"],
+)
+def test_its_best_guess_is_right_no_more_often_than_epsilon_allows(
+    survivors: tuple[str, ...], colluding: tuple[str, ...]
+) -> None:
+    without, with_it = Game(plan(), survivors, colluding).play()
+    for threshold in np.quantile([*without, *with_it], [0.02, 0.1, 0.25, 0.5, 0.75, 0.9, 0.98]):
+        said = [sum(evidence > threshold for evidence in world) for world in (without, with_it)]
+        won = Won(hits=said[1], alarms=said[0])
+        assert epsilon_at_least(won) <= 2.0
+        other_way = Won(hits=GAMES - won.alarms, alarms=GAMES - won.hits)
+        assert epsilon_at_least(other_way) <= 2.0
+        assert won.right <= math.exp(2) / (1 + math.exp(2))
+    even = Won(sum(evidence > 0 for evidence in with_it), sum(evidence > 0 for evidence in without))
+    if len(survivors) - len(colluding) == 2:
+        # The least noise that the plan allows: z is used up to an eighth, as this record moves so many counts.
+        assert even.right == pytest.approx(stats.norm.cdf(math.sqrt(0.875) / (2 * 1.9938)), abs=0.035)
+    assert even.right < 0.66
+
+
+def test_without_noise_it_reads_the_record() -> None:
+    game = Game(plan('"none"'), SILOS[:3], ("c",))
+    for world in (0, 1):
+        assert game.without_the_others(world).tolist() == game.worlds[world].tolist()
+
+
+def test_a_plan_without_noise_is_joined_only_by_whom_that_does_not_trouble(liar: Callable[..., Liar]) -> None:
+    """It writes a plan with metrics-epsilon = "none", has it approved by a silo that did not look, and invites it."""
+    quiet = ('privacy.metrics-epsilon="none"',)
+    refused = liar(*quiet, silos=3)
+    reply = refused.join("silo-a", refused.about())
+    assert (reply.error, reply.reason) == ("RefusalError", "this silo gives no held-out counts without noise")
+    willing = liar(*quiet, silos=3, name="willing", exact_metrics=True)
+    assert not hasattr(willing.join("silo-a", willing.about()), "error")
+
+
+def test_what_it_gets_of_two_crafted_models_is_noise_and_the_same_noise_again(liar: Callable[..., Liar]) -> None:
+    """It sends a model that finds one label everywhere, and one that finds another, and subtracts."""
+    lied = liar(silos=3)
+    about = lied.about()
+    lied.contribute(about)
+    for candidate, model in zip(lied.plan.privacy.candidates, (lied.zero(), lied.filled(0.01)), strict=True):
+        for name in lied.names:
+            lied.measure(name, about, model, candidate)
+    lied.honest(METRICS, about)
+    for name in lied.names:
+        kept = lied.state(name).measurements.of(1)
+        first, second = (np.array(kept[of].words, np.uint64) for of in lied.plan.privacy.candidates)
+        difference = decode(first - second, METRICS_SCALE)
+        assert (np.abs(difference - np.rint(difference)) > 1e-4).any(), "counts alone would be whole numbers"
+        again = lied.measure(name, about, lied.zero(), lied.plan.privacy.candidates[0])
+        assert not again.arrays
+        assert lied.state(name).measurements.of(1) == kept
