@@ -214,15 +214,14 @@ class Participant:
         plan, layout = self._joined(state, request)
         if plan.privacy.secure_aggregation:
             raise SecurityError("statistics were asked for in the clear, and the plan has them masked")
-        pieces = layout.pieces(request.piece_bytes)
-        if request.piece >= len(pieces):
-            raise FederationError(
-                f"piece {request.piece} was asked for; there are {len(pieces)}", reason="no such piece"
-            )
+        count = layout.piece_count(request.piece_bytes)
+        if request.piece >= count:
+            raise FederationError(f"piece {request.piece} was asked for; there are {count}", reason="no such piece")
+        piece = layout.piece(request.piece, request.piece_bytes)
         state.check_trained()
         with state.attempts.attempt(request, "upload", NOTHING_SENT):
-            arrays = state.slices(pieces[request.piece])
-            check_slices(pieces[request.piece], arrays, "this silo")
+            arrays = state.slices(piece)
+            check_slices(piece, arrays, "this silo")
             state.contribute_openly(request.session)
         return UploadReply(**request.about, silo=self.silo.name, piece=request.piece, arrays=arrays)
 

@@ -3,14 +3,36 @@
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
+from gramfuse_protocol.bounds import LAYOUT_CHARACTERS, PLAN_CHARACTERS, check_size
 from gramfuse_protocol.errors import PlanError
+
+FILE_BYTES = 4 * LAYOUT_CHARACTERS
+"""Most that is read of a text file: UTF-8 has at most four bytes for a character."""
+
+DOTS = 16
+"""Most dots in one line of TOML, but for those in texts and comments: tomllib takes the square of a key's parts."""
+
+PROBLEMS = 20
+"""Most problems of one document that are told."""
+
+TOLD = 200
+"""Characters of a key or a value that are told with a problem."""
+
+_QUOTED = re.compile(
+    r'''"""(?:[^"\\]|\\.|"(?!""))*+(?:"{3,5})?+'''
+    r"""|'''(?:[^']|'(?!''))*+(?:'{3,5})?+"""
+    r'''|"(?:[^"\\\n]|\\.)*+"?+|'[^'\n]*+'?+|#[^\n]*+''',
+    re.DOTALL,
+)
+"""A text or a comment of TOML; one that does not end goes on to the end of its line, or of the document."""
 
 
 class Section(BaseModel):
@@ -30,9 +52,13 @@ T = TypeVar("T", bound=Section)
 
 
 def read_text(path: Path) -> str:
-    """Return the text of a UTF-8 file, or raise PlanError naming it."""
+    """Return the text of a UTF-8 file, or raise PlanError naming it if there is none, or it is too large."""
     try:
-        return path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            data = file.read(FILE_BYTES + 1)
+        if len(data) > FILE_BYTES:
+            raise PlanError(f"{path}: has more than {FILE_BYTES:,} bytes, which none of gramfuse's documents has")
+        return data.decode("utf-8")
     except FileNotFoundError:
         raise PlanError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -49,10 +75,27 @@ def parse(model: type[T], text: str, source: str) -> T:
         PlanError: one line per problem, each with the key and what was expected.
     """
     try:
-        document = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+        document = parse_toml(text)
+    except ValueError as error:
         raise PlanError(f"{source}: not valid TOML: {error}") from None
     return build(model, document, source)
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """Parse a TOML document that somebody else wrote.
+
+    Raises:
+        ValueError: if it is too large, nested too deep, no TOML, or holds a number that is too long to be one.
+    """
+    if len(text) > PLAN_CHARACTERS:
+        raise ValueError(f"it has {len(text):,} characters, more than the {PLAN_CHARACTERS:,} that it may have")
+    for number, line in enumerate(_QUOTED.sub(lambda found: "\n" * found[0].count("\n"), text).split("\n"), 1):
+        if line.count(".") > DOTS:
+            raise ValueError(f"line {number} has {line.count('.')} dots; a key has a few parts")
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise ValueError("arrays or tables are nested too deep") from None
 
 
 def build(model: type[T], document: dict[str, object], source: str) -> T:
@@ -61,15 +104,21 @@ def build(model: type[T], document: dict[str, object], source: str) -> T:
         # JSON mode is where strict pydantic still takes a list for a tuple, which is all that TOML has.
         # A date or time of TOML becomes an object, which no key takes.
         text = json.dumps(document, default=lambda value: {"not a JSON value": str(value)})
+        check_size(text, 6 * PLAN_CHARACTERS)
         return model.model_validate_json(text, by_alias=True, by_name=False)
     except ValidationError as error:
         problems = [p for p in error.errors(include_url=False) if not (p["type"] == "too_short" and p["input"])]
-        lines = [_explain(problem, model) for problem in problems]
+        lines = [_explain(problem, model) for problem in problems[:PROBLEMS]]
+        if problems[PROBLEMS:]:
+            lines.append(f"and {len(problems) - PROBLEMS} problems more")
         raise PlanError("\n".join(f"{source}: {line}" for line in lines)) from None
+    except (ValueError, RecursionError) as error:
+        why = "it is nested too deep" if isinstance(error, RecursionError) else str(error)
+        raise PlanError(f"{source}: {why[:TOLD]}") from None
 
 
 def _explain(problem: ErrorDetails, model: type[Section]) -> str:
-    key = ".".join(str(part) for part in problem["loc"]) or "the document"
+    key = ".".join(str(part) for part in problem["loc"])[:TOLD] or "the document"
     match problem["type"]:
         case "extra_forbidden":
             return f"unknown key {key!r}; known here: {', '.join(_known(model, problem['loc'][:-1]))}"
@@ -78,7 +127,7 @@ def _explain(problem: ErrorDetails, model: type[Section]) -> str:
         case "value_error" | "assertion_error":
             return f"{key!r}: {problem['ctx']['error']}" if problem["loc"] else str(problem["ctx"]["error"])
         case _:
-            return f"{key!r}: {problem['msg']} (got {problem['input']!r})"
+            return f"{key!r}: {problem['msg']} (got {repr(problem['input'])[:TOLD]})"
 
 
 def _known(model: type[Section], path: tuple[object, ...]) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -16,6 +17,18 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from gramfuse_protocol.bounds import (
+    DIMENSIONS,
+    ENTRIES,
+    FEATURES,
+    LAYOUT_CHARACTERS,
+    SILOS,
+    TENSORS,
+    VALUES,
+    Many,
+    Title,
+    parse_json,
+)
 from gramfuse_protocol.canonical import canonical_json, digest
 from gramfuse_protocol.documents import read_text
 from gramfuse_protocol.errors import ContributionError, PlanError
@@ -28,6 +41,9 @@ PIECE_BYTES = 128 * 2**20
 """Most bytes of statistics in one piece."""
 
 Positive = Annotated[int, Field(ge=1, le=2**53 - 1)]
+
+Shape = Annotated[Many[Positive], Field(max_length=DIMENSIONS)]
+"""Of a tensor."""
 
 EXPONENT = 40
 Exponent = Annotated[int, Field(ge=-EXPONENT, le=EXPONENT)]
@@ -52,7 +68,7 @@ class Linear(_Frozen):
     torch's `nn.Linear` stores it transposed, (d_out, d_in); transformers' `Conv1D` stores (d_in, d_out).
     """
 
-    weight: str
+    weight: Title
     d_out: Positive
     """Outputs that are merged in this group."""
     transposed: bool
@@ -61,15 +77,15 @@ class Linear(_Frozen):
 class Group(_Frozen):
     """Linear weights whose modules receive the identical tensors, and so share one Gram matrix."""
 
-    name: str
+    name: Title
     d_in: Positive
-    structure: Annotated[str, AfterValidator(_structure)]
-    weights: Annotated[tuple[Linear, ...], Field(min_length=1)]
-    rows: Annotated[tuple[Rows, ...], Field(min_length=1)] = ("input",)
+    structure: Annotated[str, Field(max_length=32), AfterValidator(_structure)]
+    weights: Annotated[Many[Linear], Field(min_length=1)]
+    rows: Annotated[Many[Rows], Field(min_length=1)] = ("input",)
     """For each call of a module in one run of the model, in order, which rows of its input the Gram matrix is of."""
     part: int | None = None
     """Index of the layout's part whose outputs and silos these are, if not all."""
-    exponents: tuple[Exponent, ...] = ()
+    exponents: Many[Exponent] = ()
     """For each feature, the power of two that its root mean square on public text stays below; for secure sums."""
 
     @model_validator(mode="after")
@@ -92,15 +108,15 @@ class Group(_Frozen):
 class Part(_Frozen):
     """Outputs of the last layer that the same silos train: labels that only these annotate."""
 
-    silos: Annotated[tuple[str, ...], Field(min_length=1)]
-    outputs: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
+    silos: Annotated[Many[Title], Field(min_length=1, max_length=SILOS)]
+    outputs: Annotated[Many[Annotated[int, Field(ge=0, lt=FEATURES)]], Field(min_length=1)]
 
 
 class Tensor(_Frozen):
     """A parameter that is trained and merged."""
 
-    name: str
-    shape: tuple[Positive, ...]
+    name: Title
+    shape: Shape
     merge: Literal["regmean", "mean"]
     parted: bool = False
     """Whether its first dimension is the last layer's outputs, each of which is merged over the silos of its part."""
@@ -143,10 +159,10 @@ class Layout(_Frozen):
     """
 
     version: Literal[1] = 1
-    groups: tuple[Group, ...]
-    tensors: Annotated[tuple[Tensor, ...], Field(min_length=1)]
-    frozen: tuple[str, ...]
-    parts: tuple[Part, ...] = ()
+    groups: Annotated[Many[Group], Field(max_length=TENSORS)]
+    tensors: Annotated[Many[Tensor], Field(min_length=1, max_length=TENSORS)]
+    frozen: Annotated[Many[Title], Field(max_length=TENSORS)]
+    parts: Annotated[Many[Part], Field(max_length=SILOS)] = ()
 
     @model_validator(mode="after")
     def _holds_together(self) -> Layout:
@@ -158,6 +174,8 @@ class Layout(_Frozen):
             raise ValueError("parts do not have each output once")
         if any(tensor.parted and tensor.shape[:1] != (len(outputs),) for tensor in self.tensors):
             raise ValueError("a parted tensor has another number of outputs than the parts")
+        if sum(tensor.parted for tensor in self.tensors) * len(self.parts) > VALUES:
+            raise ValueError("more parted tensors and parts than any model's last layer has")
         merged = {(t.name, p): t.shape for t in self.tensors if t.merge == "regmean" for p in self._parts_of(t)}
         expected = {}
         for group, linear in self.linear():
@@ -173,6 +191,8 @@ class Layout(_Frozen):
             expected[linear.weight, group.part] = (d_out, group.d_in) if linear.transposed else (group.d_in, d_out)
         if merged != expected:
             raise ValueError("groups and tensors do not fit together")
+        if max(self.sum_entries, self.contribution_bytes // ITEM_BYTES) > ENTRIES:
+            raise ValueError(f"a contribution would have more than {ENTRIES:,} elements")
         return self
 
     def _parts_of(self, tensor: Tensor) -> Iterable[int | None]:
@@ -241,19 +261,30 @@ class Layout(_Frozen):
 
     def pieces(self, limit: int = PIECE_BYTES) -> tuple[tuple[Slice, ...], ...]:
         """Cut the contribution into pieces of at most `limit` bytes; a block larger than that spans several."""
-        room = capacity = max(1, limit // ITEM_BYTES)
-        pieces: list[list[Slice]] = [[]]
-        for block in self.blocks:
-            start = 0
-            while start < block.entries:
-                if room == 0:
-                    pieces.append([])
-                    room = capacity
-                stop = min(block.entries, start + room)
-                pieces[-1].append(Slice(block, start, stop))
-                room -= stop - start
-                start = stop
-        return tuple(tuple(piece) for piece in pieces)
+        return tuple(self.piece(number, limit) for number in range(self.piece_count(limit)))
+
+    def piece_count(self, limit: int = PIECE_BYTES) -> int:
+        """Return how many pieces there are."""
+        return -(-self.contribution_bytes // ITEM_BYTES // _capacity(limit))
+
+    def piece(self, number: int, limit: int = PIECE_BYTES) -> tuple[Slice, ...]:
+        """Return one piece: nothing of the others is made, however many there would be.
+
+        Args:
+            number: from 0 on, below `piece_count`.
+        """
+        capacity, found = _capacity(limit), []
+        first, last = number * capacity, (number + 1) * capacity
+        for block, begins in zip(self.blocks, self._begins, strict=True):
+            start, stop = max(0, first - begins), min(block.entries, last - begins)
+            if start < stop:
+                found.append(Slice(block, start, stop))
+        return tuple(found)
+
+    @cached_property
+    def _begins(self) -> tuple[int, ...]:
+        """Where each block begins in a contribution, in elements."""
+        return (0, *accumulate(block.entries for block in self.blocks[:-1]))
 
     def follows(self, derived: Layout) -> bool:
         """Whether this layout is one that was derived anew, but for what rounding may do to exponents: one step."""
@@ -280,16 +311,24 @@ class Layout(_Frozen):
     def parse(text: str, source: str = "layout") -> Layout:
         """Parse JSON text; raises PlanError naming `source`."""
         try:
+            parse_json(text, LAYOUT_CHARACTERS, FEATURES)
             return Layout.model_validate_json(text)
         except ValidationError as error:
-            problem = error.errors(include_url=False)[0]
-            key = ".".join(map(str, problem["loc"])) or "the document"
+            problem = error.errors(include_url=False, include_input=False)[0]
+            key = ".".join(map(str, problem["loc"]))[:200] or "the document"
             raise PlanError(f"{source}: not a layout: {key!r}: {problem['msg']}") from None
+        except ValueError as error:
+            raise PlanError(f"{source}: not a layout: {error}") from None
 
     @staticmethod
     def read(path: Path) -> Layout:
         """Read a layout file; raises PlanError naming it."""
         return Layout.parse(read_text(path), str(path))
+
+
+def _capacity(limit: int) -> int:
+    """Return how many elements a piece of at most `limit` bytes has."""
+    return max(1, limit // ITEM_BYTES)
 
 
 def gram_block(group: str) -> str:

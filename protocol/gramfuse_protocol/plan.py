@@ -6,7 +6,6 @@ A plan is written as `plan.toml`. `Plan.digest` is the SHA-256 of its canonical 
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,7 +14,7 @@ import tomlkit
 from pydantic import Field, model_validator
 
 from gramfuse_protocol.canonical import digest
-from gramfuse_protocol.documents import Section, build, parse, read_text
+from gramfuse_protocol.documents import Section, build, parse, parse_toml, read_text
 from gramfuse_protocol.errors import PlanError
 from gramfuse_protocol.node_key import PublicNodeKey
 from gramfuse_protocol.roster import Roster, check_terms, smallest_threshold
@@ -392,6 +391,6 @@ class Plan(Section):
 
 def _toml_value(text: str) -> Any:
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        return parse_toml(f"value = {text}")["value"]
+    except ValueError:
         return text
