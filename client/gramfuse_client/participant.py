@@ -18,6 +18,7 @@ from gramfuse_client.private import exclusive
 from gramfuse_client.releases import Releases
 from gramfuse_client.silo import Silo
 from gramfuse_client.state import Origin, State
+from gramfuse_protocol.canonical import text_digest
 from gramfuse_protocol.errors import (
     DataError,
     FailureError,
@@ -122,6 +123,8 @@ class Participant:
                 "the plan that came has another digest than its message", reason="plan digest differs"
             )
         check_plan(self.silo, plan)
+        if text_digest(request.layout) != plan.merge.layout:  # of what is not the plan's, nothing is parsed
+            raise FederationError("the coordinator's layout is not the plan's", reason="layout digest differs")
         _check_round(plan, request)
         state = self._state(request)
         state.attempts.check(request)
@@ -129,8 +132,6 @@ class Participant:
         if not state.trained:
             check_hours(self.silo, datetime.now())
         given = Layout.parse(request.layout, "the coordinator's layout")
-        if given.digest != plan.merge.layout:
-            raise FederationError("the coordinator's layout is not the plan's", reason="layout digest differs")
         check_bytes(self.silo, plan, given)
         layout = self._workbench(plan).check_layout(given)
         if not state.trained:

@@ -61,7 +61,7 @@ def request_of(message: FlowerMessage) -> Message:
         )
     try:
         return unpack(from_record(message.content), {phase: REQUESTS[phase]})
-    except Exception as error:  # noqa: BLE001  # whatever foreign bytes do, they are what could not be read
+    except Exception as error:  # whatever foreign bytes do, they are what could not be read
         why = str(error) if isinstance(error, FederationError) else f"a message cannot be read: {error!r:.300}"
         raise FederationError(why, reason="a message came that cannot be read") from error
 

@@ -21,7 +21,7 @@ LAYOUT_CHARACTERS = 2**23
 HEADER_CHARACTERS = 2**22
 """Most of a message's header without a layout in it."""
 
-VALUES = 2**16
+VALUES = 2**17
 """Most keys, most lists and objects, and most items, of a document."""
 
 FEATURES = 2**22

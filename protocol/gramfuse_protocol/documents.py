@@ -29,7 +29,7 @@ TOLD = 200
 _QUOTED = re.compile(
     r'''"""(?:[^"\\]|\\.|"(?!""))*+(?:"{3,5})?+'''
     r"""|'''(?:[^']|'(?!''))*+(?:'{3,5})?+"""
-    r'''|"(?:[^"\\\n]|\\.)*+"?+|'[^'\n]*+'?+|#[^\n]*+''',
+    r"""|"(?:[^"\\\n]|\\.)*+"?+|'[^'\n]*+'?+|#[^\n]*+""",
     re.DOTALL,
 )
 """A text or a comment of TOML; one that does not end goes on to the end of its line, or of the document."""

@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,16 +21,26 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
+from gramfuse_protocol.bounds import (
+    FEATURES,
+    HEADER_CHARACTERS,
+    LAYOUT_CHARACTERS,
+    PLAN_CHARACTERS,
+    TENSORS,
+    Many,
+    Title,
+    parse_json,
+)
 from gramfuse_protocol.canonical import digest
 from gramfuse_protocol.documents import Section
 from gramfuse_protocol.errors import ContributionError, RunDirectoryError, disk_is_full
-from gramfuse_protocol.layout import ITEM_BYTES, Block, Layout, Positive
+from gramfuse_protocol.layout import ITEM_BYTES, Block, Layout, Positive, Shape
 from gramfuse_protocol.plan import Name, Sha256
 from gramfuse_protocol.statistics import Contribution, check_counts
 from gramfuse_protocol.task import Task
 
-HEADER_LIMIT = 64 * 2**20
-"""Most bytes of a header."""
+HEADER_LIMIT = 2 * (LAYOUT_CHARACTERS + PLAN_CHARACTERS + HEADER_CHARACTERS)
+"""Most bytes of a header, and of the document in it: a layout, a plan, and two lines for each tensor."""
 
 CHUNK = 2**20
 """Elements that are read at a time."""
@@ -44,8 +55,8 @@ class Origin(Section):
             `gramfuse_model.fingerprints.tensor_digests` has them.
     """
 
-    name: Annotated[str, Field(min_length=1)]
-    weights: Annotated[Mapping[str, Sha256], Field(min_length=1)]
+    name: Annotated[Title, Field(min_length=1)]
+    weights: Annotated[Mapping[Title, Sha256], Field(min_length=1, max_length=2 * TENSORS)]
 
     @property
     def sha256(self) -> str:
@@ -77,17 +88,23 @@ class About(Section):
     task: Task
     layout: Layout
     examples: Positive
-    tokens: Mapping[str, Annotated[int, Field(ge=0, le=2**53 - 1)]]
-    head: tuple[str, ...] = ()
-    own: Mapping[str, tuple[Positive, ...]] = {}
-    plan: str = ""
-    made_by: str
+    tokens: Annotated[Mapping[Title, Annotated[int, Field(ge=0, le=2**53 - 1)]], Field(max_length=TENSORS)]
+    head: Annotated[Many[Title], Field(max_length=TENSORS)] = ()
+    own: Annotated[Mapping[Title, Shape], Field(max_length=TENSORS)] = {}
+    plan: Annotated[str, Field(max_length=PLAN_CHARACTERS)] = ""
+    made_by: Title
 
     @cached_property
     def blocks(self) -> tuple[Block, ...]:
         """All tensors of the file, in its order: by the bytes of their names."""
         own = (Block(own_block(name), shape) for name, shape in self.own.items())
         return tuple(sorted((*self.layout.blocks, *own), key=lambda block: block.name.encode()))
+
+    @cached_property
+    def places(self) -> Mapping[str, tuple[int, Block]]:
+        """Where each tensor begins, in bytes after the header, and its block; by its name."""
+        begins = accumulate((ITEM_BYTES * block.entries for block in self.blocks), initial=0)
+        return {block.name: (begin, block) for begin, block in zip(begins, self.blocks, strict=False)}
 
 
 @dataclass(frozen=True)
@@ -127,15 +144,11 @@ class StatisticsFile:
         Raises:
             ContributionError: if the file is shorter than it was when it was checked.
         """
-        offset = self.start
-        for block in self.about.blocks:
-            if block.name == name:
-                values = np.fromfile(self.path, "<f4", block.entries, offset=offset)
-                if values.size != block.entries:
-                    raise ContributionError(f"{self.path}: tensor {name!r} is cut off; the file changed while in use")
-                return values.reshape(block.shape)
-            offset += ITEM_BYTES * block.entries
-        raise KeyError(name)
+        begin, block = self.about.places[name]
+        values = np.fromfile(self.path, "<f4", block.entries, offset=self.start + begin)
+        if values.size != block.entries:
+            raise ContributionError(f"{self.path}: tensor {name!r} is cut off; the file changed while in use")
+        return values.reshape(block.shape)
 
     def own(self) -> dict[str, NDArray[np.float32]]:
         """Read the parameters that are not merged, by name."""
@@ -291,9 +304,9 @@ def _header(text: str, sha256: str, blocks: tuple[Block, ...]) -> bytes:
 def _metadata(path: Path, header: bytes) -> tuple[str, str]:
     """Return the document and the digest that a header holds."""
     try:
-        metadata = json.loads(header.decode())["__metadata__"]
+        metadata = parse_json(header, HEADER_LIMIT, FEATURES)["__metadata__"]
         text, sha256 = metadata["gramfuse"], metadata["sha256"]
-    except (ValueError, RecursionError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         text = sha256 = None
     if not isinstance(text, str) or not isinstance(sha256, str) or any("\ud800" <= c <= "\udfff" for c in text):
         raise ContributionError(
@@ -304,16 +317,20 @@ def _metadata(path: Path, header: bytes) -> tuple[str, str]:
 
 def _about(path: Path, text: str) -> About:
     try:
+        parse_json(text, HEADER_LIMIT, FEATURES)
         return About.model_validate_json(text, by_alias=True, by_name=False)
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         if problem["loc"] == ("version",):
+            version = repr(problem["input"])[:50]
             raise ContributionError(
-                f"{path}: is of version {problem['input']!r} of the format, and this gramfuse reads version 1; "
+                f"{path}: is of version {version} of the format, and this gramfuse reads version 1; "
                 "use the gramfuse that wrote it, or measure again"
             ) from None
-        key = ".".join(map(str, problem["loc"])) or "the document"
+        key = ".".join(map(str, problem["loc"]))[:200] or "the document"
         raise ContributionError(f"{path}: its document does not hold together: {key!r}: {problem['msg']}") from None
+    except ValueError as error:
+        raise ContributionError(f"{path}: its document does not hold together: {error}") from None
 
 
 def _check_header(path: Path, header: bytes, text: str, sha256: str, blocks: tuple[Block, ...]) -> None:

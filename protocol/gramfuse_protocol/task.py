@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from gramfuse_protocol.bounds import VALUES, Many, Title
 from gramfuse_protocol.documents import Section
 
 Kind = Literal[
@@ -17,6 +18,8 @@ Kind = Literal[
     "causal-lm",
     "image-classification",
 ]
+
+Labels = Annotated[Many[Title], Field(max_length=VALUES)]
 
 LABELLED = ("classification", "multi-label", "token-classification", "image-classification")
 """Kinds whose labels the plan lists."""
@@ -31,7 +34,7 @@ OUTSIDE = "O"
 class TaskSettings(Section):
     """What belongs to a task, but for its kind."""
 
-    labels: tuple[str, ...] = ()
+    labels: Labels = ()
     """Labels; for `token-classification` the tags of the IOB2 scheme: O, and B-X and I-X for each type X."""
     pair: bool = False
     """Whether an example is two texts."""
@@ -92,9 +95,10 @@ class Task(TaskSettings):
 class MaskedTask(Task):
     """A task at a silo that annotates only some of its labels: of the others it says nothing, neither yes nor no."""
 
-    annotates: tuple[str, ...]
+    annotates: Labels
 
     @property
     def annotated(self) -> tuple[int, ...]:
         """Indices of the labels that are annotated, in the task's order."""
-        return tuple(index for index, label in enumerate(self.labels) if label in self.annotates)
+        annotates = set(self.annotates)
+        return tuple(index for index, label in enumerate(self.labels) if label in annotates)

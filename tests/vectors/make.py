@@ -1080,7 +1080,7 @@ def _refused_parts(bad: Refused) -> None:
 
 
 def _refused_messages(bad: Refused) -> None:
-    survivors, evaluate, masked, _ = map(_packed, _messages())
+    survivors, evaluate, masked, *_ = map(_packed, _messages())
 
     def case(name: str, good: Json, header: str | None = None, buffers: list[str] | None = None) -> None:
         given = {
