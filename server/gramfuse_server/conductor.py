@@ -242,14 +242,18 @@ class Conductor:
         for silo, request, message in exchange:
             if isinstance(message, GramfuseError):
                 given_up.add(silo)
-                self.lost[silo] = message
-                self._tell_lost(request.phase, silo, message)
+                self.lose(request.phase, silo, message)
                 if len(requests) - len(given_up) < needed:
                     raise _together(list(self.lost.values())) from None
                 continue
             assert isinstance(message, kind)  # noqa: S101 - `checked` saw to it
             yield silo, request, message
         self.nodes = {name: node for name, node in self.nodes.items() if name not in self.lost}
+
+    def lose(self, phase: str, silo: str, error: GramfuseError) -> None:
+        """Note why a silo is not there any more, and tell the observer."""
+        self.lost[silo] = error
+        self._tell_lost(phase, silo, error)
 
     def finish(self, silos: Iterable[str]) -> None:
         """Have silos that joined wipe what they keep of the session. The result does not depend on it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from gramfuse_protocol import masks, secure_sum
 from gramfuse_protocol.errors import ContributionError, FederationError, GramfuseError, RefusalError, SecurityError
+from gramfuse_protocol.masks import Mask
 from gramfuse_protocol.messages import (
     KeysReply,
     KeysRequest,
@@ -168,11 +170,31 @@ class SecureSums:
         shares = step(f"unmask{suffix}", lambda: self._unmask(name, members, signatures))
         words = add_up(spool, survivors, self._pieces(entries))
         released = {silo: {owner: bytes.fromhex(share) for owner, share in of.items()} for silo, of in shares.items()}
-        masks.apply(
-            words,
-            secure_sum.unmasking(self.roster, self.conductor.nonce, self.adverts, name, members, signed, released),
-        )
+        masks.apply(words, self._unmasking(name, members, signed, released))
         return words, survivors
+
+    def _unmasking(
+        self, name: Sum, members: Sequence[str], signed: Signed, released: Mapping[str, Mapping[str, bytes]]
+    ) -> list[Mask]:
+        """Return what takes the masks off; one silo that released wrong shares is lost, where the others are enough.
+
+        Raises:
+            SecurityError: if more than one did, or there are no more shares than it takes.
+        """
+
+        def unmasking(shares: Mapping[str, Mapping[str, bytes]]) -> list[Mask]:
+            return secure_sum.unmasking(self.roster, self.conductor.nonce, self.adverts, name, members, signed, shares)
+
+        try:
+            return unmasking(released)
+        except SecurityError as error:
+            for silo in released if len(released) > self.roster.threshold else ():
+                with suppress(SecurityError):
+                    found = unmasking({other: of for other, of in released.items() if other != silo})
+                    self.conductor.lose("unmask", silo, SecurityError(f"silo {silo!r} released a wrong share"))
+                    self.conductor.keep_only([other for other in self.conductor.nodes if other != silo])
+                    return found
+            raise error from None
 
     def _pieces(self, entries: int) -> list[tuple[int, int]]:
         size = self.piece_bytes // 8

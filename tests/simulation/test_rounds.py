@@ -51,6 +51,7 @@ from gramfuse_server import post
 from gramfuse_server.accumulator import Accumulator
 from gramfuse_server.app import coordinate
 from gramfuse_server.conductor import Conductor
+from gramfuse_server.run import checkpoint_text, read_checkpoint
 
 Arrays = Mapping[str, np.ndarray]
 Answer = Callable[[], RecordDict]
