@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
-from gramfuse_protocol.bounds import LAYOUT_CHARACTERS, PLAN_CHARACTERS, check_size
+from gramfuse_protocol.bounds import KEYS, LAYOUT_CHARACTERS, PLAN_CHARACTERS, VALUES
 from gramfuse_protocol.errors import PlanError
 
 FILE_BYTES = 4 * LAYOUT_CHARACTERS
@@ -89,7 +89,11 @@ def parse_toml(text: str) -> dict[str, Any]:
     """
     if len(text) > PLAN_CHARACTERS:
         raise ValueError(f"it has {len(text):,} characters, more than the {PLAN_CHARACTERS:,} that it may have")
-    for number, line in enumerate(_QUOTED.sub(lambda found: "\n" * found[0].count("\n"), text).split("\n"), 1):
+    bare = _QUOTED.sub(lambda found: "\n" * found[0].count("\n"), text)
+    for mark, most, what in (("=", KEYS, "keys"), ("[", KEYS, "arrays and tables"), (",", VALUES // 2, "items")):
+        if bare.count(mark) > most:
+            raise ValueError(f"about {bare.count(mark):,} {what} are more than the {most:,} that it may have")
+    for number, line in enumerate(bare.split("\n"), 1):
         if line.count(".") > DOTS:
             raise ValueError(f"line {number} has {line.count('.')} dots; a key has a few parts")
     try:
@@ -104,7 +108,6 @@ def build(model: type[T], document: dict[str, object], source: str) -> T:
         # JSON mode is where strict pydantic still takes a list for a tuple, which is all that TOML has.
         # A date or time of TOML becomes an object, which no key takes.
         text = json.dumps(document, default=lambda value: {"not a JSON value": str(value)})
-        check_size(text, 6 * PLAN_CHARACTERS)
         return model.model_validate_json(text, by_alias=True, by_name=False)
     except ValidationError as error:
         problems = [p for p in error.errors(include_url=False) if not (p["type"] == "too_short" and p["input"])]

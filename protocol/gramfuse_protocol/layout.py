@@ -27,6 +27,7 @@ from gramfuse_protocol.bounds import (
     VALUES,
     Many,
     Title,
+    check_keys,
     parse_json,
 )
 from gramfuse_protocol.canonical import canonical_json, digest
@@ -311,7 +312,7 @@ class Layout(_Frozen):
     def parse(text: str, source: str = "layout") -> Layout:
         """Parse JSON text; raises PlanError naming `source`."""
         try:
-            parse_json(text, LAYOUT_CHARACTERS, FEATURES)
+            check_keys(parse_json(text, LAYOUT_CHARACTERS, FEATURES), Layout)
             return Layout.model_validate_json(text)
         except ValidationError as error:
             problem = error.errors(include_url=False, include_input=False)[0]

@@ -29,6 +29,7 @@ from gramfuse_protocol.bounds import (
     TENSORS,
     Many,
     Title,
+    check_keys,
     parse_json,
 )
 from gramfuse_protocol.canonical import digest
@@ -317,16 +318,17 @@ def _metadata(path: Path, header: bytes) -> tuple[str, str]:
 
 def _about(path: Path, text: str) -> About:
     try:
-        parse_json(text, HEADER_LIMIT, FEATURES)
+        document = parse_json(text, HEADER_LIMIT, FEATURES)
+        version = document.get("version", 1) if isinstance(document, dict) else 1
+        if type(version) is not int or version != 1:
+            raise ContributionError(
+                f"{path}: is of version {repr(version)[:50]} of the format, and this gramfuse reads version 1; "
+                "use the gramfuse that wrote it, or measure again"
+            )
+        check_keys(document, About)
         return About.model_validate_json(text, by_alias=True, by_name=False)
     except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        if problem["loc"] == ("version",):
-            version = repr(problem["input"])[:50]
-            raise ContributionError(
-                f"{path}: is of version {version} of the format, and this gramfuse reads version 1; "
-                "use the gramfuse that wrote it, or measure again"
-            ) from None
+        problem = error.errors(include_url=False, include_input=False)[0]
         key = ".".join(map(str, problem["loc"]))[:200] or "the document"
         raise ContributionError(f"{path}: its document does not hold together: {key!r}: {problem['msg']}") from None
     except ValueError as error:

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from gramfuse_protocol.bounds import DIMENSIONS, ENTRIES, VALUES, parse_json
+from gramfuse_protocol.bounds import DIMENSIONS, ENTRIES, TENSORS, check_keys, parse_json
 from gramfuse_protocol.canonical import canonical_json
 from gramfuse_protocol.errors import FederationError
 from gramfuse_protocol.messages import Body
@@ -121,6 +121,7 @@ def _opened(text: str, types: Mapping[str, type[B]]) -> tuple[dict[str, Any], ty
     if not isinstance(header["phase"], str) or header["phase"] not in types:
         raise ValueError(f"{str(header['phase'])[:64]!r} is no phase that may come here")
     model = types[header["phase"]]
+    check_keys(header["body"], model)
     if len(text) > model.characters:
         raise ValueError(f"the header has {len(text):,} characters")
     return header, model
@@ -156,7 +157,7 @@ def _arrays(model: type[B], index: list[list[Any]], buffers: tuple[Bytes, ...]) 
     if any(size != BUFFER_BYTES for size in sizes[:-1]) or not all(0 < size <= BUFFER_BYTES for size in sizes[-1:]):
         raise ValueError("a buffer has not the size that its place asks for")
     start = 0
-    if not isinstance(index, list) or len(index) > VALUES:
+    if not isinstance(index, list) or len(index) > 2 * TENSORS:
         raise ValueError("the index of arrays is no list, or too long")
     for name, dtype_name, shape in index:
         if not isinstance(name, str) or name in arrays or len(name) > LONGEST or not name.isprintable():
