@@ -60,7 +60,7 @@ def _page_of(run: Path) -> str:
         return page(found, plan)
     except OSError as error:
         raise RunDirectoryError(f"{file}: cannot be read: {error}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         what = f"{error}" if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         raise RunDirectoryError(
             f"{file}: is damaged, or no report of this version of gramfuse ({what}); take it from where it was copied"

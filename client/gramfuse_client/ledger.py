@@ -25,6 +25,7 @@ from typing import IO, Annotated, Literal
 from pydantic import BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, ValidationInfo
 
 from gramfuse_client.private import make_private_directory, sync_directory, write_private
+from gramfuse_protocol.bounds import HEADER_CHARACTERS, check_size
 from gramfuse_protocol.canonical import canonical_json
 from gramfuse_protocol.errors import LedgerError
 from gramfuse_protocol.text import Legible, one_line
@@ -309,7 +310,7 @@ class Ledger:
 
     def _head(self) -> _Mark | None:
         try:
-            return _Mark.model_validate_json(self._head_path.read_bytes())
+            return _Mark.model_validate_json(self._head_path.read_bytes()[:1024])
         except FileNotFoundError:
             return None
         except ValidationError:
@@ -439,9 +440,10 @@ def _diagnosis(
 def _parse(raw: bytes, silo: str) -> Line:
     """Return a line, or raise ValueError with what is wrong with it."""
     try:
+        check_size(raw, HEADER_CHARACTERS)
         line = Line.model_validate_json(raw[:-1])
     except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
+        problem = error.errors(include_url=False, include_input=False)[0]
         if problem["type"] == "json_invalid":
             raise ValueError("is not JSON") from None
         key = ".".join(str(part) for part in problem["loc"]) or "it"
@@ -485,8 +487,8 @@ def _write(file: int, content: bytes, end: int) -> None:
 
 
 def _cut(file: IO[bytes], size: int) -> Iterator[bytes]:
-    """Yield the lines of the first `size` bytes; the last may lack its newline."""
-    while size > 0 and (raw := file.readline(size)):
+    """Yield the lines of the first `size` bytes; the last, and one that is longer than any, lack their newlines."""
+    while size > 0 and (raw := file.readline(min(size, HEADER_CHARACTERS))):
         size -= len(raw)
         yield raw
 

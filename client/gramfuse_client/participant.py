@@ -18,6 +18,7 @@ from gramfuse_client.private import exclusive
 from gramfuse_client.releases import Releases
 from gramfuse_client.silo import Silo
 from gramfuse_client.state import Origin, State
+from gramfuse_protocol.canonical import text_digest
 from gramfuse_protocol.errors import (
     DataError,
     FailureError,
@@ -122,6 +123,8 @@ class Participant:
                 "the plan that came has another digest than its message", reason="plan digest differs"
             )
         check_plan(self.silo, plan)
+        if text_digest(request.layout) != plan.merge.layout:  # of what is not the plan's, nothing is parsed
+            raise FederationError("the coordinator's layout is not the plan's", reason="layout digest differs")
         _check_round(plan, request)
         state = self._state(request)
         state.attempts.check(request)
@@ -129,8 +132,6 @@ class Participant:
         if not state.trained:
             check_hours(self.silo, datetime.now())
         given = Layout.parse(request.layout, "the coordinator's layout")
-        if given.digest != plan.merge.layout:
-            raise FederationError("the coordinator's layout is not the plan's", reason="layout digest differs")
         check_bytes(self.silo, plan, given)
         layout = self._workbench(plan).check_layout(given)
         if not state.trained:
@@ -217,15 +218,14 @@ class Participant:
         plan, layout = self._joined(state, request)
         if plan.privacy.secure_aggregation:
             raise SecurityError("statistics were asked for in the clear, and the plan has them masked")
-        pieces = layout.pieces(request.piece_bytes)
-        if request.piece >= len(pieces):
-            raise FederationError(
-                f"piece {request.piece} was asked for; there are {len(pieces)}", reason="no such piece"
-            )
+        count = layout.piece_count(request.piece_bytes)
+        if request.piece >= count:
+            raise FederationError(f"piece {request.piece} was asked for; there are {count}", reason="no such piece")
+        piece = layout.piece(request.piece, request.piece_bytes)
         state.check_trained()
         with state.attempts.attempt(request, "upload", NOTHING_SENT):
-            arrays = state.slices(pieces[request.piece])
-            check_slices(pieces[request.piece], arrays, "this silo")
+            arrays = state.slices(piece)
+            check_slices(piece, arrays, "this silo")
             state.contribute_openly(request.session)
         return UploadReply(**request.about, silo=self.silo.name, piece=request.piece, arrays=arrays)
 

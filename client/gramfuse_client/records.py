@@ -8,7 +8,7 @@ from flwr.app import Message as FlowerMessage
 from gramfuse_protocol.errors import FederationError
 from gramfuse_protocol.layout import Layout
 from gramfuse_protocol.messages import PHASES, REQUESTS, Message, StatisticsBody
-from gramfuse_protocol.npy import decode, encode
+from gramfuse_protocol.npy import Bytes, decode, encode
 from gramfuse_protocol.statistics import Statistics
 from gramfuse_protocol.wire import Frame, pack, unpack
 
@@ -30,10 +30,20 @@ def from_record(content: RecordDict) -> Frame:
     """
     arrays = content.array_records.get("arrays", {})
     header = content.config_records.get("header", {})
-    keys = sorted(arrays)
-    if set(content) != {"header", "arrays"} or set(header) != {"json"} or keys != _keys(len(keys)):
+    if set(content) != {"header", "arrays"} or set(header) != {"json"} or not isinstance(header["json"], str):
         raise FederationError("a message cannot be read: its records are not those of gramfuse")
-    return Frame(str(header["json"]), tuple(decode(arrays[key].data) for key in keys))
+    keys = _keys(len(arrays))
+    if sorted(arrays) != keys:
+        raise FederationError("a message cannot be read: its buffers are not numbered as those of gramfuse")
+    return Frame(header["json"], tuple(_buffer(arrays[key]) for key in keys))
+
+
+def _buffer(array: Array) -> Bytes:
+    """Return the bytes of one buffer; its record says the same of them as they do."""
+    buffer = decode(array.data)
+    if (array.dtype, array.shape, array.stype) != ("uint8", (buffer.size,), "numpy.ndarray"):
+        raise FederationError("a message cannot be read: a record says something else of a buffer than its bytes")
+    return buffer
 
 
 def request_of(message: FlowerMessage) -> Message:
@@ -51,8 +61,9 @@ def request_of(message: FlowerMessage) -> Message:
         )
     try:
         return unpack(from_record(message.content), {phase: REQUESTS[phase]})
-    except FederationError as error:
-        raise FederationError(str(error), reason="a message came that cannot be read") from None
+    except Exception as error:  # whatever foreign bytes do, they are what could not be read
+        why = str(error) if isinstance(error, FederationError) else f"a message cannot be read: {error!r:.300}"
+        raise FederationError(why, reason="a message came that cannot be read") from error
 
 
 def _keys(count: int) -> list[str]:

@@ -30,6 +30,15 @@ def digest(document: Any) -> str:
     return hashlib.sha256(canonical_json(document)).hexdigest()
 
 
+def text_digest(text: str) -> str:
+    """Return what `digest` returns of the document that a text is the canonical form of, without parsing it.
+
+    Raises:
+        ValueError: if the text has no UTF-8 form.
+    """
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
 def _ordered(value: Any) -> Any:
     if value is None or isinstance(value, bool | str):
         return value

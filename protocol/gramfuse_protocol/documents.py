@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
+from gramfuse_protocol.bounds import KEYS, LAYOUT_CHARACTERS, PLAN_CHARACTERS, VALUES
 from gramfuse_protocol.errors import PlanError
 from gramfuse_protocol.text import SAID, Legible, one_line, quoted
 
@@ -18,6 +20,20 @@ MOST_PROBLEMS = 20
 
 MOST = 1000
 """Most characters of what one is."""
+
+FILE_BYTES = 4 * LAYOUT_CHARACTERS
+"""Most that is read of a text file: UTF-8 has at most four bytes for a character."""
+
+DOTS = 16
+"""Most dots in one line of TOML, but for those in texts and comments: tomllib takes the square of a key's parts."""
+
+_QUOTED = re.compile(
+    r'''"""(?:[^"\\]|\\.|"(?!""))*+(?:"{3,5})?+'''
+    r"""|'''(?:[^']|'(?!''))*+(?:'{3,5})?+"""
+    r"""|"(?:[^"\\\n]|\\.)*+"?+|'[^'\n]*+'?+|#[^\n]*+""",
+    re.DOTALL,
+)
+"""A text or a comment of TOML; one that does not end goes on to the end of its line, or of the document."""
 
 
 class Section(Legible):
@@ -40,9 +56,13 @@ T = TypeVar("T", bound=Section)
 
 
 def read_text(path: Path) -> str:
-    """Return the text of a UTF-8 file, or raise PlanError naming it."""
+    """Return the text of a UTF-8 file, or raise PlanError naming it if there is none, or it is too large."""
     try:
-        return path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            data = file.read(FILE_BYTES + 1)
+        if len(data) > FILE_BYTES:
+            raise PlanError(f"{path}: has more than {FILE_BYTES:,} bytes, which none of gramfuse's documents has")
+        return data.decode("utf-8")
     except FileNotFoundError:
         raise PlanError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -59,10 +79,31 @@ def parse(model: type[T], text: str, source: str) -> T:
         PlanError: one line per problem, each with the key and what was expected.
     """
     try:
-        document = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+        document = parse_toml(text)
+    except ValueError as error:
         raise PlanError(f"{source}: not valid TOML: {one_line(str(error), SAID)}") from None
     return build(model, document, source)
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """Parse a TOML document that somebody else wrote.
+
+    Raises:
+        ValueError: if it is too large, nested too deep, no TOML, or holds a number that is too long to be one.
+    """
+    if len(text) > PLAN_CHARACTERS:
+        raise ValueError(f"it has {len(text):,} characters, more than the {PLAN_CHARACTERS:,} that it may have")
+    bare = _QUOTED.sub(lambda found: "\n" * found[0].count("\n"), text)
+    for mark, most, what in (("=", KEYS, "keys"), ("[", KEYS, "arrays and tables"), (",", VALUES // 2, "items")):
+        if bare.count(mark) > most:
+            raise ValueError(f"about {bare.count(mark):,} {what} are more than the {most:,} that it may have")
+    for number, line in enumerate(bare.split("\n"), 1):
+        if line.count(".") > DOTS:
+            raise ValueError(f"line {number} has {line.count('.')} dots; a key has a few parts")
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise ValueError("arrays or tables are nested too deep") from None
 
 
 def build(model: type[T], document: dict[str, object], source: str) -> T:
@@ -78,6 +119,9 @@ def build(model: type[T], document: dict[str, object], source: str) -> T:
         if problems[MOST_PROBLEMS:]:
             lines.append(f"{len(problems) - MOST_PROBLEMS:,} more problems")
         raise PlanError("\n".join(f"{source}: {line}" for line in lines)) from None
+    except (ValueError, RecursionError) as error:
+        why = "it is nested too deep" if isinstance(error, RecursionError) else str(error)
+        raise PlanError(f"{source}: {one_line(why, SAID)}") from None
 
 
 def _explain(problem: ErrorDetails, model: type[Section]) -> str:

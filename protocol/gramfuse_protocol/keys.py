@@ -23,6 +23,15 @@ from gramfuse_protocol.errors import PlanError, SecurityError
 KEY_BYTES = 32
 SIGNATURE_BYTES = 64
 
+FIELD = 2**255 - 19
+"""The field of both curves. A number of it is written in 255 bits, little-endian; the top bit has another use."""
+
+_EIGHTH = 2707385501144840649318225287225658788936804267575313519463743609750303402022
+"""The y of a point of order eight on Ed25519; that of the others is its negative."""
+
+_LOW_ORDER = {0, 1, FIELD - 1, _EIGHTH, FIELD - _EIGHTH}
+"""The y of all points of Ed25519 whose order divides eight."""
+
 Random = Callable[[int], bytes]
 """Returns that many random bytes; `secrets.token_bytes` outside of tests."""
 
@@ -67,6 +76,31 @@ def derive(secret: bytes, label: Label, *fields: bytes | str) -> bytes:
 def public_of(private: bytes) -> bytes:
     """Return the X25519 public key of a private one."""
     return X25519PrivateKey.from_private_bytes(private).public_key().public_bytes_raw()
+
+
+def check_identity_key(public: bytes) -> None:
+    """Raise ValueError unless an Ed25519 public key is one that only its owner can sign with.
+
+    With a point of low order as the key, one signature passes for every statement, and whoever knows the curve can make
+    it. A y beyond the field is another way to write a smaller one, so that one key could be named twice.
+    """
+    y = int.from_bytes(public, "little") % 2**255
+    if len(public) != KEY_BYTES or y >= FIELD or y in _LOW_ORDER:
+        raise ValueError("this is no silo's key: it is of low order or not canonical, and anybody could sign with it")
+
+
+def check_exchange_key(public: bytes, owner: str) -> None:
+    """Raise SecurityError unless an X25519 public key is canonical and not of low order.
+
+    X25519 ignores the top bit and takes numbers beyond the field, so that one key could be written in several ways. A
+    key of low order gives all-zero secrets, whatever the private key.
+
+    Args:
+        owner: whose key it is, for the error.
+    """
+    if int.from_bytes(public, "little") >= FIELD:
+        raise SecurityError(f"a public key of silo {owner!r} is not in canonical form; it is no honest key")
+    agree(bytes(KEY_BYTES), public, owner)
 
 
 def agree(private: bytes, public: bytes, owner: str) -> bytes:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -16,6 +17,18 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import AfterValidator, ConfigDict, Field, ValidationError, model_validator
 
+from gramfuse_protocol.bounds import (
+    DIMENSIONS,
+    ENTRIES,
+    FEATURES,
+    LAYOUT_CHARACTERS,
+    SILOS,
+    TENSORS,
+    VALUES,
+    Many,
+    check_keys,
+    parse_json,
+)
 from gramfuse_protocol.canonical import canonical_json, digest
 from gramfuse_protocol.documents import read_text
 from gramfuse_protocol.errors import ContributionError, PlanError
@@ -29,6 +42,9 @@ PIECE_BYTES = 128 * 2**20
 """Most bytes of statistics in one piece."""
 
 Positive = Annotated[int, Field(ge=1, le=2**53 - 1)]
+
+Shape = Annotated[Many[Positive], Field(max_length=DIMENSIONS)]
+"""Of a tensor."""
 
 EXPONENT = 40
 Exponent = Annotated[int, Field(ge=-EXPONENT, le=EXPONENT)]
@@ -64,13 +80,13 @@ class Group(_Frozen):
 
     name: Word
     d_in: Positive
-    structure: Annotated[str, AfterValidator(_structure)]
-    weights: Annotated[tuple[Linear, ...], Field(min_length=1)]
-    rows: Annotated[tuple[Rows, ...], Field(min_length=1)] = ("input",)
+    structure: Annotated[str, Field(max_length=32), AfterValidator(_structure)]
+    weights: Annotated[Many[Linear], Field(min_length=1)]
+    rows: Annotated[Many[Rows], Field(min_length=1)] = ("input",)
     """For each call of a module in one run of the model, in order, which rows of its input the Gram matrix is of."""
     part: int | None = None
     """Index of the layout's part whose outputs and silos these are, if not all."""
-    exponents: tuple[Exponent, ...] = ()
+    exponents: Many[Exponent] = ()
     """For each feature, the power of two that its root mean square on public text stays below; for secure sums."""
 
     @model_validator(mode="after")
@@ -93,15 +109,15 @@ class Group(_Frozen):
 class Part(_Frozen):
     """Outputs of the last layer that the same silos train: labels that only these annotate."""
 
-    silos: Annotated[tuple[Word, ...], Field(min_length=1)]
-    outputs: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
+    silos: Annotated[Many[Word], Field(min_length=1, max_length=SILOS)]
+    outputs: Annotated[Many[Annotated[int, Field(ge=0, lt=FEATURES)]], Field(min_length=1)]
 
 
 class Tensor(_Frozen):
     """A parameter that is trained and merged."""
 
     name: Word
-    shape: tuple[Positive, ...]
+    shape: Shape
     merge: Literal["regmean", "mean"]
     parted: bool = False
     """Whether its first dimension is the last layer's outputs, each of which is merged over the silos of its part."""
@@ -150,10 +166,10 @@ class Layout(_Frozen):
     """
 
     version: Literal[1] = 1
-    groups: tuple[Group, ...]
-    tensors: Annotated[tuple[Tensor, ...], Field(min_length=1)]
-    frozen: tuple[Word, ...]
-    parts: tuple[Part, ...] = ()
+    groups: Annotated[Many[Group], Field(max_length=TENSORS)]
+    tensors: Annotated[Many[Tensor], Field(min_length=1, max_length=TENSORS)]
+    frozen: Annotated[Many[Word], Field(max_length=TENSORS)]
+    parts: Annotated[Many[Part], Field(max_length=SILOS)] = ()
 
     @model_validator(mode="after")
     def _holds_together(self) -> Layout:
@@ -165,6 +181,8 @@ class Layout(_Frozen):
             raise ValueError("parts do not have each output once")
         if any(tensor.parted and tensor.shape[:1] != (len(outputs),) for tensor in self.tensors):
             raise ValueError("a parted tensor has another number of outputs than the parts")
+        if sum(tensor.parted for tensor in self.tensors) * len(self.parts) > VALUES:
+            raise ValueError("more parted tensors and parts than any model's last layer has")
         merged = {(t.name, p): t.shape for t in self.tensors if t.merge == "regmean" for p in self._parts_of(t)}
         expected = {}
         for group, linear in self.linear():
@@ -184,6 +202,8 @@ class Layout(_Frozen):
         for group in self.groups:
             if len({weight.weight in context_free for weight in group.weights}) > 1:
                 raise ValueError(f"group {group.name!r} has weights of layers without context and others")
+        if max(self.sum_entries, self.contribution_bytes // ITEM_BYTES) > ENTRIES:
+            raise ValueError(f"a contribution would have more than {ENTRIES:,} elements")
         return self
 
     def _parts_of(self, tensor: Tensor) -> Iterable[int | None]:
@@ -252,19 +272,30 @@ class Layout(_Frozen):
 
     def pieces(self, limit: int = PIECE_BYTES) -> tuple[tuple[Slice, ...], ...]:
         """Cut the contribution into pieces of at most `limit` bytes; a block larger than that spans several."""
-        room = capacity = max(1, limit // ITEM_BYTES)
-        pieces: list[list[Slice]] = [[]]
-        for block in self.blocks:
-            start = 0
-            while start < block.entries:
-                if room == 0:
-                    pieces.append([])
-                    room = capacity
-                stop = min(block.entries, start + room)
-                pieces[-1].append(Slice(block, start, stop))
-                room -= stop - start
-                start = stop
-        return tuple(tuple(piece) for piece in pieces)
+        return tuple(self.piece(number, limit) for number in range(self.piece_count(limit)))
+
+    def piece_count(self, limit: int = PIECE_BYTES) -> int:
+        """Return how many pieces there are."""
+        return -(-self.contribution_bytes // ITEM_BYTES // _capacity(limit))
+
+    def piece(self, number: int, limit: int = PIECE_BYTES) -> tuple[Slice, ...]:
+        """Return one piece: nothing of the others is made, however many there would be.
+
+        Args:
+            number: from 0 on, below `piece_count`.
+        """
+        capacity, found = _capacity(limit), []
+        first, last = number * capacity, (number + 1) * capacity
+        for block, begins in zip(self.blocks, self._begins, strict=True):
+            start, stop = max(0, first - begins), min(block.entries, last - begins)
+            if start < stop:
+                found.append(Slice(block, start, stop))
+        return tuple(found)
+
+    @cached_property
+    def _begins(self) -> tuple[int, ...]:
+        """Where each block begins in a contribution, in elements."""
+        return (0, *accumulate(block.entries for block in self.blocks[:-1]))
 
     def follows(self, derived: Layout) -> bool:
         """Whether this layout is one that was derived anew, but for what rounding may do to exponents: one step."""
@@ -291,16 +322,24 @@ class Layout(_Frozen):
     def parse(text: str, source: str = "layout") -> Layout:
         """Parse JSON text; raises PlanError naming `source`."""
         try:
+            check_keys(parse_json(text, LAYOUT_CHARACTERS, FEATURES), Layout)
             return Layout.model_validate_json(text)
         except ValidationError as error:
-            problem = error.errors(include_url=False)[0]
+            problem = error.errors(include_url=False, include_input=False)[0]
             key = quoted(".".join(map(str, problem["loc"])) or "the document")
             raise PlanError(f"{source}: not a layout: {key}: {one_line(problem['msg'], 1000)}") from None
+        except ValueError as error:
+            raise PlanError(f"{source}: not a layout: {one_line(str(error), 1000)}") from None
 
     @staticmethod
     def read(path: Path) -> Layout:
         """Read a layout file; raises PlanError naming it."""
         return Layout.parse(read_text(path), str(path))
+
+
+def _capacity(limit: int) -> int:
+    """Return how many elements a piece of at most `limit` bytes has."""
+    return max(1, limit // ITEM_BYTES)
 
 
 def gram_block(group: str) -> str:

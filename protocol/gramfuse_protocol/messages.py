@@ -6,23 +6,49 @@ beside the header (`gramfuse_protocol.wire`), never inside it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from numpy.typing import NDArray
 from pydantic import ConfigDict, Field
 
+from gramfuse_protocol.bounds import (
+    FEATURES,
+    HEADER_CHARACTERS,
+    LAYOUT_CHARACTERS,
+    PLAN_CHARACTERS,
+    SILOS,
+    TENSORS,
+    VALUES,
+    Many,
+    Title,
+)
 from gramfuse_protocol.errors import FederationError, GramfuseError, RefusalError
+from gramfuse_protocol.layout import PIECE_BYTES
 from gramfuse_protocol.plan import LARGEST, Name, Sha256
 from gramfuse_protocol.secure_sum import SEALED_BYTES
 from gramfuse_protocol.shares import SHARE_BYTES
 from gramfuse_protocol.text import SAID, Legible, one_line
 from gramfuse_protocol.transcript import Advert, Hex64, Nonce, Sum
 
-Count = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=0, le=LARGEST)]
+Examples = Annotated[int, Field(ge=1, le=LARGEST)]
+Tokens = Annotated[Mapping[Title, Count], Field(max_length=TENSORS)]
+Piece = Annotated[int, Field(ge=0, lt=2**40)]
+Names = Annotated[Many[Name], Field(max_length=SILOS)]
 
 MERGED = "regmean"
 """What an evaluate request calls the merged model."""
+
+Candidate = Annotated[str, Field(min_length=1, max_length=64)]
+"""What a measured model is called."""
+
+DELTAS = {r"delta:.+": "float32"}
+"""The arrays of a whole model."""
+
+STATISTICS = DELTAS | {r"gram:.+": "float32"}
+"""The arrays of a contribution in the clear."""
 
 Round = Annotated[int, Field(ge=1, le=LARGEST)]
 Sealed = Annotated[str, Field(pattern=rf"^[0-9a-f]{{{2 * SEALED_BYTES}}}$")]
@@ -33,23 +59,39 @@ class Body(Legible):
     """What everything on the wire has.
 
     Args:
-        arrays: named arrays; their dtypes and shapes are the subclass's to state.
+        arrays: named arrays; their shapes are the subclass's to state.
+
+    Attributes:
+        carries: which arrays such a message may have: a pattern of their whole names, and their dtype. None by default.
+        characters: most that its header may have.
+        items: most items of the header's lists and objects together (`gramfuse_protocol.bounds.check_size`).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, arbitrary_types_allowed=True)
 
     phase: ClassVar[str]
+    carries: ClassVar[Mapping[str, str]] = {}
+    characters: ClassVar[int] = HEADER_CHARACTERS
+    items: ClassVar[int] = VALUES
     protocol: Literal[1] = 1
     arrays: Mapping[str, NDArray[Any]] = Field(default_factory=dict, exclude=True, repr=False)
+
+    @classmethod
+    def may_carry(cls, name: str, dtype: str) -> bool:
+        """Whether such a message may have an array of this name and dtype."""
+        return any(re.fullmatch(pattern, name) and dtype == wanted for pattern, wanted in cls.carries.items())
 
 
 class StatisticsBody(Body):
     """A whole contribution outside of a planned run: `arrays` holds every block of the layout, float32."""
 
     phase = "statistics"
-    layout: str
-    examples: Annotated[int, Field(ge=1)]
-    tokens: Mapping[str, Count]
+    carries = STATISTICS
+    characters = 2 * LAYOUT_CHARACTERS
+    items = FEATURES
+    layout: Annotated[str, Field(max_length=LAYOUT_CHARACTERS)]
+    examples: Examples
+    tokens: Tokens
 
 
 class Message(Body):
@@ -76,8 +118,10 @@ class JoinRequest(Message):
 
     phase = "join"
     documents = frozenset({"plan_text"})
-    plan_text: str
-    layout: str
+    characters = 2 * (LAYOUT_CHARACTERS + PLAN_CHARACTERS)
+    items = FEATURES
+    plan_text: Annotated[str, Field(max_length=PLAN_CHARACTERS)]
+    layout: Annotated[str, Field(max_length=LAYOUT_CHARACTERS)]
 
 
 class JoinReply(Message):
@@ -95,6 +139,7 @@ class TrainRequest(Message):
     """
 
     phase = "train"
+    carries = DELTAS
 
 
 class TrainReply(Message):
@@ -102,15 +147,15 @@ class TrainReply(Message):
 
     phase = "train"
     silo: Name
-    examples: Annotated[int, Field(ge=1)] | None = None
-    tokens: Mapping[str, Count] = {}
+    examples: Examples | None = None
+    tokens: Tokens = Field(default={})
 
 
 class KeysRequest(Message):
     """Make keys for this session. The cohort is in roster order."""
 
     phase = "keys"
-    cohort: tuple[Name, ...]
+    cohort: Names
 
 
 class KeysReply(Message):
@@ -125,7 +170,7 @@ class SharesRequest(Message):
     """Share your secrets among the silos whose keys these are, in roster order."""
 
     phase = "shares"
-    adverts: tuple[Advert, ...]
+    adverts: Annotated[Many[Advert], Field(max_length=SILOS)]
 
 
 class SharesReply(Message):
@@ -133,7 +178,7 @@ class SharesReply(Message):
 
     phase = "shares"
     silo: Name
-    sealed: Mapping[Name, Sealed]
+    sealed: Annotated[Mapping[Name, Sealed], Field(max_length=SILOS)]
 
 
 class MaskedRequest(Message):
@@ -146,19 +191,20 @@ class MaskedRequest(Message):
 
     phase = "masked"
     sum_of: Sum
-    sealed: Mapping[Name, Sealed] = {}
-    candidates: tuple[str, ...] = ()
-    piece: Count
-    piece_bytes: Annotated[int, Field(ge=16, multiple_of=16)]
+    sealed: Annotated[Mapping[Name, Sealed], Field(max_length=SILOS)] = {}
+    candidates: Annotated[Many[Candidate], Field(max_length=2 * SILOS)] = ()
+    piece: Piece
+    piece_bytes: Annotated[int, Field(ge=16, le=PIECE_BYTES, multiple_of=16)]
 
 
 class MaskedReply(Message):
     """One piece: `arrays` holds `masked`, uint64, the words from piece · piece_bytes / 8 on."""
 
     phase = "masked"
+    carries: ClassVar[Mapping[str, str]] = {"masked": "uint64"}
     silo: Name
     sum_of: Sum
-    piece: Count
+    piece: Piece
 
 
 class SurvivorsRequest(Message):
@@ -166,7 +212,7 @@ class SurvivorsRequest(Message):
 
     phase = "survivors"
     sum_of: Sum
-    survivors: tuple[Name, ...]
+    survivors: Names
 
 
 class SurvivorsReply(Message):
@@ -183,7 +229,7 @@ class UnmaskRequest(Message):
 
     phase = "unmask"
     sum_of: Sum
-    signatures: Mapping[Name, Hex64]
+    signatures: Annotated[Mapping[Name, Hex64], Field(max_length=SILOS)]
 
 
 class UnmaskReply(Message):
@@ -192,38 +238,41 @@ class UnmaskReply(Message):
     phase = "unmask"
     silo: Name
     sum_of: Sum
-    shares: Mapping[Name, Share]
+    shares: Annotated[Mapping[Name, Share], Field(max_length=SILOS)]
 
 
 class UploadRequest(Message):
     """Send one piece of the contribution, in the clear."""
 
     phase = "upload"
-    piece: Count
-    piece_bytes: Annotated[int, Field(ge=1)]
+    piece: Piece
+    piece_bytes: Annotated[int, Field(ge=4, le=PIECE_BYTES)]
 
 
 class UploadReply(Message):
     """One piece: `arrays` holds the slices of `Layout.pieces(piece_bytes)[piece]`, float32."""
 
     phase = "upload"
+    carries = STATISTICS
     silo: Name
-    piece: Count
+    piece: Piece
 
 
 class EvaluateRequest(Message):
     """Measure a model on held-out data: `arrays` holds `delta:<parameter>` blocks, float32."""
 
     phase = "evaluate"
-    candidate: str
+    carries = DELTAS
+    candidate: Candidate
 
 
 class EvaluateReply(Message):
     """`arrays` holds `sums`, float64 (`gramfuse_protocol.metrics`); nothing if they leave through a secure sum."""
 
     phase = "evaluate"
+    carries: ClassVar[Mapping[str, str]] = {"sums": "float64"}
     silo: Name
-    candidate: str
+    candidate: Candidate
 
 
 class FinishRequest(Message):

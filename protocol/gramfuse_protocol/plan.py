@@ -6,21 +6,23 @@ A plan is written as `plan.toml`. `Plan.digest` is the SHA-256 of its canonical 
 
 from __future__ import annotations
 
-import tomllib
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import tomlkit
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
+from gramfuse_protocol.bounds import SILOS, Many
 from gramfuse_protocol.canonical import digest
-from gramfuse_protocol.documents import Section, build, parse, read_text
+from gramfuse_protocol.documents import Section, build, parse, parse_toml, read_text
 from gramfuse_protocol.errors import PlanError
+from gramfuse_protocol.keys import check_identity_key
 from gramfuse_protocol.node_key import PublicNodeKey
 from gramfuse_protocol.roster import Roster, check_terms, smallest_threshold
 from gramfuse_protocol.structure import parse_structure
-from gramfuse_protocol.task import HEADLESS, Kind, Label, MaskedTask, Task, TaskSettings
+from gramfuse_protocol.task import HEADLESS, Kind, Labels, MaskedTask, Task, TaskSettings
 from gramfuse_protocol.text import Word
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
@@ -35,6 +37,12 @@ Count = Annotated[int, Field(ge=1, le=LARGEST)]
 Unit = Annotated[float, Field(ge=0, le=1)]
 ContextFree = Literal["mean", "diagonal", "full"]
 """How weights are merged whose layer sees tokens without context: each gives away more than the one before."""
+Patterns = Annotated[Many[Word], Field(max_length=SILOS)]
+
+
+def _identity_key(text: str) -> str:
+    check_identity_key(bytes.fromhex(text))
+    return text
 
 
 class Header(Section):
@@ -113,7 +121,7 @@ class Training(Section):
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the products in training. Weights and the optimizer stay in float32, and so does all that is measured."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 1
-    freeze: tuple[Word, ...] = (EMBEDDINGS,)
+    freeze: Patterns = (EMBEDDINGS,)
     """Patterns (shell style) of the parameters that stay as they are and never leave a silo.
 
     The word `embeddings` stands for all that turns tokens, positions and patches into features, whatever a model calls
@@ -132,9 +140,9 @@ class Merge(Section):
     alpha: Unit = 0.9
     """Share of the off-diagonal of each Gram matrix that is kept."""
     weighting: Literal["uniform", "examples"] = "uniform"
-    gram: Mapping[Word, str] = {"*": "full"}
+    gram: Annotated[Mapping[Word, Word], Field(max_length=SILOS)] = {"*": "full"}
     """Pattern of a weight's name to `full`, `block:<b>` or `diagonal`; the longest pattern that fits counts."""
-    exclude: tuple[Word, ...] = ()
+    exclude: Patterns = ()
     """Patterns of linear weights that are averaged instead."""
     context_free: ContextFree = "mean"
     """What becomes of weights whose layer sees tokens without context, as the first behind the embeddings does.
@@ -198,13 +206,13 @@ class Silo(Section):
     """One `[[silo]]` of the roster."""
 
     name: Name
-    public_key: Sha256 | None = None
+    public_key: Annotated[Sha256, AfterValidator(_identity_key)] | None = None
     """Ed25519 public key in hexadecimal, as `gramfuse silo keygen` prints it."""
     node_key: PublicNodeKey | None = None
     """P-384 public key that the silo's connection to the coordinator is authenticated with, as an OpenSSH line."""
     task: Name | None = None
     """Which `[[task]]` this silo has."""
-    labels: tuple[Label, ...] = ()
+    labels: Labels = ()
     """Labels that this silo annotates, if not all: the others are masked there, not taken as absent."""
 
 
@@ -213,16 +221,16 @@ class Plan(Section):
 
     plan: Header
     model: Model
-    task: tuple[NamedTask, ...] = ()
+    task: Annotated[Many[NamedTask], Field(max_length=SILOS)] = ()
     training: Training = Training()
     merge: Merge = Merge()
     privacy: Privacy = Privacy()
-    silo: Annotated[tuple[Silo, ...], Field(min_length=1)]
+    silo: Annotated[Many[Silo], Field(min_length=1, max_length=SILOS)]
 
     @model_validator(mode="after")
     def _roster(self) -> Plan:
         names = [silo.name for silo in self.silo]
-        twice = sorted({name for name in names if names.count(name) > 1})
+        twice = sorted(name for name, times in Counter(names).items() if times > 1)
         if twice:
             raise ValueError(f"[[silo]] names {', '.join(twice)} more than once")
         for keys in ([silo.public_key for silo in self.silo], [silo.node_key for silo in self.silo]):
@@ -269,13 +277,13 @@ class Plan(Section):
 
     @model_validator(mode="after")
     def _masked_labels(self) -> Plan:
-        masked = [silo for silo in self.silo if silo.labels]
+        masked, known = [silo for silo in self.silo if silo.labels], set(self.model.labels)
         if not masked:
             return self
         if self.task or self.model.task not in ("classification", "multi-label"):
             raise ValueError("'labels' of a [[silo]] needs 'model.task' \"multi-label\" or \"classification\"")
         for silo in masked:
-            unknown = [label for label in silo.labels if label not in self.model.labels]
+            unknown = [label for label in silo.labels if label not in known]
             if unknown:
                 raise ValueError(f"[[silo]] {silo.name!r}: {unknown[0]!r} is not among 'model.labels'")
         if self.model.head == "own":
@@ -283,8 +291,10 @@ class Plan(Section):
         dropouts = len(self.silo) - self.minimum_survivors
         secure = self.privacy.secure_aggregation
         needed = self.privacy.colluding + 2 + dropouts if secure else 1
+        all_of_them = len(self.silo) - len(masked)
+        annotated = Counter(label for silo in masked for label in set(silo.labels))
         for label in self.model.labels:
-            held = len(self.holders(label))
+            held = all_of_them + annotated[label]
             if held < needed:
                 raise ValueError(
                     f"label {label!r} is annotated by {held} silos, and its rows of the head would be merged over as "
@@ -464,6 +474,6 @@ class Plan(Section):
 
 def _toml_value(text: str) -> Any:
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        return parse_toml(f"value = {text}")["value"]
+    except ValueError:
         return text

@@ -16,8 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-MOST_SILOS = 1024
-"""Silos of one secure sum: every message between two of them passes through the coordinator."""
+from gramfuse_protocol.bounds import SILOS
 
 
 @dataclass(frozen=True)
@@ -69,8 +68,8 @@ def check_terms(silos: int, colluding: int, threshold: int, minimum: int) -> Non
             f"secure aggregation of {silos} silos hides nothing: each could subtract its own part from the sum; "
             "it takes three at least, and four if one of them may drop out"
         )
-    if silos > MOST_SILOS:
-        raise ValueError(f"secure aggregation takes at most {MOST_SILOS} silos; the roster names {silos}")
+    if silos > SILOS:
+        raise ValueError(f"secure aggregation takes at most {SILOS} silos; the roster names {silos}")
     needed = smallest_threshold(silos, colluding)
     if needed > silos:
         raise ValueError(

@@ -21,7 +21,18 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from pydantic import BaseModel, ConfigDict, Field
 
 from gramfuse_protocol.errors import SecurityError
-from gramfuse_protocol.keys import KEY_BYTES, Identity, Label, Random, agree, derive, framed, public_of, verify
+from gramfuse_protocol.keys import (
+    KEY_BYTES,
+    Identity,
+    Label,
+    Random,
+    agree,
+    check_exchange_key,
+    derive,
+    framed,
+    public_of,
+    verify,
+)
 from gramfuse_protocol.masks import Mask
 from gramfuse_protocol.roster import Roster
 from gramfuse_protocol.shares import SHARE_BYTES, check_share, combine, split
@@ -174,7 +185,15 @@ def advertise(
 
 
 def check_advert(roster: Roster, nonce: str, advert: Advert) -> None:
-    """Raise SecurityError unless these keys are signed with the key of the roster, for this plan and session."""
+    """Raise SecurityError unless these keys are signed with the key of the roster, for this plan and session.
+
+    No key may be of low order, written in a second way, or there twice.
+    """
+    keys = [advert.channel, *advert.masks.values()]
+    for key in keys:
+        check_exchange_key(bytes.fromhex(key), advert.silo)
+    if len(set(keys)) != len(keys):
+        raise SecurityError(f"the keys of silo {advert.silo!r} hold one key twice")
     statement = advert_statement(roster.plan, nonce, advert.fields)
     verify(roster.keys[advert.silo], bytes.fromhex(advert.signature), statement, f"the keys of silo {advert.silo!r}")
 
@@ -209,10 +228,6 @@ def share(roster: Roster, member: Member, adverts: Sequence[Advert], random: Ran
     check_adverts(roster, member.nonce, member.cohort, adverts)
     if member.advert not in adverts:
         raise SecurityError(f"the list of keys does not hold those of silo {member.name!r} as they were sent")
-    for advert in adverts:  # a key of low order is found before anything depends on it
-        if advert.silo != member.name:
-            for sum_name in SUMS:
-                agree(bytes.fromhex(member.secrets.mask[sum_name]), bytes.fromhex(advert.masks[sum_name]), advert.silo)
     points = {advert.silo: roster.index(advert.silo) for advert in adverts}
     split_up = {
         (sum_name, kind): split(

@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,16 +21,27 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
+from gramfuse_protocol.bounds import (
+    FEATURES,
+    HEADER_CHARACTERS,
+    LAYOUT_CHARACTERS,
+    PLAN_CHARACTERS,
+    TENSORS,
+    Many,
+    Title,
+    check_keys,
+    parse_json,
+)
 from gramfuse_protocol.documents import Section
 from gramfuse_protocol.errors import ContributionError, RunDirectoryError, disk_is_full
-from gramfuse_protocol.layout import ITEM_BYTES, Block, Layout, Positive
+from gramfuse_protocol.layout import ITEM_BYTES, Block, Layout, Positive, Shape
 from gramfuse_protocol.plan import BaseName, Commit, Name, Sha256
 from gramfuse_protocol.statistics import Contribution, check_counts
 from gramfuse_protocol.task import Task
 from gramfuse_protocol.text import Word, one_line, quoted
 
-HEADER_LIMIT = 64 * 2**20
-"""Most bytes of a header."""
+HEADER_LIMIT = 2 * (LAYOUT_CHARACTERS + PLAN_CHARACTERS + HEADER_CHARACTERS)
+"""Most bytes of a header, and of the document in it: a layout, a plan, and two lines for each tensor."""
 
 CHUNK = 2**20
 """Elements that are read at a time."""
@@ -49,7 +61,7 @@ class Origin(Section):
 
     name: BaseName
     revision: Commit | None = None
-    weights: Annotated[Mapping[Word, Sha256], Field(min_length=1)]
+    weights: Annotated[Mapping[Word, Sha256], Field(min_length=1, max_length=2 * TENSORS)]
     config: Sha256
     processor: Sha256
 
@@ -78,17 +90,23 @@ class About(Section):
     task: Task
     layout: Layout
     examples: Positive
-    tokens: Mapping[Word, Annotated[int, Field(ge=0, le=2**53 - 1)]]
-    head: tuple[Word, ...] = ()
-    own: Mapping[Word, tuple[Positive, ...]] = {}
-    plan: str = ""
-    made_by: str
+    tokens: Annotated[Mapping[Word, Annotated[int, Field(ge=0, le=2**53 - 1)]], Field(max_length=TENSORS)]
+    head: Annotated[Many[Word], Field(max_length=TENSORS)] = ()
+    own: Annotated[Mapping[Word, Shape], Field(max_length=TENSORS)] = {}
+    plan: Annotated[str, Field(max_length=PLAN_CHARACTERS)] = ""
+    made_by: Title
 
     @cached_property
     def blocks(self) -> tuple[Block, ...]:
         """All tensors of the file, in its order: by the bytes of their names."""
         own = (Block(own_block(name), shape) for name, shape in self.own.items())
         return tuple(sorted((*self.layout.blocks, *own), key=lambda block: block.name.encode()))
+
+    @cached_property
+    def places(self) -> Mapping[str, tuple[int, Block]]:
+        """Where each tensor begins, in bytes after the header, and its block; by its name."""
+        begins = accumulate((ITEM_BYTES * block.entries for block in self.blocks), initial=0)
+        return {block.name: (begin, block) for begin, block in zip(begins, self.blocks, strict=False)}
 
 
 @dataclass(frozen=True)
@@ -128,15 +146,11 @@ class StatisticsFile:
         Raises:
             ContributionError: if the file is shorter than it was when it was checked.
         """
-        offset = self.start
-        for block in self.about.blocks:
-            if block.name == name:
-                values = np.fromfile(self.path, "<f4", block.entries, offset=offset)
-                if values.size != block.entries:
-                    raise ContributionError(f"{self.path}: tensor {name!r} is cut off; the file changed while in use")
-                return values.reshape(block.shape)
-            offset += ITEM_BYTES * block.entries
-        raise KeyError(name)
+        begin, block = self.about.places[name]
+        values = np.fromfile(self.path, "<f4", block.entries, offset=self.start + begin)
+        if values.size != block.entries:
+            raise ContributionError(f"{self.path}: tensor {name!r} is cut off; the file changed while in use")
+        return values.reshape(block.shape)
 
     def own(self) -> dict[str, NDArray[np.float32]]:
         """Read the parameters that are not merged, by name."""
@@ -290,9 +304,9 @@ def _header(text: str, sha256: str, blocks: tuple[Block, ...]) -> bytes:
 def _metadata(path: Path, header: bytes) -> tuple[str, str]:
     """Return the document and the digest that a header holds."""
     try:
-        metadata = json.loads(header.decode())["__metadata__"]
+        metadata = parse_json(header, HEADER_LIMIT, FEATURES)["__metadata__"]
         text, sha256 = metadata["gramfuse"], metadata["sha256"]
-    except (ValueError, RecursionError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         text = sha256 = None
     if not isinstance(text, str) or not isinstance(sha256, str) or any("\ud800" <= c <= "\udfff" for c in text):
         raise ContributionError(
@@ -303,18 +317,23 @@ def _metadata(path: Path, header: bytes) -> tuple[str, str]:
 
 def _about(path: Path, text: str) -> About:
     try:
+        document = parse_json(text, HEADER_LIMIT, FEATURES)
+        version = document.get("version", 1) if isinstance(document, dict) else 1
+        if type(version) is not int or version != 1:
+            raise ContributionError(
+                f"{path}: is of version {repr(version)[:50]} of the format, and this gramfuse reads version 1; "
+                "use the gramfuse that wrote it, or measure again"
+            )
+        check_keys(document, About)
         return About.model_validate_json(text, by_alias=True, by_name=False)
     except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        if problem["loc"] == ("version",):
-            raise ContributionError(
-                f"{path}: is of version {quoted(problem['input'])} of the format, and this gramfuse reads version 1; "
-                "use the gramfuse that wrote it, or measure again"
-            ) from None
+        problem = error.errors(include_url=False, include_input=False)[0]
         key = quoted(".".join(map(str, problem["loc"])) or "the document")
         raise ContributionError(
             f"{path}: its document does not hold together: {key}: {one_line(problem['msg'], 1000)}"
         ) from None
+    except ValueError as error:
+        raise ContributionError(f"{path}: its document does not hold together: {one_line(str(error), 1000)}") from None
 
 
 def _check_header(path: Path, header: bytes, text: str, sha256: str, blocks: tuple[Block, ...]) -> None:

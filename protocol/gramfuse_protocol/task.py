@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from gramfuse_protocol.bounds import VALUES, Many
 from gramfuse_protocol.documents import Section
 
 Kind = Literal[
@@ -26,6 +27,7 @@ HEADLESS = ("sequence-to-sequence", "causal-lm")
 """Kinds whose models have no head for the task: what they predict tokens with came with the base model."""
 
 Label = Annotated[str, Field(min_length=1, max_length=200)]
+Labels = Annotated[Many[Label], Field(max_length=VALUES)]
 
 OUTSIDE = "O"
 """The tag of a word that is part of no entity."""
@@ -34,7 +36,7 @@ OUTSIDE = "O"
 class TaskSettings(Section):
     """What belongs to a task, but for its kind."""
 
-    labels: tuple[Label, ...] = ()
+    labels: Labels = ()
     """Labels; for `token-classification` the tags of the IOB2 scheme: O, and B-X and I-X for each type X."""
     pair: bool = False
     """Whether an example is two texts."""
@@ -108,9 +110,10 @@ class Task(TaskSettings):
 class MaskedTask(Task):
     """A task at a silo that annotates only some of its labels: of the others it says nothing, neither yes nor no."""
 
-    annotates: tuple[str, ...]
+    annotates: Labels
 
     @property
     def annotated(self) -> tuple[int, ...]:
         """Indices of the labels that are annotated, in the task's order."""
-        return tuple(index for index, label in enumerate(self.labels) if label in self.annotates)
+        annotates = set(self.annotates)
+        return tuple(index for index, label in enumerate(self.labels) if label in annotates)

@@ -3,7 +3,8 @@
 Header: canonical JSON, `{"arrays": [[name, dtype, shape], …], "body": {…}, "phase": "…"}`. Buffers: the arrays'
 little-endian bytes in C order, one after the other in the order of the header, cut every `BUFFER_BYTES` bytes
 without regard to where an array ends. A transport carries the header and the numbered buffers as it likes.
-Nothing here trusts the sender: names, dtypes, shapes and the total length are checked before a view is made.
+Nothing here trusts the sender. Sizes are bounded before anything is parsed or multiplied; names, dtypes, shapes and the
+total length are checked before a view is made; a kind of message that carries no arrays has none.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
+from gramfuse_protocol.bounds import DIMENSIONS, ENTRIES, TENSORS, check_keys, parse_json
 from gramfuse_protocol.canonical import canonical_json
 from gramfuse_protocol.errors import FederationError
 from gramfuse_protocol.messages import Body
@@ -26,6 +28,12 @@ from gramfuse_protocol.text import SAID, one_line, printable, quoted
 
 BUFFER_BYTES = 32 * 2**20
 """Size of every buffer but the last: large enough to be few, small enough to be copied without pain."""
+
+LONGEST = 640
+"""Characters of an array's name: of a tensor's, and which slice of it this is."""
+
+TOLD = 300
+"""Characters of what somebody else sent that an error repeats."""
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "float32": np.dtype("<f4"),
@@ -84,21 +92,40 @@ def unpack(frame: Frame, types: Mapping[str, type[B]]) -> B:
         FederationError: if the header or the buffers are not what `pack` makes of one of `types`.
     """
     try:
-        header = json.loads(frame.header)
-        model = types[header["phase"]]
-        arrays = _arrays(header["arrays"], frame.buffers)
+        header, model = _opened(frame.header, types)
+        arrays = _arrays(model, header["arrays"], frame.buffers)
         message = model.model_validate_json(json.dumps(header["body"]))
         if _header(message, header["arrays"]) != frame.header:
             raise ValueError("the header is not in canonical form")
     except ValidationError as error:
         problem = error.errors(include_url=False, include_input=False)[0]
         where = one_line(".".join(map(str, problem["loc"])) or "the body", SAID)
-        raise FederationError(
-            f"a message cannot be read: {where}: {one_line(problem['msg'], SAID)}; do both sides run the same version?"
-        ) from None
+        raise _unreadable(f"{where}: {one_line(problem['msg'], SAID)}") from None
     except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise FederationError(f"a message cannot be read: {error}; do both sides run the same version?") from None
+        raise _unreadable(str(error)) from None
     return message.model_copy(update={"arrays": arrays})
+
+
+def _unreadable(why: str) -> FederationError:
+    return FederationError(f"a message cannot be read: {why[:TOLD]}; do both sides run the same version?")
+
+
+def _opened(text: str, types: Mapping[str, type[B]]) -> tuple[dict[str, Any], type[B]]:
+    """Return a header as a document, and the model of its body."""
+    if not isinstance(text, str):
+        raise TypeError("the header is no text")
+    characters = max(model.characters for model in types.values())
+    items = max(model.items for model in types.values())
+    header = parse_json(text, characters, items)
+    if not isinstance(header, dict) or header.keys() != {"arrays", "body", "phase"}:
+        raise ValueError("the header has not the keys arrays, body and phase")
+    if not isinstance(header["phase"], str) or header["phase"] not in types:
+        raise ValueError(f"{str(header['phase'])[:64]!r} is no phase that may come here")
+    model = types[header["phase"]]
+    check_keys(header["body"], model)
+    if len(text) > model.characters:
+        raise ValueError(f"the header has {len(text):,} characters")
+    return header, model
 
 
 def _cut(arrays: Iterable[NDArray[Any]]) -> Iterator[Bytes]:
@@ -122,20 +149,24 @@ def _join(parts: list[Bytes]) -> Bytes:
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
-def _arrays(index: list[list[Any]], buffers: tuple[Bytes, ...]) -> dict[str, NDArray[Any]]:
+def _arrays(model: type[B], index: list[list[Any]], buffers: tuple[Bytes, ...]) -> dict[str, NDArray[Any]]:
     arrays: dict[str, NDArray[Any]] = {}
-    total = sum(buffer.size for buffer in buffers)
     if any(buffer.dtype != np.uint8 or buffer.ndim != 1 for buffer in buffers):
         raise ValueError("a buffer is not a flat array of bytes")
+    total = sum(buffer.size for buffer in buffers)
     sizes = [buffer.size for buffer in buffers]
     if any(size != BUFFER_BYTES for size in sizes[:-1]) or not all(0 < size <= BUFFER_BYTES for size in sizes[-1:]):
         raise ValueError("a buffer has not the size that its place asks for")
     start = 0
+    if not isinstance(index, list) or len(index) > 2 * TENSORS:
+        raise ValueError("the index of arrays is no list, or too long")
     for name, dtype_name, shape in index:
-        if not isinstance(name, str) or name in arrays or not printable(name):
-            raise ValueError(f"array name {quoted(name)} is not a string, comes twice, or cannot be printed")
-        if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
-            raise ValueError(f"array {name!r} has shape {shape}")
+        if not isinstance(name, str) or name in arrays or len(name) > LONGEST or not printable(name):
+            raise ValueError("an array's name is no printable text, too long, or comes twice")
+        if not model.may_carry(name, dtype_name):
+            raise ValueError(f"phase {model.phase!r} carries no {quoted(dtype_name)} array {quoted(name)}")
+        if not isinstance(shape, list) or len(shape) > DIMENSIONS or not all(map(_is_size, shape)):
+            raise ValueError(f"array {quoted(name)} has a shape that is none")
         dtype = DTYPES[dtype_name]
         size = math.prod(shape) * dtype.itemsize
         if start + size > total:
@@ -145,6 +176,11 @@ def _arrays(index: list[list[Any]], buffers: tuple[Bytes, ...]) -> dict[str, NDA
     if start != total:
         raise ValueError(f"{total - start} bytes came that belong to no array")
     return arrays
+
+
+def _is_size(size: Any) -> bool:
+    """Whether this can be one of the dimensions of an array."""
+    return type(size) is int and 0 <= size <= ENTRIES
 
 
 def _read(buffers: tuple[Bytes, ...], start: int, size: int) -> Bytes:

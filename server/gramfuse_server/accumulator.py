@@ -158,11 +158,13 @@ class Accumulator:
         """Solve every group; all other tensors get the mean.
 
         Raises:
-            ValueError: if nothing was folded.
-            ContributionError: naming the tensor, if a value is beyond float32.
+            ContributionError: if nothing was added; naming the tensor, if a value is beyond float32.
         """
-        if not self.weight:
-            raise ValueError("nothing was folded")
+        if not self.weight > 0:
+            raise ContributionError(
+                f"the weights of all silos add up to {self.weight}: there is nothing to merge, or one of them did not "
+                "send what it measured"
+            )
         average = self.mean()
         deltas = dict(average)
         steps = []

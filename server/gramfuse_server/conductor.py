@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 
 from flwr.serverapp import Grid
 
-from gramfuse_protocol.errors import FederationError, GramfuseError, RefusalError
+from gramfuse_protocol.errors import FederationError, GramfuseError
 from gramfuse_protocol.layout import Layout
-from gramfuse_protocol.messages import FinishReply, FinishRequest, JoinReply, JoinRequest, Message, Refusal, expect
+from gramfuse_protocol.messages import FinishReply, FinishRequest, JoinReply, JoinRequest, Message, expect
 from gramfuse_protocol.node_key import canonical
 from gramfuse_protocol.plan import Plan
 from gramfuse_server.post import GRACE_SECONDS, Pending, Post
@@ -110,36 +110,47 @@ class Conductor:
         request = JoinRequest(**self.about, plan_text=self.plan.to_toml(), layout=layout.to_json())
         errors: list[GramfuseError] = []
         refused: dict[str, GramfuseError] = {}
+        said: dict[str, str] = {}  # which silo a node says that it is
+        disputed: set[str] = set()
+
+        def check(label: str, _: JoinRequest, reply: Message) -> None:
+            name = getattr(reply, "silo", label)
+            if self.authenticated and name != label:
+                raise FederationError(f"the connection of silo {label!r} answered as silo {name!r}")
+            if name not in self.plan.names:
+                raise FederationError(f"{label} says that it is silo {name!r}, which the roster does not name")
+            said[label] = name
+            expect(JoinReply, request, reply, f"silo {name!r}" if self.authenticated else f"silo {name!r} ({label})")
+            if name in self.nodes or name in disputed:
+                disputed.add(name)
+                raise FederationError(
+                    f"two nodes say that they are silo {name!r}; stop one of them, or give each its own silo file"
+                )
+
         requests = {label: [request] for label in nodes}
         exchange = self.post.exchange(
-            nodes, requests, len(nodes), patience=self.patience, grace=self.grace, waiting_for=self._tell_waiting
+            nodes,
+            requests,
+            len(nodes),
+            check=check,
+            patience=self.patience,
+            grace=self.grace,
+            waiting_for=self._tell_waiting,
         )
         for label, _, reply in exchange:
-            try:
-                if isinstance(reply, FederationError):
-                    raise reply
-                said = getattr(reply, "silo", label)
-                if self.authenticated and said != label:
-                    raise FederationError(f"the connection of silo {label!r} answered as silo {said!r}")
-                source = f"silo {said!r}" if self.authenticated else f"silo {said!r} ({label})"
-                joined = expect(JoinReply, request, reply, source).silo
-            except (RefusalError, FederationError) as error:
-                errors.append(error)
-                name = reply.silo if isinstance(reply, Refusal) and not self.authenticated else label
-                refused[name] = error
+            name = said.get(label, label)
+            if isinstance(reply, GramfuseError):
+                errors.append(reply)
+                refused[name] = reply
+                if name in disputed:  # of two nodes that say the same, neither is believed
+                    self.nodes.pop(name, None)
                 self.came[name] = "connected"
-                self._tell_lost("join", name, error)
+                self._tell_lost("join", name, reply)
                 continue
-            if joined in self.nodes:
-                raise FederationError(
-                    f"two nodes say that they are silo {joined!r}; stop one of them, or give each its own silo file"
-                )
-            if joined not in self.plan.names:
-                raise FederationError(f"{label} says that it is silo {joined!r}, which the roster does not name")
-            self.nodes[joined] = nodes[label]
-            self.came[joined] = "joined"
-            self.post.rename(label, joined)
-            self.tell("join", "silo", silo=joined)
+            self.nodes[name] = nodes[label]
+            self.came[name] = "joined"
+            self.post.rename(label, name)
+            self.tell("join", "silo", silo=name)
         self.nodes = {name: self.nodes[name] for name in useful if name in self.nodes}
         self.joined = self.nodes
         missing = [name for name in expected if name not in self.nodes]
@@ -199,7 +210,7 @@ class Conductor:
             in_flight: most requests under way; by default one for each silo.
             needed: fewest silos that must be left.
             long_work: whether the work itself may take any time, so that no patience is long enough.
-            check: raises GramfuseError if a reply is not what it must be; its silo is given up then.
+            check: raises if a reply is not what it must be; its silo is given up then.
 
         Raises:
             GramfuseError: once too few silos are left; it says what became of the others.
@@ -211,32 +222,38 @@ class Conductor:
                 + "; ".join(f"{name}: {error}" for name, error in self.lost.items())
             )
         remaining = {silo: _until(given_up, silo, of) for silo, of in requests.items()}
+
+        def checked(silo: str, request: Q, message: Message) -> None:
+            reply = expect(kind, request, message, f"silo {silo!r}")
+            said = getattr(reply, "silo", silo)
+            if said != silo:
+                raise FederationError(f"the node of silo {silo!r} answered as {said!r}")
+            check(silo, request, reply)
+
         exchange = self.post.exchange(
             self.nodes,
             remaining,
             in_flight or len(requests),
+            check=checked,
             patience=None if long_work else self.patience,
             grace=self.grace,
             waiting_for=self._tell_waiting,
         )
         for silo, request, message in exchange:
-            try:
-                if isinstance(message, FederationError):
-                    raise message
-                reply = expect(kind, request, message, f"silo {silo!r}")
-                said = getattr(reply, "silo", silo)
-                if said != silo:
-                    raise FederationError(f"the node of silo {silo!r} answered as {said!r}")
-                check(silo, request, reply)
-            except GramfuseError as error:
+            if isinstance(message, GramfuseError):
                 given_up.add(silo)
-                self.lost[silo] = error
-                self._tell_lost(request.phase, silo, error)
+                self.lose(request.phase, silo, message)
                 if len(requests) - len(given_up) < needed:
                     raise _together(list(self.lost.values())) from None
                 continue
-            yield silo, request, reply
+            assert isinstance(message, kind)  # noqa: S101 - `checked` saw to it
+            yield silo, request, message
         self.nodes = {name: node for name, node in self.nodes.items() if name not in self.lost}
+
+    def lose(self, phase: str, silo: str, error: GramfuseError) -> None:
+        """Note why a silo is not there any more, and tell the observer."""
+        self.lost[silo] = error
+        self._tell_lost(phase, silo, error)
 
     def finish(self, silos: Iterable[str]) -> None:
         """Have silos that joined wipe what they keep of the session. The result does not depend on it."""
@@ -317,8 +334,16 @@ class Conductor:
             return {f"node {node}": node for node in self.grid.get_node_ids()}
         silos = {entry.node_key: entry.name for entry in self.plan.silo}
         nodes = (node for node in self.grid.get_nodes() if node.public_key)
-        known = {silos.get(canonical(node.public_key)): node.node_id for node in nodes}
+        known = {silos.get(_line_of(node.public_key)): node.node_id for node in nodes}
         return {name: known[name] for name in expected if name in known}
+
+
+def _line_of(key: bytes) -> str | None:
+    """Return a node's key as the roster writes it, or None if it is of a kind that no silo has."""
+    try:
+        return canonical(key)
+    except ValueError:
+        return None
 
 
 def _until(given_up: set[str], silo: str, requests: Iterable[Q]) -> Iterator[Q]:

@@ -15,11 +15,12 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from flwr.serverapp import Grid
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from gramfuse_model.base import Base
 from gramfuse_model.tasks import merged_form
-from gramfuse_protocol.errors import GramfuseError, MergeError
+from gramfuse_protocol.errors import GramfuseError, MergeError, RunDirectoryError
 from gramfuse_protocol.layout import ITEM_BYTES, PIECE_BYTES, Layout, delta_block
 from gramfuse_protocol.messages import MERGED
 from gramfuse_protocol.metrics import Sums
@@ -157,7 +158,7 @@ class Exchange:
 
     def _begin(self, number: int) -> Round:
         """Return a round in which nothing was done, or what a run that was interrupted had done."""
-        start = {} if number == 1 else load_file(self._start(number))
+        start = {} if number == 1 else self._read_start(number)
         current = Round(self._conductor(number=number), self.layout, start, self.piece_bytes)
         self._rounds.append(current)
         self.run.account = partial(self._failed, current)
@@ -297,6 +298,16 @@ class Exchange:
     def _start(self, number: int) -> Path:
         """Return where the model that a round starts from is kept until the run is over."""
         return self.run.partial / f"{of_round(START, number)}.safetensors"
+
+    def _read_start(self, number: int) -> Mapping[str, NDArray[np.float32]]:
+        path = self._start(number)
+        try:
+            start: Mapping[str, NDArray[np.float32]] = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise RunDirectoryError(
+                f"{path}: cannot be read: {error}; remove {self.run.partial} and start the run anew"
+            ) from None
+        return start
 
 
 def _versions() -> dict[str, dict[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -12,13 +13,18 @@ from flwr.app import Message as FlowerMessage
 from flwr.app import RecordDict
 from flwr.serverapp import Grid
 
-from gramfuse_protocol.errors import FederationError
+from gramfuse_protocol.errors import FederationError, GramfuseError
 from gramfuse_protocol.messages import REPLIES, Message, message_type
 from gramfuse_protocol.text import SAID, one_line
 from gramfuse_protocol.wire import Frame, pack, unpack
 from gramfuse_server.records import from_record, to_record
 
 M = TypeVar("M", bound=Message)
+
+Check = Callable[[str, M, Message], None]
+"""Takes a silo, a request and its reply, and raises if the reply is not what it must be."""
+
+log = logging.getLogger(__name__)
 
 LOST = (3, 5, 8)
 """Flower's error codes for a reply that got lost, a node that is away, and a ClientApp that was killed."""
@@ -121,21 +127,24 @@ class Post:
         requests: Mapping[str, Iterable[M]],
         in_flight: int,
         *,
+        check: Check[M] = lambda silo, request, reply: None,
         patience: float | None = None,
         grace: float = GRACE_SECONDS,
         waiting_for: Callable[[Pending], None] = lambda pending: None,
-    ) -> Iterator[tuple[str, M, Message | FederationError]]:
+    ) -> Iterator[tuple[str, M, Message | GramfuseError]]:
         """Send every silo its requests, one after the other, and yield (silo, request, reply) as replies come.
 
         A silo's requests follow each other before the next silo's begin, where `in_flight` is the narrower.
         A reply that Flower lost is asked for again, once the silo's node is connected; silos answer the same request
         with the same reply. So is a reply of a node that was started anew: Flower says that a request is lost only to
         whoever asks while the node is away, and not once it is back. A silo that does not answer, or whose answer
-        cannot be read, is given up: the error comes instead of its reply, and its other requests are not sent.
+        cannot be read or does not pass the check, is given up: the error comes instead of its reply, and its other
+        requests are not sent.
 
         Args:
             nodes: Flower's node id of each silo.
             in_flight: most requests under way at a time, ≥ 1.
+            check: whatever it raises is the silo's loss, whether it was raised on purpose or not.
             patience: seconds after which a silo that is connected and answered nothing is given up; None is never.
             grace: seconds after which a silo that went away is given up.
             waiting_for: is told of a silo that has not answered yet, after REMINDER_SECONDS, twice that, and so on.
@@ -164,11 +173,11 @@ class Post:
                 if answer is not None:
                     active.remove(sent)
                     progress = True
-                    if answer.has_error() and answer.error.code in LOST and sent.attempt < ATTEMPTS:
+                    if _is_lost(answer) and sent.attempt < ATTEMPTS:
                         lost.append(sent.again())
                         continue
-                    reply = self._receive(sent, answer)
-                    if not isinstance(reply, FederationError):
+                    reply = self._receive(sent, answer, check)
+                    if not isinstance(reply, GramfuseError):
                         waiting.appendleft((sent.silo, sent.remaining))
                     yield sent.silo, sent.request, reply
                 elif given_up := sent.given_up(patience, waiting_for):
@@ -221,12 +230,20 @@ class Post:
         sent.activated = activated.get(node)
         return sent
 
-    def _pull(self, sent: _Sent[M]) -> FlowerMessage | None:
-        """Return an answer; that a message was lost is one only if no other can be answered."""
+    def _pull(self, sent: _Sent[M]) -> FlowerMessage | Exception | None:
+        """Return an answer, or why Flower could not put it together.
+
+        That a message was lost is an answer only if no other can be answered.
+        """
         for message_id in list(sent.ids):
-            for answer in self.grid.pull_messages([message_id]):
+            try:
+                answers = list(self.grid.pull_messages([message_id]))
+            except Exception as error:  # noqa: BLE001  # Flower takes apart here what the silo's node sent
+                self._activated()  # if it is the SuperLink that does not answer, this says so
+                return error
+            for answer in answers:
                 sent.ids.remove(message_id)
-                if not (sent.ids and answer.has_error() and answer.error.code in LOST):
+                if not (sent.ids and _is_lost(answer)):
                     return answer
         return None
 
@@ -234,18 +251,37 @@ class Post:
         """Return the nodes that are connected, and when each was started, in Flower's words."""
         return {node.node_id: node.last_activated_at for node in self.grid.get_nodes()}
 
-    def _receive(self, sent: _Sent[M], answer: FlowerMessage) -> Message | FederationError:
-        silo = sent.silo
-        if answer.has_error():
-            return sent.no_answer(f"Flower error {answer.error.code}, {one_line(answer.error.reason, SAID)}")
+    def _receive(self, sent: _Sent[M], answer: FlowerMessage | Exception, check: Check[M]) -> Message | GramfuseError:
+        """Return the reply that an answer is, or why it is none.
+
+        Here, and nowhere else, what a silo sent is decoded, read and checked; nothing in the `try` touches the disk or
+        the network, so whatever is raised there is due to the silo.
+        """
+        silo, phase = sent.silo, sent.request.phase
+        reply: Message | None = None
+        found: Message | GramfuseError
         try:
+            if isinstance(answer, Exception):
+                raise answer
+            if answer.has_error():
+                return sent.no_answer(f"Flower error {answer.error.code}, {one_line(answer.error.reason, SAID)}")
             frame = from_record(answer.content)
-            reply = unpack(frame, REPLIES)
-        except FederationError as error:
-            return FederationError(f"silo {silo!r}: {one_line(str(error), SAID)}")
-        self.received[silo][reply.phase] += frame.nbytes
-        self._note("from", silo, reply.phase, frame)
-        return reply
+            found = reply = unpack(frame, REPLIES)
+            check(silo, sent.request, reply)
+        except Exception as error:
+            if not isinstance(error, GramfuseError):
+                log.exception("silo %s, phase %s: its answer broke what reads it", silo, phase)
+                error = FederationError(f"a message cannot be read: {type(error).__name__}")
+            found = error if reply else FederationError(f"silo {silo!r}: {one_line(str(error), SAID)}")
+        if reply is not None:
+            self.received[silo][reply.phase] += frame.nbytes
+            self._note("from", silo, reply.phase, frame)
+        return found
 
     def _note(self, direction: str, silo: str, phase: str, frame: Frame) -> None:
         self.record({direction: silo, "phase": phase, "bytes": frame.nbytes, "sha256": frame.digest})
+
+
+def _is_lost(answer: FlowerMessage | Exception) -> bool:
+    """Whether an answer is Flower's word that there will be none."""
+    return not isinstance(answer, Exception) and answer.has_error() and answer.error.code in LOST

@@ -206,6 +206,9 @@ class Round:
         """Collect every silo's statistics and fold them in, in roster order."""
         spool, pieces = Spool(self.conductor.place("spool")), self.layout.pieces(self.piece_bytes)
         survivors = tuple(self.conductor.step("upload", lambda: self._upload(spool, tuple(self.trained))))
+        if not all(spool.has(name, number) for name in survivors for number in range(len(pieces))):
+            survivors = tuple(self._upload(spool, survivors))  # of an interrupted run, whose disk lost some
+            self.conductor.keep("upload", list(survivors))
         for name in survivors:
             about = self.trained[name]
             contribution = Spooled(spool, name, pieces, about["examples"], about["tokens"])
@@ -229,8 +232,9 @@ class Round:
                 raise FederationError(f"silo {silo!r} sent piece {reply.piece}; piece {request.piece} was asked for")
             check_slices(pieces[reply.piece], reply.arrays, f"silo {silo!r}")
 
+        complete = [name for name in silos if name not in requests and spool.has(name, len(pieces) - 1)]
         for silo, _, reply in self.conductor.ask(
-            UploadReply, requests, in_flight=UPLOADS, needed=self.conductor.needed, check=check
+            UploadReply, requests, in_flight=UPLOADS, needed=self.conductor.needed - len(complete), check=check
         ):
             with self.conductor.run.writing():
                 spool.save(silo, reply.piece, reply.arrays)

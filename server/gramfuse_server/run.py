@@ -166,7 +166,7 @@ class RunDirectory:
         temporary = self.partial / f"{CHECKPOINT}.partial"
         with self.writing():
             with temporary.open("w", encoding="utf-8") as file:
-                json.dump(self.done, file)
+                file.write(checkpoint_text(self.done))
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, self.partial / CHECKPOINT)
@@ -260,15 +260,24 @@ def failed_of(path: Path) -> Path:
     return path.with_name(path.name + ".failed")
 
 
+def checkpoint_text(done: Mapping[str, Any]) -> str:
+    """Return what a checkpoint holds: the digest of a JSON document, and the document."""
+    text = json.dumps(done)
+    return f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}"
+
+
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Return what an interrupted run had done.
 
     Raises:
-        RunDirectoryError: if there is nothing to go on with.
+        RunDirectoryError: if there is nothing to go on with, or it is not as it was left.
     """
     file = partial_of(path) / CHECKPOINT
     try:
-        done: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        sha256, _, text = file.read_text(encoding="utf-8").partition("\n")
+        if sha256 != hashlib.sha256(text.encode()).hexdigest():
+            raise ValueError(f"it was damaged; remove {partial_of(path)} and start the run anew")
+        done: dict[str, Any] = json.loads(text)
     except FileNotFoundError:
         raise RunDirectoryError(
             f"{path}: nothing to resume; expected {file}, which a run leaves that was interrupted after the silos had "

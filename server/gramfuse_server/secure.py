@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gramfuse_protocol import masks, secure_sum
-from gramfuse_protocol.errors import FederationError, SecurityError
+from gramfuse_protocol.errors import ContributionError, FederationError, GramfuseError, RefusalError, SecurityError
+from gramfuse_protocol.masks import Mask
 from gramfuse_protocol.messages import (
     KeysReply,
     KeysRequest,
@@ -123,11 +125,17 @@ class SecureSums:
         conductor = self.conductor
         cohort = tuple(conductor.decide("cohort", list(conductor.nodes)))
         request = KeysRequest(**conductor.about, cohort=cohort)
+        keys: set[str] = set()
 
         def check(silo: str, _: KeysRequest, reply: KeysReply) -> None:
-            if reply.advert.silo != silo:
-                raise SecurityError(f"silo {silo!r} sent the keys of {reply.advert.silo!r}")
-            secure_sum.check_advert(self.roster, conductor.nonce, reply.advert)
+            advert = reply.advert
+            if advert.silo != silo:
+                raise SecurityError(f"silo {silo!r} sent the keys of {advert.silo!r}")
+            secure_sum.check_advert(self.roster, conductor.nonce, advert)
+            own = {advert.channel, *advert.masks.values()}
+            if own & keys:
+                raise SecurityError(f"silo {silo!r} sent a key that another silo sent before")
+            keys.update(own)
 
         replies = self._gather(KeysReply, request, cohort, self.floor, check)
         present = [replies[name].advert for name in cohort if name in replies]
@@ -156,16 +164,37 @@ class SecureSums:
         asked = about if only is None else {silo: about[silo] for silo in only if silo in about}
         needed = self.floor if only is None else len(only)
         survivors = tuple(step(f"masked{suffix}", lambda: self._masked(name, spool, asked, entries, needed)))
+        self._restore(name, spool, {silo: about[silo] for silo in survivors}, entries)
         signed = Signed(survivors=survivors, context=context)
         signatures = step(f"survivors{suffix}", lambda: self._survivors(name, members, signed))
         shares = step(f"unmask{suffix}", lambda: self._unmask(name, members, signatures))
         words = add_up(spool, survivors, self._pieces(entries))
         released = {silo: {owner: bytes.fromhex(share) for owner, share in of.items()} for silo, of in shares.items()}
-        masks.apply(
-            words,
-            secure_sum.unmasking(self.roster, self.conductor.nonce, self.adverts, name, members, signed, released),
-        )
+        masks.apply(words, self._unmasking(name, members, signed, released))
         return words, survivors
+
+    def _unmasking(
+        self, name: Sum, members: Sequence[str], signed: Signed, released: Mapping[str, Mapping[str, bytes]]
+    ) -> list[Mask]:
+        """Return what takes the masks off; one silo that released wrong shares is lost, where the others are enough.
+
+        Raises:
+            SecurityError: if more than one did, or there are no more shares than it takes.
+        """
+
+        def unmasking(shares: Mapping[str, Mapping[str, bytes]]) -> list[Mask]:
+            return secure_sum.unmasking(self.roster, self.conductor.nonce, self.adverts, name, members, signed, shares)
+
+        try:
+            return unmasking(released)
+        except SecurityError as error:
+            for silo in released if len(released) > self.roster.threshold else ():
+                with suppress(SecurityError):
+                    found = unmasking({other: of for other, of in released.items() if other != silo})
+                    self.conductor.lose("unmask", silo, SecurityError(f"silo {silo!r} released a wrong share"))
+                    self.conductor.keep_only([other for other in self.conductor.nodes if other != silo])
+                    return found
+            raise error from None
 
     def _pieces(self, entries: int) -> list[tuple[int, int]]:
         size = self.piece_bytes // 8
@@ -207,6 +236,25 @@ class SecureSums:
                 spool.save(silo, request.piece, {"masked": reply.arrays["masked"]})
             conductor.tell("masked", "silo", silo=silo, piece=request.piece + 1, pieces=len(pieces))
         return [silo for silo in about if all(spool.has(silo, piece) for piece in range(len(pieces)))]
+
+    def _restore(self, name: Sum, spool: Spool, about: Mapping[str, Mapping[str, Any]], entries: int) -> None:
+        """Ask again for what an interrupted run's disk lost of the survivors' vectors; nobody else's can replace them.
+
+        Raises:
+            ContributionError: if a silo has its vector no longer.
+        """
+        pieces = range(len(self._pieces(entries)))
+        if all(spool.has(silo, piece) for silo in about for piece in pieces):
+            return
+        try:
+            self._masked(name, spool, about, entries, len(about))
+        except GramfuseError as error:
+            if not any(isinstance(self.conductor.lost.get(silo), RefusalError) for silo in about):
+                raise
+            raise ContributionError(
+                f"a masked vector is damaged on this disk, and its silo does not send it again: {error}\n"
+                "This run cannot be resumed; start it anew"
+            ) from None
 
     def _survivors(self, name: Sum, members: Sequence[str], signed: Signed) -> dict[str, str]:
         request = SurvivorsRequest(**self.conductor.about, sum_of=name, survivors=signed.survivors)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections import defaultdict
 from collections.abc import Mapping
@@ -10,9 +11,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import safe_open
-from safetensors.numpy import save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import load_file, save_file
 
+from gramfuse_protocol.errors import RunDirectoryError
 from gramfuse_protocol.layout import Slice
 
 Array = NDArray[Any]
@@ -21,23 +23,46 @@ CHUNK = 2**19
 """Elements that are read at a time where an array is only added to another."""
 
 
+SHA256 = "sha256"
+
+
 class Spool:
-    """A directory with one file for each silo and piece. Made if it is not there."""
+    """A directory with one file for each silo and piece. Made if it is not there.
+
+    A file says the digest of what is in it. What an interrupted run left is read once and compared, so that a piece
+    that a crash or a bad disk damaged is as one that never came, and is asked for again.
+    """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        self._sound: set[Path] = set()
 
     def save(self, silo: str, piece: int, arrays: Mapping[str, Array]) -> None:
         """Write one checked piece, under a temporary name first."""
         path = self._path(silo, piece)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".partial")
-        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, temporary)
+        kept = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        save_file(kept, temporary, metadata={SHA256: _sha256(kept)})
         os.replace(temporary, path)
+        self._sound.add(path)
 
     def has(self, silo: str, piece: int) -> bool:
-        """Whether this piece was saved."""
-        return self._path(silo, piece).exists()
+        """Whether this piece was saved, and is what was saved; if it is not, it is removed.
+
+        Raises:
+            RunDirectoryError: if the disk does not let it be read.
+        """
+        path = self._path(silo, piece)
+        try:
+            if path not in self._sound and path.exists():
+                if _is_sound(path):
+                    self._sound.add(path)
+                else:
+                    path.unlink()
+        except OSError as error:
+            raise RunDirectoryError(f"{path}: cannot be read: {error}") from None
+        return path in self._sound
 
     def read(self, silo: str, piece: int, name: str) -> Array:
         """Read one array of a piece."""
@@ -82,3 +107,20 @@ class Spooled:
         if len(parts) == 1:
             return parts[0]
         return np.concatenate([part.reshape(-1) for part in parts]).reshape(self._places[name][0][1].block.shape)
+
+
+def _is_sound(path: Path) -> bool:
+    try:
+        with safe_open(path, "numpy") as file:
+            said = (file.metadata() or {}).get(SHA256)
+        return said == _sha256(load_file(path))
+    except (SafetensorError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _sha256(arrays: Mapping[str, Array]) -> str:
+    hasher = hashlib.sha256()
+    for name in sorted(arrays):
+        hasher.update(f"{name} {arrays[name].dtype} {arrays[name].shape}\n".encode())
+        hasher.update(arrays[name].reshape(-1).view(np.uint8).data)
+    return hasher.hexdigest()

@@ -13,20 +13,21 @@ with pieces, spool and checks against a locked plan, is `gramfuse_server.exchang
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from logging import INFO
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from logging import INFO, WARNING
 from typing import Any, Literal
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
-from gramfuse_protocol.errors import ContributionError, FederationError
+from gramfuse_protocol.errors import ContributionError, FederationError, GramfuseError
 from gramfuse_protocol.layout import Layout, Slice
 from gramfuse_protocol.messages import StatisticsBody
-from gramfuse_protocol.statistics import Statistics, check_slices
+from gramfuse_protocol.statistics import Statistics, check_counts, check_slices
 from gramfuse_protocol.text import SAID, one_line
 from gramfuse_protocol.wire import unpack
 from gramfuse_server.accumulator import Accumulator
@@ -44,6 +45,7 @@ class RegMean(FedAvg):
 
     Attributes:
         steps: how each group of the last round was solved.
+        lost: by node id, why a reply of the last round was left out.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class RegMean(FedAvg):
         self.alpha = alpha
         self.weighting = weighting
         self.steps: tuple[Step, ...] = ()
+        self.lost: dict[int, str] = {}
         self._arrays = ArrayRecord()
 
     def summary(self) -> None:
@@ -77,30 +80,34 @@ class RegMean(FedAvg):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Fold the replies one by one and merge them.
 
+        A reply that is no contribution, or one that does not fit its layout, is left out as one that failed, and so is
+        one with another layout than most have: `lost` says why.
+
         Raises:
-            ContributionError: naming the node and the tensor, if a contribution does not fit its layout, is not
-                finite, or has another layout than the others.
+            ContributionError: if two layouts have equally many nodes, or the layout does not fit the initial arrays.
         """
         # The order in which floating-point numbers are added must not depend on who answers first.
         answered = sorted(
             (reply for reply in replies if not self._failed(reply)), key=lambda reply: reply.metadata.src_node_id
         )
-        accumulator: Accumulator | None = None
+        self.lost = {}
+        read: dict[int, tuple[Layout, Statistics]] = {}
+        layouts: dict[str, Layout] = {}
         for reply in answered:
-            source = f"node {reply.metadata.src_node_id}"
+            node = reply.metadata.src_node_id
             try:
-                body = unpack(from_record(reply.content), {StatisticsBody.phase: StatisticsBody})
-            except FederationError as error:
-                raise ContributionError(f"{source}: {error}; expected gramfuse_client.statistics_record") from None
-            layout = Layout.parse(body.layout, f"layout of {source}")
-            if accumulator is None:
-                accumulator = Accumulator(layout, alpha=self.alpha, weighting=self.weighting)
-            elif layout.digest != accumulator.layout.digest:
-                raise ContributionError(f"{source}: its layout differs from that of the nodes before it")
-            check_slices((Slice(block, 0, block.entries) for block in layout.blocks), body.arrays, source)
-            accumulator.fold(Statistics(body.examples, body.tokens, body.arrays), source)
-        if accumulator is None:
+                read[node] = _read(reply, layouts)
+            except Exception as error:  # noqa: BLE001  # what foreign bytes do to their reader is their sender's loss
+                self._lose(node, str(error) if isinstance(error, GramfuseError) else type(error).__name__)
+        layout = _agreed({node: layout for node, (layout, _) in read.items()})
+        if layout is None:
             return None, None
+        accumulator = Accumulator(layout, alpha=self.alpha, weighting=self.weighting)
+        for node, (own, statistics) in read.items():
+            if own.digest != layout.digest:
+                self._lose(node, f"node {node}: its layout differs from that of most nodes")
+                continue
+            accumulator.fold(statistics, f"node {node}")
         merged = accumulator.merge()
         self.steps = merged.steps
         arrays = ArrayRecord(dict(self._arrays))
@@ -116,10 +123,57 @@ class RegMean(FedAvg):
             if not np.isfinite(merged_array).all():
                 raise ContributionError(f"tensor {name!r}: the merged values are beyond what {base.dtype} can hold")
             arrays[name] = Array(merged_array)
-        metrics = self.train_metrics_aggr_fn([reply.content for reply in answered], self.weighted_by_key)
-        return arrays, metrics
+        contents = [reply.content for reply in answered if reply.metadata.src_node_id not in self.lost]
+        try:
+            return arrays, self.train_metrics_aggr_fn(contents, self.weighted_by_key)
+        except Exception as error:  # noqa: BLE001  # metrics that do not go together cost the metrics, not the model
+            log(WARNING, "\t> the nodes' metrics cannot be averaged: %s", type(error).__name__)
+            return arrays, None
+
+    def _lose(self, node: int, why: str) -> None:
+        self.lost[node] = why
+        log(WARNING, "\t> left out: %s", why)
 
     def _failed(self, reply: Message) -> bool:
         if reply.has_error():
             log(INFO, "\t> node %d failed: %s", reply.metadata.src_node_id, one_line(reply.error.reason, SAID))
         return bool(reply.has_error())
+
+
+def _read(reply: Message, layouts: dict[str, Layout]) -> tuple[Layout, Statistics]:
+    """Return what a reply says, checked.
+
+    Args:
+        layouts: those that were parsed before, by their text.
+
+    Raises:
+        GramfuseError: naming the node and the tensor, if it is no contribution, or one that does not fit its layout.
+    """
+    source = f"node {reply.metadata.src_node_id}"
+    about = RecordDict({key: record for key, record in reply.content.items() if key in ("header", "arrays")})
+    try:
+        body = unpack(from_record(about), {StatisticsBody.phase: StatisticsBody})
+    except FederationError as error:
+        raise ContributionError(f"{source}: {error}; expected gramfuse_client.statistics_record") from None
+    if body.layout not in layouts:
+        layouts[body.layout] = Layout.parse(body.layout, f"layout of {source}")
+    layout = layouts[body.layout]
+    check_slices((Slice(block, 0, block.entries) for block in layout.blocks), body.arrays, source)
+    check_counts(layout, body.examples, body.tokens, source)
+    return layout, Statistics(body.examples, body.tokens, body.arrays)
+
+
+def _agreed(layouts: Mapping[int, Layout]) -> Layout | None:
+    """Return the layout that most nodes have, or None if there is no node.
+
+    Raises:
+        ContributionError: if no layout has more nodes than every other.
+    """
+    votes = Counter(layout.digest for layout in layouts.values()).most_common(2)
+    if not votes:
+        return None
+    if len(votes) == 2 and votes[0][1] == votes[1][1]:
+        raise ContributionError(
+            f"nodes {', '.join(map(str, layouts))} have different layouts, none of them more than half"
+        )
+    return next(layout for layout in layouts.values() if layout.digest == votes[0][0])

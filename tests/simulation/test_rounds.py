@@ -51,6 +51,7 @@ from gramfuse_server import post
 from gramfuse_server.accumulator import Accumulator
 from gramfuse_server.app import coordinate
 from gramfuse_server.conductor import Conductor
+from gramfuse_server.run import checkpoint_text, read_checkpoint
 
 Arrays = Mapping[str, np.ndarray]
 Answer = Callable[[], RecordDict]
@@ -470,10 +471,10 @@ def test_another_start_than_before_is_refused(site: Callable[..., Site], trainin
     partial = here.out.with_name("run.partial")
     start = load_file(partial / "start-2.safetensors")
     save_file({name: array * np.float32(2) for name, array in start.items()}, partial / "start-2.safetensors")
-    done = json.loads((partial / "checkpoint.json").read_text())
+    done = read_checkpoint(here.out)
     for key in ("train-2", "session-2"):
         del done[key]  # as if they had been trained, and the coordinator did not know
-    (partial / "checkpoint.json").write_text(json.dumps(done))
+    (partial / "checkpoint.json").write_text(checkpoint_text(done))
     with pytest.raises(RefusalError, match="a second, different request for train came in round 2"):
         here.run(resume=True)
     assert set(trainings.values()) == {1}

@@ -369,5 +369,5 @@ def test_a_sum_of_words_gives_the_merge_of_what_was_encoded(structure: str, weig
 
 
 def test_merging_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match="nothing was folded"):
+    with pytest.raises(ContributionError, match="nothing to merge"):
         Accumulator(a_layout(), alpha=1.0).merge()

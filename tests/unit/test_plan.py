@@ -102,7 +102,7 @@ name = "every-key"
 """.replace("LAYOUT", "0" * 63 + "f")
     .replace("SHA256", "ab" * 32)
     .replace("COMMIT", "cd" * 20)
-    .replace("KEY", "0" * 64)
+    .replace("KEY", "2" * 64)
     .replace("NODE", NODE_KEY)
 )
 

@@ -7,10 +7,11 @@ import random
 
 import pytest
 
+from gramfuse_protocol.bounds import SILOS
 from gramfuse_protocol.errors import PlanError
 from gramfuse_protocol.keys import Identity
 from gramfuse_protocol.plan import Plan
-from gramfuse_protocol.roster import MOST_SILOS, Roster, check_terms, smallest_threshold, tolerated
+from gramfuse_protocol.roster import Roster, check_terms, smallest_threshold, tolerated
 
 KEYS = [Identity(random.Random(n).randbytes(32)).public.hex() for n in range(12)]
 
@@ -75,9 +76,9 @@ def test_what_safe_terms_tolerate_is_the_most_that_they_do() -> None:
 
 
 def test_the_number_of_silos_is_bounded() -> None:
-    check_terms(MOST_SILOS, 1, 513, 513)
+    check_terms(SILOS, 1, 513, 513)
     with pytest.raises(ValueError, match="at most 1024 silos; the roster names 1025"):
-        check_terms(MOST_SILOS + 1, 1, 514, 514)
+        check_terms(SILOS + 1, 1, 514, 514)
 
 
 @pytest.mark.parametrize(

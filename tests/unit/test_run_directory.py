@@ -23,7 +23,7 @@ from gramfuse_protocol.errors import (
     RunDirectoryError,
     SecurityError,
 )
-from gramfuse_server.run import RunDirectory, discard, rewrite
+from gramfuse_server.run import RunDirectory, checkpoint_text, discard, rewrite
 from gramfuse_server.spool import Spool
 
 
@@ -242,17 +242,30 @@ def test_what_fails_after_training_can_be_resumed_unless_it_would_fail_again(
     assert phases == ["train", "upload"]
 
 
-def test_a_damaged_checkpoint_is_named_and_kept(tmp_path: Path) -> None:
+GOOD = checkpoint_text({"session": "ab" * 16, "train": {"silo-a": {"examples": 3}}})
+DAMAGED = {
+    "cut off": GOOD[:-9],
+    "empty": "",
+    "no document": GOOD.partition("\n")[0],
+    "one digit changed": GOOD.replace("3}", "4}"),
+    "nested too deep": "[" * 200_000,
+    "a number of 5,000 digits": "1" * 5_000,
+    "of a version without a digest": GOOD.partition("\n")[2],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_damaged_checkpoint_is_named_and_kept(tmp_path: Path, damage: str) -> None:
     (tmp_path / "one.partial").mkdir()
     file = tmp_path / "one.partial" / "checkpoint.json"
-    file.write_text('{"train": ')
+    file.write_text(DAMAGED[damage])
     with (
         pytest.raises(RunDirectoryError, match="cannot be read") as caught,
         RunDirectory(tmp_path / "one", 1, resume=True),
     ):
         pytest.fail("was entered")
     assert str(file) in str(caught.value)
-    assert file.read_text() == '{"train": '
+    assert file.read_text() == DAMAGED[damage]
 
 
 def test_a_name_taken_in_the_meantime_is_an_error_and_not_overwritten(tmp_path: Path) -> None:

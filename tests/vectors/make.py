@@ -30,7 +30,14 @@ from gramfuse_protocol.canonical import canonical_json, digest
 from gramfuse_protocol.encoding import capacity, decode, encode
 from gramfuse_protocol.keys import Identity, Label, agree, derive, framed
 from gramfuse_protocol.layout import Group, Layout, Linear, Part, Tensor
-from gramfuse_protocol.messages import EvaluateRequest, MaskedReply, Message, SurvivorsRequest, UnmaskReply
+from gramfuse_protocol.messages import (
+    EvaluateRequest,
+    MaskedReply,
+    Message,
+    SurvivorsRequest,
+    UnmaskReply,
+    UploadReply,
+)
 from gramfuse_protocol.plan import Plan
 from gramfuse_protocol.roster import smallest_threshold
 from gramfuse_protocol.scales import METRICS_SCALE, scales
@@ -723,7 +730,13 @@ def _messages() -> list[Message]:
             silo="north",
             sum_of="metrics",
             piece=3,
-            arrays={"masked": np.array([1, 2**64 - 1, 2**32], np.uint64), "none": np.zeros((0, 2), np.float64)},
+            arrays={"masked": np.array([1, 2**64 - 1, 2**32], np.uint64)},
+        ),
+        UploadReply(
+            **about,
+            silo="north",
+            piece=0,
+            arrays={"gram:none": np.zeros((0,), np.float32), "delta:one[0:1]": np.array([-0.0], np.float32)},
         ),
         UnmaskReply(**about, silo="north", sum_of="metrics", shares={"west": "ab" * 66, "east": "cd" * 66}),
     ]
@@ -1068,7 +1081,7 @@ def _refused_parts(bad: Refused) -> None:
 
 
 def _refused_messages(bad: Refused) -> None:
-    survivors, evaluate, masked, _ = map(_packed, _messages())
+    survivors, evaluate, masked, *_ = map(_packed, _messages())
 
     def case(name: str, good: Json, header: str | None = None, buffers: list[str] | None = None) -> None:
         given = {
