@@ -30,7 +30,7 @@ from gramfuse_client.records import from_record, to_record
 from gramfuse_client.silo import Coordinator, Data, Limits, Silo, SiloFile
 from gramfuse_model.base import load_base
 from gramfuse_model.tracing import plan_layout
-from gramfuse_protocol.errors import FederationError, ModelError, RefusalError, error_types
+from gramfuse_protocol.errors import FailureError, FederationError, ModelError, RefusalError, error_types
 from gramfuse_protocol.layout import Layout
 from gramfuse_protocol.messages import (
     REPLIES,
@@ -347,9 +347,10 @@ def test_data_that_do_not_fit_the_plan_are_refused_without_being_quoted(site: Ca
     row = {"text": "Anna Example, born in 1950", "label": "confidential-label"}
     with (here.silo.directory / here.silo.file.data.train).open("a") as file:
         file.write(json.dumps(row) + "\n")
-    reply = here.answer(here.join())
+    assert isinstance(here.answer(here.join()), JoinReply)
+    reply = here.answer(here.train())
     assert isinstance(reply, Refusal)
-    assert (reply.error, reply.exit_code) == ("DataError", 11)
+    assert (reply.error, reply.exit_code) == ("FailureError", 20)
     quotes_nothing(
         reply.model_dump_json(), ["Anna", "1950", "confidential-label", "train.jsonl", str(here.path.parent)]
     )
@@ -426,7 +427,7 @@ def test_outside_of_its_hours_a_silo_neither_joins_nor_trains_and_what_it_has_ma
     Clock.hour = 20
     assert isinstance(here.answer(here.join()), JoinReply)
     Clock.hour = 6
-    refused(here, here.train(), RefusalError)
+    refused(here, here.train(), FailureError)
     assert not here.statistics.exists()
     Clock.hour = 5
     trained = here.answer(here.train())
@@ -456,7 +457,7 @@ def test_pieces_beyond_the_contribution_are_refused_and_those_within_make_it_up(
         received += sum(array.nbytes for array in reply.arrays.values())
     assert received == here.layout.contribution_bytes
     refused(here, here.upload(len(pieces), 10_000), FederationError)
-    refused(here, here.upload(2**40, 10_000), FederationError)
+    refused(here, here.upload(2**30, 10_000), FederationError)
 
 
 def test_no_metrics_leave_if_the_plan_says_none(site: Callable[..., Site]) -> None:
@@ -467,7 +468,8 @@ def test_no_metrics_leave_if_the_plan_says_none(site: Callable[..., Site]) -> No
 
 def test_a_model_that_does_not_fit_the_layout_is_not_evaluated(site: Callable[..., Site]) -> None:
     here = site()
-    here.answer(here.join())
+    for asked in (here.join(), here.train(), here.upload()):
+        here.answer(asked)
     request = here.evaluate()
     assert isinstance(here.answer(request), EvaluateReply)
     name, array = next(iter(request.arrays.items()))
@@ -494,8 +496,8 @@ def test_what_the_operator_withdraws_after_joining_holds_from_then_on(
     request_of: Callable[[Site], Message], withdrawal: tuple[str, str], site: Callable[..., Site]
 ) -> None:
     here = site()
-    here.answer(here.join())
-    here.answer(here.train())
+    for asked in (here.join(), here.train(), here.upload()):
+        here.answer(asked)
     assert not isinstance(here.answer(request_of(here)), Refusal)
     here.edit(*withdrawal)
     refused(here, request_of(here), RefusalError)
@@ -527,7 +529,8 @@ def test_an_unexpected_exception_becomes_a_refusal_that_holds_nothing_of_it(
     monkeypatch.setattr(participant_module, "load", fail)
     for key in ("_run_id", "_node_id", "_task_id"):  # what Flower sets in a process that makes messages
         monkeypatch.setattr(TaskIdentity, key, 1)
-    message = FlowerMessage(to_record(pack(here.join())), 101, "query.join")
+    here.answer(here.join())
+    message = FlowerMessage(to_record(pack(here.train())), 101, "train")
     with caplog.at_level(logging.ERROR):
         left = SiloApp(lambda _: here.silo)(message, Context(1, 101, {}, RecordDict(), {}))
     reply = unpack(from_record(left.content), REPLIES)
@@ -573,7 +576,7 @@ def test_data_that_shrink_below_the_minimum_after_joining_are_not_trained_on(sit
     here.answer(here.join())
     path = here.silo.directory / here.silo.file.data.train
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:3]))
-    refused(here, here.train(), RefusalError)
+    refused(here, here.train(), FailureError)
     assert not here.statistics.exists()
 
 
