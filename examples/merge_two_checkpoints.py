@@ -27,7 +27,15 @@ base = AutoModelForSequenceClassification.from_pretrained(
     trust_remote_code=False,  # nobody's code is run, and no pickle is opened
     use_safetensors=True,
 )
-layout = derive_layout(base, tokenizer(["a public text", "and another"], padding=True, return_tensors="pt"))
+
+
+def texts_of(data: str) -> list[str]:
+    """Return the texts of a file of JSON lines."""
+    return [json.loads(line)["text"] for line in Path(data).read_text(encoding="utf-8").splitlines()]
+
+
+# Texts of different words that the tokenizer knows: by them it is seen which layers take words without their context.
+layout = derive_layout(base, tokenizer(texts_of(pairs[1])[:16], padding=True, return_tensors="pt"))
 start = trainable(base)
 
 statistics = []
@@ -35,7 +43,7 @@ for model_name, data in zip(pairs[::2], pairs[1::2], strict=True):
     model = AutoModelForSequenceClassification.from_pretrained(
         model_name, trust_remote_code=False, use_safetensors=True
     )
-    texts = [json.loads(line)["text"] for line in Path(data).read_text(encoding="utf-8").splitlines()]
+    texts = texts_of(data)
     batches = (
         tokenizer(texts[i : i + 16], padding=True, truncation=True, max_length=128, return_tensors="pt")
         for i in range(0, len(texts), 16)

@@ -143,7 +143,11 @@ def _locked_to_another_base(project: Any) -> None:
 
 
 def _locked_to_another_tokenizer(project: Any) -> None:
-    project.replace(project.plan, 'task = "class', f'tokenizer = "{"ef" * 32}"\ntask = "class')
+    project.replace(project.plan, 'task = "class', f'processor = "{"ef" * 32}"\ntask = "class')
+
+
+def _locked_to_another_configuration(project: Any) -> None:
+    project.replace(project.plan, 'task = "class', f'config = "{"12" * 32}"\ntask = "class')
 
 
 def _locked_to_another_layout(project: Any) -> None:
@@ -247,7 +251,13 @@ WRONG: dict[str, tuple[Callable[[Any], None], str, int, list[str]]] = {
         _locked_to_another_tokenizer,
         "ModelError",
         12,
-        ["pico-bert", "ef" * 32, "tokenizer files of whoever locked"],
+        ["pico-bert", "ef" * 32, "model.processor"],
+    ),
+    "a plan locked to another configuration": (
+        _locked_to_another_configuration,
+        "ModelError",
+        12,
+        ["pico-bert", "12" * 32, "model.config"],
     ),
     "a plan locked to another layout": (_locked_to_another_layout, "ModelError", 12, ["layout", "cd" * 32]),
     "a base that is not there": (
