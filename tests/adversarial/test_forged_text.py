@@ -214,8 +214,7 @@ DOCUMENTS: dict[str, tuple[Any, Callable[[Any], Any]]] = {
         json.loads(
             About(
                 name="north",
-                base=Origin(name="some/base", weights={"a": "0" * 64}),
-                tokenizer=None,
+                base=Origin(name="some/base", weights={"a": "0" * 64}, config="1" * 64, processor="2" * 64),
                 task=Task(task="classification", labels=("yes", "no")),
                 layout=_layout(LAYOUT),
                 examples=1,
@@ -432,7 +431,7 @@ def test_a_base_name_is_nothing_but_a_name_in_the_model_card(base: str) -> None:
         assert yaml.safe_load("\n".join(lines[1:-1]))["base_model"] == base
         return
     plan = Plan.parse(tomlkit.dumps(document))
-    text = card(plan, ["north", "south"], {"micro-f1": 0.5})
+    text = card(plan, ["north", "south"], {"metrics": {"micro-f1": 0.5}})
     _, metadata, body = re.split("^---$", text, maxsplit=2, flags=re.M)
     assert yaml.safe_load(metadata) == {
         "base_model": base,

@@ -167,7 +167,7 @@ WRONG: dict[str, tuple[Callable[[Any], None], str, int, list[str]]] = {
         _append("silo-a", '{"text": "a cat", "label": "pets"}'),
         "DataError",
         11,
-        ["data/silo-a/train.jsonl:25: ", "'pets'", "animals, weather, kitchen"],
+        ["data/silo-a/train.jsonl:25: ", "'pets'", "'animals', 'weather', 'kitchen'"],
     ),
     "labels that differ between silos": (
         _labels_of_its_own,

@@ -459,7 +459,7 @@ BAD_ROWS: dict[str, tuple[Task, dict[str, Any], list[str]]] = {
     "an unknown label among several": (
         APPLY,
         {"text": "x", "label": ["animals", "pets"]},
-        ["'pets'", "animals, weather"],
+        ["'pets'", "'animals', 'weather'"],
     ),
     "a label twice": (APPLY, {"text": "x", "label": ["animals", "animals"]}, ["twice"]),
     "no list of labels": (APPLY, {"text": "x", "label": None}, ["'label'", "[]"]),
@@ -499,5 +499,5 @@ def test_a_label_that_is_not_the_silos_to_annotate_is_refused(kind: Any, label: 
     source = as_jsonl(tmp_path, [{"text": "x", "label": "weather"}, {"text": "x", "label": label}])
     message = failure(tmp_path, source, task)
     assert "label 'kitchen' is not among those" in message
-    assert "animals, weather" in message
+    assert "'animals', 'weather'" in message
     assert "this silo's 'labels'" in message
