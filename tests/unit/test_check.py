@@ -499,7 +499,7 @@ def _no_certificate(site: Site) -> None:
         (_another_without_a_key, "roster", ["no public key for silo-b", "gramfuse silo keygen"]),
         (_less_metrics, "metrics", ["'none'", 'metrics = "sum"', "[limits]"]),
         (_words_told, "vocabulary", ["merge.context-free = 'full'", 'context-free = "full"', "[limits]"]),
-        (_fewer_bytes, "size", ["maximum-bytes", "71,416", "block:128"]),
+        (_fewer_bytes, "size", ["maximum-bytes", "71,408", "block:128"]),
         (_more_examples, "data", ["24 training examples", "'limits.minimum-examples' = 100"]),
         (_contributed, "repeat", ["contributed under this plan before", "same silos", "--resume"]),
         (_other_data_contributed, "data", ["other data were contributed", "same silos"]),
