@@ -132,7 +132,8 @@ def site(_kept: list[Site], pico_project: Any) -> Site:
     """The silos; they are trained once."""
     if not _kept:
         project = pico_project(silos=5, name="secure", secure=True)
-        project.replace(project.plan, '"*" = "full"', '"*" = "block:5", "*attention*" = "full", "*.0.*" = "diagonal"')
+        structures = '"*" = "block:5", "*attention*" = "full", "*encoder.layer.0.*" = "diagonal"'
+        project.replace(project.plan, '"*" = "full"', structures)
         for n, name in enumerate(NAMES):
             lines = project.train(name).read_text().splitlines(keepends=True)
             project.train(name).write_text("".join(lines[: 12 + 2 * n]))
