@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 from command import simulate
 from gramfuse_protocol.layout import Layout
+from gramfuse_server.pages.wording import known
 from projects import write
 from sets import Source
 from settings import EXPERIMENTS
@@ -55,7 +56,8 @@ def main() -> None:
     print("\n| | open | secure |\n|---|---|---|")
     for one, other in zip(*(reports[mode]["rounds"] for mode in ("open", "secure")), strict=True):
         for model, same in zip(one["models"], other["models"], strict=True):
-            cells = [" / ".join(f"{v:.4f}" for k, v in m["metrics"].items() if k != "examples") for m in (model, same)]
+            found = [known(m)["metrics"] for m in (model, same)]
+            cells = [" / ".join(f"{v:.4f}" for k, v in metrics.items() if k != "examples") for metrics in found]
             print(f"| round {one['round']}: {model['name']} | {cells[0]} | {cells[1]} |")
     for what, value in (("MB from each silo", sent), ("seconds", seconds)):
         print(f"| {what} | {value(reports['open']):.1f} | {value(reports['secure']):.1f} |")
@@ -76,8 +78,8 @@ def sent(report: dict) -> float:  # type: ignore[type-arg]
 
 
 def seconds(report: dict) -> float:  # type: ignore[type-arg]
-    """Return the seconds of all phases but training."""
-    return float(sum(value for phase, value in report["seconds"].items() if phase != "train"))
+    """Return the seconds of all phases but training, and what a simulation alone does."""
+    return float(sum(value for phase, value in report["seconds"].items() if phase not in ("train", "exact")))
 
 
 if __name__ == "__main__":

@@ -51,6 +51,7 @@ from gramfuse_server import post
 from gramfuse_server.accumulator import Accumulator
 from gramfuse_server.app import coordinate
 from gramfuse_server.conductor import Conductor
+from gramfuse_server.pages.wording import known
 from gramfuse_server.run import checkpoint_text, read_checkpoint
 
 Arrays = Mapping[str, np.ndarray]
@@ -153,7 +154,7 @@ def site(pico_project: Any, in_process_grid: Any, tmp_path: Path) -> Callable[..
         project = pico_project(silos=silos, examples=16, name=name, secure=secure)
         settings += QUICK
         for silo in project.names if secure else ():
-            project.replace(project.silo(silo), "open-uploads = false", "open-uploads = true")
+            project.replace(project.silo(silo), "open-uploads = false", "open-uploads = true\nexact-metrics = true")
         return Site(project, in_process_grid, tmp_path / name / "place", rounds, *settings)
 
     return make
@@ -301,11 +302,16 @@ def test_much_of_a_contribution_is_the_same_in_every_round(done: Done) -> None:
 def test_secure_rounds_are_the_open_ones(site: Callable[..., Site]) -> None:
     secure = site(silos=4, secure=True)
     opened = site("privacy.secure-aggregation=false", silos=4, secure=True, name="open")
-    reports = [one.run() for one in (secure, opened)]
+    reports = [one.run(simulated=one.laboratory) for one in (secure, opened)]
     assert_close(secure.weights, opened.weights, 1e-6)
     for one, other in zip(reports[0]["rounds"], reports[1]["rounds"], strict=True):
         assert one["unmeasured"] is other["unmeasured"] is None
-        assert [m["metrics"] for m in one["models"]] == [m["metrics"] for m in other["models"]]
+        pairs = list(zip(one["models"], other["models"], strict=True))
+        assert [known(masked)["metrics"] for masked, _ in pairs] == [plain["metrics"] for _, plain in pairs]
+        for masked, plain in pairs[-2:]:
+            assert masked["metrics"] != plain["metrics"], "what was summed has noise"
+            assert masked["intervals"].keys() == plain["metrics"].keys()
+            assert masked["privacy"]["total"]["releases"] == 4
     said = [reply for _, reply in secure.replies if isinstance(reply, UnmaskReply)]
     opening = {(reply.round, reply.sum_of) for reply in said}
     assert opening == {(number, of) for number in (1, 2) for of in ("statistics", "metrics")}
@@ -432,9 +438,10 @@ def test_a_coordinator_that_is_killed_at_any_step_of_any_round_goes_on_to_the_sa
     site: Callable[..., Site], trainings: Counter[str], mode: str
 ) -> None:
     names, secure = (3, True) if mode == "secure" else (2, False)
-    whole = site(silos=names, secure=secure, name="whole")
+    exact = ('privacy.metrics-epsilon="none"',) if secure else ()  # noise would be other noise
+    whole = site(*exact, silos=names, secure=secure, name="whole")
     expected = whole.run()
-    here = site(silos=names, secure=secure)
+    here = site(*exact, silos=names, secure=secure)
     trainings.clear()
 
     def stop_at(stop: str) -> Callable[[dict[str, Any]], None]:

@@ -18,7 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gramfuse_cli.main import main
+from gramfuse_cli.report import show_models
 from gramfuse_protocol.plan import Plan
+from gramfuse_server.model import card
 from gramfuse_server.pages import drawing
 from gramfuse_server.pages.page import page
 from gramfuse_server.verdicts import Check
@@ -330,6 +332,52 @@ def test_the_page_says_who_saw_what_as_the_plan_has_it() -> None:
     assert "the sum over" not in opened
     assert "late\nnot in the merge" not in opened
     assert "not in the merge" in secure
+
+
+def noisy(model: dict[str, Any]) -> dict[str, Any]:
+    """The same model, of which only a sum with noise is known."""
+    found = {name: value - 0.004 for name, value in model["metrics"].items()}
+    labels = {"": {of: {**told, "interval": [told["f1"] - 0.1, 1.0]} for of, told in model["labels"][""].items()}}
+    return {
+        **model,
+        "metrics": found,
+        "labels": labels,
+        "intervals": {name: [value - 0.0075, value + 0.005] for name, value in found.items()},
+        "privacy": {"epsilon": 2.0, "delta": 1e-5, "total": {"epsilon": 2.9536, "releases": 2}},
+    }
+
+
+def test_what_left_with_noise_is_shown_with_how_far_it_may_be_off_and_what_it_cost(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    report, plan = secure_run()
+    report["models"] = [noisy(model) for model in report["models"]]
+    show_models(report)
+    for shown in (Checked(page(report, plan)).text, capsys.readouterr().out, card(plan, SILOS, report["models"][-1])):
+        for words in ("0.74", "ε = 2", "2.95", "noise"):
+            assert words in shown, words
+        assert "0.740 ± 0.007" in shown or "0.7325 to 0.745" in shown
+    assert "[0.644, 1.000]" in Checked(page(report, plan)).text
+    assert "and with noise" in Checked(page(report, plan)).text
+
+
+def test_a_simulation_shows_the_exact_figures_and_what_would_be_seen_without_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    report, plan = secure_run()
+    exact = report["models"]
+    report["models"] = [noisy(m) | {"exact": {key: m[key] for key in ("metrics", "labels")}} for m in exact]
+    plain = {**report, "models": exact}
+    show_models(report)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "0.744" in shown
+    assert "would show accuracy 0.740 ± 0.007" in shown
+    told, without = (Checked(page(one, plan)).text for one in (report, plain))
+    assert "would show accuracy 0.740 ± 0.007" in told
+    for line in without.splitlines():
+        assert line in told, "all that is exact is there"
+    assert "±" not in told.replace("would show accuracy 0.740 ± 0.007", "")
+    assert card(plan, SILOS, report["models"][-1]) == card(plan, SILOS, exact[-1])
 
 
 def test_names_and_messages_are_text_whatever_they_hold() -> None:

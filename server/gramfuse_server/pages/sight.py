@@ -78,7 +78,8 @@ def _silo(plan: Plan, *, simulated: bool, measured: bool = True) -> Side:
     if not measured:
         models = "no model"
     elif plan.privacy.metrics != "none":
-        models = "the simple average and the merged model, which it measured on its held-out examples"
+        both = "the simple average and the merged model" if "simple" in plan.privacy.candidates else "the merged model"
+        models = f"{both}, which it measured on its held-out examples"
     elif plan.model.head == "own" or plan.merge.rounds > 1:
         models = "the merged model"
     else:
@@ -110,7 +111,7 @@ def _coordinator(plan: Plan, survivors: int, *, opened: bool = True, measured: b
         )
     results = {
         "none": "No results left a silo.",
-        "sum": "Of held-out results the sum, in the same way.",
+        "sum": f"Of held-out results the sum, in the same way{', and with noise' if plan.epsilon is not None else ''}.",
         "silo": "Each silo's held-out results as counts, in the clear.",
     }[plan.privacy.metrics if measured else "none"]
     who = "Who took part, when, and how many bytes each sent; "
