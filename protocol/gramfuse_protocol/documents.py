@@ -24,7 +24,7 @@ MOST = 1000
 FILE_BYTES = 4 * LAYOUT_CHARACTERS
 """Most that is read of a text file: UTF-8 has at most four bytes for a character."""
 
-DOTS = 16
+DOTS = 8
 """Most dots in one line of TOML, but for those in texts and comments: tomllib takes the square of a key's parts."""
 
 _QUOTED = re.compile(
@@ -102,6 +102,10 @@ def parse_toml(text: str) -> dict[str, Any]:
             raise ValueError(f"line {number} has {line.count('.')} dots; a key has a few parts")
     try:
         return tomllib.loads(text)
+    except tomllib.TOMLDecodeError:
+        raise
+    except ValueError:
+        raise ValueError("it holds a number that is too long to be one") from None
     except RecursionError:
         raise ValueError("arrays or tables are nested too deep") from None
 
@@ -119,9 +123,10 @@ def build(model: type[T], document: dict[str, object], source: str) -> T:
         if problems[MOST_PROBLEMS:]:
             lines.append(f"{len(problems) - MOST_PROBLEMS:,} more problems")
         raise PlanError("\n".join(f"{source}: {line}" for line in lines)) from None
-    except (ValueError, RecursionError) as error:
-        why = "it is nested too deep" if isinstance(error, RecursionError) else str(error)
-        raise PlanError(f"{source}: {one_line(why, SAID)}") from None
+    except ValueError:  # TOML has hexadecimal numbers of any length, and JSON has none
+        raise PlanError(f"{source}: holds a number that is too long to be one") from None
+    except RecursionError:
+        raise PlanError(f"{source}: is nested too deep") from None
 
 
 def _explain(problem: ErrorDetails, model: type[Section]) -> str:

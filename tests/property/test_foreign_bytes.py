@@ -290,18 +290,20 @@ def changed_document(draw: random.Random, document: Any) -> Any:
     for _ in range(draw.choice((1, 1, 2, 3))):
         places = list(_places(document))
         if not places:
-            return draw.choice(JUNK)
+            return None
         holder, key = draw.choice(places)
         match draw.randrange(6):
             case 0 | 1 | 2:
-                holder[key] = draw.choice(JUNK)
+                holder[key] = copy.deepcopy(draw.choice(JUNK))
             case 3:
                 other, at = draw.choice(places)
                 holder[key] = copy.deepcopy(other[at])
             case 4:
                 del holder[key]
             case _ if isinstance(holder, dict):
-                holder[draw.choice(("", "x", "phase", "arrays", "\ud800", "a" * 3000))] = draw.choice(JUNK)
+                holder[draw.choice(("", "x", "phase", "arrays", "\ud800", "a" * 3000))] = copy.deepcopy(
+                    draw.choice(JUNK)
+                )
             case _:
                 holder.extend(copy.deepcopy(holder))
     return document
@@ -632,6 +634,10 @@ DEAR: dict[str, Callable[[Path], Any]] = {
     "a header of keys": _header("{" + ",".join(f'"{n}":1' for n in range(500_000)) + "}"),
     "a body of unknown keys": _body("finish", "{" + ",".join(f'"{n}":1' for n in range(130_000)) + "}"),
     "a mapping of wrong values": _body("shares", '{"sealed":{' + ",".join(f'"{n}":9' for n in range(130_000)) + "}}"),
+    "a mapping of as many wrong values as there may be": _body(
+        "shares",
+        '{"plan":"","session":"","silo":"","sealed":{' + ",".join(f'"{n}":9' for n in range(16_000)) + "}}",
+    ),
     "a list of wrong values": _body("upload", "[" + "9," * 130_000 + "9]"),
     "one long number": _body("upload", "9" * 4_000_000),
     "an index of arrays": _body("upload", "{}", "[" + '["gram:a","float32",[0]],' * 40_000 + '["a","float32",[0]]]'),
@@ -664,6 +670,7 @@ DEAR: dict[str, Callable[[Path], Any]] = {
         PLAN.replace('labels = ["an ä", "b", "c"]', f"labels = [{LABELS[:200_000]}\"]")
         + f'labels = [{LABELS[:200_000]}"]\n'
     ),
+    "a plan of as many unknown keys as there may be": _plan("\n".join(f"a{n} = 1" for n in range(16_000))),
     "a plan of one key": _plan(".".join(["a"] * 250_000) + " = 1"),
     "a plan of one key in quotes": _plan('"".' * 150_000 + "a = 1"),
     "a plan of deep keys": _plan("\n".join(".".join(["a"] * 16) + f".b{n} = 1" for n in range(12_000))),
