@@ -427,7 +427,7 @@ def test_outside_of_its_hours_a_silo_neither_joins_nor_trains_and_what_it_has_ma
     Clock.hour = 20
     assert isinstance(here.answer(here.join()), JoinReply)
     Clock.hour = 6
-    refused(here, here.train(), FailureError)
+    refused(here, here.train(), RefusalError)
     assert not here.statistics.exists()
     Clock.hour = 5
     trained = here.answer(here.train())
