@@ -34,15 +34,15 @@ class Check:
     name: str
     where: str
     value: float
-    usual: Range
-    possible: Range
+    usual: list[float | None]
+    possible: list[float | None]
     verdict: Verdict
 
     @staticmethod
     def of(name: str, where: str, value: float, usual: Range, possible: Range) -> Check:
         """Return a check with its verdict."""
         verdict: Verdict = "ok" if _within(value, usual) else "look" if _within(value, possible) else "bad"
-        return Check(name, where, value, usual, possible, verdict)
+        return Check(name, where, value, list(usual), list(possible), verdict)
 
 
 def worst(checks: Iterable[Mapping[str, Any]]) -> Verdict:
