@@ -35,7 +35,7 @@ from gramfuse_protocol.transcript import Advert, Hex64, Nonce, Sum
 Count = Annotated[int, Field(ge=0, le=LARGEST)]
 Examples = Annotated[int, Field(ge=1, le=LARGEST)]
 Tokens = Annotated[Mapping[Title, Count], Field(max_length=TENSORS)]
-Piece = Annotated[int, Field(ge=0, lt=2**40)]
+Piece = Annotated[int, Field(ge=0, le=2**40)]
 Names = Annotated[Many[Name], Field(max_length=SILOS)]
 
 MERGED = "regmean"
