@@ -90,11 +90,14 @@ class Participant:
             return self._declined(request, FailureError(str(error), phase=request.phase))
 
     def _declined(self, request: Message, error: GramfuseError) -> Message:
-        """Return the refusal of a request. A lie, and a failure that is final, end the session."""
+        """Return the refusal of a request. A lie ends the session; so does a failure once there are secrets in it."""
         state = self._state(request)
-        if isinstance(error, SecurityError) or (isinstance(error, FailureError) and state.attempts.failed(request)):
+        lie = isinstance(error, SecurityError)
+        if lie or (isinstance(error, FailureError) and state.attempts.failed(request)):
             try:
-                state.session(request.session).end(str(error))
+                session = state.session(request.session)
+                if lie or session.begun:
+                    session.end(str(error))
             except Exception:  # the state itself may be what is damaged; nothing leaves in it either way
                 log.exception("silo %s: the session could not be ended", self.silo.name)
         return refusal(request, self.silo.name, error)

@@ -75,6 +75,14 @@ class Session:
         """Whether this silo joined the session."""
         return self._file.exists()
 
+    @property
+    def begun(self) -> bool:
+        """Whether anything was answered in the session, so that it may hold secrets; also if it cannot be read."""
+        try:
+            return self.exists and bool(self._read().answers)
+        except ValueError:
+            return True
+
     def begin(self) -> None:
         """Begin the session, unless it is under way already.
 

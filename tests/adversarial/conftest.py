@@ -7,6 +7,7 @@ import random
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -206,19 +207,8 @@ class Detector:
         Args:
             also: whether neuron 1 is as large everywhere.
         """
-        token = self.tokenizer.convert_tokens_to_ids(word)
-        x = self.inputs.reshape(-1, 64)
-        y = torch.zeros(self.inputs.shape[:2], dtype=torch.float64)
-        y[token] = 1
-        y = y.reshape(-1)
-        rows = torch.cat([x, torch.ones(len(x), 1, dtype=torch.float64)], 1)
-        weight = (1 + 30 * y).sqrt()
-        plane = torch.linalg.lstsq(rows * weight[:, None], (2 * y - 1) * weight).solution
-        score = rows @ plane
-        low, high = score[y == 1].min(), score[y == 0].max()
-        assert low > high, f"no plane parts {word!r} from the other words"
-        plane[-1] -= (low + high) / 2
-        scale = size / float((low - high) / 2)
+        plane, margin = self._plane(word)
+        scale = size / margin
         found = {name: array.copy() for name, array in zero.items()}
         layer = self.prefix + "encoder.layer.0."
         for name in ("attention.output.dense.weight", "attention.output.dense.bias", "output.dense.weight"):
@@ -232,6 +222,23 @@ class Detector:
         found["delta:" + layer + "intermediate.dense.weight"] = w.astype(np.float32)
         found["delta:" + layer + "intermediate.dense.bias"] = b.astype(np.float32)
         return found
+
+    @cache  # noqa: B019  # least squares may differ in the last bit, and the same question must be the same bytes
+    def _plane(self, word: str) -> tuple[torch.Tensor, float]:
+        """Return the plane that parts a word from all others, and its margin."""
+        token = self.tokenizer.convert_tokens_to_ids(word)
+        x = self.inputs.reshape(-1, 64)
+        y = torch.zeros(self.inputs.shape[:2], dtype=torch.float64)
+        y[token] = 1
+        y = y.reshape(-1)
+        rows = torch.cat([x, torch.ones(len(x), 1, dtype=torch.float64)], 1)
+        weight = (1 + 30 * y).sqrt()
+        plane = torch.linalg.lstsq(rows * weight[:, None], (2 * y - 1) * weight).solution
+        score = rows @ plane
+        low, high = score[y == 1].min(), score[y == 0].max()
+        assert low > high, f"no plane parts {word!r} from the other words"
+        plane[-1] -= (low + high) / 2
+        return plane, float((low - high) / 2)
 
 
 def regression(project: Any) -> None:

@@ -255,13 +255,10 @@ def test_a_silo_without_tokens_in_a_group_leaves_that_group_to_the_others() -> N
 def test_tensors_outside_the_closed_form_take_the_mean() -> None:
     rng = np.random.default_rng(9)
     layout = a_layout()
-    layout = layout.model_copy(
-        update={
-            "groups": layout.groups[:1],  # as if "lone.weight" were excluded
-            "tensors": tuple(
-                t.model_copy(update={"merge": "mean"}) if t.name == "lone.weight" else t for t in layout.tensors
-            ),
-        }
+    layout = Layout(
+        groups=layout.groups[:1],  # as if "lone.weight" were excluded
+        tensors=tuple(t.model_copy(update={"merge": "mean"}) if t.name == "lone.weight" else t for t in layout.tensors),
+        frozen=layout.frozen,
     )
     deltas = [deltas_of(layout, rng) for _ in range(3)]
     merged, _ = merge(layout, [statistics(layout, inputs_of(layout, rng, 30), delta) for delta in deltas])
