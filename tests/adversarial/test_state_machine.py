@@ -310,7 +310,7 @@ SHARE = [
     Lie(
         "one key for both sums",
         with_advert("b", lambda at, _: at.advert("b", masks=dict.fromkeys(SUMS, at.adverts["b"].masks["metrics"]))),
-        "the list of keys holds one key twice",
+        "the keys of silo 'b' hold one key twice",
     ),
     Lie(
         "a second list",
@@ -549,7 +549,7 @@ def test_a_public_key_of_low_order_is_refused_though_it_is_signed(place: str, po
     adverts = [at.advert("d", **change) if n == "d" else advert for n, advert in at.adverts.items()]
     for name in ("a", "e"):
         before = copy.deepcopy(at.invited[name])
-        with pytest.raises(SecurityError, match="the public key of silo 'd' gives an all-zero secret"):
+        with pytest.raises(SecurityError, match=r"public key of silo 'd' .*; it is no honest key"):
             secure_sum.share(at.roster, at.invited[name], adverts, random.Random(9).randbytes)
         assert at.invited[name] == before
 
