@@ -215,7 +215,7 @@ def _kept() -> list[Done]:
 def done(_kept: list[Done], site: Callable[..., Site], trainings: Counter[str]) -> Done:
     """The two rounds; they are run once."""
     if not _kept:
-        here = site()
+        here = site('merge.context-free="full"')  # so that a Gram matrix behind frozen layers is there
         sent: dict[tuple[int, str], Arrays] = {}
 
         def change(_: str, request: Any) -> Any:
