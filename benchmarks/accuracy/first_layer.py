@@ -87,7 +87,7 @@ def _treated(layout: Layout, way: str) -> Layout:
         if way == "diagonal" and group["weights"][0]["weight"] in single:
             group["structure"] = "diagonal"
     if way == "mean":
-        document["groups"] = [g for g in document["groups"] if g["weights"][0]["weight"] not in single]
+        document["groups"] = tuple(g for g in document["groups"] if g["weights"][0]["weight"] not in single)
         for tensor in document["tensors"]:
             tensor["merge"] = "mean" if tensor["name"] in single else tensor["merge"]
     return Layout.model_validate(document)
