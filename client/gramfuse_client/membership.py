@@ -43,6 +43,7 @@ from gramfuse_protocol.plan import Plan
 from gramfuse_protocol.roster import Roster
 from gramfuse_protocol.scales import MOST_EXAMPLES, Scale, scales
 from gramfuse_protocol.secure_sum import Member
+from gramfuse_protocol.statistics import Contribution
 from gramfuse_protocol.transcript import Sum, metrics_context, round_digest
 from gramfuse_protocol.wire import pack
 
@@ -150,7 +151,7 @@ class Membership:
             if name == "statistics":
                 origin = self.state.origin()
                 record = record.model_copy(update={"data": origin.data, "rows": origin.rows})
-                blocks = statistics_blocks(self.silo, self.plan, self.layout, self.state)
+                blocks = statistics_blocks(self.silo, self.plan, self.layout, self.state.contribution())
                 write_masked(path, blocks, len(roster.keys), masks)
             else:
                 words = [word for candidate in request.candidates for word in self._measured()[candidate].words]
@@ -262,7 +263,7 @@ class Membership:
 
 
 def statistics_blocks(
-    silo: Silo, plan: Plan, layout: Layout, state: State
+    silo: Silo, plan: Plan, layout: Layout, contribution: Contribution
 ) -> Iterator[tuple[str, NDArray[np.float64], Scale]]:
     """Yield what a silo adds to the sum of statistics: name, values and scale of each block."""
     import torch  # nothing else in the secure phases needs it, and it takes seconds to load
@@ -271,7 +272,7 @@ def statistics_blocks(
 
     if silo.file.threads:
         torch.set_num_threads(silo.file.threads)
-    contribution, merge = state.contribution(), plan.merge
+    merge = plan.merge
     if merge.weighting == "examples" and contribution.examples > MOST_EXAMPLES:
         raise ContributionError(
             f"{contribution.examples} examples are more than the {MOST_EXAMPLES} that a secure sum can weigh; "
@@ -282,10 +283,10 @@ def statistics_blocks(
         yield block.name, array, scale
 
 
-def check_range(silo: Silo, plan: Plan, layout: Layout, state: State) -> None:
-    """Raise ContributionError if the kept statistics have no place in a secure sum, so that it shows while training.
+def check_range(silo: Silo, plan: Plan, layout: Layout, contribution: Contribution) -> None:
+    """Raise ContributionError if statistics have no place in a secure sum, before they are kept.
 
     Later, a silo that cannot mask its vector would have the others' masks opened.
     """
-    for name, values, scale in statistics_blocks(silo, plan, layout, state):
+    for name, values, scale in statistics_blocks(silo, plan, layout, contribution):
         encode(values, scale, len(plan.silo), name, lambda count: np.empty(count, np.uint64))

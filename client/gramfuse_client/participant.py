@@ -176,10 +176,10 @@ class Participant:
             return
         check_hours(self.silo, datetime.now())
         statistics = self._workbench(plan).measure(layout, examples, state, request.arrays)
+        if plan.privacy.secure_aggregation:
+            check_range(self.silo, plan, layout, statistics)
         rows = self.releases.keep_rows(examples.given)
         state.save(statistics, Origin(examples.digest, start, rows), request.arrays)
-        if plan.privacy.secure_aggregation:
-            check_range(self.silo, plan, layout, state)
 
     def _check_start(self, state: State, layout: Layout, request: TrainRequest, *, secure: bool) -> str:
         """Return the digest of the model that a round starts from; empty in the first, which starts from the base.
