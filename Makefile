@@ -34,7 +34,7 @@ check: $(READY) ## Format, lint, dependency rule, types, unit tests (under a min
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
 	$(BIN)/mypy
-	$(BIN)/pytest -q tests/unit
+	$(BIN)/pytest -q -n 2 tests/unit
 
 bench-quick: $(READY) ## Every table and chart of accuracy, small, in 17 minutes: make bench-quick DATA=PATH/TO/SETS
 	@test -n "$(DATA)" || { echo "give the folder of the sets: make bench-quick DATA=PATH/TO/SETS" >&2; exit 2; }

@@ -21,7 +21,7 @@ from gramfuse_protocol.noise import DELTA, deviations, spent
 from gramfuse_protocol.plan import Plan
 from gramfuse_protocol.task import Task
 
-COVERAGE = 0.975
+COVERAGE = 0.98
 """Share of the draws that an interval is of: more than 95%, so that what it neglects does not take it below."""
 DRAWS = 1000
 UNCLEAR = 1 / 4

@@ -409,8 +409,8 @@ def test_modules_of_one_group_that_receive_different_tensors_are_refused(
     weights = tuple(
         Linear(weight=f"bert.encoder.layer.{n}.attention.self.query.weight", d_out=16, transposed=True) for n in members
     )
-    layout = layout.model_copy(update={"groups": (Group(name="made up", d_in=16, structure="full", weights=weights),)})
-    with pytest.raises(ContributionError, match=r"'made up'.*receives another tensor"):
+    layout = layout.model_copy(update={"groups": (Group(name="made-up", d_in=16, structure="full", weights=weights),)})
+    with pytest.raises(ContributionError, match=r"'made-up'.*receives another tensor"):
         collect_grams(model, padded(sentences(1), 4), layout, limit=UNLIMITED)
     assert not any(module._forward_pre_hooks for module in model.modules())
 

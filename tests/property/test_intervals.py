@@ -28,7 +28,7 @@ from gramfuse_server.intervals import with_intervals
 
 TYPES = ("PER", "LOC", "ORG", "MISC")
 TAGS = ["O", *(f"{place}-{kind}" for kind in TYPES for place in "BI")]
-DRAWS = 100
+DRAWS = 200
 
 Made = tuple[Plan, Callable[[Task], Vector]]
 
@@ -107,7 +107,7 @@ def test_the_exact_metric_lies_in_its_interval_in_93_of_100_draws(name: str, mon
         assert said["intervals"].keys() == exact.keys()
         held.update(metric for metric, (low, high) in said["intervals"].items() if low <= exact[metric] <= high)
         assert all(low <= said["metrics"][metric] <= high for metric, (low, high) in said["intervals"].items())
-    assert {metric: held[metric] for metric in exact if held[metric] < 93} == {}
+    assert {metric: held[metric] for metric in exact if held[metric] < 0.93 * DRAWS} == {}
 
 
 def test_a_report_says_what_was_measured_what_is_known_and_what_it_cost() -> None:
