@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import secrets
 import sys
 import tempfile
@@ -29,6 +30,9 @@ from gramfuse_protocol.errors import FederationError, GramfuseError, RefusalErro
 from gramfuse_protocol.keys import KEY_BYTES, Identity
 
 LOG_LINES = 30
+
+OF_A_SILO = re.compile(r"silo \S+, phase \w+: \w+Error: .*")
+"""The line of a silo's log that says why it refused or failed (`gramfuse_client.participant`)."""
 
 SCRATCH = "/tmp" if sys.platform == "darwin" else None  # noqa: S108  # a private directory is made in it
 """Where a simulation works: Ray makes sockets there, and the usual place on macOS is too long for their paths."""
@@ -157,7 +161,10 @@ def _outcome(scratch: Path, log: Path, code: int) -> dict[str, Any]:
         return report
     kind: type[GramfuseError] = error_types().get(outcome["error"], FederationError)
     if kind in (FederationError, RefusalError):  # others say all that there is to say
-        tail = uncoloured(log.read_text(encoding="utf-8", errors="replace")).split("\n")[-LOG_LINES:]
+        lines = uncoloured(log.read_text(encoding="utf-8", errors="replace")).split("\n")
+        tail = lines[-LOG_LINES:]
+        if own := list(dict.fromkeys(found[0] for line in lines if (found := OF_A_SILO.search(line)))):
+            say("The silos' own logs say:", *(f"  {line}" for line in own), "", err=True)
         say("The last lines of Flower's log:", *(f"  {line}" for line in tail), "", err=True)
     error = kind(outcome["message"])
     error.report = Path(outcome["left"]) if outcome.get("left") else None

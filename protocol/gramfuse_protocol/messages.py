@@ -24,7 +24,7 @@ from gramfuse_protocol.bounds import (
     Many,
     Title,
 )
-from gramfuse_protocol.errors import FederationError, GramfuseError, RefusalError
+from gramfuse_protocol.errors import FailureError, FederationError, GramfuseError, RefusalError
 from gramfuse_protocol.layout import PIECE_BYTES
 from gramfuse_protocol.plan import LARGEST, Name, Sha256
 from gramfuse_protocol.secure_sum import SEALED_BYTES
@@ -368,10 +368,9 @@ def expect(kind: type[M], request: Message, reply: Message, source: str) -> M:
         raise FederationError(f"{source} answered phase {request.phase!r} for another plan, session or round")
     if isinstance(reply, Refusal):
         reason = one_line(reply.reason, SAID)
+        log = "" if reply.error == FailureError.__name__ else "; the silo's own log has the details"
         raise RefusalError(
-            f"{source} refused in phase {request.phase!r}: {reason} ({reply.error}); "
-            "the silo's own log has the details",
-            reason=reason,
+            f"{source} refused in phase {request.phase!r}: {reason} ({reply.error}){log}", reason=reason
         )
     if not isinstance(reply, kind):
         raise FederationError(f"{source} answered phase {request.phase!r} with {reply.phase!r}")
