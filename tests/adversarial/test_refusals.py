@@ -232,3 +232,13 @@ def _never() -> Any:
 
     hour = (datetime.now().hour + 12) % 24
     return Hours.parse(f"{hour:02}:00-{hour:02}:01")
+
+
+def test_of_a_layout_that_is_not_the_plans_nothing_is_parsed(liar: MakeLiar, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It hoped to keep a silo busy with a large document of its own; it gets a refusal by the digest."""
+    lied = liar()
+    monkeypatch.setattr(participant.Layout, "parse", lambda *_: pytest.fail("a strange layout was parsed"))
+    for text in (lied.layout.to_json() + " ", "[" * 1000, "{}"):
+        reply = lied.ask(A, m.JoinRequest(**lied.about(), plan_text=lied.plan.to_toml(), layout=text))
+        assert (reply.error, reply.reason) == ("FederationError", "layout digest differs")
+    assert not lied.silo(A).state.exists()

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -775,3 +776,12 @@ _DOCUMENTS = st.recursive(
 @given(_DOCUMENTS)
 def test_any_document_has_the_form_that_an_independent_canonicaliser_gives(document: Any) -> None:
     assert canonical_json(document).decode("utf-8") == _canonical(document)
+
+
+@pytest.mark.parametrize("key", ["01" + "00" * 31, "01" + "00" * 30 + "80"])
+def test_a_key_that_anybody_can_sign_with_is_no_silos_key(key: str) -> None:
+    anybodys = bytes([1, *bytes(63)])  # the neutral point, and zero
+    for statement in (b"one", b"another"):
+        Ed25519PublicKey.from_public_bytes(bytes.fromhex(key[:62] + "00")).verify(anybodys, statement)
+    with pytest.raises(PlanError, match=r"silo.0.public-key"):
+        Plan.parse(SMALL.replace("[[silo]]", f'[[silo]]\npublic-key = "{key}"', 1))
