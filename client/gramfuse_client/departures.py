@@ -190,7 +190,7 @@ def leaves(silo: str, plan: Plan, layout: Layout) -> Leaving:
         _departure("that it wiped what it kept for the session", FinishReply(**about)),
         Departure(
             "any",
-            "instead of any of these, that it declines: an error's name, and a reason that quotes no data",
+            "instead of any of these, that it declines, with a reason, before it touched its data, or that it failed",
             "reason",
             None,
         ),

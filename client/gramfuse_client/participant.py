@@ -251,23 +251,26 @@ class Participant:
         known = state.measurements.of(request.round).get(request.candidate)
         if known is not None and known.model != model:
             raise SecurityError(f"two different models came as {request.candidate!r}")
+        workbench = self._workbench(plan)
         if known is None:
-            self._workbench(plan).check_model(layout, request.arrays)
+            workbench.check_model(layout, request.arrays)
             if not unmeasured:
                 check_hours(self.silo, datetime.now())
         with state.attempts.attempt(request, f"evaluate {request.candidate}", model):
             if known is None:
-                known = self._measure(state, plan, layout, request, model)
+                known = self._measure(workbench, state, layout, request, model)
         reply = EvaluateReply(**request.about, silo=self.silo.name, candidate=request.candidate)
         if not known.sums:
             return reply
         shape = sums_shape(plan.task_of(self.silo.name))
         return reply.model_copy(update={"arrays": {"sums": np.array(known.sums).reshape(shape)}})
 
-    def _measure(self, state: State, plan: Plan, layout: Layout, request: EvaluateRequest, model: str) -> Measurement:
+    def _measure(
+        self, workbench: Workbench, state: State, layout: Layout, request: EvaluateRequest, model: str
+    ) -> Measurement:
         """Measure a model, and keep what leaves of it."""
+        plan = workbench.plan
         finished = plan.model.head == "own" and request.candidate == MERGED
-        workbench = self._workbench(plan)
         if plan.privacy.metrics == "none":
             if finished:
                 workbench.keep(layout, request.arrays, state)

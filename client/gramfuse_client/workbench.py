@@ -41,6 +41,7 @@ class Workbench:
         self.silo = silo
         self.plan = plan
         self.task = plan.task_of(silo.name)
+        self._looked_at: Base | None = None
         if silo.file.threads:
             torch.set_num_threads(silo.file.threads)
 
@@ -66,7 +67,8 @@ class Workbench:
         Raises:
             RefusalError: naming the tensor; the silo's data have no part in it.
         """
-        check_changes(self._base().model, layout, arrays, self.plan.merge.maximum_change)
+        self._looked_at = self._base()
+        check_changes(self._looked_at.model, layout, arrays, self.plan.merge.maximum_change)
 
     def measure(
         self, layout: Layout, examples: Examples, state: State, start: Mapping[str, NDArray[Any]]
@@ -136,7 +138,9 @@ class Workbench:
         return base
 
     def _base(self) -> Base:
-        return load_base(self.plan, self.silo.directory, silo=self.silo.name, override=self.silo.file.base)
+        """Return the base model for the caller to change: the one that was only looked at, or it is loaded."""
+        looked_at, self._looked_at = self._looked_at, None
+        return looked_at or load_base(self.plan, self.silo.directory, silo=self.silo.name, override=self.silo.file.base)
 
 
 def save_privately(base: Base, directory: Path) -> None:

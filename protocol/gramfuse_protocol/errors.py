@@ -77,7 +77,7 @@ class RefusalError(GramfuseError):
 class ContributionError(GramfuseError):
     """Statistics do not fit the layout, or hold values that are not finite.
 
-    Its messages name tensors, shapes and counts and quote no data, so they are the reason too.
+    Its messages are the reason too: what a silo finds in its own statistics is a FailureError to the other side.
     """
 
     exit_code = 14

@@ -42,7 +42,7 @@ QUICK = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1", "OMP_NUM_THREADS": "1"}
 
 def gramfuse(*arguments: str | Path) -> dict[str, Any]:
     """Run a command as a user does and return its JSON."""
-    done = subprocess.run([GRAMFUSE, *map(str, arguments), "--json"], capture_output=True, text=True, timeout=420)
+    done = subprocess.run([GRAMFUSE, *map(str, arguments), "--json"], capture_output=True, text=True, timeout=800)
     assert done.returncode == 0, done.stderr + done.stdout
     answer: dict[str, Any] = json.loads(done.stdout)
     return answer

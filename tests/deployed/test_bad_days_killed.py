@@ -90,6 +90,7 @@ def test_a_worker_and_a_supernode_are_killed_and_missed_when_flower_misses_them(
     deployment.check_silos()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_worker_fails_before_it_has_its_message(deploy: Run, pico_project: Run, tmp_path: Path) -> None:
     project = pico_project(silos=2)
@@ -151,6 +152,7 @@ def test_a_serverapp_is_killed_and_a_run_interrupted_and_each_time_it_goes_on(
     deployment.check_silos()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_superlink_is_killed_twice_and_the_run_goes_on(deploy: Run, pico_project: Run, undisturbed: Run) -> None:
     project = pico_project(silos=3, secure=True)

@@ -200,7 +200,7 @@ def test_a_line_of_2_megabytes_a_second_carries_200_megabytes(
         deployment.stop()
 
 
-@pytest.mark.timeout(480)
+@pytest.mark.timeout(900)
 def test_a_clock_that_is_ahead_is_named_and_once_it_is_right_the_silo_connects(
     deploy: Run, pico_project: Run, tmp_path: Path
 ) -> None:

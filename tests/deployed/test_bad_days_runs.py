@@ -36,6 +36,7 @@ class Other:
         return path
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_two_plans_are_run_at_the_same_time(deploy: Run, pico_project: Run, undisturbed: Run, gramfuse: Run) -> None:
     project = pico_project(silos=3, secure=True)
@@ -92,6 +93,7 @@ def test_a_run_into_the_directory_of_one_that_goes_on_ends_and_leaves_it_alone(
     deployment.check_silos()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_same_plan_is_run_twice_at_the_same_time(deploy: Run, pico_project: Run, undisturbed: Run) -> None:
     project = pico_project(silos=3, secure=True)

@@ -17,7 +17,7 @@ from gramfuse_client.silo import Silo
 Run = Callable[..., Any]
 
 
-@pytest.mark.timeout(480)
+@pytest.mark.timeout(900)
 def test_silos_and_a_coordinator_merge(deploy: Run, pico_project: Run) -> None:
     project = pico_project(silos=2)
     project.replace(project.plan, 'metrics = "silo"', 'metrics = "none"')
@@ -39,7 +39,7 @@ def test_silos_and_a_coordinator_merge(deploy: Run, pico_project: Run) -> None:
     assert server.process.poll() is None
 
 
-@pytest.mark.timeout(480)
+@pytest.mark.timeout(900)
 def test_a_run_survives_that_all_of_the_coordinators_processes_but_the_serverapp_are_killed(
     deploy: Run, pico_project: Run, tmp_path: Path
 ) -> None:
@@ -56,7 +56,7 @@ def test_a_run_survives_that_all_of_the_coordinators_processes_but_the_serverapp
             silos[0].wait_for("join: ")
             server.one("flower-superlink").kill()
             server.one("nginx: master").kill()
-            stdout, stderr = running.communicate(timeout=200)
+            stdout, stderr = running.communicate(timeout=600)
         finally:
             running.kill()
     assert running.returncode == 0, stderr + server.said + silos[0].said

@@ -92,7 +92,7 @@ def steal(link: Link, app: Path, loot: Path) -> list[str]:
     return got
 
 
-@pytest.mark.timeout(480)
+@pytest.mark.timeout(900)
 def test_code_that_a_coordinator_pushes_does_not_run(
     deploy: Callable[..., Any], pico_project: Callable[..., Any], tmp_path: Path
 ) -> None:

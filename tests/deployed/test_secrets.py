@@ -66,7 +66,7 @@ def _key_material(path: Path) -> list[bytes]:
     return [lines[0], *_forms(base64.b64decode(lines[0])[-32:])]
 
 
-@pytest.mark.timeout(480)
+@pytest.mark.timeout(900)
 def test_no_secret_is_in_any_log_ledger_report_database_or_context(
     deploy: Callable[..., Any], pico_project: Callable[..., Any], tmp_path: Path
 ) -> None:

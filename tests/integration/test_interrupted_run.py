@@ -16,7 +16,7 @@ import pytest
 from loopback import BIN, CONNECTION, deployment
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(500)
 def test_an_interrupted_run_is_stopped_at_the_superlink(tmp_path: Path, pico_project: Callable[..., Any]) -> None:
     project = pico_project(silos=2)
     project.replace(project.plan, "epochs = 2", "epochs = 100000")
@@ -43,7 +43,7 @@ def test_an_interrupted_run_is_stopped_at_the_superlink(tmp_path: Path, pico_pro
                     break
             assert out.with_name("run.partial").is_dir()
             running.send_signal(signal.SIGINT)
-            stdout, _ = running.communicate(timeout=60)
+            stdout, _ = running.communicate(timeout=200)
         finally:
             running.kill()
         assert running.returncode == 130

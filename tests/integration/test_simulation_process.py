@@ -44,7 +44,7 @@ class Command:
             return False
 
     def finish(self) -> tuple[int, str, str]:
-        out, err = self.process.communicate(timeout=120)
+        out, err = self.process.communicate(timeout=250)
         return self.process.returncode, out, err
 
 

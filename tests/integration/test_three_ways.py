@@ -33,7 +33,7 @@ def gramfuse(*arguments: str, home: Path | None = None) -> dict[str, Any]:
     """Run the command as a user does and return its JSON."""
     environment = {**os.environ, **({"FLWR_HOME": str(home)} if home else {})}
     done = subprocess.run(
-        [str(BIN / "gramfuse"), *arguments, "--json"], capture_output=True, text=True, env=environment, timeout=240
+        [str(BIN / "gramfuse"), *arguments, "--json"], capture_output=True, text=True, env=environment, timeout=600
     )
     assert done.returncode == 0, done.stderr + done.stdout
     return json.loads(done.stdout)
@@ -63,7 +63,7 @@ def plain_loop(directory: Path) -> tuple[dict[str, np.ndarray], dict[str, float]
     return {name: p.detach().numpy() for name, p in parameters.items()}, metrics(task, sums)
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_simulation_deployment_and_plain_loop_agree(tmp_path: Path, pico_project: Callable[..., Any]) -> None:
     project = pico_project(silos=4)
     digest = gramfuse("plan", "lock", str(project.directory))["plan_digest"]
