@@ -11,7 +11,7 @@ from typing import Any
 from gramfuse_client import policy
 from gramfuse_client.data import Examples
 from gramfuse_client.finding import Findings
-from gramfuse_client.releases import Releases
+from gramfuse_client.releases import Cohort, Releases
 from gramfuse_client.silo import Silo
 from gramfuse_client.state import Contributed, State
 from gramfuse_protocol.errors import PlanError, RefusalError
@@ -173,8 +173,8 @@ def check_releases(found: Findings, silo: Silo, plan: Plan, examples: Examples |
         if examples is None:
             found.skip("earlier sums", f"this silo was in {len(earlier)}; its data were not read")
             return
-        keys = tuple(sorted(key.hex() for key in plan.roster.keys.values()))
-        shared = releases.conflict(releases.rows(examples.given), "statistics", keys, plan.privacy.colluding)
+        cohort = Cohort.of(plan, silo.name, plan.names)
+        shared = releases.conflict(releases.rows(examples.given), "statistics", cohort)
     except (OSError, ValueError, PlanError) as error:
         found.problem(
             "earlier sums",

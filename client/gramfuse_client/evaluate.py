@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn.functional import cross_entropy
 
+from gramfuse_client.afresh import Afresh
 from gramfuse_client.batches import IGNORED, Encoded, batches
 from gramfuse_protocol.held_out import (
     LOSS,
@@ -152,14 +153,21 @@ def evaluate_for_sum(model: Any, encoded: Encoded, device: torch.device, task: T
     """Return the sum of a model's rows (`gramfuse_protocol.held_out`), for a sum that leaves with noise.
 
     Examples are measured one by one, so that what a model says of one cannot depend on another: in a batch it could,
-    since a model with crafted weights sees the padding.
+    since a model with crafted weights sees the padding. What the model kept of one is gone before the next.
 
     Args:
         encoded: held-out examples.
         device: where the model is.
         task, tokenizer: as `evaluate` has them.
     """
-    return _total(model, batches(encoded, 1, device), task, tokenizer, rows, np.zeros(size(task), np.float64))
+    return _total(model, _each_afresh(model, batches(encoded, 1, device)), task, tokenizer, rows, np.zeros(size(task)))
+
+
+def _each_afresh(model: Any, given: Iterable[Mapping[str, torch.Tensor]]) -> Iterator[Mapping[str, torch.Tensor]]:
+    before = Afresh(model.eval())
+    for batch in given:
+        before.restore()
+        yield batch
 
 
 def _total(

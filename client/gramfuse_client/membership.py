@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from gramfuse_client.masking import read_masked, write_masked, write_masked_words
 from gramfuse_client.measurements import Measurement
 from gramfuse_client.policy import check_space
-from gramfuse_client.releases import Release, Releases
+from gramfuse_client.releases import Cohort, Release, Releases
 from gramfuse_client.session import Answer, Record, answer_key, answered, with_answer
 from gramfuse_client.silo import Silo
 from gramfuse_client.state import Contributed, State
@@ -217,14 +217,11 @@ class Membership:
             RefusalError: if its difference from an earlier sum would be the part of a few silos.
         """
         rows = record.rows if request.sum_of == "statistics" else self.state.measurements.held_out().rows
-        keys = self.plan.roster.keys
         release = Release(
-            plan=self.plan.digest,
             round=self.state.round,
             session=request.session,
             sum_of=request.sum_of,
-            colluding=self.plan.privacy.colluding,
-            survivors=tuple(sorted(keys[name].hex() for name in request.survivors)),
+            cohort=Cohort.of(self.plan, self.silo.name, request.survivors),
             rows=rows,
         )
         if not self.silo.file.limits.differing_survivors:

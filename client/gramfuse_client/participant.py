@@ -172,13 +172,13 @@ class Participant:
                 f"{self.silo.path}: other data were contributed under this plan before; the difference of the two sums "
                 "would show what changed. Put the data back as they were, or agree on a new plan"
             )
+        rows = self.releases.keep_rows(examples.given)  # again, where the owner had this silo forget them
         if state.trained and state.origin()[:2] == (examples.digest, start):
             return
         check_hours(self.silo, datetime.now())
         statistics = self._workbench(plan).measure(layout, examples, state, request.arrays)
         if plan.privacy.secure_aggregation:
             check_range(self.silo, plan, layout, statistics)
-        rows = self.releases.keep_rows(examples.given)
         state.save(statistics, Origin(examples.digest, start, rows), request.arrays)
 
     def _check_start(self, state: State, layout: Layout, request: TrainRequest, *, secure: bool) -> str:
@@ -289,7 +289,7 @@ class Participant:
         if plan.privacy.secure_aggregation and plan.privacy.metrics == "sum":
             words = noisy_words(plan, task, sums, secrets.token_bytes)
             measurement = Measurement(model=model, words=tuple(words.tolist()))
-            rows = known.rows or self.releases.keep_rows(held_out.given)
+            rows = self.releases.keep_rows(held_out.given)
         else:
             measurement = Measurement(model=model, sums=tuple(np.nan_to_num(sums).reshape(-1).tolist()))
             rows = ""

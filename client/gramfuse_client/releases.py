@@ -3,10 +3,12 @@
 The difference of two sums is what one of them holds and the other does not. Where both hold the same rows of this silo
 and differ by a few other silos, that is those silos' own part; where they differ by this silo, it is its own. So a silo
 signs no sum whose survivors differ, by one silo up to one more than may collude, from an earlier sum over rows of which
-some are the same. Survivors are known by their public keys, since a name may change from plan to plan.
+some are the same. A silo is the same if its public key is, or else its name: either may change from plan to plan. A
+silo of which a plan says something else (its labels, its task) differs too. Over the same survivors, both plans have to
+read rows in the same way: a length that only one silo's texts exceed, raised, makes the difference that silo's own.
 
-A row is known by a salted hash of its input, without its label, case and white space. The salt never leaves the silo.
-Differences of more than two sums are not looked at.
+A row is known by salted hashes of its texts, each without its label, case and white space. The salt never leaves the
+silo. Differences of more than two sums are not looked at.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 from gramfuse_client.private import make_private_directory, write_private
 from gramfuse_protocol.errors import RefusalError
-from gramfuse_protocol.plan import Sha256
+from gramfuse_protocol.plan import Name, Plan, Sha256
 from gramfuse_protocol.transcript import Nonce, Sum
 
 Rows = NDArray[np.uint64]
@@ -36,25 +38,87 @@ Given = tuple[str | tuple[str, ...], str | None]
 SALT_BYTES = 32
 
 
-class Release(BaseModel):
-    """One sum that this silo signed.
+class Survivor(BaseModel):
+    """One silo of a sum: its name and public key, and a digest of what the plan says of it alone."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    name: Name
+    key: Sha256
+    terms: Sha256
+
+
+class Cohort(BaseModel):
+    """The silos of a sum, and the plan that they made it under.
 
     Args:
         plan: its digest.
-        round: of the plan.
-        colluding: how many silos may collude under it.
-        survivors: public keys of the silos in the sum, in hexadecimal, sorted.
-        rows: what this silo's rows in the sum are kept by (`Releases.keep_rows`).
+        reading: digest of what decides which rows of the data count, and how (`Plan.reading`).
+        colluding: how many silos may collude.
+        own: this silo, which is in the sum.
+        others: the other silos, in roster order.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     plan: Sha256
+    reading: Sha256
+    colluding: int
+    own: Survivor
+    others: tuple[Survivor, ...]
+
+    @classmethod
+    def of(cls, plan: Plan, own: str, survivors: Iterable[str]) -> Cohort:
+        """Return the cohort of a plan's silos, of which one is this one; raises PlanError for silos without keys."""
+        keys, among = plan.roster.keys, {own, *survivors}
+        silos = {
+            name: Survivor(name=name, key=keys[name].hex(), terms=plan.terms_of(name))
+            for name in plan.names
+            if name in among
+        }
+        return cls(
+            plan=plan.digest,
+            reading=plan.reading,
+            colluding=plan.privacy.colluding,
+            own=silos.pop(own),
+            others=tuple(silos.values()),
+        )
+
+    def differing(self, other: Cohort) -> int:
+        """Return by how many silos two sums of this silo's differ."""
+        count, left, strange = int(self.own.terms != other.own.terms), list(other.others), []
+        by_key = {silo.key: silo for silo in left}
+        for silo in self.others:
+            if (same := by_key.get(silo.key)) is None:
+                strange.append(silo)
+            else:
+                left.remove(same)
+                count += silo.terms != same.terms
+        by_name = {silo.name: silo for silo in left}
+        for silo in strange:
+            if (same := by_name.get(silo.name)) is None:
+                count += 1
+            else:
+                left.remove(same)
+                count += silo.terms != same.terms
+        return count + len(left)
+
+
+class Release(BaseModel):
+    """One sum that this silo signed.
+
+    Args:
+        round: of the plan.
+        cohort: whose sum it is, and under which plan.
+        rows: what this silo's rows in the sum are kept by (`Releases.keep_rows`).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
     round: int
     session: Nonce
     sum_of: Sum
-    colluding: int
-    survivors: tuple[Sha256, ...]
+    cohort: Cohort
     rows: Sha256
 
 
@@ -78,7 +142,7 @@ class Releases:
             ValueError: if sums were signed, and the salt that their rows were hashed with is gone.
         """
         salt = self._salt()
-        hashes = {hmac.digest(salt, _normal(one), "sha256")[:8] for one in given}
+        hashes = {hmac.digest(salt, text, "sha256")[:8] for one in given for text in _normal(one)}
         return np.sort(np.frombuffer(b"".join(hashes), "<u8"))
 
     def read(self) -> tuple[Release, ...]:
@@ -107,31 +171,39 @@ class Releases:
             ValueError: if what is kept is damaged.
         """
         rows = self._load(release.rows)
-        if problem := self.conflict(rows, release.sum_of, release.survivors, release.colluding):
+        if problem := self.conflict(rows, release.sum_of, release.cohort):
             raise RefusalError(f"{self._index}: {problem}")
 
-    def conflict(self, rows: Rows, sum_of: Sum, survivors: tuple[str, ...], colluding: int) -> str | None:
+    def conflict(self, rows: Rows, sum_of: Sum, cohort: Cohort) -> str | None:
         """Say which earlier sum a sum could be subtracted from, and how many silos would be left; None if none.
 
         Args:
             rows: of this silo in the sum.
-            survivors, colluding: as `Release` has them.
+            cohort: whose sum it is.
 
         Raises:
             ValueError: if what is kept is damaged.
         """
         for earlier in self.read():
-            differing = len(set(earlier.survivors) ^ set(survivors))
-            most = max(earlier.colluding, colluding) + 1
-            if earlier.sum_of != sum_of or not 1 <= differing <= most:
+            differing = cohort.differing(earlier.cohort)
+            most = max(earlier.cohort.colluding, cohort.colluding) + 1
+            read_otherwise = differing == 0 and cohort.reading != earlier.cohort.reading
+            if earlier.sum_of != sum_of or not (1 <= differing <= most or read_otherwise):
                 continue
             shared = len(np.intersect1d(self._load(earlier.rows), rows, assume_unique=True))
             if shared:
+                problem = (
+                    "the silos are the same, but the plan reads rows in another way ([model], [[task]], 'merge.tokens' "
+                    "or 'training.batch-size'): where that changes one silo's rows only, the difference of the two "
+                    "sums is that silo's own. Leave these keys as they were"
+                    if read_otherwise
+                    else f"the silos, or what the plan says of each, differ by {differing}: the difference of the two "
+                    f"sums is what those silos hold. Take the same silos as in that sum, or {most + 1} others at least"
+                )
                 return (
-                    f"{shared} rows of this sum of {sum_of} were in a sum under plan {earlier.plan} already, and the "
-                    f"silos differ by {differing}: the difference of the two sums is what those silos hold. Take the "
-                    f"same silos as in that sum, or {most + 1} others at least, or rows that were in none; or set "
-                    "'limits.differing-survivors = true', which gives that difference away"
+                    f"{shared} texts of this sum of {sum_of} were in a sum under plan {earlier.cohort.plan} already, "
+                    f"and {problem}, or rows that were in none; or set 'limits.differing-survivors = true', which "
+                    "gives that difference away"
                 )
         return None
 
@@ -181,8 +253,8 @@ class Releases:
         return salt
 
 
-def _normal(given: Given) -> bytes:
-    """Return what of an input stays the same when only its case and white space change."""
+def _normal(given: Given) -> list[bytes]:
+    """Return of each text of an input what stays the same when only its case and white space change."""
     text, pair = given
-    parts = [text if isinstance(text, str) else " ".join(text), pair or ""]
-    return json.dumps([" ".join(part.casefold().split()) for part in parts]).encode()
+    texts = [text if isinstance(text, str) else " ".join(text), *([] if pair is None else [pair])]
+    return [" ".join(text.casefold().split()).encode("utf-8", "surrogatepass") for text in texts]

@@ -103,10 +103,10 @@ class Limits(Section):
     repeat_contributions: bool = False
     """Whether what was contributed under a plan may be contributed again, in another session of the same plan."""
     differing_survivors: bool = False
-    """Whether sums over some of the same rows may be over silos that differ by a few.
+    """Whether sums over some of the same rows may differ by a few silos, or by how the plan reads the rows.
 
-    Whoever reads both sums can subtract them: what is left is the part of the silos in which they differ, and if that
-    is this silo alone, its own statistics.
+    Whoever reads both sums can subtract them: what is left is the part of the silos in which they differ, or of those
+    whose rows are read in another way, and if that is this silo alone, its own statistics.
     """
     train_hours: Annotated[Hours, BeforeValidator(Hours.parse)] | None = None
     """When this silo trains and measures, for instance 20:00-06:00; None is at any hour."""

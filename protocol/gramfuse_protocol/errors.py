@@ -159,4 +159,4 @@ def disk_is_full(error: BaseException) -> bool:
     """Whether an exception says that the disk has no space left; safetensors raises one of its own, without errno."""
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return "No space left on device" in str(error)
+    return type(error).__name__ == "SafetensorError" and "No space left on device" in str(error)

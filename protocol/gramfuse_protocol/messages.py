@@ -369,9 +369,7 @@ def expect(kind: type[M], request: Message, reply: Message, source: str) -> M:
     if isinstance(reply, Refusal):
         reason = one_line(reply.reason, SAID)
         log = "" if reply.error == FailureError.__name__ else "; the silo's own log has the details"
-        raise RefusalError(
-            f"{source} refused in phase {request.phase!r}: {reason} ({reply.error}){log}", reason=reason
-        )
+        raise RefusalError(f"{source} refused in phase {request.phase!r}: {reason} ({reply.error}){log}", reason=reason)
     if not isinstance(reply, kind):
         raise FederationError(f"{source} answered phase {request.phase!r} with {reply.phase!r}")
     return reply

@@ -389,6 +389,19 @@ class Plan(Section):
         return digest(self.document())
 
     @property
+    def reading(self) -> str:
+        """SHA-256 of what decides which of a silo's rows count and what they become, and not what is done with them."""
+        model = self.model.model_dump(mode="json", by_alias=True, exclude={"base", "revision"})
+        tasks = [task.model_dump(mode="json", by_alias=True) for task in self.task]
+        return digest({"model": model, "task": tasks, "tokens": self.merge.tokens, "batch": self.training.batch_size})
+
+    def terms_of(self, silo: str) -> str:
+        """SHA-256 of what the plan says of one silo alone, and its statistics depend on."""
+        (entry,) = (entry for entry in self.silo if entry.name == silo)
+        head = silo if self.model.head != "same" else ""  # the name is what a head of its own starts from
+        return digest({"task": entry.task or "", "labels": list(entry.labels), "head": head})
+
+    @property
     def names(self) -> tuple[str, ...]:
         """The silos, in roster order."""
         return tuple(silo.name for silo in self.silo)

@@ -8,16 +8,22 @@ better than which no guess can be.
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 from tests.adversarial.conftest import METRICS, Liar
+from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
+from gramfuse_client.data import load
+from gramfuse_client.workbench import Workbench
 from gramfuse_protocol.encoding import decode
 from gramfuse_protocol.held_out import Vector, class_rows, size
 from gramfuse_protocol.noise import DELTA, noisy_words, variances
@@ -162,3 +168,46 @@ def test_what_it_gets_of_two_crafted_models_is_noise_and_the_same_noise_again(li
         again = lied.measure(name, about, lied.zero(), lied.plan.privacy.candidates[0])
         assert not again.arrays
         assert lied.state(name).measurements.of(1) == kept
+
+
+def test_a_model_that_remembers_texts_says_of_one_what_it_would_say_without_the_others(
+    liar: Callable[..., Liar], tmp_path: Path, pico_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """A base whose rotary embedding keeps the longest text so far would have one record move what is said of all."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(pico_tokenizer),
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=2,
+        pad_token_id=pico_tokenizer.pad_token_id,
+        rope_parameters={"rope_type": "dynamic", "factor": 1.0, "rope_theta": 1.0},
+    )
+    model = LlamaForSequenceClassification(config)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for projection, factor in (("q", 60), ("k", 60), ("v", 20), ("o", 20)):
+                getattr(layer.self_attn, f"{projection}_proj").weight *= factor
+    model.save_pretrained(tmp_path / "llama")
+    pico_tokenizer.save_pretrained(tmp_path / "llama")
+    lied = liar(
+        base=tmp_path / "llama",
+        silos=3,
+        change=lambda project: project.replace(project.plan, "*embeddings*", "embeddings"),
+    )
+    task, silo = lied.plan.task_of("silo-a"), lied.silo("silo-a")
+    path = lied.project.train("silo-a").with_name("held-out.jsonl")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    words = rows[0]["text"].split()
+    found = []
+    for first in (words[:2], (words * 14)[:14]):
+        texts = [{**row, "text": " ".join(row["text"].split()[:4])} for row in rows[1:]]
+        path.write_text("".join(json.dumps(row) + "\n" for row in ({**rows[0], "text": " ".join(first)}, *texts)))
+        _, held_out = load(silo, task)
+        found.append(Workbench(silo, lied.plan).evaluate(lied.layout, lied.zero(), lied.state("silo-a"), held_out))
+    outcome, labels = (found[0] - found[1])[:2], (found[0] - found[1])[2:]
+    assert np.linalg.norm(outcome) <= 2**0.5 + 1e-9
+    assert np.linalg.norm(labels) <= 2 + 1e-9

@@ -242,3 +242,29 @@ def test_of_a_layout_that_is_not_the_plans_nothing_is_parsed(liar: MakeLiar, mon
         reply = lied.ask(A, m.JoinRequest(**lied.about(), plan_text=lied.plan.to_toml(), layout=text))
         assert (reply.error, reply.reason) == ("FederationError", "layout digest differs")
     assert not lied.silo(A).state.exists()
+
+
+def test_a_label_that_reads_like_a_full_disk_makes_no_failure_a_crash(liar: MakeLiar) -> None:
+    """It hoped that a label that its plan quotes back would have the silo answer again and again."""
+    full = "No space left on device"
+
+    def strange(project: Any) -> None:
+        project.replace(project.plan, "labels = [", f'labels = ["{full}", ')
+        project.replace(project.train(A), '"label": "', '"label": "un')
+
+    lied = liar(silos=3, change=strange)
+    lied.join(A, lied.about())
+    assert_failed(lied.train(A, lied.about()))
+    assert full in caught(lied, A)
+    assert [attempt.outcome for attempt in lied.state(A).attempts.read()] == ["failed"]
+    assert_failed(lied.ask(A, m.KeysRequest(**lied.about(), cohort=lied.names)))
+
+
+def caught(lied: Liar, name: str) -> str:
+    """What the silo's own data say is wrong."""
+    from gramfuse_client.data import load
+    from gramfuse_protocol.errors import DataError
+
+    with pytest.raises(DataError) as error:
+        load(lied.silo(name), lied.plan.task_of(name))
+    return str(error.value)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 from tests.adversarial.conftest import METRICS, STATISTICS, Liar
 
+from gramfuse_cli.project import Project
 from gramfuse_client.releases import Releases
+from gramfuse_client.silo import write_identity
 from gramfuse_protocol import messages as m
+from gramfuse_protocol.keys import Identity
 
 MakeLiar = Callable[..., Liar]
 
@@ -133,3 +138,92 @@ def test_a_lost_salt_is_no_way_round(liar: MakeLiar) -> None:
     about = second.about()
     second.honest(("join",), about)
     assert second.train("silo-a", about).error == "FailureError"
+
+
+def locked_again(first: Liar, edit: Callable[[str], str], *settings: str) -> Liar:
+    """The same silos under a second version of the plan file, which is locked anew."""
+    path = first.project.plan
+    path.write_text(edit(path.read_text()))
+    always = ("training.epochs=1", "merge.maximum-change=1e60", "plan.version=2")
+    plan, layout = Project.read(first.project.directory, (*always, *settings)).locked()
+    return Liar(first.project, first.place, plan, layout, **first.limits)
+
+
+@pytest.mark.parametrize("renewed", [("silo-b",), ("silo-a", "silo-b", "silo-c", "silo-d")])
+def test_new_keys_make_no_other_silos(liar: MakeLiar, renewed: tuple[str, ...]) -> None:
+    """Each new key looks like one silo less and one more, so that the drop-out of silo-d drowns in the difference."""
+    first = liar(silos=4)
+    assert survive(first, first.names) == set()
+    plan, keys = later(first, 2).plan, {}
+    for name in renewed:
+        identity = Identity(hashlib.sha256(f"new {name}".encode()).digest())
+        first.project.identity(name).unlink()
+        write_identity(first.project.identity(name), identity)
+        keys[name] = identity.public.hex()
+    silos = tuple(
+        silo.model_copy(update={"public_key": keys[silo.name]}) if silo.name in keys else silo for silo in plan.silo
+    )
+    second = first.under(plan.model_copy(update={"silo": silos}))
+    assert survive(second, second.names[:3], second.names) == {"FailureError"}
+
+
+def test_a_pair_of_texts_is_known_by_either(liar: MakeLiar) -> None:
+    """Plan 1 reads one text of each row, plan 2 two of them, as if they were other rows; silo-d drops out."""
+
+    def second_texts(project: Any) -> None:
+        for name in project.names:
+            for path in (project.train(name), project.train(name).with_name("held-out.jsonl")):
+                rows = [json.loads(line) for line in path.read_text().splitlines()]
+                path.write_text("".join(json.dumps({**row, "second": "my hen"}) + "\n" for row in rows))
+            project.replace(project.silo(name), "[limits]", 'text-pair = "second"\n\n[limits]')
+
+    first = liar(silos=4, change=second_texts)
+    assert survive(first, first.names) == set()
+    plan = later(first, 2).plan
+    second = first.under(plan.model_copy(update={"model": plan.model.model_copy(update={"pair": True})}))
+    assert survive(second, second.names[:3], second.names) == {"FailureError"}
+
+
+def test_another_name_for_one_silo_is_another_start_of_its_head(liar: MakeLiar) -> None:
+    """The others send what they sent before, to the last bit; the difference of the sums is silo-d's training."""
+    first = liar("model.head=different", silos=4)
+    assert survive(first, first.names) == set()
+    second = locked_again(first, lambda text: text.replace('"silo-d"', '"silo-x"'), "model.head=different")
+    second.sources = {"silo-x": "silo-d"}
+    assert survive(second, second.names) == {"FailureError"}
+
+
+def test_labels_of_one_silo_are_a_difference(liar: MakeLiar) -> None:
+    """Plan 2 says of silo-d alone that it annotates fewer labels."""
+
+    def without_kitchens(project: Any) -> None:
+        project.replace(project.plan, "[privacy]\n", "[privacy]\nminimum-survivors = 4\n")
+        for path in (project.train("silo-d"), project.train("silo-d").with_name("held-out.jsonl")):
+            path.write_text(path.read_text().replace('"label": "kitchen"', '"label": "animals"'))
+
+    first = liar(silos=4, change=without_kitchens)
+    assert survive(first, first.names) == set()
+    fewer = 'name = "silo-d"\nlabels = ["animals", "weather"]\n'
+    second = locked_again(first, lambda text: text.replace('name = "silo-d"\n', fewer))
+    assert survive(second, second.names) == {"FailureError"}
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [("max-length = 16", "max-length = 6"), ("[merge]", "[merge]\ntokens = 24"), ("batch-size = 8", "batch-size = 24")],
+)
+def test_a_setting_that_only_one_silos_rows_feel_is_no_second_sum(liar: MakeLiar, before: str, after: str) -> None:
+    """With the body frozen, silos whose rows a cap does not reach send the same again; the rest is one silo's."""
+    first = liar(silos=4)
+    assert survive(first, first.names) == set()
+    second = locked_again(first, lambda text: text.replace(before, after, 1))
+    assert second.plan.digest != later(first, 2).plan.digest
+    assert survive(second, second.names) == {"FailureError"}
+
+
+def test_other_training_of_the_same_rows_may_be_summed(liar: MakeLiar) -> None:
+    """What changes every silo's numbers is nobody's part alone."""
+    first = liar(silos=4)
+    assert survive(first, first.names) == set()
+    second = locked_again(first, lambda text: text.replace("learning-rate = 2e-3", "learning-rate = 1e-3"))
+    assert survive(second, second.names) == set()
