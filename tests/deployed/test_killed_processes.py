@@ -77,6 +77,7 @@ def kill(command: str, argument: str, home: Path) -> None:
     raise AssertionError(f"no {command}")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_killed_silo_is_left_out_and_a_killed_coordinator_goes_on(
     tmp_path: Path, pico_project: Callable[..., Any]
