@@ -162,10 +162,9 @@ def _outcome(scratch: Path, log: Path, code: int) -> dict[str, Any]:
     kind: type[GramfuseError] = error_types().get(outcome["error"], FederationError)
     if kind in (FederationError, RefusalError):  # others say all that there is to say
         lines = uncoloured(log.read_text(encoding="utf-8", errors="replace")).split("\n")
-        tail = lines[-LOG_LINES:]
         if own := list(dict.fromkeys(found[0] for line in lines if (found := OF_A_SILO.search(line)))):
             say("The silos' own logs say:", *(f"  {line}" for line in own), "", err=True)
-        say("The last lines of Flower's log:", *(f"  {line}" for line in tail), "", err=True)
+        say("The last lines of Flower's log:", *(f"  {line}" for line in lines[-LOG_LINES:]), "", err=True)
     error = kind(outcome["message"])
     error.report = Path(outcome["left"]) if outcome.get("left") else None
     raise error

@@ -7,14 +7,15 @@ other things of all that come after it. Modules keep such things in buffers and 
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 _OF_EVERY_MODULE = vars(nn.Module()).keys() | {"config", "generation_config"}
-_PLAIN = (int, float, bool, str, tuple, type(None), torch.Size, torch.dtype, torch.device)
 _MUTABLE = (list, dict, set)
+_KINDS = (int, float, bool, str, tuple, type(None), torch.dtype, torch.device, torch.Tensor, *_MUTABLE)
 
 
 class Afresh:
@@ -30,9 +31,7 @@ class Afresh:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._kept = [
-            (module, _copied(dict(module._buffers)), _copied(_attributes(module))) for module in model.modules()
-        ]
+        self._kept = [(module, _copied(module._buffers), _copied(_attributes(module))) for module in model.modules()]
 
     def restore(self) -> None:
         """Put back buffers and plain attributes of all modules; what was added since is taken away."""
@@ -45,13 +44,11 @@ class Afresh:
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
-    kinds = (*_PLAIN, *_MUTABLE, torch.Tensor)
-    return {
-        name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE and isinstance(value, kinds)
-    }
+    own = ((name, value) for name, value in vars(module).items() if name not in _OF_EVERY_MODULE)
+    return {name: value for name, value in own if isinstance(value, _KINDS)}
 
 
-def _copied(values: dict[str, Any]) -> dict[str, Any]:
+def _copied(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: _copy(value) for name, value in values.items()}
 
 

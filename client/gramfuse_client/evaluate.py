@@ -164,7 +164,7 @@ def evaluate_for_sum(model: Any, encoded: Encoded, device: torch.device, task: T
 
 
 def _each_afresh(model: Any, given: Iterable[Mapping[str, torch.Tensor]]) -> Iterator[Mapping[str, torch.Tensor]]:
-    before = Afresh(model.eval())
+    before = Afresh(model)
     for batch in given:
         before.restore()
         yield batch

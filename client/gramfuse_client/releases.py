@@ -86,22 +86,15 @@ class Cohort(BaseModel):
 
     def differing(self, other: Cohort) -> int:
         """Return by how many silos two sums of this silo's differ."""
-        count, left, strange = int(self.own.terms != other.own.terms), list(other.others), []
-        by_key = {silo.key: silo for silo in left}
-        for silo in self.others:
-            if (same := by_key.get(silo.key)) is None:
-                strange.append(silo)
-            else:
-                left.remove(same)
-                count += silo.terms != same.terms
-        by_name = {silo.name: silo for silo in left}
-        for silo in strange:
-            if (same := by_name.get(silo.name)) is None:
-                count += 1
-            else:
-                left.remove(same)
-                count += silo.terms != same.terms
-        return count + len(left)
+        count, ours, theirs = int(self.own.terms != other.own.terms), list(self.others), list(other.others)
+        for mark in ("key", "name"):
+            there = {getattr(silo, mark): silo for silo in theirs}
+            for silo in tuple(ours):
+                if same := there.get(getattr(silo, mark)):
+                    ours.remove(silo)
+                    theirs.remove(same)
+                    count += silo.terms != same.terms
+        return count + len(ours) + len(theirs)
 
 
 class Release(BaseModel):

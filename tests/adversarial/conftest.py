@@ -30,6 +30,8 @@ STATISTICS = ("keys", "shares", "masked", "survivors", "unmask")
 METRICS = ("masked-metrics", "survivors-metrics", "unmask-metrics")
 NONCE = "01" * 16
 """Of the session of the first round."""
+SPYING = ("training.epochs=1", "merge.maximum-change=1e60")
+"""A plan made to spy lets models change as they like."""
 
 
 class Liar:
@@ -159,10 +161,7 @@ def liar(pico_project: Callable[..., Any], tmp_path: Path) -> Callable[..., Liar
         more = {} if base is None else {"base": base}
         project = pico_project(silos=silos, examples=examples, secure=True, name=name, **more)
         change(project)
-        # A plan made to spy lets models change as they like.
-        plan, layout = Project.read(
-            project.directory, ("training.epochs=1", "merge.maximum-change=1e60", *settings)
-        ).locked()
+        plan, layout = Project.read(project.directory, (*SPYING, *settings)).locked()
         return Liar(project, tmp_path / f"{name}-state", plan, layout, **limits)
 
     return make

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
-from tests.adversarial.conftest import METRICS, STATISTICS, Liar
+from tests.adversarial.conftest import METRICS, SPYING, STATISTICS, Liar
 
 from gramfuse_cli.project import Project
 from gramfuse_client.releases import Releases
@@ -144,8 +144,7 @@ def locked_again(first: Liar, edit: Callable[[str], str], *settings: str) -> Lia
     """The same silos under a second version of the plan file, which is locked anew."""
     path = first.project.plan
     path.write_text(edit(path.read_text()))
-    always = ("training.epochs=1", "merge.maximum-change=1e60", "plan.version=2")
-    plan, layout = Project.read(first.project.directory, (*always, *settings)).locked()
+    plan, layout = Project.read(first.project.directory, (*SPYING, "plan.version=2", *settings)).locked()
     return Liar(first.project, first.place, plan, layout, **first.limits)
 
 
