@@ -1,15 +1,13 @@
 """`gramfuse silo start`: a silo's node, which connects to the coordinator and answers what it asks.
 
-Flower's SuperNode carries messages. For each it has a SuperExec start a command named flwr-clientapp from PATH; first
-on that PATH is one that is ours, so that nothing but the installed gramfuse ever runs (`gramfuse_client.worker`).
+Flower's SuperNode carries messages. For each it has a SuperExec start a worker; the SuperExec is ours, so that nothing
+but the installed gramfuse ever runs (`gramfuse_client.runner`, `gramfuse_client.worker`).
 """
 
 from __future__ import annotations
 
-import os
 import re
 import secrets
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -27,7 +25,7 @@ from gramfuse_cli.processes import BIN, GIVE_BACK
 from gramfuse_cli.supervisor import POLL_SECONDS, Service, Supervisor, say, supervised
 from gramfuse_cli.terminal import show_json
 from gramfuse_client.connection import obstacle
-from gramfuse_client.private import open_private, write_private
+from gramfuse_client.private import write_private
 from gramfuse_protocol.errors import PlanError
 
 if TYPE_CHECKING:
@@ -51,9 +49,6 @@ _DROPPED = ("Failed to receive", "Ignoring message")
 """What a SuperNode logs of a request that it will not answer."""
 
 NODE, RUNNER = "SuperNode", "SuperExec"
-WORKER = "flwr-clientapp"
-OTHERS = ("flwr-agentapp", "flwr-connector", "flwr-model", "flwr-serverapp", "flwr-simulation")
-"""What else a SuperExec starts if a coordinator asks for it; of these, some run code that a bundle brings."""
 
 
 @click.command()
@@ -115,10 +110,9 @@ def check_keys(silo: Silo, *, insecure: bool) -> None:
 
 def services(silo: Silo, directory: Path, address: str, ca: Path | None, watch: Watch) -> Iterator[Service]:
     """Write what a node needs into its directory, and yield its processes in the order of their start."""
-    secret, home, bin_ = directory / "secret", directory / "flwr", directory / "bin"
+    secret, home = directory / "secret", directory / "flwr"
     write_private(secret, secrets.token_hex(32).encode("ascii"))
     home.mkdir(mode=0o700, exist_ok=True)
-    write_commands(bin_)
     port = free_port()
     environment = {**GIVE_BACK, "FLWR_HOME": str(home)}
 
@@ -131,23 +125,10 @@ def services(silo: Silo, directory: Path, address: str, ca: Path | None, watch: 
         node += ["--root-certificates", str(ca), "--auth-supernode-private-key", str(silo.node_key_path)]
     yield Service(NODE, node, watch.node_log.path, environment, advice=watch.advice)
 
-    runner = [str(BIN / "flower-superexec"), "--runtime-api-address", f"127.0.0.1:{port}", "--insecure"]
-    runner += ["--superexec-auth-secret-file", str(secret)]
-    path = f"{bin_}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
-    yield Service(RUNNER, runner, watch.worker_log.path, {**environment, "PATH": path})
-
-
-def write_commands(directory: Path) -> None:
-    """Write the commands that a SuperExec finds first on its PATH: our worker, and a refusal under each other name."""
-    directory.mkdir(mode=0o700, exist_ok=True)
-    worker = "import sys; from gramfuse_client.worker import main; sys.exit(main())"
-    # -P: nothing is imported from the directory that the worker happens to run in.
-    texts = {WORKER: f'exec {shlex.quote(sys.executable)} -P -c {shlex.quote(worker)} "$@"'}
-    texts |= {name: f"echo 'a silo runs no {name}: refused' >&2; exit 1" for name in OTHERS}
-    for name, text in texts.items():
-        with os.fdopen(open_private(directory / name), "w", encoding="utf-8") as file:
-            file.write(f"#!/bin/sh\n{text}\n")
-            os.fchmod(file.fileno(), 0o700)
+    # -P: nothing is imported from the directory that it happens to run in.
+    runner = [sys.executable, "-P", "-c", "from gramfuse_client.runner import main; main()"]
+    runner += ["--runtime-api-address", f"127.0.0.1:{port}", "--insecure", "--superexec-auth-secret-file", str(secret)]
+    yield Service(RUNNER, runner, watch.worker_log.path, environment)
 
 
 def node_config(path: Path) -> str:

@@ -138,11 +138,11 @@ class Supervisor:
                 self._start_again(running, now)
 
     def works(self, name: str) -> bool:
-        """Return whether a service has started a process that still runs."""
+        """Return whether a worker of a service runs: what a process that the service started has forked."""
         with suppress(psutil.Error):
+            started = psutil.Process(self._named(name).process.pid).children()
             return any(
-                child.status() != psutil.STATUS_ZOMBIE
-                for child in psutil.Process(self._named(name).process.pid).children()
+                worker.status() != psutil.STATUS_ZOMBIE for process in started for worker in process.children()
             )
         return False
 

@@ -1,9 +1,9 @@
 """A silo's `flwr-clientapp`: Flower's own worker, but it runs the installed gramfuse and nothing that a run brings.
 
-Flower's SuperExec starts this for each message. The stock worker unpacks the run's app bundle, puts it in front of
-what is installed, and runs it. This one hands the bundle's bytes to `SiloApp`, which checks them, and loads nothing.
-All private names of Flower that this takes are here; `check_flower` finds out at start-up whether they still are what
-they were.
+A silo's SuperExec (`gramfuse_client.runner`) starts this for each message. The stock worker unpacks the run's app
+bundle, puts it in front of what is installed, and runs it. This one hands the bundle's bytes to `SiloApp`, which checks
+them, and loads nothing. All private functions of Flower that are replaced, here and in the runner, are listed here;
+`check_flower` finds out at start-up whether they still are what they were.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from gramfuse_protocol.errors import FederationError
 # Flower's packages re-export functions under their modules' names, so the modules are named in full.
 command = importlib.import_module("flwr.supernode.cli.flwr_clientapp")
 runtime = importlib.import_module("flwr.supernode.runtime.run_clientapp")
+superexec: Any = importlib.import_module("flwr.supercore.superexec.run_superexec")
 
 VERSION = "1.41."
 
@@ -32,14 +33,18 @@ REPLACED = {
 }
 """Functions that Flower's worker calls, and the parameters that they had in VERSION."""
 
+REPLACED_IN_RUNNER = {"get_executor": ["executor_type", "executor_config", "insecure", "root_certificates_path"]}
+"""The same of Flower's SuperExec."""
+
 
 def check_flower() -> None:
     """Raise FederationError if the installed Flower is not one that this worker knows how to hold."""
     version = importlib.metadata.version("flwr")
     changed = [
         name
-        for name, parameters in REPLACED.items()
-        if list(inspect.signature(getattr(runtime, name, lambda: None)).parameters) != parameters
+        for module, functions in ((runtime, REPLACED), (superexec, REPLACED_IN_RUNNER))
+        for name, parameters in functions.items()
+        if list(inspect.signature(getattr(module, name, lambda: None)).parameters) != parameters
     ]
     if not version.startswith(VERSION) or changed:
         raise FederationError(

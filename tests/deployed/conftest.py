@@ -94,12 +94,12 @@ class Started:
 
     def one(self, command: str) -> psutil.Process:
         """The process of one of its commands."""
-        (process,) = [p for p in self.processes() if command in " ".join(p.cmdline()[:2])]
+        (process,) = [p for p in self.processes() if command in " ".join(p.cmdline()[:4])]
         return process
 
     def worker(self) -> psutil.Process:
         """The process of a silo that answers a message now."""
-        (process,) = [p for p in self.processes() if "gramfuse_client.worker" in " ".join(p.cmdline())]
+        (process,) = [w for p in self.one("gramfuse_client.runner").children() for w in p.children()]
         return process
 
     def stop(self, how: signal.Signals = signal.SIGTERM) -> int:

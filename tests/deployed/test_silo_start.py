@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import signal
 import subprocess
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
-from flwr.supercore.constant import TASK_TYPE_TO_COMMAND
+from flwr.supercore.constant import TaskType
+from flwr.supercore.superexec.executor.types import ExecutionSpec, LaunchResultStatus
 
 from gramfuse_cli import endpoint
 from gramfuse_cli.growing import Growing
-from gramfuse_cli.node import OTHERS, WORKER, node_config, write_commands
+from gramfuse_cli.node import node_config
+from gramfuse_client.runner import ForkingExecutor
 from gramfuse_client.silo import Silo
 from gramfuse_protocol.errors import PlanError
 
@@ -36,9 +41,10 @@ def test_it_connects_and_stops_without_a_trace(deploy: Run, pico_project: Run, f
         assert (directory / name).stat().st_mode & 0o777 == 0o600, name
     secret = (directory / "secret").read_text()
     commands = [process.cmdline() for process in silo.processes()]
-    assert len(commands) == 2
     assert not [part for command in commands for part in command if "installation" in part or secret in part]
-    assert all("127.0.0.1" in command or "--runtime-api-address" in command for command in commands)
+    flowers = [command for command in commands if not any("multiprocessing" in part for part in command)]
+    assert len(flowers) == 2
+    assert all("127.0.0.1" in command or "--runtime-api-address" in command for command in flowers)
 
     # A SuperNode that ends is started again, with the same key.
     silo.one("flower-supernode").terminate()
@@ -139,9 +145,7 @@ def test_without_tls_it_goes_to_this_machine_only(deploy: Run, pico_project: Run
         deployment.project.replace(file, address, local)
     deployment.start_server()
     silo = deployment.start_silo("silo-a")
-    # What answers is the pinned worker all the same.
-    assert (silo.directory / "bin" / WORKER).read_text().count("gramfuse_client.worker") == 1
-    assert silo.one("flower-superexec").environ()["PATH"].split(":")[0] == str(silo.directory / "bin")
+    assert silo.one("gramfuse_client.runner").is_running()  # what answers is the pinned worker all the same
 
 
 def test_an_address_can_be_of_the_sixth_version() -> None:
@@ -150,18 +154,34 @@ def test_an_address_can_be_of_the_sixth_version() -> None:
     assert [h for h in ("0.0.0.0", "::", "10.0.0.1", "local", "127.0.0.1.org", "") if endpoint.is_loopback(h)] == []
 
 
-def test_all_that_flower_could_start_at_a_silo_is_ours(tmp_path: Path) -> None:
-    assert {WORKER, *OTHERS} == set(TASK_TYPE_TO_COMMAND.values())
-    directory = tmp_path / "a 'quoted' place"
-    write_commands(directory)
-    for name in OTHERS:
-        done = subprocess.run(
-            [name], env={"PATH": str(directory)}, capture_output=True, text=True, executable=str(directory / name)
-        )
-        assert (done.returncode, done.stdout) == (1, "")
-        assert done.stderr == f"a silo runs no {name}: refused\n"
-    done = subprocess.run([str(directory / WORKER), "--help"], capture_output=True, text=True)
-    assert "--runtime-api-address" in done.stdout, done.stderr
+def test_all_that_flower_could_start_at_a_silo_is_ours() -> None:
+    asked = []
+
+    class SuperNode(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            asked.append((self.path, dict(self.headers)))
+            self.send_error(401)
+
+        def log_message(self, *_: object) -> None:
+            """Say nothing."""
+
+    def spec(task: TaskType) -> ExecutionSpec:
+        address = f"127.0.0.1:{node.server_port}"
+        return ExecutionSpec(task, address, "the-token", True, None, True, psutil.Process().pid, False, 1)
+
+    executor = ForkingExecutor()
+    with HTTPServer(("127.0.0.1", 0), SuperNode) as node:
+        for task in set(TaskType) - {TaskType.CLIENT_APP}:
+            assert executor.launch(spec(task)).status is LaunchResultStatus.FAILED
+        assert multiprocessing.active_children() == []
+
+        assert executor.launch(spec(TaskType.CLIENT_APP)).status is LaunchResultStatus.ACCEPTED
+        (worker,) = multiprocessing.active_children()
+        assert "the-token" not in " ".join(psutil.Process(worker.pid).cmdline())
+        while not any("the-token" in str(headers) for _, headers in asked):
+            node.handle_request()  # ... and it is Flower's worker, with the task's token
+        worker.kill()
+        worker.join()
 
 
 @pytest.mark.parametrize(

@@ -16,12 +16,13 @@ def test_the_installed_flower_is_one_that_it_can_hold() -> None:
     worker.check_flower()
 
 
-@pytest.mark.parametrize("name", worker.REPLACED)
+@pytest.mark.parametrize("name", [*worker.REPLACED, *worker.REPLACED_IN_RUNNER])
 def test_a_flower_that_changed_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker.runtime, name, lambda something_else: None)
+    module = worker.runtime if name in worker.REPLACED else worker.superexec
+    monkeypatch.setattr(module, name, lambda something_else: None)
     with pytest.raises(FederationError, match=name):
         worker.check_flower()
-    monkeypatch.delattr(worker.runtime, name)
+    monkeypatch.delattr(module, name)
     with pytest.raises(FederationError, match=name):
         worker.check_flower()
 
