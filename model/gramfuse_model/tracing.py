@@ -16,9 +16,10 @@ from gramfuse_model.base import Base
 from gramfuse_model.context_free import context_free
 from gramfuse_model.heads import answers, last_layer
 from gramfuse_model.linear import linear_modules
-from gramfuse_model.observation import Hook, has_rows_of, observing
+from gramfuse_model.observation import Hook, observing
+from gramfuse_model.rows import find_rows
 from gramfuse_protocol.errors import ModelError
-from gramfuse_protocol.layout import EXPONENT, Group, Layout, Linear, Part, Rows, Tensor
+from gramfuse_protocol.layout import EXPONENT, Group, Layout, Linear, Part, Tensor
 from gramfuse_protocol.plan import Merge, Plan
 from gramfuse_protocol.structure import parse_structure
 
@@ -41,10 +42,10 @@ PUBLIC_TEXT = (
     "Turn left at the bakery, cross the bridge, and you will see it on your right.",
     "Hamlet was written around 1600; its author, William Shakespeare, died in 1616.",
 )
-"""What activations are measured on to find the scale of each feature; it is nobody's data.
+"""What activations are measured on to find the scale of each feature; it is nobody's data."""
 
-Their number is a prime, so that no dimension of a model is mistaken for that of the batch.
-"""
+IGNORED = -100
+"""The label of padding, as transformers' losses have it."""
 
 USUAL_IMAGE = 224
 """Height and width of an image, where a model takes any."""
@@ -88,13 +89,12 @@ def public_batch(base: Base) -> dict[str, torch.Tensor]:
     model, texts = base.model, list(PUBLIC_TEXT)
     if model.main_input_name == "pixel_values":
         return {"pixel_values": _public_images(model)}
-    batch = dict(base.tokenizer(texts, padding=True, return_tensors="pt"))
+    batch = dict(base.tokenizer(texts, padding=True, return_attention_mask=True, return_tensors="pt"))
     if answers(model):
-        length = batch["input_ids"].shape[1] - 1  # another than that of the inputs, to tell their rows apart
-        target = base.tokenizer(
-            text_target=texts, padding=True, truncation=True, max_length=length, return_tensors="pt"
-        )
-        batch["labels"] = target["input_ids"]
+        targets = texts[1:] + texts[:1]  # of other lengths than the inputs, to tell their rows apart
+        ids = base.tokenizer(text_target=targets)["input_ids"]
+        batch["labels"] = nn.utils.rnn.pad_sequence([*map(torch.tensor, ids)], batch_first=True, padding_value=IGNORED)
+        batch["decoder_attention_mask"] = (batch["labels"] != IGNORED).long()
     return batch
 
 
@@ -137,11 +137,12 @@ def derive_layout(
     Linear modules belong to one group if every one of their calls received the identical tensor, and if they
     have the same Gram structure. Modules that the model does not call keep the mean. A module that is called several
     times with different inputs, as ALBERT's layers are, has one Gram matrix over all of them. Modules that see tokens
-    without context (`gramfuse_model.context_free`) are averaged, unless `merge.context_free` says otherwise.
+    without context (`gramfuse_model.context_free`) are averaged, unless `merge.context_free` says otherwise, and so are
+    those of whose input it cannot be told which rows are tokens (`gramfuse_model.rows`).
 
     Args:
-        batch: keyword arguments of the model's forward: texts of different words, or images. For a model with encoder
-            and decoder, inputs and targets must differ in length.
+        batch: keyword arguments of the model's forward: texts of different words and lengths, padded, or images. For a
+            model with encoder and decoder, targets (`labels`, −100 where padded) must have other lengths than inputs.
         merge: structures and exclusions; by default full Gram matrices for everything.
         scaled: whether the layout says how large each feature is on this batch, which a secure sum needs; the batch
             must then be public.
@@ -151,7 +152,8 @@ def derive_layout(
 
     Raises:
         ModelError: if a pattern fits nothing or asks for what `merge.context_free` does not give, if nothing is left to
-            merge, if inputs and targets have one length, or if the texts have but one token.
+            merge, if the model's outputs for an example depend on padding or on the rest of its batch, or if the
+            batch does not show what must be seen: lengths that differ, and more than one token.
     """
     merge = merge or Merge()
     parameters = {name: p for name, p in model.named_parameters() if shared is None or name in shared}
@@ -162,16 +164,18 @@ def derive_layout(
         for pattern in patterns:
             if not any(fnmatchcase(linear.weight, pattern) for linear in linears):
                 raise ModelError(f"merge.{key}: pattern {pattern!r} fits no linear weight of the base model")
-    shapes = _shapes(model, batch)
     trained = {linear.weight: linear for linear in linears if linear.module.weight.requires_grad}
-    single = context_free(model, batch, {weight: linear.module for weight, linear in trained.items()})
+    modules = {weight: linear.module for weight, linear in trained.items()}
+    rows = find_rows(model, batch, modules)
+    single = context_free(model, batch, modules)
     structures = {
         weight: _structure(merge, weight, context_free=weight in single)
         for weight in trained
         if not any(fnmatchcase(weight, pattern) for pattern in merge.exclude)
     }
-    candidates = {weight: trained[weight] for weight, structure in structures.items() if structure is not None}
-    calls = _calls(model, batch, shapes, {weight: linear.module for weight, linear in candidates.items()})
+    wanted = {weight: trained[weight] for weight, structure in structures.items() if structure is not None}
+    candidates = {weight: linear for weight, linear in wanted.items() if rows.get(weight) is not None}
+    calls = _calls(model, batch, {weight: linear.module for weight, linear in candidates.items()})
     members: dict[tuple[Any, ...], list[str]] = {}
     for weight, found in calls.items():  # in the order in which the model first calls them
         members.setdefault((found.keys, structures[weight], weight in parted), []).append(weight)
@@ -188,7 +192,7 @@ def derive_layout(
                 )
                 for weight in weights
             ),
-            rows=calls[weights[0]].rows,
+            rows=rows[weights[0]] or (),
             part=part,
             exponents=_exponents(calls[weights[0]].power) if scaled else (),
         )
@@ -204,6 +208,7 @@ def derive_layout(
                 merge="regmean" if name in calls else "mean",
                 parted=name in parted,
                 context_free=name in single,
+                unmatched=name in wanted and name in rows and name not in candidates,
             )
             for name, p in parameters.items()
             if p.requires_grad
@@ -215,22 +220,16 @@ def derive_layout(
 
 @dataclass
 class _Calls:
-    """How one module is called: identities of the tensors that it receives, which of their rows count, and their power.
+    """How one module is called: identities of the tensors that it receives, and their power.
 
     The power is the largest mean square of each feature over all rows of a call, padding included: float64 (d_in,).
     """
 
     keys: tuple[Any, ...]
-    rows: tuple[Rows, ...]
     power: torch.Tensor
 
 
-def _calls(
-    model: nn.Module,
-    batch: Mapping[str, Any],
-    shapes: Mapping[Rows, torch.Size],
-    modules: Mapping[str, nn.Module],
-) -> dict[str, _Calls]:
+def _calls(model: nn.Module, batch: Mapping[str, Any], modules: Mapping[str, nn.Module]) -> dict[str, _Calls]:
     """Run a model once and return how each of these modules is called, those that are not called left out."""
     calls: dict[str, _Calls] = {}
     alive: list[torch.Tensor] = []  # an identity is only good while the tensor lives
@@ -239,14 +238,13 @@ def _calls(
         def hook(_: nn.Module, x: torch.Tensor) -> None:
             alive.append(x)
             key = (x.data_ptr(), x.storage_offset(), tuple(x.shape), x.stride(), x._version)
-            kind: Rows = next((kind for kind, shape in shapes.items() if has_rows_of(x, shape)), "all")
             features = x.reshape(-1, x.shape[-1]).double()
             power = (features * features).mean(dim=0).cpu()
             before = calls.get(weight)
             if before is None:
-                calls[weight] = _Calls((key,), (kind,), power)
+                calls[weight] = _Calls((key,), power)
             else:
-                calls[weight] = _Calls((*before.keys, key), (*before.rows, kind), torch.maximum(before.power, power))
+                calls[weight] = _Calls((*before.keys, key), torch.maximum(before.power, power))
 
         return hook
 
@@ -254,26 +252,6 @@ def _calls(
     with observing(model, [(module, record(weight)) for weight, module in modules.items()]):
         model(**{key: value.to(device) for key, value in batch.items()})
     return calls
-
-
-def _shapes(model: nn.Module, batch: Mapping[str, Any]) -> dict[Rows, torch.Size]:
-    """Return (examples, length) of a batch's input tokens and of its target tokens, as far as it has them."""
-    shapes: dict[Rows, torch.Size] = {}
-    if "input_ids" in batch:
-        shapes["input"] = batch["input_ids"].shape
-    if answers(model):
-        target = batch.get("decoder_input_ids", batch.get("labels"))
-        if target is None:
-            raise ModelError(
-                "the batch that a layout is made on has no targets ('labels'); the model's decoder needs them"
-            )
-        shapes["target"] = target.shape
-        if shapes["target"] == shapes.get("input"):
-            raise ModelError(
-                "inputs and targets of the batch that a layout is made on have one length, so that their rows cannot "
-                "be told apart; make the targets shorter"
-            )
-    return shapes
 
 
 def _exponents(power: torch.Tensor) -> tuple[int, ...]:
