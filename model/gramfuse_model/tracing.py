@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -47,6 +47,9 @@ PUBLIC_TEXT = (
 IGNORED = -100
 """The label of padding, as transformers' losses have it."""
 
+LONGEST = 1024
+"""Most tokens of the text that a base model is tried on, however long examples may be."""
+
 USUAL_IMAGE = 224
 """Height and width of an image, where a model takes any."""
 
@@ -65,6 +68,7 @@ def plan_layout(plan: Plan, base: Base, given: Layout | None = None) -> Layout:
         ModelError: if the plan is locked to another layout.
     """
     parts = _parts(plan)
+    _check_long_texts(plan, base)
     layout = derive_layout(
         base.model,
         public_batch(base),
@@ -91,11 +95,36 @@ def public_batch(base: Base) -> dict[str, torch.Tensor]:
         return {"pixel_values": _public_images(model)}
     batch = dict(base.tokenizer(texts, padding=True, return_attention_mask=True, return_tensors="pt"))
     if answers(model):
-        targets = texts[1:] + texts[:1]  # of other lengths than the inputs, to tell their rows apart
-        ids = base.tokenizer(text_target=targets)["input_ids"]
-        batch["labels"] = nn.utils.rnn.pad_sequence([*map(torch.tensor, ids)], batch_first=True, padding_value=IGNORED)
-        batch["decoder_attention_mask"] = (batch["labels"] != IGNORED).long()
+        batch |= _targets(base, texts[1:] + texts[:1])  # of other lengths than the inputs, to tell their rows apart
     return batch
+
+
+def _check_long_texts(plan: Plan, base: Base) -> None:
+    """Raise ModelError unless a text as long as examples may be is the same to the base model alone and beside others.
+
+    BigBird, for one, computes something else from a certain length on, and never again once it saw a shorter text.
+    """
+    model, length = base.model, min(LONGEST, max(task.max_length for task in plan.tasks.values()))
+    if model.main_input_name == "pixel_values":
+        return
+    texts = [" ".join(PUBLIC_TEXT * (1 + length // 100)), PUBLIC_TEXT[0]]
+    settings = {"truncation": True, "max_length": length, "return_attention_mask": True, "return_tensors": "pt"}
+    batch = dict(base.tokenizer(texts, padding=True, **settings))
+    if answers(model):
+        batch |= _targets(base, PUBLIC_TEXT[1:3])
+    try:
+        find_rows(model, batch, {})
+    except (IndexError, RuntimeError) as error:  # it differs with the table of positions
+        raise ModelError(
+            f"the base model cannot take a text of {batch['input_ids'].shape[1]} tokens, as model.max-length allows: "
+            f"{error}; make model.max-length smaller"
+        ) from error
+
+
+def _targets(base: Base, texts: Sequence[str]) -> dict[str, torch.Tensor]:
+    ids = [torch.tensor(row) for row in base.tokenizer(text_target=list(texts))["input_ids"]]
+    labels = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=IGNORED)
+    return {"labels": labels, "decoder_attention_mask": (labels != IGNORED).long()}
 
 
 def _public_images(model: PreTrainedModel) -> torch.Tensor:

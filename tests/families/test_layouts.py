@@ -36,6 +36,7 @@ def base_of(directory: Path, task: str, freeze: str = "", context_free: str = "f
         [model]
         base = "{directory}"
         {task}
+        max-length = 16
         [training]
         {freeze}
         [merge]

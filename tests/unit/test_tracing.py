@@ -30,6 +30,7 @@ def a_plan(base: Path, merge: str = "", freeze: str = "'*embeddings*'") -> Plan:
         [model]
         base = "{base}"
         task = "classification"
+        max-length = 16
         labels = ["a", "b", "c"]
         [training]
         freeze = [{freeze}]
