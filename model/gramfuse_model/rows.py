@@ -12,7 +12,7 @@ computes, and nothing that is measured in batches would be right.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -37,9 +37,6 @@ WIDTH = 8
 
 OUTPUTS = ""
 """Stands for what the model puts out among the names of modules."""
-
-Calls = Mapping[str, Sequence[torch.Tensor]]
-"""By a module's name, projections of what it received in each call: (…, WIDTH)."""
 
 
 class _Reading(NamedTuple):
@@ -75,9 +72,8 @@ def find_rows(
     batch, masks = chosen(batch, few), chosen(masks, few)
     head = _head(model)
     found = _readings(model, batch, masks, {**modules, **head})
-    # A head of zeros puts out the same for all texts; then what enters the head tells.
-    if any(None in found[name] for name in (OUTPUTS, *head) if name in found):
-        raise ModelError(_padding_matters(model, batch, masks))
+    if _depends(found, head):
+        raise ModelError(_padding_matters(model, batch, masks, head))
     idle = _idle(model, batch, modules) if "pixel_values" in batch else frozenset()
     return {
         name: None if None in found[name] or name in idle else tuple(reading.kind for reading in found[name] if reading)
@@ -246,7 +242,12 @@ def _is_padding(x: torch.Tensor, other: torch.Tensor, kind: Rows, masks: Batch) 
     return not bool(changed[mask].any()) and bool((changed | (rows == 0))[~mask].all())
 
 
-def _padding_matters(model: nn.Module, batch: Batch, masks: Batch) -> str:
+def _depends(found: Mapping[str, list[_Reading | None]], head: Iterable[str]) -> bool:
+    """Whether a model's outputs depend on padding. A head of zeros does not show it; what enters the head does."""
+    return any(None in found[name] for name in (OUTPUTS, *head) if name in found)
+
+
+def _padding_matters(model: nn.Module, batch: Batch, masks: Batch, head: Mapping[str, nn.Module]) -> str:
     """Say that a model's outputs depend on padding, and whether they do on the other side too."""
     what = f"the base model's outputs ({type(model).__name__}) are not the same for an example alone and in a batch"
     if "input" not in masks:
@@ -254,7 +255,7 @@ def _padding_matters(model: nn.Module, batch: Batch, masks: Batch) -> str:
     left = bool(masks["input"][:, -1].all())
     here, there = ("left", "right") if left else ("right", "left")
     turned = _padded_on_the_other_side(batch, masks["input"], left=left)
-    if None in _readings(model, turned, masks_of(model, turned), {}).get(OUTPUTS, [None]):
+    if _depends(_readings(model, turned, masks_of(model, turned), head), head):
         remedy = "nor on the other side: padding enters what it computes for real tokens. Take another model"
     else:
         remedy = f'on the {there} they are. Set "padding_side": "{there}" in its tokenizer_config.json'
