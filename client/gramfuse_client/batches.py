@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from gramfuse_client.data import Examples, open_image
+from gramfuse_client.data import Examples
+from gramfuse_client.images import read_image
 from gramfuse_protocol.errors import DataError
 from gramfuse_protocol.task import Task
 
@@ -50,8 +51,8 @@ class Encoded(Dataset[dict[str, Any]]):
             return self.rows[index]
         given = self.examples.inputs[index]
         where = "an image" if isinstance(given, bytes) else str(given)
-        with open_image(given, where) as image:  # type: ignore[arg-type]  # so are the inputs of this kind
-            pixels = self.tokenizer(image.convert("RGB"), return_tensors="pt")["pixel_values"][0]
+        image = read_image(given, where)  # type: ignore[arg-type]  # so are the inputs of this kind
+        pixels = self.tokenizer(image, return_tensors="pt")["pixel_values"][0]
         return {"pixel_values": pixels, "labels": self.examples.labels[index]}
 
     def lengths(self) -> list[int]:
@@ -67,9 +68,12 @@ class Encoded(Dataset[dict[str, Any]]):
         labels = [row["labels"] for row in rows]
         inputs = [{key: value for key, value in row.items() if key != "labels"} for row in rows]
         if self.rows is None:
-            return {"pixel_values": torch.stack([row["pixel_values"] for row in rows]), "labels": torch.tensor(labels)}
+            images = {"pixel_values": torch.stack([row["pixel_values"] for row in rows])}
+            return images if labels[0] is None else images | {"labels": torch.tensor(labels)}
         padded = self.tokenizer.pad(inputs, padding_side="right", return_tensors="pt")
         batch: Batch = dict(padded)
+        if labels[0] is None:
+            return batch
         if not isinstance(labels[0], list) or self.task.task == "multi-label":
             return batch | {"labels": torch.tensor(labels)}
         width = batch["input_ids"].shape[1]
@@ -112,6 +116,8 @@ def _tokenized(examples: Examples, tokenizer: Any, task: Task) -> list[dict[str,
 
 
 def _labels(examples: Examples, encoded: Any, tokenizer: Any, task: Task) -> Sequence[Any]:
+    if examples.labels[0] is None and task.task != "causal-lm":
+        return examples.labels
     match task.task:
         case "multi-label":
             own = set(task.annotated)

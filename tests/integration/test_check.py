@@ -534,6 +534,24 @@ def test_what_is_wrong_is_named_with_what_to_do(
         assert word.format(digest=Plan.read(site.project.plan).digest, project=site.project.directory) in found[subject]
 
 
+def test_bad_rows_are_counted_and_left_out_as_the_silo_file_allows(site: Site, gramfuse: Callable[..., Any]) -> None:
+    with site.project.train(NAME).open("a") as file:
+        file.write('{"text": "a cat", "label": "cats"}\n{"text": "a cat", "label": null}\n')
+    arguments = ("silo", "check", site.silo, "--plan", site.project.directory, "--offline", "--json")
+    assert "2 of 26 rows cannot be used" in problems(site.check(offline=True))["data"]
+    code, out, _ = gramfuse(*arguments, "--skip-bad", "5")
+    found = [finding for finding in json.loads(out)["findings"] if finding["state"] == "problem"]
+    assert code == 19, "a run would fail"
+    assert [finding["subject"] for finding in found] == ["bad rows"]
+    assert "train.jsonl:25: unknown label 'cats'" in found[0]["what"]
+    assert "train.jsonl:26: a label must be text" in found[0]["what"]
+    site.edit("[data]", f"[data]\n{found[0]['remedy'].splitlines()[-1]}")
+    report = site.check(offline=True)
+    assert not problems(report)
+    assert "2 bad rows are left out" in finding(report, "bad rows").what
+    assert "24 training examples" in finding(report, "data").what
+
+
 def test_open_uploads_are_named(make_site: Callable[..., Site], coordinator: Coordinator) -> None:
     site = make_site(coordinator, secure=False)
     write_identity(site.project.identity(NAME), Identity(bytes(32)))
