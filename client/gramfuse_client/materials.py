@@ -82,6 +82,31 @@ def check_data(
     return train, held_out
 
 
+def check_encoding(
+    found: Findings, silo: Silo, plan: Plan, base: Base | None, data: tuple[Examples, Examples] | None
+) -> None:
+    """Look at what the base model's tokenizer makes of the data: a run that stops at it gives no reason."""
+    task = plan.task_of(silo.name)
+    if base is None or data is None or task.task == "image-classification":
+        return
+    from gramfuse_client.batches import Encoded
+
+    train, held_out = (Encoded(examples, base.tokenizer, task) for examples in data)
+    try:
+        train.check_learnable()
+    except DataError as error:
+        found.error("tokens", error)
+        return
+    words = [seen for encoded in (train, held_out) for row in encoded.rows or () for seen, _ in row.get("words", ())]
+    if missed := words.count(False):
+        found.ok(
+            "tokens",
+            f"{missed:,} of {len(words):,} words have no token: the {task.max_length} that an example may have are over"
+            " before them, or the tokenizer drops their characters. In the metrics no entity is predicted there",
+            "raise max-length in the plan, if they are many",
+        )
+
+
 def _by_label(examples: Examples, task: Task) -> str:
     """Say how many examples each label has, of those that this silo annotates; of tags, how many entities begin."""
     match task.task:
