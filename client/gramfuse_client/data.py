@@ -36,7 +36,7 @@ from gramfuse_client.silo import Data, Silo
 from gramfuse_client.sources import HUB, Dataset, Row, rows
 from gramfuse_protocol.errors import DataError
 from gramfuse_protocol.task import Task
-from gramfuse_protocol.text import listed
+from gramfuse_protocol.text import listed, quoted
 
 HALF = 0.5
 """Share of the held-out examples that is set aside for validation, where the silo file does not say."""
@@ -313,7 +313,7 @@ def _label(row: Row, column: str, task: Task, known: Mapping[str, int], given: I
 def _column(row: Row, column: str, where: str) -> Any:
     if column not in row:
         raise DataError(
-            f"{where}: column {column!r} is missing; columns here: {', '.join(map(repr, row))}. "
+            f"{where}: column {column!r} is missing; columns here: {listed(row, 20)}. "
             "Name yours in [data] of the silo file (text, text-pair, image, label)"
         )
     return row[column]
@@ -322,14 +322,14 @@ def _column(row: Row, column: str, where: str) -> Any:
 def _text(row: Row, column: str, where: str) -> str:
     value = _column(row, column, where)
     if not isinstance(value, str) or not value.strip():
-        raise DataError(f"{where}: column {column!r} must hold text, found {value!r}")
+        raise DataError(f"{where}: column {column!r} must hold text, found {quoted(value)}")
     _check_characters(value, column, where)
     return value
 
 
 def _check_characters(text: str, column: str, where: str) -> None:
     if any("\ud800" <= character <= "\udfff" for character in text):
-        raise DataError(f"{where}: column {column!r} holds half of a surrogate pair, which is no text: {text!r}")
+        raise DataError(f"{where}: column {column!r} holds half of a surrogate pair, which is no text: {quoted(text)}")
 
 
 def _words(row: Row, column: str, where: str) -> tuple[str, ...]:
@@ -337,11 +337,11 @@ def _words(row: Row, column: str, where: str) -> tuple[str, ...]:
     words = value.split() if isinstance(value, str) else value
     if not isinstance(words, list) or not words:
         raise DataError(
-            f"{where}: column {column!r} must hold a list of words, or words between spaces, found {value!r}"
+            f"{where}: column {column!r} must hold a list of words, or words between spaces, found {quoted(value)}"
         )
     for position, word in enumerate(words, 1):
         if not isinstance(word, str) or not word.strip():
-            raise DataError(f"{where}: column {column!r}: word {position} must be text, found {word!r}")
+            raise DataError(f"{where}: column {column!r}: word {position} must be text, found {quoted(word)}")
         _check_characters(word, column, where)
     return tuple(words)
 
@@ -351,7 +351,7 @@ def _image(value: Any, column: str, folder: Path, where: str) -> Path | bytes:
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
     if not isinstance(value, str | bytes) or not value:
-        raise DataError(f"{where}: column {column!r} must hold the path of an image, found {value!r}")
+        raise DataError(f"{where}: column {column!r} must hold the path of an image, found {quoted(value)}")
     image = folder / value if isinstance(value, str) else value
     if isinstance(image, Path) and not image.is_file():
         raise DataError(f"{where}: column {column!r}: no such file {image}")
@@ -363,9 +363,9 @@ def _index(value: Any, task: Task, known: Mapping[str, int], where: str) -> int:
     name = _name(value)
     if name is None:
         raise DataError(
-            f"{where}: a label must be text or a whole number, found {value!r}; write it as text, or leave the row "
-            "out. The datasets library makes None of NA, null and empty fields of CSV, and True of true: name the .csv "
-            "file itself to have them as they are"
+            f"{where}: a label must be text or a whole number, found {quoted(value)}; write it as text, or leave the "
+            "row out. The datasets library makes None of NA, null and empty fields of CSV, and True of true: name the "
+            ".csv file itself to have them as they are"
         )
     if name not in known and name not in task.labels and WHOLE.fullmatch(name):
         name = name.partition(".")[0]
@@ -374,11 +374,11 @@ def _index(value: Any, task: Task, known: Mapping[str, int], where: str) -> int:
         return index
     if name in task.labels:
         raise DataError(
-            f"{where}: label {value!r} is not among those that the plan says this silo annotates "
+            f"{where}: label {quoted(value)} is not among those that the plan says this silo annotates "
             f"({_few(known)}); leave the example out, or agree on a plan that lists the label in this silo's 'labels'"
         )
     raise DataError(
-        f"{where}: unknown label {value!r}; the plan's labels are {_few(known)}. "
+        f"{where}: unknown label {quoted(value)}; the plan's labels are {_few(known)}. "
         "All silos must use the plan's labels: rename it here, or agree on a plan that has it. Where a silo annotates "
         "only some of them, the plan lists those as 'labels' of its [[silo]]"
     )
@@ -405,7 +405,7 @@ def _labels(value: Any, column: str, task: Task, known: Mapping[str, int], where
     values = value if isinstance(value, list) else [value]
     indices = [_index(one, task, known, where) for one in values]
     if len(set(indices)) < len(indices):
-        raise DataError(f"{where}: column {column!r} has a label twice: {value!r}")
+        raise DataError(f"{where}: column {column!r} has a label twice: {quoted(value)}")
     return tuple(sorted(indices))
 
 
@@ -415,7 +415,7 @@ def _tags(
     """Return the index of each word's tag. An I-X with no B-X before it begins an entity, as metrics have it."""
     tags = value.split() if isinstance(value, str) else value
     if not isinstance(tags, list) or len(tags) != len(words):
-        many = f"{len(tags)}" if isinstance(tags, list) else f"{value!r}"
+        many = f"{len(tags)}" if isinstance(tags, list) else quoted(value)
         raise DataError(
             f"{where}: column {column!r} must hold one tag for each of the {len(words)} words, found {many}"
         )
@@ -428,7 +428,7 @@ def _target(value: Any, task: Task, where: str) -> float:
     except (TypeError, ValueError, OverflowError):
         target = math.nan
     if not math.isfinite(target):
-        raise DataError(f"{where}: the target must be a finite number, found {value!r}")
+        raise DataError(f"{where}: the target must be a finite number, found {quoted(value)}")
     if task.range is not None and not task.range[0] <= target <= task.range[1]:
         raise DataError(
             f"{where}: the target {target:g} is outside of the plan's range of {task.range[0]:g} to {task.range[1]:g}; "

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from gramfuse_protocol.errors import DataError
-from gramfuse_protocol.text import listed
+from gramfuse_protocol.text import listed, quoted
 
 READABLE = ".jsonl, .ndjson, .json, .csv, .tsv (all with .gz too), .parquet, or hf:<hub id or folder>[:config][#split]"
 
@@ -209,9 +209,11 @@ def _hugging_face(source: str, directory: Path) -> Rows:
             settings["cache_dir"] = cache
         try:
             if folder is not None and any((folder / name).exists() for name in ("state.json", "dataset_dict.json")):
-                dataset = _split(datasets.load_from_disk(str(folder)), named.split)
+                dataset = _split(datasets.load_from_disk(str(folder)), named.split, source)
             else:
                 dataset = datasets.load_dataset(**settings, split=named.split or "train")
+        except DataError:
+            raise
         except Exception as error:  # noqa: BLE001  # the library raises its own and its dependencies' errors alike
             first, *_ = str(error).splitlines() or [type(error).__name__]
             raise DataError(
@@ -230,12 +232,14 @@ def _hugging_face(source: str, directory: Path) -> Rows:
             yield where, row
 
 
-def _split(saved: Any, split: str) -> Any:
+def _split(saved: Any, split: str, source: str) -> Any:
     """Return what `save_to_disk` wrote, or the split of it."""
     if not isinstance(saved, dict):
+        if split and split != str(saved.split):
+            raise DataError(f"{source}: holds one data set without splits; leave #{split} out")
         return saved
     if (split or "train") not in saved:
-        raise KeyError(f"there is no split {split or 'train'!r}; its splits are {listed(saved, 20)}")
+        raise DataError(f"{source}: has no split {quoted(split or 'train')}; its splits are {listed(saved, 20)}")
     return saved[split or "train"]
 
 

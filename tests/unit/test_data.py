@@ -523,7 +523,7 @@ def test_an_unlabelled_row_of_a_class_label_column_is_refused(tmp_path: Path) ->
     assert "hf:saved: row 1: unknown label -1" in failure(tmp_path, "hf:saved")
 
 
-@pytest.mark.parametrize("source", ["hf:saved#validation", "hf:./nowhere", "hf:folder"])
+@pytest.mark.parametrize("source", ["hf:saved#validation", "hf:saved-flat#test", "hf:./nowhere", "hf:folder"])
 def test_a_dataset_that_cannot_be_loaded_is_named(source: str, tmp_path: Path) -> None:
     datasets.Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "saved-flat"))
     datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)}).save_to_disk(str(tmp_path / "saved"))
