@@ -62,7 +62,7 @@ def check_data(
         if most > allowed:
             found.problem("bad rows", what, f"correct them, or write under [data] of {silo.path}:\nskip-bad = {most}")
         else:
-            found.ok("bad rows", what, f"skip-bad = {allowed} in {silo.path} allows it")
+            found.ok("bad rows", what, f"data.skip-bad of {silo.path} allows {allowed:,}")
     weighed = plan.privacy.secure_aggregation and plan.merge.weighting == "examples"
     if contributed is not None and contributed.data != train.digest:
         found.problem(
