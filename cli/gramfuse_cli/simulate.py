@@ -85,7 +85,7 @@ def run_simulation(
             run that failed on its way.
     """
     from gramfuse_cli.engine import simulated_silo
-    from gramfuse_client.data import load, load_validation
+    from gramfuse_client.data import left_out, load, load_validation
     from gramfuse_client.policy import check_examples, check_plan
     from gramfuse_client.silo import write_identity
     from gramfuse_client.state import read_progress
@@ -96,7 +96,9 @@ def run_simulation(
     say("read the silos' data and the base model", err=True)
     silos = project.silos()
     for silo in silos.values():  # what a silo would refuse later is said now, with the details that only it may see
-        examples, _ = load(silo, project.plan.task_of(silo.name))
+        examples, held_out = load(silo, project.plan.task_of(silo.name))
+        if bad := left_out(examples, held_out):
+            say(f"{silo.name}: {len(bad)} bad rows are left out:", *bad, err=True)
         check_examples(silo, len(examples))
         if tune is not None:
             load_validation(silo, project.plan.task_of(silo.name))

@@ -21,6 +21,7 @@ from gramfuse_model.zero_head import load_zero_headed, plan_for
 from gramfuse_protocol.documents import build
 from gramfuse_protocol.errors import ModelError
 from gramfuse_protocol.layout import Layout
+from gramfuse_protocol.plan import Training
 from gramfuse_protocol.statistics import Statistics
 from gramfuse_protocol.task import LABELLED, Kind, Task
 
@@ -193,7 +194,7 @@ def measure(
     """Return the statistics of a fine-tuned model on its training data.
 
     Args:
-        examples: the training data.
+        examples: the training data; where the limit does not take all, examples are drawn.
         limit: most token rows for one Gram matrix.
         progress: called with (batches done, batches in all).
 
@@ -204,7 +205,7 @@ def measure(
     total = -(-len(encoded) // batch_size)
     return collect_statistics(
         checkpoint.tuned.model.to(device),
-        batches(encoded, batch_size, device),
+        batches(encoded, batch_size, device, seed=Training().seed),
         checkpoint.layout,
         base=trainable(checkpoint.base.model),
         examples=len(examples),

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from gramfuse_client.batches import IGNORED
+from gramfuse_client.batches import IGNORED, inputs_of
 from gramfuse_model.heads import answers
 from gramfuse_model.linear import KINDS
 from gramfuse_model.observation import Hook, has_rows_of, observing
@@ -117,7 +117,8 @@ def collect_grams(
         batches: keyword arguments of the model's forward. `attention_mask` (batch, length) marks real input tokens;
             `labels` is left out, but for a model with encoder and decoder, whose target it is: (batch, length), −100
             where padded.
-        limit: most token rows for one Gram matrix, ≥ 1; collection ends once every group has that many.
+        limit: most token rows for one Gram matrix, ≥ 1; collection ends once every group has that many, so batches
+            must come in an order that was drawn.
         progress: called with the number of batches done.
 
     Raises:
@@ -150,7 +151,7 @@ def _run(
     model: nn.Module, batch: Mapping[str, torch.Tensor]
 ) -> tuple[dict[str, torch.Tensor], dict[Rows, torch.Tensor]]:
     """Return what of a batch goes into the model, and masks of its real input and target tokens as far as known."""
-    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    inputs = inputs_of(batch)
     masks: dict[Rows, torch.Tensor] = {}
     if "attention_mask" in batch:
         masks["input"] = batch["attention_mask"].bool()

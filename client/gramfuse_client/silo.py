@@ -28,8 +28,9 @@ def _source_or_fraction(value: str | float) -> str | float:
 class Data(Section):
     """`[data]`: where the examples are and which columns count.
 
-    A source is a path to a .jsonl, .jsonl.gz, .csv or .parquet file, or `hf:<hub id or folder>[#split]`. What a column
-    must hold depends on the plan's task (`gramfuse_client.data`).
+    A source is a path to a .jsonl, .ndjson, .json, .csv or .tsv file, packed with gzip or not, or to a .parquet file;
+    or it is `hf:<hub id or folder>[:config][#split]` (`gramfuse_client.sources`). What a column must hold depends on
+    the plan's task (`gramfuse_client.data`).
     """
 
     train: Annotated[str, Field(min_length=1)]
@@ -49,6 +50,8 @@ class Data(Section):
     """For `image-classification`: an image, or its path from where the source is."""
     label: str = "label"
     """Label, labels, number, tags or target text; `causal-lm` has none."""
+    skip_bad: Annotated[int, Field(ge=0)] = 0
+    """So many rows of each source may be bad, and are left out; more are an error."""
 
 
 class Hours(Legible):

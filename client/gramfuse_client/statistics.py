@@ -30,7 +30,8 @@ def collect_statistics(
 
     Args:
         model: the fine-tuned model.
-        batches: its training data as keyword arguments of forward (see `gramfuse_client.gram.collect_grams`).
+        batches: its training data as keyword arguments of forward (see `gramfuse_client.gram.collect_grams`), in an
+            order that was drawn: beyond the limit, nothing counts.
         layout: from `gramfuse_model.tracing`, made on the base model.
         base: the base model's trainable parameters by name, float32 (`gramfuse_model.base.trainable`); those that are
             not in the layout are left out.

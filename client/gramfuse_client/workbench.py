@@ -205,7 +205,7 @@ def train(
     size = plan.training.batch_size
     return collect_statistics(
         base.model,
-        batches(encoded, size, device),
+        batches(encoded, size, device, seed=plan.training.seed),
         layout,
         base=before,
         examples=len(examples),
