@@ -184,9 +184,7 @@ def test_all_that_flower_could_start_at_a_silo_is_ours(tmp_path: Path) -> None:
                 node.handle_request()
             started = psutil.Process(process.pid).children(recursive=True)
             assert "token-" not in str([part for child in started for part in child.cmdline()])
-    assert (
-        "token-flwr-clientapp" in asked[0][1]
-    )  # Flower's worker, with its token; no other task began
+    assert "token-flwr-clientapp" in asked[0][1]  # Flower's worker, with its token; no other task began
     for kind in others:
         assert f"a silo runs no {kind}: refused" in log.read_text()
 
