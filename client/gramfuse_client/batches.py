@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import math
 import random
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -32,7 +34,8 @@ class Encoded(Dataset[dict[str, Any]]):
     A row has the tokenizer's or image processor's arrays, and `labels`: an index, a number, a 0.0 or 1.0 for each label
     of the task, NaN where the silo does not annotate it (`multi-label`), or a list with one label for each token
     (`token-classification`: that of a word at the word's first token, IGNORED at others; `sequence-to-sequence`: the
-    target's tokens; `causal-lm`: the tokens themselves); or None, where the examples have no labels.
+    target's tokens; `causal-lm`: the tokens themselves, and IGNORED at the first, which nothing comes before); or None,
+    where the examples have no labels.
 
     For `token-classification`, a row has `words` too: for each word, whether it has a label among the tokens, and its
     tag. A word has none that `max_length` cuts, or that the tokenizer makes nothing of, as of U+200B.
@@ -79,29 +82,25 @@ class Encoded(Dataset[dict[str, Any]]):
         return [1] * len(self) if self.rows is None else [len(row["input_ids"]) for row in self.rows]
 
     def collate(self, rows: Sequence[Mapping[str, Any]]) -> Batch:
-        """Return rows as one batch, texts padded at their end.
+        """Return rows as one batch: texts padded on the side that the tokenizer has, targets at their end.
 
-        For `sequence-to-sequence`, there is a `decoder_attention_mask` too, and texts and targets are never padded to
-        the same length: by its shape it can be told which of the two a mask belongs to.
+        For `sequence-to-sequence`, there is a `decoder_attention_mask` too.
         """
         labels = [row["labels"] for row in rows]
         inputs = [{key: value for key, value in row.items() if key not in ANSWERS} for row in rows]
         if self.rows is None:
             images = {"pixel_values": torch.stack([row["pixel_values"] for row in rows])}
             return images if labels[0] is None else images | {"labels": torch.tensor(labels)}
-        padded = self.tokenizer.pad(inputs, padding_side="right", return_tensors="pt")
-        batch: Batch = dict(padded)
+        batch: Batch = dict(self.tokenizer.pad(inputs, return_attention_mask=True, return_tensors="pt"))
         if labels[0] is None:
             return batch
         if not isinstance(labels[0], list) or self.task.task == "multi-label":
             return batch | {"labels": torch.tensor(labels)}
-        width = batch["input_ids"].shape[1]
         if self.task.task == "sequence-to-sequence":
-            longest = max(map(len, labels))
-            width = longest + 1 if longest == width else longest
-        filled = torch.tensor([[*row, *[IGNORED] * (width - len(row))] for row in labels])
-        if self.task.task == "sequence-to-sequence":
-            batch["decoder_attention_mask"] = (filled != IGNORED).long()
+            filled = pad_sequence([*map(torch.tensor, labels)], batch_first=True, padding_value=IGNORED)
+            return batch | {"labels": filled, "decoder_attention_mask": (filled != IGNORED).long()}
+        filled = torch.full_like(batch["input_ids"], IGNORED)
+        filled[batch["attention_mask"].bool()] = torch.tensor([label for row in labels for label in row])
         return batch | {"labels": filled}
 
 
@@ -123,19 +122,21 @@ def pooled(parts: Sequence[Encoded]) -> Encoded:
 
 def _tokenized(examples: Examples, tokenizer: Any, task: Task) -> list[dict[str, Any]]:
     words = task.task == "token-classification"
+    # A tokenizer makes other tokens of single words than of a text, each in its own way, so it is given a text.
     encoded = tokenizer(
-        [list(given) if isinstance(given, tuple) else given for given in examples.inputs],
+        [" ".join(given) if isinstance(given, tuple) else given for given in examples.inputs],
         None if examples.pairs is None else list(examples.pairs),
         truncation=True,
         max_length=task.max_length,
-        **({"is_split_into_words": True} if words else {}),
+        return_offsets_mapping=words,
     )
     labels = _labels(examples, encoded, tokenizer, task)
+    offsets = encoded.pop("offset_mapping", None)
     rows = [{**{key: encoded[key][i] for key in encoded}, "labels": label} for i, label in enumerate(labels)]
-    if words and labels[0] is not None:
-        for i, row in enumerate(rows):
-            seen = set(encoded.word_ids(i))
-            row["words"] = [(word in seen, tag) for word, tag in enumerate(examples.labels[i])]  # type: ignore[arg-type]
+    if offsets is not None and labels[0] is not None:
+        for row, places, given, tags in zip(rows, offsets, examples.inputs, examples.labels, strict=True):
+            seen = set(_words_of(places, given))  # type: ignore[arg-type]  # so are the inputs of this kind
+            row["words"] = [(word in seen, tag) for word, tag in enumerate(tags)]  # type: ignore[arg-type]
     return rows
 
 
@@ -150,16 +151,31 @@ def _labels(examples: Examples, encoded: Any, tokenizer: Any, task: Task) -> Seq
                 for applying in examples.labels
             ]
         case "token-classification":
-            return [_aligned(encoded.word_ids(i), tags) for i, tags in enumerate(examples.labels)]
+            given = zip(examples.inputs, encoded["offset_mapping"], examples.labels, strict=True)
+            return [_aligned(_words_of(offsets, words), tags) for words, offsets, tags in given]  # type: ignore[arg-type]  # so are the inputs of this kind
         case "sequence-to-sequence":
             targets: list[list[int]] = tokenizer(
                 text_target=list(examples.labels), truncation=True, max_length=task.target_length
             )["input_ids"]
             return targets
         case "causal-lm":
-            return [list(tokens) for tokens in encoded["input_ids"]]
+            return [[IGNORED, *tokens[1:]] for tokens in encoded["input_ids"]]
         case _:
             return examples.labels
+
+
+def _words_of(offsets: Sequence[tuple[int, int]], words: Sequence[str]) -> list[int | None]:
+    """Return which word each token is part of, if any.
+
+    Args:
+        offsets: of tokens in the text that the words make with a space between two; of special tokens, empty ones.
+    """
+    text, ends = " ".join(words), list(accumulate(len(word) + 1 for word in words))
+    found: list[int | None] = []
+    for start, stop in offsets:
+        place = next((n for n in range(start, stop) if not text[n].isspace()), stop - 1)
+        found.append(None if start == stop else bisect_right(ends, place + 1))  # a space is the next word's
+    return found
 
 
 def _aligned(words: Sequence[int | None], tags: Any) -> list[int]:

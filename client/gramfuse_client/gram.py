@@ -7,42 +7,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
-from gramfuse_client.batches import IGNORED, inputs_of
+from gramfuse_client.batches import inputs_of
+from gramfuse_model.batch import masks_of
 from gramfuse_model.heads import answers
-from gramfuse_model.linear import KINDS
-from gramfuse_model.observation import Hook, has_rows_of, observing
+from gramfuse_model.linear import kind_of
+from gramfuse_model.observation import Hook, observing, rows_of
 from gramfuse_protocol.errors import ContributionError
 from gramfuse_protocol.layout import Group, Layout, Rows
-
-Collector = Callable[[nn.Module, torch.Tensor, torch.Tensor | None], torch.Tensor]
-"""(module, its input, mask of real tokens (batch, length) or None) → rows (tokens, d_in) that the weight multiplies."""
-
-COLLECTORS: dict[type[nn.Module], Collector] = {}
-"""The registry, by module type."""
-
-
-def collects(*types: type[nn.Module]) -> Callable[[Collector], Collector]:
-    """Register the collector of these module types."""
-
-    def register(collector: Collector) -> Collector:
-        COLLECTORS.update(dict.fromkeys(types, collector))
-        return collector
-
-    return register
-
-
-@collects(nn.Linear, Conv1D)
-def rows_of_features(module: nn.Module, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Rows of a layer that multiplies the last dimension of its input.
-
-    The mask applies where the leading dimensions are the mask's, (batch, length, d_in) or flattened to
-    (batch·length, d_in). Inputs that hold one row for each example, as a pooled head's do, have no padding.
-    """
-    if mask is not None and has_rows_of(x, mask.shape):
-        x = x[mask] if x.dim() > 2 else x[mask.reshape(-1)]
-    return x.reshape(-1, x.shape[-1])  # (tokens, d_in)
 
 
 class Gram:
@@ -149,22 +121,14 @@ def collect_grams(
 
 def _run(
     model: nn.Module, batch: Mapping[str, torch.Tensor]
-) -> tuple[dict[str, torch.Tensor], dict[Rows, torch.Tensor]]:
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Return what of a batch goes into the model, and masks of its real input and target tokens as far as known."""
     inputs = inputs_of(batch)
-    masks: dict[Rows, torch.Tensor] = {}
-    if "attention_mask" in batch:
-        masks["input"] = batch["attention_mask"].bool()
-    if answers(model):
-        if "labels" in batch:
-            masks["target"] = batch["labels"] != IGNORED
-        if "decoder_attention_mask" in batch:
-            masks["target"] = batch["decoder_attention_mask"].bool()
-        if "decoder_input_ids" not in batch:
-            if "labels" not in batch:
-                raise ContributionError("a batch has no targets ('labels'), and the model's decoder needs them")
-            inputs["labels"] = batch["labels"]
-    return inputs, masks
+    if answers(model) and "decoder_input_ids" not in batch:
+        if "labels" not in batch:
+            raise ContributionError("a batch has no targets ('labels'), and the model's decoder needs them")
+        inputs["labels"] = batch["labels"]
+    return inputs, masks_of(model, batch)
 
 
 class _Watcher:
@@ -173,9 +137,9 @@ class _Watcher:
     def __init__(self, group: Group, limit: int) -> None:
         self.group = group
         self.gram = Gram(group, limit)
-        self._has_table = len(set(group.rows)) > 1
+        self._only_tables = set(group.rows) == {"table"}
 
-    def begin(self, masks: Mapping[Rows, torch.Tensor]) -> None:
+    def begin(self, masks: Mapping[str, torch.Tensor]) -> None:
         """Get ready for one run."""
         self._masks = masks
         self._calls = [0] * len(self.group.weights)
@@ -186,7 +150,7 @@ class _Watcher:
     def hook(self, position: int) -> Hook:
         """Return the hook of one of the group's modules."""
 
-        def receive(module: nn.Module, x: torch.Tensor) -> None:
+        def receive(_: nn.Module, x: torch.Tensor) -> None:
             call, weight = self._calls[position], self.group.weights[position].weight
             self._calls[position] += 1
             if call == len(self.group.rows):
@@ -196,7 +160,7 @@ class _Watcher:
                 )
             if call == len(self._seen):
                 self._seen.append(x)
-                self._take(module, x, self.group.rows[call])
+                self._take(weight, x, self.group.rows[call])
             elif x.data_ptr() != self._seen[call].data_ptr() or x.shape != self._seen[call].shape:
                 raise ContributionError(
                     f"group {self.group.name!r}: {weight!r} receives another tensor than the first of its group; the "
@@ -205,9 +169,16 @@ class _Watcher:
 
         return receive
 
-    def _take(self, module: nn.Module, x: torch.Tensor, kind: Rows) -> None:
-        rows = COLLECTORS[type(module)](module, x, self._masks.get(kind))
-        if kind == "all" and self._has_table:
+    def _take(self, weight: str, x: torch.Tensor, kind: Rows) -> None:
+        mask = self._masks.get("input" if kind == "turned" else kind)
+        try:
+            rows = rows_of(x, kind, mask)
+        except ValueError as error:
+            raise ContributionError(
+                f"group {self.group.name!r}: what {weight!r} receives has not the rows that the layout says ({kind}): "
+                f"{error}. The layout was not made from this base model; make it again with: gramfuse plan lock"
+            ) from None
+        if kind == "table" and not self._only_tables:
             self._tables.append(rows)
         else:
             self.gram.add(rows)
@@ -225,13 +196,14 @@ def _modules(model: nn.Module, layout: Layout) -> dict[str, nn.Module]:
     modules = {}
     for _, linear in layout.linear():
         module = named.get(linear.weight.rpartition(".")[0])
-        if module is None or type(module) not in COLLECTORS:
+        kind = None if module is None else kind_of(module)
+        if module is None or kind is None:
             raise ContributionError(
                 f"tensor {linear.weight!r} of the layout is not the weight of a linear module of this model; "
                 "the base model differs from the plan's"
             )
         expected = shapes[linear.weight]
-        if tuple(module.weight.shape) != expected or KINDS[type(module)].transposed != linear.transposed:
+        if tuple(module.weight.shape) != expected or kind.transposed != linear.transposed:
             raise ContributionError(
                 f"tensor {linear.weight!r} is {tuple(module.weight.shape)} in a {type(module).__name__} of this model, "
                 f"the layout expects {expected}; the base model differs from the plan's"

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 import transformers
 from numpy.typing import NDArray
-from tokenizers.pre_tokenizers import ByteLevel, Sequence
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -80,6 +79,12 @@ def load_base(plan: Plan, directory: Path, *, silo: str | None = None, override:
     with _loading(plan, source):
         model, fresh = _load_model(source.directory, task, plan.training.seed)
         tokenizer = _load_processor(source.directory, task)
+        if task.task == "token-classification" and not tokenizer.is_fast:
+            raise ModelError(
+                f"base {plan.model.base!r} ({source.directory}): its {type(tokenizer).__name__} does not say which "
+                "characters a token stands for, and token-classification needs that; save the base model with a "
+                "tokenizer that has a tokenizer.json"
+            )
         _check_finite(plan, source, model)
         if isinstance(tokenizer, PreTrainedTokenizerBase) and tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
@@ -92,8 +97,6 @@ def load_base(plan: Plan, directory: Path, *, silo: str | None = None, override:
             source.revision,
         )
     _check_pins(plan, source, pins)
-    if task.task == "token-classification":
-        _set_apart(tokenizer)
     freeze(model, plan.training.freeze)
     return Base(model.eval(), tokenizer, pins, shared)
 
@@ -202,25 +205,6 @@ def _load_processor(directory: str, task: Task) -> Any:
     # Pictures are resized by Pillow everywhere: torchvision, where it is installed, gives other pixels.
     backend = {"backend": "pil"} if form.processor == "AutoImageProcessor" else {}
     return getattr(transformers, form.processor).from_pretrained(directory, trust_remote_code=False, **backend)
-
-
-def _set_apart(tokenizer: Any) -> None:
-    """Have a byte-level tokenizer put a space before a word that is given by itself, as it has one in a text."""
-    closed_up = _closed_up(tokenizer)
-    for part in closed_up:
-        part.add_prefix_space = True
-    if closed_up:
-        tokenizer.add_prefix_space = tokenizer.init_kwargs["add_prefix_space"] = True
-
-
-def _closed_up(tokenizer: Any) -> list[ByteLevel]:
-    """Return the parts of a byte-level tokenizer that put no space before a word that is given by itself.
-
-    In a text it has one, and is another token than without.
-    """
-    found = tokenizer.backend_tokenizer.pre_tokenizer if tokenizer.is_fast else None
-    parts: Any = found if isinstance(found, Sequence) else [found]
-    return [part for part in parts if isinstance(part, ByteLevel) and not part.add_prefix_space]
 
 
 def kept_parameters(plan: Plan, directory: Path, *, override: str | None = None) -> dict[str, tuple[str, ...]]:

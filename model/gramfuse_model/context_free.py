@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from gramfuse_model.batch import alone, masks_of
 from gramfuse_model.heads import answers
 from gramfuse_model.observation import Hook, observing
 from gramfuse_protocol.errors import ModelError
@@ -84,7 +85,8 @@ def _mostly_one_place(x: torch.Tensor, runs: int) -> bool:
 def _probes(model: nn.Module, batch: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], int] | None:
     """Return one input with its changed copies, stacked, and how many these are; None if its places are not known."""
     if "input_ids" in batch:
-        given = _longest(batch)
+        masks = masks_of(model, batch)
+        given = alone(batch, masks, int(masks["input"].sum(dim=1).argmax()))
         keys = ["input_ids"]
         if answers(model):
             keys += [key for key in ("decoder_input_ids", "labels") if key in batch][:1]
@@ -112,17 +114,6 @@ def _probes(model: nn.Module, batch: Mapping[str, Any]) -> tuple[dict[str, torch
                 run = 1 + 2 * digit + bit
                 stacked[key][run] = torch.where(chosen, changed[key], given[key])[0]
     return stacked, runs
-
-
-def _longest(batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """Return the example of a batch with most tokens, as a batch of one, without padding."""
-    ids = batch["input_ids"]
-    mask = batch.get("attention_mask", torch.ones_like(ids)).bool()
-    row = int(mask.sum(dim=1).argmax())
-    return {
-        key: (value[row, mask[row]] if value.shape[:2] == ids.shape else value[row]).unsqueeze(0)
-        for key, value in batch.items()
-    }
 
 
 def _other_tokens(batch: Mapping[str, Any], key: str, given: torch.Tensor) -> torch.Tensor:

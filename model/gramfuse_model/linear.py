@@ -23,6 +23,9 @@ KINDS: dict[type[nn.Module], LinearKind] = {
 }
 """The registry. Subclasses count only if they are registered themselves: they may compute something else."""
 
+ALIKE = {"transformers.models.falcon.modeling_falcon.FalconLinear": nn.Linear}
+"""Subclasses that compute what a registered type does, by their full names, so that no model is imported for them."""
+
 
 class LinearModule(NamedTuple):
     """One module whose weight has a closed form."""
@@ -42,6 +45,12 @@ class LinearModule(NamedTuple):
         return self.kind.d_out(self.module)
 
 
+def kind_of(module: nn.Module) -> LinearKind | None:
+    """Return how a module stores y = x W, or None if it is not known to be linear."""
+    own = type(module)
+    return KINDS.get(ALIKE.get(f"{own.__module__}.{own.__qualname__}", own))
+
+
 def linear_modules(model: nn.Module) -> Iterator[LinearModule]:
     """Yield the linear modules of a model whose weight is theirs alone.
 
@@ -53,6 +62,6 @@ def linear_modules(model: nn.Module) -> Iterator[LinearModule]:
         for parameter in module.parameters(recurse=False):
             holders[id(parameter)] = holders.get(id(parameter), 0) + 1
     for name, module in model.named_modules():
-        kind = KINDS.get(type(module))
+        kind = kind_of(module)
         if kind is not None and holders[id(module.weight)] == 1:
             yield LinearModule(f"{name}.weight" if name else "weight", module, kind)

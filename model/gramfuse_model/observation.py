@@ -9,21 +9,26 @@ from typing import Any
 import torch
 from torch import nn
 
+from gramfuse_protocol.layout import Rows
+
 Hook = Callable[[nn.Module, torch.Tensor], None]
 """Called with a module and its input, positional or by keyword, before the module runs."""
 
 
 @contextmanager
-def observing(model: nn.Module, hooks: Iterable[tuple[nn.Module, Hook]]) -> Iterator[None]:
-    """Hook modules while the model is in evaluation mode and without autograd; all is as before afterwards.
+def observing(model: nn.Module, hooks: Iterable[tuple[nn.Module, Hook]], *, gradients: bool = False) -> Iterator[None]:
+    """Hook modules while the model is in evaluation mode; all is as before afterwards.
 
     Each module gets back its own mode: a part that was kept in evaluation mode stays so.
+
+    Args:
+        gradients: whether autograd is on.
     """
     modes = [(module, module.training) for module in model.modules()]
     handles = [module.register_forward_pre_hook(_with_input(hook), with_kwargs=True) for module, hook in hooks]
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.set_grad_enabled(gradients):
             yield
     finally:
         for module, mode in modes:
@@ -32,14 +37,42 @@ def observing(model: nn.Module, hooks: Iterable[tuple[nn.Module, Hook]]) -> Iter
             handle.remove()
 
 
-def has_rows_of(x: torch.Tensor, shape: torch.Size) -> bool:
-    """Whether a layer's input has one row, or several, for each token of a batch.
+def rows_of(x: torch.Tensor, kind: Rows, mask: torch.Tensor | None) -> torch.Tensor:
+    """Return the rows of a layer's input that count, one example after the other: (rows, d_in).
 
     Args:
-        x: (batch, length, …, d_in), or flattened to (batch·length, d_in).
-        shape: (batch, length).
+        x: as `by_example` takes it; for `all` and `table`, of which every row counts, of any shape.
+        kind: which rows count.
+        mask: bool (examples, length), where real tokens are; without one every row counts.
+
+    Raises:
+        ValueError: if these are not rows of so many examples and places.
     """
-    return x.shape[:2] == shape if x.dim() > 2 else x.dim() == 2 and x.shape[0] == shape.numel()
+    if mask is None or kind in ("all", "table"):
+        return x.reshape(-1, x.shape[-1])
+    return by_example(x, kind, mask)[:, : mask.shape[1]][mask].reshape(-1, x.shape[-1])
+
+
+def by_example(x: torch.Tensor, kind: Rows, mask: torch.Tensor) -> torch.Tensor:
+    """Return a layer's input as (examples, places, …, d_in).
+
+    Args:
+        x: the same, with `turned` (places, examples, …, d_in), or flattened to (any, d_in). There may be more places
+            than in the mask: what a model pads inside comes after them.
+
+    Raises:
+        ValueError: if it is of no such shape.
+    """
+    examples, length = mask.shape
+    if x.dim() == 2:
+        if x.shape[0] % examples:
+            raise ValueError(f"{x.shape[0]} rows are not as many for each of {examples} examples")
+        x = x.view(-1, examples, x.shape[-1]) if kind == "turned" else x.view(examples, -1, x.shape[-1])
+    if kind == "turned":
+        x = x.transpose(0, 1)
+    if x.shape[0] != examples or x.shape[1] < length:
+        raise ValueError(f"{tuple(x.shape[:2])} are not the rows of {examples} examples of {length} places")
+    return x
 
 
 def _with_input(hook: Hook) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -16,9 +16,10 @@ from gramfuse_model.base import Base
 from gramfuse_model.context_free import context_free
 from gramfuse_model.heads import answers, last_layer
 from gramfuse_model.linear import linear_modules
-from gramfuse_model.observation import Hook, has_rows_of, observing
+from gramfuse_model.observation import Hook, observing
+from gramfuse_model.rows import find_rows
 from gramfuse_protocol.errors import ModelError
-from gramfuse_protocol.layout import EXPONENT, Group, Layout, Linear, Part, Rows, Tensor
+from gramfuse_protocol.layout import EXPONENT, Group, Layout, Linear, Part, Tensor
 from gramfuse_protocol.plan import Merge, Plan
 from gramfuse_protocol.structure import parse_structure
 
@@ -41,10 +42,13 @@ PUBLIC_TEXT = (
     "Turn left at the bakery, cross the bridge, and you will see it on your right.",
     "Hamlet was written around 1600; its author, William Shakespeare, died in 1616.",
 )
-"""What activations are measured on to find the scale of each feature; it is nobody's data.
+"""What activations are measured on to find the scale of each feature; it is nobody's data."""
 
-Their number is a prime, so that no dimension of a model is mistaken for that of the batch.
-"""
+IGNORED = -100
+"""The label of padding, as transformers' losses have it."""
+
+LONGEST = 1024
+"""Most tokens of the text that a base model is tried on, however long examples may be."""
 
 USUAL_IMAGE = 224
 """Height and width of an image, where a model takes any."""
@@ -64,6 +68,7 @@ def plan_layout(plan: Plan, base: Base, given: Layout | None = None) -> Layout:
         ModelError: if the plan is locked to another layout.
     """
     parts = _parts(plan)
+    _check_long_texts(plan, base)
     layout = derive_layout(
         base.model,
         public_batch(base),
@@ -88,14 +93,38 @@ def public_batch(base: Base) -> dict[str, torch.Tensor]:
     model, texts = base.model, list(PUBLIC_TEXT)
     if model.main_input_name == "pixel_values":
         return {"pixel_values": _public_images(model)}
-    batch = dict(base.tokenizer(texts, padding=True, return_tensors="pt"))
+    batch = dict(base.tokenizer(texts, padding=True, return_attention_mask=True, return_tensors="pt"))
     if answers(model):
-        length = batch["input_ids"].shape[1] - 1  # another than that of the inputs, to tell their rows apart
-        target = base.tokenizer(
-            text_target=texts, padding=True, truncation=True, max_length=length, return_tensors="pt"
-        )
-        batch["labels"] = target["input_ids"]
+        batch |= _targets(base, texts[1:] + texts[:1])  # of other lengths than the inputs, to tell their rows apart
     return batch
+
+
+def _check_long_texts(plan: Plan, base: Base) -> None:
+    """Raise ModelError unless a text as long as examples may be is the same to the base model alone and beside others.
+
+    BigBird, for one, computes something else from a certain length on, and never again once it saw a shorter text.
+    """
+    model, length = base.model, min(LONGEST, max(task.max_length for task in plan.tasks.values()))
+    if model.main_input_name == "pixel_values":
+        return
+    texts = [" ".join(PUBLIC_TEXT * (1 + length // 100)), PUBLIC_TEXT[0]]
+    settings = {"truncation": True, "max_length": length, "return_attention_mask": True, "return_tensors": "pt"}
+    batch = dict(base.tokenizer(texts, padding=True, **settings))
+    if answers(model):
+        batch |= _targets(base, PUBLIC_TEXT[1:3])
+    try:
+        find_rows(model, batch, {})
+    except (IndexError, RuntimeError) as error:  # it differs with the table of positions
+        raise ModelError(
+            f"the base model cannot take a text of {batch['input_ids'].shape[1]} tokens, as model.max-length allows: "
+            f"{error}; make model.max-length smaller"
+        ) from error
+
+
+def _targets(base: Base, texts: Sequence[str]) -> dict[str, torch.Tensor]:
+    ids = [torch.tensor(row) for row in base.tokenizer(text_target=list(texts))["input_ids"]]
+    labels = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=IGNORED)
+    return {"labels": labels, "decoder_attention_mask": (labels != IGNORED).long()}
 
 
 def _public_images(model: PreTrainedModel) -> torch.Tensor:
@@ -137,11 +166,12 @@ def derive_layout(
     Linear modules belong to one group if every one of their calls received the identical tensor, and if they
     have the same Gram structure. Modules that the model does not call keep the mean. A module that is called several
     times with different inputs, as ALBERT's layers are, has one Gram matrix over all of them. Modules that see tokens
-    without context (`gramfuse_model.context_free`) are averaged, unless `merge.context_free` says otherwise.
+    without context (`gramfuse_model.context_free`) are averaged, unless `merge.context_free` says otherwise, and so are
+    those of whose input it cannot be told which rows are tokens (`gramfuse_model.rows`).
 
     Args:
-        batch: keyword arguments of the model's forward: texts of different words, or images. For a model with encoder
-            and decoder, inputs and targets must differ in length.
+        batch: keyword arguments of the model's forward: texts of different words and lengths, padded, or images. For a
+            model with encoder and decoder, targets (`labels`, −100 where padded) must have other lengths than inputs.
         merge: structures and exclusions; by default full Gram matrices for everything.
         scaled: whether the layout says how large each feature is on this batch, which a secure sum needs; the batch
             must then be public.
@@ -151,7 +181,8 @@ def derive_layout(
 
     Raises:
         ModelError: if a pattern fits nothing or asks for what `merge.context_free` does not give, if nothing is left to
-            merge, if inputs and targets have one length, or if the texts have but one token.
+            merge, if the model's outputs for an example depend on padding or on the rest of its batch, or if the
+            batch does not show what must be seen: lengths that differ, and more than one token.
     """
     merge = merge or Merge()
     parameters = {name: p for name, p in model.named_parameters() if shared is None or name in shared}
@@ -162,16 +193,18 @@ def derive_layout(
         for pattern in patterns:
             if not any(fnmatchcase(linear.weight, pattern) for linear in linears):
                 raise ModelError(f"merge.{key}: pattern {pattern!r} fits no linear weight of the base model")
-    shapes = _shapes(model, batch)
     trained = {linear.weight: linear for linear in linears if linear.module.weight.requires_grad}
-    single = context_free(model, batch, {weight: linear.module for weight, linear in trained.items()})
+    modules = {weight: linear.module for weight, linear in trained.items()}
+    rows = find_rows(model, batch, modules)
+    single = context_free(model, batch, modules)
     structures = {
         weight: _structure(merge, weight, context_free=weight in single)
         for weight in trained
         if not any(fnmatchcase(weight, pattern) for pattern in merge.exclude)
     }
-    candidates = {weight: trained[weight] for weight, structure in structures.items() if structure is not None}
-    calls = _calls(model, batch, shapes, {weight: linear.module for weight, linear in candidates.items()})
+    wanted = {weight: trained[weight] for weight, structure in structures.items() if structure is not None}
+    candidates = {weight: linear for weight, linear in wanted.items() if rows.get(weight) is not None}
+    calls = _calls(model, batch, {weight: linear.module for weight, linear in candidates.items()})
     members: dict[tuple[Any, ...], list[str]] = {}
     for weight, found in calls.items():  # in the order in which the model first calls them
         members.setdefault((found.keys, structures[weight], weight in parted), []).append(weight)
@@ -188,7 +221,7 @@ def derive_layout(
                 )
                 for weight in weights
             ),
-            rows=calls[weights[0]].rows,
+            rows=rows[weights[0]] or (),
             part=part,
             exponents=_exponents(calls[weights[0]].power) if scaled else (),
         )
@@ -204,6 +237,7 @@ def derive_layout(
                 merge="regmean" if name in calls else "mean",
                 parted=name in parted,
                 context_free=name in single,
+                unmatched=name in wanted and name in rows and name not in candidates,
             )
             for name, p in parameters.items()
             if p.requires_grad
@@ -215,22 +249,16 @@ def derive_layout(
 
 @dataclass
 class _Calls:
-    """How one module is called: identities of the tensors that it receives, which of their rows count, and their power.
+    """How one module is called: identities of the tensors that it receives, and their power.
 
     The power is the largest mean square of each feature over all rows of a call, padding included: float64 (d_in,).
     """
 
     keys: tuple[Any, ...]
-    rows: tuple[Rows, ...]
     power: torch.Tensor
 
 
-def _calls(
-    model: nn.Module,
-    batch: Mapping[str, Any],
-    shapes: Mapping[Rows, torch.Size],
-    modules: Mapping[str, nn.Module],
-) -> dict[str, _Calls]:
+def _calls(model: nn.Module, batch: Mapping[str, Any], modules: Mapping[str, nn.Module]) -> dict[str, _Calls]:
     """Run a model once and return how each of these modules is called, those that are not called left out."""
     calls: dict[str, _Calls] = {}
     alive: list[torch.Tensor] = []  # an identity is only good while the tensor lives
@@ -239,14 +267,13 @@ def _calls(
         def hook(_: nn.Module, x: torch.Tensor) -> None:
             alive.append(x)
             key = (x.data_ptr(), x.storage_offset(), tuple(x.shape), x.stride(), x._version)
-            kind: Rows = next((kind for kind, shape in shapes.items() if has_rows_of(x, shape)), "all")
             features = x.reshape(-1, x.shape[-1]).double()
             power = (features * features).mean(dim=0).cpu()
             before = calls.get(weight)
             if before is None:
-                calls[weight] = _Calls((key,), (kind,), power)
+                calls[weight] = _Calls((key,), power)
             else:
-                calls[weight] = _Calls((*before.keys, key), (*before.rows, kind), torch.maximum(before.power, power))
+                calls[weight] = _Calls((*before.keys, key), torch.maximum(before.power, power))
 
         return hook
 
@@ -254,26 +281,6 @@ def _calls(
     with observing(model, [(module, record(weight)) for weight, module in modules.items()]):
         model(**{key: value.to(device) for key, value in batch.items()})
     return calls
-
-
-def _shapes(model: nn.Module, batch: Mapping[str, Any]) -> dict[Rows, torch.Size]:
-    """Return (examples, length) of a batch's input tokens and of its target tokens, as far as it has them."""
-    shapes: dict[Rows, torch.Size] = {}
-    if "input_ids" in batch:
-        shapes["input"] = batch["input_ids"].shape
-    if answers(model):
-        target = batch.get("decoder_input_ids", batch.get("labels"))
-        if target is None:
-            raise ModelError(
-                "the batch that a layout is made on has no targets ('labels'); the model's decoder needs them"
-            )
-        shapes["target"] = target.shape
-        if shapes["target"] == shapes.get("input"):
-            raise ModelError(
-                "inputs and targets of the batch that a layout is made on have one length, so that their rows cannot "
-                "be told apart; make the targets shorter"
-            )
-    return shapes
 
 
 def _exponents(power: torch.Tensor) -> tuple[int, ...]:

@@ -50,8 +50,9 @@ EXPONENT = 40
 Exponent = Annotated[int, Field(ge=-EXPONENT, le=EXPONENT)]
 """Of two, of a feature's amplitude."""
 
-Rows = Literal["input", "target", "all"]
-"""Which rows of a layer's input count: those of real input tokens, of real target tokens, or all."""
+Rows = Literal["input", "turned", "target", "all", "table"]
+"""Which rows of a layer's input count: those of real input tokens, with the examples in the first dimension or turned,
+in the second; those of real target tokens; all, as many for each example; or a table's, which all examples share."""
 
 
 def _structure(text: str) -> str:
@@ -127,6 +128,9 @@ class Tensor(_Frozen):
     Each row of its input is then one that whoever has the base model can compute. From a full Gram matrix, and from the
     diagonal of a wide one, it can be told which tokens occur, where, and how often.
     """
+    unmatched: bool = False
+    """Whether it is the weight of a linear layer that is averaged since it cannot be told which rows of its input are
+    tokens."""
 
 
 class Block(NamedTuple):
@@ -198,6 +202,8 @@ class Layout(_Frozen):
             expected[linear.weight, group.part] = (d_out, group.d_in) if linear.transposed else (group.d_in, d_out)
         if merged != expected:
             raise ValueError("groups and tensors do not fit together")
+        if any(tensor.unmatched and tensor.merge != "mean" for tensor in self.tensors):
+            raise ValueError("a tensor is merged in closed form, and the rows of its input cannot be matched")
         context_free = {tensor.name for tensor in self.tensors if tensor.context_free}
         for group in self.groups:
             if len({weight.weight in context_free for weight in group.weights}) > 1:
@@ -255,6 +261,12 @@ class Layout(_Frozen):
     def sum_entries(self) -> int:
         """Number of elements of what is summed over silos."""
         return sum(block.entries for block in self.sums)
+
+    @property
+    def closed(self) -> float:
+        """Share of the trained and merged parameters that are merged in closed form, from 0 to 1."""
+        sizes = {tensor.name: math.prod(tensor.shape) for tensor in self.tensors}
+        return sum(sizes[t.name] for t in self.tensors if t.merge == "regmean") / sum(sizes.values())
 
     @property
     def deltas(self) -> tuple[Slice, ...]:

@@ -36,6 +36,7 @@ def base_of(directory: Path, task: str, freeze: str = "", context_free: str = "f
         [model]
         base = "{directory}"
         {task}
+        max-length = 16
         [training]
         {freeze}
         [merge]
@@ -104,7 +105,7 @@ EXPECTED: dict[tuple[str, str], tuple[list[str], int, list[str], list[str]]] = {
         [
             *DEBERTA,
             "0.attention.self.query_proj+key_proj+value_proj 16 input",
-            "0.attention.self.pos_key_proj+pos_query_proj+1.attention.self.pos_key_proj+pos_query_proj 16 all",
+            "0.attention.self.pos_key_proj+pos_query_proj+1.attention.self.pos_key_proj+pos_query_proj 16 table",
             "pooler.dense 16 all",
             "classifier 16 all",
         ],
@@ -114,7 +115,7 @@ EXPECTED: dict[tuple[str, str], tuple[list[str], int, list[str], list[str]]] = {
     ),
     ("deberta-v3", CLASSIFICATION): (
         # The table of relative positions goes through the projections of queries and keys too.
-        [*DEBERTA, "0.attention.self.query_proj+key_proj 16 input,all", "0.attention.self.value_proj 16 input"],
+        [*DEBERTA, "0.attention.self.query_proj+key_proj 16 input,table", "0.attention.self.value_proj 16 input"],
         12,
         [],
         ["word_embeddings", "rel_embeddings"],
@@ -343,7 +344,8 @@ def test_encoder_rows_are_masked_by_the_input_and_decoder_rows_by_the_target(
 def test_a_batch_that_cannot_tell_inputs_from_targets_makes_no_layout(pico: Pico) -> None:
     plan, base = base_of(pico("t5"), ANSWERS)
     batch = public_batch(base)
-    batch["labels"] = batch["input_ids"]
+    batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    del batch["decoder_attention_mask"]
     with pytest.raises(ModelError, match="one length"):
         derive_layout(base.model, batch)
     del batch["labels"]

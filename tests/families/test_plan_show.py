@@ -38,17 +38,23 @@ def show(tmp_path: Path, pico: Callable[[str], Path]) -> Callable[..., tuple[str
 @pytest.mark.parametrize(
     ("family", "model", "closed", "averaged", "frozen"),
     [
-        ("t5", 'task = "sequence-to-sequence"', "EncDecAttention.k", "layer_norm.weight", "shared.weight"),
+        (
+            "t5",
+            'task = "sequence-to-sequence"\nmax-length = 16',
+            "EncDecAttention.k",
+            "layer_norm.weight",
+            "shared.weight",
+        ),
         (
             "gpt2",
-            'task = "causal-lm"',
+            'task = "causal-lm"\nmax-length = 16',
             "transformer.h.1.attn.c_attn",
             "attn.c_attn.bias (×2)",
             "transformer.wte.weight",
         ),
         (
             "deberta-v2",
-            f'task = "classification"\n{LABELS}',
+            f'task = "classification"\nmax-length = 16\n{LABELS}',
             "self.{query_proj,key_proj,value_proj}",
             "deberta.encoder.conv.conv.weight",
             "deberta.encoder.rel_embeddings.weight",
@@ -83,10 +89,12 @@ def test_heads_that_silos_keep_are_named_by_task(show: Callable[..., tuple[str, 
         [[task]]
         name = "topics"
         task = "classification"
+        max-length = 16
         {LABELS}
         [[task]]
         name = "names"
         task = "token-classification"
+        max-length = 16
         labels = ["O", "B-X", "I-X"]
         """
     text, shown = show("bert", 'head = "own"', ('task = "topics"', 'task = "names"'), tasks)
@@ -100,7 +108,7 @@ def test_heads_that_silos_keep_are_named_by_task(show: Callable[..., tuple[str, 
 
 
 def test_a_masked_head_has_a_line_for_each_set_of_silos(show: Callable[..., tuple[str, dict[str, Any]]]) -> None:
-    model = f'task = "multi-label"\n{LABELS}'
+    model = f'task = "multi-label"\nmax-length = 16\n{LABELS}'
     text, shown = show("roberta", model, ('labels = ["a", "b"]', 'labels = ["b", "c"]', ""))
     heads = [group for group in shown["groups"] if group["weights"] == ["classifier.out_proj.weight"]]
     assert [group["silos"] for group in heads] == [

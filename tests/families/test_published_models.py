@@ -18,6 +18,7 @@ from safetensors.numpy import load_file
 from gramfuse_cli.main import cli
 
 TAGS = ["O", "B-ANIMAL", "I-ANIMAL"]
+SHORT = ("--max-length", 16)
 TEXTS = [
     "the cat and dog",
     "a small horse near my goat",
@@ -97,7 +98,9 @@ def test_equal_models_merge_to_themselves(
     model = publish(tmp_path / "model", base, auto, 1, **settings)
     files = [tmp_path / f"{name}.safetensors" for name in ("one", "two")]
     for file in files:
-        gramfuse("measure", model, "--base", base, "--data", data_of(task, model), "-o", file, "--name", file.stem)
+        gramfuse(
+            "measure", model, "--base", base, "--data", data_of(task, model), "-o", file, "--name", file.stem, *SHORT
+        )
     report = gramfuse("merge", *files, "-o", tmp_path / "merged", "--base", base)
     assert report["examples"] == 2 * len(TEXTS)
     own, merged = (load_file(directory / "model.safetensors") for directory in (model, tmp_path / "merged"))
@@ -117,7 +120,7 @@ def test_bodies_of_different_tasks_are_merged_where_they_are_the_same(
     files = []
     for model, task in ((topics, "classification"), (names, "token-classification")):
         files.append(tmp_path / f"{model.name}.safetensors")
-        gramfuse("measure", model, "--base", base, "--data", data_of(task, model), "-o", files[-1])
+        gramfuse("measure", model, "--base", base, "--data", data_of(task, model), "-o", files[-1], *SHORT)
     gramfuse("merge", *files, "-o", tmp_path / "merged", "--base", base, "--heads", "own")
     own = [load_file(model / "model.safetensors") for model in (topics, names)]
     merged = [load_file(tmp_path / "merged" / model.name / "model.safetensors") for model in (topics, names)]

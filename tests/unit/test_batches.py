@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 from seqeval.metrics import f1_score
-from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
+from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import BpeTrainer
-from transformers import AutoTokenizer, PreTrainedTokenizerFast, RobertaConfig, RobertaModel, RobertaTokenizer
+from transformers import CanineConfig, CanineModel, CanineTokenizer, PreTrainedTokenizerFast
 
 from gramfuse_client.batches import IGNORED, Encoded, batches, inputs_of
 from gramfuse_client.data import Examples
@@ -22,7 +23,7 @@ from gramfuse_client.evaluate import Outputs, count, rows
 from gramfuse_client.finetune import finetune
 from gramfuse_client.loss import masked_loss
 from gramfuse_model.base import load_base
-from gramfuse_protocol.errors import DataError
+from gramfuse_protocol.errors import DataError, ModelError
 from gramfuse_protocol.held_out import ENTITIES
 from gramfuse_protocol.metrics import metrics
 from gramfuse_protocol.plan import Plan, Training
@@ -34,37 +35,6 @@ TAG = Task(task="token-classification", labels=TAGS, max_length=8)
 WRITE = Task(task="sequence-to-sequence", max_length=8, target_length=4)
 SPEAK = Task(task="causal-lm", max_length=8)
 CORPUS = ["the cat sat on the mat", "Anna Maria met Tom in London", "London is big"]
-
-
-def byte_level() -> Tokenizer:
-    """A byte-level tokenizer that puts no space before a text, as RoBERTa's and GPT-2's."""
-    tokenizer = Tokenizer(BPE(unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(CORPUS, trainer)
-    return tokenizer
-
-
-def save_roberta(directory: Path, *, own_class: bool) -> None:
-    """Save a pico RoBERTa, with its own tokenizer class or as a tokenizer of no class."""
-    plain = byte_level()
-    size = len(plain.get_vocab())
-    torch.manual_seed(1)
-    config = RobertaConfig(
-        vocab_size=size, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8
-    )
-    RobertaModel(config).save_pretrained(directory)
-    if own_class:
-        bpe = json.loads(plain.to_str())["model"]
-        RobertaTokenizer(vocab=bpe["vocab"], merges=[tuple(merge) for merge in bpe["merges"]]).save_pretrained(
-            directory
-        )
-    else:
-        names = {"pad_token": "<pad>", "unk_token": "<unk>", "cls_token": "<s>", "sep_token": "</s>"}
-        PreTrainedTokenizerFast(tokenizer_object=plain, **names).save_pretrained(directory)
 
 
 def words_and_labels(encoded: Encoded) -> list[list[tuple[str, int]]]:
@@ -179,50 +149,116 @@ def test_an_order_is_drawn_by_the_seed(pico_tokenizer: Any) -> None:
     assert abs(counts - 80).max() < 5 * np.sqrt(80 * 0.8)
 
 
-@pytest.mark.parametrize("own_class", [True, False])
-def test_words_of_their_own_are_the_tokens_that_they_are_in_a_text(own_class: bool, tmp_path: Path) -> None:
-    save_roberta(tmp_path, own_class=own_class)
+def train(pre_tokenizer: Any, normalizer: Any = None) -> Tokenizer:
+    """A tokenizer of pieces of words."""
+    tokenizer = Tokenizer(BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer, tokenizer.normalizer = pre_tokenizer, normalizer
+    if "ByteLevel" in str(pre_tokenizer):
+        tokenizer.decoder = decoders.ByteLevel()
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = BpeTrainer(vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    ends = TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)])
+    tokenizer.post_processor = ends
+    return tokenizer
+
+
+SPLIT = pre_tokenizers.Split(
+    Regex(r"'s|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"), behavior="isolated"
+)
+"""As Llama 3 and Qwen have it."""
+
+TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {
+    "split, then bytes": lambda: train(
+        pre_tokenizers.Sequence([SPLIT, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    ),
+    "bytes": lambda: train(pre_tokenizers.ByteLevel(add_prefix_space=False)),
+    "bytes, with a space before": lambda: train(pre_tokenizers.ByteLevel(add_prefix_space=True)),
+    "pieces of sentences": lambda: train(pre_tokenizers.Metaspace()),
+    "pieces of sentences, no space before": lambda: train(pre_tokenizers.Metaspace(prepend_scheme="never")),
+    "spaces by the normalizer": lambda: train(
+        pre_tokenizers.Split("▁", "merged_with_next"),
+        normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]),
+    ),
+    "lower case": lambda: train(pre_tokenizers.BertPreTokenizer(), normalizers.BertNormalizer()),
+}
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_words_of_their_own_are_the_tokens_that_they_are_in_a_text(kind: str) -> None:
+    names = {"pad_token": "<pad>", "unk_token": "<unk>", "cls_token": "<s>", "sep_token": "</s>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=TOKENIZERS[kind](), **names)
+    words = ("Anna", "Maria's", "42", "cats", "met", "Tóm", "in", "1987,", "London", "!")
+    task = Task(task="token-classification", labels=("O", "B-PER", "I-PER"), max_length=128)
+    tags = tuple(n % 3 for n in range(len(words)))
+    encoded = Encoded(Examples([words], None, [tags]), tokenizer, task)
+    (row,) = encoded.rows or ()
+    assert row["input_ids"] == tokenizer(" ".join(words))["input_ids"]
+    labelled = [place for place, label in enumerate(row["labels"]) if label != IGNORED]
+    assert [row["labels"][place] for place in labelled] == list(tags)
+    # What lies between two labels, and nothing else, makes up a word.
+    ends = [*labelled[1:], len(row["input_ids"]) - 1]
+    found = [tokenizer.decode(row["input_ids"][start:stop]) for start, stop in zip(labelled, ends, strict=True)]
+    folded = str.maketrans("óT", "ot") if kind == "lower case" else {}
+    expected = [word.translate(folded).lower() if folded else word for word in words]
+    assert [word.replace("▁", " ").replace(" ", "") for word in found] == expected
+
+
+def test_a_tokenizer_without_places_is_refused_for_words(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    CanineModel(
+        CanineConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, num_hash_buckets=8)
+    ).save_pretrained(tmp_path)
+    CanineTokenizer().save_pretrained(tmp_path)
     plan = Plan.parse(
         f'[plan]\nname = "x"\n[model]\nbase = "{tmp_path}"\ntask = "token-classification"\n'
         f'labels = ["O", "B-PER", "I-PER"]\n[privacy]\nsecure-aggregation = false\n[[silo]]\nname = "a"\n'
     )
-    tokenizer = load_base(plan, tmp_path).tokenizer
-    words = ["the", "cat", "sat"]
-    expected = AutoTokenizer.from_pretrained(tmp_path).tokenize(" the cat sat")
-    assert [t for t in tokenizer(words, is_split_into_words=True).tokens() if t not in ("<s>", "</s>")] == expected
-    tokenizer.save_pretrained(tmp_path / "again")
-    again = AutoTokenizer.from_pretrained(tmp_path / "again")
-    assert (
-        again(words, is_split_into_words=True)["input_ids"] == tokenizer(words, is_split_into_words=True)["input_ids"]
-    )
-    found = words_and_labels(Encoded(Examples([("Anna", "Maria")], None, [(1, 2)]), tokenizer, TAG))[0]
-    assert [label for token, label in found if label != IGNORED] == [1, 2]
-    assert [token[0] for token, label in found if label != IGNORED] == ["Ġ", "Ġ"]
+    with pytest.raises(ModelError, match=r"CanineTokenizer.*tokenizer\.json"):
+        load_base(plan, tmp_path)
 
 
-def test_targets_never_have_the_length_of_the_texts(pico_tokenizer: Any) -> None:
+def test_targets_are_padded_at_their_end_and_masked(pico_tokenizer: Any) -> None:
     # Three tokens on either side: [CLS] cat [SEP].
     texts, targets = ["cat", "dog", "cat dog cow"], ["dog", "cat the", "cow"]
-    for size, widths in ((1, [(3, 4), (3, 4), (5, 3)]), (3, [(5, 4)])):
-        encoded = Encoded(Examples(texts, None, targets), pico_tokenizer, WRITE)
-        found = list(batches(encoded, size, CPU))
-        assert [(b["input_ids"].shape[1], b["labels"].shape[1]) for b in found] == widths
-        for batch in found:
-            real = batch["labels"] != IGNORED
-            assert torch.equal(batch["decoder_attention_mask"], real.long())
-            assert not (batch["labels"][real] == pico_tokenizer.pad_token_id).any()
+    left = on_the_left(pico_tokenizer)
+    for tokenizer in (pico_tokenizer, left):
+        (batch,) = batches(Encoded(Examples(texts, None, targets), tokenizer, WRITE), 3, CPU)
+        assert batch["decoder_attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 1, 0]]
+        assert torch.equal(batch["labels"] != IGNORED, batch["decoder_attention_mask"].bool())
+        assert batch["attention_mask"].sum(dim=1).tolist() == [3, 3, 5]
     long = Encoded(Examples(["cat"], None, ["cat " * 9]), pico_tokenizer, WRITE)
     assert len(long[0]["labels"]) == WRITE.target_length
 
 
-def test_padding_of_a_text_is_nothing_to_predict(pico_tokenizer: Any) -> None:
-    left = PreTrainedTokenizerFast(tokenizer_object=pico_tokenizer.backend_tokenizer, pad_token="[PAD]")
-    left.padding_side = "left"
-    (batch,) = batches(Encoded(Examples(["cat", "cat dog cow"], None, [None, None]), left, SPEAK), 2, CPU)
-    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [1] * 5], "padded at the end, whatever the tokenizer"
-    assert torch.equal(batch["labels"], batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED))
+def on_the_left(tokenizer: Any) -> PreTrainedTokenizerFast:
+    """The same tokenizer, which pads on the left."""
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, pad_token="[PAD]", padding_side="left")
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_text_is_padded_on_the_side_that_the_tokenizer_says_and_padding_is_nothing_to_predict(
+    pico_tokenizer: Any, side: str
+) -> None:
+    tokenizer = on_the_left(pico_tokenizer) if side == "left" else pico_tokenizer
+    examples = Examples(["cat", "cat dog cow"], None, [None, None])
+    (batch,) = batches(Encoded(examples, tokenizer, SPEAK), 2, CPU)
+    short = [0, 0, 1, 1, 1] if side == "left" else [1, 1, 1, 0, 0]
+    assert batch["attention_mask"].tolist() == [short, [1] * 5]
+    real = batch["attention_mask"].bool()
+    assert batch["labels"][real].tolist() == [
+        IGNORED, *batch["input_ids"][0][real[0]][1:].tolist(), IGNORED, *batch["input_ids"][1][1:].tolist()
+    ]  # fmt: skip
+    assert bool((batch["labels"][~real] == IGNORED).all())
     logits = torch.nn.functional.one_hot(batch["input_ids"].roll(-1, 1), len(pico_tokenizer)).float() * 50
-    assert count(batch, Outputs(logits), SPEAK, left).round().tolist() == [2, 6, 0, 6]
+    assert count(batch, Outputs(logits), SPEAK, tokenizer).round().tolist() == [2, 6, 0, 6]
+
+
+def test_tags_stand_beside_their_words_where_a_tokenizer_pads_on_the_left(pico_tokenizer: Any) -> None:
+    examples = Examples([("cat",), ("cow", "dog", "hen")], None, [(1,), (1, 2, 0)])
+    (batch,) = batches(Encoded(examples, on_the_left(pico_tokenizer), TAG), 2, CPU)
+    assert batch["labels"].tolist() == [[IGNORED, IGNORED, IGNORED, 1, IGNORED], [IGNORED, 1, 2, 0, IGNORED]]
 
 
 def test_batches_by_length_have_all_examples(pico_tokenizer: Any) -> None:

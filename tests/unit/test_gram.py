@@ -14,12 +14,13 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from gramfuse_client.gram import Gram, collect_grams, rows_of_features
+from gramfuse_client.gram import Gram, collect_grams
 from gramfuse_client.statistics import collect_statistics
 from gramfuse_model.base import load_base, trainable
+from gramfuse_model.observation import rows_of
 from gramfuse_model.tracing import derive_layout
 from gramfuse_protocol.errors import ContributionError
-from gramfuse_protocol.layout import Group, Layout, Linear, Tensor
+from gramfuse_protocol.layout import Group, Layout, Linear, Rows, Tensor
 from gramfuse_protocol.plan import Merge, Plan
 from gramfuse_protocol.statistics import Statistics
 from gramfuse_server.accumulator import Accumulator
@@ -143,22 +144,34 @@ def test_more_padding_changes_nothing(kind: str, filler: int, request: pytest.Fi
 
 
 @pytest.mark.parametrize(
-    ("shape", "kept"),
+    ("kind", "shape", "kept"),
     [
-        ((2, 3, 4), [0, 1, 3]),
-        ((6, 4), [0, 1, 3]),
-        ((2, 3, 2, 4), [0, 1, 2, 3, 6, 7]),
-        ((2, 4), [0, 1]),
-        ((2, 3), [0, 1]),
-        ((1, 6, 4), [0, 1, 2, 3, 4, 5]),
+        ("input", (2, 3, 4), [0, 1, 3]),
+        ("input", (6, 4), [0, 1, 3]),
+        ("input", (2, 3, 2, 4), [0, 1, 2, 3, 6, 7]),
+        ("input", (2, 5, 4), [0, 1, 5]),
+        ("target", (10, 4), [0, 1, 5]),
+        ("turned", (3, 2, 4), [0, 2, 1]),
+        ("turned", (6, 4), [0, 2, 1]),
+        ("turned", (5, 2, 4), [0, 2, 1]),
+        ("all", (2, 4), [0, 1]),
+        ("all", (2, 3), [0, 1]),
+        ("table", (1, 6, 4), [0, 1, 2, 3, 4, 5]),
     ],
-    ids=["tokens", "flattened", "heads", "pooled", "pooled, as wide as the batch is long", "a table that all share"],
+    ids=lambda value: str(value) if isinstance(value, str) else None,
 )
-def test_the_mask_applies_to_tokens_and_to_nothing_else(shape: tuple[int, ...], kept: list[int]) -> None:
+def test_the_mask_applies_to_tokens_and_to_nothing_else(kind: Rows, shape: tuple[int, ...], kept: list[int]) -> None:
     mask = torch.tensor([[True, True, False], [True, False, False]])
     x = torch.arange(torch.tensor(shape).prod()).reshape(shape).float()
-    rows = rows_of_features(nn.Linear(shape[-1], 1), x, mask)
-    torch.testing.assert_close(rows, x.reshape(-1, shape[-1])[kept])
+    torch.testing.assert_close(rows_of(x, kind, mask), x.reshape(-1, shape[-1])[kept])
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape"), [("input", (3, 3, 4)), ("input", (2, 2, 4)), ("turned", (2, 3, 4)), ("input", (7, 4))]
+)
+def test_rows_of_another_number_of_examples_or_places_are_refused(kind: Rows, shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="examples"):
+        rows_of(torch.zeros(shape), kind, torch.ones(2, 3, dtype=torch.bool))
 
 
 def test_the_size_of_the_batches_changes_nothing(pico_bert: Path) -> None:

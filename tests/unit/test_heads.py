@@ -198,7 +198,7 @@ def layouts(plan: Plan) -> tuple[list[Base], list[Layout]]:
 
 
 def test_a_plan_in_which_silos_annotate_different_labels_splits_the_last_layer_of_the_head(pico_bert: Path) -> None:
-    model = f'task = "multi-label"\n{LABELS}'
+    model = f'task = "multi-label"\nmax-length = 16\n{LABELS}'
     plan = a_plan(pico_bert, model, roster(one='labels = ["c", "a"]', two='labels = ["b", "c"]', three=""))
     _, (layout, *others) = layouts(plan)
     assert all(other == layout for other in others)
@@ -217,13 +217,15 @@ def test_a_plan_in_which_silos_annotate_different_labels_splits_the_last_layer_o
 
 
 def test_a_plan_in_which_all_silos_name_all_labels_has_no_parts(pico_bert: Path) -> None:
-    plan = a_plan(pico_bert, f'task = "multi-label"\n{LABELS}', roster(one='labels = ["c", "a", "b"]', two=""))
+    plan = a_plan(
+        pico_bert, f'task = "multi-label"\nmax-length = 16\n{LABELS}', roster(one='labels = ["c", "a", "b"]', two="")
+    )
     assert layouts(plan)[1][0].parts == ()
 
 
 def test_own_heads_are_in_no_layout(pico_bert: Path) -> None:
-    same = a_plan(pico_bert, f'task = "classification"\n{LABELS}', roster(one="", two=""))
-    own = a_plan(pico_bert, f'task = "classification"\n{LABELS}\nhead = "own"', roster(one="", two=""))
+    same = a_plan(pico_bert, f'task = "classification"\nmax-length = 16\n{LABELS}', roster(one="", two=""))
+    own = a_plan(pico_bert, f'task = "classification"\nmax-length = 16\n{LABELS}\nhead = "own"', roster(one="", two=""))
     (base, _), (whole, _) = layouts(same)
     _, (body, _) = layouts(own)
     head = head_parameters(base.model)
@@ -238,14 +240,17 @@ def test_silos_with_different_tasks_derive_one_layout_of_what_all_their_models_h
         [[task]]
         name = "topics"
         task = "classification"
+        max-length = 16
         {LABELS}
         [[task]]
         name = "names"
         task = "token-classification"
+        max-length = 16
         labels = ["O", "B-X", "I-X"]
         [[task]]
         name = "scores"
         task = "regression"
+        max-length = 16
         """
     silos = roster(one='task = "topics"', two='task = "names"', three='task = "scores"')
     plan = a_plan(pico_bert, 'head = "own"', silos, tasks)
@@ -261,7 +266,7 @@ def test_silos_with_different_tasks_derive_one_layout_of_what_all_their_models_h
 
 
 def test_a_head_without_a_layer_of_one_output_for_each_label_is_not_masked(pico_bert: Path) -> None:
-    model = f'task = "multi-label"\n{LABELS}'
+    model = f'task = "multi-label"\nmax-length = 16\n{LABELS}'
     plan = a_plan(pico_bert, model, roster(one='labels = ["a", "b", "c"]', two='labels = ["b"]'))
     base = load_base(plan, Path())
     base.model.classifier = torch.nn.Linear(16, 5)

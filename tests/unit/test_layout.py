@@ -60,10 +60,10 @@ DOCUMENT = (
     '{"d_out":3,"transposed":true,"weight":"q.weight"},{"d_out":2,"transposed":true,"weight":"k.weight"}]},'
     '{"d_in":5,"exponents":[],"name":"ü","part":null,"rows":["input"],'
     '"structure":"full","weights":[{"d_out":1,"transposed":false,"weight":"c.weight"}]}],"parts":[],'
-    '"tensors":[{"context_free":true,"merge":"regmean","name":"q.weight","parted":false,"shape":[3,6]},'
-    '{"context_free":true,"merge":"regmean","name":"k.weight","parted":false,"shape":[2,6]},'
-    '{"context_free":false,"merge":"mean","name":"scale","parted":false,"shape":[]},'
-    '{"context_free":false,"merge":"regmean","name":"c.weight","parted":false,"shape":[5,1]}],"version":1}'
+    '"tensors":[{"context_free":true,"merge":"regmean","name":"q.weight","parted":false,"shape":[3,6],"unmatched":false},'
+    '{"context_free":true,"merge":"regmean","name":"k.weight","parted":false,"shape":[2,6],"unmatched":false},'
+    '{"context_free":false,"merge":"mean","name":"scale","parted":false,"shape":[],"unmatched":false},'
+    '{"context_free":false,"merge":"regmean","name":"c.weight","parted":false,"shape":[5,1],"unmatched":false}],"version":1}'
 )
 
 

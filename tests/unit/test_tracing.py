@@ -30,6 +30,7 @@ def a_plan(base: Path, merge: str = "", freeze: str = "'*embeddings*'") -> Plan:
         [model]
         base = "{base}"
         task = "classification"
+        max-length = 16
         labels = ["a", "b", "c"]
         [training]
         freeze = [{freeze}]
@@ -256,7 +257,7 @@ def test_a_module_that_is_called_again_on_more_context_counts_by_its_first_call(
 
 def test_a_batch_of_one_token_shows_nothing_and_makes_no_layout() -> None:
     with pytest.raises(ModelError, match="no two different tokens"):
-        derive_layout(Windows(), {"input_ids": torch.full((2, 3), 5), "attention_mask": torch.ones(2, 3)})
+        derive_layout(Windows(), BATCH | {"input_ids": torch.full((2, 4), 5)})
 
 
 @pytest.mark.parametrize("structure", ["full", "block:4"])

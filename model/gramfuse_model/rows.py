@@ -1,0 +1,279 @@
+"""Which rows of a layer's input are tokens: found by running examples together, padded, and each of them alone.
+
+Shapes do not tell it. Longformer and LED pad a text inside to a multiple of their window, XLNet has the batch in the
+second dimension, Funnel halves a text on its way, and a table of positions may be as long as the longest text. What is
+true of a row that counts is that it has one value, whatever stands beside its example. So a few examples run as a
+padded batch, and each alone without padding; a reading of the rows (`gramfuse_model.observation.rows_of`) is taken only
+if it finds in the batch what the examples have alone. A layer without such a reading is not merged in closed form.
+
+What a model puts out is read in the same way. If it is not the same in a batch as alone, padding enters what the model
+computes, and nothing that is measured in batches would be right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from gramfuse_model.batch import TARGETS, Batch, alone, chosen, masks_of
+from gramfuse_model.heads import answers, head_parameters
+from gramfuse_model.linear import linear_modules
+from gramfuse_model.observation import Hook, by_example, observing, rows_of
+from gramfuse_protocol.errors import ModelError
+from gramfuse_protocol.layout import Rows
+
+TOLERANCE = 1e-4
+"""Share of their length by which rows may differ and be the same; rounding makes it 1e-6 or less."""
+
+TEXTS, IMAGES = 8, 3
+"""Examples that run alone."""
+
+WIDTH = 8
+"""Rows are compared by so many random projections, so that no activations have to be kept."""
+
+OUTPUTS = ""
+"""Stands for what the model puts out among the names of modules."""
+
+Calls = Mapping[str, Sequence[torch.Tensor]]
+"""By a module's name, projections of what it received in each call: (…, WIDTH)."""
+
+
+class _Reading(NamedTuple):
+    kind: Rows
+    inner: bool = False
+    """Whether there are rows after those of the text, which are padding that the model added."""
+
+
+def find_rows(
+    model: nn.Module, batch: Mapping[str, torch.Tensor], modules: Mapping[str, nn.Module]
+) -> dict[str, tuple[Rows, ...] | None]:
+    """Return for each call of each module which rows of its input count, or None if that cannot be told.
+
+    Modules that are not called are left out. Of inputs that are neither token ids nor pixels, all rows count.
+
+    Args:
+        batch: keyword arguments of the model's forward. Texts must differ in length, and for a model with encoder and
+            decoder a text must differ from its target.
+        modules: by name, whose inputs have features in their last dimension.
+
+    Raises:
+        ModelError: if what the model puts out for an example depends on what else is in its batch, or on padding; or if
+            the batch cannot show it.
+    """
+    device = next(model.parameters()).device
+    batch = {key: value.to(device) for key, value in batch.items()}
+    masks = masks_of(model, batch)
+    if not masks and "pixel_values" not in batch:
+        calls = _run(model, batch, modules)
+        every: Rows = "all"
+        return {name: (every,) * len(calls[name]) for name in modules if name in calls}
+    few = _telling(model, batch, masks)
+    batch, masks = chosen(batch, few), chosen(masks, few)
+    head = _head(model)
+    found = _readings(model, batch, masks, {**modules, **head})
+    # A head of zeros puts out the same for all texts; then what enters the head tells.
+    if any(None in found[name] for name in (OUTPUTS, *head) if name in found):
+        raise ModelError(_padding_matters(model, batch, masks))
+    idle = _idle(model, batch, modules) if "pixel_values" in batch else frozenset()
+    return {
+        name: None if None in found[name] or name in idle else tuple(reading.kind for reading in found[name] if reading)
+        for name in modules
+        if name in found
+    }
+
+
+def _telling(model: nn.Module, batch: Batch, masks: Batch) -> list[int]:
+    """Return the indices of a few examples of different lengths, or of a few images.
+
+    Raises:
+        ModelError: if there are none.
+    """
+    if "input" not in masks:
+        if len(batch["pixel_values"]) < 2:
+            raise ModelError("the batch that a layout is made on has one image; it takes two that differ")
+        return list(range(min(IMAGES, len(batch["pixel_values"]))))
+    lengths = masks["input"].sum(dim=1)
+    order = lengths.argsort(stable=True).tolist()
+    places = torch.linspace(0, len(order) - 1, min(TEXTS, len(order))).round().long().tolist()
+    few = [order[place] for place in places]
+    if int(lengths[few[0]]) == int(lengths[few[-1]]):
+        raise ModelError(
+            "all texts of the batch that a layout is made on have one length, so that it cannot be seen which rows of "
+            "a layer are tokens; take texts of different lengths, padded to the longest"
+        )
+    if answers(model) and "target" not in masks:
+        raise ModelError("the batch that a layout is made on has no targets ('labels'); the model's decoder needs them")
+    if "target" in masks and torch.equal(lengths[few], masks["target"].sum(dim=1)[few]):
+        raise ModelError(
+            "inputs and targets of the batch that a layout is made on have one length, so that their rows cannot be "
+            "told apart; take other targets"
+        )
+    return few
+
+
+def _head(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the linear modules of a model's head by the names of their weights."""
+    if not isinstance(model, PreTrainedModel):
+        return {}
+    head = head_parameters(model)
+    return {linear.weight: linear.module for linear in linear_modules(model) if linear.weight in head}
+
+
+def _readings(
+    model: nn.Module, batch: Batch, masks: Batch, modules: Mapping[str, nn.Module]
+) -> dict[str, list[_Reading | None]]:
+    """Return the reading of each call of each module, and of the outputs."""
+    together = _run(model, batch, modules)
+    examples = len(next(iter(batch.values())))
+    single = [_run(model, alone(batch, masks, index), modules) for index in range(examples)]
+    found: dict[str, list[_Reading | None]] = {}
+    for name, calls in together.items():
+        if any(len(one.get(name, ())) != len(calls) for one in single):
+            found[name] = [None] * len(calls)
+        else:
+            found[name] = [_reading(x, [one[name][n] for one in single], masks) for n, x in enumerate(calls)]
+    if any(reading and reading.inner for readings in found.values() for reading in readings):
+        other = _run(model, _with_other_padding(batch, masks), modules)
+        for name, readings in found.items():
+            found[name] = [
+                reading if reading is None or not reading.inner or _is_padding(x, y, reading.kind, masks) else None
+                for reading, x, y in zip(readings, together[name], other[name], strict=True)
+            ]
+    return found
+
+
+def _run(model: nn.Module, batch: Batch, modules: Mapping[str, nn.Module]) -> dict[str, list[torch.Tensor]]:
+    """Run a model and return projections of what modules receive, and of what it puts out, if that is known."""
+    calls: dict[str, list[torch.Tensor]] = {}
+
+    def record(name: str) -> Hook:
+        return lambda _, x: calls.setdefault(name, []).append(_projected(x))
+
+    with observing(model, [(module, record(name)) for name, module in modules.items()]):
+        result = model(**batch)
+        outputs = getattr(result, "logits", getattr(result, "last_hidden_state", None))
+        if outputs is not None:
+            calls[OUTPUTS] = [_projected(outputs)]
+    return calls
+
+
+def _projected(x: torch.Tensor) -> torch.Tensor:
+    directions = torch.randn(x.shape[-1], WIDTH, generator=torch.Generator().manual_seed(x.shape[-1]))
+    return x.float() @ directions.to(x.device)
+
+
+def _reading(x: torch.Tensor, single: list[torch.Tensor], masks: Batch) -> _Reading | None:
+    """Return how the rows of a batch are read so that they are those of its examples alone.
+
+    Args:
+        x: of the batch, (…, WIDTH).
+        single: of each example.
+    """
+    if all(_same(one, x) for one in single):
+        return _Reading("table")
+    inner = None
+    kinds: tuple[Rows, ...] = ("input", "turned", "target")
+    for kind in kinds:
+        mask = masks.get("input" if kind == "turned" else kind)
+        if mask is None:
+            continue
+        try:
+            own = [rows_of(one, kind, mask[n][mask[n]].unsqueeze(0)) for n, one in enumerate(single)]
+            rows = rows_of(x, kind, mask)
+        except ValueError:
+            continue
+        if _same(rows, torch.cat(own)):
+            if all(part.numel() == one.numel() for part, one in zip(own, single, strict=True)):
+                return _Reading(kind)
+            inner = inner or (_Reading(kind, inner=True) if kind != "target" else None)
+    flat = [one.reshape(-1, WIDTH) for one in single]
+    least = int(masks["input"].sum(dim=1).min()) if "input" in masks else len(flat[0])
+    # Fewer rows than the shortest text has tokens, and as many for each example: no padding is among them.
+    if len({len(one) for one in flat}) == 1 and len(flat[0]) <= least and _same_sum(x.reshape(-1, WIDTH), flat):
+        return _Reading("all")
+    return inner
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and bool((a - b).norm() <= TOLERANCE * b.norm())
+
+
+def _same_sum(rows: torch.Tensor, single: list[torch.Tensor]) -> bool:
+    """Whether rows are those of single examples in any order: as many, with the same sum of x xᵀ."""
+    return len(rows) == sum(map(len, single)) and _same(rows.T @ rows, sum(one.T @ one for one in single))  # type: ignore[arg-type]
+
+
+def _with_other_padding(batch: Batch, masks: Batch) -> Batch:
+    """Return a batch with a word in the place of all padding of its texts."""
+    ids, mask = batch["input_ids"], masks["input"]
+    longest = int(mask.sum(dim=1).argmax())
+    words = ids[longest, mask[longest]]
+    return {**batch, "input_ids": torch.where(mask, ids, words[len(words) // 2])}
+
+
+def _is_padding(x: torch.Tensor, other: torch.Tensor, kind: Rows, masks: Batch) -> bool:
+    """Whether the rows that padding has by a reading are padding's: they change with it, or are zero, and no others do.
+
+    So it is seen that the rows of a text stand in its order; those that a model adds come after them.
+    """
+    mask = masks["input"]
+    if x.shape != other.shape:
+        return False
+    rows, moved = (
+        by_example(part, kind, mask)[:, : mask.shape[1]].flatten(2).norm(dim=2) for part in (x, x - other)
+    )  # (examples, length)
+    changed = moved > TOLERANCE * rows
+    return not bool(changed[mask].any()) and bool((changed | (rows == 0))[~mask].all())
+
+
+def _padding_matters(model: nn.Module, batch: Batch, masks: Batch) -> str:
+    """Say that a model's outputs depend on padding, and whether they do on the other side too."""
+    what = f"the base model's outputs ({type(model).__name__}) are not the same for an example alone and in a batch"
+    if "input" not in masks:
+        return f"{what}, so what is measured would depend on how examples are put into batches; take another model"
+    left = bool(masks["input"][:, -1].all())
+    here, there = ("left", "right") if left else ("right", "left")
+    turned = _padded_on_the_other_side(batch, masks["input"], left=left)
+    if None in _readings(model, turned, masks_of(model, turned), {}).get(OUTPUTS, [None]):
+        remedy = "nor on the other side: padding enters what it computes for real tokens. Take another model"
+    else:
+        remedy = f'on the {there} they are. Set "padding_side": "{there}" in its tokenizer_config.json'
+    return f"{what} padded on the {here}; {remedy}"
+
+
+def _padded_on_the_other_side(batch: Batch, mask: torch.Tensor, *, left: bool) -> Batch:
+    order = (~mask if left else mask).int().argsort(dim=1, stable=True)
+    return {
+        key: value.gather(1, order) if key not in TARGETS and value.shape == mask.shape else value
+        for key, value in batch.items()
+    }
+
+
+def _idle(model: nn.Module, batch: Batch, modules: Mapping[str, nn.Module]) -> frozenset[str]:
+    """Return the modules some of whose rows change nothing of what the model's body makes of an image.
+
+    They are what a model pads inside, to a multiple of its window (Swin); all images being of one size, batches do not
+    show it.
+    """
+    body = model.base_model if isinstance(model, PreTrainedModel) else model
+    inputs: list[tuple[str, torch.Tensor]] = []
+
+    def record(name: str) -> Hook:
+        return lambda _, x: inputs.append((name, x)) if x.requires_grad else None  # a table does not come of the image
+
+    image = batch["pixel_values"][:1].clone().requires_grad_()
+    with observing(model, [(module, record(name)) for name, module in modules.items()], gradients=True):
+        features = body(pixel_values=image)[0]
+    if not inputs:
+        return frozenset()
+    weights = torch.randn(features.shape, generator=torch.Generator().manual_seed(0)).to(features.device)
+    slopes = torch.autograd.grad((features * weights).sum(), [x for _, x in inputs], allow_unused=True)
+    return frozenset(
+        name
+        for (name, _), slope in zip(inputs, slopes, strict=True)
+        if slope is None or bool((slope.reshape(-1, slope.shape[-1]) == 0).all(dim=1).any())
+    )
