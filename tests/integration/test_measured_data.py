@@ -50,8 +50,22 @@ def measure(model: Path, base: Path, data: Path, *options: Any) -> tuple[Statist
     """Return the statistics and what the command says of them; what it raises is raised here."""
     out = data.with_suffix(".safetensors")
     out.unlink(missing_ok=True)
-    arguments = ["measure", model, "--base", base, "--data", data, "-o", out, "--device", "cpu", "--json", *options]
-    result = CliRunner().invoke(cli, [*map(str, arguments)])
+    arguments = [
+        "measure",
+        model,
+        "--base",
+        base,
+        "--data",
+        data,
+        "-o",
+        out,
+        "--device",
+        "cpu",
+        "--max-length",
+        32,
+        "--json",
+    ]
+    result = CliRunner().invoke(cli, [*map(str, [*arguments, *options])])
     if isinstance(result.exception, GramfuseError):
         raise result.exception
     assert result.exit_code == 0, result.output
