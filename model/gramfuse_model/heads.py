@@ -20,15 +20,16 @@ def answers(model: nn.Module) -> bool:
 
 
 def head_parameters(model: PreTrainedModel) -> frozenset[str]:
-    """Return the names of the parameters that stand outside of the body, `model.base_model`.
+    """Return the names of the parameters, and of the buffers, that stand outside of the body, `model.base_model`.
 
     A model that generates has none.
     """
     body = model.base_model
     if body is model or generates(model):
         return frozenset()
-    inside = {id(parameter) for parameter in body.parameters()}
-    return frozenset(name for name, parameter in model.named_parameters() if id(parameter) not in inside)
+    inside = {id(tensor) for tensor in (*body.parameters(), *body.buffers())}
+    both = (*model.named_parameters(), *model.named_buffers())
+    return frozenset(name for name, tensor in both if id(tensor) not in inside)
 
 
 def last_layer(model: PreTrainedModel, labels: int) -> frozenset[str]:

@@ -369,10 +369,9 @@ def _write(
     if file is not None:
         own = {t.name for t in file.about.layout.tensors} - merged.deltas.keys()
         add_differences(base.model, {name: file.block(delta_block(name)).astype(np.float64) for name in own})
-        parameters = dict(base.model.named_parameters())
-        with torch.no_grad():
-            for name, value in file.own().items():
-                parameters[name].copy_(torch.from_numpy(value))
+        tensors = base.model.state_dict()
+        for name, value in file.own().items():
+            tensors[name].copy_(torch.from_numpy(value))
     add_differences(base.model, merged.deltas)
     base.model.save_pretrained(directory, safe_serialization=True)
     base.tokenizer.save_pretrained(directory)

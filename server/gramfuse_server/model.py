@@ -13,6 +13,7 @@ import yaml
 from torch import nn
 
 from gramfuse_model.base import Base
+from gramfuse_model.buffers import add_to, forget
 from gramfuse_model.source import BUNDLED
 from gramfuse_model.tasks import Form, merged_form
 from gramfuse_protocol.plan import Plan
@@ -53,12 +54,11 @@ def write_model(
 
 
 def add_differences(model: nn.Module, deltas: Deltas) -> None:
-    """Add differences to a model's parameters, by name; summed in float64 and rounded once to the model's dtype."""
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, delta in deltas.items():
-            parameter = parameters[name]
-            parameter.copy_(torch.from_numpy(parameter.numpy().astype(np.float64) + delta))
+    """Add differences to a model's parameters and buffers, by name; in float64, rounded once to the model's dtype."""
+    tensors = model.state_dict()
+    for name, delta in deltas.items():
+        add_to(tensors[name], torch.from_numpy(np.array(delta)))
+    forget(model)
 
 
 def card(
