@@ -89,6 +89,7 @@ def run_simulation(
     from gramfuse_client.policy import check_examples, check_plan
     from gramfuse_client.silo import write_identity
     from gramfuse_client.state import read_progress
+    from gramfuse_client.targets import check_targets
     from gramfuse_server.run import check_free, discard
 
     check_terms(compare, project.plan)
@@ -96,10 +97,12 @@ def run_simulation(
     say("read the silos' data and the base model", err=True)
     silos = project.silos()
     for silo in silos.values():  # what a silo would refuse later is said now, with the details that only it may see
-        examples, _ = load(silo, project.plan.task_of(silo.name))
+        task = project.plan.task_of(silo.name)
+        examples, _ = load(silo, task)
         check_examples(silo, len(examples))
+        check_targets(silo.path, task, examples.labels)
         if tune is not None:
-            load_validation(silo, project.plan.task_of(silo.name))
+            load_validation(silo, task)
     plan, layout = project.locked()
     identities = {name: Identity(secrets.token_bytes(KEY_BYTES)) for name in silos}
     if plan.privacy.secure_aggregation:

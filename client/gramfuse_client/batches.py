@@ -119,6 +119,8 @@ def _labels(examples: Examples, encoded: Any, tokenizer: Any, task: Task) -> Seq
                 [float(label in applying) if label in own else math.nan for label in range(len(task.labels))]  # type: ignore[operator]
                 for applying in examples.labels
             ]
+        case "regression":
+            return [(target - task.centre) / task.scale for target in examples.labels]  # type: ignore[operator]
         case "token-classification":
             return [_aligned(encoded.word_ids(i), tags) for i, tags in enumerate(examples.labels)]
         case "sequence-to-sequence":

@@ -25,12 +25,15 @@ from gramfuse_client.statistics import collect_statistics
 from gramfuse_model.base import Base, load_base, own_head, trainable
 from gramfuse_model.buffers import add_to, first_difference, forget, saved_buffers
 from gramfuse_model.change import check_changes
+from gramfuse_model.suitable import check_suitable
+from gramfuse_model.targets import fold
 from gramfuse_model.tracing import plan_layout
 from gramfuse_protocol.errors import ContributionError, RefusalError
 from gramfuse_protocol.layout import Layout, delta_block
 from gramfuse_protocol.metrics import Sums
 from gramfuse_protocol.plan import Plan
 from gramfuse_protocol.statistics import Statistics
+from gramfuse_protocol.task import Task
 
 EVALUATION_BATCH = 64
 
@@ -57,6 +60,7 @@ class Workbench:
         if self.plan.task:  # the layout is derived from one task's model, the same everywhere
             base = load_base(self.plan, self.silo.directory, override=self.silo.file.base)
         layout = plan_layout(self.plan, base, given)
+        check_suitable(own, self.task)
         lack = lacking_memory(self.plan, self.task, layout, own, choose_device(self.silo.file.device).type)
         if lack is not None:
             raise RefusalError(f"{self.silo.path}: {lack}", reason="this silo has too little memory for the plan")
@@ -113,12 +117,12 @@ class Workbench:
             given = batches(encoded, EVALUATION_BATCH, device, by_length=True)
             sums = evaluate(model, given, self.task, base.tokenizer)
         if keep:
-            save_privately(base, state.model)
+            save_privately(base, self.task, state.model)
         return sums
 
     def keep(self, layout: Layout, arrays: Mapping[str, NDArray[Any]], state: State) -> None:
         """Write this silo's finished model into its state: the base model with differences added, and its own head."""
-        save_privately(self._merged(layout, arrays, state), state.model)
+        save_privately(self._merged(layout, arrays, state), self.task, state.model)
 
     def finish(self, layout: Layout, arrays: Mapping[str, NDArray[Any]], state: State, directory: Path) -> None:
         """Write the base model with differences added and this silo's own head, as `from_pretrained` loads it.
@@ -128,6 +132,7 @@ class Workbench:
             directory: made if it is not there.
         """
         base = self._merged(layout, arrays, state)
+        fold(base.model, self.task)
         base.model.save_pretrained(directory)
         base.tokenizer.save_pretrained(directory)
 
@@ -144,8 +149,9 @@ class Workbench:
         return looked_at or load_base(self.plan, self.silo.directory, silo=self.silo.name, override=self.silo.file.base)
 
 
-def save_privately(base: Base, directory: Path) -> None:
-    """Replace a model on the disk that only its owner may read."""
+def save_privately(base: Base, task: Task, directory: Path) -> None:
+    """Replace a model on the disk that only its owner may read; it gives targets as the data have them."""
+    fold(base.model, task)
     temporary = directory.with_suffix(".partial")
     shutil.rmtree(temporary, ignore_errors=True)
     make_private_directory(temporary)

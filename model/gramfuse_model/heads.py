@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 from transformers import PreTrainedModel
 
-from gramfuse_model.linear import linear_modules
+from gramfuse_model.linear import LinearModule, linear_modules
 from gramfuse_protocol.errors import ModelError
 
 
@@ -32,22 +32,24 @@ def head_parameters(model: PreTrainedModel) -> frozenset[str]:
     return frozenset(name for name, tensor in both if id(tensor) not in inside)
 
 
+def last_linear(model: PreTrainedModel, outputs: int) -> LinearModule | None:
+    """Return the last linear module of the head with so many outputs, or None if it has none."""
+    head = head_parameters(model)
+    fitting = [linear for linear in linear_modules(model) if linear.weight in head and linear.d_out == outputs]
+    return fitting[-1] if fitting else None
+
+
 def last_layer(model: PreTrainedModel, labels: int) -> frozenset[str]:
     """Return the names of the parameters whose rows are one label each: weight and bias of the head's last layer.
 
     Raises:
         ModelError: if the head has no linear layer with one output for each label.
     """
-    head = head_parameters(model)
-    fitting = [
-        linear
-        for linear in linear_modules(model)
-        if linear.weight in head and linear.kind.transposed and linear.d_out == labels
-    ]
-    if not fitting:
+    head, last = head_parameters(model), last_linear(model, labels)
+    if last is None or not last.kind.transposed:
         raise ModelError(
             f"the head of {type(model).__name__} has no linear layer with {labels} outputs, so it cannot be merged "
             "label by label: leave out 'labels' of the [[silo]] sections, or use model.head = \"own\""
         )
-    prefix = fitting[-1].weight.removesuffix("weight")
+    prefix = last.weight.removesuffix("weight")
     return frozenset(name for name in head if name in (f"{prefix}weight", f"{prefix}bias"))
