@@ -245,8 +245,6 @@ def main() -> int:
         code = FederationError.exit_code
     _leave(Path(spec["outcome"]), outcome)
     if code:  # a thread of Flower's may wait for nodes that never come; whatever Ray started is ended by our parent
-        sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(code)
     return code
 
