@@ -109,6 +109,8 @@ def _show_model(plan: Plan, preview: dict[str, Any]) -> None:
         table.row(_modules(group["weights"]) + of, *numbers)
     table.show()
     say("", f"Averaged: {_families(preview['averaged'])}")
+    if preview["summed"]:
+        say(f"Added up, as counters: {_families(preview['summed'])}")
     if preview["context_free"]:
         modules = _families([name.removesuffix(".weight") for name in preview["context_free"]])
         say(f"See tokens or patches without context, {CONTEXT_FREE[plan.merge.context_free]}: {modules}")
@@ -282,6 +284,7 @@ def _preview(project: Project, plan: Plan, layout: Layout) -> dict[str, Any]:
             for group in layout.groups
         ],
         "averaged": [tensor.name for tensor in layout.tensors if tensor.merge == "mean"],
+        "summed": [tensor.name for tensor in layout.tensors if tensor.merge == "sum"],
         "context_free": [tensor.name for tensor in layout.tensors if tensor.context_free],
         "frozen": list(layout.frozen),
         "kept": {task: list(names) for task, names in kept_parameters(plan, project.directory).items()},

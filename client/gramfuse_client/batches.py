@@ -150,6 +150,8 @@ def _labels(examples: Examples, encoded: Any, tokenizer: Any, task: Task) -> Seq
                 [float(label in applying) if label in own else math.nan for label in range(len(task.labels))]  # type: ignore[operator]
                 for applying in examples.labels
             ]
+        case "regression":
+            return [(target - task.centre) / task.scale for target in examples.labels]  # type: ignore[operator]
         case "token-classification":
             given = zip(examples.inputs, encoded["offset_mapping"], examples.labels, strict=True)
             return [_aligned(_words_of(offsets, words), tags) for words, offsets, tags in given]  # type: ignore[arg-type]  # so are the inputs of this kind

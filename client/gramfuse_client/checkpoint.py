@@ -14,6 +14,7 @@ from gramfuse_client.batches import Encoded, batches
 from gramfuse_client.data import Examples
 from gramfuse_client.statistics import collect_statistics
 from gramfuse_model.base import Base, load_base, trainable
+from gramfuse_model.buffers import first_difference, saved_buffers
 from gramfuse_model.digests import config_document, processor_document, tokenizer_backend
 from gramfuse_model.source import check_files, download, locate
 from gramfuse_model.tracing import plan_layout
@@ -122,7 +123,9 @@ def open_checkpoint(
     document = plan_layout(plan, origin).model_dump()
     for group in document["groups"]:
         group["exponents"] = ()
-    return Checkpoint(tuned, origin, task, Layout.model_validate(document))
+    layout = Layout.model_validate(document)
+    _check_buffers(model, base, tuned, origin, layout)
+    return Checkpoint(tuned, origin, task, layout)
 
 
 def _check_belong_together(model: str, base: str, tuned: Base, origin: Base) -> None:
@@ -139,7 +142,7 @@ def _check_belong_together(model: str, base: str, tuned: Base, origin: Base) -> 
             f"model {model!r} is of type {kinds[0]!r} and base {base!r} of type {kinds[1]!r}; --base must be the model "
             "that it was fine-tuned from"
         )
-    mine, theirs = (dict(one.model.named_parameters()) for one in (tuned, origin))
+    mine, theirs = (dict(one.model.named_parameters()) | saved_buffers(one.model) for one in (tuned, origin))
     for name in sorted(mine.keys() | theirs.keys()):
         shapes = [tuple(one[name].shape) if name in one else "not there" for one in (mine, theirs)]
         if shapes[0] != shapes[1]:
@@ -147,7 +150,7 @@ def _check_belong_together(model: str, base: str, tuned: Base, origin: Base) -> 
                 f"parameter {name!r} is {shapes[0]} in model {model!r} and {shapes[1]} in base {base!r}; --base must "
                 "be the model that it was fine-tuned from"
             )
-        if not mine[name].requires_grad and not torch.equal(mine[name], theirs[name]):
+        if _is_frozen(mine[name]) and not torch.equal(mine[name], theirs[name]):
             raise ModelError(
                 f"parameter {name!r} is to be frozen and is not the same in model {model!r} and base {base!r}: fine-"
                 "tuning changed it, or --base is another model. Leave it out of --freeze"
@@ -162,6 +165,21 @@ def _check_belong_together(model: str, base: str, tuned: Base, origin: Base) -> 
         raise ModelError(
             f"model {model!r} and base {base!r} have different tokenizers or image processors, so their inputs are not "
             "the same; only models with that of their base can be merged"
+        )
+
+
+def _is_frozen(tensor: torch.Tensor) -> bool:
+    return isinstance(tensor, torch.nn.Parameter) and not tensor.requires_grad
+
+
+def _check_buffers(model: str, base: str, tuned: Base, origin: Base, layout: Layout) -> None:
+    mine, theirs = saved_buffers(tuned.model), saved_buffers(origin.model)
+    merged = {tensor.name for tensor in layout.tensors}
+    odd = first_difference({name: buffer for name, buffer in mine.items() if name not in merged}, theirs)
+    if odd is not None:
+        raise ModelError(
+            f"the buffer {odd!r} is not the same in model {model!r} and base {base!r}, and training does not change "
+            "it; --base must be the model that it was fine-tuned from"
         )
 
 

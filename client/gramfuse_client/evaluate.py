@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from gramfuse_client.afresh import Afresh
 from gramfuse_client.batches import IGNORED, Encoded, batches, inputs_of
+from gramfuse_model.answering import answering
 from gramfuse_protocol.held_out import (
     LOSS,
     Vector,
@@ -51,19 +52,14 @@ class Outputs(NamedTuple):
 def outputs(model: Any, batch: Mapping[str, torch.Tensor], task: Task, tokenizer: Any) -> Outputs:
     """Run a model on a batch, without autograd; it must be in evaluation mode.
 
-    Texts are generated greedily, of `target_length` tokens at most.
+    Texts are generated as `gramfuse_model.answering` says.
     """
     with torch.no_grad():
         if task.task != "sequence-to-sequence":
             return Outputs(model(**inputs_of(batch)).logits)
         logits = model(**batch).logits  # the labels give the decoder its inputs
-        generated = model.generate(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            max_new_tokens=task.target_length,
-            do_sample=False,
-            num_beams=1,
-        )
+        with answering(model, task, tokenizer):
+            generated = model.generate(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
         return Outputs(logits, tuple(tokenizer.batch_decode(generated, skip_special_tokens=True)))
 
 
@@ -192,8 +188,8 @@ def _facts(batch: Mapping[str, torch.Tensor], found: Outputs, task: Task, tokeni
         case "classification" | "image-classification":
             own = torch.tensor(task.annotated)
             return truth.numpy(), own[logits[:, own].argmax(dim=-1)].numpy()
-        case "regression":
-            return truth.numpy(), logits.squeeze(-1).numpy()
+        case "regression":  # on the targets' own scale
+            return tuple((task.centre + task.scale * of.double()).numpy() for of in (truth, logits.squeeze(-1)))
         case "multi-label":
             return truth.bool().numpy(), (torch.sigmoid(logits) >= task.threshold).numpy()
         case "token-classification":

@@ -13,6 +13,7 @@ from gramfuse_client.finding import Findings
 from gramfuse_client.silo import Silo
 from gramfuse_client.sources import HUB, Dataset
 from gramfuse_client.state import Contributed
+from gramfuse_client.targets import check_targets, described
 from gramfuse_protocol.errors import DataError, ModelError, PlanError, RefusalError
 from gramfuse_protocol.layout import Layout
 from gramfuse_protocol.metrics import entities
@@ -50,6 +51,7 @@ def check_data(
     try:
         train, held_out = load(silo, task)
         policy.check_examples(silo, len(train))
+        check_targets(silo.path, task, train.labels)
     except DataError as error:
         found.error("data", error, f"correct the data, or [data] in {silo.path}")
         return None
@@ -78,7 +80,8 @@ def check_data(
         )
     else:
         counts = f"{len(train):,} training examples ({_by_label(train, task)}), {len(held_out):,} held out"
-        found.ok("data", f"{counts}\n{_what_leaves_of_counts(plan, task)}")
+        notice = described(task, train.labels)[1] if task.task == "regression" else ""
+        found.ok("data", f"{counts}\n{_what_leaves_of_counts(plan, task)}", notice)
     return train, held_out
 
 
@@ -111,7 +114,7 @@ def _by_label(examples: Examples, task: Task) -> str:
     """Say how many examples each label has, of those that this silo annotates; of tags, how many entities begin."""
     match task.task:
         case "regression":
-            return "targets are numbers"
+            return described(task, examples.labels)[0]
         case "sequence-to-sequence":
             return "targets are texts"
         case "causal-lm":
@@ -157,12 +160,14 @@ def check_base(found: Findings, silo: Silo, plan: Plan) -> Base | None:
 
     from gramfuse_model.base import load_base
     from gramfuse_model.source import source_of
+    from gramfuse_model.suitable import check_suitable
 
     if silo.file.threads:
         torch.set_num_threads(silo.file.threads)  # as in a run
     try:
         source = source_of(plan, silo.directory, silo.file.base, local=True).directory
         base = load_base(plan, silo.directory, silo=silo.name, override=source)
+        check_suitable(base, plan.task_of(silo.name))
     except ModelError as error:
         remedy = f"get the files of whoever locked the plan, and name their directory above [data] in {silo.path}:"
         found.error("base model", error, f'{remedy}\nbase = "DIRECTORY"')

@@ -20,6 +20,7 @@ from gramfuse_client.policy import check_bytes, check_examples, check_hours, che
 from gramfuse_client.private import exclusive, make_private_directory
 from gramfuse_client.silo import Silo
 from gramfuse_client.state import Origin, State
+from gramfuse_client.targets import check_targets
 from gramfuse_client.workbench import Workbench
 from gramfuse_model.base import load_base
 from gramfuse_model.heads import head_parameters
@@ -68,6 +69,7 @@ def contribute(silo: Silo, plan: Plan, layout: Layout, path: Path, state: State)
         for row in left_out(examples, held_out):
             log.warning("silo %s leaves out a bad row: %s", silo.name, row)
         check_examples(silo, len(examples))
+        check_targets(silo.path, task, examples.labels)
         check_bytes(silo, plan, layout)
         contributed = state.contributed()
         if contributed is not None and contributed.data != examples.digest:

@@ -33,8 +33,8 @@ def collect_statistics(
         batches: its training data as keyword arguments of forward (see `gramfuse_client.gram.collect_grams`), in an
             order that was drawn: beyond the limit, nothing counts.
         layout: from `gramfuse_model.tracing`, made on the base model.
-        base: the base model's trainable parameters by name, float32 (`gramfuse_model.base.trainable`); those that are
-            not in the layout are left out.
+        base: of the base model, by name, float32, what training may change (`gramfuse_model.base.trainable`); what is
+            not in the layout is left out.
         examples: how many examples the model was fine-tuned on, ≥ 1.
         limit: most token rows for one Gram matrix.
 
@@ -45,7 +45,7 @@ def collect_statistics(
     blocks = {gram_block(name): gram.mean() for name, gram in grams.items()}
     tuned = trainable(model)
     names = [tensor.name for tensor in layout.tensors if tensor.name in base and tensor.name in tuned]
-    blocks |= {delta_block(name): tuned[name] - base[name] for name in names}
+    blocks |= {delta_block(name): np.asarray(tuned[name] - base[name]) for name in names}  # of one number, an array too
     tokens = {name: gram.tokens for name, gram in grams.items()}
     check_counts(layout, examples, tokens, "this silo")
     check_slices((Slice(block, 0, block.entries) for block in layout.blocks), blocks, "this silo")

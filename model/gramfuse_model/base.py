@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from gramfuse_model.buffers import learned, saved_buffers
 from gramfuse_model.digests import config_digest, processor_digest, tensor_digests, weights_digest
 from gramfuse_model.heads import head_parameters
 from gramfuse_model.source import BUNDLED, Source, source_of
@@ -208,7 +209,7 @@ def _load_processor(directory: str, task: Task) -> Any:
 
 
 def kept_parameters(plan: Plan, directory: Path, *, override: str | None = None) -> dict[str, tuple[str, ...]]:
-    """Return by task the parameters that a silo keeps, trained or not, since not all silos have them in common.
+    """Return by task the parameters and buffers that a silo keeps, since not all silos have them in common.
 
     Weights are not loaded for it.
 
@@ -225,7 +226,7 @@ def kept_parameters(plan: Plan, directory: Path, *, override: str | None = None)
         models = {name: _bare(source.directory, task) for name, task in plan.tasks.items()}
     shared = {name for name, _ in set.intersection(*map(_body, models.values()))}
     return {
-        task: tuple(name for name, _ in model.named_parameters() if name not in shared)
+        task: tuple(name for name in (*dict(model.named_parameters()), *saved_buffers(model)) if name not in shared)
         for task, model in models.items()
     }
 
@@ -307,12 +308,8 @@ def freeze(model: nn.Module, patterns: Iterable[str]) -> None:
 
 
 def trainable(model: nn.Module) -> dict[str, NDArray[np.float32]]:
-    """Return copies of the parameters that are trained, float32 on the CPU, by name."""
-    return {
-        name: parameter.detach().cpu().numpy().copy()
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    }
+    """Return copies of all that training may change (`gramfuse_model.buffers.learned`), float32 on the CPU, by name."""
+    return {name: tensor.detach().cpu().float().numpy().copy() for name, tensor in learned(model).items()}
 
 
 @contextmanager

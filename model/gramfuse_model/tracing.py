@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from gramfuse_model.base import Base
+from gramfuse_model.buffers import changed_by_training
 from gramfuse_model.context_free import context_free
 from gramfuse_model.heads import answers, last_layer
 from gramfuse_model.linear import linear_modules
@@ -167,7 +168,8 @@ def derive_layout(
     have the same Gram structure. Modules that the model does not call keep the mean. A module that is called several
     times with different inputs, as ALBERT's layers are, has one Gram matrix over all of them. Modules that see tokens
     without context (`gramfuse_model.context_free`) are averaged, unless `merge.context_free` says otherwise, and so are
-    those of whose input it cannot be told which rows are tokens (`gramfuse_model.rows`).
+    those of whose input it cannot be told which rows are tokens (`gramfuse_model.rows`). Buffers that training changes
+    (`gramfuse_model.buffers`) are averaged, and counters summed, whatever is frozen.
 
     Args:
         batch: keyword arguments of the model's forward: texts of different words and lengths, padded, or images. For a
@@ -175,14 +177,15 @@ def derive_layout(
         merge: structures and exclusions; by default full Gram matrices for everything.
         scaled: whether the layout says how large each feature is on this batch, which a secure sum needs; the batch
             must then be public.
-        shared: names of the parameters that are merged; the others are in no layout. By default all.
+        shared: names of the parameters and buffers that are merged; the others are in no layout. By default all.
         parts: outputs of the last layer by the silos that have them.
         parted: names of that layer's weight and bias.
 
     Raises:
         ModelError: if a pattern fits nothing or asks for what `merge.context_free` does not give, if nothing is left to
-            merge, if the model's outputs for an example depend on padding or on the rest of its batch, or if the
-            batch does not show what must be seen: lengths that differ, and more than one token.
+            merge, if the model's outputs for an example depend on padding or on the rest of its batch, if the batch
+            does not show what must be seen (lengths that differ, and more than one token), or if training changes a
+            buffer that cannot be merged.
     """
     merge = merge or Merge()
     parameters = {name: p for name, p in model.named_parameters() if shared is None or name in shared}
@@ -228,19 +231,27 @@ def derive_layout(
         for (_, structure, split), weights in members.items()
         for part in (range(len(parts)) if split else (None,))
     )
+    buffers = dict(model.named_buffers())
     return Layout(
         groups=groups,
-        tensors=tuple(
-            Tensor(
-                name=name,
-                shape=tuple(p.shape),
-                merge="regmean" if name in calls else "mean",
-                parted=name in parted,
-                context_free=name in single,
-                unmatched=name in wanted and name in rows and name not in candidates,
-            )
-            for name, p in parameters.items()
-            if p.requires_grad
+        tensors=(
+            *(
+                Tensor(
+                    name=name,
+                    shape=tuple(p.shape),
+                    merge="regmean" if name in calls else "mean",
+                    parted=name in parted,
+                    context_free=name in single,
+                    unmatched=name in wanted and name in rows and name not in candidates,
+                )
+                for name, p in parameters.items()
+                if p.requires_grad
+            ),
+            *(
+                Tensor(name=name, shape=tuple(buffers[name].shape), merge=how, buffer=True)
+                for name, how in changed_by_training(model, batch).items()
+                if shared is None or name in shared
+            ),
         ),
         frozen=tuple(name for name, p in parameters.items() if not p.requires_grad),
         parts=parts,

@@ -32,7 +32,6 @@ BaseName = Annotated[str, Field(min_length=1, max_length=500)]
 """Hub id, directory, or `bundled:minilm`."""
 EMBEDDINGS = "embeddings"
 LARGEST = 2**53 - 1
-UNIT_RANGE = (-1.0, 1.0)
 Count = Annotated[int, Field(ge=1, le=LARGEST)]
 Unit = Annotated[float, Field(ge=0, le=1)]
 ContextFree = Literal["mean", "diagonal", "full"]
@@ -333,7 +332,7 @@ class Plan(Section):
         """The task that all silos have; with a range where results are clipped to one."""
         task = self.model.alone
         if self.summed and task.task == "regression" and task.range is None:
-            return task.model_copy(update={"range": UNIT_RANGE})
+            return task.model_copy(update={"range": (task.centre - task.scale, task.centre + task.scale)})
         return task
 
     @property

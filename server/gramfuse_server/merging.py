@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from gramfuse_model.base import Base, load_base
 from gramfuse_model.digests import tensor_digests
+from gramfuse_model.targets import fold
 from gramfuse_model.tasks import FORMS
 from gramfuse_model.zero_head import load_zero_headed, plan_for
 from gramfuse_protocol.errors import ContributionError, ModelError
@@ -166,6 +167,12 @@ class Collection:
                 f"{both} have different {'labels' if task[0] == same[0] else 'tasks'}: {_told(*task)}; {_told(*same)}. "
                 "Merge their bodies only, so that each keeps its own head: --heads own. Or fine-tune all for the same "
                 "labels in the same order"
+            )
+        scales = [(about.task.centre, about.task.scale) for about in (one, other)]
+        if self.heads == "merged" and scales[0] != scales[1]:
+            raise ContributionError(
+                f"{both} are of models that learned targets with other centres and scales: {scales[0]}, {scales[1]}; "
+                "fine-tune all with the same 'centre' and 'scale'"
             )
         weights = [self._shared_weights(about.base.weights, about.head) for about in (one, other)]
         odd = sorted(name for name in weights[0].keys() & weights[1].keys() if weights[0][name] != weights[1][name])
@@ -369,11 +376,11 @@ def _write(
     if file is not None:
         own = {t.name for t in file.about.layout.tensors} - merged.deltas.keys()
         add_differences(base.model, {name: file.block(delta_block(name)).astype(np.float64) for name in own})
-        parameters = dict(base.model.named_parameters())
-        with torch.no_grad():
-            for name, value in file.own().items():
-                parameters[name].copy_(torch.from_numpy(value))
+        tensors = base.model.state_dict()
+        for name, value in file.own().items():
+            tensors[name].copy_(torch.from_numpy(value))
     add_differences(base.model, merged.deltas)
+    fold(base.model, (file or collection.files[0]).about.task)
     base.model.save_pretrained(directory, safe_serialization=True)
     base.tokenizer.save_pretrained(directory)
     (directory / "README.md").write_text(_card(collection, report, file), encoding="utf-8")
