@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gramfuse_cli.options import as_json as json_option
-from gramfuse_cli.plan import family
 from gramfuse_cli.terminal import Table, console, say, say_list, show_json
+from gramfuse_protocol.coverage import family
 from gramfuse_protocol.errors import CheckError
 
 if TYPE_CHECKING:

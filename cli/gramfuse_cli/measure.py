@@ -15,7 +15,9 @@ from gramfuse_cli.options import as_json as json_option
 from gramfuse_cli.options import columns as column_options
 from gramfuse_cli.project import Project
 from gramfuse_cli.terminal import bars, say, show_json
+from gramfuse_protocol.coverage import coverage, told
 from gramfuse_protocol.errors import DataError, PlanError, RunDirectoryError
+from gramfuse_protocol.layout import Layout
 from gramfuse_protocol.plan import Merge
 from gramfuse_protocol.task import Kind, Task
 from gramfuse_protocol.text import listed
@@ -144,6 +146,7 @@ def measure(context: click.Context, /, model: str | None, out: Path, as_json: bo
     say(
         f"{out} has {report['bytes'] / 1e6:,.1f} MB: {report['name']!r}, measured on {report['examples']:,} examples.",
         f"sha256 {report['sha256']}",
+        *told(report),
         "It holds the fine-tuned model and says much about its data. Merge it with others: gramfuse merge",
     )
 
@@ -209,7 +212,7 @@ def _checkpoint(model: str, out: Path, options: dict[str, Any], *, labelled: boo
         layout=checkpoint.layout,
         head=head_parameters(checkpoint.base.model),
     )
-    return {**_report(out, name, len(examples), sha256), "left_out": list(examples.left_out)}
+    return {**_report(out, name, len(examples), sha256, checkpoint.layout), "left_out": list(examples.left_out)}
 
 
 def _names(given: str | None, task: Task) -> tuple[str, ...]:
@@ -239,7 +242,7 @@ def _silo(directory: Path, name: str, out: Path) -> dict[str, Any]:
     with _progress() as show:
         sha256 = contribute(silo, plan, layout, out, _shown(State(silo.state, plan.digest), show))
     examples = State(silo.state, plan.digest).contribution().examples
-    return {**_report(out, silo.name, examples, sha256), "plan_digest": plan.digest}
+    return {**_report(out, silo.name, examples, sha256, layout), "plan_digest": plan.digest}
 
 
 def _shown(state: State, show: Any) -> State:
@@ -280,13 +283,14 @@ def _structures(settings: tuple[str, ...]) -> dict[str, str]:
     return structures
 
 
-def _report(out: Path, name: str, examples: int, sha256: str) -> dict[str, Any]:
+def _report(out: Path, name: str, examples: int, sha256: str, layout: Layout) -> dict[str, Any]:
     return {
         "file": str(out.absolute()),
         "name": name,
         "examples": examples,
         "bytes": out.stat().st_size,
         "sha256": sha256,
+        **coverage(layout),
     }
 
 

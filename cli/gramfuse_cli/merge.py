@@ -9,6 +9,7 @@ import click
 from gramfuse_cli.options import as_json as json_option
 from gramfuse_cli.report import check_sound, show_checks, show_steps
 from gramfuse_cli.terminal import say, show_json
+from gramfuse_protocol.coverage import told
 
 
 @click.command()
@@ -74,6 +75,7 @@ def merge(
     show_steps(report["solve"], err=True)
     show_checks(report, err=True)
     names = ", ".join(silo["name"] for silo in report["silos"])
+    say(*told(report), err=True)
     say(f"{len(files)} models merged ({names}), alpha {report['alpha']}, in {report['seconds']:.0f} s: {out}")
     check_sound(report, out.absolute())
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 import time
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ from gramfuse_cli.options import as_json as json_option
 from gramfuse_cli.options import project_directory
 from gramfuse_cli.project import Project
 from gramfuse_cli.terminal import Table, say, show_json
+from gramfuse_protocol.coverage import coverage, families, told
 from gramfuse_protocol.layout import ITEM_BYTES, Layout
 from gramfuse_protocol.node_key import fingerprint
 from gramfuse_protocol.noise import DELTA, spent
@@ -108,16 +107,16 @@ def _show_model(plan: Plan, preview: dict[str, Any]) -> None:
         of = f" (labels of {', '.join(group['silos'])})" if group["silos"] else ""
         table.row(_modules(group["weights"]) + of, *numbers)
     table.show()
-    say("", f"Averaged: {_families(preview['averaged'])}")
+    say("", *told(preview), f"Averaged: {families(preview['averaged'])}")
     if preview["summed"]:
-        say(f"Added up, as counters: {_families(preview['summed'])}")
+        say(f"Added up, as counters: {families(preview['summed'])}")
     if preview["context_free"]:
-        modules = _families([name.removesuffix(".weight") for name in preview["context_free"]])
+        modules = families([name.removesuffix(".weight") for name in preview["context_free"]])
         say(f"See tokens or patches without context, {CONTEXT_FREE[plan.merge.context_free]}: {modules}")
-    say(f"Frozen, never sent: {_families(preview['frozen'])}")
+    say(f"Frozen, never sent: {families(preview['frozen'])}")
     for task, names in preview["kept"].items():
         if names:
-            say(f"Kept at the silo, never sent{f' ({task})' if task else ''}: {_families(names)}")
+            say(f"Kept at the silo, never sent{f' ({task})' if task else ''}: {families(names)}")
     cost = preview["cost"]
     say(
         "",
@@ -226,17 +225,6 @@ def _modules(weights: list[str]) -> str:
     return f"{parent}.{{{','.join(module.rpartition('.')[2] for module in modules)}}}"
 
 
-def family(name: str) -> str:
-    """Return a parameter's name with the numbers of layers left out, `layer.*.weight`."""
-    return re.sub(r"\.\d+(?=\.)", ".*", name)
-
-
-def _families(names: list[str]) -> str:
-    """Shorten a list of parameters: the same name in several layers is written once, with the number of layers."""
-    counts = Counter(map(family, names))
-    return ", ".join(name if count == 1 else f"{name} (×{count})" for name, count in counts.items()) or "nothing"
-
-
 def _preview(project: Project, plan: Plan, layout: Layout) -> dict[str, Any]:
     from gramfuse_client.resources import statistics_memory
     from gramfuse_model.base import kept_parameters
@@ -286,6 +274,7 @@ def _preview(project: Project, plan: Plan, layout: Layout) -> dict[str, Any]:
         "averaged": [tensor.name for tensor in layout.tensors if tensor.merge == "mean"],
         "summed": [tensor.name for tensor in layout.tensors if tensor.merge == "sum"],
         "context_free": [tensor.name for tensor in layout.tensors if tensor.context_free],
+        **coverage(layout),
         "frozen": list(layout.frozen),
         "kept": {task: list(names) for task, names in kept_parameters(plan, project.directory).items()},
         "cost": {

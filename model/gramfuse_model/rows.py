@@ -129,7 +129,7 @@ def _readings(
     """Return the reading of each call of each module, and of the outputs."""
     together = _run(model, batch, modules)
     examples = len(next(iter(batch.values())))
-    single = [_run(model, alone(batch, masks, index), modules) for index in range(examples)]
+    single = [_run_alone(model, alone(batch, masks, index), modules) for index in range(examples)]
     found: dict[str, list[_Reading | None]] = {}
     for name, calls in together.items():
         if any(len(one.get(name, ())) != len(calls) for one in single):
@@ -159,6 +159,22 @@ def _run(model: nn.Module, batch: Batch, modules: Mapping[str, nn.Module]) -> di
         if outputs is not None:
             calls[OUTPUTS] = [_projected(outputs)]
     return calls
+
+
+def _run_alone(model: nn.Module, example: Batch, modules: Mapping[str, nn.Module]) -> dict[str, list[torch.Tensor]]:
+    """Do that with one example.
+
+    Raises:
+        ModelError: if the model fails on it: some take no text that is shorter than what they pool.
+    """
+    try:
+        return _run(model, example, modules)
+    except (IndexError, RuntimeError, ValueError) as error:
+        sizes = ", ".join(f"{key} {tuple(value.shape)}" for key, value in example.items())
+        raise ModelError(
+            f"the base model ({type(model).__name__}) fails on a single example ({sizes}): {error}. It would fail on a "
+            "silo's data too; take another model"
+        ) from error
 
 
 def _projected(x: torch.Tensor) -> torch.Tensor:

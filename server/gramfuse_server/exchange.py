@@ -201,7 +201,8 @@ class Exchange:
                 chosen = studied.get("tuning", {}).get("chosen")
                 place = self.run.partial / "model"
                 doubt = "" if current.sound else told(map(asdict, current.checks))
-                write_model(place, self.base, merged.deltas, self.plan, current.survivors, measured, chosen, doubt)
+                about = (current.survivors, measured, chosen, doubt, self.layout)
+                write_model(place, self.base, merged.deltas, self.plan, *about)
                 if self.own_heads is not None and self.plan.model.head == "own":
                     arrays = {delta_block(name): np.asarray(d, np.float32) for name, d in merged.deltas.items()}
                     for silo in current.survivors:

@@ -19,6 +19,7 @@ from gramfuse_model.digests import tensor_digests
 from gramfuse_model.targets import fold
 from gramfuse_model.tasks import FORMS
 from gramfuse_model.zero_head import load_zero_headed, plan_for
+from gramfuse_protocol.coverage import coverage
 from gramfuse_protocol.errors import ContributionError, ModelError
 from gramfuse_protocol.layout import ITEM_BYTES, Layout, Slice, delta_block
 from gramfuse_protocol.plan import Merge, Plan
@@ -27,7 +28,7 @@ from gramfuse_protocol.statistics_file import StatisticsFile, read_statistics
 from gramfuse_protocol.text import listed, quoted
 from gramfuse_server.accumulator import Accumulator, Merged
 from gramfuse_server.checks import check_model, check_sums
-from gramfuse_server.model import add_differences, code, front_matter, usage
+from gramfuse_server.model import add_differences, code, extent, front_matter, usage
 from gramfuse_server.pages.page import page
 from gramfuse_server.run import PAGE, REPORT, RunDirectory
 from gramfuse_server.verdicts import told, worst
@@ -308,6 +309,7 @@ def merge_files(
                 for file in collection.files
             ],
             "examples": accumulator.examples,
+            **coverage(collection.layout),
             "solve": [asdict(step) for step in merged.steps],
             "checks": [asdict(check) for check in checks],
             "versions": {name: importlib.metadata.version(name) for name in ("gramfuse", "torch", "transformers")},
@@ -406,6 +408,7 @@ def _card(collection: Collection, report: Mapping[str, Any], file: StatisticsFil
             for one in report["silos"]
         ),
         "",
+        *extent(report),
         *usage(form),
     ]
     return "\n".join(lines)

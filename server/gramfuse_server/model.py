@@ -17,6 +17,8 @@ from gramfuse_model.buffers import add_to, forget
 from gramfuse_model.source import BUNDLED
 from gramfuse_model.targets import fold
 from gramfuse_model.tasks import Form, merged_form
+from gramfuse_protocol.coverage import coverage, told
+from gramfuse_protocol.layout import Layout
 from gramfuse_protocol.plan import Plan
 from gramfuse_server.accumulator import Deltas
 from gramfuse_server.pages.wording import known
@@ -31,6 +33,7 @@ def write_model(
     measured: Mapping[str, Any] | None,
     chosen: Mapping[str, Any] | None = None,
     doubt: str = "",
+    layout: Layout | None = None,
 ) -> None:
     """Write base + deltas; the base model in memory becomes the merged one.
 
@@ -43,6 +46,7 @@ def write_model(
         measured: what the report says of the model, for the card, if it was measured.
         chosen: `alpha` and `weights` by silo, if they were chosen on held-out data and are not the plan's.
         doubt: why it must not be used, if a check of the merge is bad.
+        layout: of the merge, for the card to say how much of the model is merged in closed form.
     """
     add_differences(base.model, deltas)
     model = base.model
@@ -54,7 +58,7 @@ def write_model(
         fold(model, next(iter(plan.tasks.values())))
     model.save_pretrained(directory)
     base.tokenizer.save_pretrained(directory)
-    (directory / "README.md").write_text(card(plan, silos, measured, chosen, doubt), encoding="utf-8")
+    (directory / "README.md").write_text(card(plan, silos, measured, chosen, doubt, layout), encoding="utf-8")
 
 
 def add_differences(model: nn.Module, deltas: Deltas) -> None:
@@ -71,6 +75,7 @@ def card(
     measured: Mapping[str, Any] | None,
     chosen: Mapping[str, Any] | None = None,
     doubt: str = "",
+    layout: Layout | None = None,
 ) -> str:
     """Return the model card, made from the plan; arguments as `write_model` has them."""
     form = merged_form(plan)
@@ -91,6 +96,7 @@ def card(
         *_kept_heads(plan),
         f"Plan digest: `{plan.digest}`",
         "",
+        *(extent(coverage(layout)) if layout else ()),
         *usage(form),
     ]
     if measured:
@@ -148,6 +154,15 @@ def usage(form: Form) -> list[str]:
         f'{name} = {form.processor}.from_pretrained("path/to/this/directory")'
     )
     return [*fenced("python", text), ""]
+
+
+def extent(found: Mapping[str, Any]) -> list[str]:
+    """Return how much of a model is merged in closed form, as lines of Markdown.
+
+    Args:
+        found: of `gramfuse_protocol.coverage`.
+    """
+    return [" ".join(told(found, code)), ""]
 
 
 def code(text: str) -> str:

@@ -1,0 +1,393 @@
+"""Which architectures of transformers can be merged, each tried as a tiny model: the table in docs/tasks.md.
+
+    python benchmarks/families.py                       print it
+    python benchmarks/families.py bert xlnet            of these only
+    python benchmarks/families.py --into docs/tasks.md  write it where it belongs (four minutes)
+
+Of each architecture a model of two layers is made from its configuration, with random weights. Then
+
+* its Gram matrices on one set of examples are measured in batches of 1, in batches of 16, and with padding on the other
+  side than its tokenizer's; they must be the same to 1e-6 of their size, or the other side must be refused;
+* a fine-tuned model (the same, with other weights) is measured twice, by what `gramfuse measure` is made of, and the
+  two files are merged: the model must come back;
+* the merged directory is loaded by transformers: its outputs must be those of the model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import random
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
+from torch import nn
+from transformers import PreTrainedModel
+
+from accuracy.tables import insert
+from architectures import ARCHITECTURES, TOKENS, Architecture
+from gramfuse_client.batches import Encoded, batches
+from gramfuse_client.checkpoint import measure, open_checkpoint
+from gramfuse_client.data import Examples
+from gramfuse_client.gram import collect_grams
+from gramfuse_model.base import Base, load_base
+from gramfuse_model.heads import head_parameters
+from gramfuse_model.tasks import FORMS
+from gramfuse_model.tracing import PUBLIC_TEXT, plan_layout
+from gramfuse_protocol.coverage import families
+from gramfuse_protocol.errors import ModelError
+from gramfuse_protocol.layout import Layout
+from gramfuse_protocol.plan import Plan
+from gramfuse_protocol.statistics_file import write_statistics
+from gramfuse_protocol.task import Task
+from gramfuse_server.merging import Settings, merge_files
+
+CPU = torch.device("cpu")
+EXAMPLES = 40
+LABELS = ("a", "b", "c")
+TAGS = ("O", "B-X", "I-X")
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
+MAX_LENGTH = 24
+UNLIMITED = 10**9
+
+SAME = 1e-6
+"""Share of its size by which a Gram matrix may differ, and a weight from that of the model that was measured."""
+
+
+class Row(NamedTuple):
+    """What came out of one architecture.
+
+    Args:
+        closed: share of the trained parameters that are merged in closed form, layers without context among them.
+        sizes: by how much Gram matrices differ between batches of 1 and of 16, of their size.
+        other: the same between the two sides of padding; None if the other side is refused.
+        itself: by how much weights differ from those of the model that was measured twice.
+        outputs: by how much the outputs of the merged and loaded model do.
+        averaged: linear layers that are averaged since it cannot be told which rows of their inputs are tokens.
+    """
+
+    closed: float
+    sizes: float
+    other: float | None
+    itself: float
+    outputs: float
+    averaged: str
+
+
+class Failed(Exception):  # noqa: N818  # it is what happened
+    """Something that must be the same is not."""
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """A directory with a tiny model of an architecture, and what is done with it there."""
+
+    directory: Path
+    architecture: Architecture
+
+    @property
+    def task(self) -> Task:
+        """What the model is for."""
+        labels = {"classification": LABELS, "image-classification": LABELS, "token-classification": TAGS}
+        kind = self.architecture.task
+        return Task(task=kind, labels=labels.get(kind, ()), max_length=MAX_LENGTH, target_length=MAX_LENGTH)
+
+    def save(self, name: str, model: PreTrainedModel) -> Path:
+        """Write a model with its tokenizer or image processor."""
+        place = self.directory / name
+        model.save_pretrained(place)
+        if self.architecture.task == "image-classification":
+            side = self.image_size
+            transformers.ViTImageProcessor(size={"height": side, "width": side}).save_pretrained(place)
+        else:
+            tokenizer(self.architecture.side).save_pretrained(place)
+        return place
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of its images."""
+        size = self.architecture.settings["image_size"]
+        return size if isinstance(size, int) else size[0]
+
+    def plan(self, base: Path) -> Plan:
+        """Return a plan that merges what can be, layers without context too."""
+        labels = f"labels = {list(self.task.labels)}" if self.task.labels else ""
+        return Plan.parse(
+            f"""
+            [plan]
+            name = "families"
+            [model]
+            base = "{base}"
+            task = "{self.task.task}"
+            max-length = {MAX_LENGTH}
+            target-length = {MAX_LENGTH}
+            {labels}
+            [merge]
+            context-free = "full"
+            [privacy]
+            secure-aggregation = false
+            [[silo]]
+            name = "one"
+            """
+        )
+
+
+def make(name: str) -> PreTrainedModel:
+    """Return a tiny model with random weights."""
+    architecture = ARCHITECTURES[name]
+    settings = dict(architecture.settings)
+    if architecture.task == "image-classification":
+        settings["num_labels"] = len(LABELS)
+    else:
+        settings["vocab_size"] = len(vocabulary())
+    if architecture.task in ("classification", "token-classification"):
+        settings["num_labels"] = len(LABELS)
+    config = transformers.AutoConfig.for_model(architecture.type or name, **settings)
+    config.architectures = [architecture.of] if architecture.of else None
+    model = getattr(transformers, FORMS[architecture.task].auto).from_config(config).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        # Their own initial weights are so small that hardly anything enters deeper layers.
+        for parameter in trained(model):
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() > 1:
+                parameter.copy_(noise / parameter[0].numel() ** 0.5)
+            else:
+                parameter.add_(0.1 * noise)
+        for module in model.modules():
+            if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+                module.weight[module.padding_idx] = 0  # as it is from the beginning, and stays
+    return model
+
+
+def trained(model: PreTrainedModel) -> Iterator[nn.Parameter]:
+    """Yield the parameters that are not fixed, as tables of sine waves are."""
+    return (parameter for parameter in model.parameters() if parameter.requires_grad)
+
+
+def vocabulary() -> dict[str, int]:
+    """Return the words of the public texts, after the special tokens."""
+    words = sorted({word for text in PUBLIC_TEXT for word, _ in Whitespace().pre_tokenize_str(text)})
+    return {token: index for index, token in enumerate((*SPECIAL, *words))}
+
+
+def tokenizer(side: str) -> transformers.PreTrainedTokenizerFast:
+    """Return a tokenizer of those words, which pads on one side."""
+    words = Tokenizer(WordLevel(vocabulary(), unk_token="[UNK]"))
+    words.pre_tokenizer = Whitespace()
+    ends = [("[CLS]", TOKENS["bos_token_id"]), ("[SEP]", TOKENS["eos_token_id"])]
+    words.post_processor = TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
+    roles = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, padding_side=side, bos_token="[CLS]", eos_token="[SEP]", **roles
+    )
+
+
+def examples(place: Workplace) -> Examples:
+    """Return examples of a task: texts of 1 to 18 words, or noise."""
+    rng, kind = random.Random(1), place.task.task
+    words = list(vocabulary())[len(SPECIAL) :]
+    texts = [rng.choices(words, k=rng.randint(1, 18)) for _ in range(EXAMPLES)]
+    labels: list[Any] = [rng.randrange(3) for _ in range(EXAMPLES)]
+    inputs: list[Any] = [" ".join(text) for text in texts]
+    match kind:
+        case "token-classification":
+            inputs, labels = [tuple(text) for text in texts], [[0] * len(text) for text in texts]
+        case "sequence-to-sequence":
+            labels = [*inputs[1:], inputs[0]]
+        case "causal-lm":
+            labels = [None] * EXAMPLES
+        case "image-classification":
+            inputs = [picture(place.image_size, seed) for seed in range(EXAMPLES)]
+    return Examples(inputs, None, labels)
+
+
+def picture(size: int, seed: int) -> bytes:
+    """Return noise as PNG."""
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size, size, 3), np.uint8)).save(file, "PNG")
+    return file.getvalue()
+
+
+def tried(name: str) -> Row:
+    """Return what came out of one architecture.
+
+    Raises:
+        ModelError: if it is refused.
+        Failed: if something that must be the same is not.
+    """
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(prefix="gramfuse-") as directory:
+        place = Workplace(Path(directory), ARCHITECTURES[name])
+        model = make(name)
+        home = place.save("base", model)
+        plan = place.plan(home)
+        base = load_base(plan, place.directory)
+        layout = plan_layout(plan, base)
+        given = examples(place)
+        one, sixteen = (grams(base, given, place.task, layout, size) for size in (1, 16))
+        itself, outputs = merged_with_itself(place, home, model, given)
+        row = Row(
+            closed=layout.closed,
+            sizes=furthest(one, sixteen),
+            other=None if place.task.task == "image-classification" else on_the_other_side(plan, base, given, sixteen),
+            itself=itself,
+            outputs=outputs,
+            averaged=families(t.name.removesuffix(".weight") for t in layout.tensors if t.unmatched),
+        )
+    odd = {
+        key: value
+        for key, value in row._asdict().items()
+        if key in ("sizes", "other", "itself", "outputs") and value is not None and not value <= SAME
+    }
+    if odd:
+        raise Failed(f"{name}: {', '.join(f'{key} differ by {value:.1e}' for key, value in odd.items())}")
+    return row
+
+
+def grams(base: Base, given: Examples, task: Task, layout: Layout, size: int) -> dict[str, np.ndarray]:
+    """Return the Gram matrices of examples in batches of a size."""
+    encoded = Encoded(given, base.tokenizer, task)
+    found = collect_grams(base.model, batches(encoded, size, CPU), layout, limit=UNLIMITED)
+    return {group: gram.mean() for group, gram in found.items()}
+
+
+def furthest(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> float:
+    """Return the largest difference of two arrays of one name, of the size of the second."""
+    return max(
+        (float(np.linalg.norm(one[name] - other[name]) / np.linalg.norm(other[name])) for name in other), default=0.0
+    )
+
+
+def on_the_other_side(plan: Plan, base: Base, given: Examples, expected: dict[str, np.ndarray]) -> float | None:
+    """Return by how much Gram matrices differ with padding on the other side, or None if that is refused."""
+    base.tokenizer.padding_side = "left" if base.tokenizer.padding_side == "right" else "right"
+    try:
+        layout = plan_layout(plan, base)
+    except ModelError:
+        return None
+    return furthest(grams(base, given, plan.task_of("one"), layout, 16), expected)
+
+
+def merged_with_itself(place: Workplace, home: Path, model: PreTrainedModel, given: Examples) -> tuple[float, float]:
+    """Return by how much weights and outputs differ from a model's that was measured twice, merged and loaded."""
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in trained(model):
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_(0.05 * parameter.std(correction=0) * noise)
+    tuned = place.save("tuned", model)
+    files = []
+    for size in (4, 16):
+        checkpoint = open_checkpoint(str(tuned), str(home), place.task, place.directory)
+        statistics = measure(
+            checkpoint, given, limit=UNLIMITED, batch_size=size, device=CPU, progress=lambda done, total: None
+        )
+        files.append(place.directory / f"{size}.safetensors")
+        write_statistics(
+            files[-1],
+            statistics,
+            name=f"in-batches-of-{size}",
+            base=checkpoint.base.origin(str(home)),
+            task=place.task,
+            layout=checkpoint.layout,
+            head=head_parameters(checkpoint.base.model),
+        )
+    merge_files(files, place.directory / "merged", Settings(base=str(home)), place.directory)
+    auto = getattr(transformers, FORMS[place.task.task].auto)
+    merged, loading = auto.from_pretrained(place.directory / "merged", output_loading_info=True)
+    if any(loading.values()):
+        raise Failed(f"what was merged does not load: {loading}")
+    weights, own = (dict(named(one)) for one in (merged, model))
+    encoded = Encoded(given, checkpoint.base.tokenizer, place.task)
+    batch = next(iter(batches(encoded, 16, CPU)))
+    with torch.no_grad():
+        said, expected = (one.eval()(**batch).logits.double().numpy() for one in (merged, model))
+    return furthest(weights, own), furthest({"": said}, {"": expected})
+
+
+def named(model: PreTrainedModel) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield a model's parameters, those of zeros left out."""
+    for name, parameter in model.named_parameters():
+        if parameter.any():
+            yield name, parameter.detach().double().numpy()
+
+
+def line(name: str) -> tuple[str, bool]:
+    """Return an architecture's line of the table, and whether it is refused.
+
+    Raises:
+        Failed: if something that must be the same is not.
+    """
+    architecture, model = ARCHITECTURES[name], type(make(name)).__name__
+    try:
+        row = tried(name)
+    except ModelError as error:
+        return f"| {name} | `{model}` | {reason(error)} |", True
+    picture = architecture.task == "image-classification"
+    side = "" if picture else architecture.side
+    other = "" if picture else "refused" if row.other is None else "same"
+    averaged = f"`{row.averaged}`" if row.averaged != "nothing" else ""
+    return f"| {name} | `{model}` | {side} | {row.closed:.0%} | same | {other} | same | same | {averaged} |", False
+
+
+def reason(error: ModelError) -> str:
+    """Return why a model is refused, without its class."""
+    where, _, what = str(error).partition(") ")
+    return f"its outputs {what}" if what else where
+
+
+def table(names: Iterable[str]) -> str:
+    """Return what came out of architectures, as Markdown.
+
+    Raises:
+        Failed: if something that must be the same is not.
+    """
+    merged: list[str] = []
+    refused: list[str] = []
+    for name in names:
+        print(name, file=sys.stderr, flush=True)
+        text, is_refused = line(name)
+        (refused if is_refused else merged).append(text)
+    heads = [
+        "| architecture | model | padding | in closed form | batches of 1 and 16 | other side | merged with itself | "
+        "loaded | averaged, since rows cannot be matched |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    if refused:
+        refused = ["", "Refused:", "", "| architecture | model | why |", "|---|---|---|", *refused]
+    return "\n".join([*heads, *merged, *refused])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Try architectures, and print the table or write it into a document."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="ARCHITECTURE", help="by default all")
+    parser.add_argument("--into", type=Path, help="Markdown document with a place for the table `families`")
+    options = parser.parse_args(arguments)
+    unknown = set(options.names) - set(ARCHITECTURES)
+    if unknown:
+        parser.error(f"not among the architectures: {', '.join(sorted(unknown))}")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    text = table(options.names or ARCHITECTURES)
+    if options.into:
+        insert(options.into, "families", text)
+    else:
+        print(text)
+
+
+if __name__ == "__main__":
+    main()
