@@ -114,7 +114,7 @@ def open_checkpoint(
     Raises:
         ModelError: naming the parameter, if there is one that does not fit.
     """
-    tuned = load_base(plan_for("model", model, task, freeze=freeze), directory)
+    tuned = load_base(plan_for("model", model, task, freeze=freeze), directory, whole=True)
     plan = plan_for("base", base, task, freeze=freeze, gram=gram)
     origin = load_zero_headed(plan, directory)
     _check_belong_together(model, base, tuned, origin)
