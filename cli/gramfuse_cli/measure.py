@@ -16,10 +16,13 @@ from gramfuse_cli.project import Project
 from gramfuse_cli.terminal import bars, say, show_json
 from gramfuse_protocol.errors import DataError, PlanError, RunDirectoryError
 from gramfuse_protocol.plan import Merge
-from gramfuse_protocol.task import Kind
+from gramfuse_protocol.task import Kind, Task
 
 if TYPE_CHECKING:
     from gramfuse_client.state import State
+
+LENGTH = Task.model_fields["max_length"].default
+"""Most tokens of an example, where nothing is said."""
 
 EVERY = 50
 """Steps between two lines of progress where there is no terminal."""
@@ -37,7 +40,11 @@ EVERY = 50
 @click.option("--name", help="What the file calls MODEL.  [default: the last part of MODEL]")
 @click.option("--task", type=click.Choice(get_args(Kind)), help="What MODEL is for.  [default: as its config says]")
 @column_options
-@click.option("--max-length", type=click.IntRange(2), default=128, show_default=True, help="Most tokens of an example.")
+@click.option(
+    "--max-length",
+    type=click.IntRange(2),
+    help="Most tokens of an example.  [default: 128, or as many as MODEL has places for]",
+)
 @click.option(
     "--tokens",
     type=click.IntRange(1),
@@ -152,7 +159,7 @@ def _checkpoint(model: str, out: Path, options: dict[str, Any]) -> dict[str, Any
     device = choose_device(options["device"])
     if options["threads"]:
         torch.set_num_threads(options["threads"])
-    settings = {"pair": options["text_pair"] is not None, "max-length": options["max_length"]}
+    settings = {"pair": options["text_pair"] is not None, "max-length": options["max_length"] or LENGTH}
     task = task_of_model(model, here, options["task"], **settings)
     columns = {key: options[key] for key in ("text", "text_pair", "image", "label")}
     data = Data(train=options["data"], held_out=0.5, **columns)
@@ -163,7 +170,17 @@ def _checkpoint(model: str, out: Path, options: dict[str, Any]) -> dict[str, Any
             f"{error}\nHere there is neither plan nor silo file: labels are those of MODEL's configuration, and "
             "columns are named by --text, --text-pair, --image and --label"
         ) from None
-    checkpoint = open_checkpoint(model, options["base"], task, here, freeze=options["freeze"], gram=structures)
+    checkpoint = open_checkpoint(
+        model,
+        options["base"],
+        task,
+        here,
+        freeze=options["freeze"],
+        gram=structures,
+        shorten=options["max_length"] is None,
+    )
+    if checkpoint.task.max_length < task.max_length:
+        say(f"examples are cut to {checkpoint.task.max_length} tokens, as many as MODEL has places for", err=True)
     with _progress() as show:
         statistics = measure_checkpoint(
             checkpoint,
@@ -178,7 +195,7 @@ def _checkpoint(model: str, out: Path, options: dict[str, Any]) -> dict[str, Any
         statistics,
         name=name,
         base=checkpoint.base.origin(options["base"]),
-        task=task,
+        task=checkpoint.task,
         layout=checkpoint.layout,
         head=head_parameters(checkpoint.base.model),
     )

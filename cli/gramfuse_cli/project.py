@@ -55,9 +55,11 @@ class Project:
         the newest commit of a hub model if it names none.
         """
         from gramfuse_model.base import load_base
+        from gramfuse_model.lengths import check_lengths
         from gramfuse_model.tracing import plan_layout
 
         base = load_base(self.plan, self.directory)
+        check_lengths(base, self.plan.tasks.values(), trains=True)
         given = Layout.read(self.layout_path) if self.plan.locked and self.layout_path.exists() else None
         layout = plan_layout(self.plan, base, given)
         return self.plan if self.plan.locked else self.plan.pinned(base.pins, layout.digest), layout

@@ -15,6 +15,7 @@ from gramfuse_client.data import Examples
 from gramfuse_client.statistics import collect_statistics
 from gramfuse_model.base import Base, load_base, trainable
 from gramfuse_model.digests import config_document, processor_document, tokenizer_backend
+from gramfuse_model.lengths import check_lengths, room_of
 from gramfuse_model.source import check_files, download, locate
 from gramfuse_model.tracing import plan_layout
 from gramfuse_model.zero_head import load_zero_headed, plan_for
@@ -102,6 +103,7 @@ def open_checkpoint(
     *,
     freeze: tuple[str, ...] = (),
     gram: Mapping[str, str] | None = None,
+    shorten: bool = False,
 ) -> Checkpoint:
     """Load a fine-tuned model and its base, and check that they belong together.
 
@@ -110,14 +112,22 @@ def open_checkpoint(
         directory: where relative paths start.
         freeze: patterns of the parameters that are as they are in the base; they are not measured.
         gram: structures of Gram matrices by pattern.
+        shorten: whether the task's lengths are no more than a wish: texts are cut to what the model has places for.
 
     Raises:
         ModelError: naming the parameter, if there is one that does not fit.
+        PlanError: if the task's texts are longer than the model takes.
     """
     tuned = load_base(plan_for("model", model, task, freeze=freeze), directory, whole=True)
     plan = plan_for("base", base, task, freeze=freeze, gram=gram)
     origin = load_zero_headed(plan, directory)
     _check_belong_together(model, base, tuned, origin)
+    if shorten:
+        rooms = room_of(origin, task.max_length, task.target_length)
+        keys = {"input": "max_length", "target": "target_length"}
+        least = {keys[kind]: min(room.tokens, getattr(task, keys[kind])) for kind, room in rooms.items()}
+        task = task.model_copy(update=least)
+    check_lengths(origin, [task], trains=False)
     document = plan_layout(plan, origin).model_dump()
     for group in document["groups"]:
         group["exponents"] = ()
@@ -199,15 +209,22 @@ def measure(
 
     Raises:
         ContributionError: naming the tensor, if a value is NaN or infinite.
+        ModelError: if the model cannot compute a batch of the data.
     """
     encoded = Encoded(examples, checkpoint.base.tokenizer, checkpoint.task)
     total = -(-len(encoded) // batch_size)
-    return collect_statistics(
-        checkpoint.tuned.model.to(device),
-        batches(encoded, batch_size, device),
-        checkpoint.layout,
-        base=trainable(checkpoint.base.model),
-        examples=len(examples),
-        limit=limit,
-        progress=lambda done: progress(done, total),
-    )
+    try:
+        return collect_statistics(
+            checkpoint.tuned.model.to(device),
+            batches(encoded, batch_size, device),
+            checkpoint.layout,
+            base=trainable(checkpoint.base.model),
+            examples=len(examples),
+            limit=limit,
+            progress=lambda done: progress(done, total),
+        )
+    except (RuntimeError, ValueError, IndexError) as error:  # what torch and transformers raise where shapes do not fit
+        raise ModelError(
+            f"the model cannot compute a batch of the data: {type(error).__name__}: {error}. It may not take texts of "
+            "that length, or the device has too little memory: try another --max-length or --batch-size"
+        ) from error

@@ -24,6 +24,7 @@ from gramfuse_client.state import State
 from gramfuse_client.statistics import collect_statistics
 from gramfuse_model.base import Base, load_base, own_head, trainable
 from gramfuse_model.change import check_changes
+from gramfuse_model.lengths import check_lengths
 from gramfuse_model.tracing import plan_layout
 from gramfuse_protocol.errors import RefusalError
 from gramfuse_protocol.layout import Layout, delta_block
@@ -50,11 +51,13 @@ class Workbench:
 
         Raises:
             ModelError: if the base model cannot be loaded or is another one, or the layout is.
+            PlanError: if the plan's texts are longer than the base model takes.
             RefusalError: if this machine has too little memory to fine-tune or measure.
         """
         base = own = self._base()
         if self.plan.task:  # the layout is derived from one task's model, the same everywhere
             base = load_base(self.plan, self.silo.directory, override=self.silo.file.base)
+        check_lengths(own, [self.task], trains=True)
         layout = plan_layout(self.plan, base, given)
         lack = lacking_memory(self.plan, self.task, layout, own, choose_device(self.silo.file.device).type)
         if lack is not None:

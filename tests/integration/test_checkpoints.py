@@ -18,7 +18,8 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from gramfuse_cli.main import cli
-from gramfuse_protocol.errors import GramfuseError, ModelError
+from gramfuse_protocol.errors import GramfuseError, ModelError, PlanError
+from gramfuse_protocol.statistics_file import read_statistics
 
 LABELS = ["animals", "weather", "kitchen"]
 ROWS = [
@@ -280,3 +281,13 @@ def test_a_tokenizer_with_neither_padding_nor_an_end_is_refused(models: Models) 
         transformers.PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]").save_pretrained(copy)
 
     refused("pad_token eos_token", lambda: models.lock(models.copy(models.base, neither)))
+
+
+def test_texts_are_no_longer_than_the_model_has_places_for(models: Models, tmp_path: Path) -> None:
+    long = {"text": " ".join(["the cat"] * 40), "label": "animals"}
+    models.data.write_text(json.dumps(long) + "\n" + json.dumps(ROWS[2]) + "\n", encoding="utf-8")
+    file = read_statistics(models.measure()["file"])
+    assert file.about.task.max_length == 32
+    assert set(file.tokens.values()) == {2, 32 + 5}  # the head has one row for an example; the long text was cut
+    refused("max-length 64 32", lambda: models.measure(None, None, "--max-length", 64), PlanError)
+    refused("max-length 64 32", lambda: models.lock(models.base, **{"max-length": "64"}), PlanError)
