@@ -18,7 +18,9 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from gramfuse_cli.main import cli
-from gramfuse_protocol.errors import GramfuseError, ModelError, PlanError
+from gramfuse_model.base import load_base
+from gramfuse_protocol.errors import ContributionError, GramfuseError, ModelError, PlanError
+from gramfuse_protocol.plan import Plan
 from gramfuse_protocol.statistics_file import read_statistics
 
 LABELS = ["animals", "weather", "kitchen"]
@@ -87,10 +89,13 @@ class Models:
 
     def measure(self, model: Path | None = None, base: Path | None = None, *options: Any) -> dict[str, Any]:
         out = self.directory / f"{len(list(self.directory.iterdir()))}.safetensors"
-        given = ("--base", base or self.base, "--data", self.data, "--name", "mine", "-o", out)
+        given = ("--base", base or self.base, "--data", self.data, "-o", out)
         return gramfuse("measure", model or self.model, *given, *options)
 
     def lock(self, base: Path, **settings: str) -> dict[str, Any]:
+        return gramfuse("plan", "lock", self.project(base, **settings))
+
+    def project(self, base: Path, **settings: str) -> Path:
         project = self.directory / f"project-{len(list(self.directory.iterdir()))}"
         project.mkdir()
         task = {"task": '"classification"', "labels": json.dumps(LABELS), "max-length": "16", **settings}
@@ -99,7 +104,7 @@ class Models:
             f'[plan]\nname = "x"\n[model]\nbase = "{base}"\n{lines}'
             '[privacy]\nsecure-aggregation = false\nmetrics = "silo"\n[[silo]]\nname = "a"\n[[silo]]\nname = "b"\n'
         )
-        return gramfuse("plan", "lock", project)
+        return project
 
 
 @pytest.fixture
@@ -291,3 +296,40 @@ def test_texts_are_no_longer_than_the_model_has_places_for(models: Models, tmp_p
     assert set(file.tokens.values()) == {2, 32 + 5}  # the head has one row for an example; the long text was cut
     refused("max-length 64 32", lambda: models.measure(None, None, "--max-length", 64), PlanError)
     refused("max-length 64 32", lambda: models.lock(models.base, **{"max-length": "64"}), PlanError)
+
+
+def tokenizer(**parts: Any) -> Change:
+    return lambda copy: edit(copy / "tokenizer.json", **parts)
+
+
+def role(copy: Path) -> None:
+    edit(copy / "tokenizer_config.json", cls_token="[SEP]", sep_token="[CLS]")
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        (tokenizer(normalizer={"type": "Lowercase"}), "backend.normalizer"),
+        (tokenizer(pre_tokenizer={"type": "WhitespaceSplit"}), "backend.pre_tokenizer"),
+        (tokenizer(post_processor=None), "backend.post_processor"),
+        (role, "special.cls_token"),
+        (lambda copy: edit(copy / "tokenizer_config.json", truncation_side="left"), "settings.truncation_side"),
+    ],
+    ids=["normalizer", "pre-tokenizer", "post-processor", "special", "truncation"],
+)
+def test_the_same_vocabulary_by_other_rules_is_another_tokenizer_on_every_way(
+    models: Models, change: Change, part: str, tmp_path: Path
+) -> None:
+    other, tuned = models.copy(models.base, change), models.copy(models.model, change)
+    refused(f"tokenizers {part}", lambda: models.measure(base=other))
+    refused(f"tokenizers {part}", lambda: models.measure(tuned))
+    mine, theirs = models.measure()["file"], models.measure(tuned, other, "--name", "theirs")["file"]
+    out = ("-o", tmp_path / "merged", "--base")
+    refused("bases different tokenizers", lambda: gramfuse("merge", mine, theirs, *out, models.base), ContributionError)
+    refused("not the base tokenizers", lambda: gramfuse("merge", mine, *out, other))
+    project = models.project(models.base)
+    gramfuse("plan", "lock", project)
+    plan = (project / "plan.toml").read_text(encoding="utf-8")
+    (project / "plan.toml").write_text(plan.replace(str(models.base), str(other)), encoding="utf-8")
+    refused("tokenizer model.processor", lambda: gramfuse("plan", "show", project))
+    refused("tokenizer model.processor", lambda: load_base(Plan.read(project / "plan.toml"), project))
