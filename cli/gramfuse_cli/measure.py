@@ -25,6 +25,9 @@ from gramfuse_protocol.text import listed
 if TYPE_CHECKING:
     from gramfuse_client.state import State
 
+LENGTH = Task.model_fields["max_length"].default
+"""Most tokens of an example, where nothing is said."""
+
 EVERY = 50
 """Steps between two lines of progress where there is no terminal."""
 
@@ -56,7 +59,11 @@ EVERY = 50
     metavar="N",
     help="Leave out as many bad rows of DATA at most.",
 )
-@click.option("--max-length", type=click.IntRange(2), default=128, show_default=True, help="Most tokens of an example.")
+@click.option(
+    "--max-length",
+    type=click.IntRange(2),
+    help="Most tokens of an example.  [default: 128, or as many as MODEL has places for]",
+)
 @click.option(
     "--tokens",
     type=click.IntRange(1),
@@ -180,7 +187,7 @@ def _checkpoint(model: str, out: Path, options: dict[str, Any], *, labelled: boo
     device = choose_device(options["device"])
     if options["threads"]:
         torch.set_num_threads(options["threads"])
-    settings = {"pair": options["text_pair"] is not None, "max-length": options["max_length"]}
+    settings = {"pair": options["text_pair"] is not None, "max-length": options["max_length"] or LENGTH}
     task = task_of_model(model, here, options["task"], **settings)
     columns = {key: options[key] for key in ("text", "text_pair", "image", "label")}
     data = Data(train=options["data"], held_out=0.5, skip_bad=options["skip_bad"], **columns)
@@ -193,7 +200,17 @@ def _checkpoint(model: str, out: Path, options: dict[str, Any], *, labelled: boo
             "--labels, or their numbers from 0 on, and rows without a label are measured too; columns are named by "
             "--text, --text-pair, --image and --label; bad rows are left out by --skip-bad"
         ) from None
-    checkpoint = open_checkpoint(model, options["base"], task, here, freeze=options["freeze"], gram=structures)
+    checkpoint = open_checkpoint(
+        model,
+        options["base"],
+        task,
+        here,
+        freeze=options["freeze"],
+        gram=structures,
+        shorten=options["max_length"] is None,
+    )
+    if checkpoint.task.max_length < task.max_length:
+        say(f"examples are cut to {checkpoint.task.max_length} tokens, as many as MODEL has places for", err=True)
     with _progress() as show:
         statistics = measure_checkpoint(
             checkpoint,
@@ -208,7 +225,7 @@ def _checkpoint(model: str, out: Path, options: dict[str, Any], *, labelled: boo
         statistics,
         name=name,
         base=checkpoint.base.origin(options["base"]),
-        task=task,
+        task=checkpoint.task,
         layout=checkpoint.layout,
         head=head_parameters(checkpoint.base.model),
     )

@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig
 
 from gramfuse_client.batches import Encoded, batches
 from gramfuse_client.data import Examples
 from gramfuse_client.statistics import collect_statistics
 from gramfuse_model.base import Base, load_base, trainable
 from gramfuse_model.buffers import first_difference, saved_buffers
-from gramfuse_model.digests import config_document, processor_document, tokenizer_backend
+from gramfuse_model.digests import config_document, processor_document
+from gramfuse_model.lengths import check_lengths, room_of
 from gramfuse_model.source import check_files, download, locate
 from gramfuse_model.tracing import plan_layout
 from gramfuse_model.zero_head import load_zero_headed, plan_for
@@ -38,6 +39,12 @@ ARCHITECTURES: Mapping[str, Kind] = {
 
 RETURNED = {"use_cache", "return_dict", "output_hidden_states", "initializer_range", "initializer_factor"}
 """Keys of a configuration that change neither what a model computes from its weights nor how it is trained."""
+
+PADDING = {"pad_token", "padding_side", "model_max_length"} | {
+    "clean_up_tokenization_spaces",
+    "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output",
+}
+"""What a tokenizer pads with and where, what each call says, and how tokens become a text again."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +111,7 @@ def open_checkpoint(
     *,
     freeze: tuple[str, ...] = (),
     gram: Mapping[str, str] | None = None,
+    shorten: bool = False,
 ) -> Checkpoint:
     """Load a fine-tuned model and its base, and check that they belong together.
 
@@ -112,14 +120,23 @@ def open_checkpoint(
         directory: where relative paths start.
         freeze: patterns of the parameters that are as they are in the base; they are not measured.
         gram: structures of Gram matrices by pattern.
+        shorten: whether the task's lengths are no more than a wish: texts are cut to what the model has places for.
 
     Raises:
         ModelError: naming the parameter, if there is one that does not fit.
+        PlanError: if the task's texts are longer than the model takes.
     """
-    tuned = load_base(plan_for("model", model, task, freeze=freeze), directory)
+    tuned = load_base(plan_for("model", model, task, freeze=freeze), directory, whole=True)
     plan = plan_for("base", base, task, freeze=freeze, gram=gram)
     origin = load_zero_headed(plan, directory)
     _check_belong_together(model, base, tuned, origin)
+    if shorten:
+        rooms = room_of(origin, task.max_length, task.target_length)
+        keys = {"input": "max_length", "target": "target_length"}
+        least = {keys[kind]: min(room.tokens, getattr(task, keys[kind])) for kind, room in rooms.items()}
+        task = task.model_copy(update=least)
+        plan = plan_for("base", base, task, freeze=freeze, gram=gram)
+    check_lengths(origin, [task], trains=False)
     document = plan_layout(plan, origin).model_dump()
     for group in document["groups"]:
         group["exponents"] = ()
@@ -161,10 +178,11 @@ def _check_belong_together(model: str, base: str, tuned: Base, origin: Base) -> 
             f"model {model!r} and base {base!r} have another {odd[0]!r} in their configurations, so the same weights "
             "do not compute the same in both; --base must be the model that it was fine-tuned from"
         )
-    if _inputs(tuned.tokenizer) != _inputs(origin.tokenizer):
+    other = _other_inputs(tuned.tokenizer, origin.tokenizer)
+    if other is not None:
         raise ModelError(
-            f"model {model!r} and base {base!r} have different tokenizers or image processors, so their inputs are not "
-            "the same; only models with that of their base can be merged"
+            f"model {model!r} and base {base!r} have different tokenizers or image processors ({other!r} is another), "
+            "so their inputs are not the same; only models with that of their base can be merged"
         )
 
 
@@ -193,11 +211,21 @@ def _other_settings(tuned: Base, origin: Base) -> list[str]:
     return sorted(key for key in known if "drop" not in key and mine.get(key) != theirs.get(key))
 
 
-def _inputs(processor: Any) -> Any:
-    """Return what decides the tensors that are made of an example, of what does not come with each call."""
-    if isinstance(processor, PreTrainedTokenizerBase):
-        return tokenizer_backend(processor)
-    return processor_document(processor)
+def _other_inputs(tuned: Any, origin: Any) -> str | None:
+    """Return what decides the tensors that are made of an example, and differs between two processors, if anything.
+
+    The base's is the one that is measured with, so what comes with each call, and how it pads, does not count. Versions
+    of transformers have classes of tokenizers of their own; where these differ, what both know is compared.
+    """
+    mine, theirs = processor_document(tuned), processor_document(origin)
+    both = mine["settings"].keys() & theirs["settings"].keys() if mine["class"] != theirs["class"] else None
+    for part in ("backend", "special", "settings"):
+        one, other = mine.get(part, {}), theirs.get(part, {})
+        for key in sorted(one.keys() | other.keys()):
+            counts = key not in PADDING and (part != "settings" or both is None or key in both)
+            if counts and one.get(key) != other.get(key):
+                return f"{part}.{key}"
+    return None
 
 
 def measure(
@@ -218,15 +246,22 @@ def measure(
 
     Raises:
         ContributionError: naming the tensor, if a value is NaN or infinite.
+        ModelError: if the model cannot compute a batch of the data.
     """
     encoded = Encoded(examples, checkpoint.base.tokenizer, checkpoint.task)
     total = -(-len(encoded) // batch_size)
-    return collect_statistics(
-        checkpoint.tuned.model.to(device),
-        batches(encoded, batch_size, device, seed=Training().seed),
-        checkpoint.layout,
-        base=trainable(checkpoint.base.model),
-        examples=len(examples),
-        limit=limit,
-        progress=lambda done: progress(done, total),
-    )
+    try:
+        return collect_statistics(
+            checkpoint.tuned.model.to(device),
+            batches(encoded, batch_size, device, seed=Training().seed),
+            checkpoint.layout,
+            base=trainable(checkpoint.base.model),
+            examples=len(examples),
+            limit=limit,
+            progress=lambda done: progress(done, total),
+        )
+    except (RuntimeError, ValueError, IndexError) as error:  # what torch and transformers raise where shapes do not fit
+        raise ModelError(
+            f"the model cannot compute a batch of the data: {type(error).__name__}: {error}. It may not take texts of "
+            "that length, or the device has too little memory: try another --max-length or --batch-size"
+        ) from error

@@ -180,6 +180,7 @@ def check_base(found: Findings, silo: Silo, plan: Plan) -> Base | None:
 def check_layout(found: Findings, silo: Silo, given: Given, base: Base | None) -> Layout | None:
     """Derive the layout, or, without a base model, take the one that came with the plan."""
     from gramfuse_model.base import load_base
+    from gramfuse_model.lengths import check_lengths
     from gramfuse_model.tracing import plan_layout
 
     plan, path = given.plan, given.path.with_name("layout.json")
@@ -190,6 +191,7 @@ def check_layout(found: Findings, silo: Silo, given: Given, base: Base | None) -
             more = f"; what follows is by {path}" if known else ""
             found.skip("layout", f"it is derived from the base model{more}")
             return known
+        check_lengths(base, [plan.task_of(silo.name)], trains=True)
         if plan.task:  # the layout is derived from one task's model, the same everywhere
             base = load_base(plan, silo.directory, override=silo.file.base)
         layout = plan_layout(plan, base, named)

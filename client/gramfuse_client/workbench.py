@@ -25,6 +25,7 @@ from gramfuse_client.statistics import collect_statistics
 from gramfuse_model.base import Base, load_base, own_head, trainable
 from gramfuse_model.buffers import add_to, first_difference, forget, saved_buffers
 from gramfuse_model.change import check_changes
+from gramfuse_model.lengths import check_lengths
 from gramfuse_model.suitable import check_suitable
 from gramfuse_model.targets import fold
 from gramfuse_model.tracing import plan_layout
@@ -54,11 +55,13 @@ class Workbench:
 
         Raises:
             ModelError: if the base model cannot be loaded or is another one, or the layout is.
+            PlanError: if the plan's texts are longer than the base model takes.
             RefusalError: if this machine has too little memory to fine-tune or measure.
         """
         base = own = self._base()
         if self.plan.task:  # the layout is derived from one task's model, the same everywhere
             base = load_base(self.plan, self.silo.directory, override=self.silo.file.base)
+        check_lengths(own, [self.task], trains=True)
         layout = plan_layout(self.plan, base, given)
         check_suitable(own, self.task)
         lack = lacking_memory(self.plan, self.task, layout, own, choose_device(self.silo.file.device).type)

@@ -19,10 +19,12 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from gramfuse_model.buffers import learned, saved_buffers
+from gramfuse_model.checkpoint_keys import Keys, check_keys
 from gramfuse_model.digests import config_digest, processor_digest, tensor_digests, weights_digest
 from gramfuse_model.heads import head_parameters
 from gramfuse_model.source import BUNDLED, Source, source_of
 from gramfuse_model.tasks import FORMS, head_settings
+from gramfuse_model.vocabulary import check_files_of, check_tokenizer, pad
 from gramfuse_protocol.canonical import digest
 from gramfuse_protocol.errors import GramfuseError, ModelError
 from gramfuse_protocol.plan import EMBEDDINGS, Pins, Plan
@@ -64,21 +66,25 @@ class Base:
         )
 
 
-def load_base(plan: Plan, directory: Path, *, silo: str | None = None, override: str | None = None) -> Base:
+def load_base(
+    plan: Plan, directory: Path, *, silo: str | None = None, override: str | None = None, whole: bool = False
+) -> Base:
     """Load the base model with a head for a task, seeded by `training.seed`, in float32.
 
     Args:
         directory: where a relative path in the plan starts.
         silo: whose task the head is for; by default the plan's only or first one.
         override: where this side keeps the base model, if not where the plan says; it must be the same.
+        whole: whether it is a fine-tuned model, whose files must have its head too.
 
     Raises:
-        ModelError: if it cannot be loaded, a weight is NaN or infinite, or it is not what the plan is locked to.
+        ModelError: if it cannot be loaded, its files are not those of such a model (`gramfuse_model.checkpoint_keys`),
+            a weight is NaN or infinite, or it is not what the plan is locked to.
     """
     task = next(iter(plan.tasks.values())) if silo is None else plan.task_of(silo)
     source = _find(plan, directory, override)
     with _loading(plan, source):
-        model, fresh = _load_model(source.directory, task, plan.training.seed)
+        model, fresh = _load_model(source.directory, task, plan.training.seed, whole=whole)
         tokenizer = _load_processor(source.directory, task)
         if task.task == "token-classification" and not tokenizer.is_fast:
             raise ModelError(
@@ -87,9 +93,9 @@ def load_base(plan: Plan, directory: Path, *, silo: str | None = None, override:
                 "tokenizer that has a tokenizer.json"
             )
         _check_finite(plan, source, model)
-        if isinstance(tokenizer, PreTrainedTokenizerBase) and tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
-            model.config.pad_token_id = tokenizer.pad_token_id
+        if isinstance(tokenizer, PreTrainedTokenizerBase):
+            check_tokenizer(model, tokenizer, source.directory)
+            pad(model, tokenizer, source.directory)
         shared = _shared(plan, source.directory, model)
         pins = Pins(
             _weights(plan, source.directory, model, task, fresh, shared),
@@ -172,7 +178,9 @@ def own_head(plan: Plan, directory: Path, silo: str, *, override: str | None = N
     return {name: parameter.detach() for name, parameter in model.named_parameters() if name in head}
 
 
-def _load_model(directory: str, task: Task, seed: int) -> tuple[PreTrainedModel, frozenset[str]]:
+def _load_model(
+    directory: str, task: Task, seed: int, *, whole: bool = False
+) -> tuple[PreTrainedModel, frozenset[str]]:
     """Return a task's model, and the names of the parameters that its files do not have, which come of the seed."""
     auto = getattr(transformers, FORMS[task.task].auto)
     with torch.random.fork_rng(devices=[]):
@@ -186,7 +194,10 @@ def _load_model(directory: str, task: Task, seed: int) -> tuple[PreTrainedModel,
             trust_remote_code=False,
             use_safetensors=True,
         )
-    return model, frozenset(loaded["missing_keys"]) | {name for name, *_ in loaded["mismatched_keys"]}
+    keys = Keys.of(loaded)
+    labels = AutoConfig.from_pretrained(directory, trust_remote_code=False).num_labels
+    check_keys(model, keys, directory, labels=labels, whole=whole)
+    return model, keys.fresh
 
 
 def _configuration(directory: str, task: Task) -> Any:
@@ -205,7 +216,10 @@ def _load_processor(directory: str, task: Task) -> Any:
     form = FORMS[task.task]
     # Pictures are resized by Pillow everywhere: torchvision, where it is installed, gives other pixels.
     backend = {"backend": "pil"} if form.processor == "AutoImageProcessor" else {}
-    return getattr(transformers, form.processor).from_pretrained(directory, trust_remote_code=False, **backend)
+    processor = getattr(transformers, form.processor).from_pretrained(directory, trust_remote_code=False, **backend)
+    if isinstance(processor, PreTrainedTokenizerBase):
+        check_files_of(processor, directory)
+    return processor
 
 
 def kept_parameters(plan: Plan, directory: Path, *, override: str | None = None) -> dict[str, tuple[str, ...]]:

@@ -39,6 +39,17 @@ def last_linear(model: PreTrainedModel, outputs: int) -> LinearModule | None:
     return fitting[-1] if fitting else None
 
 
+def pooler_parameters(model: PreTrainedModel) -> frozenset[str]:
+    """Return the names of the parameters of the body's pooler, which pre-training often does without.
+
+    A model that was trained to fill in masked words is saved without one, and one for a task begins with a new one.
+    """
+    body, prefix = model.base_model, f"{model.base_model_prefix}.pooler."
+    if body is model or generates(model):
+        return frozenset()
+    return frozenset(name for name, _ in model.named_parameters() if name.startswith(prefix))
+
+
 def last_layer(model: PreTrainedModel, labels: int) -> frozenset[str]:
     """Return the names of the parameters whose rows are one label each: weight and bias of the head's last layer.
 

@@ -1,0 +1,335 @@
+"""What is done with the files of a model as others leave them: measured and locked if they are sound, or refused.
+
+Where something is refused, the error names what stands in the files and what to do.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+
+from gramfuse_cli.main import cli
+from gramfuse_model.base import load_base
+from gramfuse_protocol.errors import ContributionError, GramfuseError, ModelError, PlanError
+from gramfuse_protocol.plan import Plan
+from gramfuse_protocol.statistics_file import read_statistics
+
+LABELS = ["animals", "weather", "kitchen"]
+ROWS = [
+    {"text": text, "label": label}
+    for text, label in [
+        ("the old cat and a dog", "animals"),
+        ("my horse near the big goat", "animals"),
+        ("rain and wind", "weather"),
+        ("the snow of a storm", "weather"),
+        ("a small pan", "kitchen"),
+        ("your knife and my spoon", "kitchen"),
+    ]
+]
+WEIGHTS = "model.safetensors"
+
+Change = Callable[[Path], object]
+
+
+def gramfuse(*arguments: Any) -> dict[str, Any]:
+    """Run a command in this process and return its JSON; what it raises is raised here."""
+    result = CliRunner().invoke(cli, [*map(str, arguments), "--json"])
+    if isinstance(result.exception, GramfuseError):
+        raise result.exception
+    assert result.exit_code == 0, f"{result.output} {result.exception!r}"
+    report: dict[str, Any] = json.loads(result.stdout)
+    return report
+
+
+def edit(path: Path, **changes: Any) -> None:
+    document = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(document | changes), encoding="utf-8")
+
+
+def rename(copy: Path, new: Callable[[str], str | None]) -> None:
+    """Give the tensors of a model's files other names; None leaves one out."""
+    tensors = {new(name): tensor for name, tensor in load_file(copy / WEIGHTS).items()}
+    save_file({name: t for name, t in tensors.items() if name is not None}, copy / WEIGHTS, metadata={"format": "pt"})
+
+
+class Models:
+    """A base, a model that was fine-tuned from it, and what becomes of changed copies of them."""
+
+    def __init__(self, base: Path, directory: Path) -> None:
+        self.base = base
+        self.directory = directory
+        self.model = directory / "model"
+        directory.mkdir(exist_ok=True)
+        torch.manual_seed(3)
+        tuned = transformers.AutoModelForSequenceClassification.from_pretrained(
+            base, num_labels=3, id2label=dict(enumerate(LABELS)), label2id={label: n for n, label in enumerate(LABELS)}
+        )
+        with torch.no_grad():
+            for parameter in tuned.parameters():
+                parameter += 0.02 * torch.randn(parameter.shape)
+        tuned.save_pretrained(self.model)
+        transformers.AutoTokenizer.from_pretrained(base).save_pretrained(self.model)
+        self.data = directory / "train.jsonl"
+        self.data.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
+
+    def copy(self, of: Path, change: Change = lambda copy: None) -> Path:
+        copy = self.directory / f"copy-{len(list(self.directory.iterdir()))}"
+        shutil.copytree(of, copy)
+        change(copy)
+        return copy
+
+    def measure(self, model: Path | None = None, base: Path | None = None, *options: Any) -> dict[str, Any]:
+        out = self.directory / f"{len(list(self.directory.iterdir()))}.safetensors"
+        given = ("--base", base or self.base, "--data", self.data, "-o", out)
+        return gramfuse("measure", model or self.model, *given, *options)
+
+    def lock(self, base: Path, **settings: str) -> dict[str, Any]:
+        return gramfuse("plan", "lock", self.project(base, **settings))
+
+    def project(self, base: Path, **settings: str) -> Path:
+        project = self.directory / f"project-{len(list(self.directory.iterdir()))}"
+        project.mkdir()
+        task = {"task": '"classification"', "labels": json.dumps(LABELS), "max-length": "16", **settings}
+        lines = "".join(f"{key} = {value}\n" for key, value in task.items())
+        (project / "plan.toml").write_text(
+            f'[plan]\nname = "x"\n[model]\nbase = "{base}"\n{lines}'
+            '[privacy]\nsecure-aggregation = false\nmetrics = "silo"\n[[silo]]\nname = "a"\n[[silo]]\nname = "b"\n'
+        )
+        return project
+
+
+@pytest.fixture
+def models(pico_bert: Path, tmp_path: Path) -> Models:
+    return Models(pico_bert, tmp_path)
+
+
+def refused(names: str, what: Callable[[], object], kind: type[GramfuseError] = ModelError) -> None:
+    """Check that something is refused with an error that has all of these words."""
+    with pytest.raises(kind) as caught:
+        what()
+    missing = [name for name in names.split() if name not in str(caught.value)]
+    assert not missing, f"{missing} not in {caught.value}"
+
+
+def config(**changes: Any) -> Change:
+    return lambda copy: edit(copy / "config.json", **changes)
+
+
+def keys(new: Callable[[str], str | None]) -> Change:
+    return lambda copy: rename(copy, new)
+
+
+def test_a_sound_model_is_measured_and_a_sound_base_is_locked(models: Models) -> None:
+    assert models.measure()["examples"] == len(ROWS)
+    assert models.lock(models.base)["base_sha256"]
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "named"),
+    [
+        ("_orig_mod.", "_orig_mod. torch.compile"),
+        ("module.", "module. DataParallel"),
+        ("model.", "model. names"),
+        ("base_model.model.", "base_model.model. merge_and_unload()"),
+    ],
+)
+def test_weights_under_the_names_of_a_wrapper_are_not_taken_for_new_ones(
+    models: Models, wrapper: str, named: str
+) -> None:
+    wrapped = keys(lambda name: wrapper + name)
+    for files in (models.model, models.base):
+        copy = models.copy(files, wrapped)
+        refused(f"{named} {copy} bert.embeddings.LayerNorm.bias", lambda copy=copy: models.lock(copy))  # type: ignore[misc]
+    copy = models.copy(models.model, wrapped)
+    refused(f"{named} {copy}", lambda: models.measure(copy))
+
+
+def test_weights_under_the_names_of_a_wrapped_layer_are_not_taken_for_new_ones(models: Models) -> None:
+    compiled = models.copy(models.model, keys(lambda name: name.replace("layer.0.", "layer.0._orig_mod.")))
+    refused("_orig_mod. torch.compile", lambda: models.measure(compiled))
+    adapted = models.copy(models.model, keys(lambda name: name.replace("query.weight", "query.base_layer.weight")))
+    refused("base_layer. merge_and_unload()", lambda: models.measure(adapted))
+
+
+def without(part: str) -> Change:
+    return keys(lambda name: None if part in name else name)
+
+
+def test_what_the_files_of_a_fine_tuned_model_lack_is_not_made_up(models: Models) -> None:
+    for part, name in (("layer.1.", "bert.encoder.layer.1."), ("classifier", "classifier.bias"), ("pooler", "pooler")):
+        lacking = models.copy(models.model, without(part))
+        refused(f"{lacking} {name} MODEL", lambda lacking=lacking: models.measure(lacking))  # type: ignore[misc]
+    models.data.write_text("".join(json.dumps(row) + "\n" for row in ROWS[:4]), encoding="utf-8")
+    two = config(id2label={"0": "animals", "1": "weather"}, label2id={"animals": 0, "weather": 1})
+    refused("classifier.bias (3,) (2,)", lambda: models.measure(models.copy(models.model, two)))
+
+
+def test_what_a_fine_tuned_model_has_beyond_its_architecture_is_not_left_out(models: Models) -> None:
+    fewer = models.copy(models.model, config(num_hidden_layers=1))
+    refused("bert.encoder.layer.1. number of layers", lambda: models.measure(fewer))
+
+    def adapter(copy: Path) -> None:
+        added = {f"bert.encoder.layer.0.attention.self.query.lora_{ab}.weight": torch.ones(2, 2) for ab in "AB"}
+        save_file({**load_file(copy / WEIGHTS), **added}, copy / WEIGHTS, metadata={"format": "pt"})
+
+    adapted = models.copy(models.model, adapter)
+    refused("query.lora_A.weight merge_and_unload()", lambda: models.measure(adapted))
+    refused("query.lora_A.weight merge_and_unload()", lambda: models.lock(adapted))
+
+
+def test_only_the_head_and_the_pooler_of_a_base_may_be_new(models: Models) -> None:
+    refused("bert.encoder.layer.1. base", lambda: models.lock(models.copy(models.base, without("layer.1."))))
+    refused("encoder.layer.1.", lambda: models.lock(models.copy(models.base, config(num_hidden_layers=1))))
+    refused("word_embeddings.weight", lambda: models.lock(models.copy(models.base, config(vocab_size=400))))
+    assert models.lock(models.copy(models.base, without("pooler")))
+
+    def pretrained(copy: Path) -> None:
+        """As a model that fills in words is saved: with another head, and without a pooler."""
+        body = transformers.AutoModel.from_pretrained(models.base)
+        whole = transformers.BertForMaskedLM(body.config)
+        whole.bert.load_state_dict({n: t for n, t in body.state_dict().items() if "pooler" not in n})
+        whole.save_pretrained(copy)
+
+    assert models.lock(models.copy(models.base, pretrained))
+
+
+def test_a_classifier_is_a_base_for_other_labels_unless_its_files_contradict_each_other(models: Models) -> None:
+    locked = models.lock(models.model, labels='["yes", "no"]')
+    again = models.lock(models.model, labels='["yes", "no"]')
+    assert locked["base_sha256"] == again["base_sha256"]  # the new head is drawn by the plan's seed
+    two = models.copy(models.model, config(id2label={"0": "a", "1": "b"}, label2id={"a": 0, "b": 1}))
+    refused("classifier.bias (3,) (2,)", lambda: models.lock(two, labels='["yes", "no"]'))
+    refused("classifier.bias (3,) (4,)", lambda: models.lock(two, labels='["a", "b", "c", "d"]'))
+
+
+def test_an_output_layer_that_predicts_tokens_is_no_head_that_may_be_new(
+    models: Models, pico_tokenizer: Any, tmp_path: Path
+) -> None:
+    body = transformers.LlamaConfig(
+        vocab_size=len(pico_tokenizer),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=24,
+        tie_word_embeddings=False,
+    )
+    transformers.LlamaModel(body).save_pretrained(tmp_path / "body")
+    pico_tokenizer.save_pretrained(tmp_path / "body")
+    refused("lm_head.weight", lambda: models.lock(tmp_path / "body", task='"causal-lm"', labels="[]"))
+
+
+def test_no_text_becomes_unknown_because_the_tokenizer_is_missing_or_empty(models: Models) -> None:
+    def none(copy: Path) -> None:
+        for path in copy.glob("tokenizer*"):
+            path.unlink()
+
+    def empty(copy: Path) -> None:
+        none(copy)
+        transformers.AutoTokenizer.from_pretrained(copy).save_pretrained(copy)
+
+    for change, named in ((none, "tokenizer.json"), (empty, "100% unknown")):
+        refused(named, lambda change=change: models.lock(models.copy(models.base, change)))  # type: ignore[misc]
+        refused(named, lambda change=change: models.measure(base=models.copy(models.base, change)))  # type: ignore[misc]
+
+
+def test_every_token_has_a_row_in_the_table_or_the_first_without_is_named(models: Models) -> None:
+    def added(special: bool) -> Change:
+        def change(copy: Path) -> None:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(copy)
+            tokenizer.add_tokens(["<mine>"], special_tokens=special)
+            tokenizer.save_pretrained(copy)
+
+        return change
+
+    refused("'<mine>' resize_token_embeddings", lambda: models.lock(models.copy(models.base, added(False))))
+    assert models.lock(models.copy(models.base, added(True)))  # as Gemma has one for images, which no text has
+
+
+def llama(directory: Path, pico_tokenizer: Any, **tokens: int | None) -> Path:
+    """A decoder whose configuration says what it is told of special tokens."""
+    torch.manual_seed(4)
+    settings = transformers.LlamaConfig(
+        vocab_size=len(pico_tokenizer),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        **{"bos_token_id": 2, "eos_token_id": 3, "pad_token_id": None, **tokens},
+    )
+    transformers.LlamaModel(settings).save_pretrained(directory)
+    pico_tokenizer.save_pretrained(directory)
+    return directory
+
+
+def test_a_configuration_that_names_no_padding_gets_that_of_the_tokenizer(
+    tmp_path: Path, pico_tokenizer: Any, models: Models
+) -> None:
+    decoder = Models(llama(tmp_path / "decoder", pico_tokenizer), tmp_path / "of decoder")
+    assert decoder.measure()["examples"] == len(ROWS)
+    assert decoder.lock(decoder.base)
+
+
+def test_a_tokenizer_with_neither_padding_nor_an_end_is_refused(models: Models) -> None:
+    def neither(copy: Path) -> None:
+        backend = transformers.AutoTokenizer.from_pretrained(copy).backend_tokenizer
+        for path in copy.glob("tokenizer*"):
+            path.unlink()
+        transformers.PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]").save_pretrained(copy)
+
+    refused("pad_token eos_token", lambda: models.lock(models.copy(models.base, neither)))
+
+
+def test_texts_are_no_longer_than_the_model_has_places_for(models: Models, tmp_path: Path) -> None:
+    long = {"text": " ".join(["the cat"] * 40), "label": "animals"}
+    models.data.write_text(json.dumps(long) + "\n" + json.dumps(ROWS[2]) + "\n", encoding="utf-8")
+    file = read_statistics(models.measure()["file"])
+    assert file.about.task.max_length == 32
+    assert set(file.tokens.values()) == {2, 32 + 5}  # the head has one row for an example; the long text was cut
+    refused("max-length 64 32", lambda: models.measure(None, None, "--max-length", 64), PlanError)
+    refused("max-length 64 32", lambda: models.lock(models.base, **{"max-length": "64"}), PlanError)
+
+
+def tokenizer(**parts: Any) -> Change:
+    return lambda copy: edit(copy / "tokenizer.json", **parts)
+
+
+def role(copy: Path) -> None:
+    edit(copy / "tokenizer_config.json", cls_token="[SEP]", sep_token="[CLS]")
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        (tokenizer(normalizer={"type": "Lowercase"}), "backend.normalizer"),
+        (tokenizer(pre_tokenizer={"type": "WhitespaceSplit"}), "backend.pre_tokenizer"),
+        (tokenizer(post_processor=None), "backend.post_processor"),
+        (role, "special.cls_token"),
+        (lambda copy: edit(copy / "tokenizer_config.json", truncation_side="left"), "settings.truncation_side"),
+    ],
+    ids=["normalizer", "pre-tokenizer", "post-processor", "special", "truncation"],
+)
+def test_the_same_vocabulary_by_other_rules_is_another_tokenizer_on_every_way(
+    models: Models, change: Change, part: str, tmp_path: Path
+) -> None:
+    other, tuned = models.copy(models.base, change), models.copy(models.model, change)
+    refused(f"tokenizers {part}", lambda: models.measure(base=other))
+    refused(f"tokenizers {part}", lambda: models.measure(tuned))
+    mine, theirs = models.measure()["file"], models.measure(tuned, other, "--name", "theirs")["file"]
+    out = ("-o", tmp_path / "merged", "--base")
+    refused("bases different tokenizers", lambda: gramfuse("merge", mine, theirs, *out, models.base), ContributionError)
+    refused("not the base tokenizers", lambda: gramfuse("merge", mine, *out, other))
+    project = models.project(models.base)
+    gramfuse("plan", "lock", project)
+    plan = (project / "plan.toml").read_text(encoding="utf-8")
+    (project / "plan.toml").write_text(plan.replace(str(models.base), str(other)), encoding="utf-8")
+    refused("tokenizer model.processor", lambda: gramfuse("plan", "show", project))
+    refused("tokenizer model.processor", lambda: load_base(Plan.read(project / "plan.toml"), project))
