@@ -44,8 +44,8 @@ from gramfuse_client.data import Examples
 from gramfuse_client.gram import collect_grams
 from gramfuse_model.base import Base, load_base
 from gramfuse_model.heads import head_parameters
-from gramfuse_model.tasks import FORMS
 from gramfuse_model.public_text import PUBLIC_TEXT
+from gramfuse_model.tasks import FORMS
 from gramfuse_model.tracing import plan_layout
 from gramfuse_protocol.coverage import families
 from gramfuse_protocol.errors import ModelError
