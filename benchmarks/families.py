@@ -289,6 +289,9 @@ def merged_with_itself(place: Workplace, home: Path, model: PreTrainedModel, giv
         for parameter in trained(model):
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.add_(0.05 * parameter.std(correction=0) * noise)
+        for table in model.modules():  # training leaves the row of padding at zero, and Funnel is loaded with it so
+            if isinstance(table, nn.Embedding) and table.padding_idx is not None:
+                table.weight[table.padding_idx] = 0
     tuned = place.save("tuned", model)
     files = []
     for size in (4, 16):

@@ -22,7 +22,7 @@ def show(tmp_path: Path, pico: Callable[[str], Path]) -> Callable[..., tuple[str
     def run(family: str, model: str, silos: tuple[str, ...] = ("", ""), tasks: str = "") -> tuple[str, dict[str, Any]]:
         roster = "".join(f'[[silo]]\nname = "silo-{n}"\n{keys}\n' for n, keys in enumerate(silos))
         (tmp_path / "plan.toml").write_text(
-            f'[plan]\nname = "shown"\n[model]\nbase = "{pico(family)}"\nmax-length = 16\n{model}\n'
+            f'[plan]\nname = "shown"\n[model]\nbase = "{pico(family)}"\n{model}\n'
             f'[privacy]\nsecure-aggregation = false\nmetrics = "silo"\n{tasks}\n{roster}'
         )
         texts = []
@@ -89,13 +89,11 @@ def test_heads_that_silos_keep_are_named_by_task(show: Callable[..., tuple[str, 
         [[task]]
         name = "topics"
         task = "classification"
-        max-length = 16
         {LABELS}
         max-length = 16
         [[task]]
         name = "names"
         task = "token-classification"
-        max-length = 16
         labels = ["O", "B-X", "I-X"]
         max-length = 16
         """
