@@ -8,8 +8,8 @@ Of each architecture a model of two layers is made from its configuration, with 
 
 * its Gram matrices on one set of examples are measured in batches of 1, in batches of 16, and with padding on the other
   side than its tokenizer's; they must be the same to 1e-6 of their size, or the other side must be refused;
-* a fine-tuned model (the same, with other weights) is measured twice, by what `gramfuse measure` is made of, and the
-  two files are merged: the model must come back;
+* a fine-tuned model (the same, with other weights) is measured twice, by what `gramfuse measure` is made of, and both
+  files are merged: the model must come back;
 * the merged directory is loaded by transformers: its outputs must be those of the model.
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,17 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("GPT2LMHeadModel", GPT2 | TOKENS | {"attn_pdrop": 0.0}),
     "llama": ("LlamaForCausalLM", LLAMA | {"tie_word_embeddings": False}),
     "llama-tied": ("LlamaForCausalLM", LLAMA | {"tie_word_embeddings": True}),
+    "longformer": ("LongformerModel", BERT_LIKE | {"attention_window": 8, "max_position_embeddings": 64}),
+    "big-bird": ("BigBirdModel", BERT_LIKE | {"block_size": 4, "num_random_blocks": 1, "max_position_embeddings": 64}),
+    "funnel": (
+        "FunnelModel",
+        {"d_model": 16, "d_head": 8, "d_inner": 24, "n_head": 2, "block_sizes": [1, 1], "num_decoder_layers": 1}
+        | {"hidden_dropout": 0.0, "attention_dropout": 0.0, **SPREAD},
+    ),
+    "xlnet": (
+        "XLNetModel",
+        {"d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 24, "dropout": 0.0, **SPREAD, **TOKENS},
+    ),
     "vit": ("ViTModel", SIZES | NO_DROPOUT | PICTURE),
 }
 """The model class that is saved, and what its configuration says; all else is the family's default."""
@@ -101,7 +113,10 @@ def pico(tmp_path_factory: pytest.TempPathFactory, pico_tokenizer: Any) -> Calla
                 size = {"height": 8, "width": 8}
                 transformers.ViTImageProcessor(size=size).save_pretrained(directory)
             else:
-                pico_tokenizer.save_pretrained(directory)
+                tokenizer = copy.deepcopy(pico_tokenizer)
+                side = "left" if family == "xlnet" else "right"
+                tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = side
+                tokenizer.save_pretrained(directory)
         return made[family]
 
     return find

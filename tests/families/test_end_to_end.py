@@ -71,6 +71,8 @@ CASES = [
     Case("bert", "regression"),
     Case("bert", "multi-label"),
     Case("bert", "token-classification"),
+    Case("longformer", "classification"),
+    Case("xlnet", "classification"),
     Case("t5", "sequence-to-sequence"),
     Case("t5-gated", "sequence-to-sequence"),
     Case("gpt2", "causal-lm"),

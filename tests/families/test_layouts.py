@@ -13,6 +13,7 @@ from torch import nn
 from gramfuse_client.gram import collect_grams
 from gramfuse_model.base import Base, load_base
 from gramfuse_model.tracing import derive_layout, plan_layout, public_batch
+from gramfuse_model.zero_head import load_zero_headed
 from gramfuse_protocol.errors import ContributionError, ModelError
 from gramfuse_protocol.layout import Layout
 from gramfuse_protocol.plan import Plan
@@ -28,7 +29,9 @@ GENERATION = 'task = "causal-lm"'
 PICTURES = f'task = "image-classification"\n{LABELLED}'
 
 
-def base_of(directory: Path, task: str, freeze: str = "", context_free: str = "full") -> tuple[Plan, Base]:
+def base_of(
+    directory: Path, task: str, freeze: str = "", context_free: str = "full", length: int = 16
+) -> tuple[Plan, Base]:
     plan = Plan.parse(
         f"""
         [plan]
@@ -36,7 +39,7 @@ def base_of(directory: Path, task: str, freeze: str = "", context_free: str = "f
         [model]
         base = "{directory}"
         {task}
-        max-length = 16
+        max-length = {length}
         [training]
         {freeze}
         [merge]
@@ -339,6 +342,52 @@ def test_encoder_rows_are_masked_by_the_input_and_decoder_rows_by_the_target(
         assert len(x) == sum(map(len, targets if group.rows == ("target",) else inputs))
         assert grams[group.name].tokens == len(x)
         assert_close(grams[group.name].mean(), packed((x.T @ x).numpy() / len(x)))
+
+
+@pytest.mark.parametrize("family", ["longformer", "xlnet"])
+def test_what_a_model_pads_or_turns_inside_is_no_token(pico: Pico, family: str) -> None:
+    plan, base = base_of(pico(family), CLASSIFICATION)
+    layout = plan_layout(plan, base)
+    rows = sentences(6, 9)
+    given = [base.tokenizer.pad({"input_ids": rows[n : n + 4]}, return_tensors="pt") for n in (0, 4, 8)]
+    grams = collect_grams(base.model, given, layout, limit=UNLIMITED)
+    kinds = {kind for group in layout.groups for kind in group.rows}
+    assert "turned" in kinds
+    for group, linear in layout.linear():
+        (kind,) = group.rows
+        # Each text by itself; what is behind its own rows is padding that the model added.
+        runs = single_runs(base.model, alone(rows), linear.weight)
+        x = torch.cat([run[0][: len(row) if kind != "all" else None] for run, row in zip(runs, rows, strict=True)])
+        assert grams[group.name].tokens == len(x) == (sum(map(len, rows)) if kind != "all" else len(rows))
+        assert_close(grams[group.name].mean(), packed((x.T @ x).numpy() / len(x)))
+
+
+def test_a_text_that_is_longer_than_the_public_ones_is_tried_too(pico: Pico) -> None:
+    """From 28 tokens on this BigBird attends to blocks, and not once it saw a shorter text: alone it says another."""
+    plan, base = base_of(pico("big-bird"), CLASSIFICATION)
+    assert plan_layout(plan, base).groups
+    plan, base = base_of(pico("big-bird"), CLASSIFICATION, length=40)
+    with pytest.raises(ModelError, match=r"BigBirdForSequenceClassification.*not the same"):
+        plan_layout(plan, base)
+    plan, base = base_of(pico("bert"), CLASSIFICATION, length=41)
+    with pytest.raises(ModelError, match=r"41 tokens.*model\.max-length"):
+        plan_layout(plan, base)
+
+
+def test_a_tokenizer_that_pads_on_the_wrong_side_is_refused_by_the_name_of_its_setting(pico: Pico) -> None:
+    for family, wrong in (("xlnet", "right"), ("bert", "left")):
+        plan, base = base_of(pico(family), CLASSIFICATION)
+        base.tokenizer.padding_side = wrong
+        with pytest.raises(ModelError, match=r'"padding_side": "(left|right)" in its tokenizer_config\.json'):
+            plan_layout(plan, base)
+
+
+def test_a_head_of_zeros_does_not_hide_that_outputs_depend_on_padding(pico: Pico) -> None:
+    plan, _ = base_of(pico("xlnet"), CLASSIFICATION)
+    base = load_zero_headed(plan, Path())
+    base.tokenizer.padding_side = "right"
+    with pytest.raises(ModelError, match="padding_side"):
+        plan_layout(plan, base)
 
 
 def test_a_batch_that_cannot_tell_inputs_from_targets_makes_no_layout(pico: Pico) -> None:

@@ -117,3 +117,21 @@ def test_a_masked_head_has_a_line_for_each_set_of_silos(show: Callable[..., tupl
         ["silo-1", "silo-2"],
     ]
     assert "classifier.out_proj (labels of silo-0, silo-2)" in text
+
+
+def test_what_is_averaged_since_its_rows_are_no_tokens_is_named(
+    show: Callable[..., tuple[str, dict[str, Any]]],
+) -> None:
+    text, shown = show("funnel", f'task = "classification"\nmax-length = 16\n{LABELS}')
+    halved = "funnel.encoder.blocks.1.0"  # the second block sees two tokens at once
+    assert shown["unmatched"]
+    assert all(name.startswith(halved) for name in shown["unmatched"])
+    assert not any(
+        weight.startswith(halved)
+        for group in shown["groups"]
+        for weight in group["weights"]
+        if "k_head" not in weight and "v_head" not in weight
+    )
+    assert 0.2 < shown["closed"] < 0.7
+    assert f"{shown['closed']:.1%} of the trained parameters are merged in closed form" in text
+    assert "which rows of their inputs are tokens: funnel.encoder.blocks.*.*.attention.q_head" in text

@@ -133,3 +133,25 @@ def test_bodies_of_different_tasks_are_merged_where_they_are_the_same(
         assert tensors.keys() == mine.keys()
         for name in mine.keys() - shared:  # heads, and the pooler, which only one of them has
             np.testing.assert_allclose(tensors[name], mine[name], atol=1e-6, err_msg=name)
+
+
+def test_what_is_not_merged_in_closed_form_is_said_by_measure_by_merge_and_by_the_card(
+    tmp_path: Path, pico: Callable[[str], Path]
+) -> None:
+    base = pico("funnel")
+    model = publish(tmp_path / "model", base, SEQUENCE, 1, **labelled(["a", "b"]))
+    file, out = tmp_path / "one.safetensors", tmp_path / "merged"
+    measuring = ["measure", model, "--base", base, "--data", data_of("classification", model), "-o", file, *SHORT]
+    merging = ["merge", file, "-o", out, "--base", base]
+    for arguments in (measuring, merging):
+        result = CliRunner().invoke(cli, list(map(str, arguments)), catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        # The embeddings are trained here, and averaged as they stand.
+        assert "Warning: only" in result.output
+        assert "funnel.encoder.blocks.*.*.attention.q_head" in result.output
+    report = json.loads((out / "report.json").read_text())
+    assert 0 < report["closed"] < 0.5
+    assert "funnel.encoder.blocks.1.0.ffn.linear_1.weight" in report["unmatched"]
+    card = (out / "README.md").read_text()
+    assert f"Warning: only {report['closed']:.1%} of the trained parameters are merged in closed form" in card
+    assert "`funnel.encoder.blocks.*.*.attention.q_head, " in card
