@@ -167,6 +167,11 @@ def _check_belong_together(model: str, base: str, tuned: Base, origin: Base) -> 
                 f"parameter {name!r} is to be frozen and is not the same in model {model!r} and base {base!r}: fine-"
                 "tuning changed it, or --base is another model. Leave it out of --freeze"
             )
+    if tuned.pins.sha256 == origin.pins.sha256:
+        raise ModelError(
+            f"model {model!r} and base {base!r} have the same weights, so the difference to merge is zero; --base must "
+            "be the model as it was before fine-tuning"
+        )
     odd = _other_settings(tuned, origin)
     if odd:
         raise ModelError(
