@@ -345,9 +345,9 @@ def freeze(model: nn.Module, patterns: Iterable[str]) -> None:
 
 
 def trainable(model: nn.Module) -> dict[str, NDArray[np.float32]]:
-    """Return copies of the parameters that are trained, float32 on the CPU, by name."""
+    """Return copies of the parameters that are trained, float32 on the CPU, by name; whatever dtype the model has."""
     return {
-        name: parameter.detach().cpu().numpy().copy()
+        name: parameter.detach().float().cpu().numpy().copy()
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }

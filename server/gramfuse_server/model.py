@@ -58,7 +58,7 @@ def add_differences(model: nn.Module, deltas: Deltas) -> None:
     with torch.no_grad():
         for name, delta in deltas.items():
             parameter = parameters[name]
-            parameter.copy_(torch.from_numpy(parameter.numpy().astype(np.float64) + delta))
+            parameter.copy_(parameter.double().cpu() + torch.from_numpy(np.asarray(delta, np.float64)))
 
 
 def card(

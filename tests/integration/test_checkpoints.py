@@ -20,12 +20,13 @@ from safetensors.torch import load_file, save_file
 from gramfuse_cli.main import cli
 from gramfuse_client import collect_statistics
 from gramfuse_model.base import load_base, trainable
-from gramfuse_model.tracing import plan_layout
+from gramfuse_model.tracing import derive_layout, plan_layout
 from gramfuse_model.zero_head import load_zero_headed, plan_for
 from gramfuse_protocol.errors import ContributionError, GramfuseError, ModelError, PlanError
 from gramfuse_protocol.plan import Plan
 from gramfuse_protocol.statistics_file import read_statistics
 from gramfuse_protocol.task import Task
+from gramfuse_server import add_differences, merge
 
 LABELS = ["animals", "weather", "kitchen"]
 ROWS = [
@@ -416,3 +417,53 @@ def test_a_model_of_one_example_among_those_of_many_is_told_where_it_weighs_as_m
 
 def shares(report: dict[str, Any]) -> set[tuple[str, float, str]]:
     return {(c["where"], c["value"], c["verdict"]) for c in report["checks"] if c["name"] == "share"}
+
+
+HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def saved_as(half: torch.dtype, *, frozen: Path | None = None) -> Change:
+    """Save a model in half precision, with the embeddings of another if it is to have those."""
+
+    def change(copy: Path) -> None:
+        tensors = load_file(copy / WEIGHTS)
+        if frozen is not None:
+            of = load_file(frozen / WEIGHTS)
+            tensors |= {f"bert.{name}": tensor for name, tensor in of.items() if name.startswith("embeddings.")}
+        save_file({name: t.to(half) for name, t in tensors.items()}, copy / WEIGHTS, metadata={"format": "pt"})
+        edit(copy / "config.json", dtype=str(half).removeprefix("torch."))
+
+    return change
+
+
+@pytest.mark.parametrize("half", HALVES.values(), ids=HALVES)
+def test_frozen_embeddings_of_a_model_in_half_precision_are_those_of_the_base(
+    models: Models, half: torch.dtype
+) -> None:
+    model = models.copy(models.model, saved_as(half, frozen=models.base))
+    for base in (models.base, models.copy(models.base, saved_as(half))):
+        file = read_statistics(models.measure(model, base, "--freeze", "embeddings")["file"])
+        assert not any("embeddings" in tensor.name for tensor in file.about.layout.tensors)
+    changed = models.copy(models.model, saved_as(half))
+    refused("embeddings. frozen", lambda: models.measure(changed, None, "--freeze", "embeddings"))
+
+
+@pytest.mark.parametrize("half", HALVES.values(), ids=HALVES)
+def test_models_that_transformers_loads_in_half_precision_merge_to_one_of_the_same(
+    models: Models, half: torch.dtype
+) -> None:
+    directories = [models.copy(models.base, saved_as(half)), models.copy(models.model, saved_as(half))]
+    base, model = (
+        transformers.AutoModelForSequenceClassification.from_pretrained(directory, num_labels=3)
+        for directory in directories
+    )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(models.base)
+    batch = dict(tokenizer([row["text"] for row in ROWS], padding=True, return_tensors="pt"))
+    start, layout = trainable(base), derive_layout(base, batch)
+    assert {array.dtype.name for array in start.values()} == {"float32"}
+    statistics = [collect_statistics(model, [batch], layout, base=start, examples=len(ROWS)) for _ in range(2)]
+    add_differences(base, merge(statistics, layout).deltas)
+    own = dict(model.named_parameters())
+    for name, parameter in base.named_parameters():
+        assert parameter.dtype == half
+        assert torch.equal(parameter, own[name]), name
