@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 LENGTH = Task.model_fields["max_length"].default
 """Most tokens of an example, where nothing is said."""
 
+FEW = 100
+"""Examples under which a warning is worth it; silos take part in no run with less, unless their files say so."""
+
 EVERY = 50
 """Steps between two lines of progress where there is no terminal."""
 
@@ -145,6 +148,13 @@ def measure(context: click.Context, /, model: str | None, out: Path, as_json: bo
             raise click.UsageError("--silo goes with --plan")
         assert model is not None  # noqa: S101
         report = _checkpoint(model, out, options, labelled="label" in given)
+    if report["examples"] < FEW:
+        say(
+            f"{report['examples']} examples are few: the file says much of each, and gramfuse merge gives this model "
+            "as much weight as one of many, unless it is told --weighting examples",
+            style="yellow",
+            err=True,
+        )
     if as_json:
         show_json(report)
         return

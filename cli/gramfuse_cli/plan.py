@@ -97,7 +97,7 @@ def _show_model(plan: Plan, preview: dict[str, Any]) -> None:
     """Print what is trained and merged, and what it costs."""
     say(f"base {quoted(plan.model.base)}, alpha {plan.merge.alpha}, silos {', '.join(plan.names)}")
     say(*(f"  {name:<9} {value}" for name, value in _pins(plan).items()), copied=True)
-    say(*_tasks(plan), "")
+    say(*_tasks(plan), f"weighting {plan.merge.weighting}: {WEIGHTING[plan.merge.weighting]}", "")
     table = Table("Merged in closed form; one line for each Gram matrix")
     table.column("modules", fold=True)
     for column in ("d_in", "structure", "entries", "bytes"):
@@ -130,6 +130,12 @@ def _show_model(plan: Plan, preview: dict[str, Any]) -> None:
         f"and {cost['coordinator_disk_bytes'] / 1e6:.0f} MB on disk.",
     )
 
+
+WEIGHTING = {
+    "uniform": "all silos weigh the same, those of few examples too",
+    "examples": "silos weigh as much as they have examples",
+}
+"""What the weights of silos are."""
 
 CONTEXT_FREE = {
     "mean": "and so are averaged",

@@ -167,11 +167,16 @@ def _check_belong_together(model: str, base: str, tuned: Base, origin: Base) -> 
                 f"parameter {name!r} is {shapes[0]} in model {model!r} and {shapes[1]} in base {base!r}; --base must "
                 "be the model that it was fine-tuned from"
             )
-        if _is_frozen(mine[name]) and not torch.equal(mine[name], theirs[name]):
+        if _is_frozen(mine[name]) and not _same(mine[name], theirs[name]):
             raise ModelError(
                 f"parameter {name!r} is to be frozen and is not the same in model {model!r} and base {base!r}: fine-"
                 "tuning changed it, or --base is another model. Leave it out of --freeze"
             )
+    if tuned.pins.sha256 == origin.pins.sha256:
+        raise ModelError(
+            f"model {model!r} and base {base!r} have the same weights, so the difference to merge is zero; --base must "
+            "be the model as it was before fine-tuning"
+        )
     odd = _other_settings(tuned, origin)
     if odd:
         raise ModelError(
@@ -184,6 +189,12 @@ def _check_belong_together(model: str, base: str, tuned: Base, origin: Base) -> 
             f"model {model!r} and base {base!r} have different tokenizers or image processors ({other!r} is another), "
             "so their inputs are not the same; only models with that of their base can be merged"
         )
+
+
+def _same(tuned: torch.Tensor, origin: torch.Tensor) -> bool:
+    """Whether a parameter was not trained; it may have been saved in half precision since."""
+    halves = (origin.to(half).float() for half in (torch.bfloat16, torch.float16))
+    return any(torch.equal(tuned, one) for one in (origin, *halves))
 
 
 def _is_frozen(tensor: torch.Tensor) -> bool:

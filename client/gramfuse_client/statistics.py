@@ -11,6 +11,7 @@ from torch import nn
 
 from gramfuse_client.gram import collect_grams
 from gramfuse_model.base import trainable
+from gramfuse_protocol.errors import ContributionError
 from gramfuse_protocol.layout import Layout, Slice, delta_block, gram_block
 from gramfuse_protocol.plan import Merge
 from gramfuse_protocol.statistics import Statistics, check_counts, check_slices
@@ -39,9 +40,15 @@ def collect_statistics(
         limit: most token rows for one Gram matrix.
 
     Raises:
-        ContributionError: naming the tensor, if the model does not fit the layout or a value is NaN or infinite.
+        ContributionError: naming the tensor, if the model does not fit the layout or a value is NaN or infinite; if
+            there are no batches, or they have no token.
     """
     grams = collect_grams(model, batches, layout, limit=limit, progress=progress)
+    if grams and not any(gram.tokens for gram in grams.values()):
+        raise ContributionError(
+            "no token was measured: there are no batches, or all that is in them is padding. A generator gives its "
+            "batches once; make a new one for each model"
+        )
     blocks = {gram_block(name): gram.mean() for name, gram in grams.items()}
     tuned = trainable(model)
     names = [tensor.name for tensor in layout.tensors if tensor.name in base and tensor.name in tuned]

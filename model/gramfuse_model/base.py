@@ -83,7 +83,7 @@ def load_base(
     """
     task = next(iter(plan.tasks.values())) if silo is None else plan.task_of(silo)
     source = _find(plan, directory, override)
-    with _loading(plan, source):
+    with _loading(plan, source, whole=whole):
         model, fresh = _load_model(source.directory, task, plan.training.seed, whole=whole)
         tokenizer = _load_processor(source.directory, task)
         if task.task == "token-classification" and not tokenizer.is_fast:
@@ -92,7 +92,7 @@ def load_base(
                 "characters a token stands for, and token-classification needs that; save the base model with a "
                 "tokenizer that has a tokenizer.json"
             )
-        _check_finite(plan, source, model)
+        _check_finite(_called(plan, source, whole=whole), model)
         if isinstance(tokenizer, PreTrainedTokenizerBase):
             check_tokenizer(model, tokenizer, source.directory)
             pad(model, tokenizer, source.directory)
@@ -108,12 +108,16 @@ def load_base(
     return Base(model.eval(), tokenizer, pins, shared)
 
 
-def _check_finite(plan: Plan, source: Source, model: PreTrainedModel) -> None:
+def _called(plan: Plan, source: Source, *, whole: bool = False) -> str:
+    return f"{'model' if whole else 'base'} {plan.model.base!r} ({source.directory})"
+
+
+def _check_finite(called: str, model: PreTrainedModel) -> None:
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise ModelError(
-                f"base {plan.model.base!r} ({source.directory}): {name!r} holds values that are NaN or infinite; the "
-                "files are damaged, or what was trained diverged"
+                f"{called}: {name!r} holds values that are NaN or infinite; the files are damaged, or what was trained "
+                "diverged"
             )
 
 
@@ -271,7 +275,7 @@ def _find(plan: Plan, directory: Path, override: str | None) -> Source:
 
 
 @contextmanager
-def _loading(plan: Plan, source: Source) -> Iterator[None]:
+def _loading(plan: Plan, source: Source, *, whole: bool = False) -> Iterator[None]:
     """Load quietly, since that a head is new is what we asked for; what goes wrong becomes a ModelError."""
     with _quiet():
         try:
@@ -279,7 +283,11 @@ def _loading(plan: Plan, source: Source) -> Iterator[None]:
         except GramfuseError:
             raise
         except Exception as error:  # of files that make no sense, libraries raise what they like
-            raise ModelError(f"base {plan.model.base!r} ({source.directory}) cannot be loaded: {error}") from error
+            damaged = type(error).__name__ == "SafetensorError"
+            raise ModelError(
+                f"{_called(plan, source, whole=whole)} cannot be loaded: {error}"
+                + (". A file of its weights is damaged, or was cut off: get it again" if damaged else "")
+            ) from error
 
 
 def embedding_parameters(model: nn.Module) -> frozenset[str]:
@@ -322,7 +330,10 @@ def freeze(model: nn.Module, patterns: Iterable[str]) -> None:
 
 
 def trainable(model: nn.Module) -> dict[str, NDArray[np.float32]]:
-    """Return copies of all that training may change (`gramfuse_model.buffers.learned`), float32 on the CPU, by name."""
+    """Return copies of all that training may change (`gramfuse_model.buffers.learned`), by name.
+
+    They are float32 on the CPU, whatever dtype the model has.
+    """
     return {name: tensor.detach().cpu().float().numpy().copy() for name, tensor in learned(model).items()}
 
 

@@ -147,6 +147,20 @@ def check_files(directory: str) -> str:
         ModelError: naming the file, what was expected, and how to have it.
     """
     root = Path(directory)
+    names = sorted(path.name for path in root.iterdir())
+    weights = {WEIGHTS, INDEX} & set(names)
+    if "adapter_config.json" in names:
+        raise ModelError(
+            f"{root}: {'has an adapter beside the model' if weights else 'is an adapter without the model'} "
+            "(adapter_config.json), and gramfuse takes whole models; load the model and the adapter with peft, call "
+            "merge_and_unload(), and save what that returns with save_pretrained"
+        )
+    saved = _checkpoints(root)
+    if saved and ("config.json" not in names or not weights):
+        raise ModelError(
+            f"{root}: holds no model, but {len(saved)} that were saved while it was trained; name one, the last is "
+            f"{saved[-1]}"
+        )
     config = _json(root / "config.json")
     for path, value in _entries(config):
         if path[-1] == "auto_map" and path[:-1]:
@@ -158,12 +172,6 @@ def check_files(directory: str) -> str:
                 f"{root / 'config.json'}: {quoted('.'.join(path))} is not supported; a base model has its weights in "
                 f"{WEIGHTS}, and they are not quantized"
             )
-    if (root / "adapter_config.json").exists():
-        raise ModelError(
-            f"{root}: has an adapter (adapter_config.json) beside the model; merge it into the model first, with "
-            "peft's merge_and_unload, and save that"
-        )
-    names = sorted(path.name for path in root.iterdir())
     if any(name.startswith("shard-") and name.endswith(".safetensors") for name in names):
         raise ModelError(f"{root}: is a distributed checkpoint; save the model as {WEIGHTS}, with save_pretrained")
     if WEIGHTS in names:
@@ -181,6 +189,12 @@ def check_files(directory: str) -> str:
             else "; a base model is saved by transformers' save_pretrained"
         )
     )
+
+
+def _checkpoints(root: Path) -> list[Path]:
+    """Return the models that transformers' Trainer saved in a directory, by the step at which it did."""
+    found = [path for path in root.glob("checkpoint-*") if path.name[11:].isdigit() and (path / "config.json").exists()]
+    return sorted(found, key=lambda path: int(path.name[11:]))
 
 
 def _check_index(root: Path) -> str:

@@ -27,7 +27,7 @@ from gramfuse_protocol.statistics import Contribution, check_slices
 from gramfuse_protocol.statistics_file import StatisticsFile, read_statistics
 from gramfuse_protocol.text import listed, quoted
 from gramfuse_server.accumulator import Accumulator, Merged
-from gramfuse_server.checks import check_model, check_sums
+from gramfuse_server.checks import check_model, check_shares, check_sums
 from gramfuse_server.model import add_differences, code, extent, front_matter, usage
 from gramfuse_server.pages.page import page
 from gramfuse_server.run import PAGE, REPORT, RunDirectory
@@ -288,7 +288,11 @@ def merge_files(
             accumulator.fold(_Part(file, collection.layout), str(file.path), silo=file.name, share=weights[file.name])
         merged = accumulator.merge()
         maximum = (agreed or Merge()).maximum_change
-        checks = [*check_sums(accumulator, merged), *check_model(base.model, merged, maximum)]
+        checks = [
+            *check_shares({file.name: file.examples for file in collection.files}, weighting, weights),
+            *check_sums(accumulator, merged),
+            *check_model(base.model, merged, maximum),
+        ]
         report = {
             "run": out.name,
             "mode": "files",

@@ -18,10 +18,15 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from gramfuse_cli.main import cli
-from gramfuse_model.base import load_base
+from gramfuse_client import collect_statistics
+from gramfuse_model.base import load_base, trainable
+from gramfuse_model.tracing import derive_layout, plan_layout
+from gramfuse_model.zero_head import load_zero_headed, plan_for
 from gramfuse_protocol.errors import ContributionError, GramfuseError, ModelError, PlanError
 from gramfuse_protocol.plan import Plan
 from gramfuse_protocol.statistics_file import read_statistics
+from gramfuse_protocol.task import Task
+from gramfuse_server import add_differences, merge
 
 LABELS = ["animals", "weather", "kitchen"]
 ROWS = [
@@ -333,3 +338,132 @@ def test_the_same_vocabulary_by_other_rules_is_another_tokenizer_on_every_way(
     (project / "plan.toml").write_text(plan.replace(str(models.base), str(other)), encoding="utf-8")
     refused("tokenizer model.processor", lambda: gramfuse("plan", "show", project))
     refused("tokenizer model.processor", lambda: load_base(Plan.read(project / "plan.toml"), project))
+
+
+def shortened(keep: Callable[[int], int]) -> Change:
+    def change(copy: Path) -> None:
+        weights = (copy / WEIGHTS).read_bytes()
+        (copy / WEIGHTS).write_bytes(weights[: keep(len(weights))])
+
+    return change
+
+
+@pytest.mark.parametrize("keep", [lambda size: size - 1, lambda size: size // 2, lambda size: 100, lambda size: 0])
+def test_weights_that_were_cut_off_are_to_be_had_again(models: Models, keep: Callable[[int], int]) -> None:
+    model, base = models.copy(models.model, shortened(keep)), models.copy(models.base, shortened(keep))
+    refused(f"model {model} cut off again", lambda: models.measure(model))
+    refused(f"base {base} cut off again", lambda: models.lock(base))
+    refused(f"base {base} cut off again", lambda: models.measure(base=base))
+
+
+def adapter(copy: Path) -> None:
+    (copy / "adapter_config.json").write_text('{"peft_type": "LORA"}', encoding="utf-8")
+
+
+def alone(copy: Path) -> None:
+    adapter(copy)
+    for name in ("config.json", WEIGHTS):
+        (copy / name).unlink()
+
+
+def test_an_adapter_alone_or_beside_a_model_is_to_be_merged_into_it_first(models: Models) -> None:
+    for change, named in ((adapter, "beside"), (alone, "without")):
+        model, base = models.copy(models.model, change), models.copy(models.base, change)
+        for what in (lambda m=model: models.measure(m), lambda b=base: models.measure(base=b)):  # type: ignore[misc]
+            refused(f"adapter_config.json {named} merge_and_unload()", what)
+        refused(f"adapter_config.json {named} merge_and_unload()", lambda base=base: models.lock(base))  # type: ignore[misc]
+
+
+def test_a_model_that_is_its_own_base_has_nothing_to_merge(models: Models) -> None:
+    for base in (models.model, models.copy(models.model)):
+        refused("same weights zero --base", lambda base=base: models.measure(base=base))  # type: ignore[misc]
+
+
+def test_a_directory_of_checkpoints_is_pointed_into(models: Models, tmp_path: Path) -> None:
+    for step in (500, 1500):
+        shutil.copytree(models.model, tmp_path / "trained" / f"checkpoint-{step}")
+    refused("checkpoint-1500", lambda: models.measure(tmp_path / "trained"))
+    shutil.copy(models.model / "config.json", tmp_path / "trained")
+    refused("checkpoint-1500", lambda: models.lock(tmp_path / "trained"))
+    assert models.measure(tmp_path / "trained" / "checkpoint-1500")
+
+
+def test_no_batch_is_no_measurement(models: Models) -> None:
+    base = load_zero_headed(plan_for("base", str(models.base), Task(task="classification", labels=("a", "b"))), Path())
+    layout = plan_layout(plan_for("base", str(models.base), Task(task="classification", labels=("a", "b"))), base)
+    batches = iter([dict(base.tokenizer(["the cat"], return_tensors="pt"))])
+    given = {"base": trainable(base.model), "examples": 1}
+    assert collect_statistics(base.model, batches, layout, **given).examples == 1
+    refused("no batches", lambda: collect_statistics(base.model, batches, layout, **given), ContributionError)
+
+
+def test_a_model_of_one_example_among_those_of_many_is_told_where_it_weighs_as_much(
+    models: Models, tmp_path: Path
+) -> None:
+    many = models.measure(None, None, "--name", "many")["file"]
+    models.data.write_text(json.dumps(ROWS[0]) + "\n", encoding="utf-8")
+    one = tmp_path / "one.safetensors"
+    given = ["measure", models.model, "--base", models.base, "--data", models.data, "-o", one, "--name", "one"]
+    assert "1 examples are few" in CliRunner().invoke(cli, [*map(str, given)]).stderr
+    report = gramfuse("merge", many, one, "-o", tmp_path / "merged", "--base", models.base)
+    assert shares(report) == {("one", 3.5, "ok")}  # 1 of 7 examples has half of the weight
+    models.data.write_text("".join(json.dumps(row) + "\n" for row in ROWS * 10), encoding="utf-8")
+    more = models.measure(None, None, "--name", "more")["file"]
+    report = gramfuse("merge", more, one, "-o", tmp_path / "again", "--base", models.base)
+    assert shares(report) == {("one", 30.5, "look")}
+    report = gramfuse("merge", more, one, "-o", tmp_path / "third", "--base", models.base, "--weighting", "examples")
+    assert shares(report) == set()
+
+
+def shares(report: dict[str, Any]) -> set[tuple[str, float, str]]:
+    return {(c["where"], c["value"], c["verdict"]) for c in report["checks"] if c["name"] == "share"}
+
+
+HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def saved_as(half: torch.dtype, *, frozen: Path | None = None) -> Change:
+    """Save a model in half precision, with the embeddings of another if it is to have those."""
+
+    def change(copy: Path) -> None:
+        tensors = load_file(copy / WEIGHTS)
+        if frozen is not None:
+            of = load_file(frozen / WEIGHTS)
+            tensors |= {f"bert.{name}": tensor for name, tensor in of.items() if name.startswith("embeddings.")}
+        save_file({name: t.to(half) for name, t in tensors.items()}, copy / WEIGHTS, metadata={"format": "pt"})
+        edit(copy / "config.json", dtype=str(half).removeprefix("torch."))
+
+    return change
+
+
+@pytest.mark.parametrize("half", HALVES.values(), ids=HALVES)
+def test_frozen_embeddings_of_a_model_in_half_precision_are_those_of_the_base(
+    models: Models, half: torch.dtype
+) -> None:
+    model = models.copy(models.model, saved_as(half, frozen=models.base))
+    for base in (models.base, models.copy(models.base, saved_as(half))):
+        file = read_statistics(models.measure(model, base, "--freeze", "embeddings")["file"])
+        assert not any("embeddings" in tensor.name for tensor in file.about.layout.tensors)
+    changed = models.copy(models.model, saved_as(half))
+    refused("embeddings. frozen", lambda: models.measure(changed, None, "--freeze", "embeddings"))
+
+
+@pytest.mark.parametrize("half", HALVES.values(), ids=HALVES)
+def test_models_that_transformers_loads_in_half_precision_merge_to_one_of_the_same(
+    models: Models, half: torch.dtype
+) -> None:
+    directories = [models.copy(models.base, saved_as(half)), models.copy(models.model, saved_as(half))]
+    base, model = (
+        transformers.AutoModelForSequenceClassification.from_pretrained(directory, num_labels=3)
+        for directory in directories
+    )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(models.base)
+    batch = dict(tokenizer([row["text"] for row in ROWS], padding=True, return_tensors="pt"))
+    start, layout = trainable(base), derive_layout(base, batch)
+    assert {array.dtype.name for array in start.values()} == {"float32"}
+    statistics = [collect_statistics(model, [batch], layout, base=start, examples=len(ROWS)) for _ in range(2)]
+    add_differences(base, merge(statistics, layout).deltas)
+    own = dict(model.named_parameters())
+    for name, parameter in base.named_parameters():
+        assert parameter.dtype == half
+        assert torch.equal(parameter, own[name]), name
