@@ -157,7 +157,8 @@ def make(name: str) -> PreTrainedModel:
         settings["num_labels"] = len(LABELS)
     config = transformers.AutoConfig.for_model(architecture.type or name, **settings)
     config.architectures = [architecture.of] if architecture.of else None
-    model = getattr(transformers, FORMS[architecture.task].auto).from_config(config).eval()
+    auto = getattr(transformers, FORMS[architecture.task].auto)
+    model: PreTrainedModel = auto.from_config(config, trust_remote_code=False).eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         # Their own initial weights are so small that hardly anything enters deeper layers.
@@ -311,7 +312,9 @@ def merged_with_itself(place: Workplace, home: Path, model: PreTrainedModel, giv
         )
     merge_files(files, place.directory / "merged", Settings(base=str(home)), place.directory)
     auto = getattr(transformers, FORMS[place.task.task].auto)
-    merged, loading = auto.from_pretrained(place.directory / "merged", output_loading_info=True)
+    merged, loading = auto.from_pretrained(
+        place.directory / "merged", output_loading_info=True, trust_remote_code=False, use_safetensors=True
+    )
     if any(loading.values()):
         raise Failed(f"what was merged does not load: {loading}")
     weights, own = (dict(named(one)) for one in (merged, model))
