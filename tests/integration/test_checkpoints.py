@@ -467,3 +467,27 @@ def test_models_that_transformers_loads_in_half_precision_merge_to_one_of_the_sa
     for name, parameter in base.named_parameters():
         assert parameter.dtype == half
         assert torch.equal(parameter, own[name]), name
+
+
+def grown(copy: Path) -> None:
+    """Give a model a token more, as people do."""
+    with_token = transformers.AutoTokenizer.from_pretrained(copy)
+    with_token.add_tokens(["<mine>"])
+    with_token.save_pretrained(copy)
+    auto = transformers.AutoModel if "Classification" not in (copy / "config.json").read_text() else None
+    auto = auto or transformers.AutoModelForSequenceClassification
+    model = auto.from_pretrained(copy)
+    model.resize_token_embeddings(len(with_token))
+    model.save_pretrained(copy)
+
+
+def test_a_model_with_a_token_more_is_merged_over_a_base_that_has_it_too(models: Models, tmp_path: Path) -> None:
+    model = models.copy(models.model, grown)
+    refused(f"'<mine>' {model} {models.base} resize_token_embeddings --base", lambda: models.measure(model))
+    refused("rows resize_token_embeddings", lambda: models.measure(base=models.copy(models.base, grown)))
+    base = models.copy(models.base, grown)
+    files = [models.measure(model, base, "--name", name)["file"] for name in ("one", "two")]
+    gramfuse("merge", *files, "-o", tmp_path / "merged", "--base", base)
+    own, merged = (load_file(directory / WEIGHTS) for directory in (model, tmp_path / "merged"))
+    for name, tensor in own.items():
+        assert torch.allclose(tensor, merged[name], atol=1e-5), name
