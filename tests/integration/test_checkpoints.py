@@ -5,6 +5,7 @@ Where something is refused, the error names what stands in the files and what to
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import pytest
 import torch
 import transformers
 from click.testing import CliRunner
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from gramfuse_cli.main import cli
@@ -22,7 +24,7 @@ from gramfuse_client import collect_statistics
 from gramfuse_model.base import load_base, trainable
 from gramfuse_model.tracing import derive_layout, plan_layout
 from gramfuse_model.zero_head import load_zero_headed, plan_for
-from gramfuse_protocol.errors import ContributionError, GramfuseError, ModelError, PlanError
+from gramfuse_protocol.errors import ContributionError, GramfuseError, ModelError, PlanError, RunDirectoryError
 from gramfuse_protocol.plan import Plan
 from gramfuse_protocol.statistics_file import read_statistics
 from gramfuse_protocol.task import Task
@@ -491,3 +493,29 @@ def test_a_model_with_a_token_more_is_merged_over_a_base_that_has_it_too(models:
     own, merged = (load_file(directory / WEIGHTS) for directory in (model, tmp_path / "merged"))
     for name, tensor in own.items():
         assert torch.allclose(tensor, merged[name], atol=1e-5), name
+
+
+@pytest.mark.parametrize(
+    ("kind", "error"),
+    [
+        (transformers.PreTrainedModel, OSError(errno.ENOSPC, "No space left on device")),
+        (transformers.PreTrainedModel, SafetensorError("I/O error: No space left on device (os error 28)")),
+        (transformers.PreTrainedTokenizerBase, Exception("No space left on device (os error 28)")),
+    ],
+    ids=["weights", "weights in Rust", "tokenizer in Rust"],
+)
+def test_a_merge_that_finds_no_room_says_so_and_leaves_nothing(
+    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type, error: Exception
+) -> None:
+    def full(self: Any, directory: Path, **_: Any) -> None:
+        Path(directory).mkdir(exist_ok=True)
+        (Path(directory) / "begun").write_bytes(b"half of it")
+        raise error
+
+    file = models.measure()["file"]
+    monkeypatch.setattr(kind, "save_pretrained", full)
+    place = tmp_path / "place"
+    place.mkdir()
+    merging = ("merge", file, "-o", place / "merged", "--base", models.base)
+    refused("no space left on the disk", lambda: gramfuse(*merging), RunDirectoryError)
+    assert list(place.iterdir()) == []
