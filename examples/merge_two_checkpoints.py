@@ -40,9 +40,11 @@ start = trainable(base)
 
 statistics = []
 for model_name, data in zip(pairs[::2], pairs[1::2], strict=True):
-    model = AutoModelForSequenceClassification.from_pretrained(
-        model_name, trust_remote_code=False, use_safetensors=True
+    model, loaded = AutoModelForSequenceClassification.from_pretrained(
+        model_name, output_loading_info=True, trust_remote_code=False, use_safetensors=True
     )
+    if random := loaded["missing_keys"]:  # what a file lacks, transformers makes up
+        sys.exit(f"{model_name} has no {', '.join(sorted(random))}")
     texts = texts_of(data)
     batches = (
         tokenizer(texts[i : i + 16], padding=True, truncation=True, max_length=128, return_tensors="pt")
