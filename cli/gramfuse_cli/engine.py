@@ -68,6 +68,7 @@ def simulated_silo(file: str, state: str, plan_digest: str, *, tuned: bool = Fal
     Whoever simulates owns all silos' data already, so there is nobody to ask for approval. All other limits hold.
 
     Args:
+        file: DIR/silos/NAME.toml of a project; paths in its plan start at DIR.
         tuned: whether something is chosen by held-out data, so that some of it has to be set aside for that.
         opened: whether open uploads are allowed, whatever the file says: nothing leaves the machine.
     """
@@ -82,7 +83,7 @@ def simulated_silo(file: str, state: str, plan_digest: str, *, tuned: bool = Fal
         changes["data"] = silo.file.data.model_copy(update={"validation": HALF})
     if opened:
         changes["limits"] = silo.file.limits.model_copy(update={"open_uploads": True})
-    return Silo(silo.path, silo.file.model_copy(update=changes))
+    return Silo(silo.path, silo.file.model_copy(update=changes), silo.path.absolute().parent.parent)
 
 
 def simulate(spec: dict[str, Any]) -> dict[str, Any]:

@@ -264,7 +264,7 @@ def _silo(directory: Path, name: str, out: Path) -> dict[str, Any]:
     from gramfuse_client.state import State
 
     path = Path(name) if name.endswith(".toml") else project.directory / "silos" / f"{name}.toml"
-    silo = Silo.read(path)
+    silo = Silo(path, Silo.read(path).file, project.directory)
     plan = project.plan
     with _progress() as show:
         sha256 = contribute(silo, plan, layout, out, _shown(State(silo.state, plan.digest), show))

@@ -30,7 +30,7 @@ from gramfuse_cli.terminal import say, uncoloured
 from gramfuse_cli.terms import Term, check_terms, compare_option
 from gramfuse_cli.tuning import Wanted
 from gramfuse_client.private import write_private
-from gramfuse_protocol.errors import FederationError, GramfuseError, RefusalError, error_types
+from gramfuse_protocol.errors import FederationError, GramfuseError, ModelError, RefusalError, error_types
 from gramfuse_protocol.keys import KEY_BYTES, Identity
 
 LOG_LINES = 30
@@ -100,6 +100,7 @@ def run_simulation(
     from gramfuse_client.silo import write_identity
     from gramfuse_client.state import read_progress
     from gramfuse_client.targets import check_targets
+    from gramfuse_model.source import source_of
     from gramfuse_server.run import check_free, discard
 
     check_terms(compare, project.plan)
@@ -116,6 +117,11 @@ def run_simulation(
         check_targets(silo.path, task, examples.labels)
         if tune is not None:
             load_validation(silo, task)
+        if silo.base is not None:
+            try:
+                source_of(project.plan, project.directory, silo.base)
+            except ModelError as error:
+                raise ModelError(f"{silo.path}: {error}") from None
     plan, layout = project.locked()
     identities = {name: Identity(secrets.token_bytes(KEY_BYTES)) for name in silos}
     if plan.privacy.secure_aggregation:
@@ -132,7 +138,7 @@ def run_simulation(
             "layout": layout.to_json(),
             "directory": str(project.directory),
             "out": str(out),
-            "silos": [str(silo.path.resolve()) for silo in silos.values()],
+            "silos": [str(silo.path) for silo in silos.values()],
             "state": str(state),
             "ray": str(scratch / "ray"),
             "events": str(scratch / "events.jsonl"),

@@ -19,6 +19,7 @@ from gramfuse_model.digests import config_document, processor_document
 from gramfuse_model.lengths import check_lengths, room_of
 from gramfuse_model.source import check_files, download, locate
 from gramfuse_model.tracing import plan_layout
+from gramfuse_model.vocabulary import token_table
 from gramfuse_model.zero_head import load_zero_headed, plan_for
 from gramfuse_protocol.documents import build
 from gramfuse_protocol.errors import ModelError
@@ -26,6 +27,7 @@ from gramfuse_protocol.layout import Layout
 from gramfuse_protocol.plan import Training
 from gramfuse_protocol.statistics import Statistics
 from gramfuse_protocol.task import LABELLED, Kind, Task
+from gramfuse_protocol.text import listed
 
 ARCHITECTURES: Mapping[str, Kind] = {
     "ForSequenceClassification": "classification",
@@ -159,6 +161,7 @@ def _check_belong_together(model: str, base: str, tuned: Base, origin: Base) -> 
             f"model {model!r} is of type {kinds[0]!r} and base {base!r} of type {kinds[1]!r}; --base must be the model "
             "that it was fine-tuned from"
         )
+    _check_tables(model, base, tuned, origin)
     mine, theirs = (dict(one.model.named_parameters()) | saved_buffers(one.model) for one in (tuned, origin))
     for name in sorted(mine.keys() | theirs.keys()):
         shapes = [tuple(one[name].shape) if name in one else "not there" for one in (mine, theirs)]
@@ -189,6 +192,22 @@ def _check_belong_together(model: str, base: str, tuned: Base, origin: Base) -> 
             f"model {model!r} and base {base!r} have different tokenizers or image processors ({other!r} is another), "
             "so their inputs are not the same; only models with that of their base can be merged"
         )
+
+
+def _check_tables(model: str, base: str, tuned: Base, origin: Base) -> None:
+    """Refuse a model that was given other tokens, since nobody else's has rows for them."""
+    mine, theirs = token_table(tuned.model), token_table(origin.model)
+    if mine is None or theirs is None or mine.num_embeddings == theirs.num_embeddings:
+        return
+    rows = mine.num_embeddings
+    added = sorted(tuned.tokenizer.get_vocab().keys() - origin.tokenizer.get_vocab().keys())
+    raise ModelError(
+        f"the table of tokens has {rows:,} rows in model {model!r} and {theirs.num_embeddings:,} in base {base!r}"
+        + (f"; its tokenizer has {listed(added, 3)} beside the base's" if added else "")
+        + ". Only models with the same tokens can be merged: load the base, call its "
+        f"resize_token_embeddings({rows}), save it in another directory with the tokenizer of the model, and give that "
+        "directory as --base for all models that are to be merged"
+    )
 
 
 def _same(tuned: torch.Tensor, origin: torch.Tensor) -> bool:

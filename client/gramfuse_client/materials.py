@@ -165,8 +165,8 @@ def check_base(found: Findings, silo: Silo, plan: Plan) -> Base | None:
     if silo.file.threads:
         torch.set_num_threads(silo.file.threads)  # as in a run
     try:
-        source = source_of(plan, silo.directory, silo.file.base, local=True).directory
-        base = load_base(plan, silo.directory, silo=silo.name, override=source)
+        source = source_of(plan, silo.project, silo.base, local=True).directory
+        base = load_base(plan, silo.project, silo=silo.name, override=source)
         check_suitable(base, plan.task_of(silo.name))
     except ModelError as error:
         remedy = f"get the files of whoever locked the plan, and name their directory above [data] in {silo.path}:"
@@ -193,7 +193,7 @@ def check_layout(found: Findings, silo: Silo, given: Given, base: Base | None) -
             return known
         check_lengths(base, [plan.task_of(silo.name)], trains=True)
         if plan.task:  # the layout is derived from one task's model, the same everywhere
-            base = load_base(plan, silo.directory, override=silo.file.base)
+            base = load_base(plan, silo.project, override=silo.base)
         layout = plan_layout(plan, base, named)
     except (ModelError, PlanError) as error:
         found.error("layout", error, f"and have the author's own layout.json as {path}, since rounding may differ")

@@ -85,7 +85,7 @@ def contribute(silo: Silo, plan: Plan, layout: Layout, path: Path, state: State)
             state.join(plan.to_toml(), layout)
             state.save(workbench.measure(layout, examples, state, {}), measured_on, {})
         contribution = state.contribution()
-        base = load_base(plan, silo.directory, silo=silo.name, override=silo.file.base)
+        base = load_base(plan, silo.project, silo=silo.name, override=silo.base)
         own = state.head() if plan.model.head == "own" else {}
         state.contribute_openly(SESSION)
         items = (

@@ -188,12 +188,18 @@ def write_identity(path: Path, identity: Identity) -> None:
 
 
 class Silo:
-    """A silo file and the directory that its paths start at."""
+    """A silo file and the directory that its paths start at.
 
-    def __init__(self, path: Path, file: SiloFile) -> None:
+    Args:
+        project: directory of the plan file, where a path in the plan starts: in a simulation, and where a silo without
+            a network has the plan as a file. Over the network there is none.
+    """
+
+    def __init__(self, path: Path, file: SiloFile, project: Path | None = None) -> None:
         self.path = path
         self.file = file
         self.directory = path.parent.resolve()
+        self.project = project
 
     @staticmethod
     def read(path: Path) -> Silo:
@@ -204,6 +210,14 @@ class Silo:
     def name(self) -> str:
         """The silo's name in the roster."""
         return self.file.name
+
+    @property
+    def base(self) -> str | None:
+        """Where this silo keeps the base model, if its file says so; a directory in full."""
+        if self.file.base is None:
+            return None
+        path = self.directory / Path(self.file.base).expanduser()
+        return str(path) if path.is_dir() or self.file.base.startswith(".") else self.file.base
 
     @property
     def identity_path(self) -> Path:

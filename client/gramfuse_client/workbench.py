@@ -60,7 +60,7 @@ class Workbench:
         """
         base = own = self._base()
         if self.plan.task:  # the layout is derived from one task's model, the same everywhere
-            base = load_base(self.plan, self.silo.directory, override=self.silo.file.base)
+            base = load_base(self.plan, self.silo.project, override=self.silo.base)
         check_lengths(own, [self.task], trains=True)
         layout = plan_layout(self.plan, base, given)
         check_suitable(own, self.task)
@@ -149,7 +149,7 @@ class Workbench:
     def _base(self) -> Base:
         """Return the base model for the caller to change: the one that was only looked at, or it is loaded."""
         looked_at, self._looked_at = self._looked_at, None
-        return looked_at or load_base(self.plan, self.silo.directory, silo=self.silo.name, override=self.silo.file.base)
+        return looked_at or load_base(self.plan, self.silo.project, silo=self.silo.name, override=self.silo.base)
 
 
 def save_privately(base: Base, task: Task, directory: Path) -> None:
@@ -205,7 +205,7 @@ def train(
     before = trainable(base.model)
     if state is None or state.round == 1:
         if plan.model.head != "same":
-            put(base, own_head(plan, silo.directory, silo.name, override=silo.file.base))
+            put(base, own_head(plan, silo.project, silo.name, override=silo.base))
     elif plan.model.head == "own":
         put(base, state.head(before=True))
     finetune(

@@ -67,12 +67,12 @@ class Base:
 
 
 def load_base(
-    plan: Plan, directory: Path, *, silo: str | None = None, override: str | None = None, whole: bool = False
+    plan: Plan, directory: Path | None, *, silo: str | None = None, override: str | None = None, whole: bool = False
 ) -> Base:
     """Load the base model with a head for a task, seeded by `training.seed`, in float32.
 
     Args:
-        directory: where a relative path in the plan starts.
+        directory: of the plan file, where a relative path in it starts; None where there is no such file.
         silo: whose task the head is for; by default the plan's only or first one.
         override: where this side keeps the base model, if not where the plan says; it must be the same.
         whole: whether it is a fine-tuned model, whose files must have its head too.
@@ -160,7 +160,7 @@ def _weights(
     return digest(found)
 
 
-def own_head(plan: Plan, directory: Path, silo: str, *, override: str | None = None) -> dict[str, torch.Tensor]:
+def own_head(plan: Plan, directory: Path | None, silo: str, *, override: str | None = None) -> dict[str, torch.Tensor]:
     """Return the head that a silo starts from under `head` "different" or "own": of a seed that only it has.
 
     It is what transformers makes of the seed. A head that the base model brings along is the same everywhere.
@@ -226,7 +226,7 @@ def _load_processor(directory: str, task: Task) -> Any:
     return processor
 
 
-def kept_parameters(plan: Plan, directory: Path, *, override: str | None = None) -> dict[str, tuple[str, ...]]:
+def kept_parameters(plan: Plan, directory: Path | None, *, override: str | None = None) -> dict[str, tuple[str, ...]]:
     """Return by task the parameters and buffers that a silo keeps, since not all silos have them in common.
 
     Weights are not loaded for it.
@@ -269,7 +269,7 @@ def _body(model: PreTrainedModel) -> set[tuple[str, torch.Size]]:
     return {(name, tensor.shape) for name, tensor in model.state_dict().items() if name not in head}
 
 
-def _find(plan: Plan, directory: Path, override: str | None) -> Source:
+def _find(plan: Plan, directory: Path | None, override: str | None) -> Source:
     with _quiet():
         return source_of(plan, directory, override)
 

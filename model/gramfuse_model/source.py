@@ -52,11 +52,11 @@ class Source(NamedTuple):
     revision: str | None
 
 
-def locate(base: str, directory: Path) -> str:
+def locate(base: str, directory: Path | None) -> str:
     """Return where a base is: the path of a directory, or a hub id as it is.
 
     Args:
-        directory: where relative paths start.
+        directory: where relative paths start; None if there is no such place.
 
     Raises:
         ModelError: if a bundled model's package is missing, or a path does not exist.
@@ -70,19 +70,29 @@ def locate(base: str, directory: Path) -> str:
         return str(importlib.resources.files(bundled.package) / bundled.folder)
     if base.startswith("bundled:"):
         raise ModelError(f"base {base!r} is unknown; bundled models: {', '.join(BUNDLED)}")
-    path = (directory / base).expanduser()
+    path = Path(base).expanduser()
+    a_path = base.startswith((".", "/", "~")) or base.count("/") > 1
+    if directory is None and not path.is_absolute():
+        if a_path:
+            raise ModelError(
+                f"base {base!r} is a path that starts where the plan file lies, and a silo that gets the plan over the "
+                "network has none; write where this silo keeps the model as 'base' into its silo file, where paths "
+                "start at the silo file"
+            )
+        return base
+    path = (directory or path) / path
     if path.is_dir():
         return str(path.resolve())
-    if base.startswith((".", "/", "~")) or base.count("/") > 1:
+    if a_path:
         raise ModelError(f"base {base!r}: no such directory {path}")
     return base
 
 
-def source_of(plan: Plan, directory: Path, override: str | None = None, *, local: bool = False) -> Source:
+def source_of(plan: Plan, directory: Path | None, override: str | None = None, *, local: bool = False) -> Source:
     """Return where a plan's base model is on this machine; a hub model is downloaded if it is not.
 
     Args:
-        directory: where relative paths start.
+        directory: of the plan file, where relative paths start; None at a silo that got the plan over the network.
         override: where this side keeps the base model, if not where the plan says.
         local: whether nothing may be downloaded.
 

@@ -35,7 +35,7 @@ def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
             f"{directory}: to its tokenizer, {share:.0%} of plain English text is unknown; it is empty, or another "
             f"model's: {SAVE}"
         )
-    table = _table(model)
+    table = token_table(model)
     beyond = [] if table is None else sorted(_tokens_from(tokenizer, table.num_embeddings).items(), key=lambda t: t[1])
     if beyond and table is not None:
         token, index = beyond[0]
@@ -71,7 +71,7 @@ def _unknown(tokenizer: PreTrainedTokenizerBase, text: str) -> float:
     return tokens.count(tokenizer.unk_token_id) / len(tokens) if tokens else 1.0
 
 
-def _table(model: PreTrainedModel) -> nn.Embedding | None:
+def token_table(model: PreTrainedModel) -> nn.Embedding | None:
     """Return a model's table of tokens, if it has one; some compute what they take for a token."""
     try:
         table = model.get_input_embeddings()

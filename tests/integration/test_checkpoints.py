@@ -5,6 +5,7 @@ Where something is refused, the error names what stands in the files and what to
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import pytest
 import torch
 import transformers
 from click.testing import CliRunner
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from gramfuse_cli.main import cli
@@ -22,7 +24,7 @@ from gramfuse_client import collect_statistics
 from gramfuse_model.base import load_base, trainable
 from gramfuse_model.tracing import derive_layout, plan_layout
 from gramfuse_model.zero_head import load_zero_headed, plan_for
-from gramfuse_protocol.errors import ContributionError, GramfuseError, ModelError, PlanError
+from gramfuse_protocol.errors import ContributionError, GramfuseError, ModelError, PlanError, RunDirectoryError
 from gramfuse_protocol.plan import Plan
 from gramfuse_protocol.statistics_file import read_statistics
 from gramfuse_protocol.task import Task
@@ -467,3 +469,53 @@ def test_models_that_transformers_loads_in_half_precision_merge_to_one_of_the_sa
     for name, parameter in base.named_parameters():
         assert parameter.dtype == half
         assert torch.equal(parameter, own[name]), name
+
+
+def grown(copy: Path) -> None:
+    """Give a model a token more, as people do."""
+    with_token = transformers.AutoTokenizer.from_pretrained(copy)
+    with_token.add_tokens(["<mine>"])
+    with_token.save_pretrained(copy)
+    auto = transformers.AutoModel if "Classification" not in (copy / "config.json").read_text() else None
+    auto = auto or transformers.AutoModelForSequenceClassification
+    model = auto.from_pretrained(copy)
+    model.resize_token_embeddings(len(with_token))
+    model.save_pretrained(copy)
+
+
+def test_a_model_with_a_token_more_is_merged_over_a_base_that_has_it_too(models: Models, tmp_path: Path) -> None:
+    model = models.copy(models.model, grown)
+    refused(f"'<mine>' {model} {models.base} resize_token_embeddings --base", lambda: models.measure(model))
+    refused("rows resize_token_embeddings", lambda: models.measure(base=models.copy(models.base, grown)))
+    base = models.copy(models.base, grown)
+    files = [models.measure(model, base, "--name", name)["file"] for name in ("one", "two")]
+    gramfuse("merge", *files, "-o", tmp_path / "merged", "--base", base)
+    own, merged = (load_file(directory / WEIGHTS) for directory in (model, tmp_path / "merged"))
+    for name, tensor in own.items():
+        assert torch.allclose(tensor, merged[name], atol=1e-5), name
+
+
+@pytest.mark.parametrize(
+    ("kind", "error"),
+    [
+        (transformers.PreTrainedModel, OSError(errno.ENOSPC, "No space left on device")),
+        (transformers.PreTrainedModel, SafetensorError("I/O error: No space left on device (os error 28)")),
+        (transformers.PreTrainedTokenizerBase, Exception("No space left on device (os error 28)")),
+    ],
+    ids=["weights", "weights in Rust", "tokenizer in Rust"],
+)
+def test_a_merge_that_finds_no_room_says_so_and_leaves_nothing(
+    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type, error: Exception
+) -> None:
+    def full(self: Any, directory: Path, **_: Any) -> None:
+        Path(directory).mkdir(exist_ok=True)
+        (Path(directory) / "begun").write_bytes(b"half of it")
+        raise error
+
+    file = models.measure()["file"]
+    monkeypatch.setattr(kind, "save_pretrained", full)
+    place = tmp_path / "place"
+    place.mkdir()
+    merging = ("merge", file, "-o", place / "merged", "--base", models.base)
+    refused("no space left on the disk", lambda: gramfuse(*merging), RunDirectoryError)
+    assert list(place.iterdir()) == []
