@@ -47,7 +47,7 @@ for model_name, data in zip(pairs[::2], pairs[1::2], strict=True):
     if missing := loaded["missing_keys"]:  # what a file lacks, transformers makes up
         sys.exit(f"{model_name} has no {', '.join(sorted(missing))}")
     texts = texts_of(data)
-    random.Random(1).shuffle(texts)  # only so many are measured, which must stand for all
+    random.Random(1).shuffle(texts)  # noqa: S311  # only so many are measured, which must stand for all
     batches = (
         tokenizer(texts[i : i + 16], padding=True, truncation=True, max_length=128, return_tensors="pt")
         for i in range(0, len(texts), 16)
