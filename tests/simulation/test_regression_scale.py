@@ -146,7 +146,7 @@ def test_targets_of_every_size_are_learned_measured_and_answered_alike(
         metrics = next(model["metrics"] for model in report["models"] if model["name"] == "regmean")
         said, true = answers(tmp_path / size / "run" / "model", directory)
         assert metrics["pearson"] == pytest.approx(np.corrcoef(said, true)[0, 1], abs=1e-4)
-        assert metrics["pearson"] > 0.75
+        assert metrics["pearson"] > 0.7
         assert metrics["rmse"] == pytest.approx(math.sqrt(np.mean((said - true) ** 2)), rel=1e-3)
         assert metrics["mae"] == pytest.approx(np.mean(np.abs(said - true)), rel=1e-3)
         assert metrics["rmse"] < 0.5 * scale
