@@ -132,7 +132,16 @@ ARCHITECTURES: dict[str, Architecture] = {
     "big_bird": Architecture(LABEL, ENCODER | {"block_size": 4, "num_random_blocks": 1}),
     "xlnet": Architecture(LABEL, {"d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 24, **TOKENS}, "left"),
     "funnel": Architecture(
-        LABEL, {"d_model": 16, "d_head": 8, "d_inner": 24, "n_head": 2, "block_sizes": [1, 1], "num_decoder_layers": 1}
+        LABEL,
+        {
+            "d_model": 16,
+            "d_head": 8,
+            "d_inner": 24,
+            "n_head": 2,
+            "block_sizes": [1, 1],
+            "num_decoder_layers": 1,
+            **TOKENS,
+        },
     ),
     "mra": Architecture(LABEL, ENCODER),
     "perceiver": Architecture(

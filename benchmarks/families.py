@@ -44,8 +44,9 @@ from gramfuse_client.data import Examples
 from gramfuse_client.gram import collect_grams
 from gramfuse_model.base import Base, load_base
 from gramfuse_model.heads import head_parameters
+from gramfuse_model.public_text import PUBLIC_TEXT
 from gramfuse_model.tasks import FORMS
-from gramfuse_model.tracing import PUBLIC_TEXT, plan_layout
+from gramfuse_model.tracing import plan_layout
 from gramfuse_protocol.coverage import families
 from gramfuse_protocol.errors import ModelError
 from gramfuse_protocol.layout import Layout
@@ -156,7 +157,8 @@ def make(name: str) -> PreTrainedModel:
         settings["num_labels"] = len(LABELS)
     config = transformers.AutoConfig.for_model(architecture.type or name, **settings)
     config.architectures = [architecture.of] if architecture.of else None
-    model = getattr(transformers, FORMS[architecture.task].auto).from_config(config).eval()
+    auto = getattr(transformers, FORMS[architecture.task].auto)
+    model: PreTrainedModel = auto.from_config(config, trust_remote_code=False).eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         # Their own initial weights are so small that hardly anything enters deeper layers.
@@ -288,6 +290,9 @@ def merged_with_itself(place: Workplace, home: Path, model: PreTrainedModel, giv
         for parameter in trained(model):
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.add_(0.05 * parameter.std(correction=0) * noise)
+        for table in model.modules():  # training leaves the row of padding at zero, and Funnel is loaded with it so
+            if isinstance(table, nn.Embedding) and table.padding_idx is not None:
+                table.weight[table.padding_idx] = 0
     tuned = place.save("tuned", model)
     files = []
     for size in (4, 16):
@@ -307,7 +312,9 @@ def merged_with_itself(place: Workplace, home: Path, model: PreTrainedModel, giv
         )
     merge_files(files, place.directory / "merged", Settings(base=str(home)), place.directory)
     auto = getattr(transformers, FORMS[place.task.task].auto)
-    merged, loading = auto.from_pretrained(place.directory / "merged", output_loading_info=True)
+    merged, loading = auto.from_pretrained(
+        place.directory / "merged", output_loading_info=True, trust_remote_code=False, use_safetensors=True
+    )
     if any(loading.values()):
         raise Failed(f"what was merged does not load: {loading}")
     weights, own = (dict(named(one)) for one in (merged, model))

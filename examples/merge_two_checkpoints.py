@@ -6,6 +6,7 @@ Models are directories or hub ids, data are JSON lines with "text". Both models 
 """
 
 import json
+import random
 import sys
 from pathlib import Path
 
@@ -40,10 +41,13 @@ start = trainable(base)
 
 statistics = []
 for model_name, data in zip(pairs[::2], pairs[1::2], strict=True):
-    model = AutoModelForSequenceClassification.from_pretrained(
-        model_name, trust_remote_code=False, use_safetensors=True
+    model, loaded = AutoModelForSequenceClassification.from_pretrained(
+        model_name, output_loading_info=True, trust_remote_code=False, use_safetensors=True
     )
+    if missing := loaded["missing_keys"]:  # what a file lacks, transformers makes up
+        sys.exit(f"{model_name} has no {', '.join(sorted(missing))}")
     texts = texts_of(data)
+    random.Random(1).shuffle(texts)  # noqa: S311  # only so many are measured, which must stand for all
     batches = (
         tokenizer(texts[i : i + 16], padding=True, truncation=True, max_length=128, return_tensors="pt")
         for i in range(0, len(texts), 16)

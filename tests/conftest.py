@@ -6,6 +6,7 @@ import gc
 import hashlib
 import json
 import random
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from transformers import BertConfig, BertModel, GPT2Config, GPT2Model, PreTraine
 import gramfuse_client.finetune
 import gramfuse_client.workbench  # noqa: F401  # with all that the two import
 from gramfuse_client.silo import write_identity
+from gramfuse_model.public_text import PUBLIC_TEXT
 from gramfuse_protocol.keys import Identity
 
 TOPICS = {
@@ -33,6 +35,8 @@ TOPICS = {
 FILLERS = ["the", "a", "of", "and", "with", "near", "my", "your", "old", "new", "big", "small"]
 LABELS = list(TOPICS)
 WORDS = sorted({word for words in TOPICS.values() for word in words.split()} | set(FILLERS))
+PUBLIC_WORDS = sorted(set(re.findall(r"\w+", " ".join(PUBLIC_TEXT))) - set(WORDS))
+"""What a tokenizer must know to be taken for one."""
 
 
 # Fine-tuning collects garbage each time; what is imported is none, and looking through it took a third of the time.
@@ -50,7 +54,7 @@ def _one_thread() -> None:
 
 def _tokenizer() -> PreTrainedTokenizerFast:
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-    vocabulary = {token: index for index, token in enumerate(special + WORDS)}
+    vocabulary = {token: index for index, token in enumerate(special + WORDS + PUBLIC_WORDS)}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = Whitespace()
     tokenizer.post_processor = TemplateProcessing(
@@ -70,8 +74,10 @@ def pico_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def _save(model: Any, directory: Path) -> Path:
+    tokenizer = _tokenizer()
+    model.resize_token_embeddings(len(tokenizer))
     model.save_pretrained(directory)
-    _tokenizer().save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
     return directory
 
 

@@ -378,7 +378,7 @@ class Experiment:
     ) -> Statistics:
         """Measure a model on a silo's training examples."""
         encoded = bench.encoded(bench.examples[0])
-        found = batches(encoded, self.plan.training.batch_size, bench.device)
+        found = batches(encoded, self.plan.training.batch_size, bench.device, seed=self.plan.training.seed)
         return collect_statistics(model, found, self.layout, base=base, examples=len(encoded), limit=limit)
 
     def _metrics(self, sums: Mapping[str, Sums]) -> dict[str, Any]:

@@ -76,10 +76,10 @@ def silo_app(bench: Bench, start: Mapping[str, np.ndarray[Any, Any]], own: Delta
         received = {name: array.numpy() for name, array in message.content.array_records["arrays"].items()}
         number = int(message.content.config_records["config"]["server-round"])
         if number == 1:
-            tuned = {name: array + np.asarray(own[name], np.float32) for name, array in received.items()}
+            tuned = {name: np.add(array, own[name], dtype=np.float32) for name, array in received.items()}
         else:
             tuned = bench.finetune({name: array - start[name] for name, array in received.items()}, number)
-        arrays = ArrayRecord({name: Array(tuned[name]) for name in received})
+        arrays = ArrayRecord({name: Array(np.asarray(tuned[name])) for name in received})
         metrics = MetricRecord({WEIGHT: weight})
         return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
 

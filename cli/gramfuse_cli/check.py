@@ -47,9 +47,15 @@ MARKS = {
     "[default: the plan that this silo joined last]",
 )
 @click.option("--offline", is_flag=True, help="Leave the coordinator alone; what is not looked at counts as well.")
+@click.option(
+    "--skip-bad",
+    type=click.IntRange(0),
+    metavar="N",
+    help="Look on as if skip-bad = N stood in the silo file: up to N bad rows of each source are left out.",
+)
 @click.option("--all", "complete", is_flag=True, help="List every array that would leave, however many there are.")
 @json_option
-def check(file: Path, plan: Path | None, offline: bool, complete: bool, as_json: bool) -> None:
+def check(file: Path, plan: Path | None, offline: bool, skip_bad: int | None, complete: bool, as_json: bool) -> None:
     """Say whether the silo of SILO_TOML is ready for a plan, and exactly what would leave it.
 
     This is a dry run: nothing is trained, nothing is written, and nothing of the silo's data is sent. Do it before you
@@ -67,7 +73,7 @@ def check(file: Path, plan: Path | None, offline: bool, complete: bool, as_json:
     """
     from gramfuse_client.check import check as look
 
-    report = look(file, plan, offline=offline, progress=lambda line: say(line, err=True))
+    report = look(file, plan, offline=offline, skip_bad=skip_bad, progress=lambda line: say(line, err=True))
     subjects = [finding.subject for finding in report.findings.problems]
     many = "1 problem" if len(subjects) == 1 else f"{len(subjects)} problems"
     error = CheckError(f"{file}: {many}: {', '.join(dict.fromkeys(subjects))}; what to do is said above")

@@ -12,6 +12,9 @@ from gramfuse_protocol.errors import PlanError
 from gramfuse_protocol.metrics import Sums
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from gramfuse_server.conductor import Observer
 
 Made = tuple[str, Mapping[str, Sums], dict[str, Any]]
@@ -95,15 +98,31 @@ class Comparison:
     def _task_arithmetic(self, scale: float) -> Made:
         from gramfuse_server.baselines import task_arithmetic
 
-        differences, _ = self.laboratory.parents()
-        merged = task_arithmetic(differences, scale)
+        differences, buffers = self._apart()
+        merged = task_arithmetic(differences, scale) | buffers
         return f"task arithmetic (scale {scale:g})", self.laboratory.measure(merged), {}
 
     def _ties(self, density: float) -> Made:
         from gramfuse_server.baselines import ties
 
-        differences, _ = self.laboratory.parents()
-        return f"ties (density {density:g})", self.laboratory.measure(ties(differences, density)), {}
+        differences, buffers = self._apart()
+        return f"ties (density {density:g})", self.laboratory.measure(ties(differences, density) | buffers), {}
+
+    def _apart(self) -> tuple[list[Deltas], dict[str, NDArray[np.float64]]]:
+        """Return how the silos' parameters differ from the base, and the mean of how their buffers do.
+
+        Running means of activations are no weights: scaling or trimming their differences makes no sense.
+        """
+        from gramfuse_server.baselines import weighted_mean
+
+        laboratory = self.laboratory
+        differences, weights = laboratory.parents()
+        names = {tensor.name for tensor in laboratory.layout.tensors if tensor.buffer}
+        buffers = [{name: delta for name, delta in of.items() if name in names} for of in differences]
+        parameters: list[Deltas] = [
+            {name: delta for name, delta in of.items() if name not in names} for of in differences
+        ]
+        return parameters, weighted_mean(buffers, weights)
 
     def _transport(self) -> Made:
         from gramfuse_model.tracing import public_batch

@@ -33,6 +33,13 @@ if TYPE_CHECKING:
     from gramfuse_server.exchange import Study
 
 
+LOG = "silo.log"
+"""What a simulated silo's log is called in its state."""
+
+RAY_SECONDS = 300.0
+"""How long Ray may take to start; 10 to 30 s are usual."""
+
+
 class SimulatedSilos:
     """Finds the silo of a simulated node: the n-th of the roster for the n-th partition."""
 
@@ -46,9 +53,13 @@ class SimulatedSilos:
         self.opened = opened
 
     def __call__(self, context: Any) -> Any:
-        """Return the Silo that a Flower context belongs to."""
+        """Return the Silo that a Flower context belongs to, and have its log written to a file of its own."""
+        from gramfuse_client.app import write_log
+
         file = self.files[int(context.node_config["partition-id"])]
-        return simulated_silo(file, self.state, self.plan_digest, tuned=self.tuned, opened=self.opened)
+        silo = simulated_silo(file, self.state, self.plan_digest, tuned=self.tuned, opened=self.opened)
+        write_log(silo.state / LOG)
+        return silo
 
 
 def simulated_silo(file: str, state: str, plan_digest: str, *, tuned: bool = False, opened: bool = False) -> Any:
@@ -57,6 +68,7 @@ def simulated_silo(file: str, state: str, plan_digest: str, *, tuned: bool = Fal
     Whoever simulates owns all silos' data already, so there is nobody to ask for approval. All other limits hold.
 
     Args:
+        file: DIR/silos/NAME.toml of a project; paths in its plan start at DIR.
         tuned: whether something is chosen by held-out data, so that some of it has to be set aside for that.
         opened: whether open uploads are allowed, whatever the file says: nothing leaves the machine.
     """
@@ -71,7 +83,7 @@ def simulated_silo(file: str, state: str, plan_digest: str, *, tuned: bool = Fal
         changes["data"] = silo.file.data.model_copy(update={"validation": HALF})
     if opened:
         changes["limits"] = silo.file.limits.model_copy(update={"open_uploads": True})
-    return Silo(silo.path, silo.file.model_copy(update=changes))
+    return Silo(silo.path, silo.file.model_copy(update=changes), silo.path.absolute().parent.parent)
 
 
 def simulate(spec: dict[str, Any]) -> dict[str, Any]:
@@ -189,11 +201,33 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+def _end_without_ray(outcome: Path) -> None:
+    """End this process, with an error, if Ray does not start: Flower would wait for ever."""
+
+    def watch() -> None:
+        import ray
+
+        time.sleep(RAY_SECONDS)
+        if not ray.is_initialized():
+            message = f"Flower's simulation failed: Ray did not start within {RAY_SECONDS:.0f} s"
+            _leave(outcome, {"error": "FederationError", "message": message})
+            os._exit(FederationError.exit_code)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _leave(outcome: Path, document: Mapping[str, Any]) -> None:
+    """Write the outcome, unless there is one."""
+    if not outcome.exists():
+        outcome.write_text(json.dumps(document), encoding="utf-8")
+
+
 def main() -> int:
     """Run the simulation that the file named on the command line describes."""
     _end_with_parent()
     logging.basicConfig(level=logging.INFO)
     spec = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    _end_without_ray(Path(spec["outcome"]))
     try:
         outcome: dict[str, Any] = {"report": simulate(spec)}
         code = 0
@@ -202,12 +236,17 @@ def main() -> int:
         code = error.exit_code
     except Exception as error:  # noqa: BLE001  # Flower and Ray raise their own
         traceback.print_exc()
+        cause: BaseException = error
+        while isinstance(cause, RuntimeError) and (behind := cause.__cause__ or cause.__context__):
+            cause = behind  # Flower's own say no more than that there was one
         outcome = {
             "error": "FederationError",
-            "message": f"Flower's simulation failed: {type(error).__name__}: {error}",
+            "message": f"Flower's simulation failed: {type(cause).__name__}: {cause}",
         }
         code = FederationError.exit_code
-    Path(spec["outcome"]).write_text(json.dumps(outcome), encoding="utf-8")
+    _leave(Path(spec["outcome"]), outcome)
+    if code:  # a thread of Flower's may wait for nodes that never come; whatever Ray started is ended by our parent
+        os._exit(code)
     return code
 
 

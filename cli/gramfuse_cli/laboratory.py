@@ -86,25 +86,27 @@ class Bench:
         """
         import torch
 
+        from gramfuse_model.buffers import add_to, forget, learned
+
         if self.silo.file.threads:
             torch.set_num_threads(self.silo.file.threads)
         model = self.base.model.to(self.device)
         values = self.head if head is None else head
-        kept = {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad}
+        tensors = learned(model)
+        kept = {name: tensor.data for name, tensor in tensors.items()}
         try:
-            for name, parameter in model.named_parameters():
+            for name, tensor in tensors.items():
+                tensor.data = kept[name].clone()
                 if name in values:
-                    parameter.data = torch.from_numpy(np.array(values[name], np.float32)).to(self.device)
+                    tensor.data.copy_(torch.from_numpy(np.array(values[name], np.float32)))
                 elif name in deltas:
-                    added = torch.from_numpy(np.array(deltas[name], np.float32)).to(self.device)
-                    parameter.data = kept[name] + added
-                elif name in kept:
-                    parameter.data = kept[name].clone()
+                    add_to(tensor, torch.from_numpy(np.array(deltas[name], np.float32)))
+            forget(model)
             yield model
         finally:
-            for name, parameter in model.named_parameters():
-                if name in kept:
-                    parameter.data = kept[name]
+            for name, tensor in tensors.items():
+                tensor.data = kept[name]
+            forget(model)
 
     def measure(self, deltas: Deltas, part: Part) -> Sums:
         """Return the sums of the base model with differences added."""
@@ -253,10 +255,12 @@ class Laboratory:
         return differences, weights
 
     def start(self) -> dict[str, NDArray[np.float32]]:
-        """Return the base model's parameters that are merged, by name."""
+        """Return the base model's parameters and buffers that are merged, by name."""
+        from gramfuse_model.base import trainable
+
         base = next(iter(self.benches.values())).base
-        parameters = dict(base.model.named_parameters())
-        return {t.name: parameters[t.name].detach().cpu().numpy().copy() for t in self.layout.tensors}
+        start = trainable(base.model)
+        return {tensor.name: start[tensor.name] for tensor in self.layout.tensors}
 
     def measure(self, deltas: Deltas, part: Part = "held-out") -> dict[str, Sums]:
         """Return each silo's sums of the base model with differences added, by silo.

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 import click
 
-from gramfuse_cli import demo, init, measure, merge, page, pki, plan, run, server, silo, simulate, tune
+from gramfuse_cli import demo, explain, init, measure, merge, page, pki, plan, run, server, silo, simulate, tune
 from gramfuse_cli.terminal import say, show_json
 from gramfuse_protocol.errors import GramfuseError
 
@@ -36,12 +36,14 @@ def cli() -> None:
     Merge between silos:    gramfuse run my-merge DIR
     Without a network:      gramfuse measure, gramfuse merge
     The page of a run:      gramfuse report RUN
+    What an error means:    gramfuse explain CODE
 
     Every command takes --json: one JSON object on standard output, everything else on standard error.
     """
 
 
 cli.add_command(demo.demo)
+cli.add_command(explain.explain)
 cli.add_command(init.init)
 cli.add_command(measure.measure)
 cli.add_command(merge.merge)
@@ -93,7 +95,7 @@ def _fail(kind: str, message: str, code: int, as_json: bool, report: Path | None
     if report is not None:
         say(f"report of the failed run: {report}", err=True)
     if 10 <= code < 100:
-        say(f"exit code {code}; see docs/exit-codes/{code}.md", err=True)
+        say(f"exit code {code}; what to do: gramfuse explain {code}", err=True)
     sys.exit(code)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,10 +19,17 @@ from gramfuse_protocol.coverage import coverage, told
 from gramfuse_protocol.errors import DataError, PlanError, RunDirectoryError
 from gramfuse_protocol.layout import Layout
 from gramfuse_protocol.plan import Merge
-from gramfuse_protocol.task import Kind
+from gramfuse_protocol.task import Kind, Task
+from gramfuse_protocol.text import listed
 
 if TYPE_CHECKING:
     from gramfuse_client.state import State
+
+LENGTH = Task.model_fields["max_length"].default
+"""Most tokens of an example, where nothing is said."""
+
+FEW = 100
+"""Examples under which a warning is worth it; silos take part in no run with less, unless their files say so."""
 
 EVERY = 50
 """Steps between two lines of progress where there is no terminal."""
@@ -31,7 +39,9 @@ EVERY = 50
 @click.argument("model", metavar="[MODEL]", required=False)
 @click.option("--base", metavar="BASE", help="The model that MODEL was fine-tuned from: directory or hub id.")
 @click.option(
-    "--data", metavar="DATA", help="What MODEL was fine-tuned on: .jsonl, .csv, .parquet, or hf:NAME[#split]."
+    "--data",
+    metavar="DATA",
+    help="What MODEL was fine-tuned on: .jsonl, .json, .csv, .tsv, .parquet, or hf:NAME[:config][#split].",
 )
 @click.option(
     "-o", "--out", required=True, type=click.Path(path_type=Path), help="The statistics file; must not exist."
@@ -39,13 +49,30 @@ EVERY = 50
 @click.option("--name", help="What the file calls MODEL.  [default: the last part of MODEL]")
 @click.option("--task", type=click.Choice(get_args(Kind)), help="What MODEL is for.  [default: as its config says]")
 @column_options
-@click.option("--max-length", type=click.IntRange(2), default=128, show_default=True, help="Most tokens of an example.")
+@click.option(
+    "--labels",
+    metavar="NAME,…",
+    help="What DATA call the outputs of MODEL, in their order.  [default: as its config does, or 0, 1, …]",
+)
+@click.option(
+    "--skip-bad",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="Leave out as many bad rows of DATA at most.",
+)
+@click.option(
+    "--max-length",
+    type=click.IntRange(2),
+    help="Most tokens of an example.  [default: 128, or as many as MODEL has places for]",
+)
 @click.option(
     "--tokens",
     type=click.IntRange(1),
     default=Merge().tokens,
     show_default=True,
-    help="Most token rows for one Gram matrix.",
+    help="Most token rows for one Gram matrix; examples are drawn.",
 )
 @click.option(
     "--gram",
@@ -87,7 +114,8 @@ def measure(context: click.Context, /, model: str | None, out: Path, as_json: bo
     gramfuse measure --plan DIR --silo NAME -o silo.safetensors
 
     The first form is for a model that is there already. Models that others measured against the same base can be merged
-    with it: gramfuse merge. All must use the same --gram and --freeze.
+    with it: gramfuse merge. All must use the same --gram and --freeze. Rows need no label, but for target texts; one
+    that is there must be the model's.
 
     The second is for a silo of a locked, open plan that has no network: it fine-tunes and measures as it would in
     a run, by the same rules of the silo file, with a line in the ledger; gramfuse merge makes of the silos' files what
@@ -119,10 +147,19 @@ def measure(context: click.Context, /, model: str | None, out: Path, as_json: bo
         if options["silo"] is not None:
             raise click.UsageError("--silo goes with --plan")
         assert model is not None  # noqa: S101
-        report = _checkpoint(model, out, options)
+        report = _checkpoint(model, out, options, labelled="label" in given)
+    if report["examples"] < FEW:
+        say(
+            f"{report['examples']} examples are few: the file says much of each, and gramfuse merge gives this model "
+            "as much weight as one of many, unless it is told --weighting examples",
+            style="yellow",
+            err=True,
+        )
     if as_json:
         show_json(report)
         return
+    if report.get("left_out"):
+        say(f"{len(report['left_out'])} bad rows are left out:", *report["left_out"], err=True)
     say(
         f"{out} has {report['bytes'] / 1e6:,.1f} MB: {report['name']!r}, measured on {report['examples']:,} examples.",
         f"sha256 {report['sha256']}",
@@ -135,7 +172,12 @@ def _spelled(parameter: str) -> str:
     return "MODEL" if parameter == "model" else f"--{parameter.replace('_', '-')}"
 
 
-def _checkpoint(model: str, out: Path, options: dict[str, Any]) -> dict[str, Any]:
+def _checkpoint(model: str, out: Path, options: dict[str, Any], *, labelled: bool) -> dict[str, Any]:
+    """Measure a model that is there already, and return what is to be said of it.
+
+    Args:
+        labelled: whether a column of labels was named, which must be there then.
+    """
     structures = _structures(options["gram"])
     name = options["name"] or re.sub(r"[^a-z0-9]+", "-", Path(model).resolve().name.lower()).strip("-")[:63]
     if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,62}", name):
@@ -145,7 +187,7 @@ def _checkpoint(model: str, out: Path, options: dict[str, Any]) -> dict[str, Any
 
     from gramfuse_client.checkpoint import measure as measure_checkpoint
     from gramfuse_client.checkpoint import open_checkpoint, task_of_model
-    from gramfuse_client.data import load_training
+    from gramfuse_client.data import load_measured
     from gramfuse_client.finetune import choose_device
     from gramfuse_client.silo import Data, Silo, SiloFile
     from gramfuse_model.heads import head_parameters
@@ -155,18 +197,30 @@ def _checkpoint(model: str, out: Path, options: dict[str, Any]) -> dict[str, Any
     device = choose_device(options["device"])
     if options["threads"]:
         torch.set_num_threads(options["threads"])
-    settings = {"pair": options["text_pair"] is not None, "max-length": options["max_length"]}
+    settings = {"pair": options["text_pair"] is not None, "max-length": options["max_length"] or LENGTH}
     task = task_of_model(model, here, options["task"], **settings)
     columns = {key: options[key] for key in ("text", "text_pair", "image", "label")}
-    data = Data(train=options["data"], held_out=0.5, **columns)
+    data = Data(train=options["data"], held_out=0.5, skip_bad=options["skip_bad"], **columns)
+    names = _names(options["labels"], task)
     try:
-        examples = load_training(Silo(here / "--data", SiloFile(name=name, data=data)), task)
+        examples = load_measured(Silo(here / "--data", SiloFile(name=name, data=data)), task, names, labelled=labelled)
     except DataError as error:
         raise DataError(
-            f"{error}\nHere there is neither plan nor silo file: labels are those of MODEL's configuration, and "
-            "columns are named by --text, --text-pair, --image and --label"
+            f"{error}\nHere there is neither plan nor silo file: labels are those of MODEL's configuration or of "
+            "--labels, or their numbers from 0 on, and rows without a label are measured too; columns are named by "
+            "--text, --text-pair, --image and --label; bad rows are left out by --skip-bad"
         ) from None
-    checkpoint = open_checkpoint(model, options["base"], task, here, freeze=options["freeze"], gram=structures)
+    checkpoint = open_checkpoint(
+        model,
+        options["base"],
+        task,
+        here,
+        freeze=options["freeze"],
+        gram=structures,
+        shorten=options["max_length"] is None,
+    )
+    if checkpoint.task.max_length < task.max_length:
+        say(f"examples are cut to {checkpoint.task.max_length} tokens, as many as MODEL has places for", err=True)
     with _progress() as show:
         statistics = measure_checkpoint(
             checkpoint,
@@ -181,11 +235,24 @@ def _checkpoint(model: str, out: Path, options: dict[str, Any]) -> dict[str, Any
         statistics,
         name=name,
         base=checkpoint.base.origin(options["base"]),
-        task=task,
+        task=checkpoint.task,
         layout=checkpoint.layout,
         head=head_parameters(checkpoint.base.model),
     )
-    return _report(out, name, len(examples), sha256, checkpoint.layout)
+    return {**_report(out, name, len(examples), sha256, checkpoint.layout), "left_out": list(examples.left_out)}
+
+
+def _names(given: str | None, task: Task) -> tuple[str, ...]:
+    """Return --labels, of which one with a comma in it stands in double quotes."""
+    if given is None:
+        return ()
+    names = tuple(next(csv.reader([given], skipinitialspace=True), []))
+    if len(names) != len(task.labels) or len({*names, ""}) <= len(names):
+        raise PlanError(
+            f"--labels {given}: expected {len(task.labels)} different names, one for each output of MODEL: "
+            f"{listed(task.labels, 20) or 'it has none that are labels'}"
+        )
+    return names
 
 
 def _silo(directory: Path, name: str, out: Path) -> dict[str, Any]:
@@ -197,7 +264,7 @@ def _silo(directory: Path, name: str, out: Path) -> dict[str, Any]:
     from gramfuse_client.state import State
 
     path = Path(name) if name.endswith(".toml") else project.directory / "silos" / f"{name}.toml"
-    silo = Silo.read(path)
+    silo = Silo(path, Silo.read(path).file, project.directory)
     plan = project.plan
     with _progress() as show:
         sha256 = contribute(silo, plan, layout, out, _shown(State(silo.state, plan.digest), show))

@@ -97,7 +97,7 @@ def _show_model(plan: Plan, preview: dict[str, Any]) -> None:
     """Print what is trained and merged, and what it costs."""
     say(f"base {quoted(plan.model.base)}, alpha {plan.merge.alpha}, silos {', '.join(plan.names)}")
     say(*(f"  {name:<9} {value}" for name, value in _pins(plan).items()), copied=True)
-    say(*_tasks(plan), "")
+    say(*_tasks(plan), f"weighting {plan.merge.weighting}: {WEIGHTING[plan.merge.weighting]}", "")
     table = Table("Merged in closed form; one line for each Gram matrix")
     table.column("modules", fold=True)
     for column in ("d_in", "structure", "entries", "bytes"):
@@ -108,6 +108,8 @@ def _show_model(plan: Plan, preview: dict[str, Any]) -> None:
         table.row(_modules(group["weights"]) + of, *numbers)
     table.show()
     say("", *told(preview), f"Averaged: {families(preview['averaged'])}")
+    if preview["summed"]:
+        say(f"Added up, as counters: {families(preview['summed'])}")
     if preview["context_free"]:
         modules = families([name.removesuffix(".weight") for name in preview["context_free"]])
         say(f"See tokens or patches without context, {CONTEXT_FREE[plan.merge.context_free]}: {modules}")
@@ -128,6 +130,12 @@ def _show_model(plan: Plan, preview: dict[str, Any]) -> None:
         f"and {cost['coordinator_disk_bytes'] / 1e6:.0f} MB on disk.",
     )
 
+
+WEIGHTING = {
+    "uniform": "all silos weigh the same, those of few examples too",
+    "examples": "silos weigh as much as they have examples",
+}
+"""What the weights of silos are."""
 
 CONTEXT_FREE = {
     "mean": "and so are averaged",
@@ -270,6 +278,7 @@ def _preview(project: Project, plan: Plan, layout: Layout) -> dict[str, Any]:
             for group in layout.groups
         ],
         "averaged": [tensor.name for tensor in layout.tensors if tensor.merge == "mean"],
+        "summed": [tensor.name for tensor in layout.tensors if tensor.merge == "sum"],
         "context_free": [tensor.name for tensor in layout.tensors if tensor.context_free],
         **coverage(layout),
         "frozen": list(layout.frozen),

@@ -39,12 +39,18 @@ GIVE_BACK = {"MALLOC_ARENA_MAX": "2", "MALLOC_MMAP_THRESHOLD_": "262144", "MALLO
 
 
 @contextmanager
-def contained(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+def contained(
+    command: Sequence[str], log: Path, environment: Mapping[str, str | None]
+) -> Iterator[subprocess.Popen[bytes]]:
     """Run a command with its output in `log`; on leaving, kill it and all its descendants, however they detached.
 
     Descendants are found by a mark in their environment, which detaching and re-parenting do not take away.
+
+    Args:
+        environment: what is added to ours, and by None what is taken away.
     """
     mark = secrets.token_hex(8)
+    ours = {**os.environ, **FLOWER_OFF, **environment, MARK: mark}
     with log.open("ab") as output:
         process = subprocess.Popen(  # noqa: S603  # the command is ours
             command,
@@ -52,7 +58,7 @@ def contained(command: Sequence[str], log: Path, environment: Mapping[str, str])
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C reaches us, and we end the rest in order
-            env={**os.environ, **FLOWER_OFF, **environment, MARK: mark},
+            env={name: value for name, value in ours.items() if value is not None},
         )
     try:
         yield process

@@ -101,12 +101,14 @@ def run(
     that was interrupted after the silos had trained (Ctrl-C, a full disk, too many silos went away) can go on with
     --resume: no silo trains again.
     """
+    from gramfuse_model.source import source_of
     from gramfuse_server.run import check_free, read_checkpoint
 
     if out is not None and resume is not None:
         raise click.UsageError("--resume goes on in the directory of the interrupted run; leave out --out")
     project = Project.read(directory)
     layout = project.locked_layout()
+    source_of(project.plan, project.directory)
     path = options.run_path(out or resume, project.plan)
     if resume is None:
         check_free(path)

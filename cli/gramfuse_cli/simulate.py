@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import secrets
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 import click
 
 from gramfuse_cli import options
+from gramfuse_cli.engine import LOG
 from gramfuse_cli.growing import Growing
 from gramfuse_cli.options import as_json as json_option
 from gramfuse_cli.options import project_directory
@@ -26,7 +29,8 @@ from gramfuse_cli.report import show_report
 from gramfuse_cli.terminal import say, uncoloured
 from gramfuse_cli.terms import Term, check_terms, compare_option
 from gramfuse_cli.tuning import Wanted
-from gramfuse_protocol.errors import FederationError, GramfuseError, RefusalError, error_types
+from gramfuse_client.private import write_private
+from gramfuse_protocol.errors import FederationError, GramfuseError, ModelError, RefusalError, error_types
 from gramfuse_protocol.keys import KEY_BYTES, Identity
 
 LOG_LINES = 30
@@ -36,6 +40,12 @@ OF_A_SILO = re.compile(r"silo \S+, phase \w+: \w+Error: .*")
 
 SCRATCH = "/tmp" if sys.platform == "darwin" else None  # noqa: S108  # a private directory is made in it
 """Where a simulation works: Ray makes sockets there, and the usual place on macOS is too long for their paths."""
+
+SOCKET_PATH = 103 if sys.platform == "darwin" else 107
+"""Most bytes of a socket's path."""
+
+RAY_PATH = len("/gf-xxxxxxxx/ray/session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store")
+"""What is added to the path of the place where a simulation works."""
 
 
 @click.command()
@@ -85,21 +95,33 @@ def run_simulation(
             run that failed on its way.
     """
     from gramfuse_cli.engine import simulated_silo
-    from gramfuse_client.data import load, load_validation
+    from gramfuse_client.data import left_out, load, load_validation
     from gramfuse_client.policy import check_examples, check_plan
     from gramfuse_client.silo import write_identity
     from gramfuse_client.state import read_progress
+    from gramfuse_client.targets import check_targets
+    from gramfuse_model.source import source_of
     from gramfuse_server.run import check_free, discard
 
     check_terms(compare, project.plan)
     check_free(out)
+    _check_scratch()
     say("read the silos' data and the base model", err=True)
     silos = project.silos()
     for silo in silos.values():  # what a silo would refuse later is said now, with the details that only it may see
-        examples, _ = load(silo, project.plan.task_of(silo.name))
+        task = project.plan.task_of(silo.name)
+        examples, held_out = load(silo, task)
+        if bad := left_out(examples, held_out):
+            say(f"{silo.name}: {len(bad)} bad rows are left out:", *bad, err=True)
         check_examples(silo, len(examples))
+        check_targets(silo.path, task, examples.labels)
         if tune is not None:
-            load_validation(silo, project.plan.task_of(silo.name))
+            load_validation(silo, task)
+        if silo.base is not None:
+            try:
+                source_of(project.plan, project.directory, silo.base)
+            except ModelError as error:
+                raise ModelError(f"{silo.path}: {error}") from None
     plan, layout = project.locked()
     identities = {name: Identity(secrets.token_bytes(KEY_BYTES)) for name in silos}
     if plan.privacy.secure_aggregation:
@@ -116,7 +138,7 @@ def run_simulation(
             "layout": layout.to_json(),
             "directory": str(project.directory),
             "out": str(out),
-            "silos": [str(silo.path.resolve()) for silo in silos.values()],
+            "silos": [str(silo.path) for silo in silos.values()],
             "state": str(state),
             "ray": str(scratch / "ray"),
             "events": str(scratch / "events.jsonl"),
@@ -129,7 +151,8 @@ def run_simulation(
         (scratch / "spec.json").write_text(json.dumps(spec), encoding="utf-8")
         log = scratch / "flower.log"
         # A silo that is ended in the middle of its work cleans nothing up; what it leaves goes with the scratch.
-        environment = {"FLWR_HOME": str(scratch / "flwr"), "TMPDIR": str(scratch / "tmp")}
+        environment: dict[str, str | None] = {"FLWR_HOME": str(scratch / "flwr"), "TMPDIR": str(scratch / "tmp")}
+        environment["RAY_ADDRESS"] = None  # of a cluster of somebody's; a simulation stays on this machine
         (scratch / "tmp").mkdir()
         command = [sys.executable, "-m", "gramfuse_cli.engine", str(scratch / "spec.json")]
         events = Growing(scratch / "events.jsonl")  # before anything is written to it
@@ -146,12 +169,23 @@ def run_simulation(
                     time.sleep(0.1)
                 for line in events.lines():
                     progress.take(json.loads(line))
-            return _outcome(scratch, log, process.returncode)
+            return _outcome(scratch, log, process.returncode, plan.names)
         finally:
             discard(out)
 
 
-def _outcome(scratch: Path, log: Path, code: int) -> dict[str, Any]:
+def _check_scratch() -> None:
+    """Raise FederationError if Ray could make no sockets where a simulation works."""
+    place = SCRATCH or tempfile.gettempdir()
+    longest = SOCKET_PATH - RAY_PATH
+    if len(os.fsencode(place)) > longest:
+        raise FederationError(
+            f"{place}: a simulation works there, and Ray makes sockets, whose paths may have {SOCKET_PATH} bytes; set "
+            f"TMPDIR to a directory whose path has at most {longest}"
+        )
+
+
+def _outcome(scratch: Path, log: Path, code: int, silos: Sequence[str]) -> dict[str, Any]:
     try:
         outcome = json.loads((scratch / "outcome.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -160,14 +194,28 @@ def _outcome(scratch: Path, log: Path, code: int) -> dict[str, Any]:
         report: dict[str, Any] = outcome["report"]
         return report
     kind: type[GramfuseError] = error_types().get(outcome["error"], FederationError)
+    left = Path(outcome["left"]) if outcome.get("left") else None
+    message = outcome["message"]
     if kind in (FederationError, RefusalError):  # others say all that there is to say
-        lines = uncoloured(log.read_text(encoding="utf-8", errors="replace")).split("\n")
-        if own := list(dict.fromkeys(found[0] for line in lines if (found := OF_A_SILO.search(line)))):
-            say("The silos' own logs say:", *(f"  {line}" for line in own), "", err=True)
+        logs = {silo: _read(scratch / "silos" / silo / LOG) for silo in silos}
+        reasons = {silo: list(dict.fromkeys(OF_A_SILO.findall(text))) for silo, text in logs.items()}
+        if any(reasons.values()):
+            own = (f"  {line}" for lines in reasons.values() for line in lines)
+            say("The silos' own logs say:", *own, "", err=True)
+        lines = uncoloured(_read(log)).split("\n")
         say("The last lines of Flower's log:", *(f"  {line}" for line in lines[-LOG_LINES:]), "", err=True)
-    error = kind(outcome["message"])
-    error.report = Path(outcome["left"]) if outcome.get("left") else None
+        if left is not None:
+            for silo in (silo for silo in silos if reasons[silo]):
+                kept = left.with_name(f"silo-{silo}.log")
+                write_private(kept, logs[silo].encode())
+                message += f"\nThe log of silo {silo!r} is {kept}"
+    error = kind(message)
+    error.report = left
     raise error
+
+
+def _read(log: Path) -> str:
+    return log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
 
 
 def _gpus_per_silo(silos: int) -> float:

@@ -141,9 +141,7 @@ class Supervisor:
         """Return whether a worker of a service runs: what a process that the service started has forked."""
         with suppress(psutil.Error):
             started = psutil.Process(self._named(name).process.pid).children()
-            return any(
-                worker.status() != psutil.STATUS_ZOMBIE for process in started for worker in process.children()
-            )
+            return any(worker.status() != psutil.STATUS_ZOMBIE for process in started for worker in process.children())
         return False
 
     def restart(self, name: str) -> None:

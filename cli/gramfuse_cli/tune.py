@@ -93,8 +93,8 @@ def tune(
     silo file, or, if there is none, on one half of the silo's held-out examples; the report is on the others only, and
     so are the models of --compare. Needs open mode: a secure sum is of one α.
 
-    The second is for STATS, files of gramfuse measure. DATA are as in a silo file: .jsonl, .csv, .parquet, or
-    hf:NAME[#split].
+    The second is for STATS, files of gramfuse measure. DATA are as in a silo file: .jsonl, .json, .csv, .tsv, .parquet,
+    or hf:NAME[:config][#split].
 
     The merge that is chosen is written as the model, and all that was tried is in report.json under "tuning". Orders
     and influences are for you to read: no silo is left out by itself.

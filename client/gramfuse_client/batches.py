@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import random
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
@@ -13,7 +14,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from gramfuse_client.data import Examples, open_image
+from gramfuse_client.data import Examples
+from gramfuse_client.images import read_image
 from gramfuse_protocol.errors import DataError
 from gramfuse_protocol.task import Task
 
@@ -22,6 +24,9 @@ Batch = dict[str, torch.Tensor]
 IGNORED = -100
 """The label of a position of which nothing is to be predicted, as transformers' losses have it."""
 
+ANSWERS = ("labels", "words")
+"""What of a batch is no input of a model."""
+
 
 class Encoded(Dataset[dict[str, Any]]):
     """Examples as a model of a task takes them, unpadded; images are read when they are asked for.
@@ -29,14 +34,15 @@ class Encoded(Dataset[dict[str, Any]]):
     A row has the tokenizer's or image processor's arrays, and `labels`: an index, a number, a 0.0 or 1.0 for each label
     of the task, NaN where the silo does not annotate it (`multi-label`), or a list with one label for each token
     (`token-classification`: that of a word at the word's first token, IGNORED at others; `sequence-to-sequence`: the
-    target's tokens; `causal-lm`: the tokens themselves, and IGNORED at the first, which nothing comes before).
+    target's tokens; `causal-lm`: the tokens themselves, and IGNORED at the first, which nothing comes before); or None,
+    where the examples have no labels.
+
+    For `token-classification`, a row has `words` too: for each word, whether it has a label among the tokens, and its
+    tag. A word has none that `max_length` cuts, or that the tokenizer makes nothing of, as of U+200B.
 
     Args:
         tokenizer: `gramfuse_model.base.Base.tokenizer`: for images, the image processor.
         task: the silo's own.
-
-    Raises:
-        DataError: if a text is too short for a causal language model to learn from.
     """
 
     def __init__(self, examples: Examples, tokenizer: Any, task: Task) -> None:
@@ -53,9 +59,23 @@ class Encoded(Dataset[dict[str, Any]]):
             return self.rows[index]
         given = self.examples.inputs[index]
         where = "an image" if isinstance(given, bytes) else str(given)
-        with open_image(given, where) as image:  # type: ignore[arg-type]  # so are the inputs of this kind
-            pixels = self.tokenizer(image.convert("RGB"), return_tensors="pt")["pixel_values"][0]
+        image = read_image(given, where)  # type: ignore[arg-type]  # so are the inputs of this kind
+        pixels = self.tokenizer(image, return_tensors="pt")["pixel_values"][0]
         return {"pixel_values": pixels, "labels": self.examples.labels[index]}
+
+    def check_learnable(self) -> None:
+        """Raise DataError if there is nothing to learn from an example: of a batch of such, the loss is no number."""
+        match self.task.task:
+            case "causal-lm":
+                empty = sum(len(row["input_ids"]) < 2 for row in self.rows or ())
+                what = "texts are one token only, so there is no next token to learn"
+            case "token-classification":
+                empty = sum(not any(seen for seen, _ in row["words"]) for row in self.rows or ())
+                what = "examples have no word that the tokenizer makes a token of, so there is no tag to learn"
+            case _:
+                return
+        if empty:
+            raise DataError(f"{empty:,} of {len(self):,} {what}; leave them out")
 
     def lengths(self) -> list[int]:
         """Return the number of tokens of each example; images are all of one size."""
@@ -67,10 +87,13 @@ class Encoded(Dataset[dict[str, Any]]):
         For `sequence-to-sequence`, there is a `decoder_attention_mask` too.
         """
         labels = [row["labels"] for row in rows]
-        inputs = [{key: value for key, value in row.items() if key != "labels"} for row in rows]
+        inputs = [{key: value for key, value in row.items() if key not in ANSWERS} for row in rows]
         if self.rows is None:
-            return {"pixel_values": torch.stack([row["pixel_values"] for row in rows]), "labels": torch.tensor(labels)}
+            images = {"pixel_values": torch.stack([row["pixel_values"] for row in rows])}
+            return images if labels[0] is None else images | {"labels": torch.tensor(labels)}
         batch: Batch = dict(self.tokenizer.pad(inputs, return_attention_mask=True, return_tensors="pt"))
+        if labels[0] is None:
+            return batch
         if not isinstance(labels[0], list) or self.task.task == "multi-label":
             return batch | {"labels": torch.tensor(labels)}
         if self.task.task == "sequence-to-sequence":
@@ -108,11 +131,18 @@ def _tokenized(examples: Examples, tokenizer: Any, task: Task) -> list[dict[str,
         return_offsets_mapping=words,
     )
     labels = _labels(examples, encoded, tokenizer, task)
-    encoded.pop("offset_mapping", None)
-    return [{**{key: encoded[key][i] for key in encoded}, "labels": label} for i, label in enumerate(labels)]
+    offsets = encoded.pop("offset_mapping", None)
+    rows = [{**{key: encoded[key][i] for key in encoded}, "labels": label} for i, label in enumerate(labels)]
+    if offsets is not None and labels[0] is not None:
+        for row, places, given, tags in zip(rows, offsets, examples.inputs, examples.labels, strict=True):
+            seen = set(_words_of(places, given))  # type: ignore[arg-type]  # so are the inputs of this kind
+            row["words"] = [(word in seen, tag) for word, tag in enumerate(tags)]  # type: ignore[arg-type]
+    return rows
 
 
 def _labels(examples: Examples, encoded: Any, tokenizer: Any, task: Task) -> Sequence[Any]:
+    if examples.labels[0] is None and task.task != "causal-lm":
+        return examples.labels
     match task.task:
         case "multi-label":
             own = set(task.annotated)
@@ -120,6 +150,8 @@ def _labels(examples: Examples, encoded: Any, tokenizer: Any, task: Task) -> Seq
                 [float(label in applying) if label in own else math.nan for label in range(len(task.labels))]  # type: ignore[operator]
                 for applying in examples.labels
             ]
+        case "regression":
+            return [(target - task.centre) / task.scale for target in examples.labels]  # type: ignore[operator]
         case "token-classification":
             given = zip(examples.inputs, encoded["offset_mapping"], examples.labels, strict=True)
             return [_aligned(_words_of(offsets, words), tags) for words, offsets, tags in given]  # type: ignore[arg-type]  # so are the inputs of this kind
@@ -129,12 +161,6 @@ def _labels(examples: Examples, encoded: Any, tokenizer: Any, task: Task) -> Seq
             )["input_ids"]
             return targets
         case "causal-lm":
-            short = sum(len(tokens) < 2 for tokens in encoded["input_ids"])
-            if short:
-                raise DataError(
-                    f"{short:,} of {len(examples):,} texts are one token only, so there is no next token to learn; "
-                    "leave them out"
-                )
             return [[IGNORED, *tokens[1:]] for tokens in encoded["input_ids"]]
         case _:
             return examples.labels
@@ -166,15 +192,31 @@ def _aligned(words: Sequence[int | None], tags: Any) -> list[int]:
     ]
 
 
-def batches(encoded: Encoded, size: int, device: torch.device, *, by_length: bool = False) -> Iterator[Batch]:
-    """Yield padded batches, `labels` included.
+def batches(
+    encoded: Encoded, size: int, device: torch.device, *, by_length: bool = False, seed: int | None = None
+) -> Iterator[Batch]:
+    """Yield padded batches, with what is to be predicted: `labels`, and for `token-classification` `words`.
+
+    `words` is (batch, words, 2), IGNORED behind an example's last word: as rows of `Encoded` have it.
 
     Args:
         by_length: sort by length, which saves padding; otherwise in the order of the examples.
+        seed: draw an order by it, so that the first examples stand for all.
     """
     order = list(range(len(encoded)))
+    if seed is not None:
+        random.Random(seed).shuffle(order)  # noqa: S311  # a sample, not a secret
     if by_length:
         order.sort(key=encoded.lengths().__getitem__)
     for start in range(0, len(order), size):
-        batch = encoded.collate([encoded[i] for i in order[start : start + size]])
+        rows = [encoded[i] for i in order[start : start + size]]
+        batch = encoded.collate(rows)
+        if "words" in rows[0]:
+            words = [torch.tensor(row["words"]) for row in rows]  # (words, 2) each
+            batch["words"] = pad_sequence(words, batch_first=True, padding_value=IGNORED)
         yield {key: value.to(device) for key, value in batch.items()}
+
+
+def inputs_of(batch: Mapping[str, torch.Tensor]) -> Batch:
+    """Return what of a batch goes into a model."""
+    return {key: value for key, value in batch.items() if key not in ANSWERS}

@@ -45,6 +45,7 @@ def check(
     plan: Path | None = None,
     *,
     offline: bool = False,
+    skip_bad: int | None = None,
     now: datetime | None = None,
     progress: Progress = lambda line: None,
 ) -> Report:
@@ -54,6 +55,7 @@ def check(
         path: the silo file.
         plan: the locked plan, or the directory it is in; by default one that the silo joined before.
         offline: leave the coordinator alone.
+        skip_bad: in place of the silo file's `data.skip-bad`.
         now: by the silo's own clock, in its own time zone; the present by default.
     """
     found, leaving = Findings(), None
@@ -77,10 +79,12 @@ def check(
     device = resources.check_device(found, silo)
     if given is not None and (silo.name in given.plan.names or not given.plan.task):  # else it has no task here
         progress("reading the data")
-        examples = materials.check_data(found, silo, given.plan, contributed, offline)
+        data = materials.check_data(found, silo, given.plan, contributed, offline, skip_bad)
+        examples = None if data is None else data[0]
         agreement.check_releases(found, silo, given.plan, examples)
         progress("reading the base model, and deriving the layout from it; this takes some seconds")
         base = materials.check_base(found, silo, given.plan)
+        materials.check_encoding(found, silo, given.plan, base, data)
         layout = materials.check_layout(found, silo, given, base)
         if layout is not None:
             agreement.check_size(found, silo, given.plan, layout)

@@ -4,7 +4,7 @@ What the columns of a source hold, by kind of task (`text`, `text-pair`, `image`
 
 | kind                 | input                                     | label                                            |
 |----------------------|-------------------------------------------|--------------------------------------------------|
-| classification       | `text` (and `text-pair`): text            | a label of the plan                              |
+| classification       | `text` (and `text-pair`): text            | a label of the plan: text, or a whole number     |
 | regression           | `text` (and `text-pair`): text            | a finite number; in the plan's range, if results |
 |                      |                                           | leave in a secure sum                            |
 | multi-label          | `text` (and `text-pair`): text            | a list of labels, [] if none applies; or one     |
@@ -14,33 +14,39 @@ What the columns of a source hold, by kind of task (`text`, `text-pair`, `image`
 | causal-lm            | `text`: text                              | none                                             |
 | image-classification | `image`: a path from where the source is, | a label of the plan                              |
 |                      | or bytes of an image file                 |                                                  |
+
+A label that is a whole number is known by its digits, 1.0 by those of 1. Whatever else is no text (nothing, NaN, true)
+is no label. Rows that do not fit are all counted; `skip-bad` of [data] says how many may be left out.
 """
 
 from __future__ import annotations
 
-import csv
-import gzip
 import hashlib
 import json
 import math
 import random
-import tempfile
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from io import BytesIO
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from gramfuse_client.images import check_image, check_pillow
 from gramfuse_client.silo import Data, Silo
+from gramfuse_client.sources import HUB, Dataset, Row, rows
 from gramfuse_protocol.errors import DataError
 from gramfuse_protocol.task import Task
-from gramfuse_protocol.text import listed
+from gramfuse_protocol.text import listed, quoted
 
 HALF = 0.5
 """Share of the held-out examples that is set aside for validation, where the silo file does not say."""
 
-READABLE = ".jsonl, .jsonl.gz, .csv, .parquet, or hf:<hub id or folder>[#split]"
+SHOWN = 5
+"""Of so many bad rows a message says what is wrong with each."""
+
+NUMBER = re.compile(r"-?[0-9]+")
+WHOLE = re.compile(r"-?[0-9]+\.0+")
+"""A whole number as tables write it whose column has gaps."""
 
 Input = str | tuple[str, ...] | Path | bytes
 """A text; words; an image, as a file or as what is in one."""
@@ -56,12 +62,14 @@ class Examples:
     Args:
         inputs: what is given of each example: all of one type.
         pairs: the second text of each, or None.
-        labels: what is to be learned of each: all of one type.
+        labels: what is to be learned of each: all of one type; None of each where that is not known, or there is none.
+        left_out: what is wrong with each row of the source that was left out.
     """
 
     inputs: Sequence[Input]
     pairs: Sequence[str] | None
     labels: Sequence[Label]
+    left_out: Sequence[str] = field(default=(), compare=False)
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -72,6 +80,7 @@ class Examples:
             [self.inputs[i] for i in indices],
             None if self.pairs is None else [self.pairs[i] for i in indices],
             [self.labels[i] for i in indices],
+            self.left_out,
         )
 
     @property
@@ -139,12 +148,37 @@ def load_validation(silo: Silo, task: Task) -> Examples:
 
 def load_training(silo: Silo, task: Task) -> Examples:
     """Return all examples of `data.train`, those that are set aside of it too; raises as `load`."""
-    data = silo.file.data
-    if task.pair and data.text_pair is None:
-        raise DataError(
-            f"{silo.path}: the plan is about text pairs (model.pair); name the second column in data.text-pair"
-        )
-    return _read(data.train, silo, task)
+    return _read(silo.file.data.train, silo, task)
+
+
+def left_out(train: Examples, held_out: Examples) -> tuple[str, ...]:
+    """Return what is wrong with each row that was left out; those of one source once."""
+    return (*train.left_out, *(() if held_out.left_out is train.left_out else held_out.left_out))
+
+
+def load_measured(silo: Silo, task: Task, names: Sequence[str] = (), *, labelled: bool = False) -> Examples:
+    """Return all examples of `data.train`, for statistics of a model that was fine-tuned on them.
+
+    Statistics need no labels, except as the inputs of a decoder (`sequence-to-sequence`), so all others are None. A
+    label that is there must be one of the model's all the same, or the data are not the model's: by name, or by the
+    number of the model's output where no name is a number itself.
+
+    Args:
+        task: of the model.
+        names: what the data call the model's outputs, in their order; by default as the task does.
+        labelled: whether each row must have a label.
+
+    Raises:
+        DataError: as `load`.
+    """
+    names = names or task.labels
+    known = {name: index for index, name in enumerate(names)}
+    if not any(NUMBER.fullmatch(name) for name in names):
+        known |= {str(index): index for index in range(len(names))}
+    examples = _read(silo.file.data.train, silo, task, known, labelled=labelled)
+    if task.task == "sequence-to-sequence":
+        return examples
+    return replace(examples, labels=[None] * len(examples))
 
 
 def _train_and_held_out(silo: Silo, task: Task) -> tuple[Examples, Examples]:
@@ -168,27 +202,87 @@ def _set_aside(examples: Examples, fraction: float, silo: Silo, key: str) -> tup
     return examples.take(sorted(order[aside:])), examples.take(sorted(order[:aside]))
 
 
-def _read(source: str, silo: Silo, task: Task) -> Examples:
+def _read(
+    source: str, silo: Silo, task: Task, names: Mapping[str, int] | None = None, *, labelled: bool = True
+) -> Examples:
+    """Read a source.
+
+    Args:
+        names: index of each label by what the data call it; by default by the task's names.
+        labelled: whether each row must have a label; a target text it must have in any case.
+    """
     columns = silo.file.data
-    known = {task.labels[index]: index for index in task.annotated}
-    folder = (silo.directory / source.removeprefix("hf:").partition("#")[0]).resolve()
-    folder = folder if source.startswith("hf:") else folder.parent
-    inputs: list[Input] = []
-    pairs: list[str] = []
-    labels: list[Label] = []
-    for where, row in _rows(source, silo.directory):
-        given = _input(row, columns, task, folder, where)
-        inputs.append(given)
-        if task.pair and columns.text_pair is not None:
-            pairs.append(_text(row, columns.text_pair, where))
-        labels.append(_label(row, columns.label, task, known, given, where))
-    if not inputs:
-        where = source if source.startswith("hf:") else str(silo.directory / source)
-        raise DataError(f"{where}: holds no examples; expected at least one")
-    return Examples(inputs, pairs if task.pair else None, labels)
+    if task.pair and columns.text_pair is None:
+        raise DataError(
+            f"{silo.path}: the plan is about text pairs (model.pair); name the second column in data.text-pair"
+        )
+    if task.task == "image-classification":
+        check_pillow()
+    known = {task.labels[index]: index for index in task.annotated} if names is None else names
+    folder = _folder(source, silo.directory)
+    good: list[tuple[Input, str, Label]] = []
+    bad: list[str] = []
+    count = 0
+    for count, (where, row) in enumerate(rows(source, silo.directory, _names(columns)), 1):
+        try:
+            if isinstance(row, DataError):
+                raise row
+            good.append(_example(row, columns, task, known, folder, where, labelled=labelled))
+        except DataError as error:
+            if count - len(good) <= max(columns.skip_bad, SHOWN):
+                bad.append(str(error))
+    place = source if source.startswith(HUB) else str(silo.directory / source)
+    if count - len(good) > columns.skip_bad:
+        raise DataError(_complaint(place, bad, count - len(good), count, columns.skip_bad))
+    if not good:
+        raise DataError(f"{place}: holds no examples; expected at least one")
+    inputs, pairs, labels = map(list, zip(*good, strict=True))
+    return Examples(inputs, pairs if task.pair else None, labels, tuple(bad))
 
 
-def _input(row: dict[str, Any], columns: Data, task: Task, folder: Path, where: str) -> Input:
+def _example(
+    row: Row, columns: Data, task: Task, known: Mapping[str, int], folder: Path, where: str, *, labelled: bool
+) -> tuple[Input, str, Label]:
+    """Return the input, its second text and the label in a row; arguments as `_read` has them."""
+    given = _input(row, columns, task, folder, where)
+    pair = _text(row, columns.text_pair, where) if task.pair and columns.text_pair is not None else ""
+    if not labelled and task.task != "sequence-to-sequence" and row.get(columns.label) is None:
+        return given, pair, None
+    return given, pair, _label(row, columns.label, task, known, given, where)
+
+
+def _names(columns: Data) -> set[str]:
+    """Return the names of the columns that count."""
+    return {columns.text, columns.image, columns.label, *filter(None, [columns.text_pair])}
+
+
+def _folder(source: str, directory: Path) -> Path:
+    """Return the directory that paths of images start at."""
+    if source.startswith(HUB):
+        return (directory / Dataset.parse(source, directory).name).resolve()
+    return (directory / source).resolve().parent
+
+
+def _complaint(place: str, bad: Sequence[str], count: int, rows: int, allowed: int) -> str:
+    """Say what is wrong with rows: all of it of a single one, and of several what is wrong with the first.
+
+    Args:
+        bad: what is wrong with each of the first.
+        count, rows: how many are bad, of how many.
+    """
+    if count == 1:
+        return bad[0]
+    remedy = bad[0].partition("; ")[2] or "correct them"
+    shown = [one.partition("; ")[0] for one in bad[:SHOWN]]
+    more = [f"and {count - SHOWN:,} more"] if count > SHOWN else []
+    return (
+        f"{place}: {count:,} of {rows:,} rows cannot be used, and data.skip-bad allows {allowed:,}:\n"
+        + "\n".join((*shown, *more))
+        + f"; {remedy}. With skip-bad = {count} under [data] of the silo file they are left out"
+    )
+
+
+def _input(row: Row, columns: Data, task: Task, folder: Path, where: str) -> Input:
     match task.task:
         case "token-classification":
             return _words(row, columns.text, where)
@@ -198,7 +292,7 @@ def _input(row: dict[str, Any], columns: Data, task: Task, folder: Path, where: 
             return _text(row, columns.text, where)
 
 
-def _label(row: dict[str, Any], column: str, task: Task, known: Mapping[str, int], given: Input, where: str) -> Label:
+def _label(row: Row, column: str, task: Task, known: Mapping[str, int], given: Input, where: str) -> Label:
     if task.task == "causal-lm":
         return None
     if task.task == "sequence-to-sequence":
@@ -216,154 +310,38 @@ def _label(row: dict[str, Any], column: str, task: Task, known: Mapping[str, int
             return _index(value, task, known, where)
 
 
-def _rows(source: str, directory: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (where, row): where is the file and line, for errors."""
-    if source.startswith("hf:"):
-        yield from _hugging_face(source, directory)
-        return
-    path = directory / source
-    if not path.is_file():
-        raise DataError(f"{path}: no such file; a source is {READABLE}")
-    try:
-        if source.endswith((".jsonl", ".jsonl.gz")):
-            yield from _json_lines(path)
-        elif source.endswith(".csv"):
-            with path.open(encoding="utf-8-sig", newline="") as lines:
-                reader = csv.DictReader(lines, strict=True)
-                for row in reader:
-                    where = f"{path}:{reader.line_num}"
-                    if None in row or None in row.values():
-                        raise DataError(
-                            f"{where}: has not as many fields as the header's {len(reader.fieldnames or ())}"
-                        )
-                    yield where, row
-        elif source.endswith(".parquet"):
-            yield from _table(str(path), _parquet(path))
-        else:
-            raise DataError(f"{path}: not a format that is read here; a source is {READABLE}")
-    except UnicodeDecodeError:
-        raise DataError(f"{path}:{_line_not_utf8(path)}: is not UTF-8") from None
-    except csv.Error as error:
-        raise DataError(f"{path}:{reader.reader.line_num}: not valid CSV: {error}") from None
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from None
-
-
-def _line_not_utf8(path: Path) -> int:
-    """Return the number of the first line that is not UTF-8; text is decoded in chunks, which know no lines."""
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                line.decode("utf-8")
-            except UnicodeDecodeError:
-                return number
-    return number
-
-
-def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    open_text = gzip.open if path.suffix == ".gz" else open
-    with open_text(path, "rt", encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            where = f"{path}:{number}"
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{where}: not valid JSON: {error.msg} at column {error.colno}") from None
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{where}: JSON that cannot be read here: {error}") from None
-            if not isinstance(row, dict):
-                raise DataError(f"{where}: expected a JSON object, found {type(row).__name__}")
-            yield where, row
-
-
-def _parquet(path: Path) -> Any:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        return pyarrow.parquet.read_table(path).to_pylist()
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{path}: not a readable Parquet file: {error}") from None
-
-
-def _hugging_face(source: str, directory: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    import datasets
-
-    name, _, split = source.removeprefix("hf:").partition("#")
-    folder = directory / name
-    datasets.disable_progress_bars()
-    # From a folder, the library copies into a cache that all can read; a silo's data must not stay there.
-    with tempfile.TemporaryDirectory(prefix="gramfuse-") as cache:
-        try:
-            if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
-                dataset = datasets.load_from_disk(str(folder))
-                if isinstance(dataset, datasets.DatasetDict):
-                    dataset = dataset[split or "train"]
-            elif folder.is_dir():
-                dataset = datasets.load_dataset(str(folder), split=split or "train", cache_dir=cache)
-            else:
-                dataset = datasets.load_dataset(name, split=split or "train")
-        except Exception as error:  # noqa: BLE001  # the library raises its own and its dependencies' errors alike
-            raise DataError(f"{source}: the datasets library cannot load it: {error}") from None
-        names = {}
-        for column, feature in dataset.features.items():
-            if isinstance(feature, datasets.Image):
-                dataset = dataset.cast_column(column, datasets.Image(decode=False))
-            elif isinstance(feature, datasets.List | datasets.ClassLabel):
-                names[column] = getattr(feature, "feature", feature)
-        for where, row in _table(source, dataset):
-            for column, feature in names.items():
-                if isinstance(feature, datasets.ClassLabel):
-                    row[column] = _named(row[column], feature)
-            yield where, row
-
-
-def _named(value: Any, feature: Any) -> Any:
-    """Return the name of a label that a dataset numbers, or the names of several; what has none stays."""
-    if isinstance(value, list):
-        return [_named(one, feature) for one in value]
-    return feature.int2str(value) if isinstance(value, int) and value >= 0 else value
-
-
-def _table(source: str, rows: Any) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, row in enumerate(rows, 1):
-        yield f"{source}: row {number}", row
-
-
-def _column(row: dict[str, Any], column: str, where: str) -> Any:
+def _column(row: Row, column: str, where: str) -> Any:
     if column not in row:
         raise DataError(
-            f"{where}: column {column!r} is missing; columns here: {', '.join(map(repr, row))}. "
+            f"{where}: column {column!r} is missing; columns here: {listed(row, 20)}. "
             "Name yours in [data] of the silo file (text, text-pair, image, label)"
         )
     return row[column]
 
 
-def _text(row: dict[str, Any], column: str, where: str) -> str:
+def _text(row: Row, column: str, where: str) -> str:
     value = _column(row, column, where)
     if not isinstance(value, str) or not value.strip():
-        raise DataError(f"{where}: column {column!r} must hold text, found {value!r}")
+        raise DataError(f"{where}: column {column!r} must hold text, found {quoted(value)}")
     _check_characters(value, column, where)
     return value
 
 
 def _check_characters(text: str, column: str, where: str) -> None:
     if any("\ud800" <= character <= "\udfff" for character in text):
-        raise DataError(f"{where}: column {column!r} holds half of a surrogate pair, which is no text: {text!r}")
+        raise DataError(f"{where}: column {column!r} holds half of a surrogate pair, which is no text: {quoted(text)}")
 
 
-def _words(row: dict[str, Any], column: str, where: str) -> tuple[str, ...]:
+def _words(row: Row, column: str, where: str) -> tuple[str, ...]:
     value = _column(row, column, where)
     words = value.split() if isinstance(value, str) else value
     if not isinstance(words, list) or not words:
         raise DataError(
-            f"{where}: column {column!r} must hold a list of words, or words between spaces, found {value!r}"
+            f"{where}: column {column!r} must hold a list of words, or words between spaces, found {quoted(value)}"
         )
     for position, word in enumerate(words, 1):
         if not isinstance(word, str) or not word.strip():
-            raise DataError(f"{where}: column {column!r}: word {position} must be text, found {word!r}")
+            raise DataError(f"{where}: column {column!r}: word {position} must be text, found {quoted(word)}")
         _check_characters(word, column, where)
     return tuple(words)
 
@@ -373,44 +351,44 @@ def _image(value: Any, column: str, folder: Path, where: str) -> Path | bytes:
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
     if not isinstance(value, str | bytes) or not value:
-        raise DataError(f"{where}: column {column!r} must hold the path of an image, found {value!r}")
+        raise DataError(f"{where}: column {column!r} must hold the path of an image, found {quoted(value)}")
     image = folder / value if isinstance(value, str) else value
     if isinstance(image, Path) and not image.is_file():
         raise DataError(f"{where}: column {column!r}: no such file {image}")
-    with open_image(image, f"{where}: column {column!r}"):
-        return image
-
-
-def open_image(image: Path | bytes, where: str) -> Any:
-    """Open an image with Pillow.
-
-    Raises:
-        DataError: if Pillow is not installed, or cannot read it.
-    """
-    try:
-        from PIL import Image
-    except ImportError:
-        raise DataError("reading images needs Pillow; run: pip install 'gramfuse[images]'") from None
-    try:
-        return Image.open(image if isinstance(image, Path) else BytesIO(image))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{where}: not a readable image: {error}") from None
+    check_image(image, f"{where}: column {column!r}")
+    return image
 
 
 def _index(value: Any, task: Task, known: Mapping[str, int], where: str) -> int:
-    index = known.get(str(value))
+    name = _name(value)
+    if name is None:
+        raise DataError(
+            f"{where}: a label must be text or a whole number, found {quoted(value)}; write it as text, or leave the "
+            "row out. The datasets library makes None of NA, null and empty fields of CSV, and True of true: name the "
+            ".csv file itself to have them as they are"
+        )
+    if name not in known and name not in task.labels and WHOLE.fullmatch(name):
+        name = name.partition(".")[0]
+    index = known.get(name)
     if index is not None:
         return index
-    if str(value) in task.labels:
+    if name in task.labels:
         raise DataError(
-            f"{where}: label {value!r} is not among those that the plan says this silo annotates "
+            f"{where}: label {quoted(value)} is not among those that the plan says this silo annotates "
             f"({_few(known)}); leave the example out, or agree on a plan that lists the label in this silo's 'labels'"
         )
     raise DataError(
-        f"{where}: unknown label {value!r}; the plan's labels are {_few(known)}. "
+        f"{where}: unknown label {quoted(value)}; the plan's labels are {_few(known)}. "
         "All silos must use the plan's labels: rename it here, or agree on a plan that has it. Where a silo annotates "
         "only some of them, the plan lists those as 'labels' of its [[silo]]"
     )
+
+
+def _name(value: Any) -> str | None:
+    """Return what a label is called; None if it is none."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return str(value) if isinstance(value, str | int) and not isinstance(value, bool) and value != "" else None
 
 
 def _few(labels: Mapping[str, int]) -> str:
@@ -427,7 +405,7 @@ def _labels(value: Any, column: str, task: Task, known: Mapping[str, int], where
     values = value if isinstance(value, list) else [value]
     indices = [_index(one, task, known, where) for one in values]
     if len(set(indices)) < len(indices):
-        raise DataError(f"{where}: column {column!r} has a label twice: {value!r}")
+        raise DataError(f"{where}: column {column!r} has a label twice: {quoted(value)}")
     return tuple(sorted(indices))
 
 
@@ -437,7 +415,7 @@ def _tags(
     """Return the index of each word's tag. An I-X with no B-X before it begins an entity, as metrics have it."""
     tags = value.split() if isinstance(value, str) else value
     if not isinstance(tags, list) or len(tags) != len(words):
-        many = f"{len(tags)}" if isinstance(tags, list) else f"{value!r}"
+        many = f"{len(tags)}" if isinstance(tags, list) else quoted(value)
         raise DataError(
             f"{where}: column {column!r} must hold one tag for each of the {len(words)} words, found {many}"
         )
@@ -446,11 +424,11 @@ def _tags(
 
 def _target(value: Any, task: Task, where: str) -> float:
     try:
-        target = float(value)
+        target = math.nan if isinstance(value, bool) or "_" in str(value) else float(value)
     except (TypeError, ValueError, OverflowError):
         target = math.nan
     if not math.isfinite(target):
-        raise DataError(f"{where}: the target must be a finite number, found {value!r}")
+        raise DataError(f"{where}: the target must be a finite number, found {quoted(value)}")
     if task.range is not None and not task.range[0] <= target <= task.range[1]:
         raise DataError(
             f"{where}: the target {target:g} is outside of the plan's range of {task.range[0]:g} to {task.range[1]:g}; "

@@ -363,7 +363,10 @@ def _says(block: Block, layout: Layout) -> str:
     if kind == "count":
         return "this silo's weight in the merge, its number of examples, and of tokens for each Gram matrix"
     if kind in ("m", "delta"):
-        return "change of a parameter"
+        tensor = next(tensor for tensor in layout.tensors if tensor.name == name)
+        if not tensor.buffer:
+            return "change of a parameter"
+        return "how many batches were trained on" if tensor.merge == "sum" else "change of a running mean"
     group = next(group for group in layout.groups if group.name == name)
     if kind == "t":
         return "Gram matrix times change of the layer's weights"

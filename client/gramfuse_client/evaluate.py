@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from torch.nn.functional import cross_entropy
 
 from gramfuse_client.afresh import Afresh
-from gramfuse_client.batches import IGNORED, Encoded, batches
+from gramfuse_client.batches import IGNORED, Encoded, batches, inputs_of
+from gramfuse_model.answering import answering
 from gramfuse_protocol.held_out import (
     LOSS,
     Vector,
@@ -33,7 +34,7 @@ from gramfuse_protocol.metrics import (
     regression_sums,
     sums_shape,
 )
-from gramfuse_protocol.task import Task
+from gramfuse_protocol.task import OUTSIDE, Task
 
 
 class Outputs(NamedTuple):
@@ -51,19 +52,14 @@ class Outputs(NamedTuple):
 def outputs(model: Any, batch: Mapping[str, torch.Tensor], task: Task, tokenizer: Any) -> Outputs:
     """Run a model on a batch, without autograd; it must be in evaluation mode.
 
-    Texts are generated greedily, of `target_length` tokens at most.
+    Texts are generated as `gramfuse_model.answering` says.
     """
     with torch.no_grad():
         if task.task != "sequence-to-sequence":
-            return Outputs(model(**{key: value for key, value in batch.items() if key != "labels"}).logits)
+            return Outputs(model(**inputs_of(batch)).logits)
         logits = model(**batch).logits  # the labels give the decoder its inputs
-        generated = model.generate(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            max_new_tokens=task.target_length,
-            do_sample=False,
-            num_beams=1,
-        )
+        with answering(model, task, tokenizer):
+            generated = model.generate(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
         return Outputs(logits, tuple(tokenizer.batch_decode(generated, skip_special_tokens=True)))
 
 
@@ -86,11 +82,12 @@ class _Tokens(NamedTuple):
 def count(batch: Mapping[str, torch.Tensor], found: Outputs, task: Task, tokenizer: Any) -> Sums:
     """Return the sums of one batch (`gramfuse_protocol.metrics`), exactly.
 
-    Labels that the silo does not annotate are neither predicted nor counted. Of `token-classification`, the words count
-    that `max_length` leaves; a target text is compared as the tokenizer gives it back, `target_length` tokens long.
+    Labels that the silo does not annotate are neither predicted nor counted. Of `token-classification`, all words
+    count: of one without a token, or behind `max_length`, a model says nothing, which is O. A target text is compared
+    as the tokenizer gives it back, `target_length` tokens long.
 
     Args:
-        batch: `labels` included.
+        batch: `labels` included, and `words` (`gramfuse_client.batches.batches`).
         found: of a model, or of several together.
     """
     facts = _facts(batch, found, task, tokenizer)
@@ -191,12 +188,12 @@ def _facts(batch: Mapping[str, torch.Tensor], found: Outputs, task: Task, tokeni
         case "classification" | "image-classification":
             own = torch.tensor(task.annotated)
             return truth.numpy(), own[logits[:, own].argmax(dim=-1)].numpy()
-        case "regression":
-            return truth.numpy(), logits.squeeze(-1).numpy()
+        case "regression":  # on the targets' own scale
+            return tuple((task.centre + task.scale * of.double()).numpy() for of in (truth, logits.squeeze(-1)))
         case "multi-label":
             return truth.bool().numpy(), (torch.sigmoid(logits) >= task.threshold).numpy()
         case "token-classification":
-            return _tags(truth, truth, task), _tags(logits.argmax(dim=-1), truth, task)
+            return _tags(batch["words"].cpu(), truth, logits.argmax(dim=-1), task)
         case "sequence-to-sequence":
             targets = truth.masked_fill(truth == IGNORED, tokenizer.pad_token_id)
             texts = tokenizer.batch_decode(targets, skip_special_tokens=True)
@@ -205,12 +202,22 @@ def _facts(batch: Mapping[str, torch.Tensor], found: Outputs, task: Task, tokeni
             return (_next_tokens(logits[:, :-1], truth[:, 1:]),)
 
 
-def _tags(indices: torch.Tensor, truth: torch.Tensor, task: Task) -> list[list[str]]:
-    """Return the tags of each example's words, which are where the truth is not IGNORED."""
-    return [
-        [task.labels[index] for index in row[true != IGNORED].tolist()]
-        for row, true in zip(indices, truth, strict=True)
-    ]
+def _tags(
+    words: torch.Tensor, truth: torch.Tensor, predicted: torch.Tensor, task: Task
+) -> tuple[list[list[str]], list[list[str]]]:
+    """Return the tags of each example's words: the true ones, and those that are predicted.
+
+    Args:
+        words: (batch, words, 2), whether a word has a token, and its tag.
+        truth, predicted: (batch, positions), of tokens; the truth is IGNORED but at the first token of each word.
+    """
+    tags: tuple[list[list[str]], list[list[str]]] = [], []
+    for row, true, said in zip(words, truth, predicted, strict=True):
+        of_tokens = iter(said[true != IGNORED].tolist())
+        real = row[row[:, 1] != IGNORED].tolist()
+        tags[0].append([task.labels[tag] for _, tag in real])
+        tags[1].append([task.labels[next(of_tokens)] if seen else OUTSIDE for seen, _ in real])
+    return tags
 
 
 def _next_tokens(logits: torch.Tensor, truth: torch.Tensor) -> _Tokens:

@@ -50,7 +50,11 @@ def finetune(
     """Fine-tune `model` in place for the examples' task; frozen parameters stay as they are.
 
     The result is a function of the arguments, the device and the number of CPU threads, and of nothing else.
+
+    Raises:
+        DataError: if there is nothing to learn from an example.
     """
+    encoded.check_learnable()
     steps = -(-len(encoded) // training.batch_size) * training.epochs
     with tempfile.TemporaryDirectory(prefix="gramfuse-") as scratch, torch.random.fork_rng():
         arguments = TrainingArguments(

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from gramfuse_client.batches import IGNORED, Batch
+from gramfuse_client.batches import IGNORED, Batch, inputs_of
 from gramfuse_protocol.errors import ContributionError, PlanError
 from gramfuse_protocol.task import Task
 
@@ -98,7 +98,7 @@ def _log_likelihoods(
         logits = model(**example).logits  # (1, target tokens, vocabulary)
         yield 1.0, -functional.cross_entropy(logits[0], labels[0], ignore_index=IGNORED, reduction="sum")
         return
-    logits = model(**{key: value for key, value in example.items() if key != "labels"}).logits
+    logits = model(**inputs_of(example)).logits
     match task.task:
         case "regression":  # a Gaussian of variance 1
             yield 1.0, -0.5 * (logits.reshape(()) - labels.reshape(())).square()

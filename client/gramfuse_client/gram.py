@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from gramfuse_client.batches import inputs_of
 from gramfuse_model.batch import masks_of
 from gramfuse_model.heads import answers
 from gramfuse_model.linear import kind_of
@@ -88,7 +89,8 @@ def collect_grams(
         batches: keyword arguments of the model's forward. `attention_mask` (batch, length) marks real input tokens;
             `labels` is left out, but for a model with encoder and decoder, whose target it is: (batch, length), −100
             where padded.
-        limit: most token rows for one Gram matrix, ≥ 1; collection ends once every group has that many.
+        limit: most token rows for one Gram matrix, ≥ 1; collection ends once every group has that many, so batches
+            must come in an order that was drawn.
         progress: called with the number of batches done.
 
     Raises:
@@ -121,7 +123,7 @@ def _run(
     model: nn.Module, batch: Mapping[str, torch.Tensor]
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Return what of a batch goes into the model, and masks of its real input and target tokens as far as known."""
-    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    inputs = inputs_of(batch)
     if answers(model) and "decoder_input_ids" not in batch:
         if "labels" not in batch:
             raise ContributionError("a batch has no targets ('labels'), and the model's decoder needs them")

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 
 from gramfuse_client import policy
 from gramfuse_client.agreement import Given
-from gramfuse_client.data import Examples, load
+from gramfuse_client.data import Examples, left_out, load
 from gramfuse_client.finding import Findings
 from gramfuse_client.silo import Silo
+from gramfuse_client.sources import HUB, Dataset
 from gramfuse_client.state import Contributed
+from gramfuse_client.targets import check_targets, described
 from gramfuse_protocol.errors import DataError, ModelError, PlanError, RefusalError
 from gramfuse_protocol.layout import Layout
 from gramfuse_protocol.metrics import entities
@@ -25,26 +27,44 @@ if TYPE_CHECKING:
 
 
 def check_data(
-    found: Findings, silo: Silo, plan: Plan, contributed: Contributed | None, offline: bool
-) -> Examples | None:
-    """Read the data as a run would, and return the training examples.
+    found: Findings,
+    silo: Silo,
+    plan: Plan,
+    contributed: Contributed | None,
+    offline: bool,
+    skip_bad: int | None = None,
+) -> tuple[Examples, Examples] | None:
+    """Read the data as a run would, and return the training and the held-out examples.
 
     Args:
         contributed: what was contributed under the plan before.
+        skip_bad: in place of the silo file's `data.skip-bad`.
     """
+    allowed = silo.file.data.skip_bad
+    if skip_bad is not None:
+        data = silo.file.data.model_copy(update={"skip_bad": skip_bad})
+        silo = Silo(silo.path, silo.file.model_copy(update={"data": data}))
     source, task = silo.file.data.train, plan.task_of(silo.name)
-    if offline and source.startswith("hf:") and not (silo.directory / source[3:].partition("#")[0]).is_dir():
+    if offline and source.startswith(HUB) and Dataset.parse(source, silo.directory).folder(silo.directory) is None:
         found.skip("data", f"{source} is on the Hugging Face hub, and the check is offline")
         return None
     try:
         train, held_out = load(silo, task)
         policy.check_examples(silo, len(train))
+        check_targets(silo.path, task, train.labels)
     except DataError as error:
         found.error("data", error, f"correct the data, or [data] in {silo.path}")
         return None
     except RefusalError as error:
         found.error("data", error)
-        return train
+        return train, held_out
+    bad = left_out(train, held_out)
+    if most := max(map(len, (train.left_out, held_out.left_out))):
+        what = f"{len(bad)} bad rows are left out:\n" + "\n".join(bad)
+        if most > allowed:
+            found.problem("bad rows", what, f"correct them, or write under [data] of {silo.path}:\nskip-bad = {most}")
+        else:
+            found.ok("bad rows", what, f"data.skip-bad of {silo.path} allows {allowed:,}")
     weighed = plan.privacy.secure_aggregation and plan.merge.weighting == "examples"
     if contributed is not None and contributed.data != train.digest:
         found.problem(
@@ -60,15 +80,41 @@ def check_data(
         )
     else:
         counts = f"{len(train):,} training examples ({_by_label(train, task)}), {len(held_out):,} held out"
-        found.ok("data", f"{counts}\n{_what_leaves_of_counts(plan, task)}")
-    return train
+        notice = described(task, train.labels)[1] if task.task == "regression" else ""
+        found.ok("data", f"{counts}\n{_what_leaves_of_counts(plan, task)}", notice)
+    return train, held_out
+
+
+def check_encoding(
+    found: Findings, silo: Silo, plan: Plan, base: Base | None, data: tuple[Examples, Examples] | None
+) -> None:
+    """Look at what the base model's tokenizer makes of the data: a run that stops at it gives no reason."""
+    task = plan.task_of(silo.name)
+    if base is None or data is None or task.task == "image-classification":
+        return
+    from gramfuse_client.batches import Encoded
+
+    train, held_out = (Encoded(examples, base.tokenizer, task) for examples in data)
+    try:
+        train.check_learnable()
+    except DataError as error:
+        found.error("tokens", error)
+        return
+    words = [seen for encoded in (train, held_out) for row in encoded.rows or () for seen, _ in row.get("words", ())]
+    if missed := words.count(False):
+        found.ok(
+            "tokens",
+            f"{missed:,} of {len(words):,} words have no token: the {task.max_length} that an example may have are over"
+            " before them, or the tokenizer drops their characters. In the metrics no entity is predicted there",
+            "raise max-length in the plan, if they are many",
+        )
 
 
 def _by_label(examples: Examples, task: Task) -> str:
     """Say how many examples each label has, of those that this silo annotates; of tags, how many entities begin."""
     match task.task:
         case "regression":
-            return "targets are numbers"
+            return described(task, examples.labels)[0]
         case "sequence-to-sequence":
             return "targets are texts"
         case "causal-lm":
@@ -114,12 +160,14 @@ def check_base(found: Findings, silo: Silo, plan: Plan) -> Base | None:
 
     from gramfuse_model.base import load_base
     from gramfuse_model.source import source_of
+    from gramfuse_model.suitable import check_suitable
 
     if silo.file.threads:
         torch.set_num_threads(silo.file.threads)  # as in a run
     try:
-        source = source_of(plan, silo.directory, silo.file.base, local=True).directory
-        base = load_base(plan, silo.directory, silo=silo.name, override=source)
+        source = source_of(plan, silo.project, silo.base, local=True).directory
+        base = load_base(plan, silo.project, silo=silo.name, override=source)
+        check_suitable(base, plan.task_of(silo.name))
     except ModelError as error:
         remedy = f"get the files of whoever locked the plan, and name their directory above [data] in {silo.path}:"
         found.error("base model", error, f'{remedy}\nbase = "DIRECTORY"')
@@ -132,6 +180,7 @@ def check_base(found: Findings, silo: Silo, plan: Plan) -> Base | None:
 def check_layout(found: Findings, silo: Silo, given: Given, base: Base | None) -> Layout | None:
     """Derive the layout, or, without a base model, take the one that came with the plan."""
     from gramfuse_model.base import load_base
+    from gramfuse_model.lengths import check_lengths
     from gramfuse_model.tracing import plan_layout
 
     plan, path = given.plan, given.path.with_name("layout.json")
@@ -142,8 +191,9 @@ def check_layout(found: Findings, silo: Silo, given: Given, base: Base | None) -
             more = f"; what follows is by {path}" if known else ""
             found.skip("layout", f"it is derived from the base model{more}")
             return known
+        check_lengths(base, [plan.task_of(silo.name)], trains=True)
         if plan.task:  # the layout is derived from one task's model, the same everywhere
-            base = load_base(plan, silo.directory, override=silo.file.base)
+            base = load_base(plan, silo.project, override=silo.base)
         layout = plan_layout(plan, base, named)
     except (ModelError, PlanError) as error:
         found.error("layout", error, f"and have the author's own layout.json as {path}, since rounding may differ")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gramfuse_client.data import load
+from gramfuse_client.data import left_out, load
 from gramfuse_client.measurements import HeldOut, Measurement
 from gramfuse_client.membership import Membership, check_range
 from gramfuse_client.policy import check_bytes, check_disk, check_examples, check_hours, check_plan, check_repeat
@@ -18,6 +18,7 @@ from gramfuse_client.private import exclusive
 from gramfuse_client.releases import Releases
 from gramfuse_client.silo import Silo
 from gramfuse_client.state import Origin, State
+from gramfuse_client.targets import check_targets
 from gramfuse_protocol.canonical import text_digest
 from gramfuse_protocol.errors import (
     DataError,
@@ -164,8 +165,12 @@ class Participant:
 
     def _have_statistics(self, state: State, plan: Plan, layout: Layout, request: TrainRequest, start: str) -> None:
         """Fine-tune and measure, unless that was done with the same data and from the same model."""
-        examples, _ = load(self.silo, plan.task_of(self.silo.name))
+        task = plan.task_of(self.silo.name)
+        examples, held_out = load(self.silo, task)
+        for row in left_out(examples, held_out):
+            log.warning("silo %s leaves out a bad row: %s", self.silo.name, row)
         check_examples(self.silo, len(examples))
+        check_targets(self.silo.path, task, examples.labels)
         contributed = state.contributed()
         if contributed is not None and contributed.data != examples.digest:
             raise DataError(

@@ -186,9 +186,9 @@ class Releases:
             shared = len(np.intersect1d(self._load(earlier.rows), rows, assume_unique=True))
             if shared:
                 problem = (
-                    "the silos are the same, but the plan reads rows in another way ([model], [[task]], 'merge.tokens' "
-                    "or 'training.batch-size'): where that changes one silo's rows only, the difference of the two "
-                    "sums is that silo's own. Leave these keys as they were"
+                    "the silos are the same, but the plan reads rows in another way ([model], [[task]], "
+                    "'merge.tokens', 'training.batch-size' or 'training.seed'): where that changes one silo's rows "
+                    "only, the difference of the two sums is that silo's own. Leave these keys as they were"
                     if read_otherwise
                     else f"the silos, or what the plan says of each, differ by {differing}: the difference of the two "
                     f"sums is what those silos hold. Take the same silos as in that sum, or {most + 1} others at least"

@@ -83,7 +83,7 @@ def check_ledger(found: Findings, silo: Silo) -> str:
             what = f"{head.number:,} lines hold together; the last was not finished, and its message never left"
             found.ok("ledger", what)
         else:
-            found.problem("ledger", str(error), "keep the ledger and its .head, and see docs/exit-codes/18.md")
+            found.problem("ledger", str(error), "keep the ledger and its .head, and see: gramfuse explain 18")
     except OSError as error:
         found.problem("ledger", f"{path}: cannot be read: {error}", "run the check as the user who runs the silo")
     else:

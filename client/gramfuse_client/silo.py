@@ -28,8 +28,9 @@ def _source_or_fraction(value: str | float) -> str | float:
 class Data(Section):
     """`[data]`: where the examples are and which columns count.
 
-    A source is a path to a .jsonl, .jsonl.gz, .csv or .parquet file, or `hf:<hub id or folder>[#split]`. What a column
-    must hold depends on the plan's task (`gramfuse_client.data`).
+    A source is a path to a .jsonl, .ndjson, .json, .csv or .tsv file, packed with gzip or not, or to a .parquet file;
+    or it is `hf:<hub id or folder>[:config][#split]` (`gramfuse_client.sources`). What a column must hold depends on
+    the plan's task (`gramfuse_client.data`).
     """
 
     train: Annotated[str, Field(min_length=1)]
@@ -49,6 +50,8 @@ class Data(Section):
     """For `image-classification`: an image, or its path from where the source is."""
     label: str = "label"
     """Label, labels, number, tags or target text; `causal-lm` has none."""
+    skip_bad: Annotated[int, Field(ge=0)] = 0
+    """So many rows of each source may be bad, and are left out; more are an error."""
 
 
 class Hours(Legible):
@@ -185,12 +188,18 @@ def write_identity(path: Path, identity: Identity) -> None:
 
 
 class Silo:
-    """A silo file and the directory that its paths start at."""
+    """A silo file and the directory that its paths start at.
 
-    def __init__(self, path: Path, file: SiloFile) -> None:
+    Args:
+        project: directory of the plan file, where a path in the plan starts: in a simulation, and where a silo without
+            a network has the plan as a file. Over the network there is none.
+    """
+
+    def __init__(self, path: Path, file: SiloFile, project: Path | None = None) -> None:
         self.path = path
         self.file = file
         self.directory = path.parent.resolve()
+        self.project = project
 
     @staticmethod
     def read(path: Path) -> Silo:
@@ -201,6 +210,14 @@ class Silo:
     def name(self) -> str:
         """The silo's name in the roster."""
         return self.file.name
+
+    @property
+    def base(self) -> str | None:
+        """Where this silo keeps the base model, if its file says so; a directory in full."""
+        if self.file.base is None:
+            return None
+        path = self.directory / Path(self.file.base).expanduser()
+        return str(path) if path.is_dir() or self.file.base.startswith(".") else self.file.base
 
     @property
     def identity_path(self) -> Path:

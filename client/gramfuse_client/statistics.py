@@ -11,6 +11,7 @@ from torch import nn
 
 from gramfuse_client.gram import collect_grams
 from gramfuse_model.base import trainable
+from gramfuse_protocol.errors import ContributionError
 from gramfuse_protocol.layout import Layout, Slice, delta_block, gram_block
 from gramfuse_protocol.plan import Merge
 from gramfuse_protocol.statistics import Statistics, check_counts, check_slices
@@ -30,21 +31,28 @@ def collect_statistics(
 
     Args:
         model: the fine-tuned model.
-        batches: its training data as keyword arguments of forward (see `gramfuse_client.gram.collect_grams`).
+        batches: its training data as keyword arguments of forward (see `gramfuse_client.gram.collect_grams`), in an
+            order that was drawn: beyond the limit, nothing counts.
         layout: from `gramfuse_model.tracing`, made on the base model.
-        base: the base model's trainable parameters by name, float32 (`gramfuse_model.base.trainable`); those that are
-            not in the layout are left out.
+        base: of the base model, by name, float32, what training may change (`gramfuse_model.base.trainable`); what is
+            not in the layout is left out.
         examples: how many examples the model was fine-tuned on, ≥ 1.
         limit: most token rows for one Gram matrix.
 
     Raises:
-        ContributionError: naming the tensor, if the model does not fit the layout or a value is NaN or infinite.
+        ContributionError: naming the tensor, if the model does not fit the layout or a value is NaN or infinite; if
+            there are no batches, or they have no token.
     """
     grams = collect_grams(model, batches, layout, limit=limit, progress=progress)
+    if grams and not any(gram.tokens for gram in grams.values()):
+        raise ContributionError(
+            "no token was measured: there are no batches, or all that is in them is padding. A generator gives its "
+            "batches once; make a new one for each model"
+        )
     blocks = {gram_block(name): gram.mean() for name, gram in grams.items()}
     tuned = trainable(model)
     names = [tensor.name for tensor in layout.tensors if tensor.name in base and tensor.name in tuned]
-    blocks |= {delta_block(name): tuned[name] - base[name] for name in names}
+    blocks |= {delta_block(name): np.asarray(tuned[name] - base[name]) for name in names}  # of one number, an array too
     tokens = {name: gram.tokens for name, gram in grams.items()}
     check_counts(layout, examples, tokens, "this silo")
     check_slices((Slice(block, 0, block.entries) for block in layout.blocks), blocks, "this silo")

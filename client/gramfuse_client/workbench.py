@@ -23,13 +23,18 @@ from gramfuse_client.silo import Silo
 from gramfuse_client.state import State
 from gramfuse_client.statistics import collect_statistics
 from gramfuse_model.base import Base, load_base, own_head, trainable
+from gramfuse_model.buffers import add_to, first_difference, forget, saved_buffers
 from gramfuse_model.change import check_changes
+from gramfuse_model.lengths import check_lengths
+from gramfuse_model.suitable import check_suitable
+from gramfuse_model.targets import fold
 from gramfuse_model.tracing import plan_layout
-from gramfuse_protocol.errors import RefusalError
+from gramfuse_protocol.errors import ContributionError, RefusalError
 from gramfuse_protocol.layout import Layout, delta_block
 from gramfuse_protocol.metrics import Sums
 from gramfuse_protocol.plan import Plan
 from gramfuse_protocol.statistics import Statistics
+from gramfuse_protocol.task import Task
 
 EVALUATION_BATCH = 64
 
@@ -50,12 +55,15 @@ class Workbench:
 
         Raises:
             ModelError: if the base model cannot be loaded or is another one, or the layout is.
+            PlanError: if the plan's texts are longer than the base model takes.
             RefusalError: if this machine has too little memory to fine-tune or measure.
         """
         base = own = self._base()
         if self.plan.task:  # the layout is derived from one task's model, the same everywhere
-            base = load_base(self.plan, self.silo.directory, override=self.silo.file.base)
+            base = load_base(self.plan, self.silo.project, override=self.silo.base)
+        check_lengths(own, [self.task], trains=True)
         layout = plan_layout(self.plan, base, given)
+        check_suitable(own, self.task)
         lack = lacking_memory(self.plan, self.task, layout, own, choose_device(self.silo.file.device).type)
         if lack is not None:
             raise RefusalError(f"{self.silo.path}: {lack}", reason="this silo has too little memory for the plan")
@@ -112,12 +120,12 @@ class Workbench:
             given = batches(encoded, EVALUATION_BATCH, device, by_length=True)
             sums = evaluate(model, given, self.task, base.tokenizer)
         if keep:
-            save_privately(base, state.model)
+            save_privately(base, self.task, state.model)
         return sums
 
     def keep(self, layout: Layout, arrays: Mapping[str, NDArray[Any]], state: State) -> None:
         """Write this silo's finished model into its state: the base model with differences added, and its own head."""
-        save_privately(self._merged(layout, arrays, state), state.model)
+        save_privately(self._merged(layout, arrays, state), self.task, state.model)
 
     def finish(self, layout: Layout, arrays: Mapping[str, NDArray[Any]], state: State, directory: Path) -> None:
         """Write the base model with differences added and this silo's own head, as `from_pretrained` loads it.
@@ -127,6 +135,7 @@ class Workbench:
             directory: made if it is not there.
         """
         base = self._merged(layout, arrays, state)
+        fold(base.model, self.task)
         base.model.save_pretrained(directory)
         base.tokenizer.save_pretrained(directory)
 
@@ -140,11 +149,12 @@ class Workbench:
     def _base(self) -> Base:
         """Return the base model for the caller to change: the one that was only looked at, or it is loaded."""
         looked_at, self._looked_at = self._looked_at, None
-        return looked_at or load_base(self.plan, self.silo.directory, silo=self.silo.name, override=self.silo.file.base)
+        return looked_at or load_base(self.plan, self.silo.project, silo=self.silo.name, override=self.silo.base)
 
 
-def save_privately(base: Base, directory: Path) -> None:
-    """Replace a model on the disk that only its owner may read."""
+def save_privately(base: Base, task: Task, directory: Path) -> None:
+    """Replace a model on the disk that only its owner may read; it gives targets as the data have them."""
+    fold(base.model, task)
     temporary = directory.with_suffix(".partial")
     shutil.rmtree(temporary, ignore_errors=True)
     make_private_directory(temporary)
@@ -158,18 +168,18 @@ def save_privately(base: Base, directory: Path) -> None:
 
 def add(layout: Layout, base: Base, arrays: Mapping[str, NDArray[Any]]) -> None:
     """Add differences (`delta:<parameter>`, float32) to the base model, in place."""
-    parameters = dict(base.model.named_parameters())
-    with torch.no_grad():
-        for tensor in layout.tensors:
-            parameters[tensor.name] += torch.from_numpy(arrays[delta_block(tensor.name)].copy())
+    tensors = base.model.state_dict()
+    for tensor in layout.tensors:
+        add_to(tensors[tensor.name], torch.from_numpy(arrays[delta_block(tensor.name)].copy()))
+    forget(base.model)
 
 
 def put(base: Base, values: Mapping[str, NDArray[Any] | torch.Tensor]) -> None:
-    """Give parameters of the base model other values, in place."""
-    parameters = dict(base.model.named_parameters())
-    with torch.no_grad():
-        for name, value in values.items():
-            parameters[name].copy_(torch.as_tensor(value))
+    """Give parameters and buffers of the base model other values, in place."""
+    tensors = base.model.state_dict()
+    for name, value in values.items():
+        tensors[name].copy_(torch.as_tensor(value))
+    forget(base.model)
 
 
 def train(
@@ -183,13 +193,19 @@ def train(
     Args:
         base: what is fine-tuned; differences are taken from it.
         state: says which round it is, and takes notes of progress; without one it is the first.
+
+    Raises:
+        ContributionError: naming the tensor, if training changes a buffer that all silos share and the layout does not
+            merge, or a value is NaN or infinite.
     """
     device = choose_device(silo.file.device)
+    merged = {tensor.name for tensor in layout.tensors}
+    fixed = {name: b.clone() for name, b in saved_buffers(base.model).items() if name in base.shared - merged}
     encoded = Encoded(examples, base.tokenizer, plan.task_of(silo.name))
     before = trainable(base.model)
     if state is None or state.round == 1:
         if plan.model.head != "same":
-            put(base, own_head(plan, silo.directory, silo.name, override=silo.file.base))
+            put(base, own_head(plan, silo.project, silo.name, override=silo.base))
     elif plan.model.head == "own":
         put(base, state.head(before=True))
     finetune(
@@ -199,13 +215,18 @@ def train(
         device,
         progress=None if state is None else lambda done, total: state.progress("train", done, total),
     )
+    odd = first_difference(fixed, saved_buffers(base.model))
+    if odd is not None:
+        raise ContributionError(
+            f"training changed the buffer {odd!r}, which did not change when the layout was made, so it would not be "
+            "merged; choose another base model"
+        )
     if plan.model.head == "own" and state is not None:
-        merged = {tensor.name for tensor in layout.tensors}
-        state.save_head({name: value for name, value in trainable(base.model).items() if name not in merged})
+        state.save_head({name: value for name, value in trainable(base.model).items() if name not in base.shared})
     size = plan.training.batch_size
     return collect_statistics(
         base.model,
-        batches(encoded, size, device),
+        batches(encoded, size, device, seed=plan.training.seed),
         layout,
         base=before,
         examples=len(examples),

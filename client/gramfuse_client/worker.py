@@ -23,7 +23,7 @@ command = importlib.import_module("flwr.supernode.cli.flwr_clientapp")
 runtime = importlib.import_module("flwr.supernode.runtime.run_clientapp")
 superexec: Any = importlib.import_module("flwr.supercore.superexec.run_superexec")
 
-VERSION = "1.41."
+VERSIONS = ("1.41.", "1.42.")
 
 REPLACED = {
     "install_from_fab": ["fab_file", "install_dir", "skip_prompt"],
@@ -31,7 +31,7 @@ REPLACED = {
     "install_app_dependencies": ["project_dir", "launch_id", "run_id", "index_context"],
     "get_load_client_app_fn": ["default_app_ref", "app_path", "multi_app"],
 }
-"""Functions that Flower's worker calls, and the parameters that they had in VERSION."""
+"""Functions that Flower's worker calls, and the parameters that they had in VERSIONS."""
 
 REPLACED_IN_RUNNER = {"get_executor": ["executor_type", "executor_config", "insecure", "root_certificates_path"]}
 """The same of Flower's SuperExec."""
@@ -46,10 +46,11 @@ def check_flower() -> None:
         for name, parameters in functions.items()
         if list(inspect.signature(getattr(module, name, lambda: None)).parameters) != parameters
     ]
-    if not version.startswith(VERSION) or changed:
+    if not version.startswith(VERSIONS) or changed:
+        known = " and ".join(f"{one}*" for one in VERSIONS)
         raise FederationError(
-            f"Flower {version} is installed and differs from {VERSION}* in {', '.join(changed) or 'its version'}; the "
-            f"silo runs nothing with it. Install: flwr=={VERSION}*"
+            f"Flower {version} is installed and differs from {known} in {', '.join(changed) or 'its version'}; the "
+            f"silo runs nothing with it. Install: flwr=={VERSIONS[-1]}*"
         )
 
 

@@ -18,10 +18,13 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from gramfuse_model.buffers import learned, saved_buffers
+from gramfuse_model.checkpoint_keys import Keys, check_keys
 from gramfuse_model.digests import config_digest, processor_digest, tensor_digests, weights_digest
 from gramfuse_model.heads import head_parameters
 from gramfuse_model.source import BUNDLED, Source, source_of
 from gramfuse_model.tasks import FORMS, head_settings
+from gramfuse_model.vocabulary import check_files_of, check_tokenizer, pad
 from gramfuse_protocol.canonical import digest
 from gramfuse_protocol.errors import GramfuseError, ModelError
 from gramfuse_protocol.plan import EMBEDDINGS, Pins, Plan
@@ -63,21 +66,25 @@ class Base:
         )
 
 
-def load_base(plan: Plan, directory: Path, *, silo: str | None = None, override: str | None = None) -> Base:
+def load_base(
+    plan: Plan, directory: Path | None, *, silo: str | None = None, override: str | None = None, whole: bool = False
+) -> Base:
     """Load the base model with a head for a task, seeded by `training.seed`, in float32.
 
     Args:
-        directory: where a relative path in the plan starts.
+        directory: of the plan file, where a relative path in it starts; None where there is no such file.
         silo: whose task the head is for; by default the plan's only or first one.
         override: where this side keeps the base model, if not where the plan says; it must be the same.
+        whole: whether it is a fine-tuned model, whose files must have its head too.
 
     Raises:
-        ModelError: if it cannot be loaded, a weight is NaN or infinite, or it is not what the plan is locked to.
+        ModelError: if it cannot be loaded, its files are not those of such a model (`gramfuse_model.checkpoint_keys`),
+            a weight is NaN or infinite, or it is not what the plan is locked to.
     """
     task = next(iter(plan.tasks.values())) if silo is None else plan.task_of(silo)
     source = _find(plan, directory, override)
-    with _loading(plan, source):
-        model, fresh = _load_model(source.directory, task, plan.training.seed)
+    with _loading(plan, source, whole=whole):
+        model, fresh = _load_model(source.directory, task, plan.training.seed, whole=whole)
         tokenizer = _load_processor(source.directory, task)
         if task.task == "token-classification" and not tokenizer.is_fast:
             raise ModelError(
@@ -85,10 +92,10 @@ def load_base(plan: Plan, directory: Path, *, silo: str | None = None, override:
                 "characters a token stands for, and token-classification needs that; save the base model with a "
                 "tokenizer that has a tokenizer.json"
             )
-        _check_finite(plan, source, model)
-        if isinstance(tokenizer, PreTrainedTokenizerBase) and tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
-            model.config.pad_token_id = tokenizer.pad_token_id
+        _check_finite(_called(plan, source, whole=whole), model)
+        if isinstance(tokenizer, PreTrainedTokenizerBase):
+            check_tokenizer(model, tokenizer, source.directory)
+            pad(model, tokenizer, source.directory)
         shared = _shared(plan, source.directory, model)
         pins = Pins(
             _weights(plan, source.directory, model, task, fresh, shared),
@@ -101,12 +108,16 @@ def load_base(plan: Plan, directory: Path, *, silo: str | None = None, override:
     return Base(model.eval(), tokenizer, pins, shared)
 
 
-def _check_finite(plan: Plan, source: Source, model: PreTrainedModel) -> None:
+def _called(plan: Plan, source: Source, *, whole: bool = False) -> str:
+    return f"{'model' if whole else 'base'} {plan.model.base!r} ({source.directory})"
+
+
+def _check_finite(called: str, model: PreTrainedModel) -> None:
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise ModelError(
-                f"base {plan.model.base!r} ({source.directory}): {name!r} holds values that are NaN or infinite; the "
-                "files are damaged, or what was trained diverged"
+                f"{called}: {name!r} holds values that are NaN or infinite; the files are damaged, or what was trained "
+                "diverged"
             )
 
 
@@ -149,7 +160,7 @@ def _weights(
     return digest(found)
 
 
-def own_head(plan: Plan, directory: Path, silo: str, *, override: str | None = None) -> dict[str, torch.Tensor]:
+def own_head(plan: Plan, directory: Path | None, silo: str, *, override: str | None = None) -> dict[str, torch.Tensor]:
     """Return the head that a silo starts from under `head` "different" or "own": of a seed that only it has.
 
     It is what transformers makes of the seed. A head that the base model brings along is the same everywhere.
@@ -171,7 +182,9 @@ def own_head(plan: Plan, directory: Path, silo: str, *, override: str | None = N
     return {name: parameter.detach() for name, parameter in model.named_parameters() if name in head}
 
 
-def _load_model(directory: str, task: Task, seed: int) -> tuple[PreTrainedModel, frozenset[str]]:
+def _load_model(
+    directory: str, task: Task, seed: int, *, whole: bool = False
+) -> tuple[PreTrainedModel, frozenset[str]]:
     """Return a task's model, and the names of the parameters that its files do not have, which come of the seed."""
     auto = getattr(transformers, FORMS[task.task].auto)
     with torch.random.fork_rng(devices=[]):
@@ -185,7 +198,10 @@ def _load_model(directory: str, task: Task, seed: int) -> tuple[PreTrainedModel,
             trust_remote_code=False,
             use_safetensors=True,
         )
-    return model, frozenset(loaded["missing_keys"]) | {name for name, *_ in loaded["mismatched_keys"]}
+    keys = Keys.of(loaded)
+    labels = AutoConfig.from_pretrained(directory, trust_remote_code=False).num_labels
+    check_keys(model, keys, directory, labels=labels, whole=whole)
+    return model, keys.fresh
 
 
 def _configuration(directory: str, task: Task) -> Any:
@@ -204,11 +220,14 @@ def _load_processor(directory: str, task: Task) -> Any:
     form = FORMS[task.task]
     # Pictures are resized by Pillow everywhere: torchvision, where it is installed, gives other pixels.
     backend = {"backend": "pil"} if form.processor == "AutoImageProcessor" else {}
-    return getattr(transformers, form.processor).from_pretrained(directory, trust_remote_code=False, **backend)
+    processor = getattr(transformers, form.processor).from_pretrained(directory, trust_remote_code=False, **backend)
+    if isinstance(processor, PreTrainedTokenizerBase):
+        check_files_of(processor, directory)
+    return processor
 
 
-def kept_parameters(plan: Plan, directory: Path, *, override: str | None = None) -> dict[str, tuple[str, ...]]:
-    """Return by task the parameters that a silo keeps, trained or not, since not all silos have them in common.
+def kept_parameters(plan: Plan, directory: Path | None, *, override: str | None = None) -> dict[str, tuple[str, ...]]:
+    """Return by task the parameters and buffers that a silo keeps, since not all silos have them in common.
 
     Weights are not loaded for it.
 
@@ -225,7 +244,7 @@ def kept_parameters(plan: Plan, directory: Path, *, override: str | None = None)
         models = {name: _bare(source.directory, task) for name, task in plan.tasks.items()}
     shared = {name for name, _ in set.intersection(*map(_body, models.values()))}
     return {
-        task: tuple(name for name, _ in model.named_parameters() if name not in shared)
+        task: tuple(name for name in (*dict(model.named_parameters()), *saved_buffers(model)) if name not in shared)
         for task, model in models.items()
     }
 
@@ -250,13 +269,13 @@ def _body(model: PreTrainedModel) -> set[tuple[str, torch.Size]]:
     return {(name, tensor.shape) for name, tensor in model.state_dict().items() if name not in head}
 
 
-def _find(plan: Plan, directory: Path, override: str | None) -> Source:
+def _find(plan: Plan, directory: Path | None, override: str | None) -> Source:
     with _quiet():
         return source_of(plan, directory, override)
 
 
 @contextmanager
-def _loading(plan: Plan, source: Source) -> Iterator[None]:
+def _loading(plan: Plan, source: Source, *, whole: bool = False) -> Iterator[None]:
     """Load quietly, since that a head is new is what we asked for; what goes wrong becomes a ModelError."""
     with _quiet():
         try:
@@ -264,7 +283,11 @@ def _loading(plan: Plan, source: Source) -> Iterator[None]:
         except GramfuseError:
             raise
         except Exception as error:  # of files that make no sense, libraries raise what they like
-            raise ModelError(f"base {plan.model.base!r} ({source.directory}) cannot be loaded: {error}") from error
+            damaged = type(error).__name__ == "SafetensorError"
+            raise ModelError(
+                f"{_called(plan, source, whole=whole)} cannot be loaded: {error}"
+                + (". A file of its weights is damaged, or was cut off: get it again" if damaged else "")
+            ) from error
 
 
 def embedding_parameters(model: nn.Module) -> frozenset[str]:
@@ -307,12 +330,11 @@ def freeze(model: nn.Module, patterns: Iterable[str]) -> None:
 
 
 def trainable(model: nn.Module) -> dict[str, NDArray[np.float32]]:
-    """Return copies of the parameters that are trained, float32 on the CPU, by name."""
-    return {
-        name: parameter.detach().cpu().numpy().copy()
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    }
+    """Return copies of all that training may change (`gramfuse_model.buffers.learned`), by name.
+
+    They are float32 on the CPU, whatever dtype the model has.
+    """
+    return {name: tensor.detach().cpu().float().numpy().copy() for name, tensor in learned(model).items()}
 
 
 @contextmanager

@@ -22,23 +22,27 @@ QUIETEST = 0.02
 A bias that starts at zero would change by infinitely much otherwise.
 """
 
+QUIETEST_BUFFER = 1.0
+"""The same of a buffer: that of running variances which are drawn anew."""
+
 
 def changes(model: nn.Module, differences: Mapping[str, NDArray[Any]]) -> dict[str, float]:
     """Return for each parameter how much it changes: the norm of its difference over that of the base's tensor.
 
     Args:
         model: the base.
-        differences: from the base, by parameter name, in the parameter's own shape.
+        differences: from the base, by name of a parameter or buffer, in its own shape.
 
     Returns:
         Of each difference its root mean square, divided by that of the base's tensor or by QUIETEST, whichever is more;
-        NaN or infinity if the difference holds that.
+        NaN or infinity if the difference holds that. Counters are left out: how far they count says nothing.
     """
-    parameters = dict(model.named_parameters())
+    tensors, buffers = model.state_dict(), dict(model.named_buffers())
     found = {}
     for name, difference in differences.items():
-        base = parameters[name].detach().cpu().numpy()
-        found[name] = _root_mean_square(difference) / max(_root_mean_square(base), QUIETEST)
+        base, quietest = tensors[name].cpu().numpy(), QUIETEST_BUFFER if name in buffers else QUIETEST
+        if np.issubdtype(base.dtype, np.floating):
+            found[name] = _root_mean_square(difference) / max(_root_mean_square(base), quietest)
     return found
 
 

@@ -110,8 +110,8 @@ def processor_document(processor: Any) -> dict[str, Any]:
     Returns:
         `class`; `settings`; and for tokenizers `special`, the special tokens by role, and `backend`: as tokenizer.json
         has it, with normalizer, pre-tokenizer, model, post-processor, decoder and added tokens. Truncation and padding
-        are not in it, since every call sets them. A tokenizer that is written in Python has its vocabulary, its added
-        tokens and the SHA-256 of its vocabulary files in place of that.
+        are not in it, since every call sets them. A tokenizer that is written in Python has its added tokens and the
+        SHA-256 of its vocabulary, by number, and of its vocabulary files in place of that.
 
     Raises:
         ModelError: if it is of a kind whose whole state cannot be had.
@@ -149,12 +149,18 @@ def tokenizer_backend(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
             backend = json.loads(tokenizer.backend_tokenizer.to_str())
             return {key: _plain(backend[key]) for key in backend.keys() - {"version", "truncation", "padding"}}
         added = {str(index): token.__getstate__() for index, token in tokenizer.added_tokens_decoder.items()}
-        return {"vocabulary": dict(tokenizer.get_vocab()), "added": added, "files": _vocabulary_files(tokenizer)}
+        return {"vocabulary": _vocabulary(tokenizer), "added": added, "files": _vocabulary_files(tokenizer)}
     except (AttributeError, NotImplementedError, OSError) as error:
         raise ModelError(
             f"a {type(tokenizer).__name__} does not give its whole state away, so a plan cannot pin it ({error}); save "
             "the base model with a tokenizer that has a tokenizer.json"
         ) from None
+
+
+def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the SHA-256 of all tokens as JSON in ASCII; a token may be half a character, which no other JSON has."""
+    tokens = sorted(tokenizer.get_vocab().items(), key=lambda entry: (entry[1], entry[0]))
+    return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()
 
 
 def _vocabulary_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:

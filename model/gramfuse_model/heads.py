@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 from transformers import PreTrainedModel
 
-from gramfuse_model.linear import linear_modules
+from gramfuse_model.linear import LinearModule, linear_modules
 from gramfuse_protocol.errors import ModelError
 
 
@@ -20,15 +20,34 @@ def answers(model: nn.Module) -> bool:
 
 
 def head_parameters(model: PreTrainedModel) -> frozenset[str]:
-    """Return the names of the parameters that stand outside of the body, `model.base_model`.
+    """Return the names of the parameters, and of the buffers, that stand outside of the body, `model.base_model`.
 
     A model that generates has none.
     """
     body = model.base_model
     if body is model or generates(model):
         return frozenset()
-    inside = {id(parameter) for parameter in body.parameters()}
-    return frozenset(name for name, parameter in model.named_parameters() if id(parameter) not in inside)
+    inside = {id(tensor) for tensor in (*body.parameters(), *body.buffers())}
+    both = (*model.named_parameters(), *model.named_buffers())
+    return frozenset(name for name, tensor in both if id(tensor) not in inside)
+
+
+def last_linear(model: PreTrainedModel, outputs: int) -> LinearModule | None:
+    """Return the last linear module of the head with so many outputs, or None if it has none."""
+    head = head_parameters(model)
+    fitting = [linear for linear in linear_modules(model) if linear.weight in head and linear.d_out == outputs]
+    return fitting[-1] if fitting else None
+
+
+def pooler_parameters(model: PreTrainedModel) -> frozenset[str]:
+    """Return the names of the parameters of the body's pooler, which pre-training often does without.
+
+    A model that was trained to fill in masked words is saved without one, and one for a task begins with a new one.
+    """
+    body, prefix = model.base_model, f"{model.base_model_prefix}.pooler."
+    if body is model or generates(model):
+        return frozenset()
+    return frozenset(name for name, _ in model.named_parameters() if name.startswith(prefix))
 
 
 def last_layer(model: PreTrainedModel, labels: int) -> frozenset[str]:
@@ -37,16 +56,11 @@ def last_layer(model: PreTrainedModel, labels: int) -> frozenset[str]:
     Raises:
         ModelError: if the head has no linear layer with one output for each label.
     """
-    head = head_parameters(model)
-    fitting = [
-        linear
-        for linear in linear_modules(model)
-        if linear.weight in head and linear.kind.transposed and linear.d_out == labels
-    ]
-    if not fitting:
+    head, last = head_parameters(model), last_linear(model, labels)
+    if last is None or not last.kind.transposed:
         raise ModelError(
             f"the head of {type(model).__name__} has no linear layer with {labels} outputs, so it cannot be merged "
             "label by label: leave out 'labels' of the [[silo]] sections, or use model.head = \"own\""
         )
-    prefix = fitting[-1].weight.removesuffix("weight")
+    prefix = last.weight.removesuffix("weight")
     return frozenset(name for name in head if name in (f"{prefix}weight", f"{prefix}bias"))

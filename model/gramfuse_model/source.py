@@ -52,11 +52,11 @@ class Source(NamedTuple):
     revision: str | None
 
 
-def locate(base: str, directory: Path) -> str:
+def locate(base: str, directory: Path | None) -> str:
     """Return where a base is: the path of a directory, or a hub id as it is.
 
     Args:
-        directory: where relative paths start.
+        directory: where relative paths start; None if there is no such place.
 
     Raises:
         ModelError: if a bundled model's package is missing, or a path does not exist.
@@ -70,19 +70,29 @@ def locate(base: str, directory: Path) -> str:
         return str(importlib.resources.files(bundled.package) / bundled.folder)
     if base.startswith("bundled:"):
         raise ModelError(f"base {base!r} is unknown; bundled models: {', '.join(BUNDLED)}")
-    path = (directory / base).expanduser()
+    path = Path(base).expanduser()
+    a_path = base.startswith((".", "/", "~")) or base.count("/") > 1
+    if directory is None and not path.is_absolute():
+        if a_path:
+            raise ModelError(
+                f"base {base!r} is a path that starts where the plan file lies, and a silo that gets the plan over the "
+                "network has none; write where this silo keeps the model as 'base' into its silo file, where paths "
+                "start at the silo file"
+            )
+        return base
+    path = (directory or path) / path
     if path.is_dir():
         return str(path.resolve())
-    if base.startswith((".", "/", "~")) or base.count("/") > 1:
+    if a_path:
         raise ModelError(f"base {base!r}: no such directory {path}")
     return base
 
 
-def source_of(plan: Plan, directory: Path, override: str | None = None, *, local: bool = False) -> Source:
+def source_of(plan: Plan, directory: Path | None, override: str | None = None, *, local: bool = False) -> Source:
     """Return where a plan's base model is on this machine; a hub model is downloaded if it is not.
 
     Args:
-        directory: where relative paths start.
+        directory: of the plan file, where relative paths start; None at a silo that got the plan over the network.
         override: where this side keeps the base model, if not where the plan says.
         local: whether nothing may be downloaded.
 
@@ -147,6 +157,20 @@ def check_files(directory: str) -> str:
         ModelError: naming the file, what was expected, and how to have it.
     """
     root = Path(directory)
+    names = sorted(path.name for path in root.iterdir())
+    weights = {WEIGHTS, INDEX} & set(names)
+    if "adapter_config.json" in names:
+        raise ModelError(
+            f"{root}: {'has an adapter beside the model' if weights else 'is an adapter without the model'} "
+            "(adapter_config.json), and gramfuse takes whole models; load the model and the adapter with peft, call "
+            "merge_and_unload(), and save what that returns with save_pretrained"
+        )
+    saved = _checkpoints(root)
+    if saved and ("config.json" not in names or not weights):
+        raise ModelError(
+            f"{root}: holds no model, but {len(saved)} that were saved while it was trained; name one, the last is "
+            f"{saved[-1]}"
+        )
     config = _json(root / "config.json")
     for path, value in _entries(config):
         if path[-1] == "auto_map" and path[:-1]:
@@ -158,12 +182,6 @@ def check_files(directory: str) -> str:
                 f"{root / 'config.json'}: {quoted('.'.join(path))} is not supported; a base model has its weights in "
                 f"{WEIGHTS}, and they are not quantized"
             )
-    if (root / "adapter_config.json").exists():
-        raise ModelError(
-            f"{root}: has an adapter (adapter_config.json) beside the model; merge it into the model first, with "
-            "peft's merge_and_unload, and save that"
-        )
-    names = sorted(path.name for path in root.iterdir())
     if any(name.startswith("shard-") and name.endswith(".safetensors") for name in names):
         raise ModelError(f"{root}: is a distributed checkpoint; save the model as {WEIGHTS}, with save_pretrained")
     if WEIGHTS in names:
@@ -181,6 +199,12 @@ def check_files(directory: str) -> str:
             else "; a base model is saved by transformers' save_pretrained"
         )
     )
+
+
+def _checkpoints(root: Path) -> list[Path]:
+    """Return the models that transformers' Trainer saved in a directory, by the step at which it did."""
+    found = [path for path in root.glob("checkpoint-*") if path.name[11:].isdigit() and (path / "config.json").exists()]
+    return sorted(found, key=lambda path: int(path.name[11:]))
 
 
 def _check_index(root: Path) -> str:

@@ -26,7 +26,8 @@ def summands(
     """Yield the blocks of `layout.sums` for one silo, in order, float64 in the block's shape.
 
     With c = 1 (`uniform`) or the number of examples (`examples`) and Ĝ = α G + (1 − α) diag(G), these are c, examples,
-    token rows, and c of each part; c·Ĝ; c·Ĝ·Δ; c·Δ. In a part that the silo does not have, c and token rows are 0.
+    token rows, and c of each part; c·Ĝ; c·Ĝ·Δ; c·Δ, and Δ of counters. In a part that the silo does not have, c and
+    token rows are 0.
 
     Args:
         silo: whose contribution it is; needed if the layout has parts.
@@ -60,12 +61,14 @@ def summands(
 def tensor_weight(layout: Layout, tensor: Tensor, c: float, held: Sequence[float]) -> Float64:
     """Return the weight of a silo, or of all, in a tensor's mean, in a shape that broadcasts to the tensor's.
 
+    Of a counter it is 1, whatever the weights: its mean is the sum.
+
     Args:
         c: the weight.
         held: that in each part.
     """
     if not tensor.parted:
-        return np.array(c, np.float64)
+        return np.array(1.0 if tensor.merge == "sum" else c, np.float64)
     return layout.by_output(held).reshape(-1, *(1,) * (len(tensor.shape) - 1))
 
 

@@ -13,36 +13,17 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from gramfuse_model.base import Base
+from gramfuse_model.buffers import changed_by_training
 from gramfuse_model.context_free import context_free
 from gramfuse_model.heads import answers, last_layer
 from gramfuse_model.linear import linear_modules
 from gramfuse_model.observation import Hook, observing
+from gramfuse_model.public_text import PUBLIC_TEXT
 from gramfuse_model.rows import find_rows
 from gramfuse_protocol.errors import ModelError
 from gramfuse_protocol.layout import EXPONENT, Group, Layout, Linear, Part, Tensor
 from gramfuse_protocol.plan import Merge, Plan
 from gramfuse_protocol.structure import parse_structure
-
-PUBLIC_TEXT = (
-    "The quick brown fox jumps over the lazy dog.",
-    "Pack my box with five dozen liquor jugs.",
-    "Good morning, could you please tell me when the office opens on Saturday?",
-    "I have been charged twice this month and would like my money back!",
-    "The patient was given 40 mg of the drug at 9:30 and felt better within an hour.",
-    "Nobody answered the phone, so we drove to the station and waited in the rain.",
-    "Revenue rose by 3.5% in the second quarter, while costs fell slightly.",
-    "What a wonderful book: I read it in one night and cried at the end.",
-    "no",
-    "Terms and conditions apply; see section 4(b) of the agreement dated 1 March 2019.",
-    "She plays the violin, he cooks, and their children build castles out of boxes.",
-    "ERROR 504: the server did not respond. Restart the device, then try again.",
-    "An acid and a base react to give a salt and water.",
-    "Does this train stop in Lyon, or do I have to change?",
-    "They lost 2-1 after extra time, but the crowd sang until midnight.",
-    "Turn left at the bakery, cross the bridge, and you will see it on your right.",
-    "Hamlet was written around 1600; its author, William Shakespeare, died in 1616.",
-)
-"""What activations are measured on to find the scale of each feature; it is nobody's data."""
 
 IGNORED = -100
 """The label of padding, as transformers' losses have it."""
@@ -107,9 +88,11 @@ def _check_long_texts(plan: Plan, base: Base) -> None:
     model, length = base.model, min(LONGEST, max(task.max_length for task in plan.tasks.values()))
     if model.main_input_name == "pixel_values":
         return
-    texts = [" ".join(PUBLIC_TEXT * (1 + length // 100)), PUBLIC_TEXT[0]]
+    texts = [" ".join(PUBLIC_TEXT * (1 + length // 100)), min(PUBLIC_TEXT, key=len)]
     settings = {"truncation": True, "max_length": length, "return_attention_mask": True, "return_tensors": "pt"}
     batch = dict(base.tokenizer(texts, padding=True, **settings))
+    if bool(batch["attention_mask"].all()):
+        return  # examples are so short that there is no difference
     if answers(model):
         batch |= _targets(base, PUBLIC_TEXT[1:3])
     try:
@@ -167,7 +150,8 @@ def derive_layout(
     have the same Gram structure. Modules that the model does not call keep the mean. A module that is called several
     times with different inputs, as ALBERT's layers are, has one Gram matrix over all of them. Modules that see tokens
     without context (`gramfuse_model.context_free`) are averaged, unless `merge.context_free` says otherwise, and so are
-    those of whose input it cannot be told which rows are tokens (`gramfuse_model.rows`).
+    those of whose input it cannot be told which rows are tokens (`gramfuse_model.rows`). Buffers that training changes
+    (`gramfuse_model.buffers`) are averaged, and counters summed, whatever is frozen.
 
     Args:
         batch: keyword arguments of the model's forward: texts of different words and lengths, padded, or images. For a
@@ -175,14 +159,15 @@ def derive_layout(
         merge: structures and exclusions; by default full Gram matrices for everything.
         scaled: whether the layout says how large each feature is on this batch, which a secure sum needs; the batch
             must then be public.
-        shared: names of the parameters that are merged; the others are in no layout. By default all.
+        shared: names of the parameters and buffers that are merged; the others are in no layout. By default all.
         parts: outputs of the last layer by the silos that have them.
         parted: names of that layer's weight and bias.
 
     Raises:
         ModelError: if a pattern fits nothing or asks for what `merge.context_free` does not give, if nothing is left to
-            merge, if the model's outputs for an example depend on padding or on the rest of its batch, or if the
-            batch does not show what must be seen: lengths that differ, and more than one token.
+            merge, if the model's outputs for an example depend on padding or on the rest of its batch, if the batch
+            does not show what must be seen (lengths that differ, and more than one token), or if training changes a
+            buffer that cannot be merged.
     """
     merge = merge or Merge()
     parameters = {name: p for name, p in model.named_parameters() if shared is None or name in shared}
@@ -228,19 +213,27 @@ def derive_layout(
         for (_, structure, split), weights in members.items()
         for part in (range(len(parts)) if split else (None,))
     )
+    buffers = dict(model.named_buffers())
     return Layout(
         groups=groups,
-        tensors=tuple(
-            Tensor(
-                name=name,
-                shape=tuple(p.shape),
-                merge="regmean" if name in calls else "mean",
-                parted=name in parted,
-                context_free=name in single,
-                unmatched=name in wanted and name in rows and name not in candidates,
-            )
-            for name, p in parameters.items()
-            if p.requires_grad
+        tensors=(
+            *(
+                Tensor(
+                    name=name,
+                    shape=tuple(p.shape),
+                    merge="regmean" if name in calls else "mean",
+                    parted=name in parted,
+                    context_free=name in single,
+                    unmatched=name in wanted and name in rows and name not in candidates,
+                )
+                for name, p in parameters.items()
+                if p.requires_grad
+            ),
+            *(
+                Tensor(name=name, shape=tuple(buffers[name].shape), merge=how, buffer=True)
+                for name, how in changed_by_training(model, batch).items()
+                if shared is None or name in shared
+            ),
         ),
         frozen=tuple(name for name, p in parameters.items() if not p.requires_grad),
         parts=parts,

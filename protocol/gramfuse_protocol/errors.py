@@ -156,7 +156,12 @@ def error_types() -> dict[str, type[GramfuseError]]:
 
 
 def disk_is_full(error: BaseException) -> bool:
-    """Whether an exception says that the disk has no space left; safetensors raises one of its own, without errno."""
+    """Whether an exception says that the disk has no space left.
+
+    Libraries in Rust raise what has no errno: safetensors an error of its own, tokenizers a bare Exception.
+    """
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if type(error) is Exception:
+        return str(error).endswith((f"(os error {errno.ENOSPC})", f"(os error {errno.EDQUOT})"))
     return type(error).__name__ == "SafetensorError" and "No space left on device" in str(error)

@@ -115,11 +115,14 @@ class Part(_Frozen):
 
 
 class Tensor(_Frozen):
-    """A parameter that is trained and merged."""
+    """A parameter that is trained and merged, or a buffer that training changes."""
 
     name: Word
     shape: Shape
-    merge: Literal["regmean", "mean"]
+    merge: Literal["regmean", "mean", "sum"]
+    """`sum` is for counters: integers, of which each silo's growth is added."""
+    buffer: bool = False
+    """Whether it is saved with the model and is no parameter, as running means of a normalisation are."""
     parted: bool = False
     """Whether its first dimension is the last layer's outputs, each of which is merged over the silos of its part."""
     context_free: bool = False
@@ -164,7 +167,8 @@ class Layout(_Frozen):
 
     Args:
         groups: in the order in which the base model runs them.
-        tensors: every parameter that is trained and merged, in the order of the base model.
+        tensors: every parameter that is trained and merged, in the order of the base model; then buffers that training
+            changes.
         frozen: parameters that stay as they are; they never leave a silo.
         parts: outputs of the last layer by the silos that have them; empty if all silos have all.
     """
@@ -185,6 +189,10 @@ class Layout(_Frozen):
             raise ValueError("parts do not have each output once")
         if any(tensor.parted and tensor.shape[:1] != (len(outputs),) for tensor in self.tensors):
             raise ValueError("a parted tensor has another number of outputs than the parts")
+        if any(t.parted or t.context_free or t.merge == "regmean" for t in self.tensors if t.buffer):
+            raise ValueError("a buffer is no weight of a layer")
+        if any(not t.buffer or t.shape for t in self.tensors if t.merge == "sum"):
+            raise ValueError("a tensor is summed that is no counter")
         if sum(tensor.parted for tensor in self.tensors) * len(self.parts) > VALUES:
             raise ValueError("more parted tensors and parts than any model's last layer has")
         merged = {(t.name, p): t.shape for t in self.tensors if t.merge == "regmean" for p in self._parts_of(t)}
@@ -248,8 +256,8 @@ class Layout(_Frozen):
         """All blocks of what is summed over silos, in order (`gramfuse_model.summands`).
 
         `count`: weight c, examples, token rows of each group, and c of each part. `s:<group>`: packed c·Ĝ.
-        `t:<group>`: c·Ĝ·Δ, (d_in, d_out), weights side by side. `m:<parameter>`: c·Δ, in the parameter's own shape.
-        Of a part that a silo does not have, it adds zeros.
+        `t:<group>`: c·Ĝ·Δ, (d_in, d_out), weights side by side. `m:<parameter>`: c·Δ, in the parameter's own shape, and
+        of a counter Δ. Of a part that a silo does not have, it adds zeros.
         """
         count = Block("count", (2 + len(self.groups) + len(self.parts),))
         s = tuple(Block(f"s:{group.name}", (group.blocks.entries,)) for group in self.groups)

@@ -32,7 +32,6 @@ BaseName = Annotated[str, Field(min_length=1, max_length=500)]
 """Hub id, directory, or `bundled:minilm`."""
 EMBEDDINGS = "embeddings"
 LARGEST = 2**53 - 1
-UNIT_RANGE = (-1.0, 1.0)
 Count = Annotated[int, Field(ge=1, le=LARGEST)]
 Unit = Annotated[float, Field(ge=0, le=1)]
 ContextFree = Literal["mean", "diagonal", "full"]
@@ -121,6 +120,7 @@ class Training(Section):
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the products in training. Weights and the optimizer stay in float32, and so does all that is measured."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 1
+    """What is drawn: new heads, the order of training, and which examples are measured."""
     freeze: Patterns = (EMBEDDINGS,)
     """Patterns (shell style) of the parameters that stay as they are and never leave a silo.
 
@@ -153,7 +153,7 @@ class Merge(Section):
     the silos' data, at which place, and how often; with few tokens and many features, the diagonal does too.
     """
     tokens: Count = 100_000
-    """Most token rows that a silo measures for one Gram matrix."""
+    """Most token rows that a silo measures for one Gram matrix; its examples come in an order drawn by the seed."""
     rounds: Count = 1
     """Exchanges: in each after the first, silos go on from the merged model."""
     maximum_change: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 32.0
@@ -332,7 +332,7 @@ class Plan(Section):
         """The task that all silos have; with a range where results are clipped to one."""
         task = self.model.alone
         if self.summed and task.task == "regression" and task.range is None:
-            return task.model_copy(update={"range": UNIT_RANGE})
+            return task.model_copy(update={"range": (task.centre - task.scale, task.centre + task.scale)})
         return task
 
     @property
@@ -393,7 +393,8 @@ class Plan(Section):
         """SHA-256 of what decides which of a silo's rows count and what they become, and not what is done with them."""
         model = self.model.model_dump(mode="json", by_alias=True, exclude={"base", "revision"})
         tasks = [task.model_dump(mode="json", by_alias=True) for task in self.task]
-        return digest({"model": model, "task": tasks, "tokens": self.merge.tokens, "batch": self.training.batch_size})
+        drawn = {"tokens": self.merge.tokens, "batch": self.training.batch_size, "seed": self.training.seed}
+        return digest({"model": model, "task": tasks, **drawn})
 
     def terms_of(self, silo: str) -> str:
         """SHA-256 of what the plan says of one silo alone, and its statistics depend on."""

@@ -7,6 +7,7 @@ that on public text, an element is multiplied by 2^f with
     s, features j and k    f = K − w − 20 − e_j − e_k
     t, row j               f = K − w − 20 − e_j − g      g: the smallest with 4^g ≥ Σ 4^e over the group's features
     m                      f = K − w − 8                 a weight that moves by more than 256 is an error
+    m of a buffer          f = K − w − 24                running variances, and counters, move further
     count                  f = 0
 
 and w is 0 under weighting `uniform`, 18 under `examples`. A t is at most the product of a feature's amplitude and that
@@ -26,6 +27,7 @@ from gramfuse_protocol.layout import Block, Group, Layout
 
 AMPLITUDE_BITS = 10
 DELTA_BITS = 8
+BUFFER_BITS = 24
 WEIGHT_BITS = {"uniform": 0, "examples": 18}
 MOST_EXAMPLES = 2 ** WEIGHT_BITS["examples"]
 
@@ -51,8 +53,8 @@ def scales(layout: Layout, silos: int, weighting: Literal["uniform", "examples"]
         yield next(blocks), _packed(group, product)
     for group in layout.groups:
         yield next(blocks), product * _rows(group)
-    for block in blocks:
-        yield block, 2.0 ** (room - DELTA_BITS)
+    for block, tensor in zip(blocks, layout.tensors, strict=True):
+        yield block, 2.0 ** (room - (BUFFER_BITS if tensor.buffer else DELTA_BITS))
 
 
 def spread(group: Group) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -44,13 +44,26 @@ class TaskSettings(Section):
     """Most tokens of an example, both texts together."""
     target_length: Annotated[int, Field(ge=2, le=131072)] = 32
     """`sequence-to-sequence`: most tokens of a target, and of what is generated when the model is measured."""
+    first_token: Annotated[str, Field(min_length=1, max_length=200)] | None = None
+    """`sequence-to-sequence`: the token that every generated text begins with when the model is measured.
+
+    Multilingual models name the language so ("de_DE"). By default none is forced, whatever the base model's own
+    settings for generation say.
+    """
     threshold: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """`multi-label`: the probability from which on a label counts as predicted."""
+    centre: Annotated[float, Field(allow_inf_nan=False)] = 0.0
+    """`regression`: what is taken off each target before training; about their mean.
+
+    Metrics, and what the model that is written gives, are on the targets' own scale whatever this is.
+    """
+    scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    """`regression`: what each target, less `centre`, is divided by; about their standard deviation."""
     range: tuple[float, float] | None = None
     """`regression`: lowest and highest target; a target outside of it is an error.
 
-    Where held-out results leave in a secure sum, it is [-1, 1] by default, and in that sum a prediction outside of it
-    counts as the nearer end. Elsewhere there is none by default.
+    Where held-out results leave in a secure sum, it is one `scale` on each side of `centre` by default, and in that sum
+    a prediction outside of it counts as the nearer end. Elsewhere there is none by default.
     """
 
     @field_validator("range")
@@ -81,6 +94,13 @@ class Task(TaskSettings):
         """`token-classification`: the types of entities, in the order of their B- tags."""
         return tuple(tag[2:] for tag in self.labels if tag.startswith("B-"))
 
+    @property
+    def generation(self) -> dict[str, Any] | None:
+        """How texts are generated when models are measured, for reports; None for tasks that generate none."""
+        if self.task != "sequence-to-sequence":
+            return None
+        return {"strategy": "greedy", "max-new-tokens": self.target_length, "first-token": self.first_token}
+
     @model_validator(mode="after")
     def _labels_fit_the_kind(self) -> Task:
         least = 1 if self.task == "multi-label" else 2
@@ -90,6 +110,10 @@ class Task(TaskSettings):
             raise ValueError(f"task {self.task!r} needs at least {'one label' if least == 1 else 'two labels'}")
         if len(set(self.labels)) != len(self.labels):
             raise ValueError("a label is listed twice")
+        if self.task != "regression" and (self.centre, self.scale) != (0.0, 1.0):
+            raise ValueError(f"task {self.task!r} has no targets with a 'centre' and a 'scale'")
+        if self.task != "sequence-to-sequence" and self.first_token is not None:
+            raise ValueError(f"task {self.task!r} generates no texts with a 'first-token'")
         if self.pair and self.task not in ("classification", "regression", "multi-label"):
             raise ValueError(f"task {self.task!r} has no pairs of texts")
         if self.task == "token-classification":

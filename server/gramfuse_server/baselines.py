@@ -59,14 +59,15 @@ def fisher_mean(
     """Return Σ cᵢ Fᵢ Δᵢ / Σ cᵢ Fᵢ, element by element.
 
     Args:
-        fishers: each silo's diagonal Fisher information, ≥ 0, in the shapes of the differences.
+        fishers: each silo's diagonal Fisher information, ≥ 0, in the shapes of the differences; what has none, as
+            buffers have, gets the mean.
 
     Source: Matena and Raffel, "Merging Models with Fisher-Weighted Averaging", NeurIPS 2022, equation 4, written for
     the differences from a common base. FISHER_FLOOR stands for what they add to avoid a division by zero.
     """
     merged = {}
     for name in differences[0]:
-        values = [np.asarray(fisher[name], np.float64) for fisher in fishers]
+        values = [np.asarray(fisher.get(name, 0.0), np.float64) for fisher in fishers]
         floor = FISHER_FLOOR * float(np.mean([value.mean() for value in values])) or 1.0
         merged[name] = _mean(
             [d[name] for d in differences], [w[name] * (f + floor) for w, f in zip(weights, values, strict=True)]

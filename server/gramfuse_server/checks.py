@@ -6,7 +6,7 @@ honest silos speak is not seen at all (docs/threat-model.md).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 from torch import nn
@@ -20,10 +20,10 @@ from gramfuse_server.accumulator import Accumulator, Float64, Merged
 from gramfuse_server.solve import Step
 from gramfuse_server.verdicts import VERDICTS, Check, Range
 
-POWER: tuple[float, float] = (16.0, 256.0)
+POWER: tuple[float, float] = (32.0, 256.0)
 """Mean square of a layer's inputs over that on public text, from which on a merge is worth a look, and is bad.
 
-Honest merges had up to 10, where silos fine-tuned at fifty times the usual rate, and up to 4 otherwise.
+Honest merges had up to 21, at the classifier of the demo.
 """
 
 INDEPENDENCE = 0.1
@@ -41,6 +41,10 @@ ROUNDING = (1e-3, 2e-2)
 RATIO = 8.0
 """Usual size of the merged difference over that of the simple average, on the silos' inputs; honest merges had up to
 4.2."""
+
+SHARE = 10.0
+"""How many times the weight that its examples would give it a silo may well have; a Gram matrix of a few is hardly one.
+"""
 
 AVERAGE = 4.0
 """Usual change of an average; honest merges had up to 1.0, where silos fine-tuned at fifty times the usual rate."""
@@ -76,6 +80,24 @@ def check_model(model: nn.Module, merged: Merged, maximum: float) -> list[Check]
         limits: tuple[Range, Range] = (None, min(usual, maximum)), (None, maximum)
         found += [Check.of(name, tensor, change, *limits) for tensor, change in changes(model, of).items()]
     return _shortened(found)
+
+
+def check_shares(
+    examples: Mapping[str, int], weighting: str, factors: Mapping[str, float] | None = None
+) -> list[Check]:
+    """Return how many times the weight that its examples would give it each silo has, where these are known.
+
+    Args:
+        examples: ≥ 1, by silo.
+        weighting: `uniform` or `examples`.
+        factors: what weights are multiplied by, by silo.
+    """
+    if weighting == "examples" or len(examples) < 2:
+        return []
+    factors = factors or dict.fromkeys(examples, 1.0)
+    each = sum(examples.values()) / sum(factors.values())
+    shares = {silo: factors[silo] * each / count for silo, count in examples.items()}
+    return _shortened(Check.of("share", silo, share, (None, SHARE), (None, None)) for silo, share in shares.items())
 
 
 def _shortened(checks: Iterable[Check]) -> list[Check]:

@@ -279,6 +279,7 @@ class Exchange:
             "auto_class": merged_form(self.plan).auto,
             "head": self.plan.model.head,
             "tasks": {name: task.task for name, task in self.plan.tasks.items()},
+            "generation": {name: task.generation for name, task in self.plan.tasks.items() if task.generation},
             "mode": "secure" if self.plan.privacy.secure_aggregation else "open",
             "identities": "made for this run" if self.simulated else "those of the plan",
         }

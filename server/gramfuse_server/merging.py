@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from gramfuse_model.base import Base, load_base
 from gramfuse_model.digests import tensor_digests
+from gramfuse_model.targets import fold
 from gramfuse_model.tasks import FORMS
 from gramfuse_model.zero_head import load_zero_headed, plan_for
 from gramfuse_protocol.coverage import coverage
@@ -26,7 +27,7 @@ from gramfuse_protocol.statistics import Contribution, check_slices
 from gramfuse_protocol.statistics_file import StatisticsFile, read_statistics
 from gramfuse_protocol.text import listed, quoted
 from gramfuse_server.accumulator import Accumulator, Merged
-from gramfuse_server.checks import check_model, check_sums
+from gramfuse_server.checks import check_model, check_shares, check_sums
 from gramfuse_server.model import add_differences, code, extent, front_matter, usage
 from gramfuse_server.pages.page import page
 from gramfuse_server.run import PAGE, REPORT, RunDirectory
@@ -168,6 +169,12 @@ class Collection:
                 "Merge their bodies only, so that each keeps its own head: --heads own. Or fine-tune all for the same "
                 "labels in the same order"
             )
+        scales = [(about.task.centre, about.task.scale) for about in (one, other)]
+        if self.heads == "merged" and scales[0] != scales[1]:
+            raise ContributionError(
+                f"{both} are of models that learned targets with other centres and scales: {scales[0]}, {scales[1]}; "
+                "fine-tune all with the same 'centre' and 'scale'"
+            )
         weights = [self._shared_weights(about.base.weights, about.head) for about in (one, other)]
         odd = sorted(name for name in weights[0].keys() & weights[1].keys() if weights[0][name] != weights[1][name])
         if odd or (self.heads == "merged" and weights[0].keys() != weights[1].keys()):
@@ -281,7 +288,11 @@ def merge_files(
             accumulator.fold(_Part(file, collection.layout), str(file.path), silo=file.name, share=weights[file.name])
         merged = accumulator.merge()
         maximum = (agreed or Merge()).maximum_change
-        checks = [*check_sums(accumulator, merged), *check_model(base.model, merged, maximum)]
+        checks = [
+            *check_shares({file.name: file.examples for file in collection.files}, weighting, weights),
+            *check_sums(accumulator, merged),
+            *check_model(base.model, merged, maximum),
+        ]
         report = {
             "run": out.name,
             "mode": "files",
@@ -371,11 +382,11 @@ def _write(
     if file is not None:
         own = {t.name for t in file.about.layout.tensors} - merged.deltas.keys()
         add_differences(base.model, {name: file.block(delta_block(name)).astype(np.float64) for name in own})
-        parameters = dict(base.model.named_parameters())
-        with torch.no_grad():
-            for name, value in file.own().items():
-                parameters[name].copy_(torch.from_numpy(value))
+        tensors = base.model.state_dict()
+        for name, value in file.own().items():
+            tensors[name].copy_(torch.from_numpy(value))
     add_differences(base.model, merged.deltas)
+    fold(base.model, (file or collection.files[0]).about.task)
     base.model.save_pretrained(directory, safe_serialization=True)
     base.tokenizer.save_pretrained(directory)
     (directory / "README.md").write_text(_card(collection, report, file), encoding="utf-8")

@@ -13,7 +13,9 @@ import yaml
 from torch import nn
 
 from gramfuse_model.base import Base
+from gramfuse_model.buffers import add_to, forget
 from gramfuse_model.source import BUNDLED
+from gramfuse_model.targets import fold
 from gramfuse_model.tasks import Form, merged_form
 from gramfuse_protocol.coverage import coverage, told
 from gramfuse_protocol.layout import Layout
@@ -35,7 +37,8 @@ def write_model(
 ) -> None:
     """Write base + deltas; the base model in memory becomes the merged one.
 
-    Where silos keep their heads, what is written has none, nor labels.
+    Where silos keep their heads, what is written has none, nor labels. A regression gives targets as the data have them
+    (`gramfuse_model.targets`).
 
     Args:
         directory: made if it is not there.
@@ -51,18 +54,19 @@ def write_model(
         model = model.base_model
         for key in ("id2label", "label2id", "problem_type"):
             model.config.__dict__.pop(key, None)
+    else:
+        fold(model, next(iter(plan.tasks.values())))
     model.save_pretrained(directory)
     base.tokenizer.save_pretrained(directory)
     (directory / "README.md").write_text(card(plan, silos, measured, chosen, doubt, layout), encoding="utf-8")
 
 
 def add_differences(model: nn.Module, deltas: Deltas) -> None:
-    """Add differences to a model's parameters, by name; summed in float64 and rounded once to the model's dtype."""
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, delta in deltas.items():
-            parameter = parameters[name]
-            parameter.copy_(torch.from_numpy(parameter.numpy().astype(np.float64) + delta))
+    """Add differences to a model's parameters and buffers, by name; in float64, rounded once to the model's dtype."""
+    tensors = model.state_dict()
+    for name, delta in deltas.items():
+        add_to(tensors[name], torch.from_numpy(np.array(delta)))
+    forget(model)
 
 
 def card(
@@ -96,7 +100,7 @@ def card(
         *usage(form),
     ]
     if measured:
-        lines += _results(known(measured))
+        lines += [*_results(known(measured)), *_generation(plan)]
     lines += ["The plan:", "", *fenced("toml", plan.to_toml().strip()), ""]
     return "\n".join(lines)
 
@@ -117,6 +121,18 @@ def _results(model: Mapping[str, Any]) -> list[str]:
             f"ε = {privacy['epsilon']:g}, and all of them ε = {total['epsilon']:.2f}, at δ = {privacy['delta']:g}.",
         ]
     return [*lines, ""]
+
+
+def _generation(plan: Plan) -> list[str]:
+    found = [task.generation for task in plan.tasks.values() if task.generation]
+    if not found:
+        return []
+    first = f", beginning with {code(found[0]['first-token'])}" if found[0]["first-token"] else ""
+    return [
+        f"Texts were generated greedily, of at most {found[0]['max-new-tokens']} tokens{first}. Settings in "
+        "`generation_config.json` are those of the base model and had no part in it.",
+        "",
+    ]
 
 
 def _settings(plan: Plan, chosen: Mapping[str, Any] | None) -> str:

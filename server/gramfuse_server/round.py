@@ -16,7 +16,7 @@ from gramfuse_protocol.messages import TrainReply, TrainRequest, UploadReply, Up
 from gramfuse_protocol.statistics import check_counts, check_slices
 from gramfuse_protocol.transcript import model_digest
 from gramfuse_server.accumulator import Accumulator, Merged
-from gramfuse_server.checks import check_merge, check_model
+from gramfuse_server.checks import check_merge, check_model, check_shares
 from gramfuse_server.conductor import Conductor
 from gramfuse_server.evaluation import Candidate, Evaluation
 from gramfuse_server.secure import UPLOADS, SecureSums
@@ -90,6 +90,9 @@ class Round:
         with conductor.phase("merge"):
             merged = self.accumulator.merge()
             self.checks = check_merge(self.accumulator, merged, self.plan, self.survivors)
+            if self.secure is None:
+                examples = {silo: self.trained[silo]["examples"] for silo in self.survivors}
+                self.checks += check_shares(examples, self.plan.merge.weighting)
             self.merged = merged.after(self.start)
         return self.merged
 

@@ -29,7 +29,9 @@ TRANSCRIPT = "transcript.jsonl"
 REPORT = "report.json"
 PAGE = "report.html"
 REMAINS = {PLAN, TRANSCRIPT, REPORT, PAGE}
-"""All that stays of a run that failed."""
+"""All that stays of a run that failed, beside logs."""
+LOGS = ".log"
+"""How names of logs end: those of silos that failed in a simulation."""
 START = "start"
 """How the name of a model that a round starts from begins."""
 RESUMABLE = "train"
@@ -334,7 +336,7 @@ def _close(directory: Path) -> None:
 def _forget(failed: Path) -> None:
     """Remove what stayed of a failed run, unless somebody else's files are there."""
     with suppress(OSError):
-        if {path.name for path in failed.iterdir()} <= REMAINS:
+        if all(path.name in REMAINS or path.suffix == LOGS for path in failed.iterdir()):
             shutil.rmtree(failed)
 
 

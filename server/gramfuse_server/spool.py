@@ -42,7 +42,7 @@ class Spool:
         path = self._path(silo, piece)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".partial")
-        kept = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        kept = {name: np.asarray(array, order="C") for name, array in arrays.items()}
         save_file(kept, temporary, metadata={SHA256: _sha256(kept)})
         os.replace(temporary, path)
         self._sound.add(path)

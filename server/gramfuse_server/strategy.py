@@ -119,7 +119,8 @@ class RegMean(FedAvg):
                 raise ContributionError(
                     f"tensor {name!r} has shape {delta.shape}, the initial arrays have {base.shape}"
                 )
-            merged_array = (base.astype(np.float64) + delta).astype(base.dtype)
+            exact = base.astype(np.float64) + delta
+            merged_array = (exact if np.issubdtype(base.dtype, np.floating) else np.rint(exact)).astype(base.dtype)
             if not np.isfinite(merged_array).all():
                 raise ContributionError(f"tensor {name!r}: the merged values are beyond what {base.dtype} can hold")
             arrays[name] = Array(merged_array)

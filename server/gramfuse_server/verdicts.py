@@ -23,8 +23,8 @@ class Check:
     """Something that can be seen of a merge, at one place.
 
     Args:
-        name: `counts`, `power`, `eigenvalue`, `ratio`, `average` or `change` (docs/operations.md).
-        where: a group, a tensor, or what is counted.
+        name: `counts`, `share`, `power`, `eigenvalue`, `ratio`, `average` or `change` (docs/operations.md).
+        where: a group, a tensor, a silo, or what is counted.
         value: what is there.
         usual: the range of honest merges.
         possible: the range beyond which no honest merge lies, or which the plan sets.

@@ -140,7 +140,8 @@ def _tuned(width: int) -> list[BertForSequenceClassification]:
 def _sums(models: list[BertForSequenceClassification], context_free: ContextFree) -> Sums:
     """What the coordinator decodes after an honest run over these silos' models."""
     base = a_model(models[0].config.hidden_size)
-    public = dict(TOKENIZER([" ".join(WORDS[n : n + LENGTH]) for n in range(0, 59, 5)], return_tensors="pt"))
+    texts = [" ".join(WORDS[n : n + LENGTH - n % 3]) for n in range(0, 59, 5)]
+    public = dict(TOKENIZER(texts, padding=True, return_tensors="pt"))
     layout = derive_layout(base, public, Merge(context_free=context_free), scaled=True)
     total: dict[str, NDArray[np.uint64]] = {}
     for model, examples in zip(models, EXAMPLES, strict=True):

@@ -490,5 +490,5 @@ def test_an_error_of_a_command_has_one_beginning(show: Callable[[], Terminal]) -
         "error: a log ends:",
         "  exit code 0",
         "  error\\x1b[8m: none \\x9b[/x]",
-        "exit code 16; see docs/exit-codes/16.md",
+        "exit code 16; what to do: gramfuse explain 16",
     ]

@@ -167,8 +167,8 @@ def test_what_a_body_has_beside_the_shared_part_is_pinned_too(
     text = project.plan.read_text(encoding="utf-8")
     first, _, rest = text.partition('task = "classification"\n')
     labels, _, rest = rest.partition("max-length = 16\n")
-    tasks = f'head = "own"\n[[task]]\nname = "topics"\ntask = "classification"\n{labels}'
-    tasks += '[[task]]\nname = "names"\ntask = "token-classification"\nlabels = ["O", "B-X", "I-X"]\n'
+    tasks = f'head = "own"\n[[task]]\nname = "topics"\ntask = "classification"\n{labels}max-length = 16\n'
+    tasks += '[[task]]\nname = "names"\ntask = "token-classification"\nlabels = ["O", "B-X", "I-X"]\nmax-length = 16\n'
     rest = rest.replace('name = "silo-a"', 'name = "silo-a"\ntask = "names"')
     rest = rest.replace('name = "silo-b"', 'name = "silo-b"\ntask = "topics"').replace('metrics = "sum"', "")
     project.plan.write_text(first + tasks + rest, encoding="utf-8")

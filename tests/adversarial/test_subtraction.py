@@ -209,7 +209,12 @@ def test_labels_of_one_silo_are_a_difference(liar: MakeLiar) -> None:
 
 @pytest.mark.parametrize(
     ("before", "after"),
-    [("max-length = 16", "max-length = 6"), ("[merge]", "[merge]\ntokens = 24"), ("batch-size = 8", "batch-size = 24")],
+    [
+        ("max-length = 16", "max-length = 6"),
+        ("[merge]", "[merge]\ntokens = 24"),
+        ("batch-size = 8", "batch-size = 24"),
+        ("[training]", "[training]\nseed = 2"),
+    ],
 )
 def test_a_setting_that_only_one_silos_rows_feel_is_no_second_sum(liar: MakeLiar, before: str, after: str) -> None:
     """With the body frozen, silos whose rows a cap does not reach send the same again; the rest is one silo's."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -12,13 +12,14 @@ from typing import Any
 
 import psutil
 import pytest
+from flwr.proto.runtime_pb2 import AcquireTaskResponse
+from flwr.proto.task_pb2 import Task
 from flwr.supercore.constant import TaskType
-from flwr.supercore.superexec.executor.types import ExecutionSpec, LaunchResultStatus
 
 from gramfuse_cli import endpoint
 from gramfuse_cli.growing import Growing
 from gramfuse_cli.node import node_config
-from gramfuse_client.runner import ForkingExecutor
+from gramfuse_cli.processes import contained
 from gramfuse_client.silo import Silo
 from gramfuse_protocol.errors import PlanError
 
@@ -154,34 +155,38 @@ def test_an_address_can_be_of_the_sixth_version() -> None:
     assert [h for h in ("0.0.0.0", "::", "10.0.0.1", "local", "127.0.0.1.org", "") if endpoint.is_loopback(h)] == []
 
 
-def test_all_that_flower_could_start_at_a_silo_is_ours() -> None:
+def test_all_that_flower_could_start_at_a_silo_is_ours(tmp_path: Path) -> None:
+    """A silo's SuperExec is given tasks of all of Flower's types, some of which run code that a coordinator brings."""
+    others = sorted(set(TaskType) - {TaskType.CLIENT_APP})
+    tasks = [Task(task_id=n, run_id=1, type=kind) for n, kind in enumerate([*others, TaskType.CLIENT_APP], 1)]
     asked = []
 
     class SuperNode(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
-            asked.append((self.path, dict(self.headers)))
-            self.send_error(401)
+            self.rfile.read(int(self.headers["content-length"]))
+            if not self.path.endswith("acquire-task"):
+                asked.append((self.path, str(self.headers)))
+                return self.send_error(401)
+            answer = AcquireTaskResponse(task=tasks[0], token=f"token-{tasks.pop(0).type}") if tasks else None
+            self.send_response(200)
+            self.send_header("content-type", "application/protobuf")
+            self.end_headers()
+            return self.wfile.write(answer.SerializeToString() if answer else b"")
 
         def log_message(self, *_: object) -> None:
             """Say nothing."""
 
-    def spec(task: TaskType) -> ExecutionSpec:
-        address = f"127.0.0.1:{node.server_port}"
-        return ExecutionSpec(task, address, "the-token", True, None, True, psutil.Process().pid, False, 1)
-
-    executor = ForkingExecutor()
+    log = tmp_path / "superexec.log"
     with HTTPServer(("127.0.0.1", 0), SuperNode) as node:
-        for task in set(TaskType) - {TaskType.CLIENT_APP}:
-            assert executor.launch(spec(task)).status is LaunchResultStatus.FAILED
-        assert multiprocessing.active_children() == []
-
-        assert executor.launch(spec(TaskType.CLIENT_APP)).status is LaunchResultStatus.ACCEPTED
-        (worker,) = multiprocessing.active_children()
-        assert "the-token" not in " ".join(psutil.Process(worker.pid).cmdline())
-        while not any("the-token" in str(headers) for _, headers in asked):
-            node.handle_request()  # ... and it is Flower's worker, with the task's token
-        worker.kill()
-        worker.join()
+        runner = [sys.executable, "-P", "-c", "from gramfuse_client.runner import main; main()", "--insecure"]
+        with contained([*runner, "--runtime-api-address", f"127.0.0.1:{node.server_port}"], log, {}) as process:
+            while not asked:
+                node.handle_request()
+            started = psutil.Process(process.pid).children(recursive=True)
+            assert "token-" not in str([part for child in started for part in child.cmdline()])
+    assert "token-flwr-clientapp" in asked[0][1]  # Flower's worker, with its token; no other task began
+    for kind in others:
+        assert f"a silo runs no {kind}: refused" in log.read_text()
 
 
 @pytest.mark.parametrize(

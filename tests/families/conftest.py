@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from tests.conftest import WORDS
 from transformers import PreTrainedModel
 
 SPREAD = {"initializer_range": 0.2}
@@ -79,15 +80,22 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 """The model class that is saved, and what its configuration says; all else is the family's default."""
 
 
-def make(family: str, vocabulary: int) -> PreTrainedModel:
-    """A model of two layers, 16 features wide, with random weights."""
+def make(family: str, vocabulary: int, tokens: int) -> PreTrainedModel:
+    """A model of two layers, 16 features wide, with random weights.
+
+    Args:
+        vocabulary: the words of the tests' data.
+        tokens: those of the tokenizer.
+    """
     name, settings = FAMILIES[family]
     kind = getattr(transformers, name)
     torch.manual_seed(14)
     known = {} if family == "vit" else {"vocab_size": vocabulary}
     model = kind(kind.config_class(**settings, **known)).eval()
+    if family != "vit":
+        model.resize_token_embeddings(tokens)
     if family == "t5-gated":  # as T5 1.1 has it, whose configuration does not say so any more
-        model.lm_head.weight = torch.nn.Parameter(torch.randn(vocabulary, 16))
+        model.lm_head.weight = torch.nn.Parameter(torch.randn(tokens, 16))
     return model
 
 
@@ -99,7 +107,7 @@ def pico(tmp_path_factory: pytest.TempPathFactory, pico_tokenizer: Any) -> Calla
     def find(family: str) -> Path:
         if family not in made:
             directory = made[family] = tmp_path_factory.mktemp(family)
-            model = make(family, len(pico_tokenizer))
+            model = make(family, 4 + len(WORDS), len(pico_tokenizer))
             model.save_pretrained(directory)
             if family == "vit":
                 size = {"height": 8, "width": 8}

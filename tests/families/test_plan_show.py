@@ -89,13 +89,13 @@ def test_heads_that_silos_keep_are_named_by_task(show: Callable[..., tuple[str, 
         [[task]]
         name = "topics"
         task = "classification"
-        max-length = 16
         {LABELS}
+        max-length = 16
         [[task]]
         name = "names"
         task = "token-classification"
-        max-length = 16
         labels = ["O", "B-X", "I-X"]
+        max-length = 16
         """
     text, shown = show("bert", 'head = "own"', ('task = "topics"', 'task = "names"'), tasks)
     pooler, classifier = (

@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.hashes import SHA256
+from tokenizers.normalizers import BertNormalizer
 
 from gramfuse_cli import check as cli_check
 from gramfuse_cli.authority import Authority, certificate_pem, key_pem, new_key, server_names
@@ -29,12 +30,13 @@ from gramfuse_cli.main import main
 from gramfuse_cli.project import Project
 from gramfuse_client import connection, departures, materials, policy, resources
 from gramfuse_client.check import Report, check
-from gramfuse_client.data import load
+from gramfuse_client.data import Examples, load
 from gramfuse_client.departures import leaves
 from gramfuse_client.finding import Findings
 from gramfuse_client.ledger import Entry, Ledger
-from gramfuse_client.silo import Silo, write_identity
+from gramfuse_client.silo import Data, Silo, SiloFile, write_identity
 from gramfuse_client.state import Contributed, State
+from gramfuse_model.base import load_base
 from gramfuse_protocol import node_key
 from gramfuse_protocol.errors import RefusalError
 from gramfuse_protocol.keys import Identity
@@ -534,6 +536,24 @@ def test_what_is_wrong_is_named_with_what_to_do(
         assert word.format(digest=Plan.read(site.project.plan).digest, project=site.project.directory) in found[subject]
 
 
+def test_bad_rows_are_counted_and_left_out_as_the_silo_file_allows(site: Site, gramfuse: Callable[..., Any]) -> None:
+    with site.project.train(NAME).open("a") as file:
+        file.write('{"text": "a cat", "label": "cats"}\n{"text": "a cat", "label": null}\n')
+    arguments = ("silo", "check", site.silo, "--plan", site.project.directory, "--offline", "--json")
+    assert "2 of 26 rows cannot be used" in problems(site.check(offline=True))["data"]
+    code, out, _ = gramfuse(*arguments, "--skip-bad", "5")
+    found = [finding for finding in json.loads(out)["findings"] if finding["state"] == "problem"]
+    assert code == 19, "a run would fail"
+    assert [finding["subject"] for finding in found] == ["bad rows"]
+    assert "train.jsonl:25: unknown label 'cats'" in found[0]["what"]
+    assert "train.jsonl:26: a label must be text" in found[0]["what"]
+    site.edit("[data]", f"[data]\n{found[0]['remedy'].splitlines()[-1]}")
+    report = site.check(offline=True)
+    assert not problems(report)
+    assert "2 bad rows are left out" in finding(report, "bad rows").what
+    assert "24 training examples" in finding(report, "data").what
+
+
 def test_open_uploads_are_named(make_site: Callable[..., Site], coordinator: Coordinator) -> None:
     site = make_site(coordinator, secure=False)
     write_identity(site.project.identity(NAME), Identity(bytes(32)))
@@ -864,3 +884,29 @@ def test_each_kind_of_data_is_counted_in_its_own_words(kind: str, tmp_path: Path
     assert data.state == "ok"
     assert f"3 training examples ({counted}), 3 held out" in data.what
     assert leaving in departures.HELD_OUT[plan.task_of("silo-a").task]
+
+
+@pytest.mark.parametrize(
+    ("texts", "state", "words"),
+    [
+        (["cat dog", "cat dog hen cow", "cat"], "ok", "1 of 9 words have no token: the 5 "),
+        (["cat dog", "\u200b", "hen cow"], "problem", "1 of 3 examples have no word"),
+    ],
+)
+def test_words_that_the_model_does_not_see_are_told_before_a_run(
+    texts: list[str], state: str, words: str, pico_bert: Path, tmp_path: Path
+) -> None:
+    plan = Plan.parse(
+        f'[plan]\nname = "x"\n[model]\nbase = "{pico_bert}"\nmax-length = 5\ntask = "token-classification"\n'
+        'labels = ["O", "B-X", "I-X"]\n[privacy]\nsecure-aggregation = false\n[[silo]]\nname = "silo-a"\n'
+    )
+    base = load_base(plan, tmp_path)
+    base.tokenizer.backend_tokenizer.normalizer = BertNormalizer()
+    split = [tuple(text.split(" ")) for text in texts]
+    examples = Examples(split, None, [(0,) * len(each) for each in split])
+    silo = Silo(tmp_path / "silo.toml", SiloFile(name="silo-a", data=Data(train="x", held_out=0.5)))
+    found = Findings()
+    materials.check_encoding(found, silo, plan, base, (examples, examples.take([0])))
+    (tokens,) = found
+    assert tokens.state == state
+    assert words in tokens.what

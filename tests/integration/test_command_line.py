@@ -297,7 +297,7 @@ def test_a_real_process_fails_the_same_way(pico_project: Callable[..., Any], pla
     script = process([GRAMFUSE], "simulate", project.directory, "--out", "new/run")
     assert (script.code, script.stdout) == (11, "")
     assert "data/silo-b/train.jsonl:25: unknown label 'pets'" in script.stderr
-    assert "docs/exit-codes/11.md" in script.stderr
+    assert "gramfuse explain 11" in script.stderr
     assert "Traceback" not in script.stderr
     assert tree(place) == before
 

@@ -7,6 +7,7 @@ import os
 import secrets
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -22,16 +23,16 @@ from loopback import BIN
 class Command:
     """A running command whose descendants can be told from all other processes."""
 
-    def __init__(self, *arguments: str, scratch: Path) -> None:
+    def __init__(self, *arguments: str, scratch: Path, **environment: str) -> None:
         self.mark = secrets.token_hex(8)
-        scratch.mkdir()
+        scratch.mkdir(parents=True)
         self.scratch = scratch
         self.process = subprocess.Popen(
             [str(BIN / "gramfuse"), *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, "GRAMFUSE_TEST_MARK": self.mark, "TMPDIR": str(scratch)},
+            env={**os.environ, "GRAMFUSE_TEST_MARK": self.mark, "TMPDIR": str(scratch), **environment},
         )
 
     def descendants(self) -> list[psutil.Process]:
@@ -54,8 +55,9 @@ def command() -> Iterator[Callable[..., Command]]:
     with tempfile.TemporaryDirectory(prefix="t-") as directory:
         started = []
 
-        def start(*arguments: str) -> Command:
-            started.append(Command(*arguments, scratch=Path(directory) / str(len(started))))
+        def start(*arguments: str, below: str = "", **environment: str) -> Command:
+            scratch = Path(directory) / str(len(started)) / below
+            started.append(Command(*arguments, scratch=scratch, **environment))
             return started[-1]
 
         yield start
@@ -129,11 +131,18 @@ def test_training_that_diverges_names_silo_and_tensor_and_fails(
     assert error["report"] == str(failed / "report.html")
     assert stderr.splitlines().count(f"report of the failed run: {failed / 'report.html'}") == 1
     assert list(tmp_path.glob("run*")) == [failed]
-    assert {path.name for path in failed.iterdir()} == {"plan.toml", "report.html", "report.json", "transcript.jsonl"}
+    logs = {path.name: path.read_text() for path in failed.glob("silo-*.log")}
+    assert 1 <= len(logs) <= 2
+    for name, text in logs.items():
+        assert str(failed / name) in error["message"]
+        assert "phase train: FailureError: " in text
+        assert (failed / name).stat().st_mode & 0o777 == 0o600
+    named = {"plan.toml", "report.html", "report.json", "transcript.jsonl"}
+    assert {path.name for path in failed.iterdir()} == named | logs.keys()
     report = json.loads((failed / "report.json").read_text())
     assert report["failure"] == {
         "error": "RefusalError",
-        "message": error["message"],
+        "message": error["message"].partition("\nThe log of silo")[0],
         "phase": "train",
         "round": 1,
         "exit_code": 13,
@@ -142,3 +151,73 @@ def test_training_that_diverges_names_silo_and_tensor_and_fails(
     assert {silo["state"] for silo in report["silos"]} <= {"lost", "joined"}
     assert running.descendants() == []
     assert list(running.scratch.iterdir()) == []
+
+
+def test_a_simulation_stays_on_this_machine_whatever_cluster_is_named(
+    tmp_path: Path, pico_project: Callable[..., Any], command: Callable[..., Command]
+) -> None:
+    project = pico_project(silos=2)
+    out = tmp_path / "run"
+    running = command("simulate", str(project.directory), "--out", str(out), RAY_ADDRESS="127.0.0.1:1")
+    code, _, stderr = running.finish()
+    assert code == 0, stderr
+    assert (out / "report.json").exists()
+
+
+def test_a_place_whose_path_is_too_long_for_ray_is_named_at_once(
+    tmp_path: Path, pico_project: Callable[..., Any], command: Callable[..., Command]
+) -> None:
+    project = pico_project(silos=2)
+    running = command("simulate", str(project.directory), "--json", below="x" * 90)
+    began = time.monotonic()
+    code, stdout, _ = running.finish()
+    error = json.loads(stdout)["error"]
+    assert code == 16 == error["exit_code"]
+    assert "TMPDIR" in error["message"]
+    assert str(running.scratch) in error["message"]
+    assert time.monotonic() - began < 60
+    assert list(running.scratch.iterdir()) == []
+
+
+def test_a_simulation_whose_ray_cannot_start_ends_and_says_why(
+    tmp_path: Path, pico_project: Callable[..., Any], command: Callable[..., Command]
+) -> None:
+    project = pico_project(silos=2)
+    (tmp_path / "changed").mkdir()
+    (tmp_path / "changed" / "sitecustomize.py").write_text(
+        """
+import sys
+if "gramfuse_cli.engine" in sys.orig_argv:
+    import ray
+    def init(*_, **__):
+        raise OSError("no room for sockets")
+    ray.init = init
+"""
+    )
+    path = os.pathsep.join(filter(None, (str(tmp_path / "changed"), os.environ.get("PYTHONPATH"))))
+    out = str(tmp_path / "run")
+    running = command("simulate", str(project.directory), "--out", out, "--json", PYTHONPATH=path)
+    code, stdout, _ = running.finish()
+    error = json.loads(stdout)["error"]
+    assert (code, error["type"]) == (16, "FederationError")
+    assert "Flower's simulation failed: OSError: no room for sockets" in error["message"]
+    assert not list(tmp_path.glob("run*"))
+    assert running.descendants() == []
+
+
+@pytest.mark.parametrize("started", [False, True])
+def test_ray_that_never_starts_ends_the_simulation_and_ray_that_did_does_not(tmp_path: Path, started: bool) -> None:
+    outcome = tmp_path / "outcome.json"
+    script = f"""
+import sys, time, types
+from pathlib import Path
+sys.modules["ray"] = types.SimpleNamespace(is_initialized=lambda: {started})
+from gramfuse_cli import engine
+engine.RAY_SECONDS = 0.2
+engine._end_without_ray(Path({str(outcome)!r}))
+time.sleep(2)
+"""
+    ended = subprocess.run([sys.executable, "-c", script], timeout=60)
+    assert ended.returncode == (0 if started else 16)
+    assert outcome.exists() != started
+    assert started or "Ray did not start" in json.loads(outcome.read_text())["message"]

@@ -186,7 +186,8 @@ def test_scales_are_the_formulas_of_the_module(layout: Layout, silos: int, weigh
     for group in layout.groups:
         g = slow_spread(group.exponents)
         expected.append([room - 20 - e - g for e in group.exponents for _ in range(group.d_out)])
-    expected += [[room - 8] * math.prod(tensor.shape) for tensor in layout.tensors]
+    bits_of = {False: 8, True: 24}
+    expected += [[room - bits_of[tensor.buffer]] * math.prod(tensor.shape) for tensor in layout.tensors]
     found = list(scales(layout, silos, weighting))
     assert [block for block, _ in found] == list(layout.sums)
     for (block, scale), exponents in zip(found, expected, strict=True):

@@ -308,7 +308,9 @@ def test_figures_of_nothing_but_noise_are_in_their_range(kind: str) -> None:
 
 
 def batch_of(labels: Any) -> dict[str, torch.Tensor]:
-    return {"labels": torch.tensor(labels)}
+    """A batch in which, if it is one of words, each word has a token."""
+    truth = torch.tensor(labels)
+    return {"labels": truth, "words": torch.stack([torch.ones_like(truth), truth], dim=-1)}
 
 
 def test_predictions_that_are_no_numbers_are_counted_as_something_that_no_data_decides() -> None:
@@ -353,12 +355,12 @@ class Given:
     def __len__(self) -> int:
         return len(self.all)
 
-    def __getitem__(self, index: int) -> int:
-        return self.all[index]
+    def __getitem__(self, index: int) -> dict[str, int]:
+        return {"length": self.all[index]}
 
-    def collate(self, chosen: list[int]) -> dict[str, torch.Tensor]:
+    def collate(self, chosen: list[dict[str, int]]) -> dict[str, torch.Tensor]:
         return {
-            "input_ids": torch.zeros(len(chosen), max(chosen), dtype=torch.long),
+            "input_ids": torch.zeros(len(chosen), max(row["length"] for row in chosen), dtype=torch.long),
             "labels": torch.zeros(len(chosen), dtype=torch.long),
         }
 

@@ -28,7 +28,7 @@ from gramfuse_client.app import SiloApp
 from gramfuse_client.ledger import Ledger
 from gramfuse_client.silo import Silo
 from gramfuse_client.state import State
-from gramfuse_protocol.errors import GramfuseError
+from gramfuse_protocol.errors import DataError, GramfuseError
 from gramfuse_server.app import coordinate
 
 
@@ -108,6 +108,24 @@ def test_files_give_the_model_of_a_simulation_bit_for_bit(
     with pytest.raises(GramfuseError, match="other data were contributed under this plan before"):
         gramfuse("measure", "--plan", project.directory, "--silo", "silo-b", "-o", tmp_path / "other.safetensors")
     assert not (tmp_path / "other.safetensors").exists()
+
+
+def test_bad_rows_that_a_silo_leaves_out_are_in_no_contribution(
+    tmp_path: Path, pico_project: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    project = pico_project(silos=2)
+    lock(project)
+    arguments = ("measure", "--plan", project.directory, "--silo", "silo-a", "-o")
+    gramfuse(*arguments, tmp_path / "clean.safetensors")
+    with project.train("silo-a").open("a") as data:
+        data.write('{"text": "the dog", "label": "dogs"}\n')
+    with pytest.raises(DataError, match=r"train\.jsonl:25: unknown label 'dogs'"):
+        gramfuse(*arguments, tmp_path / "refused.safetensors")
+    project.replace(project.silo("silo-a"), "[data]", "[data]\nskip-bad = 1")
+    shutil.rmtree(Silo.read(project.silo("silo-a")).state)
+    gramfuse(*arguments, tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "clean.safetensors").read_bytes()
+    assert "silo-a leaves out a bad row: " in caplog.text
 
 
 def test_silos_that_keep_their_heads_get_whole_models_back(
@@ -392,12 +410,15 @@ def test_what_does_not_belong_together_is_refused(
     refused("PATTERN=STRUCTURE", "measure", model, "--base", pico_bert, *base, "--gram", "full")
     refused("exists already", "measure", model, "--base", pico_bert, "--data", model / "train.jsonl", "-o", good)
 
-    # What fine-tuning did not change may be left out: here nothing but the head differs from the base, which is MODEL.
-    same = measured(model, model, "--freeze", "embeddings", out=tmp_path / "same.safetensors")
+    # What fine-tuning did not change may be left out: here nothing but the head differs from the base.
+    headed = shutil.copytree(model, tmp_path / "headed")
+    config = AutoConfig.from_pretrained(model)
+    AutoModelForSequenceClassification.from_pretrained(pico_bert, config=config).save_pretrained(headed)
+    same = measured(headed, pico_bert, "--freeze", "embeddings", out=tmp_path / "same.safetensors")
     with safe_open(same, "numpy") as file:
         deltas = {name for name in file.keys() if name.startswith("delta:")}  # noqa: SIM118
         changed = {name for name in deltas if file.get_tensor(name).any()}
-    assert changed == {"delta:classifier.weight", "delta:classifier.bias"}
+    assert changed == {"delta:classifier.weight"}  # its bias begins at zero, as that of the base does
     assert not any("embeddings" in name for name in deltas)
 
 

@@ -10,19 +10,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from seqeval.metrics import f1_score
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import BpeTrainer
 from transformers import CanineConfig, CanineModel, CanineTokenizer, PreTrainedTokenizerFast
 
-from gramfuse_client.batches import IGNORED, Encoded, batches
+from gramfuse_client.batches import IGNORED, Encoded, batches, inputs_of
 from gramfuse_client.data import Examples
-from gramfuse_client.evaluate import Outputs, count
+from gramfuse_client.evaluate import Outputs, count, rows
+from gramfuse_client.finetune import finetune
 from gramfuse_client.loss import masked_loss
 from gramfuse_model.base import load_base
 from gramfuse_protocol.errors import DataError, ModelError
-from gramfuse_protocol.plan import Plan
+from gramfuse_protocol.held_out import ENTITIES
+from gramfuse_protocol.metrics import metrics
+from gramfuse_protocol.plan import Plan, Training
 from gramfuse_protocol.task import MaskedTask, Task
 
 CPU = torch.device("cpu")
@@ -56,13 +60,93 @@ def test_a_words_tag_is_at_its_first_token(pico_tokenizer: Any) -> None:
     ]
 
 
-def test_words_beyond_the_maximum_have_no_label_and_no_count(pico_tokenizer: Any) -> None:
-    examples = Examples([("cat",) * 20], None, [(1,) * 20])
-    encoded = Encoded(examples, pico_tokenizer, TAG)
+def as_labelled(batch: dict[str, torch.Tensor]) -> Outputs:
+    """What a model says that is right at every token that has a label."""
+    return Outputs(torch.nn.functional.one_hot(batch["labels"].clamp(min=0), len(TAGS)).float())
+
+
+def test_entities_beyond_the_maximum_are_missed(pico_tokenizer: Any) -> None:
+    """Of twenty words six have room; the third entity is cut in two, and the others are not seen."""
+    tags = (1, 2, 0, 1, 0, *(1, 2), *(1,) * 13)
+    encoded = Encoded(Examples([("cat",) * 20, ("dog",)], None, [tags, (1,)]), pico_tokenizer, TAG)
     (batch,) = batches(encoded, 4, CPU)
-    assert batch["labels"].tolist() == [[IGNORED, *[1] * 6, IGNORED]]
-    logits = torch.nn.functional.one_hot(batch["labels"].clamp(min=0), len(TAGS)).float()
-    assert count(batch, Outputs(logits), TAG, pico_tokenizer).tolist() == [1, 6, 6, 6]
+    assert batch["labels"][0].tolist() == [IGNORED, *tags[:6], IGNORED]
+    found, predicted, truth = 2 + 1, 3 + 1, 16 + 1
+    assert count(batch, as_labelled(batch), TAG, pico_tokenizer).tolist() == [2, found, predicted, truth]
+
+
+@pytest.mark.parametrize("nothing", ["\u200b", "\ufe0f", "\u200d\u2060"])
+def test_a_word_without_tokens_is_predicted_as_none(nothing: str, pico_tokenizer: Any) -> None:
+    cleaning = Tokenizer.from_str(pico_tokenizer.backend_tokenizer.to_str())
+    cleaning.normalizer = normalizers.BertNormalizer()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=cleaning, pad_token="[PAD]")
+    words = [("cat", nothing, "dog", "cow"), (nothing, "cat", nothing), ("hen", nothing)]
+    tags = [(1, 2, 2, 0), (1, 2, 0), (1, 1)]
+    encoded = Encoded(Examples(words, None, tags), tokenizer, TAG)
+    assert [sum(label != IGNORED for _, label in row) for row in words_and_labels(encoded)] == [3, 1, 1]
+    (batch,) = batches(encoded, 3, CPU)
+    sums = count(batch, as_labelled(batch), TAG, tokenizer)
+    # An entity of three words comes out as two of one, one of two as its second word, and one of two of one.
+    predicted = [["B-PER", "O", "I-PER", "O"], ["O", "I-PER", "O"], ["B-PER", "O"]]
+    truth = [[TAGS[tag] for tag in row] for row in tags]
+    assert sums.tolist() == [3, 1, 4, 4]
+    assert metrics(TAG, sums)["entity-f1"] == pytest.approx(f1_score(truth, predicted))
+    assert rows(batch, as_labelled(batch), TAG, tokenizer)[:4].tolist() == [3, 1, 3, 3], "the same in a secure sum"
+
+
+def test_an_example_of_which_most_is_cut_moves_a_secure_sum_no_further(pico_tokenizer: Any) -> None:
+    examples = Examples([("cat",) * 500], None, [(1,) * 500])
+    (batch,) = batches(Encoded(examples, pico_tokenizer, TAG), 1, CPU)
+    total = rows(batch, as_labelled(batch), TAG, pico_tokenizer)
+    assert np.linalg.norm(total[1:4]) == pytest.approx(ENTITIES, abs=1e-3)
+    assert total[3] > total[1] > 0
+
+
+def test_examples_that_teach_nothing_are_refused_before_training(pico_tokenizer: Any) -> None:
+    bare = PreTrainedTokenizerFast(tokenizer_object=pico_tokenizer.backend_tokenizer, pad_token="[PAD]")
+    bare.backend_tokenizer.post_processor = None
+    bare.backend_tokenizer.normalizer = normalizers.BertNormalizer()
+    texts = Encoded(Examples(["cat dog", "cat"], None, [None, None]), bare, SPEAK)
+    words = Encoded(Examples([("cat",), ("\u200b", "\ufe0f"), ("\u200b",)], None, [(1,), (1, 2), (0,)]), bare, TAG)
+    for encoded, said in ((texts, "1 of 2 texts are one token only"), (words, "2 of 3 examples have no word")):
+        with pytest.raises(DataError, match=said):
+            finetune(None, encoded, Training(), CPU)  # type: ignore[arg-type]  # it does not come to the model
+
+
+@pytest.mark.parametrize(
+    ("task", "inputs"),
+    [
+        (Task(task="classification", labels=("a", "b")), ["cat", "cat dog"]),
+        (Task(task="multi-label", labels=("a", "b")), ["cat", "cat dog"]),
+        (Task(task="regression"), ["cat", "cat dog"]),
+        (TAG, [("cat",), ("cat", "dog")]),
+    ],
+    ids=lambda value: getattr(value, "task", ""),
+)
+def test_examples_without_labels_are_inputs_all_the_same(task: Task, inputs: Any, pico_tokenizer: Any) -> None:
+    (batch,) = batches(Encoded(Examples(inputs, None, [None, None]), pico_tokenizer, task), 2, CPU)
+    labels = {"token-classification": [(0,), (0, 0)], "multi-label": [(), ()]}.get(task.task, [0, 0])
+    (labelled,) = batches(Encoded(Examples(inputs, None, labels), pico_tokenizer, task), 2, CPU)
+    assert "labels" not in batch
+    assert batch.keys() == inputs_of(labelled).keys()
+    for name, value in inputs_of(labelled).items():
+        assert torch.equal(batch[name], value)
+
+
+def test_an_order_is_drawn_by_the_seed(pico_tokenizer: Any) -> None:
+    task = Task(task="regression")
+    encoded = Encoded(Examples(["cat"] * 50, None, [float(n) for n in range(50)]), pico_tokenizer, task)
+
+    def order(seed: int | None) -> list[float]:
+        return torch.cat([batch["labels"] for batch in batches(encoded, 8, CPU, seed=seed)]).tolist()
+
+    assert order(None) == list(range(50))
+    assert order(3) == order(3) != order(4)
+    assert sorted(order(3)) == list(range(50))
+    # Uniform: over many seeds, the mean place of each example among the first ten is what chance gives (5 sigma).
+    first = [example for seed in range(400) for example in order(seed)[:10]]
+    counts = np.bincount(np.array(first, int), minlength=50)
+    assert abs(counts - 80).max() < 5 * np.sqrt(80 * 0.8)
 
 
 def train(pre_tokenizer: Any, normalizer: Any = None) -> Tokenizer:
@@ -175,13 +259,6 @@ def test_tags_stand_beside_their_words_where_a_tokenizer_pads_on_the_left(pico_t
     examples = Examples([("cat",), ("cow", "dog", "hen")], None, [(1,), (1, 2, 0)])
     (batch,) = batches(Encoded(examples, on_the_left(pico_tokenizer), TAG), 2, CPU)
     assert batch["labels"].tolist() == [[IGNORED, IGNORED, IGNORED, 1, IGNORED], [IGNORED, 1, 2, 0, IGNORED]]
-
-
-def test_a_text_of_one_token_teaches_no_next_one(pico_tokenizer: Any) -> None:
-    bare = PreTrainedTokenizerFast(tokenizer_object=pico_tokenizer.backend_tokenizer, pad_token="[PAD]")
-    bare.backend_tokenizer.post_processor = None
-    with pytest.raises(DataError, match="1 of 2 texts are one token only"):
-        Encoded(Examples(["cat dog", "cat"], None, [None, None]), bare, SPEAK)
 
 
 def test_batches_by_length_have_all_examples(pico_tokenizer: Any) -> None:

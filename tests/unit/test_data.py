@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from gramfuse_client.data import Examples, load
+from gramfuse_client.data import Examples, left_out, load, load_measured
 from gramfuse_client.silo import Data, Limits, Silo, SiloFile
 from gramfuse_protocol.errors import DataError
 from gramfuse_protocol.task import MaskedTask, Task
@@ -79,16 +79,54 @@ def as_gzip(path: Path, rows: list[dict[str, Any]]) -> str:
     return "rows.jsonl.gz"
 
 
-def as_csv(path: Path, rows: list[dict[str, Any]], encoding: str = "utf-8") -> str:
-    with (path / "rows.csv").open("w", encoding=encoding, newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
+def as_newline_delimited(path: Path, rows: list[dict[str, Any]]) -> str:
+    (path / as_jsonl(path, rows)).rename(path / "rows.NDJSON")
+    return "rows.NDJSON"
+
+
+def as_json_array(path: Path, rows: list[dict[str, Any]]) -> str:
+    (path / "rows.json").write_text("\ufeff\n" + json.dumps(rows, indent=1), encoding="utf-8")
+    return "rows.json"
+
+
+def as_json_of_lines(path: Path, rows: list[dict[str, Any]]) -> str:
+    (path / as_jsonl(path, rows)).rename(path / "rows.json")
+    return "rows.json"
+
+
+def as_csv(
+    path: Path, rows: list[dict[str, Any]], encoding: str = "utf-8", delimiter: str = ",", name: str = "rows.csv"
+) -> str:
+    with (path / name).open("w", encoding=encoding, newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys(), delimiter=delimiter)
         writer.writeheader()
         writer.writerows(rows)
-    return "rows.csv"
+    return name
 
 
 def as_csv_from_a_spreadsheet(path: Path, rows: list[dict[str, Any]]) -> str:
     return as_csv(path, rows, encoding="utf-8-sig")
+
+
+def as_csv_with_semicolons(path: Path, rows: list[dict[str, Any]]) -> str:
+    # A column that nobody asks for has more commas in its name than there are semicolons.
+    wide = [{**row, "remarks, if any, or none, or other": "a, b"} for row in rows]
+    return as_csv(path, wide, encoding="utf-8-sig", delimiter=";", name="rows.CSV")
+
+
+def as_csv_with_tabs(path: Path, rows: list[dict[str, Any]]) -> str:
+    return as_csv(path, rows, delimiter="\t")
+
+
+def as_tsv(path: Path, rows: list[dict[str, Any]]) -> str:
+    return as_csv(path, rows, delimiter="\t", name="rows.Tsv")
+
+
+def as_gzipped_csv(path: Path, rows: list[dict[str, Any]]) -> str:
+    plain = path / as_csv(path, rows, delimiter=";")
+    (path / "rows.csv.GZ").write_bytes(gzip.compress(plain.read_bytes()))
+    plain.unlink()
+    return "rows.csv.GZ"
 
 
 def as_parquet(path: Path, rows: list[dict[str, Any]]) -> str:
@@ -133,8 +171,15 @@ def _datasets_stay_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     [
         as_jsonl,
         as_gzip,
+        as_newline_delimited,
+        as_json_array,
+        as_json_of_lines,
         as_csv,
         as_csv_from_a_spreadsheet,
+        as_csv_with_semicolons,
+        as_csv_with_tabs,
+        as_tsv,
+        as_gzipped_csv,
         as_parquet,
         as_saved_dataset,
         as_saved_split,
@@ -186,10 +231,56 @@ def test_regression_targets_are_numbers_however_they_are_written(
     assert read(tmp_path, write(tmp_path, rows), REGRESS).labels == targets
 
 
-def test_integer_labels_match_the_plans_names(tmp_path: Path) -> None:
-    task = Task(task="classification", labels=("0", "1"))
-    rows = [{"text": "a cat", "label": 1}, {"text": "rain", "label": 0}]
-    assert read(tmp_path, as_jsonl(tmp_path, rows), task).labels == [1, 0]
+@pytest.mark.parametrize("write", [as_jsonl, as_csv, as_parquet, as_folder_of_csv])
+@pytest.mark.parametrize("labels", [[1, 0, 2], [1.0, 0.0, 2.0]])
+def test_whole_numbers_are_the_labels_that_they_are_written_as(
+    write: Callable[[Path, list[dict[str, Any]]], str], labels: list[Any], tmp_path: Path
+) -> None:
+    task = Task(task="classification", labels=("0", "1", "2"))
+    rows = [{"text": f"text {n}", "label": label} for n, label in enumerate(labels)]
+    assert read(tmp_path, write(tmp_path, rows), task).labels == [1, 0, 2]
+
+
+def test_a_label_that_looks_like_a_whole_number_is_taken_by_its_name_first(tmp_path: Path) -> None:
+    source = as_csv(tmp_path, [{"text": "x", "label": "1.0"}, {"text": "y", "label": "1"}])
+    assert read(tmp_path, source, Task(task="classification", labels=("1", "1.0"))).labels == [1, 0]
+    split = MaskedTask(task="classification", labels=("1", "1.0", "2"), annotates=("1", "2"))
+    assert "label '1.0' is not among those" in failure(tmp_path, source, split)
+
+
+NO_LABELS = ("None", "nan", "NaN", "True", "False", "1.5", "inf", "['x']", "", "NA", "true", "<NA>")
+"""What str() makes of values that are no labels, and what they are called elsewhere: a plan may have all of these."""
+
+
+@pytest.mark.parametrize("value", [None, float("nan"), float("inf"), True, False, 1.5, ["x"], {"x": 1}, ""], ids=repr)
+@pytest.mark.parametrize("kind", ["classification", "multi-label", "token-classification"])
+def test_what_is_no_label_is_never_made_one(kind: Any, value: Any, tmp_path: Path) -> None:
+    names = [name for name in NO_LABELS if name]
+    labels = ["O", *(f"{mark}-X" for mark in "BI")] if kind == "token-classification" else names
+    good, bad = labels[0], value
+    if kind != "classification":
+        good, bad = [good], [value]
+    rows = [{"text": "word", "label": good}, {"text": "word", "label": bad}]
+    message = failure(tmp_path, as_jsonl(tmp_path, rows), Task(task=kind, labels=tuple(labels)))
+    # Two lines further on: the writer leaves a blank line between two rows.
+    assert f"{tmp_path / 'rows.jsonl'}:3: a label must be text or a whole number, found {value!r}" in message
+
+
+@pytest.mark.parametrize("lost", ["NA", "", "null", "None", "nan"])
+def test_a_field_that_the_datasets_library_makes_nothing_of_is_refused_by_its_row(lost: str, tmp_path: Path) -> None:
+    task = Task(task="classification", labels=("None", "NA", "nan", "null", "EU"))
+    source = as_folder_of_csv(tmp_path, [{"text": "a cat", "label": "EU"}, {"text": "a dog", "label": lost}])
+    message = failure(tmp_path, source, task)
+    assert "hf:folder: row 2: a label must be text or a whole number, found None" in message
+    if lost:  # named itself, the file gives what stands in it
+        (tmp_path / "folder" / "train.csv").rename(tmp_path / "rows.csv")
+        assert read(tmp_path, "rows.csv", task).labels == [4, task.labels.index(lost)]
+
+
+def test_a_target_that_is_true_or_has_underscores_is_no_number(tmp_path: Path) -> None:
+    for target in ("true", '"1_000"'):
+        (tmp_path / "rows.jsonl").write_text(f'{{"text": "a cat", "label": {target}}}\n')
+        assert "must be a finite number" in failure(tmp_path, "rows.jsonl", REGRESS)
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -303,6 +394,17 @@ BAD_FILES: dict[str, tuple[str, bytes, str, list[str]]] = {
     "an empty file called Parquet": ("rows.parquet", b"", "", ["Parquet"]),
     "an empty text": ("rows.jsonl", (GOOD + '{"text": " ", "label": "animals"}\n').encode(), ":2", ["'text'"]),
     "an empty text in CSV": ("rows.csv", (HEADER + ",animals\n").encode(), ":2", ["'text'"]),
+    "a JSON array that is broken": ("rows.json", b'[{"text": "a cat"},\n{"text" "a dog"}]', ":2", ["JSON", "column"]),
+    "a JSON array of something else": ("rows.json", b'[["a cat", "animals"]]', ": row 1", ["object", "list"]),
+    "JSON that is spread over lines": ("rows.json", b'{"rows":\n1}\n', "", [":1: ", "JSON", ":2: "]),
+    "a column twice": ("rows.csv", b"text,label,label\na cat,animals,weather\n", ":1", ["'label'", "two columns"]),
+    "a TSV file with commas": ("rows.tsv", b"text,label\na cat,animals\n", ":2", ["'text,label'"]),
+    "gzipped CSV that is not UTF-8": (
+        "rows.csv.gz",
+        gzip.compress((HEADER + "a cat,animals\nMüller,animals\n").encode("latin-1")),
+        ":3",
+        ["UTF-8"],
+    ),
     "a text that is a number": ("rows.jsonl", b'{"text": 7, "label": "animals"}\n', ":1", ["'text'", "7"]),
     "an unknown suffix": ("rows.xlsx", GOOD.encode(), "", [".jsonl", ".csv", ".parquet", "hf:"]),
 }
@@ -316,6 +418,47 @@ def test_a_bad_file_is_named_with_its_line_and_what_was_expected(case: str, tmp_
     assert f"{tmp_path / name}{line}: " in message
     for words in quoted:
         assert words in message
+
+
+def test_all_bad_rows_are_counted_and_the_first_are_shown(tmp_path: Path) -> None:
+    rows = [{"text": f"text {n}", "label": "pets" if n % 2 else "animals"} for n in range(20)]
+    rows[8] = {"text": "", "label": "animals"}
+    lines = [json.dumps(row) for row in rows]
+    lines[2] = "{broken"
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    message = failure(tmp_path, "rows.jsonl")
+    assert f"{tmp_path / 'rows.jsonl'}: 12 of 20 rows cannot be used" in message
+    assert [int(line.split(":")[1]) for line in message.splitlines()[1:6]] == [2, 3, 4, 6, 8]
+    assert "and 7 more" in message
+    assert "skip-bad = 12" in message
+
+
+def test_as_many_bad_rows_are_left_out_as_the_silo_allows(tmp_path: Path) -> None:
+    rows = [*ROWS, {"text": "a cat", "label": "pets"}, {"text": None, "label": "animals"}]
+    source = as_jsonl(tmp_path, rows)
+    (tmp_path / source).write_text((tmp_path / source).read_text() + "\n{broken\n")
+    assert "skip-bad = 3" in failure(tmp_path, source, skip_bad=2)
+    examples = read(tmp_path, source, skip_bad=3)
+    assert examples == EXAMPLES
+    assert examples.digest == EXAMPLES.digest
+    assert len(examples.left_out) == 3
+    for part, quoted in zip(examples.left_out, ("'pets'", "'text'", "JSON"), strict=True):
+        assert quoted in part
+    train, held_out = load(silo(tmp_path, source, 0.4, skip_bad=5), CLASSIFY)
+    assert left_out(train, held_out) == examples.left_out, "rows of one source are told once"
+
+
+def test_a_file_of_bad_rows_only_holds_no_examples(tmp_path: Path) -> None:
+    source = as_jsonl(tmp_path, [{"text": "a cat", "label": "pets"}] * 3)
+    assert "holds no examples" in failure(tmp_path, source, skip_bad=9)
+
+
+def test_a_field_may_be_longer_than_131072_characters(tmp_path: Path) -> None:
+    limit = csv.field_size_limit()
+    rows = [{"text": "word " * 40_000, "label": "animals"}, {"text": "a cat", "label": "weather"}]
+    found = read(tmp_path, as_csv(tmp_path, rows))
+    assert found == Examples([row["text"] for row in rows], None, [0, 1])
+    assert csv.field_size_limit() == limit, "which is one for the whole process, and not ours"
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv", "rows.parquet"])
@@ -380,13 +523,97 @@ def test_an_unlabelled_row_of_a_class_label_column_is_refused(tmp_path: Path) ->
     assert "hf:saved: row 1: unknown label -1" in failure(tmp_path, "hf:saved")
 
 
-@pytest.mark.parametrize("source", ["hf:saved#validation", "hf:./nowhere", "hf:folder"])
+@pytest.mark.parametrize("source", ["hf:saved#validation", "hf:saved-flat#test", "hf:./nowhere", "hf:folder"])
 def test_a_dataset_that_cannot_be_loaded_is_named(source: str, tmp_path: Path) -> None:
     datasets.Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "saved-flat"))
     datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)}).save_to_disk(str(tmp_path / "saved"))
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "train.jsonl").write_text("{broken\n")
     assert failure(tmp_path, source).startswith(f"{source}: ")
+
+
+def folder_with_configurations(path: Path) -> None:
+    for file, animal in (("a/train.csv", "cat"), ("a/test.csv", "dog"), ("b/train.csv", "hen")):
+        (path / "folder" / file).parent.mkdir(parents=True, exist_ok=True)
+        (path / "folder" / file).write_text(f"text,label\na {animal},animals\n")
+    (path / "folder" / "README.md").write_text(
+        "---\nconfigs:\n- config_name: early\n  data_files:\n  - split: train\n    path: a/train.csv\n  - split: test\n"
+        "    path: a/test.csv\n- config_name: late\n  data_files: b/train.csv\n---\n"
+    )
+
+
+def test_a_dataset_with_several_configurations_is_read_by_name(tmp_path: Path) -> None:
+    folder_with_configurations(tmp_path)
+    for source, animal in (("folder:early", "cat"), ("folder:early#test", "dog"), ("folder:late#train", "hen")):
+        assert read(tmp_path, f"hf:{source}").inputs == [f"a {animal}"]
+    (tmp_path / "folder").rename(tmp_path / "with:colon")
+    assert read(tmp_path, "hf:with:colon:late").inputs == ["a hen"]
+
+
+@pytest.mark.parametrize(
+    ("source", "offered"),
+    [
+        ("hf:folder", ["'early', 'late'", "hf:folder:CONFIG"]),
+        ("hf:folder:wrong#train", ["'early', 'late'"]),
+        ("hf:folder:early#validation", ["'train', 'test'"]),
+        ("hf:saved#validation", ["'train', 'mine'"]),
+    ],
+)
+def test_a_missing_configuration_or_split_is_told_with_those_that_there_are(
+    source: str, offered: list[str], tmp_path: Path
+) -> None:
+    folder_with_configurations(tmp_path)
+    parts = {name: datasets.Dataset.from_list(ROWS) for name in ("train", "mine")}
+    datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "saved"))
+    message = failure(tmp_path, source)
+    assert message.startswith(f"{source}: ")
+    for words in offered:
+        assert words in message
+
+
+MODEL_LABELS = Task(task="classification", labels=("LABEL_0", "LABEL_1", "LABEL_2"))
+
+
+def measured(directory: Path, labels: list[Any], task: Task = MODEL_LABELS, names: tuple[str, ...] = ()) -> Examples:
+    """Return what `gramfuse measure` takes of rows with these labels."""
+    texts = [f"text {n}" for n in range(len(labels))]
+    rows = [
+        {"text": text, **({} if label is ... else {"label": label})} for text, label in zip(texts, labels, strict=True)
+    ]
+    found = load_measured(silo(directory, as_jsonl(directory, rows)), task, names)
+    assert found.inputs == texts
+    return found
+
+
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [
+        ([0, 1, 2], ()),
+        ([2.0, "1", "LABEL_0"], ()),
+        ([..., None, 1], ()),
+        (["good", "bad", 2], ("bad", "so-so", "good")),
+        ([5, 3, 4], ("3", "4", "5")),
+    ],
+)
+def test_a_models_labels_are_its_names_or_numbers_and_need_not_be_there(
+    labels: list[Any], names: tuple[str, ...], tmp_path: Path
+) -> None:
+    assert measured(tmp_path, labels, names=names).labels == [None] * 3, "statistics need none"
+
+
+@pytest.mark.parametrize(
+    ("label", "names"),
+    [(3, ()), (-1, ()), ("good", ()), (True, ()), ("LABEL_0", ("bad", "so-so", "good")), (0, ("3", "4", "5"))],
+)
+def test_a_label_that_is_none_of_the_models_is_refused(label: Any, names: tuple[str, ...], tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: .*label"):
+        measured(tmp_path, [label], names=names)
+
+
+def test_a_target_text_is_needed_to_measure_a_model(tmp_path: Path) -> None:
+    assert measured(tmp_path, ["a", "b"], WRITE).labels == ["a", "b"]
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: column 'label' is missing"):
+        measured(tmp_path, [...], WRITE)
 
 
 def test_the_held_out_source_is_checked_like_the_training_source(tmp_path: Path) -> None:
@@ -467,6 +694,7 @@ BAD_ROWS: dict[str, tuple[Task, dict[str, Any], list[str]]] = {
     "fewer tags than words": (TAG, {"text": ["Anna", "left"], "label": ["B-PER"]}, ["2 words", "found 1"]),
     "more tags than words": (TAG, {"text": "Anna left", "label": "B-PER O O"}, ["2 words", "found 3"]),
     "no tags": (TAG, {"text": ["Anna"], "label": None}, ["1 words", "None"]),
+    "an image of fractions": (LOOK, {"image": "fractions.tif", "label": "red"}, ["'image'", "white", "8 or 16 bits"]),
     "an unknown tag": (TAG, {"text": ["Paris"], "label": ["B-LOC"]}, ["'B-LOC'", "B-PER"]),
     "no words": (TAG, {"text": [], "label": []}, ["'text'", "words"]),
     "words that are no list": (TAG, {"text": 7, "label": ["O"]}, ["'text'", "7"]),
@@ -487,6 +715,7 @@ BAD_ROWS: dict[str, tuple[Task, dict[str, Any], list[str]]] = {
 def test_a_row_that_does_not_fit_its_task_is_named(case: str, tmp_path: Path) -> None:
     task, row, quoted = BAD_ROWS[case]
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    Image.new("F", (2, 2)).save(tmp_path / "fractions.tif")
     message = failure(tmp_path, "rows.jsonl", task)
     assert f"{tmp_path / 'rows.jsonl'}:1: " in message
     for words in quoted:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from gramfuse_cli.main import cli
 from gramfuse_protocol import errors
 from gramfuse_protocol.errors import ContributionError, GramfuseError, RefusalError, SecurityError, error_types
 from gramfuse_protocol.messages import REPLIES, Refusal, TrainReply, TrainRequest, expect, refusal
@@ -48,6 +51,21 @@ def test_a_page_explains_the_exit_code(leaf: type[GramfuseError]) -> None:
     assert f"`{leaf.__name__}`" in page
     assert "The other side reads" in page
     assert leaf not in QUOTING or f'"{leaf.summary}"' in page
+
+
+@by_leaf
+def test_a_user_gets_the_page_of_an_exit_code(leaf: type[GramfuseError]) -> None:
+    code = leaf.exit_code
+    shown = CliRunner().invoke(cli, ["explain", str(code)])
+    assert shown.exit_code == 0
+    page = (PAGES / f"{code}.md").read_text(encoding="utf-8")
+    assert shown.stdout.split() == page.split()
+    assert json.loads(CliRunner().invoke(cli, ["explain", str(code), "--json"]).stdout) == {"code": code, "page": page}
+
+
+def test_a_code_that_is_none_leads_to_all_of_them() -> None:
+    assert "gramfuse explain" in CliRunner().invoke(cli, ["explain", "99"]).output
+    assert "Interrupted" in CliRunner().invoke(cli, ["explain"]).stdout
 
 
 def test_every_page_belongs_to_a_code_and_the_table_lists_all() -> None:

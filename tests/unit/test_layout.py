@@ -36,6 +36,7 @@ def _layout() -> Layout:
             Tensor(name="k.weight", shape=(2, 6), merge="regmean", context_free=True),
             Tensor(name="scale", shape=(), merge="mean"),
             Tensor(name="c.weight", shape=(5, 1), merge="regmean"),
+            Tensor(name="batches", shape=(), merge="sum", buffer=True),
         ),
         frozen=("embeddings.weight",),
     )
@@ -48,10 +49,12 @@ BLOCKS = [
     ("delta:k.weight", (2, 6)),
     ("delta:scale", ()),
     ("delta:c.weight", (5, 1)),
+    ("delta:batches", ()),
 ]
 """By hand: 4·5/2 + 2·3/2 entries in blocks of 4 and 2, 5·6/2 in full."""
 
 SIZES = {"gram:q": 13, "gram:ü": 15, "delta:q.weight": 18, "delta:k.weight": 12, "delta:scale": 1, "delta:c.weight": 5}
+SIZES["delta:batches"] = 1
 
 DOCUMENT = (
     '{"frozen":["embeddings.weight"],'
@@ -60,10 +63,11 @@ DOCUMENT = (
     '{"d_out":3,"transposed":true,"weight":"q.weight"},{"d_out":2,"transposed":true,"weight":"k.weight"}]},'
     '{"d_in":5,"exponents":[],"name":"ü","part":null,"rows":["input"],'
     '"structure":"full","weights":[{"d_out":1,"transposed":false,"weight":"c.weight"}]}],"parts":[],'
-    '"tensors":[{"context_free":true,"merge":"regmean","name":"q.weight","parted":false,"shape":[3,6],"unmatched":false},'
-    '{"context_free":true,"merge":"regmean","name":"k.weight","parted":false,"shape":[2,6],"unmatched":false},'
-    '{"context_free":false,"merge":"mean","name":"scale","parted":false,"shape":[],"unmatched":false},'
-    '{"context_free":false,"merge":"regmean","name":"c.weight","parted":false,"shape":[5,1],"unmatched":false}],"version":1}'
+    '"tensors":[{"buffer":false,"context_free":true,"merge":"regmean","name":"q.weight","parted":false,"shape":[3,6],"unmatched":false},'
+    '{"buffer":false,"context_free":true,"merge":"regmean","name":"k.weight","parted":false,"shape":[2,6],"unmatched":false},'
+    '{"buffer":false,"context_free":false,"merge":"mean","name":"scale","parted":false,"shape":[],"unmatched":false},'
+    '{"buffer":false,"context_free":false,"merge":"regmean","name":"c.weight","parted":false,"shape":[5,1],"unmatched":false},'
+    '{"buffer":true,"context_free":false,"merge":"sum","name":"batches","parted":false,"shape":[],"unmatched":false}],"version":1}'
 )
 
 
@@ -72,7 +76,7 @@ def test_the_blocks_are_the_gram_matrices_then_the_differences() -> None:
     assert [tuple(block) for block in layout.blocks] == BLOCKS
     assert {block.name: block.entries for block in layout.blocks} == SIZES
     assert [piece.name for piece in layout.deltas] == [name for name, _ in BLOCKS[2:]]
-    assert layout.contribution_bytes == 4 * 64
+    assert layout.contribution_bytes == 4 * 65
 
 
 def test_frozen_parameters_are_in_no_block() -> None:
@@ -103,15 +107,15 @@ def test_a_block_larger_than_the_limit_spans_pieces_and_its_slices_say_where() -
         ["delta:q.weight[2:12]"],
         ["delta:q.weight[12:18]", "delta:k.weight[0:4]"],
         ["delta:k.weight[4:12]", "delta:scale", "delta:c.weight[0:1]"],
-        ["delta:c.weight[1:5]"],
+        ["delta:c.weight[1:5]", "delta:batches"],
     ]
 
 
 def test_a_contribution_within_the_limit_is_one_piece_of_whole_blocks() -> None:
     (piece,) = _layout().pieces()
     assert [s.name for s in piece] == list(SIZES)
-    assert _layout().pieces(4 * 64) == (piece,)
-    assert len(_layout().pieces(4 * 64 - 1)) == 2
+    assert _layout().pieces(4 * 65) == (piece,)
+    assert len(_layout().pieces(4 * 65 - 1)) == 2
 
 
 def test_a_layout_written_and_read_again_is_equal(tmp_path: Path) -> None:
@@ -160,7 +164,7 @@ def test_what_is_summed_over_silos_in_order() -> None:
         ("t:ü", (5, 1)),
         *((f"m:{name.removeprefix('delta:')}", shape) for name, shape in BLOCKS[2:]),
     ]
-    assert layout.sum_entries == 4 + 28 + 30 + 5 + 36
+    assert layout.sum_entries == 4 + 28 + 30 + 5 + 37
 
 
 @pytest.mark.parametrize(
@@ -298,6 +302,10 @@ def test_a_layout_that_does_not_hold_together_is_refused_with_source_and_key(pat
         ("tensors.0.shape", [6, 3]),
         ("tensors.0.merge", "mean"),
         ("tensors.2.merge", "regmean"),
+        ("tensors.2.merge", "sum"),
+        ("tensors.4.shape", [1]),
+        ("tensors.4.merge", "regmean"),
+        ("tensors.4.context_free", True),
     ],
 )
 def test_a_layout_whose_groups_do_not_fit_its_tensors_is_refused(path: str, value: Any) -> None:

@@ -310,7 +310,7 @@ def test_what_a_failed_run_says_comes_first() -> None:
     shown = Checked(page(report, plan)).text
     assert shown.index("desk: the run failed") < shown.index(report["failure"]["message"])
     assert shown.index(report["failure"]["message"]) < shown.rindex("What was to be merged")
-    for words in ("silos upload, masked", "docs/exit-codes/16.md", "--resume desk-1", "had trained", "did not come"):
+    for words in ("silos upload, masked", "gramfuse explain 16", "--resume desk-1", "had trained", "did not come"):
         assert words in shown
     for words in ("from_pretrained", "sha256sum", "in the merge", "Whoever gets the merged model"):
         assert words not in shown

@@ -27,10 +27,17 @@ def test_a_flower_that_changed_is_refused(name: str, monkeypatch: pytest.MonkeyP
         worker.check_flower()
 
 
-def test_another_version_of_flower_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.42.0")
-    with pytest.raises(FederationError, match=r"1\.42\.0"):
+@pytest.mark.parametrize("version", ["1.40.1", "1.43.0", "1.4.1", "2.41.0"])
+def test_another_version_of_flower_is_refused(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
+    with pytest.raises(FederationError, match=rf"Flower {version} .*1\.41\.\* and 1\.42\.\*"):
         worker.check_flower()
+
+
+@pytest.mark.parametrize("version", ["1.41.0", "1.41.7", "1.42.0"])
+def test_two_versions_of_flower_are_known(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
+    worker.check_flower()
 
 
 def test_nothing_of_a_bundle_is_unpacked_or_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

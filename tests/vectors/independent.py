@@ -171,7 +171,9 @@ def exponents(layout: Mapping[str, Any], silos: int, weighting: str) -> list[int
         outputs = sum(weight["d_out"] for weight in group["weights"])
         s += [room - 20 - e[j] - e[k] for j, k in packed(group)]
         t += [room - 20 - x - g for x in e for _ in range(outputs)]
-    m = [room - 8] * sum(math.prod(tensor["shape"]) for tensor in layout["tensors"])
+    m: list[int] = []
+    for tensor in layout["tensors"]:
+        m += [room - (24 if tensor["buffer"] else 8)] * math.prod(tensor["shape"])
     return [0] * (2 + len(layout["groups"]) + len(layout["parts"])) + s + t + m
 
 
@@ -209,7 +211,8 @@ def summands(
     for tensor in layout["tensors"]:
         delta = blocks["delta:" + tensor["name"]]
         each = len(delta) // tensor["shape"][0] if tensor["parted"] else 0
-        m += [(by_output[i // each] if tensor["parted"] else whole) * x for i, x in enumerate(delta)]
+        weight = Fraction(1) if tensor["merge"] == "sum" else whole
+        m += [(by_output[i // each] if tensor["parted"] else weight) * x for i, x in enumerate(delta)]
     return [whole, Fraction(contribution["examples"]), *tokens, *held, *s, *t, *m]
 
 

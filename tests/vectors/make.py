@@ -157,7 +157,7 @@ def second_layout() -> Layout:
 
 
 def third_layout() -> Layout:
-    """A head of three labels, of which the first and the last are north's and east's alone."""
+    """A head of three labels, of which the first and the last are north's and east's alone, and a normalisation."""
     parts = (Part(silos=("north", "east"), outputs=(0, 2)), Part(silos=("north", "east", "west"), outputs=(1,)))
     groups = tuple(
         Group(
@@ -176,6 +176,8 @@ def third_layout() -> Layout:
         tensors=(
             Tensor(name="head.weight", shape=(3, 2), merge="regmean", parted=True),
             Tensor(name="head.bias", shape=(3,), merge="mean", parted=True),
+            Tensor(name="norm.running_var", shape=(2,), merge="mean", buffer=True),
+            Tensor(name="norm.num_batches_tracked", shape=(), merge="sum", buffer=True),
         ),
         frozen=(),
         parts=parts,
@@ -193,6 +195,8 @@ def contribution(layout: Layout, source: Source) -> Statistics:
             values = np.array(source.integers(block.entries, 100), np.float64) / 64 * bound
         elif any(tensor.name == name and tensor.merge == "regmean" for tensor in layout.tensors):
             values = np.array(source.integers(block.entries, 100), np.float64) / 512
+        elif any(tensor.name == name and tensor.merge == "sum" for tensor in layout.tensors):
+            values = np.array(source.integers(block.entries, 100), np.float64)
         else:
             values = np.array(source.integers(block.entries, 10**6), np.float64) * 1e-9
         blocks[block.name] = values.astype(np.float32).reshape(block.shape)

@@ -27,7 +27,7 @@ def failure(reading: Reading) -> Section:
     if named:
         entries.append(("Silos concerned", ", ".join(dict.fromkeys(named))))
     entries.append(("Error", f"{failure['error']}, exit code {code}"))
-    entries.append(("Causes, and what to do", Markup("<code>docs/exit-codes/{}.md</code>").format(code)))
+    entries.append(("Causes, and what to do", Markup("<code>gramfuse explain {}</code>").format(code)))
     blocks: list[Block] = [
         Notice("Failed", f"The run ended in the phase “{phase}”. There is no merged model.", grave=True),
         Facts(entries),

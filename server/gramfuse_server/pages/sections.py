@@ -136,6 +136,10 @@ def _digest(text: str) -> Markup:
 def _task(reading: Reading, name: str) -> str:
     kind = str(reading.tasks[name])
     task = reading.plan.tasks.get(name) if reading.plan is not None and reading.plan.tasks else None
+    generation = (reading.report.get("generation") or {}).get(name)
+    if generation is not None:
+        first = f", beginning with “{generation['first-token']}”" if generation["first-token"] else ""
+        return f"{kind}; texts were generated greedily, of at most {generation['max-new-tokens']} tokens{first}"
     if task is None or not task.labels:
         return kind
     if task.task == "token-classification":

@@ -64,6 +64,7 @@ METRICS = {
 
 CHECKS = {
     "counts": "how much silos counted: what cannot be is a lie, or a fault",
+    "share": "weight of a silo over what its examples would give it: with uniform weighting, a few count as many",
     "power": "mean square of a layer's inputs over that on public text: one loud silo outweighs the others",
     "eigenvalue": "smallest eigenvalue of the sum of the Gram matrices: below zero, some are none; far above, made up",
     "ratio": "size of the merged difference over that of the simple average, on the silos' inputs",

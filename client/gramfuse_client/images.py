@@ -1,0 +1,76 @@
+"""Images as an image processor takes them: upright, in three channels of 8 bits."""
+
+from __future__ import annotations
+
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gramfuse_protocol.errors import DataError
+
+BITS_PER_SAMPLE = 258
+"""The tag of a TIFF file that says how many of 16 bits are used."""
+
+
+def check_pillow() -> None:
+    """Raise DataError if Pillow is not installed."""
+    try:
+        import PIL.Image  # noqa: F401
+    except ImportError:
+        raise DataError("reading images needs Pillow; run: pip install 'gramfuse[images]'") from None
+
+
+def check_image(image: Path | bytes, where: str) -> None:
+    """Look at the first bytes of an image; raises as `read_image`, but for damage further on."""
+    with _open(image, where):
+        pass
+
+
+def read_image(image: Path | bytes, where: str) -> Any:
+    """Read an image with Pillow: turned as its EXIF data say, in RGB; greyscale of 16 bits is scaled to 8.
+
+    Raises:
+        DataError: if Pillow is not installed, cannot read it, or cannot tell which of its values is white.
+    """
+    from PIL import ImageOps
+
+    with _open(image, where) as opened:
+        try:
+            upright = ImageOps.exif_transpose(opened)
+            return (_in_8_bits(upright, _white(opened)) if upright.mode.startswith("I") else upright).convert("RGB")
+        except (OSError, ValueError, SyntaxError) as error:
+            raise DataError(f"{where}: not a readable image: {error}") from None
+
+
+def _open(image: Path | bytes, where: str) -> Any:
+    check_pillow()
+    from PIL import Image
+
+    try:
+        opened = Image.open(image if isinstance(image, Path) else BytesIO(image))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"{where}: not a readable image: {error}") from None
+    mode = opened.mode
+    if mode == "F" or (mode == "I" and opened.format != "PPM"):  # in PPM, that is 16 bits, scaled by Pillow
+        opened.close()
+        raise DataError(
+            f"{where}: its values are {'fractions' if mode == 'F' else 'signed, or have 32 bits'}, and nothing says "
+            "which of them is white; convert it to 8 or 16 bits"
+        )
+    return opened
+
+
+def _white(opened: Any) -> int:
+    """Return the value that is white in greyscale of more than 8 bits."""
+    tags = getattr(opened, "tag_v2", {})
+    bits = int(tags.get(BITS_PER_SAMPLE, (16,))[0])
+    return (1 << bits) - 1
+
+
+def _in_8_bits(grey: Any, white: int) -> Any:
+    from PIL import Image
+
+    values = np.asarray(grey, np.float64) * (255 / white)
+    return Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8))

@@ -1,0 +1,108 @@
+"""Buffers that a model is saved with: running means that training changes, counters, and constants.
+
+They are no parameters, but a model computes with them. Which of them training changes is found by running the base
+model once as in training, and not by the types of its modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from gramfuse_protocol.errors import ModelError
+
+
+def saved_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the buffers that a model is saved with, by name: the model's own tensors, not copies."""
+    saved = model.state_dict().keys()
+    return {name: buffer for name, buffer in model.named_buffers() if name in saved}
+
+
+def learned(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return all that training may change and a merge can put together, by name: the model's own tensors.
+
+    These are the parameters that are trained, and of the saved buffers those that hold real numbers, or one integer.
+    """
+    buffers = {name: b for name, b in saved_buffers(model).items() if b.is_floating_point() or _is_count(b)}
+    return {name: p for name, p in model.named_parameters() if p.requires_grad} | buffers
+
+
+def changed_by_training(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Literal["mean", "sum"]]:
+    """Return the saved buffers that one step of training changes, and how they are merged.
+
+    Real numbers have a mean. One integer that grows counts something, and is summed.
+
+    Args:
+        model: is as it was before afterwards.
+        batch: keyword arguments of its forward.
+
+    Raises:
+        ModelError: naming the buffer, if it changes and is of another kind.
+    """
+    if not saved_buffers(model):
+        return {}
+    device = next(model.parameters()).device
+    before = {name: buffer.clone() for name, buffer in saved_buffers(model).items()}
+    with _training(model), torch.random.fork_rng(), torch.no_grad():
+        model(**{key: value.to(device) for key, value in batch.items()})
+        after = {name: buffer.clone() for name, buffer in saved_buffers(model).items()}
+    found: dict[str, Literal["mean", "sum"]] = {}
+    for name, buffer in before.items():
+        if torch.equal(buffer, after[name]):
+            continue
+        if buffer.is_floating_point():
+            found[name] = "mean"
+        elif _is_count(buffer) and after[name] > buffer:
+            found[name] = "sum"
+        else:
+            raise ModelError(
+                f"training changes the buffer {name!r}, {buffer.dtype} {tuple(buffer.shape)}, which is neither of real "
+                "numbers nor a counter, so there is no telling how to merge it; choose another base model"
+            )
+    return found
+
+
+def first_difference(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> str | None:
+    """Return the name of the first of some buffers that is not the same among others, or None."""
+    return next((name for name in sorted(one) if not torch.equal(one[name].cpu(), other[name].cpu())), None)
+
+
+def add_to(tensor: torch.Tensor, difference: torch.Tensor) -> None:
+    """Add a difference in place, in float64, rounded once to the tensor's dtype; a counter to the nearest integer."""
+    total = tensor.detach().double() + difference.to(tensor.device).double()
+    tensor.detach().copy_(total if tensor.is_floating_point() else total.round())
+
+
+def forget(model: nn.Module) -> None:
+    """Have a model forget what it keeps of weights that it had: LeViT does, until it is in training mode again."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.train()
+    for module, mode in modes:
+        module.training = mode
+
+
+def _is_count(buffer: torch.Tensor) -> bool:
+    return buffer.dim() == 0 and buffer.dtype in (torch.int64, torch.int32)
+
+
+@contextmanager
+def _training(model: nn.Module) -> Iterator[None]:
+    """Have a model in training mode; modes and buffers, those that are not saved too, are as before afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    kept = [(module, name, b, b.clone()) for module in model.modules() for name, b in _own_buffers(module)]
+    model.train()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for module, name, buffer, values in kept:
+            module._buffers[name] = buffer if torch.equal(buffer, values) else buffer.copy_(values)
+
+
+def _own_buffers(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return [(name, buffer) for name, buffer in module._buffers.items() if buffer is not None]

@@ -1,0 +1,18 @@
+"""Whether a base model can do what a task asks of it: found out before a plan is locked, and before data are read."""
+
+from __future__ import annotations
+
+from gramfuse_model.answering import first_token
+from gramfuse_model.base import Base
+from gramfuse_model.targets import check_foldable
+from gramfuse_protocol.task import Task
+
+
+def check_suitable(base: Base, task: Task) -> None:
+    """Raise ModelError if a base model's head cannot take a task's `centre` and `scale`, or it has no `first-token`.
+
+    Args:
+        base: with the task's head.
+    """
+    check_foldable(base, task)
+    first_token(base.tokenizer, task)

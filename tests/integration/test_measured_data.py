@@ -1,0 +1,145 @@
+"""`gramfuse measure` on data as people have them: in any order, with numbers for labels or without, with bad rows."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from gramfuse_cli.main import cli
+from gramfuse_protocol.errors import DataError, GramfuseError, PlanError
+from gramfuse_protocol.layout import gram_block
+from gramfuse_protocol.statistics_file import StatisticsFile, read_statistics
+
+TOPICS = {"animals": "cat dog horse sheep", "weather": "rain snow wind sun", "kitchen": "pan pot knife spoon"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory, pico_bert: Path) -> Path:
+    """A classifier whose weights are somewhat apart from those of its base; its labels are LABEL_0, LABEL_1, …."""
+    directory = tmp_path_factory.mktemp("model")
+    torch.manual_seed(5)
+    tuned = AutoModelForSequenceClassification.from_pretrained(pico_bert, num_labels=3)
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if "embeddings" not in name:
+                parameter += 0.05 * torch.randn_like(parameter)
+    tuned.save_pretrained(directory)
+    AutoTokenizer.from_pretrained(pico_bert).save_pretrained(directory)
+    return directory
+
+
+def rows(count: int) -> list[dict[str, Any]]:
+    """Texts about one topic after the other, as in a file that is sorted by label; the last topic's are longest."""
+    rng = random.Random(3)
+    return [
+        {"text": " ".join(rng.choices(words.split(), k=rng.randint(2, 4 + 4 * label))), "label": label}
+        for label, words in enumerate(TOPICS.values())
+        for _ in range(count // 3)
+    ]
+
+
+def measure(model: Path, base: Path, data: Path, *options: Any) -> tuple[StatisticsFile, dict[str, Any]]:
+    """Return the statistics and what the command says of them; what it raises is raised here."""
+    out = data.with_suffix(".safetensors")
+    out.unlink(missing_ok=True)
+    arguments = [
+        "measure",
+        model,
+        "--base",
+        base,
+        "--data",
+        data,
+        "-o",
+        out,
+        "--device",
+        "cpu",
+        "--max-length",
+        32,
+        "--json",
+    ]
+    result = CliRunner().invoke(cli, [*map(str, [*arguments, *options])])
+    if isinstance(result.exception, GramfuseError):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return read_statistics(out), json.loads(result.stdout)
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def grams(file: StatisticsFile) -> dict[str, Any]:
+    return {group.name: file.block(gram_block(group.name)).astype(np.float64) for group in file.about.layout.groups}
+
+
+def distance(one: StatisticsFile, other: StatisticsFile) -> float:
+    """The largest relative distance between the Gram matrices of two files."""
+    mine, theirs = grams(one), grams(other)
+    return max(float(np.linalg.norm(mine[name] - theirs[name]) / np.linalg.norm(theirs[name])) for name in theirs)
+
+
+def test_the_order_of_the_rows_does_not_decide_the_gram_matrices(tmp_path: Path, model: Path, pico_bert: Path) -> None:
+    ordered = rows(900)
+    quarter = len(ordered) // 4
+
+    def measured(name: str, some: list[dict[str, Any]], *options: Any) -> StatisticsFile:
+        return measure(model, pico_bert, write(tmp_path / f"{name}.jsonl", some), *options)[0]
+
+    full = measured("all", ordered)
+    limit = ("--tokens", max(full.tokens.values()) // 4)
+    rng = random.Random(8)
+    noise = [distance(measured(f"drawn-{n}", rng.sample(ordered, quarter)), full) for n in range(12)]
+    drawn = [measured("sorted", ordered, *limit), measured("shuffled", rng.sample(ordered, len(ordered)), *limit)]
+    assert max(distance(one, full) for one in drawn) < 1.5 * max(noise)
+    # The first rows of the sorted file are another matter.
+    assert distance(measured("first", ordered[:quarter]), full) > 5 * max(noise)
+    # A file that is drawn from twice gives the same.
+    again = measured("again", ordered, *limit)
+    assert all(np.array_equal(one, grams(drawn[0])[name]) for name, one in grams(again).items())
+
+
+def test_labels_change_nothing_of_what_is_measured(tmp_path: Path, model: Path, pico_bert: Path) -> None:
+    numbered = rows(30)
+    names = ["good, mostly", "bad", "so-so"]
+    files = {
+        "numbers": (numbered, []),
+        "fractions": ([{**row, "label": float(row["label"])} for row in numbered], []),
+        "names": ([{**row, "label": f"LABEL_{row['label']}"} for row in numbered], []),
+        "other names": (
+            [{**row, "label": names[row["label"]]} for row in numbered],
+            ["--labels", '"good, mostly",bad, so-so'],
+        ),
+        "none": ([{"text": row["text"]} for row in numbered], []),
+    }
+    found = {
+        name: grams(measure(model, pico_bert, write(tmp_path / f"{name}.jsonl", some), *options)[0])
+        for name, (some, options) in files.items()
+    }
+    for name, gram in found.items():
+        assert all(np.array_equal(gram[group], found["numbers"][group]) for group in gram), name
+    with pytest.raises(DataError, match=r"other names\.jsonl: 30 of 30 rows(?s:.*)--labels"):
+        measure(model, pico_bert, write(tmp_path / "other names.jsonl", files["other names"][0]))
+    with pytest.raises(PlanError, match="expected 3 different names, one for each output of MODEL: 'LABEL_0'"):
+        measure(model, pico_bert, tmp_path / "numbers.jsonl", "--labels", "good,bad")
+
+
+def test_bad_rows_are_left_out_as_many_as_one_says(tmp_path: Path, model: Path, pico_bert: Path) -> None:
+    good = rows(30)
+    bad = [*good[:7], {"text": "", "label": 0}, *good[7:], {"text": "cat", "label": "pets"}]
+    clean, _ = measure(model, pico_bert, write(tmp_path / "good.jsonl", good))
+    found, said = measure(model, pico_bert, write(tmp_path / "bad.jsonl", bad), "--skip-bad", 2)
+    assert distance(found, clean) == 0
+    assert said["examples"] == 30
+    assert [line.split(": ")[0] for line in said["left_out"]] == [f"{tmp_path / 'bad.jsonl'}:{n}" for n in (8, 32)]
+    with pytest.raises(DataError, match="2 of 32 rows cannot be used"):
+        measure(model, pico_bert, tmp_path / "bad.jsonl", "--skip-bad", 1)
+    assert not (tmp_path / "bad.safetensors").exists()

@@ -1,0 +1,295 @@
+"""A regression of any size: trained on numbers of about 1, measured and written on the targets' own scale."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from click.testing import CliRunner
+from transformers import BertConfig, BertModel, GPT2Config, GPT2ForSequenceClassification
+
+from gramfuse_cli.engine import simulated_silo
+from gramfuse_cli.main import cli
+from gramfuse_cli.project import Project
+from gramfuse_cli.simulate import run_simulation
+from gramfuse_client.app import SiloApp
+from gramfuse_client.offline import contribute
+from gramfuse_client.silo import write_identity
+from gramfuse_client.state import State
+from gramfuse_client.targets import propose
+from gramfuse_client.workbench import Workbench
+from gramfuse_model.base import load_base
+from gramfuse_model.suitable import check_suitable
+from gramfuse_model.targets import fold
+from gramfuse_protocol.errors import DataError, ModelError
+from gramfuse_protocol.keys import Identity
+from gramfuse_protocol.task import Task
+from gramfuse_server import post
+from gramfuse_server.app import coordinate
+from gramfuse_server.merging import Settings, merge_files
+
+SILOS = ("north", "south", "east")
+ANIMALS, OTHERS = ["cat", "dog", "horse", "sheep"], ["rain", "snow", "the", "a", "of", "and"]
+SIZES = {"small": (3e-5, 1e-4), "usual": (0.0, 1.0), "large": (-4e6, 1e5)}
+"""Centre and scale of the targets."""
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(post.time, "sleep", lambda _: None)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory, pico_tokenizer: Any) -> Path:
+    """A BERT whose random weights are large enough to tell words apart."""
+    directory = tmp_path_factory.mktemp("base")
+    torch.manual_seed(4)
+    config = BertConfig(
+        vocab_size=len(pico_tokenizer),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=32,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        initializer_range=0.2,
+    )
+    BertModel(config).save_pretrained(directory)
+    pico_tokenizer.save_pretrained(directory)
+    return directory
+
+
+def rows(count: int, seed: int, centre: float, scale: float) -> list[dict[str, Any]]:
+    """Texts, and how many of their words are animals, on some scale."""
+    rng = random.Random(seed)
+    found = []
+    for _ in range(count):
+        words = [rng.choice(rng.choice([ANIMALS, OTHERS])) for _ in range(6)]
+        size = (sum(word in ANIMALS for word in words) - 3) / 1.5
+        found.append({"text": " ".join(words), "label": centre + scale * size})
+    return found
+
+
+def project(directory: Path, base: Path, size: str, settings: str) -> Path:
+    centre, scale = SIZES[size]
+    (directory / "silos").mkdir(parents=True)
+    for number, name in enumerate(SILOS):
+        for part, count, seed in (("train", 64, number), ("held-out", 24, 100 + number)):
+            lines = [json.dumps(row) + "\n" for row in rows(count, seed, centre, scale)]
+            (directory / f"{name}-{part}.jsonl").write_text("".join(lines))
+        (directory / "silos" / f"{name}.toml").write_text(
+            f'name = "{name}"\ndevice = "cpu"\nthreads = 1\n[data]\ntrain = "../{name}-train.jsonl"\n'
+            f'held-out = "../{name}-held-out.jsonl"\n[limits]\nminimum-examples = 10\nopen-uploads = true\n'
+            'metrics = "silo"\nexact-metrics = true\n'
+        )
+    roster = "".join(f'[[silo]]\nname = "{name}"\n' for name in SILOS)
+    (directory / "plan.toml").write_text(
+        f'[plan]\nname = "numbers"\n[model]\nbase = "{base}"\ntask = "regression"\nmax-length = 16\n{settings}\n'
+        "[training]\nepochs = 12\nlearning-rate = 3e-3\nbatch-size = 8\n"
+        f'[privacy]\nmetrics-epsilon = "none"\n{roster}'
+    )
+    return directory
+
+
+def settings_of(size: str) -> str:
+    centre, scale = SIZES[size]
+    return f"centre = {centre}\nscale = {scale}\nrange = [{centre - 3 * scale}, {centre + 3 * scale}]"
+
+
+def run(directory: Path, place: Path, grid: Any, *settings: str) -> dict[str, Any]:
+    plan, layout = Project.read(directory, settings).locked()
+    identities = {name: Identity(bytes([number] * 32)) for number, name in enumerate(SILOS, 1)}
+    for name, identity in identities.items():
+        write_identity(place / "state" / name / "identity.pem", identity)
+    plan = plan.with_keys({name: identity.public.hex() for name, identity in identities.items()})
+    silos = {
+        name: simulated_silo(str(directory / "silos" / f"{name}.toml"), str(place / "state"), plan.digest)
+        for name in SILOS
+    }
+    apps = {name: SiloApp(lambda _, name=name: silos[name]) for name in SILOS}
+
+    def finish(name: str, arrays: Any, to: Path) -> None:
+        Workbench(silos[name], plan).finish(layout, arrays, State(silos[name].state, plan.digest), to)
+
+    report: dict[str, Any] = coordinate(grid(apps), plan, layout, directory, place / "run", own_heads=finish)
+    assert report["unmeasured"] is None, report["checks"]
+    return report
+
+
+def answers(model: Path, directory: Path, silos: tuple[str, ...] = SILOS) -> tuple[np.ndarray, np.ndarray]:
+    """What a written model gives, as anybody would ask it, and the truth."""
+    loaded = transformers.AutoModelForSequenceClassification.from_pretrained(model).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    lines = [line for n in silos for line in (directory / f"{n}-held-out.jsonl").read_text().splitlines()]
+    found = [json.loads(line) for line in lines]
+    with torch.no_grad():
+        given = tokenizer([row["text"] for row in found], padding=True, return_tensors="pt")
+        said = loaded(**given).logits.squeeze(-1).double().numpy()
+    return said, np.array([row["label"] for row in found])
+
+
+def test_targets_of_every_size_are_learned_measured_and_answered_alike(
+    tmp_path: Path, base: Path, in_process_grid: Any
+) -> None:
+    found = {}
+    for size, (centre, scale) in SIZES.items():
+        directory = project(tmp_path / size, base, size, settings_of(size))
+        report = run(directory, tmp_path / size, in_process_grid)
+        metrics = next(model["metrics"] for model in report["models"] if model["name"] == "regmean")
+        said, true = answers(tmp_path / size / "run" / "model", directory)
+        assert metrics["pearson"] == pytest.approx(np.corrcoef(said, true)[0, 1], abs=1e-4)
+        assert metrics["pearson"] > 0.7
+        assert metrics["rmse"] == pytest.approx(math.sqrt(np.mean((said - true) ** 2)), rel=1e-3)
+        assert metrics["mae"] == pytest.approx(np.mean(np.abs(said - true)), rel=1e-3)
+        assert metrics["rmse"] < 0.5 * scale
+        found[size] = (said - centre) / scale
+    assert found["small"] == pytest.approx(found["usual"], abs=1e-3)
+    assert found["large"] == pytest.approx(found["usual"], abs=1e-2), "float32 has no more digits at that size"
+
+
+def test_models_with_heads_of_their_own_and_models_from_files_give_targets_too(
+    tmp_path: Path, base: Path, in_process_grid: Any
+) -> None:
+    directory = project(tmp_path / "own", base, "large", settings_of("large"))
+    report = run(directory, tmp_path / "own", in_process_grid, "model.head=own", "privacy.metrics=silo")
+    (found,) = (model["silos"] for model in report["models"] if model["name"] == "regmean")
+    for silo in SILOS:
+        (kept,) = (tmp_path / "own" / "state" / silo).glob("*/model")
+        for place in (kept, tmp_path / "own" / "run" / "models" / silo):
+            said, true = answers(place, directory, (silo,))
+            assert found[silo]["rmse"] == pytest.approx(math.sqrt(np.mean((said - true) ** 2)), rel=1e-3)
+            assert found[silo]["rmse"] < 0.7 * SIZES["large"][1]
+
+    opened = ["privacy.secure-aggregation=false", "privacy.metrics=none"]
+    plan, layout = Project.read(directory, opened).locked()
+    files = []
+    for name in SILOS:
+        silo = simulated_silo(str(directory / "silos" / f"{name}.toml"), str(tmp_path / "files"), plan.digest)
+        files.append(tmp_path / f"{name}.safetensors")
+        contribute(silo, plan, layout, files[-1], State(silo.state, plan.digest))
+    merge_files(files, tmp_path / "merged", Settings(base=str(base)), tmp_path)
+    said, true = answers(tmp_path / "merged", directory)
+    assert math.sqrt(np.mean((said - true) ** 2)) < 0.5 * SIZES["large"][1]
+
+
+@pytest.mark.parametrize("size", ["small", "large"])
+def test_a_plan_whose_scale_does_not_fit_is_refused_where_the_data_are_and_what_fits_is_said(
+    tmp_path: Path, base: Path, size: str
+) -> None:
+    centre, scale = SIZES[size]
+    wide = f"range = [{centre - 5 * scale}, {centre + 5 * scale}]"
+    directory = project(tmp_path / "numbers", base, size, wide)
+    with pytest.raises(DataError, match="centre = ") as caught:
+        run_simulation(Project.read(directory), tmp_path / "run")
+    assert "north.toml" in str(caught.value)
+    assert not (tmp_path / "run").exists()
+    check = CliRunner().invoke(
+        cli, ["silo", "check", str(directory / "silos" / "north.toml"), "--plan", str(directory), "--offline", "--json"]
+    )
+    (data,) = (found for found in json.loads(check.stdout)["findings"] if found["subject"] == "data")
+    assert data["state"] == "problem"
+    assert "scale = " in data["remedy"]
+
+    fitting = propose([row["label"] for row in rows(64, 0, centre, scale)])
+    assert fitting is not None
+    assert 0.5 < fitting.scale / scale < 2
+    assert abs(fitting.centre - centre) < scale
+    (directory / "plan.toml").write_text((directory / "plan.toml").read_text().replace(wide, "\n".join(fitting.lines)))
+    check = CliRunner().invoke(
+        cli, ["silo", "check", str(directory / "silos" / "north.toml"), "--plan", str(directory), "--offline", "--json"]
+    )
+    (data,) = (found for found in json.loads(check.stdout)["findings"] if found["subject"] == "data")
+    assert (data["state"], data["remedy"]) == ("ok", "")
+
+
+def test_a_project_for_targets_begins_with_what_fits_them(tmp_path: Path) -> None:
+    data = tmp_path / "prices.jsonl"
+    data.write_text(
+        "".join(json.dumps({"text": row["text"], "price": row["label"]}) + "\n" for row in rows(64, 0, 250, 40))
+    )
+    made = CliRunner().invoke(
+        cli, ["init", str(tmp_path / "project"), "--targets", str(data), "--label", "price", "--json"]
+    )
+    assert made.exit_code == 0, made.output
+    plan = Project.read(tmp_path / "project").plan
+    task = plan.task_of("bank")
+    assert (task.task, task.centre, task.scale, task.range) == ("regression", 250.0, 30.0, (190.0, 330.0))
+    refused = CliRunner().invoke(cli, ["init", str(tmp_path / "other"), "--targets", str(data)])
+    assert isinstance(refused.exception, DataError)
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        ([0.0, 5.0, 2.5, 1.0], (2.0, 2.0, 0.0, 5.0)),
+        ([1e-5, 2e-5, 4e-5], (2e-5, 1e-5, 1e-5, 4e-5)),
+        ([-3e5, 4e5], (0.0, 4e5, -3e5, 4e5)),
+        ([1e6, 1e6 + 3], (1000002.0, 2.0, 1000000.0, 1000003.0)),
+        ([7.0, 7.0], None),
+    ],
+)
+def test_what_is_proposed_is_round_and_no_target_is_beyond(targets: list[float], expected: Any) -> None:
+    found = propose(targets)
+    assert (found and (found.centre, found.scale, found.low, found.high)) == expected
+
+
+def test_without_a_range_a_secure_plan_has_one_scale_on_each_side_of_the_centre(tmp_path: Path, base: Path) -> None:
+    directory = project(tmp_path / "numbers", base, "large", "centre = 5\nscale = 2")
+    assert Project.read(directory).plan.task_of("north").range == (3.0, 7.0)
+    with pytest.raises(DataError, match="range of 3 to 7"):
+        run_simulation(Project.read(directory), tmp_path / "run")
+
+
+def test_a_head_that_cannot_give_targets_is_refused_before_a_plan_is_locked(
+    tmp_path: Path, pico_gpt2: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = project(tmp_path / "numbers", pico_gpt2, "large", settings_of("large"))
+    with pytest.raises(ModelError, match="no bias that 'centre'"):
+        Project.read(directory).locked()
+    Project.read(directory, ["model.centre=0"]).locked()
+
+    directory = project(tmp_path / "others", base, "large", settings_of("large"))
+    plan = Project.read(directory).plan
+    loaded, task = load_base(plan, directory), plan.task_of("north")
+    before = {name: tensor.clone() for name, tensor in loaded.model.state_dict().items()}
+    check_suitable(loaded, task)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in loaded.model.state_dict().items())
+
+    forward = type(loaded.model.classifier).forward
+    monkeypatch.setattr(type(loaded.model.classifier), "forward", lambda self, x: forward(self, x) ** 3)
+    with pytest.raises(ModelError, match="not linear in its last layer"):
+        check_suitable(loaded, task)
+    loaded.model.classifier = torch.nn.Identity()
+    with pytest.raises(ModelError, match="no linear layer with one output"):
+        check_suitable(loaded, task)
+
+
+def test_a_scale_without_a_bias_is_folded_where_the_centre_is_zero() -> None:
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=20, n_positions=8, n_embd=8, n_layer=1, n_head=2, num_labels=1, pad_token_id=0)
+    model = GPT2ForSequenceClassification(config).eval()
+    given = torch.tensor([[3, 4, 5], [6, 7, 8]])
+    with torch.no_grad():
+        before = model(given).logits
+        fold(model, Task(task="regression", scale=1e4))
+        assert torch.allclose(model(given).logits, 1e4 * before, rtol=1e-5)
+
+
+def test_what_travels_does_not_say_how_large_targets_are(tmp_path: Path, base: Path, in_process_grid: Any) -> None:
+    """A silo whose targets do not fit fails with the text of any other failure."""
+    directory = project(tmp_path / "numbers", base, "usual", "range = [-1e9, 1e9]\ncentre = 0\nscale = 1")
+    far = [{**row, "label": 1e8 * row["label"]} for row in rows(64, 2, 0.0, 1.0)]
+    (directory / "east-train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in far))
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        run(directory, tmp_path / "numbers", in_process_grid)
+    assert "its own log has the reason" in str(caught.value)
+    assert "scale" not in str(caught.value)
