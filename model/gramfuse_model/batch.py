@@ -12,6 +12,9 @@ from gramfuse_model.heads import answers
 
 Batch = dict[str, torch.Tensor]
 
+SHORTEST = 3
+"""Tokens of a text that one can be taken out of the middle of."""
+
 TARGETS = ("labels", "decoder_input_ids", "decoder_attention_mask")
 """What of a batch belongs to the target of a model with encoder and decoder."""
 
@@ -47,6 +50,30 @@ def alone(batch: Mapping[str, torch.Tensor], masks: Mapping[str, torch.Tensor], 
         mask = masks.get("target" if key in TARGETS else "input")
         padded = mask is not None and value.shape[:2] == mask.shape
         found[key] = (value[index, mask[index]] if padded else value[index]).unsqueeze(0)  # type: ignore[index]
+    return found
+
+
+def with_shorter(batch: Mapping[str, torch.Tensor], masks: Mapping[str, torch.Tensor], config: Any) -> Batch:
+    """Return a batch of texts that are all of one length, and each of them without the token in its middle.
+
+    Texts of less than three tokens stay as they are.
+
+    Args:
+        masks: of `masks_of`.
+        config: the model's, if it has one: with which token it is padded.
+    """
+    mask = masks["input"]
+    length = int(mask[0].sum())
+    if length < SHORTEST:
+        return dict(batch)
+    texts = {key: value[mask].view(len(mask), length) for key, value in batch.items() if value.shape == mask.shape}
+    texts["attention_mask"] = torch.ones_like(texts["input_ids"])
+    left = bool(mask[:, -1].all()) and not bool(mask[:, 0].all())
+    found = {key: torch.cat([value, value]) for key, value in batch.items() if key not in texts}
+    for key, whole in texts.items():
+        filler = (getattr(config, "pad_token_id", None) or 0) if key == "input_ids" else 0
+        cut = torch.cat([whole[:, : length // 2], whole[:, length // 2 + 1 :]], dim=1)
+        found[key] = torch.cat([whole, nn.functional.pad(cut, (1, 0) if left else (0, 1), value=filler)])
     return found
 
 

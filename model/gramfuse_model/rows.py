@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from gramfuse_model.batch import TARGETS, Batch, alone, chosen, masks_of
+from gramfuse_model.batch import TARGETS, Batch, alone, chosen, masks_of, with_shorter
 from gramfuse_model.heads import answers, head_parameters
 from gramfuse_model.linear import linear_modules
 from gramfuse_model.observation import Hook, by_example, observing, rows_of
@@ -53,8 +53,8 @@ def find_rows(
     Modules that are not called are left out. Of inputs that are neither token ids nor pixels, all rows count.
 
     Args:
-        batch: keyword arguments of the model's forward. Texts must differ in length, and for a model with encoder and
-            decoder a text must differ from its target.
+        batch: keyword arguments of the model's forward. For a model with encoder and decoder, a text and its target
+            must differ in length.
         modules: by name, whose inputs have features in their last dimension.
 
     Raises:
@@ -68,6 +68,9 @@ def find_rows(
         calls = _run(model, batch, modules)
         every: Rows = "all"
         return {name: (every,) * len(calls[name]) for name in modules if name in calls}
+    if "input" in masks and _is_one(masks["input"].sum(dim=1)):
+        batch = with_shorter(batch, masks, getattr(model, "config", None))
+        masks = masks_of(model, batch)
     few = _telling(model, batch, masks)
     batch, masks = chosen(batch, few), chosen(masks, few)
     head = _head(model)
@@ -96,10 +99,10 @@ def _telling(model: nn.Module, batch: Batch, masks: Batch) -> list[int]:
     order = lengths.argsort(stable=True).tolist()
     places = torch.linspace(0, len(order) - 1, min(TEXTS, len(order))).round().long().tolist()
     few = [order[place] for place in places]
-    if int(lengths[few[0]]) == int(lengths[few[-1]]):
+    if _is_one(lengths):
         raise ModelError(
-            "all texts of the batch that a layout is made on have one length, so that it cannot be seen which rows of "
-            "a layer are tokens; take texts of different lengths, padded to the longest"
+            f"all texts of the batch that a layout is made on have {int(lengths[0])} tokens, so that it cannot be seen "
+            "which rows of a layer are tokens; take longer ones"
         )
     if answers(model) and "target" not in masks:
         raise ModelError("the batch that a layout is made on has no targets ('labels'); the model's decoder needs them")
@@ -109,6 +112,10 @@ def _telling(model: nn.Module, batch: Batch, masks: Batch) -> list[int]:
             "told apart; take other targets"
         )
     return few
+
+
+def _is_one(lengths: torch.Tensor) -> bool:
+    return int(lengths.min()) == int(lengths.max())
 
 
 def _head(model: nn.Module) -> dict[str, nn.Module]:

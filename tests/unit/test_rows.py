@@ -254,9 +254,18 @@ def test_outputs_that_depend_on_padding_are_refused_with_the_side_on_which_they_
         derive_layout(Blind(), batch_of())
 
 
-def test_texts_of_one_length_show_nothing_and_make_no_layout() -> None:
-    with pytest.raises(ModelError, match="one length"):
-        find_rows(Reader(), batch_of((4, 4)), {})
+@pytest.mark.parametrize("lengths", [(5,), (5, 5)])
+def test_texts_of_one_length_show_as_much_as_others(lengths: tuple[int, ...]) -> None:
+    for kind, rows in ((Reader, ("input",)), (PadsInside, ("input",)), (Turned, ("turned",)), (Halves, None)):
+        model = kind()
+        padded = batch_of((*lengths, 7), left=True)  # as a tokenizer gives them that pads to a number of tokens
+        cut = {key: value[:-1] for key, value in padded.items()}
+        for batch in (batch_of(lengths), {"input_ids": batch_of(lengths)["input_ids"]}, cut):
+            if batch is cut and kind is PadsInside:
+                continue  # which pads behind what is padded before
+            assert find_rows(model, batch, {"watched.weight": model.watched}) == {"watched.weight": rows}
+    with pytest.raises(ModelError, match="2 tokens"):
+        find_rows(Reader(), batch_of((2, 2)), {})
 
 
 @pytest.mark.parametrize("name", ALIKE)
