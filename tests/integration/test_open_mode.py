@@ -75,6 +75,7 @@ def test_a_project_is_tuned_and_the_report_is_of_the_other_half(
         assert shown in done.stderr
     assert subprocess.run(["sha256sum", "--quiet", "-c", "SHA256SUMS"], cwd=out, check=False).returncode == 0
     card = (out / "model" / "README.md").read_text()
+    assert "% of the trained parameters are merged in closed form; the others are averaged." in card
     assert (
         f"alpha {tuning['chosen']['alpha']}, uniform weighting with silo-a × 1, silo-b × 1, silo-c × 1, chosen on"
         in card
