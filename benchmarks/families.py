@@ -293,6 +293,9 @@ def merged_with_itself(place: Workplace, home: Path, model: PreTrainedModel, giv
         for table in model.modules():  # training leaves the row of padding at zero, and Funnel is loaded with it so
             if isinstance(table, nn.Embedding) and table.padding_idx is not None:
                 table.weight[table.padding_idx] = 0
+        for name, buffer in model.named_buffers():
+            if name.rpartition(".")[2] in ("running_mean", "running_var"):
+                buffer.add_(0.1)
     tuned = place.save("tuned", model)
     files = []
     for size in (4, 16):
@@ -326,10 +329,10 @@ def merged_with_itself(place: Workplace, home: Path, model: PreTrainedModel, giv
 
 
 def named(model: PreTrainedModel) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield a model's parameters, those of zeros left out."""
-    for name, parameter in model.named_parameters():
-        if parameter.any():
-            yield name, parameter.detach().double().numpy()
+    """Yield what a model's file has beside counters, arrays of zeros left out."""
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and tensor.any():
+            yield name, tensor.detach().double().numpy()
 
 
 def line(name: str) -> tuple[str, bool]:

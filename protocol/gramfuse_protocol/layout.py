@@ -273,8 +273,8 @@ class Layout(_Frozen):
     @property
     def closed(self) -> float:
         """Share of the trained and merged parameters that are merged in closed form, from 0 to 1."""
-        sizes = {tensor.name: math.prod(tensor.shape) for tensor in self.tensors}
-        return sum(sizes[t.name] for t in self.tensors if t.merge == "regmean") / sum(sizes.values())
+        sizes = {tensor: math.prod(tensor.shape) for tensor in self.tensors if not tensor.buffer}
+        return sum(size for tensor, size in sizes.items() if tensor.merge == "regmean") / max(1, sum(sizes.values()))
 
     @property
     def deltas(self) -> tuple[Slice, ...]:
