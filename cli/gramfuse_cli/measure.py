@@ -29,7 +29,7 @@ LENGTH = Task.model_fields["max_length"].default
 """Most tokens of an example, where nothing is said."""
 
 FEW = 100
-"""Examples under which a warning is worth it; silos take part in no run with less, unless their files say so."""
+"""Examples under which a warning is worth it; silos take part in no run with fewer, unless their files say so."""
 
 EVERY = 50
 """Steps between two lines of progress where there is no terminal."""

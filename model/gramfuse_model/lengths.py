@@ -46,7 +46,7 @@ def check_lengths(base: Base, tasks: Iterable[Task], *, trains: bool) -> None:
         trains: whether it is to be trained, when some models take other lengths than in evaluation.
 
     Raises:
-        PlanError: if the model's table of positions has less places than the tasks allow tokens.
+        PlanError: if the model's table of positions has fewer places than the tasks allow tokens.
         ModelError: if the model cannot compute texts of some length.
     """
     if base.model.main_input_name == "pixel_values":

@@ -24,7 +24,7 @@ from gramfuse_client.materials import check_base
 from gramfuse_client.participant import Participant
 from gramfuse_client.silo import Silo
 from gramfuse_model.base import load_base
-from gramfuse_protocol.errors import ModelError
+from gramfuse_protocol.errors import ModelError, PlanError
 from gramfuse_protocol.messages import JoinReply, JoinRequest, Message, Refusal
 from gramfuse_protocol.plan import Plan
 
@@ -157,6 +157,22 @@ def test_no_plan_without_all_pins_is_joined(run: Run, tmp_path: Path) -> None:
         assert isinstance(reply, Refusal)
         assert (reply.error, reply.reason) == ("RefusalError", "the plan is not locked")
         run.plan = Plan.parse(text)
+
+
+def test_texts_for_which_the_base_has_no_places_are_refused_before_any_are_read(
+    pico_project: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A plan that its author's gramfuse let pass would have silos with long texts fail, and so tell who has some."""
+    project = pico_project(silos=4, secure=True)
+    with monkeypatch.context() as lax:
+        lax.setattr("gramfuse_model.lengths.check_lengths", lambda *_, **__: None)
+        lax.setattr("gramfuse_model.tracing._check_long_texts", lambda *_: None)
+        run = Run(project, "model.max-length=64")
+    for name in project.names:
+        project.train(name).unlink()
+    reply = run.join(None)
+    assert isinstance(reply, Refusal)
+    assert (reply.error, reply.reason) == ("PlanError", PlanError.summary)
 
 
 def test_what_a_body_has_beside_the_shared_part_is_pinned_too(

@@ -391,8 +391,9 @@ def test_a_directory_of_checkpoints_is_pointed_into(models: Models, tmp_path: Pa
 
 
 def test_no_batch_is_no_measurement(models: Models) -> None:
-    base = load_zero_headed(plan_for("base", str(models.base), Task(task="classification", labels=("a", "b"))), Path())
-    layout = plan_layout(plan_for("base", str(models.base), Task(task="classification", labels=("a", "b"))), base)
+    plan = plan_for("base", str(models.base), Task(task="classification", labels=("a", "b"), max_length=16))
+    base = load_zero_headed(plan, Path())
+    layout = plan_layout(plan, base)
     batches = iter([dict(base.tokenizer(["the cat"], return_tensors="pt"))])
     given = {"base": trainable(base.model), "examples": 1}
     assert collect_statistics(base.model, batches, layout, **given).examples == 1

@@ -81,13 +81,14 @@ def process(command: list[str], *arguments: str | Path) -> Outcome:
 
 
 @pytest.fixture(autouse=True)
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working directory, with a directory for temporary files in it; both are looked at afterwards."""
-    (tmp_path / "temporary").mkdir()
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
-    monkeypatch.setattr(tempfile, "tempdir", None)
-    return tmp_path
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The working directory, and a directory for temporary files, which is empty afterwards; Ray's paths are short."""
+    with tempfile.TemporaryDirectory() as temporary:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("TMPDIR", temporary)
+        monkeypatch.setattr(tempfile, "tempdir", None)
+        yield tmp_path
+        assert os.listdir(temporary) == []
 
 
 def tree(directory: Path) -> dict[str, bytes | None]:

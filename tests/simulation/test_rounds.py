@@ -177,7 +177,7 @@ def by_hand(site: Site, survivors: tuple[tuple[str, ...], ...]) -> Arrays:
             encoded = Encoded(examples, base.tokenizer, task)
             settings = plan.training.model_copy(update={"seed": plan.training.seed + number - 1})
             finetune(base.model, encoded, settings, torch.device("cpu"))
-            given = batches(encoded, plan.training.batch_size, torch.device("cpu"))
+            given = batches(encoded, plan.training.batch_size, torch.device("cpu"), seed=plan.training.seed)
             statistics = collect_statistics(
                 base.model, given, site.layout, base=before, examples=len(examples), limit=plan.merge.tokens
             )
