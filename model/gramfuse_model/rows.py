@@ -152,7 +152,11 @@ def _readings(
 def _run(model: nn.Module, batch: Batch, modules: Mapping[str, nn.Module]) -> dict[str, list[torch.Tensor]]:
     """Run a model and return projections of what modules receive, and of what it puts out, if that is known."""
     calls: dict[str, list[torch.Tensor]] = {}
-    latest: list[Any] = [None, None, None]  # what came last, which the next module often receives too, and its projection
+    latest: list[Any] = [
+        None,
+        None,
+        None,
+    ]  # the last tensor, its version and projection; the next module may get it too
 
     def record(name: str) -> Hook:
         def hook(_: nn.Module, x: torch.Tensor) -> None:
