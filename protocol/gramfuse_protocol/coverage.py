@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -48,5 +47,7 @@ def family(name: str) -> str:
 
 def families(names: Iterable[str]) -> str:
     """Shorten a list of parameters: the same name in several layers is written once, with the number of layers."""
-    counts = Counter(map(family, names))
-    return ", ".join(name if count == 1 else f"{name} (×{count})" for name, count in counts.items()) or "nothing"
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(family(name), []).append(name)
+    return ", ".join(of[0] if len(of) == 1 else f"{name} (×{len(of)})" for name, of in found.items()) or "nothing"
