@@ -18,6 +18,7 @@ from gramfuse_protocol.node_key import fingerprint
 from gramfuse_protocol.noise import DELTA, spent
 from gramfuse_protocol.plan import Plan
 from gramfuse_protocol.roster import tolerated
+from gramfuse_protocol.task import Task
 from gramfuse_protocol.text import listed, quoted
 
 
@@ -157,13 +158,19 @@ def _tasks(plan: Plan) -> list[str]:
     for name, task in plan.tasks.items():
         labels = f", {len(task.labels)} labels: {listed(task.labels)}" if task.labels else ""
         silos = f" ({', '.join(_silos_of(plan, name))})" if name else ""
-        lines.append(f"task {f'{name}: ' if name else ''}{task.task}{labels}{silos}")
+        lines.append(f"task {f'{name}: ' if name else ''}{task.task}{labels}{_asked(task)}{silos}")
     lines += [
         f"  {silo.name} annotates {len(silo.labels)} of the labels: {listed(silo.labels)}"
         for silo in plan.silo
         if silo.labels
     ]
     return [*lines, f"head {plan.model.head}: {HEADS[plan.model.head]}"]
+
+
+def _asked(task: Task) -> str:
+    """Say on which scale a model learns targets, and how it is asked for texts."""
+    told = f", targets less {task.centre:g}, over {task.scale:g}" if (task.centre, task.scale) != (0.0, 1.0) else ""
+    return told + (f", texts begin with {quoted(task.first_token)}" if task.first_token is not None else "")
 
 
 def _silos_of(plan: Plan, task: str) -> list[str]:

@@ -120,7 +120,8 @@ class RegMean(FedAvg):
                     f"tensor {name!r} has shape {delta.shape}, the initial arrays have {base.shape}"
                 )
             exact = base.astype(np.float64) + delta
-            merged_array = (exact if np.issubdtype(base.dtype, np.floating) else np.rint(exact)).astype(base.dtype)
+            rounded = exact if np.issubdtype(base.dtype, np.floating) else np.rint(exact)
+            merged_array = np.asarray(rounded.astype(base.dtype))  # of one number, an array too
             if not np.isfinite(merged_array).all():
                 raise ContributionError(f"tensor {name!r}: the merged values are beyond what {base.dtype} can hold")
             arrays[name] = Array(merged_array)

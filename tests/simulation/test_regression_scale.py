@@ -210,6 +210,12 @@ def test_a_plan_whose_scale_does_not_fit_is_refused_where_the_data_are_and_what_
     assert (data["state"], data["remedy"]) == ("ok", "")
 
 
+def test_who_approves_a_plan_sees_the_scale_of_its_targets(tmp_path: Path, base: Path) -> None:
+    directory = project(tmp_path / "numbers", base, "large", settings_of("large"))
+    shown = CliRunner().invoke(cli, ["plan", "show", str(directory)]).stdout
+    assert "task regression, targets less -4e+06, over 100000" in shown
+
+
 def test_a_project_for_targets_begins_with_what_fits_them(tmp_path: Path) -> None:
     data = tmp_path / "prices.jsonl"
     data.write_text(

@@ -26,10 +26,11 @@ from gramfuse_server.accumulator import Accumulator
 
 CLIENTS = ("a", "b", "c")
 EXAMPLES = {"a": 30, "b": 50, "c": 90}
+STEPS = 7
 
 
 class Net(nn.Module):
-    """Two linear layers, a frozen one, and a buffer that is no parameter."""
+    """Two linear layers, a frozen one, and a buffer that counts steps of training."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,6 +41,8 @@ class Net(nn.Module):
         self.register_buffer("steps", torch.tensor(3))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.steps += 1
         return self.last(self.frozen(self.first(x).tanh()).tanh())
 
 
@@ -70,6 +73,7 @@ def tune(model: Net, seed: int) -> Net:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    model.steps += STEPS
     return model
 
 
@@ -122,7 +126,7 @@ def merged_by_hand(
     deltas = accumulator.merge().deltas
     before = {name: tensor.numpy() for name, tensor in arrays.to_torch_state_dict().items()}
     return {
-        name: (value.astype(np.float64) + deltas[name]).astype(value.dtype) if name in deltas else value
+        name: np.asarray((value.astype(np.float64) + deltas[name]).astype(value.dtype)) if name in deltas else value
         for name, value in before.items()
     }
 
@@ -145,7 +149,8 @@ def test_the_arrays_are_what_the_accumulator_gives(in_process_grid: Any, alpha: 
     result = strategy.start(grid=in_process_grid(apps()), initial_arrays=arrays, num_rounds=1)
     assert_arrays(result.arrays, expected)
     moved = {name for name in expected if not np.array_equal(expected[name], arrays[name].numpy())}
-    assert moved == {"first.weight", "first.bias", "last.weight", "last.bias"}
+    assert moved == {"first.weight", "first.bias", "last.weight", "last.bias", "steps"}
+    assert result.arrays["steps"].numpy() == 3 + 3 * STEPS
     assert [(step.group, step.outcome) for step in strategy.steps] == [("first", "clean"), ("last", "clean")]
     net(result.arrays)  # an ordinary state dict, as the user's own model takes it
 
@@ -178,6 +183,8 @@ def test_equal_clients_get_their_weights_back(in_process_grid: Any) -> None:
     arrays = initial()
     result = RegMean().start(grid=in_process_grid(apps(seed=1)), initial_arrays=arrays, num_rounds=1)
     for name, parameter in tune(net(arrays), 1).state_dict().items():
+        if name == "steps":
+            continue
         np.testing.assert_allclose(result.arrays[name].numpy(), parameter.numpy(), rtol=1e-6, atol=1e-7, err_msg=name)
 
 

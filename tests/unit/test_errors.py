@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
+from gramfuse_cli import explain
 from gramfuse_cli.main import cli
 from gramfuse_protocol import errors
 from gramfuse_protocol.errors import ContributionError, GramfuseError, RefusalError, SecurityError, error_types
@@ -61,6 +63,11 @@ def test_a_user_gets_the_page_of_an_exit_code(leaf: type[GramfuseError]) -> None
     page = (PAGES / f"{code}.md").read_text(encoding="utf-8")
     assert shown.stdout.split() == page.split()
     assert json.loads(CliRunner().invoke(cli, ["explain", str(code), "--json"]).stdout) == {"code": code, "page": page}
+
+
+def test_the_pages_are_in_what_is_installed() -> None:
+    wheel = tomllib.loads((PAGES.parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["hatch"]["build"]
+    assert wheel["targets"]["wheel"]["force-include"] == {"docs/exit-codes": f"gramfuse_cli/{explain.PLACES[0].name}"}
 
 
 def test_a_code_that_is_none_leads_to_all_of_them() -> None:

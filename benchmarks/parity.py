@@ -1,0 +1,239 @@
+"""How far a merge is from what the published algorithm gives in exact arithmetic, on two fine-tuned models.
+
+    python benchmarks/parity.py                     two desks of the demo, α = 1 and 0.9
+    python benchmarks/parity.py --messages 100      fewer messages of each
+
+Two silos fine-tune MiniLM on the demo's data, measure, and are merged as in an open run. Beside that stands the
+RegMean algorithm (Jin et al., ICLR 2023, equation 2 and section 3.3) as its authors run it, written anew from the
+formula and in float64: Gram matrices of all inputs of each linear layer, off-diagonals times α, W = (Σ Ĝ)⁻¹ Σ Ĝ W by an
+inverse, and the mean for everything else. It is given each text without padding. The same in float32 shows what
+rounding does to it.
+
+Prints, for the worst linear layer, the relative Frobenius norm of the differences of weights, and of what the layer
+makes of the silos' training inputs. At α = 1 a sum of Gram matrices may hold nothing, in float32, of some direction;
+gramfuse leans towards the mean there. Such layers (below DETERMINED) have a row of their own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from itertools import groupby
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from gramfuse_cli.init import DESK
+from gramfuse_cli.project import Project
+from gramfuse_client.batches import Batch, Encoded
+from gramfuse_client.data import Examples, load
+from gramfuse_client.silo import Silo
+from gramfuse_client.workbench import train
+from gramfuse_model.base import load_base
+from gramfuse_model.tracing import plan_layout
+from gramfuse_protocol.layout import Layout
+from gramfuse_protocol.plan import Plan
+from gramfuse_protocol.statistics import Statistics
+from gramfuse_protocol.task import Task
+from gramfuse_server.merging import merge
+from gramfuse_server.model import add_differences
+
+SILOS = ("bank", "hospital")
+SETTINGS = (
+    "privacy.secure-aggregation=false",
+    'merge.context-free="full"',  # the published algorithm knows no exceptions
+)
+ALPHAS = (1.0, 0.9)
+
+DETERMINED = 3e-6
+"""Smallest eigenvalue, of a sum of Gram matrices with a unit diagonal, from which on float32 holds all of it.
+
+Rounding moves each entry by 2^-24, so eigenvalues by about 1e-6.
+"""
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Silos:
+    """What two silos did.
+
+    Args:
+        base: the model that both started from.
+        models: what each ended with.
+        statistics: what each measured.
+        texts: each one's training texts as a model takes them, without padding.
+    """
+
+    plan: Plan
+    layout: Layout
+    base: PreTrainedModel
+    models: Sequence[PreTrainedModel]
+    statistics: Sequence[Statistics]
+    texts: Sequence[Sequence[Batch]]
+
+
+def fine_tuned(messages: int | None = None, settings: Sequence[str] = ()) -> Silos:
+    """Fine-tune at two silos of the demo, and measure.
+
+    Args:
+        messages: of each silo; by default all that it has.
+        settings: `section.key=value` of the demo's plan.
+    """
+    project = Project.read(DESK, (*SETTINGS, *settings))
+    plan = project.plan.model_copy(update={"silo": tuple(s for s in project.plan.silo if s.name in SILOS)})
+    start = load_base(plan, DESK)
+    layout = plan_layout(plan, start)
+    models, statistics, texts = [], [], []
+    for name in SILOS:
+        silo, task = Silo.read(DESK / "silos" / f"{name}.toml"), plan.task_of(name)
+        examples, _ = load(silo, task)
+        examples = examples.take(range(len(examples))[:messages])
+        base = load_base(plan, DESK)
+        statistics.append(train(silo, plan, layout, base, examples))
+        models.append(base.model.eval())
+        texts.append(unpadded(examples, base.tokenizer, task))
+    return Silos(plan, layout, start.model, models, statistics, texts)
+
+
+def unpadded(examples: Examples, tokenizer: object, task: Task) -> list[Batch]:
+    """Return texts in batches of one length each, so that nothing is padded."""
+    rows = sorted(Encoded(examples, tokenizer, task).rows or (), key=lambda row: len(row["input_ids"]))
+    batches = []
+    for _, group in groupby(rows, key=lambda row: len(row["input_ids"])):
+        same = list(group)
+        batches.append({key: torch.tensor([row[key] for row in same]) for key in same[0] if key != "labels"})
+    return batches
+
+
+def gram_matrices(silos: Silos, silo: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Return, of each linear layer by its weight's name, the mean of x xᵀ over all its inputs: (d_in, d_in).
+
+    Layers that the plan excludes have none.
+    """
+    inputs: dict[str, list[torch.Tensor]] = {}
+    exact, texts = copy.deepcopy(silos.models[silo]).to(dtype).eval(), silos.texts[silo]
+    for name, module in exact.named_modules():
+        excluded = any(fnmatchcase(f"{name}.weight", pattern) for pattern in silos.plan.merge.exclude)
+        if isinstance(module, nn.Linear) and not excluded:
+            kept = inputs.setdefault(f"{name}.weight", [])
+            module.register_forward_pre_hook(lambda _, given, kept=kept: kept.append(given[0]))
+    with torch.no_grad():
+        for batch in texts:
+            exact(**batch)
+    grams = {}
+    for weight, given in inputs.items():
+        x = torch.cat([one.reshape(-1, one.shape[-1]) for one in given])
+        grams[weight] = x.T @ x / len(x)
+    return grams
+
+
+def published(silos: Silos, grams: Sequence[Tensors], alpha: float, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Return all parameters that the published algorithm gives, by name.
+
+    Args:
+        grams: of each silo's model, by weight.
+    """
+    merged = {}
+    for name, _ in silos.base.named_parameters():
+        each = torch.stack([dict(model.named_parameters())[name].detach().to(dtype) for model in silos.models])
+        if name not in grams[0]:
+            merged[name] = each.mean(dim=0)
+            continue
+        shrunk = torch.stack([alpha * of[name] + (1 - alpha) * torch.diag(of[name].diagonal()) for of in grams])
+        products = (shrunk @ each.transpose(1, 2)).sum(dim=0)  # (d_in, d_out)
+        merged[name] = (torch.inverse(shrunk.sum(dim=0)) @ products).T
+    return merged
+
+
+class Ours(NamedTuple):
+    """Gramfuse's merge.
+
+    Args:
+        parameters: as they are written: float32, by name.
+        eigenvalues: by weight, the smallest of its sum of Gram matrices, scaled to a unit diagonal.
+    """
+
+    parameters: Tensors
+    eigenvalues: Mapping[str, float]
+
+
+def ours(silos: Silos, alpha: float) -> Ours:
+    """Merge what the silos measured, and write it into the base model."""
+    model, merged = copy.deepcopy(silos.base), merge(silos.statistics, silos.layout, alpha=alpha)
+    add_differences(model, merged.deltas)
+    found = {step.group: step.smallest_eigenvalue for step in merged.steps}
+    return Ours(
+        {name: parameter.detach() for name, parameter in model.named_parameters()},
+        {weight.weight: found[group.name] for group, weight in silos.layout.linear()},
+    )
+
+
+class Distance(NamedTuple):
+    """How far one tensor is from the exact one, relatively: its values, and, of a linear layer, its outputs."""
+
+    name: str
+    weights: float
+    outputs: float
+
+
+def distances(found: Tensors, exact: Tensors, grams: Sequence[Tensors]) -> list[Distance]:
+    """Return how far parameters are from the exact ones.
+
+    Args:
+        grams: exact ones: with G their sum, ‖X D‖² = tr(Dᵀ G D) is the size of what D adds to a layer's outputs.
+    """
+    far = []
+    for name, right in exact.items():
+        off = found[name].double() - right
+        weights = float(off.norm() / right.norm())
+        if name not in grams[0]:
+            far.append(Distance(name, weights, 0.0))
+            continue
+        gram = torch.stack([of[name] for of in grams]).sum(dim=0)
+        added, whole = (max(float((d @ gram * d).sum()), 0.0) for d in (off, right))
+        far.append(Distance(name, weights, (added / whole) ** 0.5))
+    return far
+
+
+def main() -> int:
+    """Fine-tune, merge in three ways, and print how far they are from each other."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--messages", type=int, help="of each silo; by default all")
+    parser.add_argument("--alpha", type=float, nargs="+", default=ALPHAS)
+    parser.add_argument("--set", nargs="+", default=(), metavar="KEY=VALUE", help="other settings of the demo's plan")
+    given = parser.parse_args()
+    began = time.perf_counter()
+    silos = fine_tuned(given.messages, given.set)
+    exact, single = (
+        [gram_matrices(silos, silo, dtype) for silo in range(len(SILOS))] for dtype in (torch.float64, torch.float32)
+    )
+    count = sum(statistics.examples for statistics in silos.statistics)
+    print(f"two fine-tuned {silos.plan.model.base}, {count} messages, {len(exact[0])} linear layers")
+    print("| α | merge | layers | weights | layer outputs |\n|---|---|---|---|---|")
+    for alpha in given.alpha:
+        right = published(silos, exact, alpha, torch.float64)
+        own = ours(silos, alpha)
+        merges = {
+            "gramfuse": own.parameters,
+            "published algorithm, float32": published(silos, single, alpha, torch.float32),
+        }
+        for name, found in merges.items():
+            layers = [one for one in distances(found, right, exact) if one.name in own.eigenvalues]
+            for kind, low in (("determined", False), ("others", True)):
+                if of := [one for one in layers if (own.eigenvalues[one.name] < DETERMINED) is low]:
+                    worst = max(one.weights for one in of), max(one.outputs for one in of)
+                    print(f"| {alpha:g} | {name} | {len(of)} {kind} | {worst[0]:.1e} | {worst[1]:.1e} |")
+    print(f"{time.perf_counter() - began:.0f} s", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
