@@ -61,9 +61,9 @@ class Project:
 
         base = load_base(self.plan, self.directory)
         check_lengths(base, self.plan.tasks.values(), trains=True)
-        for task in {entry.task: self.plan.task_of(entry.name) for entry in self.plan.silo}.values():
-            silo = next(entry.name for entry in self.plan.silo if self.plan.task_of(entry.name) == task)
-            check_suitable(load_base(self.plan, self.directory, silo=silo) if self.plan.task else base, task)
+        for silo in {entry.task: entry.name for entry in self.plan.silo}.values():
+            own = load_base(self.plan, self.directory, silo=silo) if self.plan.task else base
+            check_suitable(own, self.plan.task_of(silo))
         given = Layout.read(self.layout_path) if self.plan.locked and self.layout_path.exists() else None
         layout = plan_layout(self.plan, base, given)
         return self.plan if self.plan.locked else self.plan.pinned(base.pins, layout.digest), layout

@@ -16,13 +16,11 @@ from torch.utils.data import Dataset
 
 from gramfuse_client.data import Examples
 from gramfuse_client.images import read_image
+from gramfuse_model.batch import IGNORED
 from gramfuse_protocol.errors import DataError
 from gramfuse_protocol.task import Task
 
 Batch = dict[str, torch.Tensor]
-
-IGNORED = -100
-"""The label of a position of which nothing is to be predicted, as transformers' losses have it."""
 
 ANSWERS = ("labels", "words")
 """What of a batch is no input of a model."""

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from torch.nn.functional import cross_entropy
 
 from gramfuse_client.afresh import Afresh
-from gramfuse_client.batches import IGNORED, Encoded, batches, inputs_of
+from gramfuse_client.batches import Encoded, batches, inputs_of
 from gramfuse_model.answering import answering
+from gramfuse_model.batch import IGNORED
 from gramfuse_protocol.held_out import (
     LOSS,
     Vector,

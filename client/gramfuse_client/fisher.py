@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from gramfuse_client.batches import IGNORED, Batch, inputs_of
+from gramfuse_client.batches import Batch, inputs_of
+from gramfuse_model.batch import IGNORED
 from gramfuse_protocol.errors import ContributionError, PlanError
 from gramfuse_protocol.task import Task
 

@@ -7,20 +7,18 @@ otherwise: a head that the silo keeps to itself in a run is in the file, so that
 from __future__ import annotations
 
 import hashlib
-import logging
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
 
-from gramfuse_client.data import left_out, load
+from gramfuse_client.data import load
 from gramfuse_client.ledger import Entry, Item, Ledger
-from gramfuse_client.policy import check_bytes, check_examples, check_hours, check_plan, check_repeat
+from gramfuse_client.policy import check_bytes, check_data, check_hours, check_plan, check_repeat
 from gramfuse_client.private import exclusive, make_private_directory
 from gramfuse_client.silo import Silo
 from gramfuse_client.state import Origin, State
-from gramfuse_client.targets import check_targets
 from gramfuse_client.workbench import Workbench
 from gramfuse_model.base import load_base
 from gramfuse_model.heads import head_parameters
@@ -29,8 +27,6 @@ from gramfuse_protocol.layout import Layout
 from gramfuse_protocol.plan import Plan
 from gramfuse_protocol.statistics_file import own_block, write_statistics
 from gramfuse_protocol.text import one_line
-
-log = logging.getLogger(__name__)
 
 SESSION = "file"
 """What stands for a session's number where a contribution leaves as a file."""
@@ -66,10 +62,7 @@ def contribute(silo: Silo, plan: Plan, layout: Layout, path: Path, state: State)
         check_repeat(silo, state, SESSION)
         task = plan.task_of(silo.name)
         examples, held_out = load(silo, task)
-        for row in left_out(examples, held_out):
-            log.warning("silo %s leaves out a bad row: %s", silo.name, row)
-        check_examples(silo, len(examples))
-        check_targets(silo.path, task, examples.labels)
+        check_data(silo, task, examples, held_out)
         check_bytes(silo, plan, layout)
         contributed = state.contributed()
         if contributed is not None and contributed.data != examples.digest:

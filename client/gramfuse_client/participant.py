@@ -10,15 +10,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gramfuse_client.data import left_out, load
+from gramfuse_client.data import load
 from gramfuse_client.measurements import HeldOut, Measurement
 from gramfuse_client.membership import Membership, check_range
-from gramfuse_client.policy import check_bytes, check_disk, check_examples, check_hours, check_plan, check_repeat
+from gramfuse_client.policy import check_bytes, check_data, check_disk, check_hours, check_plan, check_repeat
 from gramfuse_client.private import exclusive
 from gramfuse_client.releases import Releases
 from gramfuse_client.silo import Silo
 from gramfuse_client.state import Origin, State
-from gramfuse_client.targets import check_targets
 from gramfuse_protocol.canonical import text_digest
 from gramfuse_protocol.errors import (
     DataError,
@@ -167,10 +166,7 @@ class Participant:
         """Fine-tune and measure, unless that was done with the same data and from the same model."""
         task = plan.task_of(self.silo.name)
         examples, held_out = load(self.silo, task)
-        for row in left_out(examples, held_out):
-            log.warning("silo %s leaves out a bad row: %s", self.silo.name, row)
-        check_examples(self.silo, len(examples))
-        check_targets(self.silo.path, task, examples.labels)
+        check_data(self.silo, task, examples, held_out)
         contributed = state.contributed()
         if contributed is not None and contributed.data != examples.digest:
             raise DataError(

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Iterator
 from datetime import datetime
 from typing import get_args
 
+from gramfuse_client.data import Examples, left_out
 from gramfuse_client.silo import Silo
 from gramfuse_client.state import State
+from gramfuse_client.targets import check_targets
 from gramfuse_protocol.errors import GramfuseError, PlanError, RefusalError
 from gramfuse_protocol.layout import Layout
 from gramfuse_protocol.plan import ContextFree, Plan
+from gramfuse_protocol.task import Task
+
+log = logging.getLogger(__name__)
 
 _ORDER = ("none", "sum", "silo")
 _CONTEXT_FREE = get_args(ContextFree)
@@ -113,6 +119,19 @@ def check_examples(silo: Silo, examples: int) -> None:
             f"{silo.file.limits.minimum_examples}; add data, or lower the limit knowingly",
             reason="this silo has fewer examples than its own minimum",
         )
+
+
+def check_data(silo: Silo, task: Task, train: Examples, held_out: Examples) -> None:
+    """Check what a silo is to train on; its log names the bad rows that it leaves out.
+
+    Raises:
+        RefusalError: of `check_examples`.
+        DataError: if the plan's `centre` and `scale` are not those of the targets.
+    """
+    for row in left_out(train, held_out):
+        log.warning("silo %s leaves out a bad row: %s", silo.name, row)
+    check_examples(silo, len(train))
+    check_targets(silo.path, task, train.labels)
 
 
 def check_bytes(silo: Silo, plan: Plan, layout: Layout) -> None:

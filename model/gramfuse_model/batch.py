@@ -12,6 +12,9 @@ from gramfuse_model.heads import answers
 
 Batch = dict[str, torch.Tensor]
 
+IGNORED = -100
+"""The label of a position of which nothing is to be predicted, as padding is; as transformers' losses have it."""
+
 SHORTEST = 3
 """Tokens of a text that one can be taken out of the middle of."""
 

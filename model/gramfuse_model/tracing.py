@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from gramfuse_model.base import Base
+from gramfuse_model.batch import IGNORED
 from gramfuse_model.buffers import changed_by_training
 from gramfuse_model.context_free import context_free
 from gramfuse_model.heads import answers, last_layer
@@ -24,9 +25,6 @@ from gramfuse_protocol.errors import ModelError
 from gramfuse_protocol.layout import EXPONENT, Group, Layout, Linear, Part, Tensor
 from gramfuse_protocol.plan import Merge, Plan
 from gramfuse_protocol.structure import parse_structure
-
-IGNORED = -100
-"""The label of padding, as transformers' losses have it."""
 
 LONGEST = 1024
 """Most tokens of the text that a base model is tried on, however long examples may be."""

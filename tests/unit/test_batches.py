@@ -17,12 +17,13 @@ from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import BpeTrainer
 from transformers import CanineConfig, CanineModel, CanineTokenizer, PreTrainedTokenizerFast
 
-from gramfuse_client.batches import IGNORED, Encoded, batches, inputs_of
+from gramfuse_client.batches import Encoded, batches, inputs_of
 from gramfuse_client.data import Examples
 from gramfuse_client.evaluate import Outputs, count, rows
 from gramfuse_client.finetune import finetune
 from gramfuse_client.loss import masked_loss
 from gramfuse_model.base import load_base
+from gramfuse_model.batch import IGNORED
 from gramfuse_protocol.errors import DataError, ModelError
 from gramfuse_protocol.held_out import ENTITIES
 from gramfuse_protocol.metrics import metrics
