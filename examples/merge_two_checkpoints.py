@@ -12,10 +12,7 @@ from pathlib import Path
 
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-from gramfuse_client import collect_statistics
-from gramfuse_model.base import trainable
-from gramfuse_model.tracing import derive_layout
-from gramfuse_server import add_differences, merge
+import gramfuse
 
 base_name, *pairs, out = sys.argv[1:]
 tokenizer = AutoTokenizer.from_pretrained(base_name, trust_remote_code=False)
@@ -36,8 +33,8 @@ def texts_of(data: str) -> list[str]:
 
 
 # Texts of different words that the tokenizer knows: by them it is seen which layers take words without their context.
-layout = derive_layout(base, tokenizer(texts_of(pairs[1])[:16], padding=True, return_tensors="pt"))
-start = trainable(base)
+layout = gramfuse.derive_layout(base, tokenizer(texts_of(pairs[1])[:16], padding=True, return_tensors="pt"))
+start = gramfuse.trainable(base)
 
 statistics = []
 for model_name, data in zip(pairs[::2], pairs[1::2], strict=True):
@@ -52,10 +49,10 @@ for model_name, data in zip(pairs[::2], pairs[1::2], strict=True):
         tokenizer(texts[i : i + 16], padding=True, truncation=True, max_length=128, return_tensors="pt")
         for i in range(0, len(texts), 16)
     )
-    statistics.append(collect_statistics(model, batches, layout, base=start, examples=len(texts)))
+    statistics.append(gramfuse.collect_statistics(model, batches, layout, base=start, examples=len(texts)))
 
-merged = merge(statistics, layout, alpha=0.9)
-add_differences(base, merged.deltas)
+merged = gramfuse.merge(statistics, layout, alpha=0.9)
+gramfuse.add_differences(base, merged.deltas)
 base.save_pretrained(out)
 tokenizer.save_pretrained(out)
 print(f"{len(merged.steps)} groups of layers merged in closed form: {out}")

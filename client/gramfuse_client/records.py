@@ -73,6 +73,12 @@ def _keys(count: int) -> list[str]:
 def statistics_record(statistics: Statistics, layout: Layout, **metrics: float) -> RecordDict:
     """Return the content of a train reply as `gramfuse_server.RegMean` takes it.
 
+    Example:
+        >>> statistics = gramfuse.collect_statistics(tuned, [batch], layout, base=start, examples=2)
+        >>> record = gramfuse.statistics_record(statistics, layout, loss=0.25)
+        >>> dict(record["metrics"])
+        {'loss': 0.25, 'num-examples': 2}
+
     Args:
         metrics: what else to report; the strategy averages it by the number of examples.
     """

@@ -29,6 +29,11 @@ def collect_statistics(
 ) -> Statistics:
     """Measure a fine-tuned model: its Gram matrices on local data and its difference from the base.
 
+    Example:
+        >>> statistics = gramfuse.collect_statistics(tuned, [batch], layout, base=start, examples=2)
+        >>> statistics.block("delta:classifier.weight").shape
+        (2, 8)
+
     Args:
         model: the fine-tuned model.
         batches: its training data as keyword arguments of forward (see `gramfuse_client.gram.collect_grams`), in an

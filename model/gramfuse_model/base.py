@@ -332,6 +332,10 @@ def freeze(model: nn.Module, patterns: Iterable[str]) -> None:
 def trainable(model: nn.Module) -> dict[str, NDArray[np.float32]]:
     """Return copies of all that training may change (`gramfuse_model.buffers.learned`), by name.
 
+    Example:
+        >>> gramfuse.trainable(base)["classifier.bias"]
+        array([0., 0.], dtype=float32)
+
     They are float32 on the CPU, whatever dtype the model has.
     """
     return {name: tensor.detach().cpu().float().numpy().copy() for name, tensor in learned(model).items()}

@@ -60,6 +60,10 @@ def weights_digest(model: nn.Module, names: frozenset[str] | None = None) -> str
 def tensor_digests(model: nn.Module) -> dict[str, str]:
     """Return the SHA-256 of each parameter and persistent buffer, by name.
 
+    Example:
+        >>> gramfuse.tensor_digests(base)["classifier.bias"][:16]
+        'd0b8db157cced498'
+
     The hash runs over dtype and shape as one line of text (`float32 384,384` and a newline), then the little-endian
     bytes in C order.
     """
@@ -70,6 +74,13 @@ def tensor_digests(model: nn.Module) -> dict[str, str]:
 
 def config_digest(model: PreTrainedModel) -> str:
     """Return the SHA-256 of `config_document`, as canonical JSON (RFC 8785).
+
+    Example:
+        >>> base.config.label2id = {"no": 0, "yes": 1}  # labels belong to the task, not to the base
+        >>> before = gramfuse.config_digest(base)
+        >>> base.config.hidden_dropout_prob = 1.0
+        >>> gramfuse.config_digest(base) == before
+        False
 
     Raises:
         ModelError: if the configuration holds what is no JSON.
@@ -94,6 +105,12 @@ def config_document(model: PreTrainedModel) -> dict[str, Any]:
 
 def processor_digest(processor: Any) -> str:
     """Return the SHA-256 of `processor_document`, as canonical JSON (RFC 8785).
+
+    Example:
+        >>> before = gramfuse.processor_digest(tokenizer)
+        >>> tokenizer.padding_side = "left"
+        >>> gramfuse.processor_digest(tokenizer) == before
+        False
 
     Args:
         processor: a tokenizer or an image processor of transformers.

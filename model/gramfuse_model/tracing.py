@@ -144,6 +144,11 @@ def derive_layout(
 ) -> Layout:
     """Run a model once on a public batch and find its groups.
 
+    Example:
+        >>> layout = gramfuse.derive_layout(base, batch)
+        >>> [weight.weight for weight in layout.groups[-1].weights]
+        ['classifier.weight']
+
     Linear modules belong to one group if every one of their calls received the identical tensor, and if they
     have the same Gram structure. Modules that the model does not call keep the mean. A module that is called several
     times with different inputs, as ALBERT's layers are, has one Gram matrix over all of them. Modules that see tokens

@@ -26,6 +26,13 @@ from pathlib import Path
 class GramfuseError(Exception):
     """Root of the tree.
 
+    Example:
+        >>> try:
+        ...     gramfuse.read_statistics("missing.safetensors")
+        ... except gramfuse.GramfuseError as error:
+        ...     print(type(error).__name__, error.exit_code)
+        ContributionError 14
+
     `str(error)` says what happened, where, what was expected and what to do. It may quote a silo's
     data or paths, so it stays where it was raised. What crosses to the other side is `reason`.
 

@@ -165,6 +165,10 @@ class Slice(NamedTuple):
 class Layout(_Frozen):
     """Groups and tensors of one plan over one base model.
 
+    Example:
+        >>> gramfuse.Layout.parse(layout.to_json()).digest == layout.digest
+        True
+
     Args:
         groups: in the order in which the base model runs them.
         tensors: every parameter that is trained and merged, in the order of the base model; then buffers that training

@@ -134,7 +134,13 @@ class Training(Section):
 
 
 class Merge(Section):
-    """`[merge]`: the closed form and what it is fed."""
+    """`[merge]`: the closed form and what it is fed.
+
+    Example:
+        >>> merge = gramfuse.Merge(gram={"*": "full", "*.intermediate.*": "block:4"}, exclude=("*pooler*",))
+        >>> len(gramfuse.derive_layout(base, batch, merge).groups) < len(layout.groups)
+        True
+    """
 
     method: Literal["regmean"] = "regmean"
     alpha: Unit = 0.9

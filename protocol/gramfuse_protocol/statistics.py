@@ -37,6 +37,11 @@ class Contribution(Protocol):
 class Statistics:
     """A contribution in memory.
 
+    Example:
+        >>> statistics = gramfuse.collect_statistics(tuned, [batch], layout, base=start, examples=2)
+        >>> statistics.tokens["classifier"]  # one row for each text
+        2
+
     Args:
         examples: training examples, ≥ 1.
         tokens: token rows by group name.

@@ -50,6 +50,12 @@ CHUNK = 2**20
 class Origin(Section):
     """The base model that differences are taken from.
 
+    Example:
+        >>> digests = gramfuse.config_digest(base), gramfuse.processor_digest(tokenizer)
+        >>> weights = gramfuse.tensor_digests(base)
+        >>> gramfuse.Origin(name="./bert", weights=weights, config=digests[0], processor=digests[1]).revision is None
+        True
+
     Args:
         name: hub id, bundled name, or `./<last part>` of a directory.
         revision: commit of the hub repository that it was loaded from; None if it was a directory.
@@ -68,6 +74,10 @@ class Origin(Section):
 
 class About(Section):
     """What a statistics file says beside its tensors.
+
+    Example:
+        >>> gramfuse.read_statistics("hospital.safetensors").about.task.labels
+        ('no', 'yes')
 
     Args:
         name: of the silo or model.
@@ -112,6 +122,11 @@ class About(Section):
 @dataclass(frozen=True)
 class StatisticsFile:
     """A statistics file that was checked: a `gramfuse_protocol.statistics.Contribution`.
+
+    Example:
+        >>> file = gramfuse.read_statistics("hospital.safetensors")
+        >>> file.name, file.examples, file.block("delta:classifier.weight").shape
+        ('hospital', 2, (2, 8))
 
     Args:
         path: of the file.
@@ -175,6 +190,23 @@ def write_statistics(
     plan: str = "",
 ) -> str:
     """Write a statistics file, which only its owner can read. It is there whole or not at all.
+
+    Example:
+        >>> digest = gramfuse.write_statistics(
+        ...     "hospital.safetensors",
+        ...     gramfuse.collect_statistics(tuned, [batch], layout, base=start, examples=2),
+        ...     name="hospital",
+        ...     base=gramfuse.Origin(
+        ...         name="./bert",
+        ...         weights=gramfuse.tensor_digests(base),
+        ...         config=gramfuse.config_digest(base),
+        ...         processor=gramfuse.processor_digest(tokenizer),
+        ...     ),
+        ...     task=gramfuse.Task(task="classification", labels=("no", "yes")),
+        ...     layout=layout,
+        ... )
+        >>> digest == gramfuse.read_statistics("hospital.safetensors").sha256
+        True
 
     Args:
         path: must not exist.
@@ -241,6 +273,10 @@ def write_statistics(
 
 def read_statistics(path: Path | str) -> StatisticsFile:
     """Read a statistics file and check all of it, but for what it was measured on.
+
+    Example:
+        >>> gramfuse.read_statistics("hospital.safetensors").examples
+        2
 
     Raises:
         ContributionError: naming the file, and the tensor where there is one, if it is not exactly what

@@ -75,7 +75,12 @@ class TaskSettings(Section):
 
 
 class Task(TaskSettings):
-    """A whole task."""
+    """A whole task.
+
+    Example:
+        >>> gramfuse.Task(task="classification", labels=("no", "yes")).max_length
+        128
+    """
 
     task: Kind
 

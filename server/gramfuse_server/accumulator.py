@@ -27,6 +27,12 @@ Deltas = Mapping[str, Float64]
 class Merged:
     """What a merge gives.
 
+    Example:
+        >>> statistics = gramfuse.collect_statistics(tuned, [batch], layout, base=start, examples=2)
+        >>> merged = gramfuse.merge([statistics, statistics], layout)
+        >>> sorted(merged.deltas) == sorted(start), len(merged.steps) == len(layout.groups)
+        (True, True)
+
     Args:
         deltas: differences of the merged model from the base.
         mean: those of the simple average, which the merge falls back to.

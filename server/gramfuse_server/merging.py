@@ -49,6 +49,12 @@ def merge(
 ) -> Merged:
     """Merge what several silos measured, by the RegMean closed form (Jin et al., ICLR 2023).
 
+    Example:
+        >>> statistics = gramfuse.collect_statistics(tuned, [batch], layout, base=start, examples=2)
+        >>> merged = gramfuse.merge([statistics, statistics], layout)
+        >>> float(abs(merged.deltas["classifier.weight"] - statistics.block("delta:classifier.weight")).max()) < 1e-6
+        True
+
     Args:
         statistics: of each silo, as `collect_statistics` or `read_statistics` return them; by its name, if the layout
             has labels that only some silos annotate. The order decides the last bits of the result.

@@ -62,7 +62,13 @@ def write_model(
 
 
 def add_differences(model: nn.Module, deltas: Deltas) -> None:
-    """Add differences to a model's parameters and buffers, by name; in float64, rounded once to the model's dtype."""
+    """Add differences to a model's parameters and buffers, by name; in float64, rounded once to the model's dtype.
+
+    Example:
+        >>> gramfuse.add_differences(base, {"classifier.bias": np.array([0.5, -0.5])})
+        >>> base.classifier.bias.tolist()
+        [0.5, -0.5]
+    """
     tensors = model.state_dict()
     for name, delta in deltas.items():
         add_to(tensors[name], torch.from_numpy(np.array(delta)))

@@ -38,6 +38,11 @@ from gramfuse_server.solve import Step
 class RegMean(FedAvg):
     """Merges fine-tuned models by the RegMean closed form (Jin et al., ICLR 2023).
 
+    Example:
+        >>> strategy = gramfuse.RegMean(alpha=0.9, min_train_nodes=3, min_available_nodes=3)
+        >>> strategy.weighting
+        'uniform'
+
     Args:
         alpha: share of the off-diagonal of each Gram matrix that is kept, in [0, 1].
         weighting: `uniform`, or `examples` to weigh each silo by its number of examples.

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from tests.adversarial.conftest import METRICS, NONCE, STATISTICS, Liar
 
 from gramfuse_protocol import messages as m
+from tests.adversarial.conftest import METRICS, NONCE, STATISTICS, Liar
 
 MakeLiar = Callable[..., Liar]
 A = "silo-a"

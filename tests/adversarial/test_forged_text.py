@@ -26,8 +26,6 @@ from flwr.app import Error
 from flwr.supercore.task_identity import TaskIdentity
 from markdown_it import MarkdownIt
 from pydantic import ValidationError
-from tests.simulation.conftest import InProcessGrid
-from tests.unit.test_page import open_run
 
 from gramfuse_cli import main as cli_main
 from gramfuse_cli.main import cli
@@ -50,6 +48,8 @@ from gramfuse_protocol.wire import Frame, pack, unpack
 from gramfuse_server.app import coordinate
 from gramfuse_server.model import card, front_matter
 from gramfuse_server.pages.page import page
+from tests.simulation.conftest import InProcessGrid
+from tests.unit.test_page import open_run
 
 FAKE_KEY = "ab" * 32
 SCREEN = {

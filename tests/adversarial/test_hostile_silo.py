@@ -21,7 +21,6 @@ import pytest
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_public_key
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from safetensors.numpy import save, save_file
-from tests.simulation.conftest import InProcessGrid, _task_identity  # noqa: F401  # the second is a fixture
 
 from gramfuse_cli.project import Project
 from gramfuse_client import workbench
@@ -44,6 +43,7 @@ from gramfuse_server import post
 from gramfuse_server.exchange import Exchange
 from gramfuse_server.run import RunDirectory, partial_of
 from gramfuse_server.spool import Spool
+from tests.simulation.conftest import InProcessGrid, _task_identity  # noqa: F401  # the second is a fixture
 
 A, B, C, D = NAMES = tuple(f"silo-{letter}" for letter in "abcd")
 PIECE_BYTES = 16384

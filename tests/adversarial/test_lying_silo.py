@@ -14,8 +14,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.adversarial.conftest import Liar
-from tests.simulation.conftest import InProcessGrid, _task_identity  # noqa: F401  # a fixture
 
 from gramfuse_cli.project import Project
 from gramfuse_cli.report import show_report
@@ -39,6 +37,8 @@ from gramfuse_server.checks import check_merge, check_model
 from gramfuse_server.exchange import Exchange
 from gramfuse_server.run import RunDirectory
 from gramfuse_server.verdicts import Check
+from tests.adversarial.conftest import Liar
+from tests.simulation.conftest import InProcessGrid, _task_identity  # noqa: F401  # a fixture
 
 honest = sums.summands
 

@@ -19,7 +19,6 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from tests.adversarial.conftest import METRICS, Liar
 from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 from gramfuse_client.data import load
@@ -29,6 +28,7 @@ from gramfuse_protocol.held_out import Vector, class_rows, size
 from gramfuse_protocol.noise import DELTA, noisy_words, variances
 from gramfuse_protocol.plan import Plan
 from gramfuse_protocol.scales import METRICS_SCALE
+from tests.adversarial.conftest import METRICS, Liar
 
 GAMES = 1500
 """Sums that it gets in each of the two worlds."""

@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.adversarial.conftest import METRICS, NONCE, STATISTICS, Detector, Liar, copied, regression
 
 from gramfuse_client import participant, policy
 from gramfuse_protocol import messages as m
+from tests.adversarial.conftest import METRICS, NONCE, STATISTICS, Detector, Liar, copied, regression
 
 MakeLiar = Callable[..., Liar]
 A, B = "silo-a", "silo-b"

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.adversarial.conftest import METRICS, STATISTICS, Detector, Liar, regression
 
 from gramfuse_protocol import messages as m
 from gramfuse_protocol.wire import Frame, unpack
+from tests.adversarial.conftest import METRICS, STATISTICS, Detector, Liar, regression
 
 A = "silo-a"
 

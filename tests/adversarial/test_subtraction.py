@@ -8,13 +8,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
-from tests.adversarial.conftest import METRICS, SPYING, STATISTICS, Liar
 
 from gramfuse_cli.project import Project
 from gramfuse_client.releases import Releases
 from gramfuse_client.silo import write_identity
 from gramfuse_protocol import messages as m
 from gramfuse_protocol.keys import Identity
+from tests.adversarial.conftest import METRICS, SPYING, STATISTICS, Liar
 
 MakeLiar = Callable[..., Liar]
 

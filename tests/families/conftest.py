@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tests.conftest import WORDS
 from transformers import PreTrainedModel
+
+from tests.conftest import WORDS
 
 SPREAD = {"initializer_range": 0.2}
 """Of the random weights: with the families' own 0.02, layers this narrow hardly change what goes through them."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,15 +15,16 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, 
 from flwr.clientapp import ClientApp
 from torch import nn
 
-from gramfuse_client import collect_statistics, statistics_record
+from gramfuse_client.records import statistics_record
+from gramfuse_client.statistics import collect_statistics
 from gramfuse_model.base import trainable
 from gramfuse_model.tracing import derive_layout
 from gramfuse_protocol.errors import ContributionError, GramfuseError
 from gramfuse_protocol.layout import Layout
 from gramfuse_protocol.plan import Merge
 from gramfuse_protocol.statistics import Statistics
-from gramfuse_server import RegMean
 from gramfuse_server.accumulator import Accumulator
+from gramfuse_server.strategy import RegMean
 
 CLIENTS = ("a", "b", "c")
 EXAMPLES = {"a": 30, "b": 50, "c": 90}
@@ -355,3 +357,25 @@ def test_alpha_outside_of_zero_to_one_is_refused(alpha: float) -> None:
 def test_an_unknown_weighting_is_refused_and_not_taken_for_uniform() -> None:
     with pytest.raises(ValueError, match="weighting"):
         RegMean(weighting="example")  # type: ignore[arg-type]
+
+
+def test_the_flower_app_of_the_readme_runs(in_process_grid: Any) -> None:
+    page = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (snippet,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    trained: list[list[str]] = []
+
+    def fine_tune(base: Net, data: list[str]) -> Net:
+        trained.append(data)
+        return tune(net(ArrayRecord(base.state_dict())), seed=7)
+
+    batch = {"x": torch.randn(4, 6)}
+    names: dict[str, Any] = {
+        "base": Net(),
+        "batch": batch,
+        "batches": [batch],
+        "data": ["a", "b"],
+        "fine_tune": fine_tune,
+    }
+    exec(snippet, names)
+    names["server"](in_process_grid({"a": names["client"], "b": names["client"]}), None)
+    assert trained == [["a", "b"], ["a", "b"]]

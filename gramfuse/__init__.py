@@ -1,0 +1,106 @@
+"""Merge language models that were fine-tuned in different data silos, in one exchange and without their data.
+
+This is the public face: all names that are meant for other programs, from the packages that define them. Each is loaded
+when it is first used, so `import gramfuse` loads neither torch nor Flower.
+
+    >>> import gramfuse
+    >>> issubclass(gramfuse.ModelError, gramfuse.GramfuseError)
+    True
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gramfuse_client.records import statistics_record
+    from gramfuse_client.statistics import collect_statistics
+    from gramfuse_model.base import trainable
+    from gramfuse_model.digests import config_digest, processor_digest, tensor_digests
+    from gramfuse_model.tracing import derive_layout
+    from gramfuse_protocol.errors import (
+        ContributionError,
+        GramfuseError,
+        ModelError,
+        PlanError,
+        RunDirectoryError,
+    )
+    from gramfuse_protocol.layout import Layout
+    from gramfuse_protocol.plan import Merge
+    from gramfuse_protocol.statistics import Statistics
+    from gramfuse_protocol.statistics_file import About, Origin, StatisticsFile, read_statistics, write_statistics
+    from gramfuse_protocol.task import Task
+    from gramfuse_server.accumulator import Merged
+    from gramfuse_server.merging import merge
+    from gramfuse_server.model import add_differences
+    from gramfuse_server.strategy import RegMean
+
+    __version__: str
+
+_HOMES = {
+    "derive_layout": "gramfuse_model.tracing",
+    "Layout": "gramfuse_protocol.layout",
+    "Merge": "gramfuse_protocol.plan",
+    "trainable": "gramfuse_model.base",
+    "collect_statistics": "gramfuse_client.statistics",
+    "Statistics": "gramfuse_protocol.statistics",
+    "merge": "gramfuse_server.merging",
+    "Merged": "gramfuse_server.accumulator",
+    "add_differences": "gramfuse_server.model",
+    "statistics_record": "gramfuse_client.records",
+    "RegMean": "gramfuse_server.strategy",
+    "write_statistics": "gramfuse_protocol.statistics_file",
+    "read_statistics": "gramfuse_protocol.statistics_file",
+    "StatisticsFile": "gramfuse_protocol.statistics_file",
+    "About": "gramfuse_protocol.statistics_file",
+    "Origin": "gramfuse_protocol.statistics_file",
+    "Task": "gramfuse_protocol.task",
+    "tensor_digests": "gramfuse_model.digests",
+    "config_digest": "gramfuse_model.digests",
+    "processor_digest": "gramfuse_model.digests",
+    "GramfuseError": "gramfuse_protocol.errors",
+    "PlanError": "gramfuse_protocol.errors",
+    "ModelError": "gramfuse_protocol.errors",
+    "ContributionError": "gramfuse_protocol.errors",
+    "RunDirectoryError": "gramfuse_protocol.errors",
+}
+
+__all__ = [
+    "About",
+    "ContributionError",
+    "GramfuseError",
+    "Layout",
+    "Merge",
+    "Merged",
+    "ModelError",
+    "Origin",
+    "PlanError",
+    "RegMean",
+    "RunDirectoryError",
+    "Statistics",
+    "StatisticsFile",
+    "Task",
+    "__version__",
+    "add_differences",
+    "collect_statistics",
+    "config_digest",
+    "derive_layout",
+    "merge",
+    "processor_digest",
+    "read_statistics",
+    "statistics_record",
+    "tensor_digests",
+    "trainable",
+    "write_statistics",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return import_module("importlib.metadata").version("gramfuse")
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'gramfuse' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__
