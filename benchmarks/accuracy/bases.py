@@ -25,7 +25,7 @@ from transformers import (
 from gramfuse_client.batches import Encoded
 from gramfuse_client.data import Examples
 from gramfuse_client.finetune import choose_device, finetune
-from gramfuse_client.private import exclusive
+from gramfuse_protocol.files import exclusive
 from gramfuse_protocol.plan import Training
 from gramfuse_protocol.task import Task
 from sets import Source

@@ -6,7 +6,6 @@ import csv
 import io
 import os
 import re
-import secrets
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -211,19 +210,12 @@ def _write_new(path: Path, chunks: Iterator[bytes]) -> None:
         LedgerError: if it cannot be written, or what is to be written cannot be read.
         BadParameter: if another process made it meanwhile.
     """
-    from gramfuse_client.private import open_private
+    from gramfuse_protocol.files import replacing
 
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        with os.fdopen(open_private(temporary, os.O_EXCL), "wb") as file:
-            for chunk in chunks:
-                file.write(chunk)
-            file.flush()
-            os.fsync(file.fileno())
-        os.link(temporary, path)  # unlike a rename it never replaces a file
+        with replacing(path, private=True, durable=True, new=True) as temporary, temporary.open("wb") as file:
+            file.writelines(chunks)
     except FileExistsError:
         raise click.BadParameter(f"{path} exists already; name another file", param_hint="--out") from None
     except OSError as error:
         raise LedgerError(f"{path}: the copy cannot be written: {error.strerror}; name another place") from None
-    finally:
-        temporary.unlink(missing_ok=True)

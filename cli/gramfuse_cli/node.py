@@ -25,8 +25,8 @@ from gramfuse_cli.processes import BIN, GIVE_BACK
 from gramfuse_cli.supervisor import POLL_SECONDS, Service, Supervisor, say, supervised
 from gramfuse_cli.terminal import show_json
 from gramfuse_client.connection import obstacle
-from gramfuse_client.private import write_private
 from gramfuse_protocol.errors import PlanError
+from gramfuse_protocol.files import write_private
 
 if TYPE_CHECKING:
     from gramfuse_client.silo import Silo

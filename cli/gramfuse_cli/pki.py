@@ -84,7 +84,7 @@ def write_new(files: Mapping[Path, Content], advice: str, *, renew: bool = False
 
 
 def _write_beside(path: Path, content: Content, cleanup: ExitStack) -> Path:
-    from gramfuse_client.private import make_private_directory, open_private
+    from gramfuse_protocol.files import make_private_directory, open_private
 
     make_private_directory(path.parent)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")

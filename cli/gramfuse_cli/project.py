@@ -11,6 +11,7 @@ import tomlkit
 
 from gramfuse_protocol.documents import read_text
 from gramfuse_protocol.errors import PlanError
+from gramfuse_protocol.files import replacing
 from gramfuse_protocol.layout import Layout
 from gramfuse_protocol.plan import Plan
 
@@ -73,8 +74,9 @@ class Project:
         document = tomlkit.parse(read_text(self.plan_path))
         document["model"] |= {key: value for key, value in plan.pins._asdict().items() if value is not None}
         document.setdefault("merge", tomlkit.table())["layout"] = plan.merge.layout
-        _replace(self.layout_path, layout.to_json() + "\n")
-        _replace(self.plan_path, tomlkit.dumps(document))
+        for path, text in ((self.layout_path, layout.to_json() + "\n"), (self.plan_path, tomlkit.dumps(document))):
+            with replacing(path, private=False) as temporary:
+                temporary.write_text(text, encoding="utf-8")
 
     def locked_layout(self) -> Layout:
         """Return the layout of a locked plan as it was written beside it.
@@ -108,9 +110,3 @@ class Project:
                 raise PlanError(f"{path}: 'name' is {silo.name!r}; expected {name!r}, as the file is called")
             silos[name] = silo
         return silos
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

@@ -37,8 +37,8 @@ from gramfuse_cli.processes import BIN, GIVE_BACK
 from gramfuse_cli.project import Project
 from gramfuse_cli.proxy import find_nginx, write_configuration
 from gramfuse_cli.supervisor import POLL_SECONDS, Service, Supervisor, say, supervised
-from gramfuse_client.private import write_private
 from gramfuse_protocol.errors import FederationError, PlanError
+from gramfuse_protocol.files import write_private
 
 F = TypeVar("F", bound=Callable[..., Any])
 

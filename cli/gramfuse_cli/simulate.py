@@ -29,8 +29,8 @@ from gramfuse_cli.report import show_report
 from gramfuse_cli.terminal import say, uncoloured
 from gramfuse_cli.terms import Term, check_terms, compare_option
 from gramfuse_cli.tuning import Wanted
-from gramfuse_client.private import write_private
 from gramfuse_protocol.errors import FederationError, GramfuseError, ModelError, RefusalError, error_types
+from gramfuse_protocol.files import write_private
 from gramfuse_protocol.keys import KEY_BYTES, Identity
 
 LOG_LINES = 30

@@ -23,8 +23,8 @@ import psutil
 
 from gramfuse_cli import terminal
 from gramfuse_cli.processes import FLOWER_OFF, MARK, end, kill_marked, kill_session
-from gramfuse_client.private import open_private
 from gramfuse_protocol.errors import FederationError, PlanError
+from gramfuse_protocol.files import open_private
 from gramfuse_protocol.text import SAID, one_line
 
 START_SECONDS = 120.0

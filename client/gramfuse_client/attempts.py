@@ -17,8 +17,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from gramfuse_client.private import write_private
 from gramfuse_protocol.errors import FailureError, SecurityError, disk_is_full
+from gramfuse_protocol.files import write_private
 from gramfuse_protocol.messages import Message
 from gramfuse_protocol.plan import Sha256
 from gramfuse_protocol.transcript import Nonce

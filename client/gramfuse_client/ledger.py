@@ -24,10 +24,10 @@ from typing import IO, Annotated, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, ValidationInfo
 
-from gramfuse_client.private import make_private_directory, sync_directory, write_private
 from gramfuse_protocol.bounds import HEADER_CHARACTERS, check_size
 from gramfuse_protocol.canonical import canonical_json
 from gramfuse_protocol.errors import LedgerError
+from gramfuse_protocol.files import make_private_directory, sync, write_private
 from gramfuse_protocol.text import Legible, one_line
 
 BLOCK_BYTES = 65536
@@ -276,7 +276,7 @@ class Ledger:
             os.ftruncate(file, end)
         mark = last.mark if last else _Mark()
         if not last:
-            sync_directory(self.path.parent)
+            sync(self.path.parent)
         elif head != mark:  # with the head two lines behind, the next crash would look like damage
             if head is None and mark.number > 1:
                 log.warning("%s: was missing, so lines cut off before now are not noticed", self._head_path)

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from gramfuse_client.private import open_private
 from gramfuse_protocol.encoding import encode
+from gramfuse_protocol.files import replacing
 from gramfuse_protocol.masks import Mask, Words, apply
 from gramfuse_protocol.scales import Scale
 
@@ -47,18 +47,12 @@ def write_masked_words(path: Path, words: Words, masks: Sequence[Mask]) -> None:
 
 @contextmanager
 def _masking(path: Path, masks: Sequence[Mask]) -> Iterator[_Masker]:
-    temporary = path.with_name(path.name + ".partial")
-    descriptor = open_private(temporary)
-    try:
-        try:
-            with _Masker(descriptor, masks) as masker:
-                yield masker
-        finally:
-            os.close(descriptor)
-    except BaseException:
-        temporary.unlink()
-        raise
-    os.replace(temporary, path)
+    with (
+        replacing(path, private=True) as temporary,
+        temporary.open("r+b", buffering=0) as file,
+        _Masker(file.fileno(), masks) as masker,
+    ):
+        yield masker
 
 
 def read_masked(path: Path, start: int, count: int) -> Words:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from gramfuse_client.private import write_private
+from gramfuse_protocol.files import write_private
 from gramfuse_protocol.plan import Sha256
 
 

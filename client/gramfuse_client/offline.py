@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 from gramfuse_client.data import load
 from gramfuse_client.ledger import Entry, Item, Ledger
 from gramfuse_client.policy import check_bytes, check_data, check_hours, check_plan, check_repeat
-from gramfuse_client.private import exclusive, make_private_directory
 from gramfuse_client.silo import Silo
 from gramfuse_client.state import Origin, State
 from gramfuse_client.workbench import Workbench
 from gramfuse_model.base import load_base
 from gramfuse_model.heads import head_parameters
 from gramfuse_protocol.errors import PlanError, RefusalError, RunDirectoryError
+from gramfuse_protocol.files import exclusive, make_private_directory
 from gramfuse_protocol.layout import Layout
 from gramfuse_protocol.plan import Plan
 from gramfuse_protocol.statistics_file import own_block, write_statistics

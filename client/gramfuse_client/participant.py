@@ -14,7 +14,6 @@ from gramfuse_client.data import load
 from gramfuse_client.measurements import HeldOut, Measurement
 from gramfuse_client.membership import Membership, check_range
 from gramfuse_client.policy import check_bytes, check_data, check_disk, check_hours, check_plan, check_repeat
-from gramfuse_client.private import exclusive
 from gramfuse_client.releases import Releases
 from gramfuse_client.silo import Silo
 from gramfuse_client.state import Origin, State
@@ -27,6 +26,7 @@ from gramfuse_protocol.errors import (
     RefusalError,
     SecurityError,
 )
+from gramfuse_protocol.files import exclusive
 from gramfuse_protocol.layout import Layout
 from gramfuse_protocol.messages import (
     MERGED,

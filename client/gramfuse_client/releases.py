@@ -24,8 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 
-from gramfuse_client.private import make_private_directory, write_private
 from gramfuse_protocol.errors import RefusalError
+from gramfuse_protocol.files import make_private_directory, write_private
 from gramfuse_protocol.plan import Name, Plan, Sha256
 from gramfuse_protocol.transcript import Nonce, Sum
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from gramfuse_client.private import make_private_directory, write_private
 from gramfuse_protocol.errors import RefusalError, SecurityError
+from gramfuse_protocol.files import make_private_directory, write_private
 from gramfuse_protocol.messages import REPLIES, Message
 from gramfuse_protocol.secure_sum import Member
 from gramfuse_protocol.transcript import Sum

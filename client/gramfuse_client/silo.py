@@ -10,9 +10,9 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
-from gramfuse_client.private import open_private
 from gramfuse_protocol.documents import Section, parse, read_text
 from gramfuse_protocol.errors import PlanError
+from gramfuse_protocol.files import open_private
 from gramfuse_protocol.keys import Identity
 from gramfuse_protocol.node_key import public_of
 from gramfuse_protocol.plan import ContextFree, Name, Sha256

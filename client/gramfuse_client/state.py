@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,9 +24,9 @@ from safetensors.numpy import save_file
 
 from gramfuse_client.attempts import Attempts
 from gramfuse_client.measurements import Measurements
-from gramfuse_client.private import make_private_directory, write_private
 from gramfuse_client.session import Session
 from gramfuse_protocol.errors import FederationError
+from gramfuse_protocol.files import make_private_directory, replacing, write_private
 from gramfuse_protocol.layout import Layout, Slice, delta_block
 from gramfuse_protocol.plan import Plan
 from gramfuse_protocol.statistics import Statistics
@@ -279,14 +278,8 @@ def _read_tensor(path: Path, name: str) -> NDArray[np.float32]:
 
 
 def _save_tensors(path: Path, tensors: Mapping[str, NDArray[np.float32]], metadata: dict[str, str]) -> None:
-    temporary = path.with_suffix(".partial")
-    try:
+    with replacing(path, private=True) as temporary:
         save_file(dict(tensors), temporary, metadata=metadata)
-        temporary.chmod(0o600)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    os.replace(temporary, path)
 
 
 def read_progress(root: Path, plan_digest: str) -> dict[str, Any] | None:

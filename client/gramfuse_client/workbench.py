@@ -17,7 +17,6 @@ from gramfuse_client.batches import Encoded, batches
 from gramfuse_client.data import Examples
 from gramfuse_client.evaluate import evaluate, evaluate_for_sum
 from gramfuse_client.finetune import choose_device, finetune
-from gramfuse_client.private import make_private_directory
 from gramfuse_client.resources import lacking_memory
 from gramfuse_client.silo import Silo
 from gramfuse_client.state import State
@@ -30,6 +29,7 @@ from gramfuse_model.suitable import check_suitable
 from gramfuse_model.targets import fold
 from gramfuse_model.tracing import plan_layout
 from gramfuse_protocol.errors import ContributionError, RefusalError
+from gramfuse_protocol.files import make_private_directory
 from gramfuse_protocol.layout import Layout, delta_block
 from gramfuse_protocol.metrics import Sums
 from gramfuse_protocol.plan import Plan

@@ -34,6 +34,7 @@ from gramfuse_protocol.bounds import (
 )
 from gramfuse_protocol.documents import Section
 from gramfuse_protocol.errors import ContributionError, RunDirectoryError, disk_is_full
+from gramfuse_protocol.files import replacing
 from gramfuse_protocol.layout import ITEM_BYTES, Block, Layout, Positive, Shape
 from gramfuse_protocol.plan import BaseName, Commit, Name, Sha256
 from gramfuse_protocol.statistics import Contribution, check_counts
@@ -255,19 +256,14 @@ def write_statistics(
         hasher.update(array.data)
     sha256 = hasher.hexdigest()
     header = _header(text, sha256, about.blocks)
-    temporary = path.with_name(path.name + ".partial")
     try:
-        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+        with replacing(path, private=True) as temporary, temporary.open("wb") as file:
             file.write(len(header).to_bytes(8, "little") + header)
             for array in tensors():
                 file.write(array.data)
-        os.replace(temporary, path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            what = "no space left on the disk; make room" if disk_is_full(error) else str(error)
-            raise RunDirectoryError(f"{path}: cannot be written: {what}") from None
-        raise
+    except OSError as error:
+        what = "no space left on the disk; make room" if disk_is_full(error) else str(error)
+        raise RunDirectoryError(f"{path}: cannot be written: {what}") from None
     return sha256
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
@@ -21,6 +20,7 @@ from safetensors.numpy import load_file, save_file
 from gramfuse_model.base import Base
 from gramfuse_model.tasks import merged_form
 from gramfuse_protocol.errors import GramfuseError, MergeError, RunDirectoryError
+from gramfuse_protocol.files import replacing
 from gramfuse_protocol.layout import ITEM_BYTES, PIECE_BYTES, Layout, delta_block
 from gramfuse_protocol.messages import MERGED
 from gramfuse_protocol.metrics import Sums
@@ -175,10 +175,8 @@ class Exchange:
             )
         self._measure(current, merged)
         path = self._start(current.conductor.round + 1)
-        temporary = path.with_name(f"{path.name}.partial")
-        with self.run.writing():
+        with self.run.writing(), replacing(path, private=True) as temporary:
             save_file({delta_block(name): np.asarray(d, np.float32) for name, d in merged.deltas.items()}, temporary)
-            os.replace(temporary, path)
         current.conductor.keep("lost", current.lost)
         current.conductor.keep(OUTCOME, current.report())
         for spool in ("spool", "spool-metrics"):

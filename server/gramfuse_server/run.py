@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import Any
 
 from gramfuse_protocol.errors import ContributionError, GramfuseError, RunDirectoryError, SecurityError, disk_is_full
+from gramfuse_protocol.files import write_private
 
 CHECKPOINT = "checkpoint.json"
 LOCK = "lock"
@@ -165,13 +166,8 @@ class RunDirectory:
     def keep(self, phase: str, result: Any) -> None:
         """Keep the result of a phase, a JSON value, so that a resumed run need not repeat it."""
         self.done[phase] = result
-        temporary = self.partial / f"{CHECKPOINT}.partial"
         with self.writing():
-            with temporary.open("w", encoding="utf-8") as file:
-                file.write(checkpoint_text(self.done))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, self.partial / CHECKPOINT)
+            write_private(self.partial / CHECKPOINT, checkpoint_text(self.done).encode(), durable=True)
 
     def record(self, entry: dict[str, Any]) -> None:
         """Append one line to the transcript: what crossed the coordinator's door, and when."""
@@ -216,10 +212,7 @@ def rewrite(directory: Path, name: str, text: str) -> None:
             sums = read_sums(directory) | {name: hashlib.sha256(text.encode()).hexdigest()}
             texts[SUMS] = "".join(f"{sums[each]}  {each}\n" for each in sorted(sums, key=Path))
         for each, content in texts.items():
-            temporary = directory / f"{each}.partial"
-            temporary.touch(mode=0o600)
-            temporary.write_text(content, encoding="utf-8")
-            os.replace(temporary, directory / each)
+            write_private(directory / each, content.encode())
     except OSError as error:
         raise RunDirectoryError(f"{directory}: cannot be written: {error}") from None
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
 from gramfuse_protocol.errors import RunDirectoryError
+from gramfuse_protocol.files import replacing
 from gramfuse_protocol.layout import Slice
 
 Array = NDArray[Any]
@@ -41,10 +41,9 @@ class Spool:
         """Write one checked piece, under a temporary name first."""
         path = self._path(silo, piece)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".partial")
         kept = {name: np.asarray(array, order="C") for name, array in arrays.items()}
-        save_file(kept, temporary, metadata={SHA256: _sha256(kept)})
-        os.replace(temporary, path)
+        with replacing(path, private=True) as temporary:
+            save_file(kept, temporary, metadata={SHA256: _sha256(kept)})
         self._sound.add(path)
 
     def has(self, silo: str, piece: int) -> bool:
