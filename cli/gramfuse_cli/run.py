@@ -27,9 +27,9 @@ from gramfuse_cli.terminal import say
 from gramfuse_protocol.errors import FederationError, PlanError, RunDirectoryError, error_types
 from gramfuse_protocol.layout import Layout
 from gramfuse_protocol.plan import Plan
+from gramfuse_server.patience import Patience
 
-WAIT = 600.0
-GRACE = 180.0
+DEFAULT = Patience()
 AWAY_SECONDS = 300.0
 """How long a SuperLink may be away that somebody starts again."""
 STOP_SECONDS = 30.0
@@ -49,14 +49,14 @@ STOP_SECONDS = 30.0
 @click.option(
     "--wait",
     type=click.FloatRange(min=0),
-    default=WAIT,
+    default=DEFAULT.wait,
     show_default=True,
     help="Seconds to wait for all silos; then the run goes on without the missing ones, if the plan allows it.",
 )
 @click.option(
     "--grace",
     type=click.FloatRange(min=0),
-    default=GRACE,
+    default=DEFAULT.grace,
     show_default=True,
     help="Seconds to wait for a silo that went away in the middle, before the run goes on without it.",
 )
@@ -124,8 +124,8 @@ def run(
             app = Path(scratch) / "app"
             write_app(app, project.plan, layout)
             link.admit(project.plan)
-            how = {"resume": resume is not None, "authenticated": not link.insecure}
-            report = _follow(app, link, project, path, {**how, "wait": wait, "grace": grace, "patience": patience})
+            patient = Patience(wait, patience, grace, authenticated=not link.insecure)
+            report = _follow(app, link, project, path, {"resume": resume is not None, **patient.to_config()})
     show_report(report, path, as_json)
 
 
@@ -153,10 +153,7 @@ def write_app(directory: Path, plan: Plan, layout: Layout) -> None:
                         "directory": "",
                         "run-directory": "",
                         "resume": False,
-                        "wait": WAIT,
-                        "patience": 0.0,
-                        "grace": GRACE,
-                        "authenticated": False,
+                        **DEFAULT.to_config(),
                     },
                 }
             }

@@ -2,9 +2,7 @@
 
 The run's configuration holds `plan` (TOML text), `layout` (JSON text), `directory` (where relative paths of the
 plan start), `run-directory` (where the result goes; must not exist), `resume` (go on with what an interrupted run left
-there), `wait` (seconds for all silos to be connected), `patience` (seconds for one answer; 0 is without end), `grace`
-(seconds for a silo to come back) and `authenticated` (whether Flower knows nodes by their keys). `gramfuse run` fills
-it in.
+there), and the fields of `gramfuse_server.patience.Patience`. `gramfuse run` fills it in.
 """
 
 from __future__ import annotations
@@ -20,9 +18,9 @@ from gramfuse_model.base import load_base
 from gramfuse_protocol.errors import GramfuseError, PlanError
 from gramfuse_protocol.layout import Layout
 from gramfuse_protocol.plan import Plan
-from gramfuse_server.conductor import WAIT_SECONDS, Observer
+from gramfuse_server.conductor import Observer
 from gramfuse_server.exchange import Exchange, Finish, Simulated, Study, needed_bytes
-from gramfuse_server.post import GRACE_SECONDS
+from gramfuse_server.patience import Patience
 from gramfuse_server.run import RunDirectory
 
 
@@ -38,10 +36,7 @@ def coordinate(
     own_heads: Finish | None = None,
     observer: Observer = lambda event: None,
     resume: bool = False,
-    wait: float = WAIT_SECONDS,
-    patience: float | None = None,
-    grace: float = GRACE_SECONDS,
-    authenticated: bool = False,
+    patience: Patience = Patience(),  # noqa: B008 - frozen
     resumable: bool = True,
 ) -> dict[str, Any]:
     """Run all rounds of a plan and return the report; `out` is complete or absent afterwards.
@@ -49,8 +44,7 @@ def coordinate(
     Args:
         directory: where relative paths of the plan start.
         out: the run directory.
-        simulated, study, own_heads, observer, wait, patience, grace, authenticated: as
-            `gramfuse_server.exchange.Exchange` has them.
+        simulated, study, own_heads, observer, patience: as `gramfuse_server.exchange.Exchange` has them.
         resume: go on with what an interrupted run left there.
         resumable: whether anybody could do that, so that something is left for it.
 
@@ -72,10 +66,7 @@ def coordinate(
             study=study,
             own_heads=own_heads,
             observer=observer,
-            wait=wait,
             patience=patience,
-            grace=grace,
-            authenticated=authenticated,
         )
         report = exchange.start()
         run.finish()
@@ -99,10 +90,7 @@ def main(grid: Grid, context: Context) -> None:
             Path(config["run-directory"]),
             observer=_print,
             resume=bool(context.run_config["resume"]),
-            wait=float(context.run_config["wait"]),
-            patience=float(context.run_config["patience"]) or None,
-            grace=float(context.run_config["grace"]),
-            authenticated=bool(context.run_config["authenticated"]),
+            patience=Patience.from_config(context.run_config),
         )
     except GramfuseError as error:
         report = error.report and str(error.report)

@@ -16,13 +16,11 @@ from gramfuse_protocol.layout import Layout
 from gramfuse_protocol.messages import FinishReply, FinishRequest, JoinReply, JoinRequest, Message, expect
 from gramfuse_protocol.node_key import canonical
 from gramfuse_protocol.plan import Plan
-from gramfuse_server.post import GRACE_SECONDS, Pending, Post
+from gramfuse_server.patience import Patience
+from gramfuse_server.post import Pending, Post
 from gramfuse_server.run import RunDirectory, of_round
 
-WAIT_SECONDS = 600.0
-"""How long to wait for all silos to be connected."""
-
-FINISH_SECONDS = 60.0
+FINISH = Patience(answer=60.0)
 """How long to wait for silos to say that they wiped what they kept; the result is there by then."""
 
 Q = TypeVar("Q", bound=Message)
@@ -40,13 +38,7 @@ class Conductor:
         plan: locked.
         run: the run directory, entered; what a resumed run had done is not done again.
         number: of the round, from 1 on.
-        wait: seconds to wait for all silos; then it goes on with those that are there, if the plan allows it.
-        patience: seconds after which a silo that is connected and gave no answer is given up, except while it trains
-            or measures; None waits as long as it is connected.
-        grace: seconds after which a silo that went away is given up; only where nodes are authenticated, since without
-            a key a node that comes back is another node.
-        authenticated: whether Flower knows each node by its key, which the plan then has; else a node's own word counts
-            for which silo it is.
+        patience: how long it waits for silos.
 
     Attributes:
         only: silos that must all take part, and no others, where there are such: with secure aggregation, in a round
@@ -69,10 +61,7 @@ class Conductor:
         observer: Observer,
         *,
         number: int = 1,
-        wait: float = WAIT_SECONDS,
-        patience: float | None = None,
-        grace: float = GRACE_SECONDS,
-        authenticated: bool = False,
+        patience: Patience = Patience(),  # noqa: B008 - frozen
     ) -> None:
         self.grid = grid
         self.plan = plan
@@ -81,10 +70,7 @@ class Conductor:
         self.round = number
         self.only = tuple(self.earlier("masked") or ())
         self.needed = len(self.only) or plan.minimum_survivors
-        self.wait = wait
         self.patience = patience
-        self.grace = grace if authenticated else 0.0
-        self.authenticated = authenticated
         self.post = Post(grid, run.record)
         self.nodes: dict[str, int] = {}
         self.joined: Mapping[str, int] = {}
@@ -115,12 +101,13 @@ class Conductor:
 
         def check(label: str, _: JoinRequest, reply: Message) -> None:
             name = getattr(reply, "silo", label)
-            if self.authenticated and name != label:
+            if self.patience.authenticated and name != label:
                 raise FederationError(f"the connection of silo {label!r} answered as silo {name!r}")
             if name not in self.plan.names:
                 raise FederationError(f"{label} says that it is silo {name!r}, which the roster does not name")
             said[label] = name
-            expect(JoinReply, request, reply, f"silo {name!r}" if self.authenticated else f"silo {name!r} ({label})")
+            where = "" if self.patience.authenticated else f" ({label})"
+            expect(JoinReply, request, reply, f"silo {name!r}{where}")
             if name in self.nodes or name in disputed:
                 disputed.add(name)
                 raise FederationError(
@@ -134,7 +121,6 @@ class Conductor:
             len(nodes),
             check=check,
             patience=self.patience,
-            grace=self.grace,
             waiting_for=self._tell_waiting,
         )
         for label, _, reply in exchange:
@@ -235,8 +221,7 @@ class Conductor:
             remaining,
             in_flight or len(requests),
             check=checked,
-            patience=None if long_work else self.patience,
-            grace=self.grace,
+            patience=self.patience.for_long_work() if long_work else self.patience,
             waiting_for=self._tell_waiting,
         )
         for silo, request, message in exchange:
@@ -261,7 +246,7 @@ class Conductor:
         request = FinishRequest(**self.about)
         asked = {silo: [request] for silo in silos}
         with self.phase("finish"):
-            exchange = post.exchange(self.joined, asked, len(asked), patience=FINISH_SECONDS, grace=0)
+            exchange = post.exchange(self.joined, asked, len(asked), patience=FINISH)
             for silo, _, reply in exchange:
                 if isinstance(reply, FinishReply):
                     self.tell("finish", "silo", silo=silo)
@@ -310,7 +295,7 @@ class Conductor:
         Returns:
             Node ids; by the silo whose key the node has if nodes are authenticated, else by a label.
         """
-        deadline = time.monotonic() + self.wait
+        deadline = time.monotonic() + self.patience.wait
         needed, told = len(expected), -1
         while len(self._nodes(expected)) < needed:
             nodes = self._nodes(useful)
@@ -320,17 +305,17 @@ class Conductor:
             if time.monotonic() > deadline:
                 if len(nodes) >= self.plan.minimum_survivors:
                     break
-                if self.authenticated:
+                if self.patience.authenticated:
                     self.came |= dict.fromkeys(nodes, "connected")
                 raise FederationError(
-                    f"{len(nodes)} of {needed} silos connected within {self.wait:.0f} s; start the others with: "
-                    "gramfuse silo start"
+                    f"{len(nodes)} of {needed} silos connected within {self.patience.wait:.0f} s; start the others "
+                    "with: gramfuse silo start"
                 )
             time.sleep(0.2)
         return self._nodes(useful)
 
     def _nodes(self, expected: Sequence[str]) -> dict[str, int]:
-        if not self.authenticated:
+        if not self.patience.authenticated:
             return {f"node {node}": node for node in self.grid.get_node_ids()}
         silos = {entry.node_key: entry.name for entry in self.plan.silo}
         nodes = (node for node in self.grid.get_nodes() if node.public_key)

@@ -26,11 +26,11 @@ from gramfuse_protocol.messages import MERGED
 from gramfuse_protocol.metrics import Sums
 from gramfuse_protocol.plan import Plan
 from gramfuse_server.accumulator import Merged
-from gramfuse_server.conductor import WAIT_SECONDS, Conductor, Observer
+from gramfuse_server.conductor import Conductor, Observer
 from gramfuse_server.evaluation import Candidate, described, of_silos
 from gramfuse_server.model import write_model
 from gramfuse_server.pages.page import page
-from gramfuse_server.post import GRACE_SECONDS
+from gramfuse_server.patience import Patience
 from gramfuse_server.round import Round
 from gramfuse_server.run import PAGE, PLAN, REPORT, START, RunDirectory, of_round
 from gramfuse_server.verdicts import told
@@ -84,7 +84,7 @@ class Exchange:
         own_heads: if given, and if silos keep their heads, writes each silo's finished model into the run directory;
             for simulations only.
         piece_bytes: most bytes of a contribution in one message; a multiple of 16.
-        wait, patience, grace, authenticated: as `gramfuse_server.conductor.Conductor` has them.
+        patience: how long it waits for silos.
     """
 
     def __init__(
@@ -100,10 +100,7 @@ class Exchange:
         own_heads: Finish | None = None,
         observer: Observer = lambda event: None,
         piece_bytes: int = PIECE_BYTES,
-        wait: float = WAIT_SECONDS,
-        patience: float | None = None,
-        grace: float = GRACE_SECONDS,
-        authenticated: bool = False,
+        patience: Patience = Patience(),  # noqa: B008 - frozen
     ) -> None:
         self.plan = plan
         self.layout = layout
@@ -119,10 +116,7 @@ class Exchange:
             plan,
             run,
             observer,
-            wait=wait,
             patience=patience,
-            grace=grace,
-            authenticated=authenticated,
         )
         self._rounds: list[Round] = []
 

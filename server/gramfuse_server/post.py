@@ -17,6 +17,7 @@ from gramfuse_protocol.errors import FederationError, GramfuseError
 from gramfuse_protocol.messages import REPLIES, Message, message_type
 from gramfuse_protocol.text import SAID, one_line
 from gramfuse_protocol.wire import Frame, pack, unpack
+from gramfuse_server.patience import Patience
 from gramfuse_server.records import from_record, to_record
 
 M = TypeVar("M", bound=Message)
@@ -34,8 +35,6 @@ LOOK_SECONDS = 5.0
 """How often to look whether a node that is waited for was started anew."""
 
 REMINDER_SECONDS = 60.0
-GRACE_SECONDS = 180.0
-"""A SuperNode that crashed is kept out for up to a minute, until Flower takes the one before it for dead."""
 
 LONG = 7 * 24 * 3600.0
 """Seconds for which Flower keeps a message: fine-tuning may take days."""
@@ -86,10 +85,11 @@ class _Sent(Generic[M]):
         )
 
     def given_up(
-        self, after: float | None, waiting_for: Callable[[Pending], None], *, away: bool = False
+        self, patience: Patience, waiting_for: Callable[[Pending], None], *, away: bool
     ) -> FederationError | None:
         """Return why the silo is given up, or None as long as it is not."""
         phase, waited = self.request.phase, time.monotonic() - self.since
+        after = patience.allowed(away=away)
         if after is not None and waited > after:
             if away:
                 return FederationError(
@@ -128,8 +128,7 @@ class Post:
         in_flight: int,
         *,
         check: Check[M] = lambda silo, request, reply: None,
-        patience: float | None = None,
-        grace: float = GRACE_SECONDS,
+        patience: Patience = Patience(),  # noqa: B008 - frozen
         waiting_for: Callable[[Pending], None] = lambda pending: None,
     ) -> Iterator[tuple[str, M, Message | GramfuseError]]:
         """Send every silo its requests, one after the other, and yield (silo, request, reply) as replies come.
@@ -145,8 +144,7 @@ class Post:
             nodes: Flower's node id of each silo.
             in_flight: most requests under way at a time, ≥ 1.
             check: whatever it raises is the silo's loss, whether it was raised on purpose or not.
-            patience: seconds after which a silo that is connected and answered nothing is given up; None is never.
-            grace: seconds after which a silo that went away is given up.
+            patience: when a silo that does not answer is given up.
             waiting_for: is told of a silo that has not answered yet, after REMINDER_SECONDS, twice that, and so on.
         """
         waiting = deque((silo, iter(requests[silo])) for silo in requests)
@@ -180,7 +178,7 @@ class Post:
                     if not isinstance(reply, GramfuseError):
                         waiting.appendleft((sent.silo, sent.remaining))
                     yield sent.silo, sent.request, reply
-                elif given_up := sent.given_up(patience, waiting_for):
+                elif given_up := sent.given_up(patience, waiting_for, away=False):
                     active.remove(sent)
                     yield sent.silo, sent.request, given_up
             if active and time.monotonic() > looked + LOOK_SECONDS:
@@ -201,7 +199,7 @@ class Post:
                 if nodes[sent.silo] in activated:
                     sent.since, sent.reminded = time.monotonic(), 0.0
                     active.append(self._send(sent, nodes, activated))
-                elif (given_up := sent.given_up(grace, waiting_for, away=True)) is None:
+                elif (given_up := sent.given_up(patience, waiting_for, away=True)) is None:
                     continue
                 lost.remove(sent)
                 progress = True

@@ -41,6 +41,7 @@ from gramfuse_protocol.wire import Frame, pack, unpack
 from gramfuse_server import exchange as exchange_module
 from gramfuse_server import post
 from gramfuse_server.exchange import Exchange
+from gramfuse_server.patience import Patience
 from gramfuse_server.run import RunDirectory, partial_of
 from gramfuse_server.spool import Spool
 from tests.simulation.conftest import InProcessGrid, _task_identity  # noqa: F401  # the second is a fixture
@@ -152,8 +153,7 @@ class Run:
                 run,
                 observer=observe,
                 piece_bytes=PIECE_BYTES,
-                wait=0.1,
-                authenticated=True,
+                patience=Patience(wait=0.1, authenticated=True),
             ).start()
             run.finish()
         return report

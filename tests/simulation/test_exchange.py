@@ -54,6 +54,7 @@ from gramfuse_server import post
 from gramfuse_server.app import coordinate
 from gramfuse_server.exchange import Exchange
 from gramfuse_server.pages.page import page
+from gramfuse_server.patience import Patience
 from gramfuse_server.run import RunDirectory, read_checkpoint
 from gramfuse_server.secure import UPLOADS
 
@@ -773,7 +774,7 @@ def test_a_node_is_the_silo_whose_key_it_has(honest: Honest, in_process_grid: An
     keyed = Keyed.of(honest)
     stranger = Scripted("stranger", honest.layout, honest.statistics["silo-a"])
     grid = in_process_grid({"stranger": stranger, **honest.scripted()}, keys=keyed.public)
-    exchange(grid, honest, place / "run", plan=keyed.plan, authenticated=True)
+    exchange(grid, honest, place / "run", plan=keyed.plan, patience=Patience(authenticated=True))
     assert_identical(weights_of(place / "run"), honest.weights)
     assert "stranger" not in {node for node, _ in grid.sent}  # another plan's silo is not even asked
 
@@ -792,7 +793,7 @@ def test_a_message_from_one_silos_connection_in_anothers_name_is_refused(
     keyed = Keyed.of(honest)
     grid = in_process_grid(honest.scripted(), keys=keyed.public, fault=fault)
     with pytest.raises(FederationError, match=r"silo 'silo-b' answered as .*'silo-c'"):
-        exchange(grid, honest, place / "run", plan=keyed.plan, authenticated=True)
+        exchange(grid, honest, place / "run", plan=keyed.plan, patience=Patience(authenticated=True))
 
 
 @pytest.mark.parametrize("back", [True, False])
@@ -815,7 +816,7 @@ def test_a_silo_that_went_away_is_waited_for(
 
     keyed = Keyed.of(honest)
     grid = in_process_grid(honest.scripted(), keys=keyed.public, fault=fault)
-    settings: dict[str, Any] = {"plan": keyed.plan, "authenticated": True, "grace": 30 if back else 0.5}
+    settings: dict[str, Any] = {"plan": keyed.plan, "patience": Patience(grace=30 if back else 0.5, authenticated=True)}
     if back:
         exchange(grid, honest, place / "run", observer=observe, **settings)
         assert_identical(weights_of(place / "run"), honest.weights)
@@ -854,7 +855,13 @@ def test_nodes_without_keys_are_not_silos_where_nodes_are_authenticated(
 ) -> None:
     grid = in_process_grid(honest.scripted())
     with pytest.raises(FederationError, match="0 of 3 silos connected"):
-        exchange(grid, honest, place / "run", plan=Keyed.of(honest).plan, authenticated=True, wait=0.1)
+        exchange(
+            grid,
+            honest,
+            place / "run",
+            plan=Keyed.of(honest).plan,
+            patience=Patience(wait=0.1, authenticated=True),
+        )
     assert not grid.sent
 
 
@@ -865,7 +872,7 @@ def test_the_report_of_a_run_that_failed_says_how_far_each_silo_came(
 
     def states(plan: Plan, fault: Any = None, minimum: int = 3, **more: Any) -> tuple[dict[str, str], dict[str, str]]:
         grid = in_process_grid(honest.scripted(), keys=keyed.public, fault=fault)
-        grid.away |= {"silo-b"} if "wait" in more else set()
+        grid.away |= {"silo-b"} if "patience" in more else set()
         privacy = plan.privacy.model_copy(update={"minimum_survivors": minimum})
         with pytest.raises(GramfuseError) as caught:
             exchange(grid, honest, place / "run", plan=plan.model_copy(update={"privacy": privacy}), **more)
@@ -881,7 +888,7 @@ def test_the_report_of_a_run_that_failed_says_how_far_each_silo_came(
             return to_record(pack(Refusal(plan=reply.plan, session=reply.session, silo="silo-c", **said)))
         return Error(5, "it is gone") if (visit.node, visit.phase) == ("silo-a", "upload") else to_record(pack(reply))
 
-    found, lost = states(keyed.plan, wait=0.1, authenticated=True)
+    found, lost = states(keyed.plan, patience=Patience(wait=0.1, authenticated=True))
     assert found == {"silo-a": "connected", "silo-b": "absent", "silo-c": "connected"}
     assert lost == {}
     found, lost = states(honest.plan, refuses)
