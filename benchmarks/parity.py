@@ -37,13 +37,13 @@ from gramfuse_client.data import Examples, load
 from gramfuse_client.silo import Silo
 from gramfuse_client.workbench import train
 from gramfuse_model.base import load_base
+from gramfuse_model.differences import add_differences
 from gramfuse_model.tracing import plan_layout
 from gramfuse_protocol.layout import Layout
 from gramfuse_protocol.plan import Plan
 from gramfuse_protocol.statistics import Statistics
 from gramfuse_protocol.task import Task
 from gramfuse_server.merging import merge
-from gramfuse_server.model import add_differences
 
 SILOS = ("bank", "hospital")
 SETTINGS = (

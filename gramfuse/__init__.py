@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from gramfuse_client.records import statistics_record
     from gramfuse_client.statistics import collect_statistics
     from gramfuse_model.base import trainable
+    from gramfuse_model.differences import add_differences
     from gramfuse_model.digests import config_digest, processor_digest, tensor_digests
     from gramfuse_model.tracing import derive_layout
     from gramfuse_protocol.errors import (
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from gramfuse_protocol.task import Task
     from gramfuse_server.accumulator import Merged
     from gramfuse_server.merging import merge
-    from gramfuse_server.model import add_differences
     from gramfuse_server.strategy import RegMean
 
     __version__: str
@@ -45,7 +45,7 @@ _HOMES = {
     "Statistics": "gramfuse_protocol.statistics",
     "merge": "gramfuse_server.merging",
     "Merged": "gramfuse_server.accumulator",
-    "add_differences": "gramfuse_server.model",
+    "add_differences": "gramfuse_model.differences",
     "statistics_record": "gramfuse_client.records",
     "RegMean": "gramfuse_server.strategy",
     "write_statistics": "gramfuse_protocol.statistics_file",

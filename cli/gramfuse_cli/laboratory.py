@@ -86,27 +86,14 @@ class Bench:
         """
         import torch
 
-        from gramfuse_model.buffers import add_to, forget, learned
+        from gramfuse_model.differences import applied
 
         if self.silo.file.threads:
             torch.set_num_threads(self.silo.file.threads)
         model = self.base.model.to(self.device)
-        values = self.head if head is None else head
-        tensors = learned(model)
-        kept = {name: tensor.data for name, tensor in tensors.items()}
-        try:
-            for name, tensor in tensors.items():
-                tensor.data = kept[name].clone()
-                if name in values:
-                    tensor.data.copy_(torch.from_numpy(np.array(values[name], np.float32)))
-                elif name in deltas:
-                    add_to(tensor, torch.from_numpy(np.array(deltas[name], np.float32)))
-            forget(model)
+        rounded = {name: np.asarray(delta, np.float32) for name, delta in deltas.items()}  # as silos are sent them
+        with applied(model, rounded, self.head if head is None else head):
             yield model
-        finally:
-            for name, tensor in tensors.items():
-                tensor.data = kept[name]
-            forget(model)
 
     def measure(self, deltas: Deltas, part: Part) -> Sums:
         """Return the sums of the base model with differences added."""

@@ -22,8 +22,9 @@ from gramfuse_client.silo import Silo
 from gramfuse_client.state import State
 from gramfuse_client.statistics import collect_statistics
 from gramfuse_model.base import Base, load_base, own_head, trainable
-from gramfuse_model.buffers import add_to, first_difference, forget, saved_buffers
+from gramfuse_model.buffers import first_difference, saved_buffers
 from gramfuse_model.change import check_changes
+from gramfuse_model.differences import add_differences, set_values
 from gramfuse_model.lengths import check_lengths
 from gramfuse_model.suitable import check_suitable
 from gramfuse_model.targets import fold
@@ -89,7 +90,7 @@ class Workbench:
         """
         base = self._base()
         if start:
-            add(layout, base, start)
+            add_differences(base.model, _by_parameter(layout, start))
         return train(self.silo, self.plan, layout, base, examples, state)
 
     def evaluate(
@@ -141,9 +142,9 @@ class Workbench:
 
     def _merged(self, layout: Layout, arrays: Mapping[str, NDArray[Any]], state: State) -> Base:
         base = self._base()
-        add(layout, base, arrays)
+        add_differences(base.model, _by_parameter(layout, arrays))
         if self.plan.model.head == "own":
-            put(base, state.head())
+            set_values(base.model, state.head())
         return base
 
     def _base(self) -> Base:
@@ -164,22 +165,6 @@ def save_privately(base: Base, task: Task, directory: Path) -> None:
         path.chmod(0o600)
     shutil.rmtree(directory, ignore_errors=True)
     temporary.rename(directory)
-
-
-def add(layout: Layout, base: Base, arrays: Mapping[str, NDArray[Any]]) -> None:
-    """Add differences (`delta:<parameter>`, float32) to the base model, in place."""
-    tensors = base.model.state_dict()
-    for tensor in layout.tensors:
-        add_to(tensors[tensor.name], torch.from_numpy(arrays[delta_block(tensor.name)].copy()))
-    forget(base.model)
-
-
-def put(base: Base, values: Mapping[str, NDArray[Any] | torch.Tensor]) -> None:
-    """Give parameters and buffers of the base model other values, in place."""
-    tensors = base.model.state_dict()
-    for name, value in values.items():
-        tensors[name].copy_(torch.as_tensor(value))
-    forget(base.model)
 
 
 def train(
@@ -205,9 +190,9 @@ def train(
     before = trainable(base.model)
     if state is None or state.round == 1:
         if plan.model.head != "same":
-            put(base, own_head(plan, silo.project, silo.name, override=silo.base))
+            set_values(base.model, own_head(plan, silo.project, silo.name, override=silo.base))
     elif plan.model.head == "own":
-        put(base, state.head(before=True))
+        set_values(base.model, state.head(before=True))
     finetune(
         base.model,
         encoded,
@@ -233,3 +218,7 @@ def train(
         limit=plan.merge.tokens,
         progress=None if state is None else lambda done: state.progress("measure", done, -(-len(encoded) // size)),
     )
+
+
+def _by_parameter(layout: Layout, arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    return {tensor.name: arrays[delta_block(tensor.name)] for tensor in layout.tensors}

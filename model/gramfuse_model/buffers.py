@@ -71,20 +71,6 @@ def first_difference(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.
     return next((name for name in sorted(one) if not torch.equal(one[name].cpu(), other[name].cpu())), None)
 
 
-def add_to(tensor: torch.Tensor, difference: torch.Tensor) -> None:
-    """Add a difference in place, in float64, rounded once to the tensor's dtype; a counter to the nearest integer."""
-    total = tensor.detach().double() + difference.to(tensor.device).double()
-    tensor.detach().copy_(total if tensor.is_floating_point() else total.round())
-
-
-def forget(model: nn.Module) -> None:
-    """Have a model forget what it keeps of weights that it had: LeViT does, until it is in training mode again."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.train()
-    for module, mode in modes:
-        module.training = mode
-
-
 def _is_count(buffer: torch.Tensor) -> bool:
     return buffer.dim() == 0 and buffer.dtype in (torch.int64, torch.int32)
 

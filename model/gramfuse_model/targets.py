@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from gramfuse_model.base import Base
-from gramfuse_model.buffers import forget
+from gramfuse_model.differences import forget
 from gramfuse_model.heads import last_linear
 from gramfuse_model.tracing import public_batch
 from gramfuse_protocol.errors import ModelError

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from gramfuse_model.base import Base, load_base
+from gramfuse_model.differences import add_differences
 from gramfuse_model.digests import tensor_digests
 from gramfuse_model.targets import fold
 from gramfuse_model.tasks import FORMS
@@ -28,7 +29,7 @@ from gramfuse_protocol.statistics_file import StatisticsFile, read_statistics
 from gramfuse_protocol.text import listed, quoted
 from gramfuse_server.accumulator import Accumulator, Merged
 from gramfuse_server.checks import check_model, check_shares, check_sums
-from gramfuse_server.model import add_differences, code, extent, front_matter, usage
+from gramfuse_server.model import code, extent, front_matter, usage
 from gramfuse_server.pages.page import page
 from gramfuse_server.run import PAGE, REPORT, RunDirectory
 from gramfuse_server.verdicts import told, worst

@@ -7,27 +7,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 import yaml
-from torch import nn
+from numpy.typing import NDArray
 
 from gramfuse_model.base import Base
-from gramfuse_model.buffers import add_to, forget
+from gramfuse_model.differences import add_differences
 from gramfuse_model.source import BUNDLED
 from gramfuse_model.targets import fold
 from gramfuse_model.tasks import Form, merged_form
 from gramfuse_protocol.coverage import coverage, told
 from gramfuse_protocol.layout import Layout
 from gramfuse_protocol.plan import Plan
-from gramfuse_server.accumulator import Deltas
 from gramfuse_server.pages.wording import known
 
 
 def write_model(
     directory: Path,
     base: Base,
-    deltas: Deltas,
+    deltas: Mapping[str, NDArray[Any]],
     plan: Plan,
     silos: Sequence[str],
     measured: Mapping[str, Any] | None,
@@ -59,20 +56,6 @@ def write_model(
     model.save_pretrained(directory)
     base.tokenizer.save_pretrained(directory)
     (directory / "README.md").write_text(card(plan, silos, measured, chosen, doubt, layout), encoding="utf-8")
-
-
-def add_differences(model: nn.Module, deltas: Deltas) -> None:
-    """Add differences to a model's parameters and buffers, by name; in float64, rounded once to the model's dtype.
-
-    Example:
-        >>> gramfuse.add_differences(base, {"classifier.bias": np.array([0.5, -0.5])})
-        >>> base.classifier.bias.tolist()
-        [0.5, -0.5]
-    """
-    tensors = model.state_dict()
-    for name, delta in deltas.items():
-        add_to(tensors[name], torch.from_numpy(np.array(delta)))
-    forget(model)
 
 
 def card(

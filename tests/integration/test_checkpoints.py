@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from gramfuse_cli.main import cli
 from gramfuse_client.statistics import collect_statistics
 from gramfuse_model.base import load_base, trainable
+from gramfuse_model.differences import add_differences
 from gramfuse_model.tracing import derive_layout, plan_layout
 from gramfuse_model.zero_head import load_zero_headed, plan_for
 from gramfuse_protocol.errors import ContributionError, GramfuseError, ModelError, PlanError, RunDirectoryError
@@ -29,7 +30,6 @@ from gramfuse_protocol.plan import Plan
 from gramfuse_protocol.statistics_file import read_statistics
 from gramfuse_protocol.task import Task
 from gramfuse_server.merging import merge
-from gramfuse_server.model import add_differences
 
 LABELS = ["animals", "weather", "kitchen"]
 ROWS = [

@@ -283,6 +283,22 @@ def assert_merged(
 # What comes out of an honest exchange
 
 
+def test_the_model_that_is_written_is_bit_for_bit_the_one_that_silos_measured(
+    honest: Honest, pico_project: Any, in_process_grid: Any, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[Arrays] = []
+    count = gramfuse_client.workbench.evaluate
+
+    def evaluate(model: torch.nn.Module, *rest: Any) -> Any:
+        measured.append({name: tensor.cpu().numpy().copy() for name, tensor in model.state_dict().items()})
+        return count(model, *rest)
+
+    monkeypatch.setattr(gramfuse_client.workbench, "evaluate", evaluate)
+    grid = in_process_grid(simulated(honest.project, honest.plan, place / "state"))
+    coordinate(grid, honest.plan, honest.layout, honest.project.directory, place / "run")
+    assert_identical(weights_of(place / "run"), measured[-1])
+
+
 def test_a_run_leaves_a_model_that_loads_and_a_complete_report(honest: Honest) -> None:
     out, report = honest.out, honest.report
     assert {path.name for path in out.iterdir()} == {

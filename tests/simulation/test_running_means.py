@@ -31,6 +31,7 @@ from gramfuse_client.state import State
 from gramfuse_client.workbench import Workbench, train
 from gramfuse_model.base import load_base
 from gramfuse_model.buffers import saved_buffers
+from gramfuse_model.differences import add_differences
 from gramfuse_protocol.errors import ContributionError, ModelError
 from gramfuse_protocol.layout import delta_block
 from gramfuse_protocol.metrics import metrics
@@ -38,7 +39,6 @@ from gramfuse_server import post
 from gramfuse_server.accumulator import Accumulator
 from gramfuse_server.app import coordinate
 from gramfuse_server.merging import Settings, merge_files
-from gramfuse_server.model import add_differences
 
 CPU = torch.device("cpu")
 SILOS = ("north", "south", "east")
