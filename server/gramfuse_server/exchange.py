@@ -201,7 +201,7 @@ class Exchange:
                 chosen = studied.get("tuning", {}).get("chosen")
                 place = self.run.partial / "model"
                 doubt = "" if current.sound else told(map(asdict, current.checks))
-                about = (current.survivors, measured, chosen, doubt, self.layout)
+                about = (current.survivors, measured, chosen, doubt, self.layout, merged.steps)
                 write_model(place, self.base, merged.deltas, self.plan, *about)
                 if self.own_heads is not None and self.plan.model.head == "own":
                     arrays = {delta_block(name): np.asarray(d, np.float32) for name, d in merged.deltas.items()}

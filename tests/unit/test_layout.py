@@ -58,10 +58,10 @@ SIZES["delta:batches"] = 1
 
 DOCUMENT = (
     '{"frozen":["embeddings.weight"],'
-    '"groups":[{"d_in":6,"exponents":[-3,0,40,-40,2,1],"name":"q","part":null,"rows":["target","all"],'
+    '"groups":[{"d_in":6,"experts":null,"exponents":[-3,0,40,-40,2,1],"name":"q","part":null,"rows":["target","all"],'
     '"structure":"block:4","weights":['
     '{"d_out":3,"transposed":true,"weight":"q.weight"},{"d_out":2,"transposed":true,"weight":"k.weight"}]},'
-    '{"d_in":5,"exponents":[],"name":"ü","part":null,"rows":["input"],'
+    '{"d_in":5,"experts":null,"exponents":[],"name":"ü","part":null,"rows":["input"],'
     '"structure":"full","weights":[{"d_out":1,"transposed":false,"weight":"c.weight"}]}],"parts":[],'
     '"tensors":[{"buffer":false,"context_free":true,"merge":"regmean","name":"q.weight","parted":false,"shape":[3,6],"unmatched":false},'
     '{"buffer":false,"context_free":true,"merge":"regmean","name":"k.weight","parted":false,"shape":[2,6],"unmatched":false},'

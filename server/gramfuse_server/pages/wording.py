@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from gramfuse_protocol.coverage import experts
 from gramfuse_protocol.messages import MERGED
 from gramfuse_protocol.metrics import PRIMARY
 from gramfuse_protocol.task import Kind
