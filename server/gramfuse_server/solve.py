@@ -48,7 +48,7 @@ class Step:
     dead_features: int
     mean_blocks: int
     blocks: int
-    unused: tuple[int, ...] = ()
+    unused: list[int]
 
 
 def solve(group: Group, s: NDArray[np.float64], t: torch.Tensor, mean: torch.Tensor) -> tuple[torch.Tensor, Step]:
@@ -82,7 +82,7 @@ def solve(group: Group, s: NDArray[np.float64], t: torch.Tensor, mean: torch.Ten
         dead[first // group.d_in] += outcome.dead
         failed += outcome.failed
     empty = [expert for expert, features in enumerate(dead) if features == group.d_in]
-    unused = tuple(empty) if group.experts else ()
+    unused = empty if group.experts else []
     names = {"empty": len(empty) == len(dead), "mean": failed, "unused": unused, "jitter": jitter, "clean": True}
     name = next(name for name, so in names.items() if so)
     return solution, Step(group.name, name, jitter, smallest, sum(dead), failed, blocks, unused)

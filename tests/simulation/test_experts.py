@@ -91,7 +91,7 @@ def test_a_run_merges_experts_and_names_those_that_no_silo_used(
     )
     steps = {step["group"]: step for step in report["solve"]}
     for name in TENSORS:
-        assert (steps[name]["outcome"], list(steps[name]["unused"])) == ("unused", [4])
+        assert (steps[name]["outcome"], steps[name]["unused"]) == ("unused", [4])
     assert all(check["verdict"] != "bad" for check in report["checks"])
     card = (tmp_path / "run" / "model" / "README.md").read_text()
     page = (tmp_path / "run" / "report.html").read_text()
@@ -148,7 +148,7 @@ def test_a_model_that_is_measured_twice_and_merged_comes_back_and_its_card_names
     own = dict(tuned.named_parameters())
     for name, parameter in merged.named_parameters():
         np.testing.assert_allclose(parameter.detach(), own[name].detach(), rtol=0, atol=1e-6)
-    named = {step["group"]: list(step["unused"]) for step in report["solve"] if step["unused"]}
+    named = {step["group"]: step["unused"] for step in report["solve"] if step["unused"]}
     assert named == {name: [4] for name in TENSORS}
     saved = json.loads((tmp_path / "merged" / "report.json").read_text())
     assert [step["unused"] for step in saved["solve"] if step["unused"]] == [[4]] * 4
