@@ -269,7 +269,8 @@ def grams(base: Base, given: Examples, task: Task, layout: Layout, size: int) ->
 def furthest(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> float:
     """Return the largest difference of two arrays of one name, of the size of the second."""
     return max(
-        (float(np.linalg.norm(one[name] - other[name]) / np.linalg.norm(other[name])) for name in other), default=0.0
+        (float(np.linalg.norm(one[name] - other[name]) / (np.linalg.norm(other[name]) or 1.0)) for name in other),
+        default=0.0,
     )
 
 

@@ -99,13 +99,14 @@ def _show_model(plan: Plan, preview: dict[str, Any]) -> None:
     say(f"base {quoted(plan.model.base)}, alpha {plan.merge.alpha}, silos {', '.join(plan.names)}")
     say(*(f"  {name:<9} {value}" for name, value in _pins(plan).items()), copied=True)
     say(*_tasks(plan), f"weighting {plan.merge.weighting}: {WEIGHTING[plan.merge.weighting]}", "")
-    table = Table("Merged in closed form; one line for each Gram matrix")
+    table = Table("Merged in closed form; one line for each Gram matrix, or those of all experts of a layer")
     table.column("modules", fold=True)
     for column in ("d_in", "structure", "entries", "bytes"):
         table.column(column, justify="left" if column == "structure" else "right")
     for group in preview["groups"]:
         numbers = [f"{group['d_in']:,}", group["structure"], f"{group['entries']:,}", f"{group['bytes']:,}"]
         of = f" (labels of {', '.join(group['silos'])})" if group["silos"] else ""
+        of += f" ({group['experts']} experts, one Gram matrix each)" if group["experts"] else ""
         table.row(_modules(group["weights"]) + of, *numbers)
     table.show()
     say("", *told(preview), f"Averaged: {families(preview['averaged'])}")
@@ -243,7 +244,7 @@ def _preview(project: Project, plan: Plan, layout: Layout) -> dict[str, Any]:
     from gramfuse_model.base import kept_parameters
 
     gram_entries = sum(group.blocks.entries for group in layout.groups)
-    products = sum(group.d_in * sum(weight.d_out for weight in group.weights) for group in layout.groups)
+    products = sum(group.features * group.d_out for group in layout.groups)
     delta_entries = sum(block.entries for block in layout.blocks) - gram_entries
     secure = plan.privacy.secure_aggregation
     item = 8 if secure else ITEM_BYTES
@@ -278,6 +279,7 @@ def _preview(project: Project, plan: Plan, layout: Layout) -> dict[str, Any]:
                 "weights": [weight.weight for weight in group.weights],
                 "silos": [] if group.part is None else list(layout.parts[group.part].silos),
                 "d_in": group.d_in,
+                "experts": group.experts,
                 "structure": group.structure,
                 "entries": group.blocks.entries,
                 "bytes": item * group.blocks.entries,

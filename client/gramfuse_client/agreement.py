@@ -30,6 +30,12 @@ VOCABULARY = {
 }
 """What leaves of layers that see tokens without context, by `merge.context-free`."""
 
+EXPERTS = {
+    "mean": "experts of a mixture are averaged; no Gram matrix of theirs leaves",
+    "full": "of each expert of a mixture, a Gram matrix leaves; one that only this silo uses is its own",
+}
+"""What leaves of the experts of a mixture, by `merge.experts`."""
+
 
 @dataclass(frozen=True)
 class Given:
@@ -89,6 +95,7 @@ def check_terms(found: Findings, silo: Silo, given: Given) -> None:
         + ("; the coordinator can read this silo's own" if metrics == "sum" and not secure else "")
         + _noise(plan),
         "vocabulary": VOCABULARY[plan.merge.context_free],
+        "experts": EXPERTS[plan.merge.experts_in(secure=secure)],
     }
     if not plan.locked:
         del fine["approval"]  # a plan has its digest when it is locked

@@ -372,11 +372,12 @@ def _says(block: Block, layout: Layout) -> str:
         return "Gram matrix times change of the layer's weights"
     square = f"{group.d_in:,} × {group.d_in:,}"
     structure = parse_structure(group.structure)
+    of = f" of each of {group.experts} experts" if group.experts else ""
     if structure is None:
-        return f"Gram matrix, {square}, upper half"
+        return f"Gram matrix{of}, {square}, upper half"
     if structure == 1:
-        return f"Gram matrix, diagonal of {square}"
-    return f"Gram matrix, {square}, in blocks of {structure}, upper halves"
+        return f"Gram matrix{of}, diagonal of {square}"
+    return f"Gram matrix{of}, {square}, in blocks of {structure}, upper halves"
 
 
 def _claims(plan: Plan) -> tuple[str, ...]:

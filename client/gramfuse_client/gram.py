@@ -1,8 +1,12 @@
-"""Collects Gram matrices: the mean of x xᵀ over the real tokens that enter a linear layer."""
+"""Collects Gram matrices: the mean of x xᵀ over the real tokens that enter a linear layer.
+
+Of an expert it is the mean over all real tokens too, with zero for those that are not routed to it: its weight in a
+silo follows how much it is used there.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -10,8 +14,9 @@ from torch import nn
 
 from gramfuse_client.batches import inputs_of
 from gramfuse_model.batch import masks_of
+from gramfuse_model.experts import received
 from gramfuse_model.heads import answers
-from gramfuse_model.linear import kind_of
+from gramfuse_model.linear import LinearModule, experts_of, linear_modules
 from gramfuse_model.observation import Hook, observing, rows_of
 from gramfuse_protocol.errors import ContributionError
 from gramfuse_protocol.layout import Group, Layout, Rows
@@ -34,32 +39,46 @@ class Gram:
         """Add rows (tokens, d_in); those beyond the limit are left out."""
         rows = rows[: self.limit - self.tokens]
         self.tokens += rows.shape[0]
-        self._add(rows, 1.0)
+        self._add((rows,), 1.0)
+
+    def add_routed(
+        self,
+        rows: torch.Tensor,
+        choices: torch.Tensor,
+        by_expert: Callable[[torch.Tensor, torch.Tensor], Iterator[torch.Tensor]],
+    ) -> None:
+        """Add rows (tokens, hidden) that a module of experts receives; those beyond the limit are left out.
+
+        Args:
+            choices: indices of the experts of each row, (tokens, any).
+            by_expert: yields of rows and choices what each expert receives, (routed to it, d_in).
+        """
+        room = self.limit - self.tokens
+        rows, choices = rows[:room], choices[:room]
+        self.tokens += rows.shape[0]
+        self._add(by_expert(rows, choices), 1.0)
 
     def add_table(self, rows: torch.Tensor, tokens: int) -> None:
         """Add rows (any, d_in) that all examples of a batch share, to count together as much as its tokens do."""
         if tokens:
-            self._add(rows, tokens / rows.shape[0])
+            self._add((rows,), tokens / rows.shape[0])
 
-    def _add(self, rows: torch.Tensor, weight: float) -> None:
-        if not rows.shape[0]:
-            return
-        rows = rows.float()
-        products = []
-        for first, count, width in self.group.blocks.parts:
-            x = (
-                rows[:, first : first + count * width].reshape(-1, count, width).transpose(0, 1)
-            )  # (count, tokens, width)
-            products.append(weight * (x.transpose(1, 2) @ x).cpu().double())  # (count, width, width)
+    def _add(self, of_experts: Iterable[torch.Tensor], weight: float) -> None:
+        blocks = self.group.blocks
         if self._sums is None:
-            self._sums = products
-        else:
-            for total, product in zip(self._sums, products, strict=True):
-                total += product
+            self._sums = [torch.zeros(count, width, width, dtype=torch.float64) for _, count, width in blocks.parts]
+        totals = iter(self._sums)
+        for rows in of_experts:
+            for first, count, width in blocks.each:
+                total = next(totals)
+                if rows.shape[0]:
+                    x = rows[:, first : first + count * width].float()
+                    x = x.reshape(-1, count, width).transpose(0, 1)  # (count, tokens, width)
+                    total += weight * (x.transpose(1, 2) @ x).cpu().double()
 
     def mean(self) -> Any:
         """Return the packed mean, float32 (entries,); zeros if no token was seen."""
-        if self._sums is None:
+        if self._sums is None or not self.tokens:
             return torch.zeros(self.group.blocks.entries).numpy()
         packed = self.group.blocks.pack([total.numpy() / self.tokens for total in self._sums])
         return packed.astype("float32")
@@ -100,7 +119,7 @@ def collect_grams(
     watchers = [_Watcher(group, limit) for group in layout.groups]
     modules = _modules(model, layout)
     hooks = [
-        (modules[weight.weight], watcher.hook(position))
+        (modules[weight.weight].module, watcher.hook(position))
         for watcher in watchers
         for position, weight in enumerate(watcher.group.weights)
     ]
@@ -150,7 +169,7 @@ class _Watcher:
     def hook(self, position: int) -> Hook:
         """Return the hook of one of the group's modules."""
 
-        def receive(_: nn.Module, x: torch.Tensor) -> None:
+        def receive(module: nn.Module, x: torch.Tensor, others: tuple[Any, ...]) -> None:
             call, weight = self._calls[position], self.group.weights[position].weight
             self._calls[position] += 1
             if call == len(self.group.rows):
@@ -160,7 +179,7 @@ class _Watcher:
                 )
             if call == len(self._seen):
                 self._seen.append(x)
-                self._take(weight, x, self.group.rows[call])
+                self._take(weight, module, (x, *others), self.group.rows[call])
             elif x.data_ptr() != self._seen[call].data_ptr() or x.shape != self._seen[call].shape:
                 raise ContributionError(
                     f"group {self.group.name!r}: {weight!r} receives another tensor than the first of its group; the "
@@ -169,10 +188,15 @@ class _Watcher:
 
         return receive
 
-    def _take(self, weight: str, x: torch.Tensor, kind: Rows) -> None:
+    def _take(self, weight: str, module: nn.Module, inputs: tuple[Any, ...], kind: Rows) -> None:
         mask = self._masks.get("input" if kind == "turned" else kind)
         try:
-            rows = rows_of(x, kind, mask)
+            rows = rows_of(inputs[0], kind, mask)
+            if self.group.experts:
+                choices = rows_of(inputs[1], kind, mask)
+                own = weight.rpartition(".")[2]
+                self.gram.add_routed(rows, choices, lambda rows, choices: received(module, own, rows, choices))
+                return
         except ValueError as error:
             raise ContributionError(
                 f"group {self.group.name!r}: what {weight!r} receives has not the rows that the layout says ({kind}): "
@@ -190,23 +214,22 @@ class _Watcher:
         self._seen, self._tables = [], []
 
 
-def _modules(model: nn.Module, layout: Layout) -> dict[str, nn.Module]:
-    named = dict(model.named_modules())
+def _modules(model: nn.Module, layout: Layout) -> dict[str, LinearModule]:
+    known = {linear.weight: linear for linear in (*linear_modules(model), *experts_of(model))}
     shapes = {tensor.name: tensor.shape for tensor in layout.tensors}
     modules = {}
     for _, linear in layout.linear():
-        module = named.get(linear.weight.rpartition(".")[0])
-        kind = None if module is None else kind_of(module)
-        if module is None or kind is None:
+        own = known.get(linear.weight)
+        if own is None:
             raise ContributionError(
                 f"tensor {linear.weight!r} of the layout is not the weight of a linear module of this model; "
                 "the base model differs from the plan's"
             )
-        expected = shapes[linear.weight]
-        if tuple(module.weight.shape) != expected or kind.transposed != linear.transposed:
+        shape, expected = tuple(own.parameter.shape), shapes[linear.weight]
+        if shape != expected or own.kind.transposed != linear.transposed:
             raise ContributionError(
-                f"tensor {linear.weight!r} is {tuple(module.weight.shape)} in a {type(module).__name__} of this model, "
+                f"tensor {linear.weight!r} is {shape} in a {type(own.module).__name__} of this model, "
                 f"the layout expects {expected}; the base model differs from the plan's"
             )
-        modules[linear.weight] = module
+        modules[linear.weight] = own
     return modules

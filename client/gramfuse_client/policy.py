@@ -109,6 +109,14 @@ def refusals(silo: Silo, plan: Plan) -> Iterator[tuple[str, GramfuseError]]:
             f'the silos\' data and how often, write under [limits]: context-free = "{asked}"',
             "this silo does not give Gram matrices of layers that see tokens without context",
         )
+    if privacy.secure_aggregation and plan.merge.experts == "full" and limits.experts != "full":
+        yield refusal(
+            "experts",
+            'the plan asks for merge.experts = "full", and \'limits.experts\' here is "mean"; ask for a plan without '
+            "merge.experts, or, only if the coordinator may learn this silo's own Gram matrices of experts that no "
+            'other silo uses, write under [limits]: experts = "full"',
+            "this silo does not give Gram matrices of single experts",
+        )
 
 
 def check_examples(silo: Silo, examples: int) -> None:

@@ -196,7 +196,9 @@ def memory(plan: Plan, task: Task, layout: Layout, base: Base, examples: Example
     parameters = _bytes_of(base)
     trained = ITEM_BYTES * sum(delta.block.entries for delta in layout.deltas)
     rows = plan.training.batch_size * rows_of(base, task)
-    kept = 2 * ITEM_BYTES * rows * sum(group.d_in + group.d_out for group in layout.groups)
+    each = getattr(base.model.config, "num_experts_per_tok", 1)
+    uses = sum((group.d_in + group.d_out) * (each if group.experts else 1) for group in layout.groups)
+    kept = 2 * ITEM_BYTES * rows * uses
     texts = 0 if examples is None else sum(map(_characters, (*examples.inputs, *(examples.pairs or ()))))
     always = RUNTIME_BYTES + parameters + TEXT_BYTES * texts
     return always + 4 * trained + kept, always + 2 * trained + statistics_memory(layout)

@@ -15,7 +15,7 @@ from gramfuse_protocol.errors import PlanError
 from gramfuse_protocol.files import open_private
 from gramfuse_protocol.keys import Identity
 from gramfuse_protocol.node_key import public_of
-from gramfuse_protocol.plan import ContextFree, Name, Sha256
+from gramfuse_protocol.plan import ContextFree, Experts, Name, Sha256
 from gramfuse_protocol.text import Legible
 
 
@@ -100,6 +100,11 @@ class Limits(Section):
 
     From the sum of what leaves under `full`, and often under `diagonal`, it can be told which words occur in the silos'
     data, and how often.
+    """
+    experts: Experts = "mean"
+    """The most that a secure plan may ask for (`merge.experts`) of the experts of a mixture.
+
+    Under `full`, the sum of the Gram matrices of an expert that only this silo uses is this silo's own.
     """
     maximum_bytes: Annotated[int, Field(ge=1)] | None = None
     """The most that one contribution may have; None is as much as the plan asks for."""

@@ -50,7 +50,7 @@ def context_free(model: nn.Module, batch: Mapping[str, Any], modules: Mapping[st
     found: set[str] = set()
 
     def record(name: str) -> Hook:
-        def hook(_: nn.Module, x: torch.Tensor) -> None:
+        def hook(_: nn.Module, x: torch.Tensor, __: tuple[Any, ...]) -> None:
             if _mostly_one_place(x, runs):
                 found.add(name)
 

@@ -1,4 +1,4 @@
-"""Which parameters are linear, decided by module type and never by the number of dimensions."""
+"""Which parameters are linear, decided by what kind of module holds them and never by the number of dimensions."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+
+from gramfuse_model.experts import DOWN, GATE_UP, holds_experts
 
 
 class LinearKind(NamedTuple):
@@ -23,16 +25,33 @@ KINDS: dict[type[nn.Module], LinearKind] = {
 }
 """The registry. Subclasses count only if they are registered themselves: they may compute something else."""
 
+OF_EXPERTS = {
+    name: LinearKind(
+        lambda m, name=name: m.get_parameter(name).shape[2],  # type: ignore[misc]
+        lambda m, name=name: m.get_parameter(name).shape[1],  # type: ignore[misc]
+        transposed=True,
+    )
+    for name in (GATE_UP, DOWN)
+}
+"""What each expert of a module computes with its part of a parameter (`gramfuse_model.experts`)."""
+
 ALIKE = {"transformers.models.falcon.modeling_falcon.FalconLinear": nn.Linear}
 """Subclasses that compute what a registered type does, by their full names, so that no model is imported for them."""
 
 
 class LinearModule(NamedTuple):
-    """One module whose weight has a closed form."""
+    """One module whose weight, or that of each of its experts, has a closed form."""
 
     weight: str
     module: nn.Module
     kind: LinearKind
+    experts: int | None = None
+    """How many experts the weight is of, if it is of experts: (experts, d_out, d_in)."""
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The weight."""
+        return self.module.get_parameter(self.weight.rpartition(".")[2])
 
     @property
     def d_in(self) -> int:
@@ -57,11 +76,28 @@ def linear_modules(model: nn.Module) -> Iterator[LinearModule]:
     A weight that another module holds too (tied embeddings, say) is left out: the closed form of one use
     would not be that of the other.
     """
-    holders: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            holders[id(parameter)] = holders.get(id(parameter), 0) + 1
+    holders = _holders(model)
     for name, module in model.named_modules():
         kind = kind_of(module)
         if kind is not None and holders[id(module.weight)] == 1:
             yield LinearModule(f"{name}.weight" if name else "weight", module, kind)
+
+
+def experts_of(model: nn.Module) -> Iterator[LinearModule]:
+    """Yield the weights of experts that are held as fused parameters, if these are their module's alone."""
+    holders = _holders(model)
+    for name, module in model.named_modules():
+        if holds_experts(module):
+            for weight, kind in OF_EXPERTS.items():
+                linear = LinearModule(f"{name}.{weight}" if name else weight, module, kind)
+                if holders[id(linear.parameter)] == 1:
+                    yield linear._replace(experts=len(linear.parameter))
+
+
+def _holders(model: nn.Module) -> dict[int, int]:
+    """Return how many modules hold a parameter, by its identity."""
+    holders: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            holders[id(parameter)] = holders.get(id(parameter), 0) + 1
+    return holders

@@ -11,8 +11,8 @@ from torch import nn
 
 from gramfuse_protocol.layout import Rows
 
-Hook = Callable[[nn.Module, torch.Tensor], None]
-"""Called with a module and its input, positional or by keyword, before the module runs."""
+Hook = Callable[[nn.Module, torch.Tensor, tuple[Any, ...]], None]
+"""Called before a module runs, with it, its input, and all else that it is called with, positional or by keyword."""
 
 
 @contextmanager
@@ -77,6 +77,7 @@ def by_example(x: torch.Tensor, kind: Rows, mask: torch.Tensor) -> torch.Tensor:
 
 def _with_input(hook: Hook) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
     def call(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        hook(module, next(iter((*arguments, *named.values()))))
+        x, *others = (*arguments, *named.values())
+        hook(module, x, tuple(others))
 
     return call

@@ -159,7 +159,7 @@ def _run(model: nn.Module, batch: Batch, modules: Mapping[str, nn.Module]) -> di
     ]  # the last tensor, its version and projection; the next module may get it too
 
     def record(name: str) -> Hook:
-        def hook(_: nn.Module, x: torch.Tensor) -> None:
+        def hook(_: nn.Module, x: torch.Tensor, __: tuple[Any, ...]) -> None:
             if x is not latest[0] or x._version != latest[1]:
                 latest[:] = x, x._version, _projected(x)
             calls.setdefault(name, []).append(latest[2])
@@ -297,7 +297,9 @@ def _idle(model: nn.Module, batch: Batch, modules: Mapping[str, nn.Module]) -> f
     inputs: list[tuple[str, torch.Tensor]] = []
 
     def record(name: str) -> Hook:
-        return lambda _, x: inputs.append((name, x)) if x.requires_grad else None  # a table does not come of the image
+        return lambda _, x, __: (
+            inputs.append((name, x)) if x.requires_grad else None
+        )  # a table does not come of the image
 
     image = batch["pixel_values"][:1].clone().requires_grad_()
     with observing(model, [(module, record(name)) for name, module in modules.items()], gradients=True):

@@ -42,11 +42,11 @@ def summands(
     tokens = [contribution.tokens[group.name] if w else 0 for group, w in zip(layout.groups, weights, strict=True)]
     yield next(blocks), np.array([c, contribution.examples, *tokens, *held], np.float64)
     for group, weight in zip(layout.groups, weights, strict=True):
-        yield next(blocks), group.blocks.pack([part.numpy() for part in _weighted(group, contribution, alpha, weight)])
+        yield next(blocks), group.blocks.pack(part.numpy() for part in _weighted(group, contribution, alpha, weight))
     for group, weight in zip(layout.groups, weights, strict=True):
         deltas = {linear.weight: contribution.block(delta_block(linear.weight)) for linear in group.weights}
         delta = side_by_side(layout, group, deltas)
-        t = torch.empty(group.d_in, group.d_out, dtype=torch.float64)
+        t = torch.empty(group.features, group.d_out, dtype=torch.float64)
         for gram, (first, count, width) in zip(
             _weighted(group, contribution, alpha, weight), group.blocks.parts, strict=True
         ):
@@ -73,23 +73,36 @@ def tensor_weight(layout: Layout, tensor: Tensor, c: float, held: Sequence[float
 
 
 def side_by_side(layout: Layout, group: Group, deltas: Mapping[str, NDArray[Any]]) -> torch.Tensor:
-    """Return the differences of a group's weights, those of its part only, as float64 (d_in, d_out)."""
+    """Return the differences of a group's weights, those of its part only, as float64 (d_in, d_out).
+
+    Of experts, they stand one below the other: (experts · d_in, d_out).
+    """
     part = None if group.part is None else list(layout.parts[group.part].outputs)
     return torch.cat([_inward(linear, deltas[linear.weight], part) for linear in group.weights], dim=1)
 
 
+def one_by_one(group: Group, columns: torch.Tensor) -> dict[str, Float64]:
+    """Return the differences of each of a group's weights as it is stored: the inverse of `side_by_side`."""
+    found, start = {}, 0
+    for weight in group.weights:
+        own = columns[:, start : start + weight.d_out]
+        if group.experts:
+            own = own.reshape(group.experts, group.d_in, weight.d_out)
+        found[weight.weight] = (own.mT if weight.transposed else own).contiguous().numpy()
+        start += weight.d_out
+    return found
+
+
 def _inward(weight: Linear, array: NDArray[Any], part: list[int] | None) -> torch.Tensor:
     tensor = torch.from_numpy(np.array(array if part is None else array[part], np.float64))
-    return tensor.T if weight.transposed else tensor
+    return (tensor.mT if weight.transposed else tensor).flatten(0, -2)
 
 
-def _weighted(group: Group, contribution: Contribution, alpha: float, c: float) -> list[torch.Tensor]:
-    """Return c·Ĝ, one (count, width, width) for each part of the group's blocks."""
-    grams = []
+def _weighted(group: Group, contribution: Contribution, alpha: float, c: float) -> Iterator[torch.Tensor]:
+    """Yield c·Ĝ, one (count, width, width) for each part of the group's blocks."""
     for part in group.blocks.unpack(contribution.block(gram_block(group.name)).astype(np.float64)):
         gram = torch.from_numpy(part)
         diagonal = gram.diagonal(dim1=1, dim2=2).clone()
         gram *= alpha * c
         gram.diagonal(dim1=1, dim2=2).copy_(c * diagonal)
-        grams.append(gram)
-    return grams
+        yield gram

@@ -16,8 +16,9 @@ from gramfuse_model.base import Base
 from gramfuse_model.batch import IGNORED
 from gramfuse_model.buffers import changed_by_training
 from gramfuse_model.context_free import context_free
+from gramfuse_model.experts import GATE_UP, hidden_units, is_understood
 from gramfuse_model.heads import answers, last_layer
-from gramfuse_model.linear import linear_modules
+from gramfuse_model.linear import LinearModule, experts_of, linear_modules
 from gramfuse_model.observation import Hook, observing
 from gramfuse_model.public_text import PUBLIC_TEXT
 from gramfuse_model.rows import find_rows
@@ -51,7 +52,7 @@ def plan_layout(plan: Plan, base: Base, given: Layout | None = None) -> Layout:
     layout = derive_layout(
         base.model,
         public_batch(base),
-        plan.merge,
+        plan.merge.model_copy(update={"experts": plan.merge.experts_in(secure=plan.privacy.secure_aggregation)}),
         scaled=True,
         shared=base.shared,
         parts=parts,
@@ -150,7 +151,8 @@ def derive_layout(
         ['classifier.weight']
 
     Linear modules belong to one group if every one of their calls received the identical tensor, and if they
-    have the same Gram structure. Modules that the model does not call keep the mean. A module that is called several
+    have the same Gram structure. Each tensor of experts (`gramfuse_model.experts`) is a group of its own. Modules that
+    the model does not call, and experts that compute something else, keep the mean. A module that is called several
     times with different inputs, as ALBERT's layers are, has one Gram matrix over all of them. Modules that see tokens
     without context (`gramfuse_model.context_free`) are averaged, unless `merge.context_free` says otherwise, and so are
     those of whose input it cannot be told which rows are tokens (`gramfuse_model.rows`). Buffers that training changes
@@ -174,14 +176,14 @@ def derive_layout(
     """
     merge = merge or Merge()
     parameters = {name: p for name, p in model.named_parameters() if shared is None or name in shared}
-    linears = [linear for linear in linear_modules(model) if linear.weight in parameters]
+    linears = [linear for linear in (*linear_modules(model), *experts_of(model)) if linear.weight in parameters]
     if not any(parameter.requires_grad for parameter in parameters.values()):
         raise ModelError("no parameter that is trained is shared by all silos, so there is nothing to merge")
     for key, patterns in (("gram", tuple(merge.gram)), ("exclude", merge.exclude)):
         for pattern in patterns:
             if not any(fnmatchcase(linear.weight, pattern) for linear in linears):
                 raise ModelError(f"merge.{key}: pattern {pattern!r} fits no linear weight of the base model")
-    trained = {linear.weight: linear for linear in linears if linear.module.weight.requires_grad}
+    trained = {linear.weight: linear for linear in linears if linear.parameter.requires_grad}
     modules = {weight: linear.module for weight, linear in trained.items()}
     rows = find_rows(model, batch, modules)
     single = context_free(model, batch, modules)
@@ -189,13 +191,19 @@ def derive_layout(
         weight: _structure(merge, weight, context_free=weight in single)
         for weight in trained
         if not any(fnmatchcase(weight, pattern) for pattern in merge.exclude)
+        and not (trained[weight].experts and merge.experts_in(secure=False) == "mean")
     }
     wanted = {weight: trained[weight] for weight, structure in structures.items() if structure is not None}
-    candidates = {weight: linear for weight, linear in wanted.items() if rows.get(weight) is not None}
-    calls = _calls(model, batch, {weight: linear.module for weight, linear in candidates.items()})
+    candidates = {
+        weight: linear
+        for weight, linear in wanted.items()
+        if rows.get(weight) is not None and not (linear.experts and "table" in (rows[weight] or ()))
+    }
+    calls = _calls(model, batch, candidates)
     members: dict[tuple[Any, ...], list[str]] = {}
     for weight, found in calls.items():  # in the order in which the model first calls them
-        members.setdefault((found.keys, structures[weight], weight in parted), []).append(weight)
+        alone = weight if candidates[weight].experts else None
+        members.setdefault((found.keys, structures[weight], weight in parted, alone), []).append(weight)
     groups = tuple(
         Group(
             name=weights[0].removesuffix(".weight") + ("" if part is None else f"[{part}]"),
@@ -211,9 +219,10 @@ def derive_layout(
             ),
             rows=rows[weights[0]] or (),
             part=part,
+            experts=candidates[weights[0]].experts,
             exponents=_exponents(calls[weights[0]].power) if scaled else (),
         )
-        for (_, structure, split), weights in members.items()
+        for (_, structure, split, _), weights in members.items()
         for part in (range(len(parts)) if split else (None,))
     )
     buffers = dict(model.named_buffers())
@@ -247,24 +256,32 @@ def derive_layout(
 class _Calls:
     """How one module is called: identities of the tensors that it receives, and their power.
 
-    The power is the largest mean square of each feature over all rows of a call, padding included: float64 (d_in,).
+    The power is the largest mean square of each feature over all rows of a call, padding included: float64 (d_in,). Of
+    experts it is the largest that any of them would have if all rows were routed to it, so that it is known of those
+    that a public batch does not use.
     """
 
     keys: tuple[Any, ...]
     power: torch.Tensor
 
 
-def _calls(model: nn.Module, batch: Mapping[str, Any], modules: Mapping[str, nn.Module]) -> dict[str, _Calls]:
-    """Run a model once and return how each of these modules is called, those that are not called left out."""
+def _calls(model: nn.Module, batch: Mapping[str, Any], linears: Mapping[str, LinearModule]) -> dict[str, _Calls]:
+    """Run a model once and return how each of these modules is called.
+
+    Those that are not called are left out, and experts that compute something else than is thought.
+    """
     calls: dict[str, _Calls] = {}
+    strange: set[str] = set()
     alive: list[torch.Tensor] = []  # an identity is only good while the tensor lives
 
     def record(weight: str) -> Hook:
-        def hook(_: nn.Module, x: torch.Tensor) -> None:
+        def hook(module: nn.Module, x: torch.Tensor, others: tuple[Any, ...]) -> None:
+            if linears[weight].experts and not is_understood(module, (x, *others)):
+                strange.add(weight)
+                return
             alive.append(x)
             key = (x.data_ptr(), x.storage_offset(), tuple(x.shape), x.stride(), x._version)
-            features = x.reshape(-1, x.shape[-1]).double()
-            power = (features * features).mean(dim=0).cpu()
+            power = _power(linears[weight], x)
             before = calls.get(weight)
             if before is None:
                 calls[weight] = _Calls((key,), power)
@@ -274,9 +291,20 @@ def _calls(model: nn.Module, batch: Mapping[str, Any], modules: Mapping[str, nn.
         return hook
 
     device = next(model.parameters()).device
-    with observing(model, [(module, record(weight)) for weight, module in modules.items()]):
+    with observing(model, [(linear.module, record(weight)) for weight, linear in linears.items()]):
         model(**{key: value.to(device) for key, value in batch.items()})
-    return calls
+    return {weight: found for weight, found in calls.items() if weight not in strange}
+
+
+def _power(linear: LinearModule, x: torch.Tensor) -> torch.Tensor:
+    """Return the mean square of each feature that a weight is multiplied with, as `_Calls` has it."""
+    rows = x.reshape(-1, x.shape[-1])
+    received = (
+        (hidden_units(linear.module, expert, rows) for expert in range(linear.experts))
+        if linear.experts and not linear.weight.endswith(GATE_UP)
+        else (rows,)
+    )
+    return torch.stack([features.double().square().mean(dim=0).cpu() for features in received]).max(dim=0).values
 
 
 def _exponents(power: torch.Tensor) -> tuple[int, ...]:

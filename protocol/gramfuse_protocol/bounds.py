@@ -39,6 +39,9 @@ SILOS = 1024
 TENSORS = 2**12
 """Most tensors, and most groups, of a layout."""
 
+EXPERTS = 2**12
+"""Most experts that one tensor holds."""
+
 DIMENSIONS = 8
 """Most dimensions of a tensor."""
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from gramfuse_protocol.layout import Layout
 
 HALF = 0.5
 """A smaller share is warned of."""
+
+MOST = 16
+"""Of so many experts of a layer each is named."""
 
 
 def coverage(layout: Layout) -> dict[str, Any]:
@@ -38,6 +41,23 @@ def told(found: Mapping[str, Any], quoted: Callable[[str], str] = str) -> list[s
         modules = families(name.removesuffix(".weight") for name in found["unmatched"])
         lines.append(f"Averaged since it cannot be told which rows of their inputs are tokens: {quoted(modules)}")
     return lines
+
+
+def unused(steps: Iterable[Mapping[str, Any]], quoted: Callable[[str], str] = str) -> list[str]:
+    """Say in a line which experts were averaged since no silo used them; nothing if there are none.
+
+    Args:
+        steps: how groups were solved, as a report has them.
+        quoted: how names of tensors are written.
+    """
+    found = [f"{quoted(step['group'])}: {experts(step['unused'])}" for step in steps if step["unused"]]
+    return [f"Averaged since no silo used them: {'; '.join(found)}."] if found else []
+
+
+def experts(indices: Sequence[int]) -> str:
+    """Write which experts of a layer are meant; of many only how many they are."""
+    more = f" and {len(indices) - MOST:,} more" if len(indices) > MOST else ""
+    return f"expert{'s' * (len(indices) > 1)} {', '.join(map(str, indices[:MOST]))}{more}"
 
 
 def family(name: str) -> str:

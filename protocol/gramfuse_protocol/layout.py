@@ -20,6 +20,7 @@ from pydantic import AfterValidator, ConfigDict, Field, ValidationError, model_v
 from gramfuse_protocol.bounds import (
     DIMENSIONS,
     ENTRIES,
+    EXPERTS,
     FEATURES,
     LAYOUT_CHARACTERS,
     SILOS,
@@ -77,7 +78,11 @@ class Linear(_Frozen):
 
 
 class Group(_Frozen):
-    """Linear weights whose modules receive the identical tensors, and so share one Gram matrix."""
+    """Linear weights whose modules receive the identical tensors, and so share one Gram matrix.
+
+    Or one tensor that holds a linear weight of each of several experts, (experts, d_out, d_in): each has a Gram matrix
+    of its own, of the rows that are routed to it, divided by the number of all rows.
+    """
 
     name: Word
     d_in: Positive
@@ -87,8 +92,11 @@ class Group(_Frozen):
     """For each call of a module in one run of the model, in order, which rows of its input the Gram matrix is of."""
     part: int | None = None
     """Index of the layout's part whose outputs and silos these are, if not all."""
+    experts: Annotated[int, Field(ge=1, le=EXPERTS)] | None = None
+    """How many experts the tensor holds, if it is one of experts."""
     exponents: Many[Exponent] = ()
-    """For each feature, the power of two that its root mean square on public text stays below; for secure sums."""
+    """For each feature, the power of two that its root mean square on public text stays below; for secure sums. It is
+    one for all experts."""
 
     @model_validator(mode="after")
     def _one_exponent_for_each_feature(self) -> Group:
@@ -98,8 +106,13 @@ class Group(_Frozen):
 
     @cached_property
     def blocks(self) -> Blocks:
-        """The blocks of this group's Gram matrix."""
-        return Blocks.of(self.structure, self.d_in)
+        """The blocks of this group's Gram matrix, or of those of its experts."""
+        return Blocks.of(self.structure, self.d_in, self.experts or 1)
+
+    @property
+    def features(self) -> int:
+        """Input features of all experts, or of the group."""
+        return self.d_in * (self.experts or 1)
 
     @property
     def d_out(self) -> int:
@@ -206,12 +219,15 @@ class Layout(_Frozen):
                 raise ValueError(
                     f"group {group.name!r} is of a part that is not there, or of a weight that has no parts"
                 )
+            if group.experts and not (linear.transposed and group.part is None and len(group.weights) == 1):
+                raise ValueError(f"group {group.name!r} is of experts, and of more than one tensor of theirs")
             if (linear.weight, group.part) in expected:
                 raise ValueError(f"weight {linear.weight!r} is in two groups")
             if group.part is not None and linear.d_out != len(self.parts[group.part].outputs):
                 raise ValueError(f"weight {linear.weight!r} has another number of outputs than its part")
             d_out = linear.d_out if group.part is None else len(outputs)
-            expected[linear.weight, group.part] = (d_out, group.d_in) if linear.transposed else (group.d_in, d_out)
+            shape = (d_out, group.d_in) if linear.transposed else (group.d_in, d_out)
+            expected[linear.weight, group.part] = (group.experts, *shape) if group.experts else shape
         if merged != expected:
             raise ValueError("groups and tensors do not fit together")
         if any(tensor.unmatched and tensor.merge != "mean" for tensor in self.tensors):
@@ -260,12 +276,12 @@ class Layout(_Frozen):
         """All blocks of what is summed over silos, in order (`gramfuse_model.summands`).
 
         `count`: weight c, examples, token rows of each group, and c of each part. `s:<group>`: packed c·Ĝ.
-        `t:<group>`: c·Ĝ·Δ, (d_in, d_out), weights side by side. `m:<parameter>`: c·Δ, in the parameter's own shape, and
-        of a counter Δ. Of a part that a silo does not have, it adds zeros.
+        `t:<group>`: c·Ĝ·Δ, (d_in, d_out), weights side by side, experts one below the other. `m:<parameter>`: c·Δ, in
+        the parameter's own shape, and of a counter Δ. Of a part that a silo does not have, it adds zeros.
         """
         count = Block("count", (2 + len(self.groups) + len(self.parts),))
         s = tuple(Block(f"s:{group.name}", (group.blocks.entries,)) for group in self.groups)
-        t = tuple(Block(f"t:{group.name}", (group.d_in, group.d_out)) for group in self.groups)
+        t = tuple(Block(f"t:{group.name}", (group.features, group.d_out)) for group in self.groups)
         m = tuple(Block(f"m:{tensor.name}", tensor.shape) for tensor in self.tensors)
         return (count, *s, *t, *m)
 

@@ -35,6 +35,8 @@ LARGEST = 2**53 - 1
 Count = Annotated[int, Field(ge=1, le=LARGEST)]
 Unit = Annotated[float, Field(ge=0, le=1)]
 ContextFree = Literal["mean", "diagonal", "full"]
+
+Experts = Literal["mean", "full"]
 """How weights are merged whose layer sees tokens without context: each gives away more than the one before."""
 Patterns = Annotated[Many[Word], Field(max_length=SILOS)]
 
@@ -158,6 +160,12 @@ class Merge(Section):
     compute what such a layer sees of each token, so the sum of the Gram matrices tells exactly which tokens occur in
     the silos' data, at which place, and how often; with few tokens and many features, the diagonal does too.
     """
+    experts: Experts | None = None
+    """What becomes of the experts of a mixture that are one parameter: `mean`, or `full` as `gram` says.
+
+    By default it is `full` where each silo's statistics are read, and `mean` under secure aggregation: of an expert
+    that only one silo uses, the sum of the Gram matrices is that silo's own.
+    """
     tokens: Count = 100_000
     """Most token rows that a silo measures for one Gram matrix; its examples come in an order drawn by the seed."""
     rounds: Count = 1
@@ -175,6 +183,14 @@ class Merge(Section):
         for structure in self.gram.values():
             parse_structure(structure)
         return self
+
+    def experts_in(self, *, secure: bool) -> Experts:
+        """Return what becomes of the experts of a mixture.
+
+        Args:
+            secure: whether statistics leave under masks only.
+        """
+        return self.experts or ("mean" if secure else "full")
 
 
 class Privacy(Section):

@@ -10,8 +10,9 @@ that on public text, an element is multiplied by 2^f with
     m of a buffer          f = K − w − 24                running variances, and counters, move further
     count                  f = 0
 
-and w is 0 under weighting `uniform`, 18 under `examples`. A t is at most the product of a feature's amplitude and that
-of what the change of the weights adds to one output, and has its place if that is at most 2^(g + 10).
+and w is 0 under `uniform`, 18 under `examples`. A t is at most the product of a feature's amplitude and that of what
+the change of the weights adds to one output, and has its place if that is at most 2^(g + 10). The experts of a group
+have the same scales.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def spread(group: Group) -> int:
 
 def _packed(group: Group, factor: float) -> NDArray[np.float64]:
     """Return factor · 2^(−e_j−e_k) for each packed entry."""
-    p = _powers(group)
+    p = np.tile(_powers(group), group.experts or 1)
     packed = np.empty(group.blocks.entries)
     start = 0
     for first, count, width in group.blocks.parts:
@@ -78,8 +79,8 @@ def _packed(group: Group, factor: float) -> NDArray[np.float64]:
 
 
 def _rows(group: Group) -> NDArray[np.float64]:
-    """Return 2^(−e_j−g) for each row, (d_in, 1)."""
-    return (_powers(group) * 2.0 ** -spread(group))[:, None]
+    """Return 2^(−e_j−g) for each row, (features, 1)."""
+    return np.tile(_powers(group) * 2.0 ** -spread(group), group.experts or 1)[:, None]
 
 
 def _powers(group: Group) -> NDArray[np.float64]:

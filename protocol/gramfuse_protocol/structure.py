@@ -2,11 +2,13 @@
 
 A Gram matrix of d features is kept as a block-diagonal of symmetric blocks of b consecutive features;
 the last block holds the rest where b does not divide d. `full` is one block of d, `diagonal` is d blocks
-of one. Packed, each block is its upper triangle row by row (b(b+1)/2 entries), blocks in order.
+of one. Packed, each block is its upper triangle row by row (b(b+1)/2 entries), blocks in order. The Gram matrices of
+several experts are kept one after the other, each in such blocks.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -35,35 +37,44 @@ def parse_structure(text: str) -> int | None:
 
 @dataclass(frozen=True)
 class Blocks:
-    """The blocks of one Gram matrix.
+    """The blocks of one Gram matrix, or of those of several experts.
 
     Args:
         d: number of features, ≥ 1.
         b: block width, 1 ≤ b; cut to d.
+        experts: number of matrices of d features.
     """
 
     d: int
     b: int
+    experts: int = 1
 
     @staticmethod
-    def of(structure: str, d: int) -> Blocks:
+    def of(structure: str, d: int, experts: int = 1) -> Blocks:
         """Return the blocks of a plan's structure over d features."""
         width = parse_structure(structure)
-        return Blocks(d, d if width is None else min(width, d))
+        return Blocks(d, d if width is None else min(width, d), experts)
 
     @property
-    def parts(self) -> tuple[tuple[int, int, int], ...]:
-        """(first feature, number of blocks, width) for the equal blocks and, if there is one, the rest."""
+    def each(self) -> tuple[tuple[int, int, int], ...]:
+        """(first feature, number of blocks, width) of one matrix: the equal blocks and, if there is one, the rest."""
         count, rest = divmod(self.d, self.b)
         equal = ((0, count, self.b),)
         return equal if not rest else (*equal, (count * self.b, 1, rest))
 
     @property
+    def parts(self) -> tuple[tuple[int, int, int], ...]:
+        """Those of all matrices; features are numbered on from one to the next."""
+        return tuple(
+            (e * self.d + first, count, width) for e in range(self.experts) for first, count, width in self.each
+        )
+
+    @property
     def entries(self) -> int:
         """Number of packed entries."""
-        return sum(count * _triangle(width) for _, count, width in self.parts)
+        return self.experts * sum(count * _triangle(width) for _, count, width in self.each)
 
-    def pack(self, parts: list[Floats]) -> Floats:
+    def pack(self, parts: Iterable[Floats]) -> Floats:
         """Pack blocks into one vector.
 
         Args:
@@ -78,9 +89,9 @@ class Blocks:
         ]
         return packed[0] if len(packed) == 1 else np.concatenate(packed)
 
-    def unpack(self, packed: Floats) -> list[Floats]:
-        """Return one symmetric array (count, width, width) for each of `self.parts`; the inverse of `pack`."""
-        blocks, start = [], 0
+    def unpack(self, packed: Floats) -> Iterator[Floats]:
+        """Yield one symmetric array (count, width, width) for each of `self.parts`; the inverse of `pack`."""
+        start = 0
         for _, count, width in self.parts:
             stop = start + count * _triangle(width)
             rows, columns = _indices(width)
@@ -88,9 +99,8 @@ class Blocks:
             block = np.empty((count, width, width), packed.dtype)
             block[:, rows, columns] = values
             block[:, columns, rows] = values
-            blocks.append(block)
+            yield block
             start = stop
-        return blocks
 
 
 def _triangle(width: int) -> int:

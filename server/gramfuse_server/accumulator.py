@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from gramfuse_model.summands import side_by_side, summands, tensor_weight
+from gramfuse_model.summands import one_by_one, side_by_side, summands, tensor_weight
 from gramfuse_protocol.encoding import decode
 from gramfuse_protocol.errors import ContributionError
 from gramfuse_protocol.layout import Group, Layout, delta_block
@@ -113,7 +113,7 @@ class Accumulator:
         return tuple(self._sums["count"].tolist())
 
     def of_group(self, group: Group) -> tuple[Float64, Float64, float]:
-        """Return a group's S, packed, its T, (d_in, d_out), and the weight C of the silos that are in them."""
+        """Return a group's S, packed, its T, (features, d_out), and the weight C of the silos that are in them."""
         part = 0 if group.part is None else 2 + len(self.layout.groups) + group.part
         return self._sums[f"s:{group.name}"], self._sums[f"t:{group.name}"], self.counts[part]
 
@@ -179,17 +179,13 @@ class Accumulator:
             s, t = self._sums[f"s:{group.name}"], torch.from_numpy(self._sums[f"t:{group.name}"])
             solution, step = solve(group, s, t, mean)
             steps.append(step)
-            start = 0
-            for weight in group.weights:
-                columns = solution[:, start : start + weight.d_out]
-                solved = (columns.T if weight.transposed else columns).contiguous().numpy()
+            for name, solved in one_by_one(group, solution).items():
                 if group.part is not None:
                     outputs = list(self.layout.parts[group.part].outputs)
-                    deltas[weight.weight] = deltas[weight.weight].copy()
-                    deltas[weight.weight][outputs] = solved
+                    deltas[name] = deltas[name].copy()
+                    deltas[name][outputs] = solved
                 else:
-                    deltas[weight.weight] = solved
-                start += weight.d_out
+                    deltas[name] = solved
         return Merged(_representable(deltas), average, tuple(steps))
 
 

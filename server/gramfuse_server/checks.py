@@ -140,10 +140,11 @@ def _of_groups(accumulator: Accumulator, merged: Merged) -> Iterator[Check]:
     for group, step in zip(layout.groups, merged.steps, strict=True):
         s, t, weight = accumulator.of_group(group)
         parts = list(group.blocks.unpack(s))
-        diagonal = np.concatenate([part.diagonal(axis1=1, axis2=2).reshape(-1) for part in parts])  # (d_in,)
+        diagonal = np.concatenate([part.diagonal(axis1=1, axis2=2).reshape(-1) for part in parts])  # (features,)
         yield from _eigenvalue(group, step, diagonal, accumulator.alpha)
         if group.exponents and weight > 0:
-            power = float(diagonal.sum() / weight / np.exp2(2.0 * np.array(group.exponents)).sum())
+            of_experts = diagonal.reshape(group.experts or 1, group.d_in).sum(axis=1)
+            power = float(of_experts.max() / weight / np.exp2(2.0 * np.array(group.exponents)).sum())
             yield Check.of("power", group.name, power, (None, POWER[0]), (None, POWER[1]))
         if step.outcome != "empty":
             yield from _ratio(layout, group, parts, t, merged)

@@ -193,7 +193,7 @@ class Exchange:
                 chosen = studied.get("tuning", {}).get("chosen")
                 place = self.run.partial / "model"
                 doubt = "" if current.sound else told(map(asdict, current.checks))
-                about = (current.survivors, measured, chosen, doubt, self.layout)
+                about = (current.survivors, measured, chosen, doubt, self.layout, merged.steps)
                 write_model(place, self.base, _rounded(merged.deltas), self.plan, *about)
                 if self.own_heads is not None and self.plan.model.head == "own":
                     arrays = {delta_block(name): delta for name, delta in _rounded(merged.deltas).items()}

@@ -419,7 +419,7 @@ def _card(collection: Collection, report: Mapping[str, Any], file: StatisticsFil
             for one in report["silos"]
         ),
         "",
-        *extent(report),
+        *extent(report, report["solve"]),
         *usage(form),
     ]
     return "\n".join(lines)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ from gramfuse_model.differences import add_differences
 from gramfuse_model.source import BUNDLED
 from gramfuse_model.targets import fold
 from gramfuse_model.tasks import Form, merged_form
-from gramfuse_protocol.coverage import coverage, told
+from gramfuse_protocol.coverage import coverage, told, unused
 from gramfuse_protocol.layout import Layout
 from gramfuse_protocol.plan import Plan
 from gramfuse_server.pages.wording import known
+from gramfuse_server.solve import Step
 
 
 def write_model(
@@ -31,6 +33,7 @@ def write_model(
     chosen: Mapping[str, Any] | None = None,
     doubt: str = "",
     layout: Layout | None = None,
+    steps: Sequence[Step] = (),
 ) -> None:
     """Write base + deltas; the base model in memory becomes the merged one.
 
@@ -44,6 +47,7 @@ def write_model(
         chosen: `alpha` and `weights` by silo, if they were chosen on held-out data and are not the plan's.
         doubt: why it must not be used, if a check of the merge is bad.
         layout: of the merge, for the card to say how much of the model is merged in closed form.
+        steps: how its groups were solved, for the card to say which experts no silo used.
     """
     add_differences(base.model, deltas)
     model = base.model
@@ -55,7 +59,7 @@ def write_model(
         fold(model, next(iter(plan.tasks.values())))
     model.save_pretrained(directory)
     base.tokenizer.save_pretrained(directory)
-    (directory / "README.md").write_text(card(plan, silos, measured, chosen, doubt, layout), encoding="utf-8")
+    (directory / "README.md").write_text(card(plan, silos, measured, chosen, doubt, layout, steps), encoding="utf-8")
 
 
 def card(
@@ -65,6 +69,7 @@ def card(
     chosen: Mapping[str, Any] | None = None,
     doubt: str = "",
     layout: Layout | None = None,
+    steps: Sequence[Step] = (),
 ) -> str:
     """Return the model card, made from the plan; arguments as `write_model` has them."""
     form = merged_form(plan)
@@ -85,7 +90,7 @@ def card(
         *_kept_heads(plan),
         f"Plan digest: `{plan.digest}`",
         "",
-        *(extent(coverage(layout)) if layout else ()),
+        *(extent(coverage(layout), [asdict(step) for step in steps]) if layout else ()),
         *usage(form),
     ]
     if measured:
@@ -145,13 +150,14 @@ def usage(form: Form) -> list[str]:
     return [*fenced("python", text), ""]
 
 
-def extent(found: Mapping[str, Any]) -> list[str]:
+def extent(found: Mapping[str, Any], steps: Iterable[Mapping[str, Any]]) -> list[str]:
     """Return how much of a model is merged in closed form, as lines of Markdown.
 
     Args:
         found: of `gramfuse_protocol.coverage`.
+        steps: how groups were solved, as a report has them.
     """
-    return [" ".join(told(found, code)), ""]
+    return [" ".join([*told(found, code), *unused(steps, code)]), ""]
 
 
 def code(text: str) -> str:

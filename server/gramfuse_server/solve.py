@@ -31,12 +31,14 @@ class Step:
     Args:
         group: its name.
         outcome: `clean`; `jitter` if at least one block needed a ridge; `mean` if at least one block could not be
-            solved and took the mean; `empty` if nothing but zeros ever came there, so that all of it took the mean.
+            solved and took the mean; `unused` if all blocks could be solved but those of experts that no silo used,
+            which took the mean; `empty` if nothing but zeros ever came there, so that all of it took the mean.
         jitter: largest relative ridge that a solved block needed.
         smallest_eigenvalue: estimate, over all blocks, of S scaled to a unit diagonal, before any ridge; 1 is perfect,
             below about 1e-6 the float32 statistics hold no information in some direction; 0 if Cholesky failed.
         dead_features: features that were zero at every silo; their rows took the mean.
-        mean_blocks: blocks that took the mean, of `blocks`.
+        mean_blocks: blocks that took the mean since they could not be solved, of `blocks`.
+        unused: indices of the experts that no silo used; they took the mean.
     """
 
     group: str
@@ -46,6 +48,7 @@ class Step:
     dead_features: int
     mean_blocks: int
     blocks: int
+    unused: list[int]
 
 
 def solve(group: Group, s: NDArray[np.float64], t: torch.Tensor, mean: torch.Tensor) -> tuple[torch.Tensor, Step]:
@@ -59,14 +62,15 @@ def solve(group: Group, s: NDArray[np.float64], t: torch.Tensor, mean: torch.Ten
     Args:
         group: names and shapes.
         s: packed S, (entries,).
-        t: T, (d_in, Σ d_out).
-        mean: the weighted mean of the differences, (d_in, Σ d_out).
+        t: T, (features, Σ d_out).
+        mean: the weighted mean of the differences, (features, Σ d_out).
 
     Returns:
-        Δ, (d_in, Σ d_out), and how it went.
+        Δ, (features, Σ d_out), and how it went.
     """
     solution = mean.clone()
-    jitter, smallest, dead, failed, blocks = 0.0, 1.0, 0, 0, 0
+    jitter, smallest, failed, blocks = 0.0, 1.0, 0, 0
+    dead = [0] * (group.experts or 1)
     for part, (first, count, width) in zip(group.blocks.unpack(s), group.blocks.parts, strict=True):
         blocks += count
         rows = slice(first, first + count * width)
@@ -75,10 +79,13 @@ def solve(group: Group, s: NDArray[np.float64], t: torch.Tensor, mean: torch.Ten
         )
         solution[rows] = outcome.solution.reshape(count * width, -1)
         jitter, smallest = max(jitter, outcome.jitter), min(smallest, outcome.smallest_eigenvalue)
-        dead, failed = dead + outcome.dead, failed + outcome.failed
-    empty = dead == group.d_in
-    name = "empty" if empty else "mean" if failed else "jitter" if jitter else "clean"
-    return solution, Step(group.name, name, jitter, smallest, dead, failed, blocks)
+        dead[first // group.d_in] += outcome.dead
+        failed += outcome.failed
+    empty = [expert for expert, features in enumerate(dead) if features == group.d_in]
+    unused = empty if group.experts else []
+    names = {"empty": len(empty) == len(dead), "mean": failed, "unused": unused, "jitter": jitter, "clean": True}
+    name = next(name for name, so in names.items() if so)
+    return solution, Step(group.name, name, jitter, smallest, sum(dead), failed, blocks, unused)
 
 
 @dataclass(frozen=True)

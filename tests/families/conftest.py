@@ -65,6 +65,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("GPT2LMHeadModel", GPT2 | TOKENS | {"attn_pdrop": 0.0}),
     "llama": ("LlamaForCausalLM", LLAMA | {"tie_word_embeddings": False}),
     "llama-tied": ("LlamaForCausalLM", LLAMA | {"tie_word_embeddings": True}),
+    "mixtral": (
+        "MixtralForCausalLM",
+        LLAMA | {"num_local_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": False},
+    ),
     "longformer": ("LongformerModel", BERT_LIKE | {"attention_window": 8, "max_position_embeddings": 64}),
     "big-bird": ("BigBirdModel", BERT_LIKE | {"block_size": 4, "num_random_blocks": 1, "max_position_embeddings": 64}),
     "funnel": (

@@ -78,6 +78,7 @@ CASES = [
     Case("gpt2", "causal-lm"),
     Case("llama", "causal-lm", rate=1e-2),
     Case("llama-tied", "causal-lm", rate=1e-2),
+    Case("mixtral", "causal-lm", rate=1e-2),
     Case("vit", "image-classification"),
 ]
 

@@ -155,6 +155,12 @@ EXPECTED: dict[tuple[str, str], tuple[list[str], int, list[str], list[str]]] = {
     ("llama", CLASSIFICATION): ([*LLAMA, "score 16 input"], 9, [], ["embed_tokens"]),
     ("llama", GENERATION): ([*LLAMA, "lm_head 16 input"], 9, [], ["embed_tokens"]),
     ("llama-tied", GENERATION): (LLAMA, 8, [], ["embed_tokens"]),
+    ("mixtral", GENERATION): (
+        [*LLAMA[:2], "layers.0.mlp.experts.gate_up_proj 16 input", "layers.0.mlp.experts.down_proj 24 input"],
+        9,
+        ["model.layers.0.mlp.gate.weight", "model.layers.1.mlp.gate.weight"],
+        ["embed_tokens"],
+    ),
     ("vit", PICTURES): (
         [
             "0.attention.q_proj+k_proj+v_proj 16 all",
@@ -189,6 +195,7 @@ CONTEXT_FREE = {
     "gpt2": ["h.0.attn.c_attn"],
     "llama": ["layers.0.self_attn.q_proj+k_proj+v_proj"],
     "llama-tied": ["layers.0.self_attn.q_proj+k_proj+v_proj"],
+    "mixtral": ["layers.0.self_attn.q_proj+k_proj+v_proj"],
     "vit": ["layers.0.attention.q_proj+k_proj+v_proj"],
 }
 """For each family, the layers that see one token or patch at a time."""

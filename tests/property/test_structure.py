@@ -48,7 +48,7 @@ def test_unpacking_gives_back_the_symmetric_blocks(d: int, b: int, dtype: type) 
     kept = np.zeros_like(gram)
     for row, column in _kept(d, b):
         kept[row, column] = kept[column, row] = gram[row, column]
-    parts = blocks.unpack(np.array([gram[entry] for entry in _kept(d, b)], dtype))
+    parts = list(blocks.unpack(np.array([gram[entry] for entry in _kept(d, b)], dtype)))
     rebuilt = np.zeros_like(gram)
     for (first, count, width), block in zip(blocks.parts, parts, strict=True):
         assert block.shape == (count, width, width)

@@ -58,10 +58,10 @@ SIZES["delta:batches"] = 1
 
 DOCUMENT = (
     '{"frozen":["embeddings.weight"],'
-    '"groups":[{"d_in":6,"exponents":[-3,0,40,-40,2,1],"name":"q","part":null,"rows":["target","all"],'
+    '"groups":[{"d_in":6,"experts":null,"exponents":[-3,0,40,-40,2,1],"name":"q","part":null,"rows":["target","all"],'
     '"structure":"block:4","weights":['
     '{"d_out":3,"transposed":true,"weight":"q.weight"},{"d_out":2,"transposed":true,"weight":"k.weight"}]},'
-    '{"d_in":5,"exponents":[],"name":"ü","part":null,"rows":["input"],'
+    '{"d_in":5,"experts":null,"exponents":[],"name":"ü","part":null,"rows":["input"],'
     '"structure":"full","weights":[{"d_out":1,"transposed":false,"weight":"c.weight"}]}],"parts":[],'
     '"tensors":[{"buffer":false,"context_free":true,"merge":"regmean","name":"q.weight","parted":false,"shape":[3,6],"unmatched":false},'
     '{"buffer":false,"context_free":true,"merge":"regmean","name":"k.weight","parted":false,"shape":[2,6],"unmatched":false},'
@@ -253,6 +253,44 @@ def _with(path: str, value: Any) -> str:
         place = place[key]
     place[last] = value
     return json.dumps(document)
+
+
+def _of_experts(shape: tuple[int, ...] = (3, 4, 5), **changes: Any) -> Layout:
+    """Three experts of four outputs and five inputs that are one tensor."""
+    weights = (Linear(weight="up", d_out=4, transposed=True),)
+    group = {"name": "up", "d_in": 5, "structure": "block:2", "weights": weights, "experts": 3} | changes
+    return Layout(groups=(Group(**group),), tensors=(Tensor(name="up", shape=shape, merge="regmean"),), frozen=())
+
+
+def test_experts_have_a_gram_matrix_each_and_products_one_below_the_other() -> None:
+    layout = _of_experts()
+    sizes = {"gram:up": (3 * (3 + 3 + 1),), "delta:up": (3, 4, 5)}
+    assert {block.name: block.shape for block in layout.blocks} == sizes
+    assert {block.name: block.shape for block in layout.sums}["t:up"] == (15, 4)
+    assert layout.closed == 1
+    assert Layout.parse(layout.to_json()) == layout
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"shape": (2, 4, 5)},
+        {"shape": (4, 5)},
+        {"shape": (3, 5, 4)},
+        {"experts": None},
+        {"experts": 2},
+        {"experts": 2**12 + 1},
+        {"experts": 0},
+        {"d_in": 15},
+        {"part": 0},
+        {"exponents": (0,) * 15},
+        {"weights": (Linear(weight="up", d_out=4, transposed=False),), "shape": (3, 5, 4)},
+        {"weights": (Linear(weight="up", d_out=2, transposed=True),) * 2},
+    ],
+)
+def test_experts_that_do_not_fit_their_tensor_are_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError):  # noqa: PT011  # whichever of both finds it
+        _of_experts(**changes)
 
 
 def test_a_group_whose_weights_do_not_see_the_same_is_refused() -> None:

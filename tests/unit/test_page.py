@@ -121,7 +121,7 @@ def base_of(plan: Plan, mode: str) -> dict[str, Any]:
         "unmeasured": None,
         "solve": [
             {"group": f"layer.{place}", "outcome": outcome, "jitter": 2e-6, "smallest_eigenvalue": 0.01}
-            | {"dead_features": place, "mean_blocks": 1, "blocks": 3}
+            | {"dead_features": place, "mean_blocks": 1, "blocks": 3, "unused": [4] * place}
             for place, outcome in enumerate(outcomes)
         ],
         "checks": [

@@ -68,6 +68,7 @@ layout = "LAYOUT"
 gram = {"*" = "diagonal", "*.query.weight" = "block:8", "*\\"ö\\u4e00*" = "full"}
 exclude = ["*pooler*"]
 context-free = "diagonal"
+experts = "mean"
 weighting = "examples"
 alpha = 1
 method = "regmean"
@@ -166,7 +167,7 @@ name = "a"
 PINS = Pins("1" * 64, "3" * 64, "4" * 64)
 
 SMALL_CANONICAL = (
-    '{"merge":{"alpha":"0.9","context-free":"mean","exclude":[],"gram":{"*":"full"},"layout":null,"maximum-change":"32.0","method":"regmean","rounds":1,'
+    '{"merge":{"alpha":"0.9","context-free":"mean","exclude":[],"experts":null,"gram":{"*":"full"},"layout":null,"maximum-change":"32.0","method":"regmean","rounds":1,'
     '"tokens":100000,"weighting":"uniform"},'
     '"model":{"base":"bundled:minilm","centre":"0.0","config":null,"first-token":null,"head":"same","labels":["no","yes"],"max-length":128,"pair":false,'
     '"processor":null,"range":null,"revision":null,"scale":"1.0","sha256":null,"target-length":32,"task":"classification","threshold":"0.5"},'
@@ -177,7 +178,7 @@ SMALL_CANONICAL = (
     '"training":{"batch-size":16,"epochs":5,"freeze":["embeddings"],"learning-rate":"5e-05","precision":"float32","seed":1,"warmup":"0.06",'
     '"weight-decay":"0.01"}}'
 )
-SMALL_DIGEST = "7f18ea11e7633d93cef0c85b806792cf377a86593068f62fe5716cfddeefcd22"
+SMALL_DIGEST = "e4b6d63f3f801072f965e52551a9fa2ed5d167adfa203ad85eb2015d9a277df5"
 
 
 def _edit(text: str, old: str, new: str) -> str:
@@ -303,7 +304,7 @@ def test_values_arrive_as_written() -> None:
         (
             "[merge]\nbeta = 1",
             "merge.beta",
-            "method, alpha, weighting, gram, exclude, context-free, tokens, rounds, maximum-change, layout",
+            "method, alpha, weighting, gram, exclude, context-free, experts, tokens, rounds, maximum-change, layout",
         ),
         (
             "[privacy]\nnoise = {x = 1}",
@@ -557,8 +558,8 @@ def test_settings_are_applied_in_order_and_together() -> None:
         ("alpha=1", "expected section.key=value"),
         (
             "merge.nope=1",
-            "unknown key 'merge.nope'; known here: method, alpha, weighting, gram, exclude, context-free, tokens, "
-            "rounds, maximum-change, layout",
+            "unknown key 'merge.nope'; known here: method, alpha, weighting, gram, exclude, context-free, experts, "
+            "tokens, rounds, maximum-change, layout",
         ),
         ("nope.alpha=1", "unknown key 'nope'; known here: plan, model, task, training, merge, privacy, silo"),
         ("training.learning_rate=1.0", "unknown key 'training.learning_rate'; known here: epochs, learning-rate"),
@@ -666,6 +667,7 @@ CHANGED: dict[tuple[str, ...], Any] = {
     ("merge", "gram", "*"): "diagonal",
     ("merge", "exclude"): ["*"],
     ("merge", "context-free"): "full",
+    ("merge", "experts"): "full",
     ("merge", "tokens"): 99_999,
     ("merge", "layout"): "0" * 64,
     ("merge", "rounds"): 2,

@@ -151,11 +151,12 @@ def decode(words: Sequence[int], exponents: Sequence[int]) -> list[float]:
 
 
 def packed(group: Mapping[str, Any]) -> list[tuple[int, int]]:
-    """The (row, column) of each packed entry of a group's Gram matrix."""
+    """The (row, column) of each packed entry of a group's Gram matrix; those of experts stand along one diagonal."""
     d, structure = group["d_in"], group["structure"]
     b = {"full": d, "diagonal": 1}.get(structure) or min(d, int(structure.removeprefix("block:")))
     ends = [min(d, j - j % b + b) for j in range(d)]
-    return [(j, k) for j in range(d) for k in range(j, ends[j])]
+    one = [(j, k) for j in range(d) for k in range(j, ends[j])]
+    return [(d * expert + j, d * expert + k) for expert in range(group["experts"] or 1) for j, k in one]
 
 
 def exponents(layout: Mapping[str, Any], silos: int, weighting: str) -> list[int]:
@@ -169,8 +170,8 @@ def exponents(layout: Mapping[str, Any], silos: int, weighting: str) -> list[int
         while Fraction(4) ** g < sum(Fraction(4) ** x for x in e):
             g += 1
         outputs = sum(weight["d_out"] for weight in group["weights"])
-        s += [room - 20 - e[j] - e[k] for j, k in packed(group)]
-        t += [room - 20 - x - g for x in e for _ in range(outputs)]
+        s += [room - 20 - e[j % len(e)] - e[k % len(e)] for j, k in packed(group)]
+        t += [room - 20 - x - g for x in e * (group["experts"] or 1) for _ in range(outputs)]
     m: list[int] = []
     for tensor in layout["tensors"]:
         m += [room - (24 if tensor["buffer"] else 8)] * math.prod(tensor["shape"])
@@ -194,17 +195,18 @@ def summands(
         for (j, k), value in zip(packed(group), blocks["gram:" + group["name"]], strict=True):
             shrunk[j, k] = shrunk[k, j] = c * value * (1 if j == k else Fraction(alpha))
             s.append(shrunk[j, k])
-        for j in range(group["d_in"]):
+        d, experts = group["d_in"], group["experts"] or 1
+        for expert, j in ((expert, j) for expert in range(experts) for j in range(d)):
             for weight in group["weights"]:
                 delta = blocks["delta:" + weight["weight"]]
-                outputs = len(delta) // group["d_in"]
+                outputs = len(delta) // d // experts
+                own = delta[expert * d * outputs : (expert + 1) * d * outputs]
                 for o in range(outputs) if part is None else layout["parts"][part]["outputs"]:
-                    column = range(group["d_in"])
                     t.append(
                         sum(
-                            shrunk.get((j, i), Fraction(0))
-                            * delta[o * group["d_in"] + i if weight["transposed"] else i * outputs + o]
-                            for i in column
+                            shrunk.get((expert * d + j, expert * d + i), Fraction(0))
+                            * own[o * d + i if weight["transposed"] else i * outputs + o]
+                            for i in range(d)
                         )
                         + Fraction(0)
                     )

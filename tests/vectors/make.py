@@ -129,7 +129,7 @@ def first_layout() -> Layout:
 
 
 def second_layout() -> Layout:
-    """A block with a rest, a diagonal, and a scalar."""
+    """A block with a rest, a diagonal, experts that are one tensor, and a scalar."""
     return Layout(
         groups=(
             Group(
@@ -146,10 +146,19 @@ def second_layout() -> Layout:
                 weights=(Linear(weight="down.weight", d_out=1, transposed=True),),
                 exponents=(-40, -3),
             ),
+            Group(
+                name="experts.up",
+                d_in=2,
+                structure="full",
+                weights=(Linear(weight="experts.up", d_out=1, transposed=True),),
+                experts=2,
+                exponents=(0, -5),
+            ),
         ),
         tensors=(
             Tensor(name="up.weight", shape=(2, 3), merge="regmean"),
             Tensor(name="down.weight", shape=(1, 2), merge="regmean"),
+            Tensor(name="experts.up", shape=(2, 1, 2), merge="regmean"),
             Tensor(name="scale", shape=(), merge="mean"),
         ),
         frozen=(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from gramfuse_protocol.coverage import experts
 from gramfuse_protocol.messages import MERGED
 from gramfuse_protocol.metrics import PRIMARY
 from gramfuse_protocol.task import Kind
@@ -160,16 +161,19 @@ def ranked_by(tasks: Mapping[str, Kind]) -> str:
 
 
 def explain(step: Mapping[str, Any]) -> str:
-    """Say how a group was solved."""
-    match step["outcome"]:
-        case "clean":
-            return "solved as it stands"
-        case "jitter":
-            return f"ill-conditioned; solved with a relative ridge of {step['jitter']:g} towards the simple average"
-        case "empty":
-            return "no silo saw a token there; took the simple average"
-        case _:
-            return f"{step['mean_blocks']} of {step['blocks']} blocks could not be solved; they took the simple average"
+    """Say how a group was solved, and which of its experts were not used."""
+    if step["outcome"] == "empty":
+        return "no silo saw a token there; took the simple average"
+    said = []
+    if step["mean_blocks"]:
+        said.append(
+            f"{step['mean_blocks']} of {step['blocks']} blocks could not be solved; they took the simple average"
+        )
+    elif step["jitter"]:
+        said.append(f"ill-conditioned; solved with a relative ridge of {step['jitter']:g} towards the simple average")
+    if step["unused"]:
+        said.append(f"no silo used {experts(step['unused'])}; took the simple average")
+    return "; ".join(said) or "solved as it stands"
 
 
 def explain_check(check: Mapping[str, Any]) -> str:
