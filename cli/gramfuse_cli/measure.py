@@ -23,6 +23,7 @@ from gramfuse_protocol.task import Kind, Task
 from gramfuse_protocol.text import listed
 
 if TYPE_CHECKING:
+    from gramfuse_client.checkpoint import Checkpoint
     from gramfuse_client.state import State
 
 LENGTH = Task.model_fields["max_length"].default
@@ -115,7 +116,7 @@ def measure(context: click.Context, /, model: str | None, out: Path, as_json: bo
 
     The first form is for a model that is there already. Models that others measured against the same base can be merged
     with it: gramfuse merge. All must use the same --gram and --freeze. Rows need no label, but for target texts; one
-    that is there must be the model's.
+    that is there must be the model's. MODEL may have tokens that were added to BASE's.
 
     The second is for a silo of a locked, open plan that has no network: it fine-tunes and measures as it would in
     a run, by the same rules of the silo file, with a line in the ledger; gramfuse merge makes of the silos' files what
@@ -221,6 +222,8 @@ def _checkpoint(model: str, out: Path, options: dict[str, Any], *, labelled: boo
     )
     if checkpoint.task.max_length < task.max_length:
         say(f"examples are cut to {checkpoint.task.max_length} tokens, as many as MODEL has places for", err=True)
+    added = checkpoint.added
+    _tell_growth(checkpoint)
     with _progress() as show:
         statistics = measure_checkpoint(
             checkpoint,
@@ -238,8 +241,30 @@ def _checkpoint(model: str, out: Path, options: dict[str, Any], *, labelled: boo
         task=checkpoint.task,
         layout=checkpoint.layout,
         head=head_parameters(checkpoint.base.model),
+        added=added,
     )
-    return {**_report(out, name, len(examples), sha256, checkpoint.layout), "left_out": list(examples.left_out)}
+    return {
+        **_report(out, name, len(examples), sha256, checkpoint.layout),
+        "left_out": list(examples.left_out),
+        "added_tokens": list(added.tokens if added else ()),
+    }
+
+
+def _tell_growth(checkpoint: Checkpoint) -> None:
+    """Say which tokens were added to a model, and what becomes of them."""
+    growth = checkpoint.growth
+    if growth is None:
+        return
+    if growth.tokens:
+        say(
+            f"MODEL has {len(growth.tokens):,} tokens that BASE has not: {listed(growth.tokens, 20)}. Rows of BASE's "
+            "tokens are measured as always. Those of the others are in the file as they are; gramfuse merge leaves "
+            "them out, and keeps them if --tokenizer names a tokenizer that has the tokens",
+            style="yellow",
+            err=True,
+        )
+    if growth.idle:
+        say(f"{growth.idle:,} rows of MODEL's table are no token's and are left out", style="yellow", err=True)
 
 
 def _names(given: str | None, task: Task) -> tuple[str, ...]:

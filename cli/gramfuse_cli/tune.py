@@ -17,6 +17,7 @@ from gramfuse_cli.terms import Term, compare_option
 from gramfuse_cli.tuning import Data, Wanted, tune_files
 from gramfuse_protocol.errors import PlanError
 from gramfuse_protocol.plan import Plan
+from gramfuse_server.pages.added import tell_added
 
 GRID = ",".join(f"{n / 10:g}" for n in range(11))
 
@@ -126,7 +127,7 @@ def tune(
     show_models(report, "test examples")
     show_steps(report["solve"])
     show_checks(report)
-    say("", str(out))
+    say(*tell_added(report), "", str(out))
     check_sound(report, out.absolute())
 
 
