@@ -15,7 +15,7 @@ PUBLIC = {
     "gramfuse_model.base": ("trainable",),
     "gramfuse_model.digests": ("tensor_digests", "config_digest", "processor_digest"),
     "gramfuse_protocol.statistics": ("Statistics",),
-    "gramfuse_protocol.statistics_file": ("StatisticsFile", "About", "Origin"),
+    "gramfuse_protocol.statistics_file": ("StatisticsFile", "About", "Added", "AddedTokens", "Origin"),
 }
 
 HEAD = """# The Python API
