@@ -210,6 +210,7 @@ def _checkpoint(model: str, out: Path, options: dict[str, Any], *, labelled: boo
         statistics = measure_checkpoint(
             checkpoint,
             examples,
+            (model, options["data"]),
             limit=options["tokens"],
             batch_size=options["batch_size"],
             device=device,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoConfig
 
-from gramfuse_client.batches import Encoded, batches
+from gramfuse_client.batches import Encoded, batches, drawn
 from gramfuse_client.data import Examples
 from gramfuse_client.statistics import collect_statistics
 from gramfuse_model.added_tokens import Growth, growth_of
@@ -25,13 +25,13 @@ from gramfuse_model.source import check_files, download, locate
 from gramfuse_model.tracing import plan_layout
 from gramfuse_model.zero_head import load_zero_headed, plan_for
 from gramfuse_protocol.documents import build
-from gramfuse_protocol.errors import ModelError
+from gramfuse_protocol.errors import GramfuseError, ModelError
 from gramfuse_protocol.layout import Layout, delta_block
 from gramfuse_protocol.plan import Training
 from gramfuse_protocol.statistics import Statistics
 from gramfuse_protocol.statistics_file import AddedTokens
 from gramfuse_protocol.task import LABELLED, Kind, Task
-from gramfuse_protocol.text import quoted
+from gramfuse_protocol.text import one_line, quoted
 
 ARCHITECTURES: Mapping[str, Kind] = {
     "ForSequenceClassification": "classification",
@@ -45,6 +45,9 @@ ARCHITECTURES: Mapping[str, Kind] = {
 
 RETURNED = {"use_cache", "return_dict", "output_hidden_states", "initializer_range", "initializer_factor"}
 """Keys of a configuration that change neither what a model computes from its weights nor how it is trained."""
+
+MOST = 64
+"""Most rows that an error names."""
 
 
 @dataclass(frozen=True)
@@ -271,6 +274,7 @@ def _settled(config: Mapping[str, Any], growth: Growth | None) -> dict[str, Any]
 def measure(
     checkpoint: Checkpoint,
     examples: Examples,
+    names: tuple[str, str],
     *,
     limit: int,
     batch_size: int,
@@ -281,16 +285,24 @@ def measure(
 
     Args:
         examples: the training data; where the limit does not take all, examples are drawn.
+        names: of the model and of the data, for errors.
         limit: most token rows for one Gram matrix.
         progress: called with (batches done, batches in all).
 
     Raises:
         ContributionError: naming the tensor, if a value is NaN or infinite.
-        ModelError: if the model cannot compute a batch of the data.
+        ModelError: naming the rows, if the model cannot compute a batch of the data.
     """
     growth = checkpoint.growth
     encoded = Encoded(examples, (checkpoint.base if growth is None else checkpoint.tuned).tokenizer, checkpoint.task)
     total = -(-len(encoded) // batch_size)
+    done = 0
+
+    def note(batches: int) -> None:
+        nonlocal done
+        done = batches
+        progress(done, total)
+
     try:
         statistics = collect_statistics(
             checkpoint.tuned.model.to(device),
@@ -299,14 +311,25 @@ def measure(
             base=_start(checkpoint),
             examples=len(examples),
             limit=limit,
-            progress=lambda done: progress(done, total),
+            progress=note,
         )
-    except (RuntimeError, ValueError, IndexError) as error:  # what torch and transformers raise where shapes do not fit
+    except GramfuseError:
+        raise
+    except Exception as error:  # models raise what they like
+        batch = drawn(len(encoded), Training().seed)[done * batch_size : (done + 1) * batch_size]
+        rows = sorted(examples.numbers[i] for i in batch) if examples.numbers else []
         raise ModelError(
-            f"the model cannot compute a batch of the data: {type(error).__name__}: {error}. It may not take texts of "
-            "that length, or the device has too little memory: try another --max-length or --batch-size"
+            f"model {names[0]!r} cannot compute a batch of {names[1]}, {_told(rows)}: {type(error).__name__}: "
+            f"{one_line(str(error), 1000)}. It may not take texts of that length, or the device has too little memory: "
+            "try another --max-length or --batch-size; with --batch-size 1, the row is named that it cannot compute"
         ) from error
     return statistics if growth is None else _narrowed(statistics, growth)
+
+
+def _told(rows: Sequence[int]) -> str:
+    """Name rows, of many the first."""
+    more = f" and {len(rows) - MOST:,} more" if len(rows) > MOST else ""
+    return f"row {', '.join(map(str, rows[:MOST]))}{more}"
 
 
 def _start(checkpoint: Checkpoint) -> dict[str, NDArray[np.float32]]:

@@ -64,12 +64,14 @@ class Examples:
         pairs: the second text of each, or None.
         labels: what is to be learned of each: all of one type; None of each where that is not known, or there is none.
         left_out: what is wrong with each row of the source that was left out.
+        numbers: of each example's row or line in the source; nothing if there is no source.
     """
 
     inputs: Sequence[Input]
     pairs: Sequence[str] | None
     labels: Sequence[Label]
     left_out: Sequence[str] = field(default=(), compare=False)
+    numbers: Sequence[int] = field(default=(), compare=False)
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -81,6 +83,7 @@ class Examples:
             None if self.pairs is None else [self.pairs[i] for i in indices],
             [self.labels[i] for i in indices],
             self.left_out,
+            [self.numbers[i] for i in indices] if self.numbers else (),
         )
 
     @property
@@ -233,14 +236,15 @@ def _read(
         check_pillow()
     known = {task.labels[index]: index for index in task.annotated} if names is None else names
     folder = _folder(source, silo.directory)
-    good: list[tuple[Input, str, Label]] = []
+    good: list[tuple[Input, str, Label, int]] = []
     bad: list[str] = []
     count = 0
     for count, (where, row) in enumerate(rows(source, silo.directory, _names(columns)), 1):
         try:
             if isinstance(row, DataError):
                 raise row
-            good.append(_example(row, columns, task, known, folder, where, labelled=labelled))
+            example = _example(row, columns, task, known, folder, where, labelled=labelled)
+            good.append((*example, int(where.rpartition(":")[2].removeprefix(" row "))))
         except DataError as error:
             if count - len(good) <= max(columns.skip_bad, SHOWN):
                 bad.append(str(error))
@@ -249,8 +253,8 @@ def _read(
         raise DataError(_complaint(place, bad, count - len(good), count, columns.skip_bad))
     if not good:
         raise DataError(f"{place}: holds no examples; expected at least one")
-    inputs, pairs, labels = map(list, zip(*good, strict=True))
-    return Examples(inputs, pairs if task.pair else None, labels, tuple(bad))
+    inputs, pairs, labels, numbers = map(list, zip(*good, strict=True))
+    return Examples(inputs, pairs if task.pair else None, labels, tuple(bad), numbers)
 
 
 def _example(

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertForSequenceClassification
 
 from gramfuse_cli.main import cli
-from gramfuse_protocol.errors import DataError, GramfuseError, PlanError
+from gramfuse_protocol.errors import DataError, GramfuseError, ModelError, PlanError
 from gramfuse_protocol.layout import gram_block
 from gramfuse_protocol.statistics_file import StatisticsFile, read_statistics
 
@@ -179,3 +179,27 @@ def test_files_are_tuned_on_data_with_labels_of_its_own_and_bad_rows(
         tune(parts["names"])
     with pytest.raises(PlanError, match="expected 3 different names"):
         tune(parts["numbers"], "--labels", "good,bad")
+
+
+def test_a_batch_that_the_model_cannot_compute_is_named_with_its_rows(
+    tmp_path: Path, model: Path, pico_bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    some = [{"text": "", "label": 0}, *rows(30)]
+    some[18]["text"] = "spoon spoon spoon"
+    forward = BertForSequenceClassification.forward
+    spoon = AutoTokenizer.from_pretrained(model).convert_tokens_to_ids("spoon")
+
+    def fails(self: Any, input_ids: Any = None, **inputs: Any) -> Any:
+        if ((input_ids == spoon).sum(1) == 3).any():
+            raise RuntimeError("no room for so many spoons")
+        return forward(self, input_ids=input_ids, **inputs)
+
+    monkeypatch.setattr(BertForSequenceClassification, "forward", fails)
+    data = write(tmp_path / "train.jsonl", some)
+    with pytest.raises(ModelError) as caught:
+        measure(model, pico_bert, data, "--skip-bad", 1, "--batch-size", 1)
+    said = str(caught.value)
+    for word in (f"model '{model}'", f"{data}, row 19:", "no room for so many spoons", "--batch-size"):
+        assert word in said
+    with pytest.raises(ModelError, match=r"row (\d+, )*19(, \d+)*: RuntimeError"):
+        measure(model, pico_bert, data, "--skip-bad", 1, "--batch-size", 4)
