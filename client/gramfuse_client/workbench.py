@@ -26,8 +26,8 @@ from gramfuse_model.base import Base, load_base, own_head, trainable
 from gramfuse_model.buffers import add_to, first_difference, forget, saved_buffers
 from gramfuse_model.change import check_changes
 from gramfuse_model.lengths import check_lengths
+from gramfuse_model.rescaling import fold
 from gramfuse_model.suitable import check_suitable
-from gramfuse_model.targets import fold
 from gramfuse_model.tracing import plan_layout
 from gramfuse_protocol.errors import ContributionError, RefusalError
 from gramfuse_protocol.layout import Layout, delta_block

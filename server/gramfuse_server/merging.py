@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from gramfuse_model.base import Base, load_base
 from gramfuse_model.digests import tensor_digests
-from gramfuse_model.targets import fold
+from gramfuse_model.rescaling import fold
 from gramfuse_model.tasks import FORMS
 from gramfuse_model.zero_head import load_zero_headed, plan_for
 from gramfuse_protocol.coverage import coverage
