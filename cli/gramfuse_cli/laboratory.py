@@ -167,11 +167,12 @@ class Bench:
         from gramfuse_client.finetune import finetune
         from gramfuse_model.base import trainable
 
+        whose = self.silo.name if encoded is None else "all silos together"
         encoded = encoded or self.encoded(self.examples[0])
         with self.model(deltas, head={}) as model:
             if threads:
                 torch.set_num_threads(threads)
-            finetune(model, encoded, self.plan.training.in_round(number), self.device)
+            finetune(model, encoded, self.plan.training.in_round(number), self.device, whose=whose)
             return trainable(model)
 
     def fisher(self, deltas: Deltas, variant: Variant, examples: int) -> dict[str, NDArray[np.float32]]:

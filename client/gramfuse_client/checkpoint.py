@@ -274,7 +274,7 @@ def _settled(config: Mapping[str, Any], growth: Growth | None) -> dict[str, Any]
 def measure(
     checkpoint: Checkpoint,
     examples: Examples,
-    names: tuple[str, str],
+    names: tuple[str, str] = ("MODEL", "the data"),
     *,
     limit: int,
     batch_size: int,

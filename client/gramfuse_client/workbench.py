@@ -214,6 +214,7 @@ def train(
         plan.training.in_round(1 if state is None else state.round),
         device,
         progress=None if state is None else lambda done, total: state.progress("train", done, total),
+        whose=silo.name,
     )
     odd = first_difference(fixed, saved_buffers(base.model))
     if odd is not None:
