@@ -36,9 +36,10 @@ HEAD_SETTINGS = frozenset({"id2label", "label2id", "num_labels", "problem_type"}
 
 UNUSED_ATTRIBUTES = frozenset(
     {"name_or_path", "init_inputs", "init_kwargs", "files_loaded", "verbose", "deprecation_warnings"}
-    | {"chat_template", "response_template", "chat_control_tokens"}
+    | {"chat_template", "response_template", "chat_control_tokens", "total_vocab_size"}
 )
-"""Public attributes of a tokenizer that no run uses: what it was made of, and how it would write a chat."""
+"""Public attributes of a tokenizer that no run uses: what it was made of, how it would write a chat, and how many
+tokens it has, which the backend says."""
 
 TOKENIZER_SETTINGS = ("pad_token_type_id", "add_bos_token", "add_eos_token", "src_lang", "tgt_lang")
 """Properties of tokenizers that decide what they do, and do not show among the attributes."""

@@ -88,37 +88,42 @@ class Additions:
             return base
         if self.tokens:
             rows: dict[str, NDArray[np.float32]] = {}
-            for name in token_axes(base.model):
+            tensors = base.model.state_dict()
+            for name, axis in token_axes(base.model).items():
                 shared = all(name in file.about.base.weights for file in self.files)
-                rows[name] = self._rows(name, self.files if own is None or shared else (own,))
+                shape = tuple(size for place, size in enumerate(tensors[name].shape) if place != axis)
+                rows[name] = self._rows(name, shape, self.files if own is None or shared else (own,))
             grow(base.model, self.tokens, rows)
         if self.tokenizer.pad_token is not None and self.tokenizer.pad_token in self.tokens:
             for config in (base.model.config, base.model.config.get_text_config()):
                 config.pad_token_id = self.tokenizer.pad_token_id
         return replace(base, tokenizer=self.tokenizer)
 
-    def _rows(self, name: str, files: Sequence[StatisticsFile]) -> NDArray[np.float32]:
-        """Return the weighted mean of the rows that files have of each token, (tokens, …)."""
+    def _rows(self, name: str, shape: tuple[int, ...], files: Sequence[StatisticsFile]) -> NDArray[np.float32]:
+        """Return the weighted mean of the rows that files have of each token, (tokens, …).
+
+        Args:
+            shape: of a row.
+        """
         places = {token: place for place, token in enumerate(self.tokens)}
-        sums: NDArray[np.float64] | None = None
-        weights = np.zeros(len(places))
+        sums, weights = np.zeros((len(places), *shape)), np.zeros(len(places))
         for file in files:
             rows = file.rows(name)
             here = [place for place, token in enumerate(file.added) if token in places]
             if rows is None or not here:
                 continue
+            if rows.shape[1:] != shape:
+                raise ContributionError(
+                    f"{file.path}: rows of added tokens in {name!r} are {rows.shape[1:]}, and those of the base model "
+                    f"{shape}; measure again"
+                )
             there = [places[file.added[place]] for place in here]
-            if sums is None:
-                sums = np.zeros((len(places), *rows.shape[1:]))
-            if rows.shape[1:] != sums.shape[1:]:
-                raise ContributionError(f"{file.path}: rows of {name!r} have another shape than those of other files")
             sums[there] += self.weights[file.name] * rows[here].astype(np.float64)
             weights[there] += self.weights[file.name]
         lacking = [token for token, place in places.items() if not weights[place]]
-        if sums is None or lacking:
+        if lacking:
             raise ContributionError(
                 f"{', '.join(str(file.path) for file in files)}: no row of {name!r} for the added token "
                 f"{quoted(lacking[0], 60)}; leave it out of --tokenizer"
             )
-        means = sums / weights.reshape(-1, *[1] * (sums.ndim - 1))
-        return means.astype(np.float32)
+        return (sums / weights.reshape(-1, *[1] * len(shape))).astype(np.float32)

@@ -308,21 +308,7 @@ def merge_files(
             "run": out.name,
             "mode": "files",
             "base": {"name": settings.base, "sha256": base.pins.sha256},
-            "layout_digest": collection.layout.digest,
-            "plan_digest": collection.plan.digest if collection.plan else None,
-            "heads": collection.heads,
-            "alpha": alpha,
-            "weighting": weighting,
-            "silos": [
-                {
-                    "name": file.name,
-                    "examples": file.examples,
-                    "weight": weights[file.name],
-                    "sha256": file.sha256,
-                    "auto_class": FORMS[file.about.task.task].auto,
-                }
-                for file in collection.files
-            ],
+            **_described(collection, alpha, weighting, weights),
             "examples": accumulator.examples,
             "added_tokens": added.told(),
             **coverage(collection.layout),
@@ -343,6 +329,29 @@ def merge_files(
         run.write(PAGE, page(report, None))
         run.finish()
     return report
+
+
+def _described(
+    collection: Collection, alpha: float, weighting: Weighting, weights: Mapping[str, float]
+) -> dict[str, Any]:
+    """Return what the report says of files and of how they are merged."""
+    return {
+        "layout_digest": collection.layout.digest,
+        "plan_digest": collection.plan.digest if collection.plan else None,
+        "heads": collection.heads,
+        "alpha": alpha,
+        "weighting": weighting,
+        "silos": [
+            {
+                "name": file.name,
+                "examples": file.examples,
+                "weight": weights[file.name],
+                "sha256": file.sha256,
+                "auto_class": FORMS[file.about.task.task].auto,
+            }
+            for file in collection.files
+        ],
+    }
 
 
 @dataclass(frozen=True)

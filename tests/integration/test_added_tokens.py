@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 from click.testing import CliRunner
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from gramfuse_cli.main import cli
 from gramfuse_protocol.errors import ContributionError, GramfuseError, ModelError
@@ -320,6 +320,29 @@ def test_a_padding_token_that_was_added_is_no_other_tokenizer(pico_gpt2: Path, t
     batch = tokenizer(TEXTS, padding=True, return_tensors="pt")
     with torch.no_grad():
         assert torch.allclose(merged(**batch).logits, model.eval()(**batch).logits, atol=1e-4)
+
+
+def test_rows_of_added_tokens_are_those_of_the_model_where_embeddings_are_frozen(grown: Callable[..., Grown]) -> None:
+    models = grown()
+    path = models.tuned("one", ("<a>",), 64)
+    (table,) = FAMILIES["classifier"][1]
+    tensors = load_file(path / "model.safetensors")
+    refused(f"{table} frozen", lambda: models.measure(path, "--freeze", table))
+    tensors[table][: models.rows] = load_file(models.base / "model.safetensors")[table]
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    kept = models.merge("kept", [models.measure(path, "--freeze", table)], "--tokenizer", path)
+    assert torch.equal(kept[table], tensors[table][: models.rows + 1])
+
+
+def test_a_tokenizer_that_is_written_in_python_grows_too(tmp_path: Path) -> None:
+    tokenizer = transformers.ByT5Tokenizer()
+    models = Grown(tmp_path / "bytes", tokenizer, _t5, len(tokenizer))
+    files = [models.measure(models.tuned(name, tokens)) for name, tokens in (("one", ("<a>",)), ("two", ("<b>",)))]
+    kept = models.merge("kept", files, "--tokenizer", models.tokens("wanted", ("<b>", "<a>")))
+    rows = [read_statistics(file).rows("shared.weight") for file in files[::-1]]
+    assert torch.equal(kept["shared.weight"][models.rows :], torch.cat([torch.from_numpy(r) for r in rows]))
+    written = transformers.AutoTokenizer.from_pretrained(models.directory / "kept")
+    assert written.convert_tokens_to_ids(["<b>", "<a>"]) == [models.rows, models.rows + 1]
 
 
 def test_bodies_keep_added_tokens_too(grown: Callable[..., Grown]) -> None:
