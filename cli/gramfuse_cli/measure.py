@@ -240,14 +240,14 @@ def _tell_growth(checkpoint: Checkpoint) -> None:
         return
     if growth.tokens:
         say(
-            f"MODEL has {len(growth.tokens):,} tokens that BASE has not: {listed(growth.tokens, 20)}. Rows of BASE's "
-            "tokens are measured as always. Those of the others are in the file as they are; gramfuse merge leaves "
-            "them out, and keeps them if --tokenizer names a tokenizer that has the tokens",
+            f"MODEL has tokens that BASE has not: {listed(growth.tokens, 20)}. Rows of BASE's tokens are measured as "
+            "always. Those of the others are in the file as they are; gramfuse merge leaves them out, and keeps them "
+            "if --tokenizer names a tokenizer that has the tokens",
             style="yellow",
             err=True,
         )
     if growth.idle:
-        say(f"{growth.idle:,} rows of MODEL's table are no token's and are left out", style="yellow", err=True)
+        say(f"rows of MODEL's table that are no token's are left out: {growth.idle:,}", style="yellow", err=True)
 
 
 def _silo(directory: Path, name: str, out: Path) -> dict[str, Any]:

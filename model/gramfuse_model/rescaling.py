@@ -38,7 +38,12 @@ def fold(model: PreTrainedModel, task: Task) -> None:
             f"the head of {type(model).__name__} has no linear layer with one output that 'centre' and 'scale' could "
             "go into; use centre = 0 and scale = 1, with targets that are of about that size, or another base model"
         )
-    _change(model, last, task, factor=task.scale, shift=task.centre)
+    weight, bias = _parameters(model, last, task)
+    with torch.no_grad():
+        weight.copy_(weight.double() * task.scale)
+        if bias is not None:
+            bias.copy_(bias.double() * task.scale + task.centre)
+    forget(model)
 
 
 def unfold(model: PreTrainedModel, task: Task, fresh: Container[str]) -> None:
@@ -51,20 +56,24 @@ def unfold(model: PreTrainedModel, task: Task, fresh: Container[str]) -> None:
         ModelError: if the head has no bias and the centre is not zero.
     """
     last = last_linear(model, 1) if rescaled(task) else None
-    if last is not None and last.weight not in fresh:
-        _change(model, last, task, factor=1 / task.scale, shift=-task.centre / task.scale)
+    if last is None or last.weight in fresh:
+        return
+    weight, bias = _parameters(model, last, task)
+    with torch.no_grad():
+        weight.copy_(weight.double() / task.scale)
+        if bias is not None:
+            bias.copy_((bias.double() - task.centre) / task.scale)
+    forget(model)
 
 
-def _change(model: PreTrainedModel, last: LinearModule, task: Task, *, factor: float, shift: float) -> None:
-    """Multiply what a last layer gives by a factor, and add a shift."""
+def _parameters(
+    model: PreTrainedModel, last: LinearModule, task: Task
+) -> tuple[torch.nn.Parameter, torch.nn.Parameter | None]:
+    """Return weight and bias of a last layer."""
     parameters = dict(last.module.named_parameters(recurse=False))
     bias = parameters.get("bias")
     if bias is None and task.centre != 0:
         raise ModelError(
             f"the last layer of {type(model).__name__} has no bias that 'centre' could go into; use centre = 0"
         )
-    with torch.no_grad():
-        for parameter, added in ((parameters["weight"], 0.0), (bias, shift)):
-            if parameter is not None:
-                parameter.copy_(parameter.double() * factor + added)
-    forget(model)
+    return parameters["weight"], bias

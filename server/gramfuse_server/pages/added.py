@@ -21,12 +21,12 @@ def tell_added(report: Mapping[str, Any], mark: Callable[[str], str] = str) -> l
     added, said = report.get("added_tokens", {}), []
     if added.get("kept"):
         said.append(
-            f"{len(added['kept']):,} added tokens are kept, each with the weighted mean of the rows of the models that "
-            f"have it: {_named(added['kept'], mark)}."
+            "Of the tokens that were added to models, these are kept, each with the weighted mean of its rows in the "
+            f"models that have it: {_named(added['kept'], mark)}."
         )
     if added.get("left_out"):
         said.append(
-            f"{len(added['left_out']):,} added tokens are left out: {_named(added['left_out'], mark)}. "
+            f"Of the tokens that were added to models, these are left out: {_named(added['left_out'], mark)}. "
             "gramfuse merge --tokenizer DIR keeps those that the tokenizer in DIR has."
         )
     return said
