@@ -14,7 +14,9 @@ SECTIONS = {
     "At a silo": ("collect_statistics", "Statistics"),
     "Merge": ("merge", "Merged", "add_differences"),
     "In a Flower app": ("statistics_record", "RegMean"),
-    "Statistics as files": ("write_statistics", "read_statistics", "StatisticsFile", "About", "Origin", "Task"),
+    "Statistics as files": (
+        *("write_statistics", "read_statistics", "StatisticsFile", "About", "AddedTokens", "Added", "Origin", "Task"),
+    ),
     "Digests of a base model": ("tensor_digests", "config_digest", "processor_digest"),
     "Errors": ("GramfuseError", "PlanError", "ModelError", "ContributionError", "RunDirectoryError"),
 }

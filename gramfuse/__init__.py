@@ -28,7 +28,15 @@ if TYPE_CHECKING:
     from gramfuse_protocol.layout import Layout
     from gramfuse_protocol.plan import Merge
     from gramfuse_protocol.statistics import Statistics
-    from gramfuse_protocol.statistics_file import About, Origin, StatisticsFile, read_statistics, write_statistics
+    from gramfuse_protocol.statistics_file import (
+        About,
+        Added,
+        AddedTokens,
+        Origin,
+        StatisticsFile,
+        read_statistics,
+        write_statistics,
+    )
     from gramfuse_protocol.task import Task
     from gramfuse_server.accumulator import Merged
     from gramfuse_server.merging import merge
@@ -52,6 +60,8 @@ _HOMES = {
     "read_statistics": "gramfuse_protocol.statistics_file",
     "StatisticsFile": "gramfuse_protocol.statistics_file",
     "About": "gramfuse_protocol.statistics_file",
+    "AddedTokens": "gramfuse_protocol.statistics_file",
+    "Added": "gramfuse_protocol.statistics_file",
     "Origin": "gramfuse_protocol.statistics_file",
     "Task": "gramfuse_protocol.task",
     "tensor_digests": "gramfuse_model.digests",
@@ -66,6 +76,8 @@ _HOMES = {
 
 __all__ = [
     "About",
+    "Added",
+    "AddedTokens",
     "ContributionError",
     "GramfuseError",
     "Layout",

@@ -44,9 +44,10 @@ class Bench:
         silo: its file.
         base: the base model of its task; several silos may share it, and one uses it at a time.
         head: the head that it keeps, if it keeps one.
+        names: index of each label by what the data call it; by default by the task's names.
     """
 
-    def __init__(self, silo: Silo, plan: Plan, base: Base, head: Head) -> None:
+    def __init__(self, silo: Silo, plan: Plan, base: Base, head: Head, names: Mapping[str, int] | None = None) -> None:
         from gramfuse_client.finetune import choose_device
 
         self.silo = silo
@@ -54,6 +55,7 @@ class Bench:
         self.task = plan.task_of(silo.name)
         self.base = base
         self.head = head
+        self.names = names
         self.device = choose_device(silo.file.device)
         self.parts: Mapping[Part, Encoded] = _Made(self._part)
 
@@ -62,12 +64,14 @@ class Bench:
         """Training and held-out examples."""
         from gramfuse_client.data import load
 
-        return load(self.silo, self.task)
+        return load(self.silo, self.task, self.names)
 
     def _part(self, part: Part) -> Encoded:
         from gramfuse_client.data import load_validation
 
-        return self.encoded(self.examples[1] if part == "held-out" else load_validation(self.silo, self.task))
+        if part == "held-out":
+            return self.encoded(self.examples[1])
+        return self.encoded(load_validation(self.silo, self.task, self.names))
 
     def encoded(self, examples: Examples) -> Encoded:
         """Return examples as models of the silo's task take them."""
@@ -150,11 +154,12 @@ class Bench:
         from gramfuse_client.finetune import finetune
         from gramfuse_model.base import trainable
 
+        whose = self.silo.name if encoded is None else "all silos together"
         encoded = encoded or self.encoded(self.examples[0])
         with self.model(deltas, head={}) as model:
             if threads:
                 torch.set_num_threads(threads)
-            finetune(model, encoded, self.plan.training.in_round(number), self.device)
+            finetune(model, encoded, self.plan.training.in_round(number), self.device, whose=whose)
             return trainable(model)
 
     def fisher(self, deltas: Deltas, variant: Variant, examples: int) -> dict[str, NDArray[np.float32]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,18 +10,20 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
+from gramfuse_cli.labelled_rows import label_names, row_options, without_silo_file
 from gramfuse_cli.options import as_json as json_option
 from gramfuse_cli.options import columns as column_options
 from gramfuse_cli.project import Project
 from gramfuse_cli.terminal import bars, say, show_json
 from gramfuse_protocol.coverage import coverage, told
-from gramfuse_protocol.errors import DataError, PlanError, RunDirectoryError
+from gramfuse_protocol.errors import PlanError, RunDirectoryError
 from gramfuse_protocol.layout import Layout
 from gramfuse_protocol.plan import Merge
 from gramfuse_protocol.task import Kind, Task
 from gramfuse_protocol.text import listed
 
 if TYPE_CHECKING:
+    from gramfuse_client.checkpoint import Checkpoint
     from gramfuse_client.state import State
 
 LENGTH = Task.model_fields["max_length"].default
@@ -49,19 +50,7 @@ EVERY = 50
 @click.option("--name", help="What the file calls MODEL.  [default: the last part of MODEL]")
 @click.option("--task", type=click.Choice(get_args(Kind)), help="What MODEL is for.  [default: as its config says]")
 @column_options
-@click.option(
-    "--labels",
-    metavar="NAME,…",
-    help="What DATA call the outputs of MODEL, in their order.  [default: as its config does, or 0, 1, …]",
-)
-@click.option(
-    "--skip-bad",
-    type=click.IntRange(0),
-    default=0,
-    show_default=True,
-    metavar="N",
-    help="Leave out as many bad rows of DATA at most.",
-)
+@row_options()
 @click.option(
     "--max-length",
     type=click.IntRange(2),
@@ -115,7 +104,7 @@ def measure(context: click.Context, /, model: str | None, out: Path, as_json: bo
 
     The first form is for a model that is there already. Models that others measured against the same base can be merged
     with it: gramfuse merge. All must use the same --gram and --freeze. Rows need no label, but for target texts; one
-    that is there must be the model's.
+    that is there must be the model's. MODEL may have tokens that were added to BASE's.
 
     The second is for a silo of a locked, open plan that has no network: it fine-tunes and measures as it would in
     a run, by the same rules of the silo file, with a line in the ledger; gramfuse merge makes of the silos' files what
@@ -201,15 +190,9 @@ def _checkpoint(model: str, out: Path, options: dict[str, Any], *, labelled: boo
     task = task_of_model(model, here, options["task"], **settings)
     columns = {key: options[key] for key in ("text", "text_pair", "image", "label")}
     data = Data(train=options["data"], held_out=0.5, skip_bad=options["skip_bad"], **columns)
-    names = _names(options["labels"], task)
-    try:
+    names = label_names(options["labels"], task)
+    with without_silo_file(", and rows without a label are measured too"):
         examples = load_measured(Silo(here / "--data", SiloFile(name=name, data=data)), task, names, labelled=labelled)
-    except DataError as error:
-        raise DataError(
-            f"{error}\nHere there is neither plan nor silo file: labels are those of MODEL's configuration or of "
-            "--labels, or their numbers from 0 on, and rows without a label are measured too; columns are named by "
-            "--text, --text-pair, --image and --label; bad rows are left out by --skip-bad"
-        ) from None
     checkpoint = open_checkpoint(
         model,
         options["base"],
@@ -221,10 +204,13 @@ def _checkpoint(model: str, out: Path, options: dict[str, Any], *, labelled: boo
     )
     if checkpoint.task.max_length < task.max_length:
         say(f"examples are cut to {checkpoint.task.max_length} tokens, as many as MODEL has places for", err=True)
+    added = checkpoint.added
+    _tell_growth(checkpoint)
     with _progress() as show:
         statistics = measure_checkpoint(
             checkpoint,
             examples,
+            (model, options["data"]),
             limit=options["tokens"],
             batch_size=options["batch_size"],
             device=device,
@@ -238,21 +224,30 @@ def _checkpoint(model: str, out: Path, options: dict[str, Any], *, labelled: boo
         task=checkpoint.task,
         layout=checkpoint.layout,
         head=head_parameters(checkpoint.base.model),
+        added=added,
     )
-    return {**_report(out, name, len(examples), sha256, checkpoint.layout), "left_out": list(examples.left_out)}
+    return {
+        **_report(out, name, len(examples), sha256, checkpoint.layout),
+        "left_out": list(examples.left_out),
+        "added_tokens": list(added.tokens if added else ()),
+    }
 
 
-def _names(given: str | None, task: Task) -> tuple[str, ...]:
-    """Return --labels, of which one with a comma in it stands in double quotes."""
-    if given is None:
-        return ()
-    names = tuple(next(csv.reader([given], skipinitialspace=True), []))
-    if len(names) != len(task.labels) or len({*names, ""}) <= len(names):
-        raise PlanError(
-            f"--labels {given}: expected {len(task.labels)} different names, one for each output of MODEL: "
-            f"{listed(task.labels, 20) or 'it has none that are labels'}"
+def _tell_growth(checkpoint: Checkpoint) -> None:
+    """Say which tokens were added to a model, and what becomes of them."""
+    growth = checkpoint.growth
+    if growth is None:
+        return
+    if growth.tokens:
+        say(
+            f"MODEL has tokens that BASE has not: {listed(growth.tokens, 20)}. Rows of BASE's tokens are measured as "
+            "always. Those of the others are in the file as they are; gramfuse merge leaves them out, and keeps them "
+            "if --tokenizer names a tokenizer that has the tokens",
+            style="yellow",
+            err=True,
         )
-    return names
+    if growth.idle:
+        say(f"rows of MODEL's table that are no token's are left out: {growth.idle:,}", style="yellow", err=True)
 
 
 def _silo(directory: Path, name: str, out: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from gramfuse_cli.options import as_json as json_option
 from gramfuse_cli.report import check_sound, show_checks, show_steps
 from gramfuse_cli.terminal import say, show_json
 from gramfuse_protocol.coverage import told
+from gramfuse_server.pages.added import tell_added
 
 
 @click.command()
@@ -30,6 +31,12 @@ from gramfuse_protocol.coverage import told
     type=click.Choice(["merged", "own"]),
     help="own: merge the bodies only; each model keeps its head, in OUT/NAME.  [default: the plan's, or merged]",
 )
+@click.option(
+    "--tokenizer",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Keep added tokens: those that the tokenizer in DIR has beside BASE's.  [default: BASE's tokens only]",
+)
 @click.option("--threads", type=click.IntRange(0), default=0, help="CPU threads.  [default: as torch finds]")
 @json_option
 def merge(
@@ -40,6 +47,7 @@ def merge(
     weighting: str | None,
     weights: tuple[str, ...],
     heads: str | None,
+    tokenizer: Path | None,
     threads: int,
     as_json: bool,
 ) -> None:
@@ -52,6 +60,9 @@ def merge(
     is called is a stranger's word: nothing is loaded for it, and BASE is compared with what the file says of its
     weights, configuration and tokenizer. OUT is an ordinary Hugging Face model with its card, and with report.json and
     SHA256SUMS; nothing is left there if the merge fails. The order of the files does not matter.
+
+    Models may have tokens that were added to BASE's (resize_token_embeddings). They are left out, unless --tokenizer
+    names a tokenizer that has them: the row of each is the weighted mean over the models that have that token.
 
     Files of a plan's silos (gramfuse measure --plan) become the model that gramfuse simulate makes of that plan, bit
     for bit where all used as many threads.
@@ -66,7 +77,14 @@ def merge(
         torch.set_num_threads(threads)
     say("read the files and the base model", err=True)
     disable_progress_bar()
-    settings = Settings(alpha=alpha, weighting=weighting, weights=factors, heads=heads, base=base)  # type: ignore[arg-type]
+    settings = Settings(
+        alpha=alpha,
+        weighting=weighting,  # type: ignore[arg-type]
+        weights=factors,
+        heads=heads,  # type: ignore[arg-type]
+        base=base,
+        tokenizer=tokenizer,
+    )
     report = merge_files(files, out.absolute(), settings, Path.cwd())
     if as_json:
         check_sound(report, out.absolute())
@@ -75,7 +93,7 @@ def merge(
     show_steps(report["solve"], err=True)
     show_checks(report, err=True)
     names = ", ".join(silo["name"] for silo in report["silos"])
-    say(*told(report), err=True)
+    say(*told(report), *tell_added(report), err=True)
     say(f"{len(files)} models merged ({names}), alpha {report['alpha']}, in {report['seconds']:.0f} s: {out}")
     check_sound(report, out.absolute())
 

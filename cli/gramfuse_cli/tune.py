@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from gramfuse_cli import options
+from gramfuse_cli.labelled_rows import row_options
 from gramfuse_cli.project import Project
 from gramfuse_cli.report import check_sound, show_checks, show_models, show_report, show_steps
 from gramfuse_cli.simulate import run_simulation
@@ -17,10 +18,11 @@ from gramfuse_cli.terms import Term, compare_option
 from gramfuse_cli.tuning import Data, Wanted, tune_files
 from gramfuse_protocol.errors import PlanError
 from gramfuse_protocol.plan import Plan
+from gramfuse_server.pages.added import tell_added
 
 GRID = ",".join(f"{n / 10:g}" for n in range(11))
 
-OF_FILES = ("base", "validation", "test", "text", "text_pair", "image", "label")
+OF_FILES = ("base", "validation", "test", "text", "text_pair", "image", "label", "labels", "skip_bad")
 OF_PROJECTS = ("compare", "opened", "settings", "seed")
 
 
@@ -59,6 +61,7 @@ def _grid(_: click.Context, __: click.Parameter, text: str) -> tuple[float, ...]
 @click.option("--validation", metavar="DATA", help="Files: examples to choose by.")
 @click.option("--test", metavar="DATA", help="Files: examples to report on.")
 @options.columns
+@row_options("Files: ")
 @compare_option
 @options.open_mode
 @options.settings
@@ -75,6 +78,8 @@ def tune(
     base: str | None,
     validation: str | None,
     test: str | None,
+    labels: str | None,
+    skip_bad: int,
     compare: tuple[Term, ...],
     opened: bool,
     settings: tuple[str, ...],
@@ -117,16 +122,18 @@ def tune(
         return
     if validation is None or test is None or out is None:
         raise click.UsageError("files need --validation DATA, --test DATA and -o MODEL")
-    report = tune_files(sources, base, Data(validation, test, columns), wanted, out.absolute(), _say)
+    report = tune_files(sources, base, Data(validation, test, columns, labels, skip_bad), wanted, out.absolute(), _say)
     if as_json:
         check_sound(report, out.absolute())
         show_json({**report, "run": str(out.absolute())})
         return
+    if report["left_out"]:
+        say(f"{len(report['left_out'])} bad rows are left out:", *report["left_out"], err=True)
     show_tuning(report["tuning"])
     show_models(report, "test examples")
     show_steps(report["solve"])
     show_checks(report)
-    say("", str(out))
+    say(*tell_added(report), "", str(out))
     check_sound(report, out.absolute())
 
 

@@ -6,8 +6,9 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from gramfuse_cli.labelled_rows import label_names, without_silo_file
 from gramfuse_protocol.errors import PlanError
 from gramfuse_protocol.layout import delta_block
 from gramfuse_protocol.metrics import Sums, are_sums, examples_in
@@ -72,11 +73,15 @@ class Data:
     Args:
         validation, test: sources, as `[data]` of a silo file has them: what is chosen by, and what is reported on.
         columns: `text`, `text_pair`, `image` and `label`, as `[data]` has them too.
+        labels: --labels, if it is given.
+        skip_bad: most bad rows of a source that are left out.
     """
 
     validation: str
     test: str
     columns: Mapping[str, Any]
+    labels: str | None = None
+    skip_bad: int = 0
 
 
 def tune_files(
@@ -133,6 +138,7 @@ def tune_files(
         "tasks": {"": bench.task.task},
         "models": [described(bench.plan, name, kind, measure(deltas, "held-out")) for name, kind, deltas in models],
         "tuning": tuning,
+        "left_out": [row for part in bench.parts.values() for row in part.examples.left_out],
     }
     settings = Settings(alpha=chosen.alpha, weighting=weighting, weights=chosen.weights, base=base)
     return merge_files(paths, out, settings, Path.cwd(), additions)
@@ -152,16 +158,24 @@ def _bench(collection: Collection, base: str | None, data: Data) -> Bench:
     The examples to be reported are both the training and the held-out examples of a silo, so that those to choose by
     are without them.
     """
-    from gramfuse_cli.laboratory import Bench
+    from gramfuse_cli.laboratory import Bench, Part
+    from gramfuse_client.data import outputs
     from gramfuse_client.silo import Data as Sources
     from gramfuse_client.silo import Silo, SiloFile
     from gramfuse_model.zero_head import plan_for
 
     first = collection.files[0]
     model = collection.load_base(first, base, Path.cwd())
-    sources = Sources(train=data.test, held_out=data.test, validation=data.validation, **data.columns)
-    silo = Silo(Path.cwd() / "--validation", SiloFile(name=first.name, data=sources))
-    return Bench(silo, plan_for(first.name, str(base), first.about.task), model, {})
+    sources = Sources(
+        train=data.test, held_out=data.test, validation=data.validation, skip_bad=data.skip_bad, **data.columns
+    )
+    silo, task = Silo(Path.cwd() / "--validation", SiloFile(name=first.name, data=sources)), first.about.task
+    names = outputs(task, label_names(data.labels, task))
+    bench = Bench(silo, plan_for(first.name, str(base), task), model, {}, names)
+    with without_silo_file():
+        for part in get_args(Part):
+            bench.parts[part]
+    return bench
 
 
 def search(

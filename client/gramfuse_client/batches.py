@@ -201,9 +201,7 @@ def batches(
         by_length: sort by length, which saves padding; otherwise in the order of the examples.
         seed: draw an order by it, so that the first examples stand for all.
     """
-    order = list(range(len(encoded)))
-    if seed is not None:
-        random.Random(seed).shuffle(order)  # noqa: S311  # a sample, not a secret
+    order = drawn(len(encoded), seed)
     if by_length:
         order.sort(key=encoded.lengths().__getitem__)
     for start in range(0, len(order), size):
@@ -213,6 +211,14 @@ def batches(
             words = [torch.tensor(row["words"]) for row in rows]  # (words, 2) each
             batch["words"] = pad_sequence(words, batch_first=True, padding_value=IGNORED)
         yield {key: value.to(device) for key, value in batch.items()}
+
+
+def drawn(count: int, seed: int | None) -> list[int]:
+    """Return the order in which so many examples are in batches that are not sorted by length."""
+    order = list(range(count))
+    if seed is not None:
+        random.Random(seed).shuffle(order)  # noqa: S311  # a sample, not a secret
+    return order
 
 
 def inputs_of(batch: Mapping[str, torch.Tensor]) -> Batch:

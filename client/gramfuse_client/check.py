@@ -85,6 +85,7 @@ def check(
         progress("reading the base model, and deriving the layout from it; this takes some seconds")
         base = materials.check_base(found, silo, given.plan)
         materials.check_encoding(found, silo, given.plan, base, data)
+        materials.check_last_batch(found, silo, given.plan, base, examples)
         layout = materials.check_layout(found, silo, given, base)
         if layout is not None:
             agreement.check_size(found, silo, given.plan, layout)

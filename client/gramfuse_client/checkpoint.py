@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers import AutoConfig
 
-from gramfuse_client.batches import Encoded, batches
+from gramfuse_client.batches import Encoded, batches, drawn
 from gramfuse_client.data import Examples
 from gramfuse_client.statistics import collect_statistics
+from gramfuse_model.added_tokens import Growth, growth_of
 from gramfuse_model.base import Base, load_base, trainable
 from gramfuse_model.buffers import first_difference, saved_buffers
-from gramfuse_model.digests import config_document, processor_document
+from gramfuse_model.digests import config_document
+from gramfuse_model.inputs import new_tokens, other_inputs
 from gramfuse_model.lengths import check_lengths, room_of
 from gramfuse_model.source import check_files, download, locate
 from gramfuse_model.tracing import plan_layout
-from gramfuse_model.vocabulary import token_table
 from gramfuse_model.zero_head import load_zero_headed, plan_for
 from gramfuse_protocol.documents import build
-from gramfuse_protocol.errors import ModelError
-from gramfuse_protocol.layout import Layout
+from gramfuse_protocol.errors import GramfuseError, ModelError
+from gramfuse_protocol.layout import Layout, delta_block
 from gramfuse_protocol.plan import Training
 from gramfuse_protocol.statistics import Statistics
+from gramfuse_protocol.statistics_file import AddedTokens
 from gramfuse_protocol.task import LABELLED, Kind, Task
-from gramfuse_protocol.text import listed
+from gramfuse_protocol.text import one_line, quoted
 
 ARCHITECTURES: Mapping[str, Kind] = {
     "ForSequenceClassification": "classification",
@@ -42,11 +46,8 @@ ARCHITECTURES: Mapping[str, Kind] = {
 RETURNED = {"use_cache", "return_dict", "output_hidden_states", "initializer_range", "initializer_factor"}
 """Keys of a configuration that change neither what a model computes from its weights nor how it is trained."""
 
-PADDING = {"pad_token", "padding_side", "model_max_length"} | {
-    "clean_up_tokenization_spaces",
-    "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output",
-}
-"""What a tokenizer pads with and where, what each call says, and how tokens become a text again."""
+MOST = 64
+"""Most rows that an error names."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +57,19 @@ class Checkpoint:
     Args:
         base: with a head of zeros.
         layout: without scales, which only secure sums need, and which differ between machines.
+        growth: what the model has beyond its base, if tokens were added to it.
     """
 
     tuned: Base
     base: Base
     task: Task
     layout: Layout
+    growth: Growth | None = None
+
+    @property
+    def added(self) -> AddedTokens | None:
+        """Tokens that the model has beside those of its base, with their rows, if there are any."""
+        return None if self.growth is None else self.growth.added(self.tuned.model)
 
 
 def task_of_model(model: str, directory: Path, given: Kind | None = None, **settings: Any) -> Task:
@@ -131,7 +139,7 @@ def open_checkpoint(
     tuned = load_base(plan_for("model", model, task, freeze=freeze), directory, whole=True)
     plan = plan_for("base", base, task, freeze=freeze, gram=gram)
     origin = load_zero_headed(plan, directory)
-    _check_belong_together(model, base, tuned, origin)
+    growth = _check_belong_together(model, base, tuned, origin)
     if shorten:
         rooms = room_of(origin, task.max_length, task.target_length)
         keys = {"input": "max_length", "target": "target_length"}
@@ -143,11 +151,11 @@ def open_checkpoint(
     for group in document["groups"]:
         group["exponents"] = ()
     layout = Layout.model_validate(document)
-    _check_buffers(model, base, tuned, origin, layout)
-    return Checkpoint(tuned, origin, task, layout)
+    _check_buffers(model, base, tuned, origin, layout, growth)
+    return Checkpoint(tuned, origin, task, layout, growth)
 
 
-def _check_belong_together(model: str, base: str, tuned: Base, origin: Base) -> None:
+def _check_belong_together(model: str, base: str, tuned: Base, origin: Base) -> Growth | None:
     architecture = type(tuned.model).__name__
     saved = tuned.model.config.architectures or ()
     if architecture not in saved:
@@ -161,16 +169,19 @@ def _check_belong_together(model: str, base: str, tuned: Base, origin: Base) -> 
             f"model {model!r} is of type {kinds[0]!r} and base {base!r} of type {kinds[1]!r}; --base must be the model "
             "that it was fine-tuned from"
         )
-    _check_tables(model, base, tuned, origin)
+    growth = _growth(model, base, tuned, origin)
     mine, theirs = (dict(one.model.named_parameters()) | saved_buffers(one.model) for one in (tuned, origin))
     for name in sorted(mine.keys() | theirs.keys()):
         shapes = [tuple(one[name].shape) if name in one else "not there" for one in (mine, theirs)]
+        if growth is not None and name in growth.axes and "not there" not in shapes:
+            shapes[0] = tuple(growth.shared(name, mine[name], theirs[name]).shape)
         if shapes[0] != shapes[1]:
             raise ModelError(
                 f"parameter {name!r} is {shapes[0]} in model {model!r} and {shapes[1]} in base {base!r}; --base must "
                 "be the model that it was fine-tuned from"
             )
-        if _is_frozen(mine[name]) and not _same(mine[name], theirs[name]):
+        common = mine[name] if growth is None else growth.shared(name, mine[name], theirs[name])
+        if _is_frozen(mine[name]) and not _same(common, theirs[name]):
             raise ModelError(
                 f"parameter {name!r} is to be frozen and is not the same in model {model!r} and base {base!r}: fine-"
                 "tuning changed it, or --base is another model. Leave it out of --freeze"
@@ -180,34 +191,40 @@ def _check_belong_together(model: str, base: str, tuned: Base, origin: Base) -> 
             f"model {model!r} and base {base!r} have the same weights, so the difference to merge is zero; --base must "
             "be the model as it was before fine-tuning"
         )
-    odd = _other_settings(tuned, origin)
+    odd = _other_settings(tuned, origin, growth)
     if odd:
         raise ModelError(
             f"model {model!r} and base {base!r} have another {odd[0]!r} in their configurations, so the same weights "
             "do not compute the same in both; --base must be the model that it was fine-tuned from"
         )
-    other = _other_inputs(tuned.tokenizer, origin.tokenizer)
+    return growth
+
+
+def _growth(model: str, base: str, tuned: Base, origin: Base) -> Growth | None:
+    """Return what a model has beyond its base, if tokens were added to it; else the two take the same inputs."""
+    growth = growth_of(tuned, origin)
+    if growth is not None and growth.rows < growth.common:
+        raise ModelError(
+            f"the table of tokens has {growth.rows:,} rows in model {model!r} and {growth.common:,} in base {base!r}; "
+            "--base must be the model that it was fine-tuned from. If the table was cut to its tokenizer's tokens, "
+            f"load the model, call its resize_token_embeddings({growth.common}), and save it in another directory"
+        )
+    other = other_inputs(tuned.tokenizer, origin.tokenizer)
     if other is not None:
         raise ModelError(
-            f"model {model!r} and base {base!r} have different tokenizers or image processors ({other!r} is another), "
-            "so their inputs are not the same; only models with that of their base can be merged"
+            f"model {model!r} and base {base!r} have different tokenizers or image processors ({other}), so their "
+            "inputs are not the same; only models with that of their base can be merged, or with tokens that were "
+            "added to it"
         )
-
-
-def _check_tables(model: str, base: str, tuned: Base, origin: Base) -> None:
-    """Refuse a model that was given other tokens, since nobody else's has rows for them."""
-    mine, theirs = token_table(tuned.model), token_table(origin.model)
-    if mine is None or theirs is None or mine.num_embeddings == theirs.num_embeddings:
-        return
-    rows = mine.num_embeddings
-    added = sorted(tuned.tokenizer.get_vocab().keys() - origin.tokenizer.get_vocab().keys())
-    raise ModelError(
-        f"the table of tokens has {rows:,} rows in model {model!r} and {theirs.num_embeddings:,} in base {base!r}"
-        + (f"; its tokenizer has {listed(added, 3)} beside the base's" if added else "")
-        + ". Only models with the same tokens can be merged: load the base, call its "
-        f"resize_token_embeddings({rows}), save it in another directory with the tokenizer of the model, and give that "
-        "directory as --base for all models that are to be merged"
-    )
+    new = new_tokens(tuned.tokenizer, origin.tokenizer)
+    rowless = next((token for token in new if growth is None or token not in growth.tokens), None)
+    if rowless is not None:
+        raise ModelError(
+            f"token {quoted(rowless, 60)} was added to the tokenizer of model {model!r}, and the model has no row for "
+            "it; load the model, call its resize_token_embeddings(len(tokenizer)), and save it; or take the base's "
+            "tokenizer"
+        )
+    return growth
 
 
 def _same(tuned: torch.Tensor, origin: torch.Tensor) -> bool:
@@ -220,8 +237,10 @@ def _is_frozen(tensor: torch.Tensor) -> bool:
     return isinstance(tensor, torch.nn.Parameter) and not tensor.requires_grad
 
 
-def _check_buffers(model: str, base: str, tuned: Base, origin: Base, layout: Layout) -> None:
+def _check_buffers(model: str, base: str, tuned: Base, origin: Base, layout: Layout, growth: Growth | None) -> None:
     mine, theirs = saved_buffers(tuned.model), saved_buffers(origin.model)
+    if growth is not None:
+        mine = {name: growth.shared(name, buffer, theirs[name]) for name, buffer in mine.items()}
     merged = {tensor.name for tensor in layout.tensors}
     odd = first_difference({name: buffer for name, buffer in mine.items() if name not in merged}, theirs)
     if odd is not None:
@@ -231,36 +250,31 @@ def _check_buffers(model: str, base: str, tuned: Base, origin: Base, layout: Lay
         )
 
 
-def _other_settings(tuned: Base, origin: Base) -> list[str]:
+def _other_settings(tuned: Base, origin: Base, growth: Growth | None) -> list[str]:
     """Return the keys of two configurations that differ, of those that transformers' models know.
 
     What a model does in training only (dropout) is its owner's choice, and so is what it gives back beside its outputs.
     """
-    mine, theirs = (config_document(one.model)["config"] for one in (tuned, origin))
+    mine, theirs = (_settled(config_document(one.model)["config"], growth) for one in (tuned, origin))
     known = {field.name for field in fields(type(origin.model.config))} - RETURNED
-    return sorted(key for key in known if "drop" not in key and mine.get(key) != theirs.get(key))
+    odd = sorted(key for key in known if "drop" not in key and mine.get(key) != theirs.get(key))
+    added = set() if growth is None else set(growth.tokens.values())
+    return [key for key in odd if key != "pad_token_id" or mine.get(key) not in added]
 
 
-def _other_inputs(tuned: Any, origin: Any) -> str | None:
-    """Return what decides the tensors that are made of an example, and differs between two processors, if anything.
-
-    The base's is the one that is measured with, so what comes with each call, and how it pads, does not count. Versions
-    of transformers have classes of tokenizers of their own; where these differ, what both know is compared.
-    """
-    mine, theirs = processor_document(tuned), processor_document(origin)
-    both = mine["settings"].keys() & theirs["settings"].keys() if mine["class"] != theirs["class"] else None
-    for part in ("backend", "special", "settings"):
-        one, other = mine.get(part, {}), theirs.get(part, {})
-        for key in sorted(one.keys() | other.keys()):
-            counts = key not in PADDING and (part != "settings" or both is None or key in both)
-            if counts and one.get(key) != other.get(key):
-                return f"{part}.{key}"
-    return None
+def _settled(config: Mapping[str, Any], growth: Growth | None) -> dict[str, Any]:
+    """Return a configuration, without the number of tokens where tokens were added, in those of its parts too."""
+    return {
+        key: _settled(value, growth) if isinstance(value, Mapping) else value
+        for key, value in config.items()
+        if growth is None or key != "vocab_size"
+    }
 
 
 def measure(
     checkpoint: Checkpoint,
     examples: Examples,
+    names: tuple[str, str] = ("MODEL", "the data"),
     *,
     limit: int,
     batch_size: int,
@@ -271,27 +285,84 @@ def measure(
 
     Args:
         examples: the training data; where the limit does not take all, examples are drawn.
+        names: of the model and of the data, for errors.
         limit: most token rows for one Gram matrix.
         progress: called with (batches done, batches in all).
 
     Raises:
         ContributionError: naming the tensor, if a value is NaN or infinite.
-        ModelError: if the model cannot compute a batch of the data.
+        ModelError: naming the rows, if the model cannot compute a batch of the data.
     """
-    encoded = Encoded(examples, checkpoint.base.tokenizer, checkpoint.task)
+    growth = checkpoint.growth
+    encoded = Encoded(examples, (checkpoint.base if growth is None else checkpoint.tuned).tokenizer, checkpoint.task)
     total = -(-len(encoded) // batch_size)
+    done = 0
+
+    def note(batches: int) -> None:
+        nonlocal done
+        done = batches
+        progress(done, total)
+
     try:
-        return collect_statistics(
+        statistics = collect_statistics(
             checkpoint.tuned.model.to(device),
             batches(encoded, batch_size, device, seed=Training().seed),
-            checkpoint.layout,
-            base=trainable(checkpoint.base.model),
+            checkpoint.layout if growth is None else _widened(checkpoint.layout, growth),
+            base=_start(checkpoint),
             examples=len(examples),
             limit=limit,
-            progress=lambda done: progress(done, total),
+            progress=note,
         )
-    except (RuntimeError, ValueError, IndexError) as error:  # what torch and transformers raise where shapes do not fit
+    except GramfuseError:
+        raise
+    except Exception as error:  # models raise what they like
+        batch = drawn(len(encoded), Training().seed)[done * batch_size : (done + 1) * batch_size]
+        rows = sorted(examples.numbers[i] for i in batch) if examples.numbers else []
         raise ModelError(
-            f"the model cannot compute a batch of the data: {type(error).__name__}: {error}. It may not take texts of "
-            "that length, or the device has too little memory: try another --max-length or --batch-size"
+            f"model {names[0]!r} cannot compute a batch of {names[1]}, {_told(rows)}: {type(error).__name__}: "
+            f"{one_line(str(error), 1000)}. It may not take texts of that length, or the device has too little memory: "
+            "try another --max-length or --batch-size; with --batch-size 1, the row is named that it cannot compute"
         ) from error
+    return statistics if growth is None else _narrowed(statistics, growth)
+
+
+def _told(rows: Sequence[int]) -> str:
+    """Name rows, of many the first."""
+    more = f" and {len(rows) - MOST:,} more" if len(rows) > MOST else ""
+    return f"row {', '.join(map(str, rows[:MOST]))}{more}"
+
+
+def _start(checkpoint: Checkpoint) -> dict[str, NDArray[np.float32]]:
+    """Return what differences are taken from: of added tokens, zeros."""
+    start, growth = trainable(checkpoint.base.model), checkpoint.growth
+    if growth is None:
+        return start
+    return {name: growth.padded(name, torch.from_numpy(values)).numpy() for name, values in start.items()}
+
+
+def _widened(layout: Layout, growth: Growth) -> Layout:
+    """Return the layout of a model with added tokens: that of its base, with rows for them."""
+    document = layout.model_dump()
+    for tensor in document["tensors"]:
+        axis = growth.axes.get(tensor["name"])
+        if axis is not None:
+            shape = list(tensor["shape"])
+            shape[axis] = growth.rows
+            tensor["shape"] = tuple(shape)
+    for group in document["groups"]:
+        for weight in group["weights"]:
+            if weight["weight"] in growth.axes:
+                weight["d_out"] = growth.rows
+    return Layout.model_validate(document)
+
+
+def _narrowed(statistics: Statistics, growth: Growth) -> Statistics:
+    """Return what was measured without the rows of added tokens; where these took rows of the base, nothing changed."""
+    blocks = dict(statistics.blocks)
+    for name, axis in growth.axes.items():
+        block = delta_block(name)
+        if block in blocks:
+            wide = torch.from_numpy(np.asarray(blocks[block]))
+            unchanged = torch.zeros_like(wide.narrow(axis, 0, growth.common))
+            blocks[block] = growth.shared(name, wide, unchanged).contiguous().numpy()
+    return Statistics(statistics.examples, statistics.tokens, blocks)

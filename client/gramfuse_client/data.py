@@ -64,12 +64,14 @@ class Examples:
         pairs: the second text of each, or None.
         labels: what is to be learned of each: all of one type; None of each where that is not known, or there is none.
         left_out: what is wrong with each row of the source that was left out.
+        numbers: of each example's row or line in the source; nothing if there is no source.
     """
 
     inputs: Sequence[Input]
     pairs: Sequence[str] | None
     labels: Sequence[Label]
     left_out: Sequence[str] = field(default=(), compare=False)
+    numbers: Sequence[int] = field(default=(), compare=False)
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -81,6 +83,7 @@ class Examples:
             None if self.pairs is None else [self.pairs[i] for i in indices],
             [self.labels[i] for i in indices],
             self.left_out,
+            [self.numbers[i] for i in indices] if self.numbers else (),
         )
 
     @property
@@ -105,35 +108,39 @@ def _stated(given: Input) -> str | tuple[str, ...]:
     return hashlib.sha256(given).hexdigest() if isinstance(given, bytes) else given
 
 
-def load(silo: Silo, task: Task) -> tuple[Examples, Examples]:
+def load(silo: Silo, task: Task, names: Mapping[str, int] | None = None) -> tuple[Examples, Examples]:
     """Return a silo's training and held-out examples; what is set aside for `gramfuse tune` is in neither.
 
     Args:
         task: the silo's own (`gramfuse_protocol.plan.Plan.task_of`).
+        names: index of each label by what the data call it; by default by the task's names.
 
     Raises:
         DataError: naming the file, the line and what was expected.
     """
-    train, held_out = _train_and_held_out(silo, task)
+    train, held_out = _train_and_held_out(silo, task, names)
     fraction = silo.file.data.validation
     if isinstance(fraction, float):
         held_out, _ = _set_aside(held_out, fraction, silo, "validation")
     return train, held_out
 
 
-def load_validation(silo: Silo, task: Task) -> Examples:
+def load_validation(silo: Silo, task: Task, names: Mapping[str, int] | None = None) -> Examples:
     """Return the examples that `gramfuse tune` chooses by: as `data.validation` says, half of the held-out ones if not.
 
     What a model was trained on or is reported on tells nothing, so examples whose input is also a training or a
     held-out example's are left out.
 
+    Args:
+        task, names: as `load` has them.
+
     Raises:
         DataError: as `load`, and if nothing is left.
     """
-    train, held_out = _train_and_held_out(silo, task)
+    train, held_out = _train_and_held_out(silo, task, names)
     source = silo.file.data.validation
     if isinstance(source, str):
-        validation = _read(source, silo, task)
+        validation = _read(source, silo, task, names)
     else:
         held_out, validation = _set_aside(held_out, HALF if source is None else source, silo, "validation")
     known = {*train.given, *held_out.given}
@@ -146,9 +153,9 @@ def load_validation(silo: Silo, task: Task) -> Examples:
     return left
 
 
-def load_training(silo: Silo, task: Task) -> Examples:
-    """Return all examples of `data.train`, those that are set aside of it too; raises as `load`."""
-    return _read(silo.file.data.train, silo, task)
+def load_training(silo: Silo, task: Task, names: Mapping[str, int] | None = None) -> Examples:
+    """Return all examples of `data.train`, those that are set aside of it too; takes and raises what `load` does."""
+    return _read(silo.file.data.train, silo, task, names)
 
 
 def left_out(train: Examples, held_out: Examples) -> tuple[str, ...]:
@@ -171,20 +178,29 @@ def load_measured(silo: Silo, task: Task, names: Sequence[str] = (), *, labelled
     Raises:
         DataError: as `load`.
     """
-    names = names or task.labels
-    known = {name: index for index, name in enumerate(names)}
-    if not any(NUMBER.fullmatch(name) for name in names):
-        known |= {str(index): index for index in range(len(names))}
-    examples = _read(silo.file.data.train, silo, task, known, labelled=labelled)
+    examples = _read(silo.file.data.train, silo, task, outputs(task, names), labelled=labelled)
     if task.task == "sequence-to-sequence":
         return examples
     return replace(examples, labels=[None] * len(examples))
 
 
-def _train_and_held_out(silo: Silo, task: Task) -> tuple[Examples, Examples]:
-    data, train = silo.file.data, load_training(silo, task)
+def outputs(task: Task, names: Sequence[str] = ()) -> dict[str, int]:
+    """Return the outputs of a task's model by what data call them: a name, or a number where no name is one itself.
+
+    Args:
+        names: of the outputs, in their order; by default the task's.
+    """
+    names = names or task.labels
+    known = {name: index for index, name in enumerate(names)}
+    if not any(NUMBER.fullmatch(name) for name in names):
+        known |= {str(index): index for index in range(len(names))}
+    return {name: index for name, index in known.items() if index in task.annotated}
+
+
+def _train_and_held_out(silo: Silo, task: Task, names: Mapping[str, int] | None) -> tuple[Examples, Examples]:
+    data, train = silo.file.data, load_training(silo, task, names)
     if isinstance(data.held_out, str):
-        return train, _read(data.held_out, silo, task)
+        return train, _read(data.held_out, silo, task, names)
     return _set_aside(train, data.held_out, silo, "held-out")
 
 
@@ -220,14 +236,15 @@ def _read(
         check_pillow()
     known = {task.labels[index]: index for index in task.annotated} if names is None else names
     folder = _folder(source, silo.directory)
-    good: list[tuple[Input, str, Label]] = []
+    good: list[tuple[Input, str, Label, int]] = []
     bad: list[str] = []
     count = 0
     for count, (where, row) in enumerate(rows(source, silo.directory, _names(columns)), 1):
         try:
             if isinstance(row, DataError):
                 raise row
-            good.append(_example(row, columns, task, known, folder, where, labelled=labelled))
+            example = _example(row, columns, task, known, folder, where, labelled=labelled)
+            good.append((*example, int(where.rpartition(":")[2].removeprefix(" row "))))
         except DataError as error:
             if count - len(good) <= max(columns.skip_bad, SHOWN):
                 bad.append(str(error))
@@ -236,8 +253,8 @@ def _read(
         raise DataError(_complaint(place, bad, count - len(good), count, columns.skip_bad))
     if not good:
         raise DataError(f"{place}: holds no examples; expected at least one")
-    inputs, pairs, labels = map(list, zip(*good, strict=True))
-    return Examples(inputs, pairs if task.pair else None, labels, tuple(bad))
+    inputs, pairs, labels, numbers = map(list, zip(*good, strict=True))
+    return Examples(inputs, pairs if task.pair else None, labels, tuple(bad), numbers)
 
 
 def _example(

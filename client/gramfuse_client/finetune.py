@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import (
     PreTrainedModel,
     PrinterCallback,
@@ -17,9 +18,11 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from gramfuse_client.batches import Encoded
+from gramfuse_client.batches import Encoded, inputs_of
 from gramfuse_client.loss import masked_loss
-from gramfuse_protocol.errors import PlanError
+from gramfuse_model.buffers import as_in_training
+from gramfuse_model.heads import answers
+from gramfuse_protocol.errors import DataError, PlanError
 from gramfuse_protocol.plan import Training
 
 Progress = Callable[[int, int], None]
@@ -46,15 +49,20 @@ def finetune(
     training: Training,
     device: torch.device,
     progress: Progress | None = None,
+    whose: str = "this silo",
 ) -> None:
     """Fine-tune `model` in place for the examples' task; frozen parameters stay as they are.
 
     The result is a function of the arguments, the device and the number of CPU threads, and of nothing else.
 
+    Args:
+        whose: examples they are, for errors.
+
     Raises:
-        DataError: if there is nothing to learn from an example.
+        DataError: if there is nothing to learn from an example, or from a batch of one.
     """
     encoded.check_learnable()
+    check_batches(model, encoded, training.batch_size, whose)
     steps = -(-len(encoded) // training.batch_size) * training.epochs
     with tempfile.TemporaryDirectory(prefix="gramfuse-") as scratch, torch.random.fork_rng():
         arguments = TrainingArguments(
@@ -93,6 +101,40 @@ def finetune(
         finally:
             logging.set_verbosity(level)
     model.eval()
+
+
+def check_batches(model: PreTrainedModel, encoded: Encoded, size: int, whose: str) -> None:
+    """Try a batch of one example, if there would be one and the model has batch normalisation.
+
+    Over a single value there is nothing to normalise by. Where a layer has several for each example, as those of
+    images mostly do, one example is enough. The model is as it was before afterwards.
+
+    Args:
+        size: examples of a batch.
+        whose: examples they are, for the error.
+
+    Raises:
+        DataError: naming how many there are, and sizes of batches that will do.
+    """
+    count = len(encoded)
+    if count % size != 1 % size or not any(isinstance(module, _BatchNorm) for module in model.modules()):
+        return
+    shortest = min(range(count), key=encoded.lengths().__getitem__)
+    batch = encoded.collate([encoded[shortest]])
+    given = batch if answers(model) else inputs_of(batch)
+    device = next(model.parameters()).device
+    with as_in_training(model), torch.random.fork_rng(), torch.no_grad():
+        try:
+            model(**{key: value.to(device) for key, value in given.items()})
+        except ValueError as error:  # of torch's batch_norm
+            alone = f"each batch has one of the {count:,} examples" if size == 1 else "the last batch has one example"
+            fitting = [n for n in range(2, size + count + 2) if count % n != 1]
+            near = sorted(sorted(fitting, key=lambda n: abs(n - size))[:2])
+            remedy = f"use training.batch-size = {' or '.join(map(str, near))}" if near else "it needs two at least"
+            raise DataError(
+                f"{whose} has {count:,} examples, and with training.batch-size = {size} {alone}, which "
+                f"{type(model).__name__} cannot be trained on: batch normalisation needs several ({error}); {remedy}"
+            ) from None
 
 
 class _Report(TrainerCallback):

@@ -110,6 +110,20 @@ def check_encoding(
         )
 
 
+def check_last_batch(found: Findings, silo: Silo, plan: Plan, base: Base | None, train: Examples | None) -> None:
+    """Look whether a batch of one example would stop training."""
+    if base is None or train is None:
+        return
+    from gramfuse_client.batches import Encoded
+    from gramfuse_client.finetune import check_batches
+
+    try:
+        encoded = Encoded(train, base.tokenizer, plan.task_of(silo.name))
+        check_batches(base.model, encoded, plan.training.batch_size, silo.name)
+    except DataError as error:
+        found.error("batches", error)
+
+
 def _by_label(examples: Examples, task: Task) -> str:
     """Say how many examples each label has, of those that this silo annotates; of tags, how many entities begin."""
     match task.task:

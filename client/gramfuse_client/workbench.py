@@ -26,8 +26,8 @@ from gramfuse_model.buffers import first_difference, saved_buffers
 from gramfuse_model.change import check_changes
 from gramfuse_model.differences import add_differences, set_values
 from gramfuse_model.lengths import check_lengths
+from gramfuse_model.rescaling import fold
 from gramfuse_model.suitable import check_suitable
-from gramfuse_model.targets import fold
 from gramfuse_model.tracing import plan_layout
 from gramfuse_protocol.errors import ContributionError, RefusalError
 from gramfuse_protocol.files import make_private_directory
@@ -199,6 +199,7 @@ def train(
         plan.training.in_round(1 if state is None else state.round),
         device,
         progress=None if state is None else lambda done, total: state.progress("train", done, total),
+        whose=silo.name,
     )
     odd = first_difference(fixed, saved_buffers(base.model))
     if odd is not None:

@@ -22,6 +22,7 @@ from gramfuse_model.buffers import learned, saved_buffers
 from gramfuse_model.checkpoint_keys import Keys, check_keys
 from gramfuse_model.digests import config_digest, processor_digest, tensor_digests, weights_digest
 from gramfuse_model.heads import head_parameters
+from gramfuse_model.rescaling import unfold
 from gramfuse_model.source import BUNDLED, Source, source_of
 from gramfuse_model.tasks import FORMS, head_settings
 from gramfuse_model.vocabulary import check_files_of, check_tokenizer, pad
@@ -185,7 +186,10 @@ def own_head(plan: Plan, directory: Path | None, silo: str, *, override: str | N
 def _load_model(
     directory: str, task: Task, seed: int, *, whole: bool = False
 ) -> tuple[PreTrainedModel, frozenset[str]]:
-    """Return a task's model, and the names of the parameters that its files do not have, which come of the seed."""
+    """Return a task's model, and the names of the parameters that its files do not have, which come of the seed.
+
+    A base model's own head for a regression gives what the task's models learn (`gramfuse_model.rescaling`).
+    """
     auto = getattr(transformers, FORMS[task.task].auto)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -201,6 +205,8 @@ def _load_model(
     keys = Keys.of(loaded)
     labels = AutoConfig.from_pretrained(directory, trust_remote_code=False).num_labels
     check_keys(model, keys, directory, labels=labels, whole=whole)
+    if not whole:
+        unfold(model, task, keys.fresh)
     return model, keys.fresh
 
 

@@ -47,7 +47,7 @@ def changed_by_training(model: nn.Module, batch: Mapping[str, Any]) -> dict[str,
         return {}
     device = next(model.parameters()).device
     before = {name: buffer.clone() for name, buffer in saved_buffers(model).items()}
-    with _training(model), torch.random.fork_rng(), torch.no_grad():
+    with as_in_training(model), torch.random.fork_rng(), torch.no_grad():
         model(**{key: value.to(device) for key, value in batch.items()})
         after = {name: buffer.clone() for name, buffer in saved_buffers(model).items()}
     found: dict[str, Literal["mean", "sum"]] = {}
@@ -76,7 +76,7 @@ def _is_count(buffer: torch.Tensor) -> bool:
 
 
 @contextmanager
-def _training(model: nn.Module) -> Iterator[None]:
+def as_in_training(model: nn.Module) -> Iterator[None]:
     """Have a model in training mode; modes and buffers, those that are not saved too, are as before afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     kept = [(module, name, b, b.clone()) for module in model.modules() for name, b in _own_buffers(module)]

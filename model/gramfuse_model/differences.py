@@ -17,12 +17,12 @@ from gramfuse_model.buffers import learned
 def add_differences(model: nn.Module, deltas: Mapping[str, NDArray[Any]]) -> None:
     """Add differences to a model's parameters and buffers, in place.
 
-    Each sum is taken in float64 and rounded once to the tensor's dtype; that of a counter to the nearest integer.
-
     Example:
         >>> gramfuse.add_differences(base, {"classifier.bias": np.array([0.5, -0.5])})
         >>> base.classifier.bias.tolist()
         [0.5, -0.5]
+
+    Each sum is taken in float64 and rounded once to the tensor's dtype; that of a counter to the nearest integer.
 
     Args:
         deltas: by name of a parameter or buffer, any real dtype, in its shape.

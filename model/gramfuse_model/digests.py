@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -36,9 +36,10 @@ HEAD_SETTINGS = frozenset({"id2label", "label2id", "num_labels", "problem_type"}
 
 UNUSED_ATTRIBUTES = frozenset(
     {"name_or_path", "init_inputs", "init_kwargs", "files_loaded", "verbose", "deprecation_warnings"}
-    | {"chat_template", "response_template", "chat_control_tokens"}
+    | {"chat_template", "response_template", "chat_control_tokens", "total_vocab_size"}
 )
-"""Public attributes of a tokenizer that no run uses: what it was made of, and how it would write a chat."""
+"""Public attributes of a tokenizer that no run uses: what it was made of, how it would write a chat, and how many
+tokens it has, which the backend says."""
 
 TOKENIZER_SETTINGS = ("pad_token_type_id", "add_bos_token", "add_eos_token", "src_lang", "tgt_lang")
 """Properties of tokenizers that decide what they do, and do not show among the attributes."""
@@ -121,8 +122,11 @@ def processor_digest(processor: Any) -> str:
     return digest(processor_document(processor))
 
 
-def processor_document(processor: Any) -> dict[str, Any]:
+def processor_document(processor: Any, without: Container[str] = ()) -> dict[str, Any]:
     """Return all that decides which tensors a tokenizer or an image processor makes of an input.
+
+    Args:
+        without: tokens to leave out, as if they had not been added to the tokenizer.
 
     Returns:
         `class`; `settings`; and for tokenizers `special`, the special tokens by role, and `backend`: as tokenizer.json
@@ -148,15 +152,22 @@ def processor_document(processor: Any) -> dict[str, Any]:
         "class": kind,
         "settings": attributes | settings,
         "special": {
-            **{role: str(token) for role, token in processor.special_tokens_map.items() if isinstance(token, str)},
-            "extra": [str(token) for token in processor.extra_special_tokens],
+            **{
+                role: str(token)
+                for role, token in processor.special_tokens_map.items()
+                if isinstance(token, str) and token not in without
+            },
+            "extra": [str(token) for token in processor.extra_special_tokens if str(token) not in without],
         },
-        "backend": tokenizer_backend(processor),
+        "backend": tokenizer_backend(processor, without),
     }
 
 
-def tokenizer_backend(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def tokenizer_backend(tokenizer: PreTrainedTokenizerBase, without: Container[str] = ()) -> dict[str, Any]:
     """Return what a tokenizer makes of a text by itself, as `processor_document` has it.
+
+    Args:
+        without: as `processor_document` has it.
 
     Raises:
         ModelError: if it is of a kind whose whole state cannot be had.
@@ -164,9 +175,14 @@ def tokenizer_backend(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     try:
         if tokenizer.is_fast:
             backend = json.loads(tokenizer.backend_tokenizer.to_str())
+            backend["added_tokens"] = [one for one in backend["added_tokens"] if one["content"] not in without]
             return {key: _plain(backend[key]) for key in backend.keys() - {"version", "truncation", "padding"}}
-        added = {str(index): token.__getstate__() for index, token in tokenizer.added_tokens_decoder.items()}
-        return {"vocabulary": _vocabulary(tokenizer), "added": added, "files": _vocabulary_files(tokenizer)}
+        added = {
+            str(index): token.__getstate__()
+            for index, token in tokenizer.added_tokens_decoder.items()
+            if str(token) not in without
+        }
+        return {"vocabulary": _vocabulary(tokenizer, without), "added": added, "files": _vocabulary_files(tokenizer)}
     except (AttributeError, NotImplementedError, OSError) as error:
         raise ModelError(
             f"a {type(tokenizer).__name__} does not give its whole state away, so a plan cannot pin it ({error}); save "
@@ -174,9 +190,10 @@ def tokenizer_backend(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         ) from None
 
 
-def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> str:
+def _vocabulary(tokenizer: PreTrainedTokenizerBase, without: Container[str]) -> str:
     """Return the SHA-256 of all tokens as JSON in ASCII; a token may be half a character, which no other JSON has."""
-    tokens = sorted(tokenizer.get_vocab().items(), key=lambda entry: (entry[1], entry[0]))
+    found = ((token, index) for token, index in tokenizer.get_vocab().items() if token not in without)
+    tokens = sorted(found, key=lambda entry: (entry[1], entry[0]))
     return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()
 
 

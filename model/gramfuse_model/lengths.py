@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -84,18 +85,73 @@ def room_of(base: Base, longest: int, target: int) -> Mapping[str, Room]:
     rows = [_row(base, text, min(tokens, longest), min(targets, target)) for tokens, targets in TRIED]
     lookups = [_run(base.model, row) for row in rows]
     names = {id(tensor): name for name, tensor in (*base.model.named_parameters(), *base.model.named_buffers())}
+    numbers = {buffer.untyped_storage().data_ptr(): buffer for buffer in base.model.buffers() if buffer.numel()}
     found: dict[str, Room] = {}
-    for kind, key in zip(KINDS, ("input_ids", "labels"), strict=True):
+    for kind, key, wanted in zip(KINDS, ("input_ids", "labels"), (longest, target), strict=True):
         if key not in rows[0]:
             continue
-        less, more = (row[key].shape[1] for row in rows)
+        tokens = tuple(row[key].shape[1] for row in rows)
         for table, indices in lookups[1]:
-            before = next((_last(i, less) for t, i in lookups[0] if t is table and _last(i, less) is not None), None)
-            last = _last(indices, more)
-            if last is not None and before is not None and last - before == more - less > 0:
-                room = Room(table.shape[0] - (last + 1 - more), names.get(id(table), "positions"))
-                found[kind] = min(room, found.get(kind, room))
+            for before in (i for t, i in lookups[0] if t is table):
+                places = _places(table, before, indices, tokens)
+                if places is None and kind == "input":
+                    places = _places_of_whole_windows(base, table, before, indices, tokens, wanted)
+                if places is not None:
+                    most = min(places, _numbered(indices, numbers, places))
+                    room = Room(most, names.get(id(table), "positions"))
+                    found[kind] = min(room, found.get(kind, room))
+                    break
     return found
+
+
+def _places(table: torch.Tensor, before: torch.Tensor, indices: torch.Tensor, tokens: tuple[int, ...]) -> int | None:
+    """Return for how many tokens a table has places, if the indices of two texts have one for each token."""
+    less, more = tokens
+    ends = _last(before, less), _last(indices, more)
+    if ends[0] is None or ends[1] is None or not ends[1] - ends[0] == more - less > 0:
+        return None
+    return table.shape[0] - (ends[1] + 1 - more)
+
+
+def _places_of_whole_windows(
+    base: Base, table: torch.Tensor, before: torch.Tensor, indices: torch.Tensor, tokens: tuple[int, ...], wanted: int
+) -> int | None:
+    """Return for how many tokens a table has places in whole windows, if a model pads each text to such, as LED does.
+
+    A model that looks up a number of places that has nothing to do with the text is told apart by a text that is one
+    token longer than the window.
+
+    Args:
+        wanted: most tokens that are of interest.
+    """
+    counts = [i.numel() for i in (before, indices)]
+    window = math.gcd(*counts)
+    if not all(_counts_up(i) for i in (before, indices)) or before.flatten()[0] != indices.flatten()[0]:
+        return None
+    if window < 2 or [-(-n // window) * window for n in tokens] != counts or counts == list(tokens):
+        return None
+    places = int(table.shape[0] - indices.flatten()[0]) // window * window
+    if counts[0] == counts[1] and places < wanted:
+        text = " ".join(PUBLIC_TEXT * (1 + window // 50))
+        try:
+            longer = _run(base.model, _row(base, text, window + 1, TRIED[1][1]))
+        except ModelError:
+            return places
+        if all(i.numel() == window for t, i in longer if t is table):
+            return None
+    return places
+
+
+def _counts_up(indices: torch.Tensor) -> bool:
+    """Whether indices are consecutive numbers of one text."""
+    flat = indices.flatten()
+    return flat.numel() == indices.shape[-1] and bool((flat.diff() == 1).all())
+
+
+def _numbered(indices: torch.Tensor, numbers: Mapping[int, torch.Tensor], places: int) -> int:
+    """Return how many tokens a model can number, where it takes the indices from a buffer of numbers."""
+    buffer = numbers.get(indices.untyped_storage().data_ptr())
+    return places if buffer is None else int(buffer.numel() - indices.storage_offset())
 
 
 def _last(indices: torch.Tensor, tokens: int) -> int | None:
@@ -105,6 +161,10 @@ def _last(indices: torch.Tensor, tokens: int) -> int | None:
     different = set(indices.flatten().tolist())
     last = max(different)
     return last if different.issuperset(range(last + 1 - tokens, last)) else None
+
+
+def _is_table(tensor: torch.Tensor) -> bool:
+    return tensor.dim() == 2 and tensor.is_floating_point()
 
 
 class _Lookups(TorchFunctionMode):
@@ -117,6 +177,10 @@ class _Lookups(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is functional.embedding:
             self.found.append((args[1], args[0]))
+        elif function is torch.Tensor.__getitem__ and _is_table(args[0]):
+            first, *rest = args[1] if isinstance(args[1], tuple) else (args[1],)
+            if isinstance(first, torch.Tensor) and first.dtype == torch.int64 and all(r == slice(None) for r in rest):
+                self.found.append((args[0], first))
         return function(*args, **(kwargs or {}))
 
 

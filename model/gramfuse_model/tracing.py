@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -18,6 +19,7 @@ from gramfuse_model.buffers import changed_by_training
 from gramfuse_model.context_free import context_free
 from gramfuse_model.experts import GATE_UP, hidden_units, is_understood
 from gramfuse_model.heads import answers, last_layer
+from gramfuse_model.lengths import room_of
 from gramfuse_model.linear import LinearModule, experts_of, linear_modules
 from gramfuse_model.observation import Hook, observing
 from gramfuse_model.public_text import PUBLIC_TEXT
@@ -32,6 +34,9 @@ LONGEST = 1024
 
 USUAL_IMAGE = 224
 """Height and width of an image, where a model takes any."""
+
+PUBLIC = {"input": "input_ids", "target": "labels"}
+"""Where the public text stands in a batch."""
 
 QUIETEST = 8
 """Powers of two by which a feature's scale may lie below that of the loudest in its group."""
@@ -49,15 +54,16 @@ def plan_layout(plan: Plan, base: Base, given: Layout | None = None) -> Layout:
     """
     parts = _parts(plan)
     _check_long_texts(plan, base)
-    layout = derive_layout(
-        base.model,
-        public_batch(base),
-        plan.merge.model_copy(update={"experts": plan.merge.experts_in(secure=plan.privacy.secure_aggregation)}),
-        scaled=True,
-        shared=base.shared,
-        parts=parts,
-        parted=last_layer(base.model, len(plan.model.labels)) if parts else frozenset(),
-    )
+    with _of_public_text(base):
+        layout = derive_layout(
+            base.model,
+            public_batch(base),
+            plan.merge.model_copy(update={"experts": plan.merge.experts_in(secure=plan.privacy.secure_aggregation)}),
+            scaled=True,
+            shared=base.shared,
+            parts=parts,
+            parted=last_layer(base.model, len(plan.model.labels)) if parts else frozenset(),
+        )
     if given is not None and given.digest == plan.merge.layout and given.follows(layout):
         return given
     if plan.merge.layout is not None and layout.digest != plan.merge.layout:
@@ -101,6 +107,24 @@ def _check_long_texts(plan: Plan, base: Base) -> None:
             f"the base model cannot take a text of {batch['input_ids'].shape[1]} tokens, as model.max-length allows: "
             f"{error}; make model.max-length smaller"
         ) from error
+
+
+@contextmanager
+def _of_public_text(base: Base) -> Iterator[None]:
+    """Raise ModelError, saying for how many tokens a model has places, if it cannot take the public text as a whole."""
+    try:
+        yield
+    except (IndexError, RuntimeError) as error:  # it differs with the table of positions
+        batch = public_batch(base)
+        lengths = {kind: batch[key].shape[1] for kind, key in PUBLIC.items() if key in batch}
+        for kind, room in room_of(base, *(lengths.get(kind, 1) for kind in PUBLIC)).items():
+            if room.tokens < lengths[kind]:
+                raise ModelError(
+                    f"the model has places for {room.tokens:,} tokens ({room.table!r}), and its tokenizer makes "
+                    f"{lengths[kind]:,} of the public text that every base model is tried on; take a base for longer "
+                    "texts"
+                ) from error
+        raise
 
 
 def _targets(base: Base, texts: Sequence[str]) -> dict[str, torch.Tensor]:

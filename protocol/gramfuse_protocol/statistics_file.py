@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from gramfuse_protocol.bounds import (
     FEATURES,
@@ -27,6 +27,7 @@ from gramfuse_protocol.bounds import (
     LAYOUT_CHARACTERS,
     PLAN_CHARACTERS,
     TENSORS,
+    VALUES,
     Many,
     Title,
     check_keys,
@@ -43,6 +44,9 @@ from gramfuse_protocol.text import Word, one_line, quoted
 
 HEADER_LIMIT = 2 * (LAYOUT_CHARACTERS + PLAN_CHARACTERS + HEADER_CHARACTERS)
 """Most bytes of a header, and of the document in it: a layout, a plan, and two lines for each tensor."""
+
+TOKEN = 4096
+"""Most characters of an added token, as the document has it."""
 
 CHUNK = 2**20
 """Elements that are read at a time."""
@@ -73,6 +77,65 @@ class Origin(Section):
     processor: Sha256
 
 
+def _escaped(token: str) -> str:
+    """Return a token as JSON has it in ASCII, without the quotes."""
+    return json.dumps(token)[1:-1]
+
+
+def _is_escaped(text: str) -> str:
+    token = json.loads(f'"{text}"')
+    if not token or _escaped(token) != text or any("\ud800" <= character <= "\udfff" for character in token):
+        raise ValueError(f"{quoted(text)} is no token as JSON has it in ASCII")
+    return text
+
+
+class Added(Section):
+    """Tokens that were added to a model, and the shapes of their rows.
+
+    Example:
+        >>> gramfuse.Added(tokens=("<ticket>",), rows={"bert.embeddings.word_embeddings.weight": (1, 8)}).tokens
+        ('<ticket>',)
+
+    Args:
+        tokens: as JSON has them in ASCII, without the quotes: a token may be a line's end.
+        rows: of each tensor that has rows for tokens; its first dimension is the tokens.
+    """
+
+    tokens: Annotated[
+        Many[Annotated[str, Field(max_length=TOKEN), AfterValidator(_is_escaped)]],
+        Field(min_length=1, max_length=VALUES),
+    ]
+    rows: Annotated[Mapping[Word, Shape], Field(min_length=1, max_length=TENSORS)]
+
+    @model_validator(mode="after")
+    def _one_row_for_each_token(self) -> Added:
+        if len(set(self.tokens)) != len(self.tokens):
+            raise ValueError("an added token comes twice")
+        odd = next((name for name, shape in self.rows.items() if shape[:1] != (len(self.tokens),)), None)
+        if odd is not None:
+            raise ValueError(f"{odd!r} has not one row for each of {len(self.tokens):,} added tokens")
+        return self
+
+
+@dataclass(frozen=True)
+class AddedTokens:
+    """Tokens that a model has and its base has not.
+
+    Example:
+        >>> rows = {"bert.embeddings.word_embeddings.weight": np.zeros((2, 8), np.float32)}
+        >>> gramfuse.AddedTokens(tokens=("<ticket>", "<name>"), rows=rows).tokens
+        ('<ticket>', '<name>')
+
+    Args:
+        tokens: different ones.
+        rows: their values, not differences, by parameter or buffer: float32, (tokens, …) with the dimension of tokens
+            first.
+    """
+
+    tokens: tuple[str, ...]
+    rows: Mapping[str, NDArray[np.float32]]
+
+
 class About(Section):
     """What a statistics file says beside its tensors.
 
@@ -89,6 +152,7 @@ class About(Section):
         tokens: token rows by group.
         head: names of the parameters that belong to the task and not to the body, whether they are merged or not.
         own: shapes of the parameters that are the silo's own and are not merged.
+        added: tokens that the model has beside those of the base; None if there are none.
         plan: text of the plan that the silo followed; empty if there is none.
         made_by: version of gramfuse.
     """
@@ -104,6 +168,7 @@ class About(Section):
     tokens: Annotated[Mapping[Word, Annotated[int, Field(ge=0, le=2**53 - 1)]], Field(max_length=TENSORS)]
     head: Annotated[Many[Word], Field(max_length=TENSORS)] = ()
     own: Annotated[Mapping[Word, Shape], Field(max_length=TENSORS)] = {}
+    added: Added | None = None
     plan: Annotated[str, Field(max_length=PLAN_CHARACTERS)] = ""
     made_by: Title
 
@@ -111,7 +176,8 @@ class About(Section):
     def blocks(self) -> tuple[Block, ...]:
         """All tensors of the file, in its order: by the bytes of their names."""
         own = (Block(own_block(name), shape) for name, shape in self.own.items())
-        return tuple(sorted((*self.layout.blocks, *own), key=lambda block: block.name.encode()))
+        added = (Block(added_block(name), shape) for name, shape in (self.added.rows if self.added else {}).items())
+        return tuple(sorted((*self.layout.blocks, *own, *added), key=lambda block: block.name.encode()))
 
     @cached_property
     def places(self) -> Mapping[str, tuple[int, Block]]:
@@ -172,10 +238,25 @@ class StatisticsFile:
         """Read the parameters that are not merged, by name."""
         return {name: self.block(own_block(name)) for name in self.about.own}
 
+    @cached_property
+    def added(self) -> tuple[str, ...]:
+        """Tokens that the model has and its base has not."""
+        return tuple(json.loads(f'"{text}"') for text in self.about.added.tokens) if self.about.added else ()
+
+    def rows(self, parameter: str) -> NDArray[np.float32] | None:
+        """Read the rows of added tokens that a parameter or buffer has, float32 (tokens, …); None if it has none."""
+        there = self.about.added is not None and parameter in self.about.added.rows
+        return self.block(added_block(parameter)) if there else None
+
 
 def own_block(parameter: str) -> str:
     """Name of the tensor that holds a parameter that is not merged."""
     return f"own:{parameter}"
+
+
+def added_block(parameter: str) -> str:
+    """Name of the tensor that holds the rows of added tokens that a parameter has."""
+    return f"added:{parameter}"
 
 
 def write_statistics(
@@ -188,6 +269,7 @@ def write_statistics(
     layout: Layout,
     head: Iterable[str] = (),
     own: Mapping[str, NDArray[Any]] | None = None,
+    added: AddedTokens | None = None,
     plan: str = "",
 ) -> str:
     """Write a statistics file, which only its owner can read. It is there whole or not at all.
@@ -213,6 +295,7 @@ def write_statistics(
         path: must not exist.
         statistics: as `gramfuse_client.collect_statistics` returns them.
         own: parameters that are not merged, float32, by name.
+        added: tokens beside those of the base, with their rows, if there are any.
         name, base, task, layout, head, plan: as `About` has them.
 
     Returns:
@@ -235,10 +318,12 @@ def write_statistics(
         tokens=statistics.tokens,
         head=tuple(sorted(head)),
         own={parameter: array.shape for parameter, array in (own or {}).items()},
+        added=_described(path, added),
         plan=plan,
         made_by=importlib.metadata.version("gramfuse"),
     )
     kept = {own_block(parameter): array for parameter, array in (own or {}).items()}
+    kept |= {added_block(parameter): array for parameter, array in (added.rows if added else {}).items()}
     text = about.model_dump_json(by_alias=True)
 
     def tensors() -> Iterator[NDArray[np.float32]]:
@@ -265,6 +350,17 @@ def write_statistics(
         what = "no space left on the disk; make room" if disk_is_full(error) else str(error)
         raise RunDirectoryError(f"{path}: cannot be written: {what}") from None
     return sha256
+
+
+def _described(path: Path, added: AddedTokens | None) -> Added | None:
+    if added is None:
+        return None
+    shapes = {parameter: array.shape for parameter, array in added.rows.items()}
+    try:
+        return Added(tokens=tuple(map(_escaped, added.tokens)), rows=shapes)
+    except ValidationError as error:
+        problem = error.errors(include_url=False, include_input=False)[0]
+        raise ContributionError(f"{path}: added tokens cannot be written: {one_line(problem['msg'], 1000)}") from None
 
 
 def read_statistics(path: Path | str) -> StatisticsFile:

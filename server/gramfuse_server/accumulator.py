@@ -23,6 +23,11 @@ Deltas = Mapping[str, Float64]
 """Differences from the base by parameter name, in the parameter's own shape."""
 
 
+def rounded(deltas: Deltas) -> dict[str, NDArray[np.float32]]:
+    """Return differences as they travel: float32, by parameter name."""
+    return {name: np.asarray(delta, np.float32) for name, delta in deltas.items()}
+
+
 @dataclass(frozen=True)
 class Merged:
     """What a merge gives.
@@ -42,6 +47,13 @@ class Merged:
     deltas: Deltas
     mean: Deltas
     steps: tuple[Step, ...]
+
+    def rounded(self) -> dict[str, NDArray[np.float32]]:
+        """Return the differences as silos are sent them: float32, by parameter name.
+
+        What is written is the base with these, so it is bit for bit the model that silos measured.
+        """
+        return rounded(self.deltas)
 
     def after(self, start: Mapping[str, NDArray[np.float32]]) -> Merged:
         """Return differences from the base where they are from another model: what a later round starts from.

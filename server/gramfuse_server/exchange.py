@@ -25,7 +25,7 @@ from gramfuse_protocol.layout import ITEM_BYTES, PIECE_BYTES, Layout, delta_bloc
 from gramfuse_protocol.messages import MERGED
 from gramfuse_protocol.metrics import Sums
 from gramfuse_protocol.plan import Plan
-from gramfuse_server.accumulator import Merged
+from gramfuse_server.accumulator import Merged, rounded
 from gramfuse_server.conductor import Conductor, Observer
 from gramfuse_server.evaluation import Candidate, described, of_silos
 from gramfuse_server.model import write_model
@@ -170,7 +170,7 @@ class Exchange:
         self._measure(current, merged)
         path = self._start(current.conductor.round + 1)
         with self.run.writing(), replacing(path, private=True) as temporary:
-            save_file({delta_block(name): delta for name, delta in _rounded(merged.deltas).items()}, temporary)
+            save_file({delta_block(name): delta for name, delta in merged.rounded().items()}, temporary)
         current.conductor.keep("lost", current.lost)
         current.conductor.keep(OUTCOME, current.report())
         for spool in ("spool", "spool-metrics"):
@@ -194,9 +194,9 @@ class Exchange:
                 place = self.run.partial / "model"
                 doubt = "" if current.sound else told(map(asdict, current.checks))
                 about = (current.survivors, measured, chosen, doubt, self.layout, merged.steps)
-                write_model(place, self.base, _rounded(merged.deltas), self.plan, *about)
+                write_model(place, self.base, merged.rounded(), self.plan, *about)
                 if self.own_heads is not None and self.plan.model.head == "own":
-                    arrays = {delta_block(name): delta for name, delta in _rounded(merged.deltas).items()}
+                    arrays = {delta_block(name): delta for name, delta in merged.rounded().items()}
                     for silo in current.survivors:
                         self.own_heads(silo, arrays, self.run.partial / "models" / silo)
         return self._report(current, earlier) | studied
@@ -228,9 +228,9 @@ class Exchange:
 
     def _candidates(self, merged: Merged) -> Iterator[tuple[str, dict[str, NDArray[np.float32]]]]:
         """Yield the models that silos measure, by name, as differences by parameter name; the merge is the last."""
-        deltas = {"simple": merged.mean, MERGED: merged.deltas}
+        deltas = {"simple": rounded(merged.mean), MERGED: merged.rounded()}
         for name in sorted(self.plan.privacy.candidates, key=MERGED.__eq__):
-            yield name, _rounded(deltas[name])
+            yield name, deltas[name]
 
     def _report(self, current: Round, earlier: list[dict[str, Any]]) -> dict[str, Any]:
         """Return the report: of the last round, but for what all of them took."""
@@ -302,11 +302,6 @@ class Exchange:
                 f"{path}: cannot be read: {error}; remove {self.run.partial} and start the run anew"
             ) from None
         return start
-
-
-def _rounded(deltas: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.float32]]:
-    """Return differences as silos are sent them, so that the model that is written is the one that they measured."""
-    return {name: np.asarray(delta, np.float32) for name, delta in deltas.items()}
 
 
 def _versions() -> dict[str, dict[str, str]]:

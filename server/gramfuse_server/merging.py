@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from gramfuse_model.base import Base, load_base
 from gramfuse_model.differences import add_differences
 from gramfuse_model.digests import tensor_digests
-from gramfuse_model.targets import fold
+from gramfuse_model.rescaling import fold
 from gramfuse_model.tasks import FORMS
 from gramfuse_model.zero_head import load_zero_headed, plan_for
 from gramfuse_protocol.coverage import coverage
@@ -28,8 +28,10 @@ from gramfuse_protocol.statistics import Contribution, check_slices
 from gramfuse_protocol.statistics_file import StatisticsFile, read_statistics
 from gramfuse_protocol.text import listed, quoted
 from gramfuse_server.accumulator import Accumulator, Merged
+from gramfuse_server.added import Additions
 from gramfuse_server.checks import check_model, check_shares, check_sums
 from gramfuse_server.model import code, extent, front_matter, usage
+from gramfuse_server.pages.added import tell_added
 from gramfuse_server.pages.page import page
 from gramfuse_server.run import PAGE, REPORT, RunDirectory
 from gramfuse_server.verdicts import told, worst
@@ -100,6 +102,7 @@ class Settings:
         heads: whether heads are merged, or each model keeps its own.
         base: the base model: directory, hub id or bundled name. It is needed; what the files call it is nobody's to
             load.
+        tokenizer: directory of a tokenizer that has added tokens to keep; None is the base's, without them.
     """
 
     alpha: float | None = None
@@ -107,6 +110,7 @@ class Settings:
     weights: Mapping[str, float] | None = None
     heads: Heads | None = None
     base: str | None = None
+    tokenizer: Path | None = None
 
 
 class Collection:
@@ -287,6 +291,13 @@ def merge_files(
     alpha = settings.alpha if settings.alpha is not None else agreed.alpha if agreed else 0.9
     weighting: Weighting = settings.weighting or (agreed.weighting if agreed else "uniform")
     base = collection.load_base(collection.files[0], settings.base, directory)
+    counts = {file.name: file.examples if weighting == "examples" else 1 for file in collection.files}
+    added = Additions.of(
+        collection.files,
+        {name: weights[name] * counts[name] for name in names},
+        base,
+        None if settings.tokenizer is None else directory / settings.tokenizer,
+    )
     model_bytes = ITEM_BYTES * sum(parameter.numel() for parameter in base.model.parameters())
     models = len(names) if collection.heads == "own" else 1
     with RunDirectory(out, models * (model_bytes + 20 * 2**20)) as run:
@@ -304,22 +315,9 @@ def merge_files(
             "run": out.name,
             "mode": "files",
             "base": {"name": settings.base, "sha256": base.pins.sha256},
-            "layout_digest": collection.layout.digest,
-            "plan_digest": collection.plan.digest if collection.plan else None,
-            "heads": collection.heads,
-            "alpha": alpha,
-            "weighting": weighting,
-            "silos": [
-                {
-                    "name": file.name,
-                    "examples": file.examples,
-                    "weight": weights[file.name],
-                    "sha256": file.sha256,
-                    "auto_class": FORMS[file.about.task.task].auto,
-                }
-                for file in collection.files
-            ],
+            **_described(collection, alpha, weighting, weights),
             "examples": accumulator.examples,
+            "added_tokens": added.told(),
             **coverage(collection.layout),
             "solve": [asdict(step) for step in merged.steps],
             "checks": [asdict(check) for check in checks],
@@ -328,16 +326,39 @@ def merge_files(
         }
         with run.writing():
             if collection.heads == "merged":
-                _write(run.partial, base, merged, collection, report)
+                _write(run.partial, base, merged, collection, added, report)
             else:
                 for file in collection.files:
                     own = collection.load_base(file, settings.base, directory)
-                    _write(run.partial / file.name, own, merged, collection, report, file)
+                    _write(run.partial / file.name, own, merged, collection, added, report, file)
         report["seconds"] = round(time.monotonic() - began, 3)
         run.write(REPORT, json.dumps(report, indent=2) + "\n")
         run.write(PAGE, page(report, None))
         run.finish()
     return report
+
+
+def _described(
+    collection: Collection, alpha: float, weighting: Weighting, weights: Mapping[str, float]
+) -> dict[str, Any]:
+    """Return what the report says of files and of how they are merged."""
+    return {
+        "layout_digest": collection.layout.digest,
+        "plan_digest": collection.plan.digest if collection.plan else None,
+        "heads": collection.heads,
+        "alpha": alpha,
+        "weighting": weighting,
+        "silos": [
+            {
+                "name": file.name,
+                "examples": file.examples,
+                "weight": weights[file.name],
+                "sha256": file.sha256,
+                "auto_class": FORMS[file.about.task.task].auto,
+            }
+            for file in collection.files
+        ],
+    }
 
 
 @dataclass(frozen=True)
@@ -377,6 +398,7 @@ def _write(
     base: Base,
     merged: Merged,
     collection: Collection,
+    added: Additions,
     report: Mapping[str, Any],
     file: StatisticsFile | None = None,
 ) -> None:
@@ -384,6 +406,7 @@ def _write(
 
     Args:
         base: becomes the model.
+        added: tokens that it has beside those of the base.
         file: whose own parameters it has beside the merged ones, if any.
     """
     if file is not None:
@@ -392,8 +415,9 @@ def _write(
         tensors = base.model.state_dict()
         for name, value in file.own().items():
             tensors[name].copy_(torch.from_numpy(value))
-    add_differences(base.model, merged.deltas)
+    add_differences(base.model, merged.rounded())
     fold(base.model, (file or collection.files[0]).about.task)
+    base = added.put(base, file)
     base.model.save_pretrained(directory, safe_serialization=True)
     base.tokenizer.save_pretrained(directory)
     (directory / "README.md").write_text(_card(collection, report, file), encoding="utf-8")
@@ -419,6 +443,7 @@ def _card(collection: Collection, report: Mapping[str, Any], file: StatisticsFil
             for one in report["silos"]
         ),
         "",
+        *(line for said in tell_added(report, code) for line in (said, "")),
         *extent(report, report["solve"]),
         *usage(form),
     ]

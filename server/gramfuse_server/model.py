@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from gramfuse_model.base import Base
 from gramfuse_model.differences import add_differences
+from gramfuse_model.rescaling import fold
 from gramfuse_model.source import BUNDLED
-from gramfuse_model.targets import fold
 from gramfuse_model.tasks import Form, merged_form
 from gramfuse_protocol.coverage import coverage, told, unused
 from gramfuse_protocol.layout import Layout
@@ -38,7 +38,7 @@ def write_model(
     """Write base + deltas; the base model in memory becomes the merged one.
 
     Where silos keep their heads, what is written has none, nor labels. A regression gives targets as the data have them
-    (`gramfuse_model.targets`).
+    (`gramfuse_model.rescaling`).
 
     Args:
         directory: made if it is not there.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import transformers
 
 from gramfuse_model.base import Base, load_base
 from gramfuse_model.lengths import check_lengths, room_of
+from gramfuse_model.tracing import plan_layout
 from gramfuse_model.zero_head import plan_for
 from gramfuse_protocol.errors import ModelError, PlanError
 from gramfuse_protocol.task import Task
@@ -28,6 +30,7 @@ TABLES: dict[str, tuple[dict[str, Any], int | None]] = {
     "longformer": ({**SIZES, "max_position_embeddings": 42, "pad_token_id": 0, "attention_window": 8}, 41),
     "gpt2": ({"n_positions": 40, "n_embd": 16, "n_layer": 1, "n_head": 2}, 40),
     "marian": ({**ANSWERS, "max_position_embeddings": 40}, 40),  # sines, in a table all the same
+    "ctrl": ({"n_positions": 40, "n_embd": 16, "n_layer": 1, "n_head": 2, "dff": 24}, 40),  # looked up by an index
     "bart": ({**ANSWERS, "max_position_embeddings": 40}, 40),
     "llama": ({**SIZES, "max_position_embeddings": 40}, None),
     "bloom": ({"hidden_size": 16, "n_layer": 1, "n_head": 2}, None),
@@ -48,7 +51,7 @@ def base_of(tmp_path: Path, pico_tokenizer: Any) -> Callable[..., tuple[Base, Ta
 
     def make(kind: str, settings: dict[str, Any], longest: int = 128, target: int = 32) -> tuple[Base, Task]:
         words = {} if kind == "canine" else {"vocab_size": len(pico_tokenizer)}
-        config = transformers.AutoConfig.for_model(kind, **settings, **words)
+        config = transformers.AutoConfig.for_model(kind, **{**words, **settings})
         answers = config.is_encoder_decoder
         auto = transformers.AutoModelForSeq2SeqLM if answers else transformers.AutoModel
         torch.manual_seed(2)
@@ -98,6 +101,34 @@ def test_texts_longer_than_the_table_of_positions_are_refused_before_anything_is
         assert not runs(base, 5, most + 1)
         with pytest.raises(PlanError, match="target-length is 64"):
             check_lengths(base, [task.model_copy(update={"max_length": most, "target_length": 64})], trains=True)
+
+
+@pytest.mark.parametrize(("window", "rows", "most"), [(8, 44, 40), (32, 64, 64), (64, 100, 64), (256, 256, 256)])
+def test_a_model_that_pads_to_whole_windows_takes_texts_of_these(
+    window: int, rows: int, most: int, base_of: Callable[..., tuple[Base, Task]]
+) -> None:
+    places = {"max_encoder_position_embeddings": rows, "max_decoder_position_embeddings": 48}
+    base, task = base_of("led", {**ANSWERS, **places, "attention_window": window}, longest=most + 1)
+    assert room_of(base, most + 1, 128)["input"].tokens == most
+    assert runs(base, most, 5)
+    assert not runs(base, most + 1, 5)
+    with pytest.raises(PlanError, match=f"max-length is {most + 1}, .*'led.encoder.embed_positions.weight'"):
+        check_lengths(base, [task], trains=True)
+    check_lengths(base, [task.model_copy(update={"max_length": most})], trains=True)
+
+
+def test_a_table_that_is_shorter_than_the_public_text_in_characters_is_refused_by_its_places(
+    base_of: Callable[..., tuple[Base, Task]], tmp_path: Path
+) -> None:
+    base, task = base_of("bert", {**SIZES, "vocab_size": 384, "max_position_embeddings": 64}, longest=32)
+    base = replace(base, tokenizer=transformers.ByT5Tokenizer())
+    check_lengths(base, [task], trains=True)
+    with pytest.raises(ModelError, match=r"places for 64 tokens .*position_embeddings.* public text"):
+        plan_layout(plan_for("x", str(tmp_path), task), base)
+    canine, _ = base_of("canine", {**SIZES, "max_position_embeddings": 48, "num_hash_buckets": 512})
+    assert room_of(canine, 128, 1)["input"].tokens == 48
+    with pytest.raises(PlanError, match=r"max-length is 128, .* 48 tokens"):
+        check_lengths(canine, [task.model_copy(update={"max_length": 128})], trains=False)
 
 
 @pytest.mark.parametrize("kind", CONSTRAINED)

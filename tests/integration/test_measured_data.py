@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertForSequenceClassification
 
 from gramfuse_cli.main import cli
-from gramfuse_protocol.errors import DataError, GramfuseError, PlanError
+from gramfuse_protocol.errors import DataError, GramfuseError, ModelError, PlanError
 from gramfuse_protocol.layout import gram_block
 from gramfuse_protocol.statistics_file import StatisticsFile, read_statistics
 
@@ -143,3 +143,63 @@ def test_bad_rows_are_left_out_as_many_as_one_says(tmp_path: Path, model: Path, 
     with pytest.raises(DataError, match="2 of 32 rows cannot be used"):
         measure(model, pico_bert, tmp_path / "bad.jsonl", "--skip-bad", 1)
     assert not (tmp_path / "bad.safetensors").exists()
+
+
+def test_files_are_tuned_on_data_with_labels_of_its_own_and_bad_rows(
+    tmp_path: Path, model: Path, pico_bert: Path
+) -> None:
+    file = measure(model, pico_bert, write(tmp_path / "train.jsonl", rows(30)))[0].path
+    names = {0: "good, mostly", 1: "bad", 2: "so-so"}
+    parts: dict[str, dict[str, Path]] = {"numbers": {}, "names": {}}
+    for part, words in (("validation", "the big"), ("test", "my old")):
+        some = [{"text": f"{row['text']} {words}", "label": row["label"]} for row in rows(30)]
+        renamed = [{**row, "label": names[row["label"]]} for row in some]
+        parts["numbers"][part] = write(tmp_path / f"{part}-numbers.jsonl", some)
+        parts["names"][part] = write(tmp_path / f"{part}-names.jsonl", [{"text": "cat", "label": "pets"}, *renamed])
+
+    def tune(data: dict[str, Path], *options: Any) -> dict[str, Any]:
+        out = tmp_path / f"merged-{len(list(tmp_path.iterdir()))}"
+        given = ["--base", pico_bert, "--validation", data["validation"], "--test", data["test"], "--alpha", "0.5,0.9"]
+        result = CliRunner().invoke(cli, [*map(str, ["tune", file, *given, "-o", out, "--json", *options])])
+        if isinstance(result.exception, GramfuseError):
+            raise result.exception
+        assert result.exit_code == 0, result.output
+        report: dict[str, Any] = json.loads(result.stdout)
+        return report
+
+    labels = ("--labels", '"good, mostly",bad, so-so')
+    numbered, named = tune(parts["numbers"]), tune(parts["names"], *labels, "--skip-bad", 1)
+    assert [one["metrics"] for one in named["models"]] == [one["metrics"] for one in numbered["models"]]
+    assert named["tuning"]["alpha"] == numbered["tuning"]["alpha"]
+    places = {line.split(": ")[0] for line in named["left_out"]}
+    assert places == {f"{path}:1" for path in parts["names"].values()}
+    with pytest.raises(DataError, match=r"unknown label .pets.(?s:.*)--labels(?s:.*)--skip-bad"):
+        tune(parts["names"], *labels)
+    with pytest.raises(DataError, match="31 of 31 rows"):
+        tune(parts["names"])
+    with pytest.raises(PlanError, match="expected 3 different names"):
+        tune(parts["numbers"], "--labels", "good,bad")
+
+
+def test_a_batch_that_the_model_cannot_compute_is_named_with_its_rows(
+    tmp_path: Path, model: Path, pico_bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    some = [{"text": "", "label": 0}, *rows(30)]
+    some[18]["text"] = "spoon spoon spoon"
+    forward = BertForSequenceClassification.forward
+    spoon = AutoTokenizer.from_pretrained(model).convert_tokens_to_ids("spoon")
+
+    def fails(self: Any, input_ids: Any = None, **inputs: Any) -> Any:
+        if ((input_ids == spoon).sum(1) == 3).any():
+            raise RuntimeError("no room for so many spoons")
+        return forward(self, input_ids=input_ids, **inputs)
+
+    monkeypatch.setattr(BertForSequenceClassification, "forward", fails)
+    data = write(tmp_path / "train.jsonl", some)
+    with pytest.raises(ModelError) as caught:
+        measure(model, pico_bert, data, "--skip-bad", 1, "--batch-size", 1)
+    said = str(caught.value)
+    for word in (f"model '{model}'", f"{data}, row 19:", "no room for so many spoons", "--batch-size"):
+        assert word in said
+    with pytest.raises(ModelError, match=r"row (\d+, )*19(, \d+)*: RuntimeError"):
+        measure(model, pico_bert, data, "--skip-bad", 1, "--batch-size", 4)

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from gramfuse_protocol.errors import ContributionError, RunDirectoryError
 from gramfuse_protocol.layout import Group, Layout, Linear, Tensor
 from gramfuse_protocol.statistics import Statistics
-from gramfuse_protocol.statistics_file import Origin, read_statistics, write_statistics
+from gramfuse_protocol.statistics_file import AddedTokens, Origin, read_statistics, write_statistics
 from gramfuse_protocol.task import Task
 
 LAYOUT = Layout(
@@ -34,6 +34,7 @@ LAYOUT = Layout(
 )
 TASK = Task(task="classification", labels=('yes, "sir"', "nein\\n 漢字"), threshold=0.25)
 OWN = {"head.weight": np.array([[1.5, -2.0]], np.float32)}
+ADDED = AddedTokens(('<a "b\\">', "\n", "漢🐈"), {"e": np.arange(6, dtype=np.float32).reshape(3, 2)})
 
 
 def statistics(seed: int = 1) -> Statistics:
@@ -50,6 +51,7 @@ def write(path: Path, measured: Statistics | None = None, **changes: Any) -> Pat
         "layout": LAYOUT,
         "head": ["head.weight"],
         "own": OWN,
+        "added": ADDED,
     }
     write_statistics(path, measured or statistics(), **{**about, **changes})
     return path
@@ -74,6 +76,11 @@ def test_what_is_written_is_read(tmp_path_factory: pytest.TempPathFactory, seed:
         assert file.block(block.name).tobytes() == measured.block(block.name).tobytes()
         assert file.block(block.name).shape == block.shape
     assert file.own()["head.weight"].tobytes() == OWN["head.weight"].tobytes()
+    rows = file.rows("e")
+    assert file.added == ADDED.tokens
+    assert rows is not None
+    assert np.array_equal(rows, ADDED.rows["e"])
+    assert file.rows("a.bias") is None
     assert path.stat().st_mode & 0o777 == 0o600
     assert list(path.parent.iterdir()) == [path]
 
@@ -82,7 +89,7 @@ def test_it_is_a_safetensors_file_as_the_format_document_says(tmp_path: Path, go
     path = tmp_path / "north.safetensors"
     path.write_bytes(good)
     with safe_open(path, "numpy") as file:
-        assert set(file.keys()) == {*(block.name for block in LAYOUT.blocks), "own:head.weight"}
+        assert set(file.keys()) == {*(block.name for block in LAYOUT.blocks), "own:head.weight", "added:e"}
         assert file.metadata().keys() == {"gramfuse", "sha256"}
         assert np.array_equal(file.get_tensor("delta:ä.weight"), statistics().block("delta:ä.weight"))
         metadata = file.metadata()
@@ -173,6 +180,16 @@ def rewritten(
         (lambda header, document: document["layout"]["tensors"].pop(), "tensor 'delta:a.bias' is .* expects not there"),
         (lambda header, document: document["task"].update(labels=["one"]), "'task': .* needs at least two labels"),
         (lambda header, document: document["base"].update(weights={}), "'base.weights'"),
+        (lambda header, document: document.update(added=None), "tensor 'added:e' is .* expects not there"),
+        (lambda header, document: document["added"]["tokens"].pop(), "'added': .*'e' has not one row for each of 2"),
+        (lambda header, document: document["added"]["tokens"].__setitem__(0, "\\n"), "'added': .* comes twice"),
+        (lambda header, document: document["added"]["tokens"].__setitem__(0, "漢"), "'added.tokens.0': .*no token as"),
+        (
+            lambda header, document: document["added"]["tokens"].__setitem__(0, "\\ud800"),
+            "'added.tokens.0': .*no token",
+        ),
+        (lambda header, document: document["added"]["tokens"].__setitem__(0, 'a", "b'), "'added.tokens.0'"),
+        (lambda header, document: document["added"]["tokens"].__setitem__(0, ""), "'added.tokens.0': .*no token"),
     ],
 )
 def test_a_file_with_a_right_digest_and_wrong_content_is_refused(
@@ -189,7 +206,7 @@ def test_a_file_with_a_right_digest_and_wrong_content_is_refused(
 def test_values_that_are_not_finite_are_refused_by_name(tmp_path: Path, good: bytes) -> None:
     path = tmp_path / "north.safetensors"
     data = bytearray(good[8 + int.from_bytes(good[:8], "little") :])
-    data[0:4] = np.float32(np.nan).tobytes()  # delta:a.bias comes first
+    data[24:28] = np.float32(np.nan).tobytes()  # delta:a.bias comes after added:e
     path.write_bytes(rewritten(good, lambda header, document: None, bytes(data)))
     with pytest.raises(
         ContributionError, match=r"tensor 'delta:a.bias' holds 1 values that are NaN or infinite out of 2"

@@ -26,8 +26,8 @@ from gramfuse_client.state import State
 from gramfuse_client.targets import propose
 from gramfuse_client.workbench import Workbench
 from gramfuse_model.base import load_base
+from gramfuse_model.rescaling import fold
 from gramfuse_model.suitable import check_suitable
-from gramfuse_model.targets import fold
 from gramfuse_protocol.errors import DataError, ModelError
 from gramfuse_protocol.keys import Identity
 from gramfuse_protocol.task import Task
@@ -277,6 +277,44 @@ def test_a_head_that_cannot_give_targets_is_refused_before_a_plan_is_locked(
     loaded.model.classifier = torch.nn.Identity()
     with pytest.raises(ModelError, match="no linear layer with one output"):
         check_suitable(loaded, task)
+
+
+@pytest.mark.parametrize("size", ["small", "large"])
+@pytest.mark.parametrize("head", ["same", "different", "own"])
+def test_a_base_that_is_right_already_stays_right(
+    tmp_path: Path, base: Path, in_process_grid: Any, size: str, head: str
+) -> None:
+    centre, scale = SIZES[size]
+    torch.manual_seed(9)
+    right = transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=1).eval()
+    with torch.no_grad():
+        right.classifier.weight.copy_(3 * scale * right.classifier.weight / right.classifier.weight.norm())
+        right.classifier.bias.fill_(centre + 0.5 * scale)
+    right.save_pretrained(tmp_path / "right")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    tokenizer.save_pretrained(tmp_path / "right")
+    wide = f"centre = {centre}\nscale = {scale}\nrange = [{centre - 9 * scale}, {centre + 9 * scale}]"
+    directory = project(tmp_path / "numbers", tmp_path / "right", size, wide)
+    for path in directory.glob("*.jsonl"):
+        found = [json.loads(line)["text"] for line in path.read_text().splitlines()]
+        with torch.no_grad():
+            said = right(**tokenizer(found, padding=True, return_tensors="pt")).logits.squeeze(-1).tolist()
+        lines = [json.dumps({"text": text, "label": label}) + "\n" for text, label in zip(found, said, strict=True)]
+        path.write_text("".join(lines))
+    loaded = load_base(Project.read(directory).plan, directory)
+    given = tokenizer(["the cat", "a dog and rain"], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        before = (right(**given).logits.double() - centre) / scale
+        assert torch.allclose(loaded.model(**given).logits.double(), before, atol=1e-3)
+    metrics = "silo" if head == "own" else "sum"
+    settings = (f"model.head={head}", f"privacy.metrics={metrics}", "training.learning-rate=1e-7", "training.epochs=1")
+    run(directory, tmp_path / "numbers", in_process_grid, *settings)
+    places = [tmp_path / "numbers" / "run" / "model"]
+    if head == "own":
+        places = [tmp_path / "numbers" / "run" / "models" / silo for silo in SILOS]
+    for place in places:
+        answered, true = answers(place, directory)
+        assert np.abs(answered - true).max() < 0.01 * scale
 
 
 def test_a_scale_without_a_bias_is_folded_where_the_centre_is_zero() -> None:

@@ -14,12 +14,14 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from click.testing import CliRunner
 from PIL import Image
 from transformers import LevitConfig, LevitForImageClassification, ResNetConfig, ResNetForImageClassification
 
 from gramfuse_cli.comparison import Comparison
 from gramfuse_cli.engine import laboratory_of, simulated_silo
 from gramfuse_cli.laboratory import Bench, Laboratory
+from gramfuse_cli.main import cli
 from gramfuse_cli.project import Project
 from gramfuse_cli.terms import parse_terms
 from gramfuse_client.app import SiloApp
@@ -32,7 +34,7 @@ from gramfuse_client.workbench import Workbench, train
 from gramfuse_model.base import load_base
 from gramfuse_model.buffers import saved_buffers
 from gramfuse_model.differences import add_differences
-from gramfuse_protocol.errors import ContributionError, ModelError
+from gramfuse_protocol.errors import ContributionError, DataError, ModelError
 from gramfuse_protocol.layout import delta_block
 from gramfuse_protocol.metrics import metrics
 from gramfuse_server import post
@@ -361,6 +363,39 @@ def test_a_silo_stops_if_training_changes_a_buffer_that_is_not_merged(
     silo = silos_of(directory, plan)["north"]
     with pytest.raises(ContributionError, match="running_var"):
         train(silo, plan, without, load_base(plan, directory), load(silo, plan.task_of("north"))[0])
+
+
+def test_a_last_batch_of_one_that_cannot_be_normalised_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    directory = project(tmp_path, "levit")
+    plan, layout = Project.read(directory, ["training.epochs=1", "training.batch-size=47"]).locked()
+    silo = silos_of(directory, plan)["north"]
+    examples, _ = load(silo, plan.task_of("north"))
+    base = load_base(plan, directory)
+    before = {name: tensor.clone() for name, tensor in base.model.state_dict().items()}
+    with pytest.raises(DataError, match=r"north has 48 examples, .* = 47 .*Levit.*batch-size = 46 or 48"):
+        train(silo, plan, layout, base, examples)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in base.model.state_dict().items())
+    alone = plan.training.model_copy(update={"batch_size": 1})
+    with pytest.raises(DataError, match=r"each batch has one of the 48 examples.*batch-size = 2 or 3"):
+        train(silo, plan.model_copy(update={"training": alone}), layout, base, examples)
+    for size in (46, 48):
+        fitting = plan.training.model_copy(update={"batch_size": size})
+        train(silo, plan.model_copy(update={"training": fitting}), layout, load_base(plan, directory), examples)
+
+    text = (directory / "plan.toml").read_text()
+    (directory / "plan.toml").write_text(text.replace("batch-size = 8", "batch-size = 47"))
+    given = ["silo", "check", str(directory / "silos" / "north.toml"), "--plan", str(directory), "--offline", "--json"]
+    found = json.loads(CliRunner().invoke(cli, given).stdout)["findings"]
+    (batches_of_one,) = (finding for finding in found if finding["subject"] == "batches")
+    assert "batch-size = 46 or 48" in batches_of_one["remedy"]
+
+
+def test_a_model_that_normalises_over_many_places_trains_on_a_last_batch_of_one(tmp_path: Path) -> None:
+    directory = project(tmp_path, "resnet")
+    plan, layout = Project.read(directory, ["training.epochs=1", "training.batch-size=47"]).locked()
+    silo = silos_of(directory, plan)["north"]
+    examples, _ = load(silo, plan.task_of("north"))
+    assert train(silo, plan, layout, load_base(plan, directory), examples).examples == 48
 
 
 def test_models_that_are_tried_one_after_the_other_do_not_see_each_others_weights(tmp_path: Path) -> None:

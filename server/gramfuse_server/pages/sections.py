@@ -10,6 +10,7 @@ from markupsafe import Markup
 from gramfuse_protocol.plan import Plan
 from gramfuse_protocol.text import one_line
 from gramfuse_server.pages import drawing, sight
+from gramfuse_server.pages.added import tell_added
 from gramfuse_server.pages.blocks import Block, Cell, Code, Column, Facts, Row, Section, Sides, Table, Text
 from gramfuse_server.pages.course import checks, failure, losses, solve, traffic
 from gramfuse_server.pages.drawing import count
@@ -77,7 +78,8 @@ def heading(report: Mapping[str, Any], plan: Plan | None) -> tuple[str, str]:
 def _merged(reading: Reading) -> Section:
     """What was merged, from whom, under which plan."""
     title = "What was to be merged" if reading.failure else "What was merged"
-    return Section("merged", title, [Facts(_terms(reading)), _roster(reading)])
+    added = [Text(said) for said in tell_added(reading.report)]
+    return Section("merged", title, [Facts(_terms(reading)), _roster(reading), *added])
 
 
 def _terms(reading: Reading) -> list[tuple[str, str | Markup]]:
