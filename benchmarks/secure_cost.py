@@ -376,7 +376,7 @@ def silo(elements: int, silos: int, folder: Path, *, disk: bool = True) -> Figur
         with packing:
             found = {"masked": read_masked(path, start, stop - start)}
             frame = pack(MaskedReply(**about, sum_of="statistics", piece=piece, arrays=found))
-            carried = [npy.encode(buffer) for buffer in frame.buffers]  # as gramfuse_client.records does it
+            carried = [npy.encode(buffer) for buffer in frame.buffers]  # as gramfuse_protocol.flower_records does
             sent += len(frame.header.encode("utf-8")) + sum(map(len, carried))
         del found, frame, carried
     figures = together(

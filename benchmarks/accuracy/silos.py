@@ -13,6 +13,7 @@ from gramfuse_cli.engine import simulated_silo
 from gramfuse_cli.laboratory import Laboratory
 from gramfuse_cli.project import Project
 from gramfuse_client.offline import contribute
+from gramfuse_client.silo import read_silos
 from gramfuse_client.state import State
 from gramfuse_protocol.layout import Layout
 from gramfuse_protocol.plan import Plan
@@ -37,7 +38,10 @@ def laboratory(setting: Setting, name: str, cache: Path, settings: Sequence[str]
     place.mkdir(exist_ok=True)
     files = {name: _trained(project, plan, layout, name, place) for name in plan.names}
     seconds = sum(float((place / f"{name}.seconds").read_text()) for name in files)
-    silos = {name: simulated_silo(str(silo.path), str(place), plan.digest) for name, silo in project.silos().items()}
+    silos = {
+        name: simulated_silo(str(silo.path), str(place), plan.digest)
+        for name, silo in read_silos(project.directory, plan.names).items()
+    }
     heads = {name: file.own() for name, file in files.items()} if plan.model.head == "own" else {}
     return Laboratory(plan, layout, project.directory, silos, files, heads), seconds
 
@@ -62,7 +66,7 @@ def _trained(project: Project, plan: Plan, layout: Layout, name: str, place: Pat
     path = place / f"{name}.safetensors"
     if not path.exists():
         began = time.monotonic()
-        silo = simulated_silo(str(project.silos()[name].path), str(place), plan.digest, opened=True)
+        silo = simulated_silo(str(project.directory / "silos" / f"{name}.toml"), str(place), plan.digest, opened=True)
         temporary = path.with_suffix(".partial")
         temporary.unlink(missing_ok=True)
         state = State(silo.state, plan.digest)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import tomlkit
 
@@ -14,9 +13,6 @@ from gramfuse_protocol.errors import PlanError
 from gramfuse_protocol.files import replacing
 from gramfuse_protocol.layout import Layout
 from gramfuse_protocol.plan import Plan
-
-if TYPE_CHECKING:
-    from gramfuse_client.silo import Silo
 
 
 @dataclass(frozen=True)
@@ -93,20 +89,3 @@ class Project:
         if layout.digest != self.plan.merge.layout:
             raise PlanError(f"{self.layout_path}: is not the plan's layout; run: gramfuse plan lock {self.directory}")
         return layout
-
-    def silos(self) -> dict[str, Silo]:
-        """Read the silo file of every silo in the roster.
-
-        Raises:
-            PlanError: if one is missing, or is another silo's.
-        """
-        from gramfuse_client.silo import Silo
-
-        silos = {}
-        for name in self.plan.names:
-            path = self.directory / "silos" / f"{name}.toml"
-            silo = Silo.read(path)
-            if silo.name != name:
-                raise PlanError(f"{path}: 'name' is {silo.name!r}; expected {name!r}, as the file is called")
-            silos[name] = silo
-        return silos

@@ -97,7 +97,7 @@ def run_simulation(
     from gramfuse_cli.engine import simulated_silo
     from gramfuse_client.data import left_out, load, load_validation
     from gramfuse_client.policy import check_examples, check_plan
-    from gramfuse_client.silo import write_identity
+    from gramfuse_client.silo import read_silos, write_identity
     from gramfuse_client.state import read_progress
     from gramfuse_client.targets import check_targets
     from gramfuse_model.source import source_of
@@ -107,7 +107,7 @@ def run_simulation(
     check_free(out)
     _check_scratch()
     say("read the silos' data and the base model", err=True)
-    silos = project.silos()
+    silos = read_silos(project.directory, project.plan.names)
     for silo in silos.values():  # what a silo would refuse later is said now, with the details that only it may see
         task = project.plan.task_of(silo.name)
         examples, held_out = load(silo, task)

@@ -13,9 +13,9 @@ from flwr.clientapp import ClientApp
 from gramfuse_client.bundle import check_bundle
 from gramfuse_client.egress import Egress, failed
 from gramfuse_client.participant import Participant
-from gramfuse_client.records import request_of, to_record
 from gramfuse_client.silo import Silo
 from gramfuse_protocol.errors import GramfuseError, PlanError
+from gramfuse_protocol.flower_records import request_of, to_record
 from gramfuse_protocol.text import lines_of, one_line
 from gramfuse_protocol.wire import pack
 

@@ -14,10 +14,10 @@ from flwr.clientapp.typing import ClientAppCallable
 
 from gramfuse_client.departures import form_of
 from gramfuse_client.ledger import Entry, Item, Ledger
-from gramfuse_client.records import from_record, request_of, to_record
 from gramfuse_client.silo import Silo
 from gramfuse_protocol import messages
 from gramfuse_protocol.errors import FederationError, GramfuseError, LedgerError
+from gramfuse_protocol.flower_records import from_record, request_of, to_record
 from gramfuse_protocol.messages import PHASES, REPLIES, Refusal
 from gramfuse_protocol.text import one_line
 from gramfuse_protocol.wire import pack, unpack

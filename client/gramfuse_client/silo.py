@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 from datetime import time
 from pathlib import Path
 from typing import Annotated, Literal
@@ -171,6 +172,25 @@ class SiloFile(Section):
     limits: Limits = Limits()
     coordinator: Coordinator | None = None
     """Needed by `gramfuse silo start`."""
+
+
+def read_silos(project: Path, names: Iterable[str]) -> dict[str, Silo]:
+    """Read the silo files of a project's silos, `silos/<name>.toml`.
+
+    Args:
+        project: directory of the plan.
+
+    Raises:
+        PlanError: if one is missing, or is another silo's.
+    """
+    silos = {}
+    for name in names:
+        path = project / "silos" / f"{name}.toml"
+        silo = Silo.read(path)
+        if silo.name != name:
+            raise PlanError(f"{path}: 'name' is {silo.name!r}; expected {name!r}, as the file is called")
+        silos[name] = silo
+    return silos
 
 
 def write_identity(path: Path, identity: Identity) -> None:

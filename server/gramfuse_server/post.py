@@ -14,11 +14,11 @@ from flwr.app import RecordDict
 from flwr.serverapp import Grid
 
 from gramfuse_protocol.errors import FederationError, GramfuseError
+from gramfuse_protocol.flower_records import from_record, to_record
 from gramfuse_protocol.messages import REPLIES, Message, message_type
 from gramfuse_protocol.text import SAID, one_line
 from gramfuse_protocol.wire import Frame, pack, unpack
 from gramfuse_server.patience import Patience
-from gramfuse_server.records import from_record, to_record
 
 M = TypeVar("M", bound=Message)
 

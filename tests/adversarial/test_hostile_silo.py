@@ -26,10 +26,10 @@ from gramfuse_cli.project import Project
 from gramfuse_client import workbench
 from gramfuse_client.app import SiloApp
 from gramfuse_client.data import load
-from gramfuse_client.records import from_record, to_record
 from gramfuse_client.silo import Silo
 from gramfuse_model.base import Base, load_base
 from gramfuse_protocol.errors import ContributionError, FederationError, SecurityError
+from gramfuse_protocol.flower_records import from_record, to_record
 from gramfuse_protocol.keys import FIELD, Identity
 from gramfuse_protocol.messages import REPLIES, EvaluateReply, MaskedReply, MaskedRequest, Refusal
 from gramfuse_protocol.node_key import generate

@@ -20,7 +20,7 @@ from gramfuse_cli.report import show_report
 from gramfuse_client import workbench
 from gramfuse_client.app import SiloApp
 from gramfuse_client.data import load
-from gramfuse_client.silo import Silo
+from gramfuse_client.silo import Silo, read_silos
 from gramfuse_client.state import State
 from gramfuse_model import summands as sums
 from gramfuse_model.base import Base, load_base
@@ -208,7 +208,7 @@ def trained(project: Any, *settings: str) -> Site:
     opened = Project.read(project.directory, settings)
     plan, layout = opened.locked()
     statistics = {}
-    for name, silo in opened.silos().items():
+    for name, silo in read_silos(opened.directory, plan.names).items():
         examples, _ = load(silo, plan.task_of(name))
         statistics[name] = workbench.train(silo, plan, layout, load_base(plan, project.directory, silo=name), examples)
     return Site(project, plan, layout, load_base(plan, project.directory), statistics)

@@ -25,12 +25,12 @@ from gramfuse_client import participant as participant_module
 from gramfuse_client.app import SiloApp
 from gramfuse_client.participant import Participant
 from gramfuse_client.policy import check_bytes, check_examples, check_hours, check_plan, refusals
-from gramfuse_client.records import from_record, to_record
 from gramfuse_client.silo import Coordinator, Data, Limits, Silo, SiloFile
 from gramfuse_model.base import load_base
 from gramfuse_model.tracing import plan_layout
 from gramfuse_protocol.errors import FailureError, FederationError, ModelError, RefusalError, error_types
 from gramfuse_protocol.files import exclusive
+from gramfuse_protocol.flower_records import from_record, to_record
 from gramfuse_protocol.layout import Layout
 from gramfuse_protocol.messages import (
     REPLIES,

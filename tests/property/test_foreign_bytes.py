@@ -23,11 +23,9 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 
-import gramfuse_client.records as silos_records
-import gramfuse_server.records as coordinators_records
 from gramfuse_client.ledger import Entry, Item, Ledger
 from gramfuse_client.silo import Silo
-from gramfuse_protocol import npy, secure_sum
+from gramfuse_protocol import flower_records, npy, secure_sum
 from gramfuse_protocol.bounds import LAYOUT_CHARACTERS
 from gramfuse_protocol.canonical import canonical_json
 from gramfuse_protocol.errors import GramfuseError
@@ -364,8 +362,7 @@ def read_reply(draw: random.Random, place: Path) -> None:
 
 def read_record(draw: random.Random, place: Path) -> None:
     frame = pack(draw.choice([*ASKED, *SAID]))
-    module = draw.choice((silos_records, coordinators_records))
-    good = module.to_record(frame)
+    good = flower_records.to_record(frame)
     arrays, header = dict(good.array_records["arrays"]), dict(good.config_records["header"])
     records: dict[str, Any] = {}
     for _ in range(draw.choice((1, 2))):
@@ -394,7 +391,7 @@ def read_record(draw: random.Random, place: Path) -> None:
                     "uint8", array.shape, array.stype, changed_bytes(draw, array.data, frame.header.encode())
                 )
     content = RecordDict({"header": ConfigRecord(header), "arrays": ArrayRecord(arrays), **records})
-    unpack(module.from_record(content), {**REQUESTS, **EVERY_REPLY} if draw.random() < 0.5 else EVERY_REPLY)
+    unpack(flower_records.from_record(content), {**REQUESTS, **EVERY_REPLY} if draw.random() < 0.5 else EVERY_REPLY)
 
 
 def read_npy(draw: random.Random, place: Path) -> None:

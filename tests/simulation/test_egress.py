@@ -24,9 +24,9 @@ from gramfuse_client.app import SiloApp
 from gramfuse_client.departures import leaves
 from gramfuse_client.egress import Egress
 from gramfuse_client.ledger import REASON, Ledger, Line
-from gramfuse_client.records import from_record, to_record
 from gramfuse_client.session import Record
 from gramfuse_client.silo import Silo, write_identity
+from gramfuse_protocol.flower_records import from_record, to_record
 from gramfuse_protocol.keys import Identity
 from gramfuse_protocol.layout import Layout
 from gramfuse_protocol.messages import (

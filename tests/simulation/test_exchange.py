@@ -26,7 +26,6 @@ import gramfuse_client.workbench
 from gramfuse_cli.engine import laboratory_of, simulated_silo
 from gramfuse_cli.project import Project
 from gramfuse_client.app import SiloApp
-from gramfuse_client.records import from_record, to_record
 from gramfuse_client.silo import Silo
 from gramfuse_model.base import Base, load_base
 from gramfuse_protocol.errors import (
@@ -35,6 +34,7 @@ from gramfuse_protocol.errors import (
     GramfuseError,
     RefusalError,
 )
+from gramfuse_protocol.flower_records import from_record, to_record
 from gramfuse_protocol.layout import PIECE_BYTES as ONE_PIECE
 from gramfuse_protocol.layout import Layout
 from gramfuse_protocol.messages import (

@@ -26,13 +26,13 @@ from gramfuse_client.batches import Encoded, batches
 from gramfuse_client.data import load
 from gramfuse_client.finetune import finetune
 from gramfuse_client.participant import Participant
-from gramfuse_client.records import from_record, to_record
 from gramfuse_client.silo import Silo
 from gramfuse_client.state import State
 from gramfuse_client.statistics import collect_statistics
 from gramfuse_model.base import load_base, trainable
 from gramfuse_protocol import secure_sum
 from gramfuse_protocol.errors import FederationError, GramfuseError, RefusalError
+from gramfuse_protocol.flower_records import from_record, to_record
 from gramfuse_protocol.messages import (
     REPLIES,
     REQUESTS,

@@ -31,7 +31,6 @@ from gramfuse_client import membership, workbench
 from gramfuse_client.app import SiloApp
 from gramfuse_client.data import load
 from gramfuse_client.participant import Participant
-from gramfuse_client.records import from_record, to_record
 from gramfuse_client.session import Session
 from gramfuse_client.silo import Silo
 from gramfuse_client.state import State
@@ -40,6 +39,7 @@ from gramfuse_model.summands import summands
 from gramfuse_protocol import secure_sum
 from gramfuse_protocol.encoding import encode
 from gramfuse_protocol.errors import FederationError, GramfuseError, RefusalError, RunDirectoryError
+from gramfuse_protocol.flower_records import from_record, to_record
 from gramfuse_protocol.keys import Identity
 from gramfuse_protocol.layout import Layout
 from gramfuse_protocol.masks import apply

@@ -1,12 +1,14 @@
-"""Frames as Flower records, at the coordinator."""
+"""Frames as Flower records, and out of them: the one place in the protocol that knows Flower."""
 
 from __future__ import annotations
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import Message as FlowerMessage
 
 from gramfuse_protocol.errors import FederationError
+from gramfuse_protocol.messages import PHASES, REQUESTS, Message
 from gramfuse_protocol.npy import Bytes, decode, encode
-from gramfuse_protocol.wire import Frame
+from gramfuse_protocol.wire import Frame, unpack
 
 
 def to_record(frame: Frame) -> RecordDict:
@@ -40,6 +42,26 @@ def _buffer(array: Array) -> Bytes:
     if (array.dtype, array.shape, array.stype) != ("uint8", (buffer.size,), "numpy.ndarray"):
         raise FederationError("a message cannot be read: a record says something else of a buffer than its bytes")
     return buffer
+
+
+def request_of(message: FlowerMessage) -> Message:
+    """Return the request that a message from Flower is.
+
+    Raises:
+        FederationError: if its type is not of the protocol, or it is not what that type carries.
+    """
+    kind = message.metadata.message_type
+    phase = PHASES.get(kind)
+    if phase is None:
+        raise FederationError(
+            f"a message of type {kind[:100]!r} came; the protocol has {', '.join(PHASES)}",
+            reason="a message came whose type is not in the protocol",
+        )
+    try:
+        return unpack(from_record(message.content), {phase: REQUESTS[phase]})
+    except Exception as error:  # whatever foreign bytes do, they are what could not be read
+        why = str(error) if isinstance(error, FederationError) else f"a message cannot be read: {error!r:.300}"
+        raise FederationError(why, reason="a message came that cannot be read") from error
 
 
 def _keys(count: int) -> list[str]:
