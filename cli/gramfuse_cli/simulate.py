@@ -145,7 +145,7 @@ def run_simulation(
             "outcome": str(scratch / "outcome.json"),
             "gpus_per_silo": _gpus_per_silo(len(silos)),
             "tune": None if tune is None else asdict(tune),
-            "compare": ",".join(term.text for term in compare if term.kind != "simple"),
+            "compare": ",".join(term.text for term in compare if not term.method.always),
             "opened": opened,
         }
         (scratch / "spec.json").write_text(json.dumps(spec), encoding="utf-8")

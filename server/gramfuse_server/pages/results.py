@@ -23,7 +23,7 @@ from gramfuse_server.pages.blocks import (
 )
 from gramfuse_server.pages.drawing import count, score
 from gramfuse_server.pages.reading import Model, Reading
-from gramfuse_server.pages.wording import KINDS, MERGES, METRICS, columns, known, name_of, noise, off_by
+from gramfuse_server.pages.wording import MERGES, METRICS, columns, known, name_of, noise, off_by, words_of
 
 OPENLY = 24
 """Most labels that are all shown at once."""
@@ -135,7 +135,9 @@ def models(reading: Reading) -> Section | None:
     kinds = dict.fromkeys(model["kind"] for model, _ in listed)
     words = [title.rpartition(": ")[2] for title in titles]
     glossary = [
-        (next(name_of(m) for m, _ in listed if m["kind"] == kind), KINDS[kind]) for kind in kinds if kind in KINDS
+        (next(name_of(m) for m, _ in listed if m["kind"] == kind), about)
+        for kind in kinds
+        if (about := words_of(kind)) is not None
     ]
     glossary += [(word, METRICS[word]) for word in dict.fromkeys(words) if word in METRICS]
     blocks.append(Folded("What these models and metrics are", [Facts(glossary)]))

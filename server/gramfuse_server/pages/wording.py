@@ -8,6 +8,7 @@ from typing import Any
 from gramfuse_protocol.messages import MERGED
 from gramfuse_protocol.metrics import PRIMARY
 from gramfuse_protocol.task import Kind
+from gramfuse_server.methods.registry import METHODS
 
 MODES = {
     "open": "The coordinator saw each silo's statistics.",
@@ -18,7 +19,6 @@ NAMES = {
     "silo": "{name} alone",
     "body": "{name}'s body, with each silo's own head",
     "alone": "each silo's own model",
-    "simple": "simple average",
     "regmean": "RegMean",
     "untuned": "RegMean, not tuned",
 }
@@ -29,19 +29,10 @@ KINDS = {
     "silo": "fine-tuned at one silo, on its own examples only",
     "body": "fine-tuned at one silo, under the heads of all silos",
     "alone": "each silo's own model, on its own held-out examples",
-    "simple": "the mean of the silos' parameters",
     "regmean": "the merge of this run: each linear layer solved in closed form from the silos' Gram matrices",
     "untuned": "the merge with the plan's own α and weights",
-    "fisher": "the mean of the silos' parameters, weighted by their Fisher information",
-    "ensemble": "all silos' models asked at once, and their answers averaged",
-    "joint": "fine-tuned on the pooled examples of all silos, which silos that keep their data cannot do",
-    "best": "the best of the silos' own models, picked with hindsight",
-    "fedavg": "federated averaging: silos train, are averaged, and go on from the average, round after round",
-    "task-arithmetic": "the base model plus the scaled sum of the silos' differences from it",
-    "ties": "differences from the base, trimmed, and added where silos agree on the sign",
-    "transport": "units of two models matched before they are averaged",
 }
-"""What a model of a kind is, in one line."""
+"""What a model of a kind is, in one line; the registry of methods has all others."""
 
 METRICS = {
     "accuracy": "share of examples that are right",
@@ -104,7 +95,15 @@ PHASES = {
 
 def name_of(model: Mapping[str, Any]) -> str:
     """Return what a model of a report is called."""
-    return NAMES.get(model["kind"], "{name}").format(name=model["name"])
+    kind, name = model["kind"], model["name"]
+    if kind in METHODS and name == kind:
+        return METHODS[kind].label
+    return NAMES.get(kind, "{name}").format(name=name)
+
+
+def words_of(kind: str) -> str | None:
+    """Return what a model of a kind is, in one line; None of a kind that nobody here knows."""
+    return METHODS[kind].words if kind in METHODS else KINDS.get(kind)
 
 
 def known(model: Mapping[str, Any]) -> Mapping[str, Any]:
