@@ -26,7 +26,8 @@ from gramfuse_protocol.errors import ModelError
 from gramfuse_protocol.layout import Layout
 from gramfuse_protocol.plan import Training
 from gramfuse_protocol.statistics import Statistics
-from gramfuse_protocol.task import LABELLED, Kind, Task
+from gramfuse_protocol.task import Kind, Task
+from gramfuse_protocol.tasks.registry import KINDS
 from gramfuse_protocol.text import listed
 
 ARCHITECTURES: Mapping[str, Kind] = {
@@ -90,7 +91,7 @@ def task_of_model(model: str, directory: Path, given: Kind | None = None, **sett
             "is no task that gramfuse knows; MODEL must be the fine-tuned model, head included. If it is, say what it "
             "is for with --task"
         )
-    labels = [config.id2label[index] for index in sorted(config.id2label)] if kind in LABELLED else []
+    labels = [config.id2label[index] for index in sorted(config.id2label)] if KINDS[kind].least_labels else []
     return build(Task, {"task": kind, "labels": labels, **settings}, f"model {model!r}")
 
 

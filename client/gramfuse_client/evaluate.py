@@ -14,28 +14,12 @@ from gramfuse_client.afresh import Afresh
 from gramfuse_client.batches import Encoded, batches, inputs_of
 from gramfuse_model.answering import answering
 from gramfuse_model.batch import IGNORED
-from gramfuse_protocol.held_out import (
-    LOSS,
-    Vector,
-    class_rows,
-    entity_rows,
-    generation_rows,
-    label_rows,
-    language_rows,
-    moment_rows,
-    size,
-)
-from gramfuse_protocol.metrics import (
-    Sums,
-    classification_sums,
-    entity_sums,
-    generation_sums,
-    language_sums,
-    multi_label_sums,
-    regression_sums,
-    sums_shape,
-)
-from gramfuse_protocol.task import OUTSIDE, Task
+from gramfuse_protocol.held_out import LOSS, Vector, size
+from gramfuse_protocol.metrics import Sums, sums_shape
+from gramfuse_protocol.task import Task
+from gramfuse_protocol.tasks.registry import kind_of
+from gramfuse_protocol.tasks.scores import Tokens
+from gramfuse_protocol.tasks.token_classification import OUTSIDE
 
 
 class Outputs(NamedTuple):
@@ -64,22 +48,6 @@ def outputs(model: Any, batch: Mapping[str, torch.Tensor], task: Task, tokenizer
         return Outputs(logits, tuple(tokenizer.batch_decode(generated, skip_special_tokens=True)))
 
 
-class _Tokens(NamedTuple):
-    """What a model said of the tokens of each example: arrays of shape (examples,).
-
-    Args:
-        said: how many were to be predicted.
-        loss: their negative log-likelihood.
-        clipped: the same, each token's clipped to [0, LOSS]; LOSS if it is not a number.
-        right: how many were predicted right.
-    """
-
-    said: NDArray[np.float64]
-    loss: NDArray[np.float64]
-    clipped: NDArray[np.float64]
-    right: NDArray[np.float64]
-
-
 def count(batch: Mapping[str, torch.Tensor], found: Outputs, task: Task, tokenizer: Any) -> Sums:
     """Return the sums of one batch (`gramfuse_protocol.metrics`), exactly.
 
@@ -91,26 +59,7 @@ def count(batch: Mapping[str, torch.Tensor], found: Outputs, task: Task, tokeniz
         batch: `labels` included, and `words` (`gramfuse_client.batches.batches`).
         found: of a model, or of several together.
     """
-    facts = _facts(batch, found, task, tokenizer)
-    match task.task:
-        case "classification" | "image-classification":
-            truth, predicted = facts
-            return classification_sums(truth, predicted, len(task.labels))
-        case "regression":
-            return regression_sums(*facts)
-        case "multi-label":
-            truth, predicted = facts
-            return multi_label_sums(truth, predicted, task.annotated)
-        case "token-classification":
-            truth, predicted = facts
-            return entity_sums(truth, predicted, task.entities)
-        case "sequence-to-sequence":
-            truth, generated, tokens = facts
-            return generation_sums(truth, generated, int(tokens.said.sum()), float(tokens.loss.sum()))
-        case "causal-lm":
-            (tokens,) = facts
-            totals = int(tokens.said.sum()), float(tokens.loss.sum()), int(tokens.right.sum())
-            return language_sums(len(tokens.said), *totals)
+    return kind_of(task).sums(task, *_facts(batch, found, task, tokenizer))
 
 
 def rows(batch: Mapping[str, torch.Tensor], found: Outputs, task: Task, tokenizer: Any) -> Vector:
@@ -118,22 +67,7 @@ def rows(batch: Mapping[str, torch.Tensor], found: Outputs, task: Task, tokenize
 
     Arguments as `count` has them, and otherwise counted as there.
     """
-    facts = _facts(batch, found, task, tokenizer)
-    match task.task:
-        case "classification" | "image-classification":
-            return class_rows(task, *facts)
-        case "regression":
-            return moment_rows(task, *facts)
-        case "multi-label":
-            return label_rows(task, *facts)
-        case "token-classification":
-            return entity_rows(task, *facts)
-        case "sequence-to-sequence":
-            truth, generated, tokens = facts
-            return generation_rows(task, truth, generated, tokens.said, tokens.clipped)
-        case "causal-lm":
-            (tokens,) = facts
-            return language_rows(task, tokens.said, tokens.clipped, tokens.right)
+    return kind_of(task).rows(task, *_facts(batch, found, task, tokenizer))
 
 
 def evaluate(model: Any, batches: Iterable[Mapping[str, torch.Tensor]], task: Task, tokenizer: Any) -> Sums:
@@ -201,6 +135,8 @@ def _facts(batch: Mapping[str, torch.Tensor], found: Outputs, task: Task, tokeni
             return texts, found.texts, _next_tokens(logits, truth)
         case "causal-lm":
             return (_next_tokens(logits[:, :-1], truth[:, 1:]),)
+        case _:
+            raise AssertionError
 
 
 def _tags(
@@ -221,7 +157,7 @@ def _tags(
     return tags
 
 
-def _next_tokens(logits: torch.Tensor, truth: torch.Tensor) -> _Tokens:
+def _next_tokens(logits: torch.Tensor, truth: torch.Tensor) -> Tokens:
     """Return what a model said of each token that was to be predicted, by example."""
     found = []
     for said, true in zip(logits, truth, strict=True):
@@ -230,4 +166,4 @@ def _next_tokens(logits: torch.Tensor, truth: torch.Tensor) -> _Tokens:
         clipped = losses.nan_to_num(nan=LOSS).clamp(0.0, LOSS)
         right = said[real].argmax(dim=-1) == true[real]
         found.append([float(of.sum()) for of in (real, losses, clipped, right)])
-    return _Tokens(*np.array(found, np.float64).T)
+    return Tokens(*np.array(found, np.float64).T)

@@ -16,10 +16,10 @@ from gramfuse_client.state import Contributed
 from gramfuse_client.targets import check_targets, described
 from gramfuse_protocol.errors import DataError, ModelError, PlanError, RefusalError
 from gramfuse_protocol.layout import Layout
-from gramfuse_protocol.metrics import entities
 from gramfuse_protocol.plan import Plan
 from gramfuse_protocol.scales import MOST_EXAMPLES
 from gramfuse_protocol.task import Task
+from gramfuse_protocol.tasks.token_classification import entities
 from gramfuse_protocol.text import quoted
 
 if TYPE_CHECKING:

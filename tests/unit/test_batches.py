@@ -25,10 +25,10 @@ from gramfuse_client.loss import masked_loss
 from gramfuse_model.base import load_base
 from gramfuse_model.batch import IGNORED
 from gramfuse_protocol.errors import DataError, ModelError
-from gramfuse_protocol.held_out import ENTITIES
 from gramfuse_protocol.metrics import metrics
 from gramfuse_protocol.plan import Plan, Training
 from gramfuse_protocol.task import MaskedTask, Task
+from gramfuse_protocol.tasks.token_classification import ENTITIES
 
 CPU = torch.device("cpu")
 TAGS = ("O", "B-PER", "I-PER")

@@ -40,20 +40,19 @@ information. Whoever needs any of it cannot have secure aggregation."""
 
 
 class Silos(Protocol):
-    """What a method may ask of the silos that are in a merge.
-
-    Attributes:
-        names: in roster order.
-    """
+    """What a method may ask of the silos that are in a merge."""
 
     @property
-    def plan(self) -> Plan: ...  # noqa: D102
+    def plan(self) -> Plan:
+        """What the silos agreed on."""
 
     @property
-    def layout(self) -> Layout: ...  # noqa: D102
+    def layout(self) -> Layout:
+        """What is merged."""
 
     @property
-    def names(self) -> Sequence[str]: ...  # noqa: D102
+    def names(self) -> Sequence[str]:
+        """The silos, in roster order."""
 
     @property
     def base(self) -> Base:

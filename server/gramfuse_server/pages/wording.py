@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gramfuse_protocol.messages import MERGED
-from gramfuse_protocol.metrics import PRIMARY
+from gramfuse_protocol.metrics import primary
 from gramfuse_protocol.task import Kind
+from gramfuse_protocol.tasks.registry import KINDS as TASKS
 from gramfuse_server.methods.registry import METHODS
 
 MODES = {
@@ -34,24 +35,7 @@ KINDS = {
 }
 """What a model of a kind is, in one line; the registry of methods has all others."""
 
-METRICS = {
-    "accuracy": "share of examples that are right",
-    "macro-f1": "F1 of each label, averaged over labels, so that rare ones count as much as common ones",
-    "micro-f1": "F1 over the decisions about all labels together",
-    "mcc": "Matthews' correlation of truth and prediction, from −1 to 1; 0 is chance",
-    "pearson": "correlation of truth and prediction, from −1 to 1",
-    "rmse": "root of the mean squared error; lower is better",
-    "mae": "mean absolute error; lower is better",
-    "entity-f1": "F1 over entities, each of which must have the right type, beginning and end",
-    "precision": "share of what was found that is right",
-    "recall": "share of what is there that was found",
-    "exact-match": "share of texts that are exactly right",
-    "token-f1": "overlap of the words generated with those expected",
-    "perplexity": "how surprised the model is by the right words; lower is better",
-    "token-accuracy": "share of next tokens that are right",
-    "mean-score": "mean over the tasks of the metric that ranks models of each",
-}
-"""What a metric says, in one line; higher is better unless it says otherwise."""
+MEAN_SCORE = "mean over the tasks of the metric that ranks models of each"
 
 CHECKS = {
     "counts": "how much silos counted: what cannot be is a lie, or a fault",
@@ -106,6 +90,13 @@ def words_of(kind: str) -> str | None:
     return METHODS[kind].words if kind in METHODS else KINDS.get(kind)
 
 
+def words_of_metric(name: str) -> str | None:
+    """Return what a metric says, in one line; None of one that nobody here knows."""
+    if name == "mean-score":
+        return MEAN_SCORE
+    return next((kind.measures[name].words for kind in TASKS.values() if name in kind.measures), None)
+
+
 def known(model: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return a model of a report with the exact figures in place of those with noise, where a simulation has both."""
     if "exact" not in model:
@@ -148,14 +139,14 @@ def columns(model: Mapping[str, Any], tasks: Mapping[str, Kind]) -> dict[str, fl
     """Return what a table says of a model: all metrics, or, of several tasks, of each the one that ranks them."""
     found = {name: value for name, value in model["metrics"].items() if name != "examples"}
     for name, metrics in model.get("tasks", {}).items():
-        metric = PRIMARY[tasks[name]]
+        metric = primary(tasks[name])
         found[f"{name}: {metric}"] = metrics[metric]
     return found
 
 
 def ranked_by(tasks: Mapping[str, Kind]) -> str:
     """Return which metric ranks the models of a report: the higher, the better."""
-    return PRIMARY[tasks[""]] if "" in tasks else "mean-score"
+    return primary(tasks[""]) if "" in tasks else "mean-score"
 
 
 def explain(step: Mapping[str, Any]) -> str:
