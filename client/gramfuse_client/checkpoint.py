@@ -18,6 +18,7 @@ from gramfuse_model.buffers import first_difference, saved_buffers
 from gramfuse_model.digests import config_document, processor_document
 from gramfuse_model.lengths import check_lengths, room_of
 from gramfuse_model.source import check_files, download, locate
+from gramfuse_model.tasks import kind_of_checkpoint
 from gramfuse_model.tracing import plan_layout
 from gramfuse_model.vocabulary import token_table
 from gramfuse_model.zero_head import load_zero_headed, plan_for
@@ -29,16 +30,6 @@ from gramfuse_protocol.statistics import Statistics
 from gramfuse_protocol.task import Kind, Task
 from gramfuse_protocol.tasks.registry import KINDS
 from gramfuse_protocol.text import listed
-
-ARCHITECTURES: Mapping[str, Kind] = {
-    "ForSequenceClassification": "classification",
-    "ForTokenClassification": "token-classification",
-    "ForImageClassification": "image-classification",
-    "ForConditionalGeneration": "sequence-to-sequence",
-    "ForCausalLM": "causal-lm",
-    "LMHeadModel": "causal-lm",
-}
-"""What the name of a model's class ends with, and the kind of task that this means."""
 
 RETURNED = {"use_cache", "return_dict", "output_hidden_states", "initializer_range", "initializer_factor"}
 """Keys of a configuration that change neither what a model computes from its weights nor how it is trained."""
@@ -84,7 +75,7 @@ def task_of_model(model: str, directory: Path, given: Kind | None = None, **sett
         config = AutoConfig.from_pretrained(check_files(source), trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"model {model!r} ({source}) cannot be loaded: {error}") from None
-    kind = given or _kind(config)
+    kind = given or kind_of_checkpoint(config)
     if kind is None:
         raise ModelError(
             f"model {model!r}: its configuration says that it is a {', '.join(config.architectures or ('?',))}, which "
@@ -93,17 +84,6 @@ def task_of_model(model: str, directory: Path, given: Kind | None = None, **sett
         )
     labels = [config.id2label[index] for index in sorted(config.id2label)] if KINDS[kind].least_labels else []
     return build(Task, {"task": kind, "labels": labels, **settings}, f"model {model!r}")
-
-
-def _kind(config: Any) -> Kind | None:
-    architecture = next(iter(config.architectures or ()), "")
-    kind = next((kind for suffix, kind in ARCHITECTURES.items() if architecture.endswith(suffix)), None)
-    if kind == "classification":
-        if config.problem_type == "multi_label_classification":
-            return "multi-label"
-        if config.problem_type == "regression" or config.num_labels == 1:
-            return "regression"
-    return kind
 
 
 def open_checkpoint(
