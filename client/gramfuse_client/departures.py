@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gramfuse_client.tasks.registry import at_silo
 from gramfuse_protocol.canonical import canonical_json
 from gramfuse_protocol.held_out import groups
 from gramfuse_protocol.keys import KEY_BYTES, SIGNATURE_BYTES
@@ -415,8 +416,7 @@ def _noise(plan: Plan) -> Iterator[str]:
 
 def _stays(plan: Plan, layout: Layout) -> tuple[str, ...]:
     """Return what does not leave."""
-    images = all(task.task == "image-classification" for task in plan.tasks.values())
-    what = "images" if images else "texts"
+    what = " and ".join(sorted({at_silo(task).of for task in plan.tasks.values()}))
     stays = [
         f"{what} and labels, of training and held-out examples alike",
         "predictions, losses, or anything else of one example",

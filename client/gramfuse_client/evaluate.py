@@ -3,35 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.nn.functional import cross_entropy
 
 from gramfuse_client.afresh import Afresh
-from gramfuse_client.batches import Encoded, batches, inputs_of
-from gramfuse_model.answering import answering
-from gramfuse_model.batch import IGNORED
-from gramfuse_protocol.held_out import LOSS, Vector, size
+from gramfuse_client.batches import Encoded, batches
+from gramfuse_client.outputs import ANSWERS, Outputs
+from gramfuse_client.tasks.registry import at_silo
+from gramfuse_protocol.held_out import Vector, size
 from gramfuse_protocol.metrics import Sums, sums_shape
 from gramfuse_protocol.task import Task
 from gramfuse_protocol.tasks.registry import kind_of
-from gramfuse_protocol.tasks.scores import Tokens
-from gramfuse_protocol.tasks.token_classification import OUTSIDE
-
-
-class Outputs(NamedTuple):
-    """What a model says of a batch.
-
-    Args:
-        logits: (batch, outputs), or (batch, positions, outputs) where there is one output for each position.
-        texts: what it generates, for `sequence-to-sequence`; else empty.
-    """
-
-    logits: torch.Tensor
-    texts: tuple[str, ...] = ()
 
 
 def outputs(model: Any, batch: Mapping[str, torch.Tensor], task: Task, tokenizer: Any) -> Outputs:
@@ -40,12 +25,7 @@ def outputs(model: Any, batch: Mapping[str, torch.Tensor], task: Task, tokenizer
     Texts are generated as `gramfuse_model.answering` says.
     """
     with torch.no_grad():
-        if task.task != "sequence-to-sequence":
-            return Outputs(model(**inputs_of(batch)).logits)
-        logits = model(**batch).logits  # the labels give the decoder its inputs
-        with answering(model, task, tokenizer):
-            generated = model.generate(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-        return Outputs(logits, tuple(tokenizer.batch_decode(generated, skip_special_tokens=True)))
+        return at_silo(task).outputs(model, batch, task, tokenizer)
 
 
 def count(batch: Mapping[str, torch.Tensor], found: Outputs, task: Task, tokenizer: Any) -> Sums:
@@ -118,52 +98,5 @@ def _total(
 
 def _facts(batch: Mapping[str, torch.Tensor], found: Outputs, task: Task, tokenizer: Any) -> tuple[Any, ...]:
     """Return truth and prediction of each example, as what counts a task's examples takes them."""
-    truth, logits = batch["labels"].cpu(), found.logits.float().cpu()
-    match task.task:
-        case "classification" | "image-classification":
-            own = torch.tensor(task.annotated)
-            return truth.numpy(), own[logits[:, own].argmax(dim=-1)].numpy()
-        case "regression":  # on the targets' own scale
-            return tuple((task.centre + task.scale * of.double()).numpy() for of in (truth, logits.squeeze(-1)))
-        case "multi-label":
-            return truth.bool().numpy(), (torch.sigmoid(logits) >= task.threshold).numpy()
-        case "token-classification":
-            return _tags(batch["words"].cpu(), truth, logits.argmax(dim=-1), task)
-        case "sequence-to-sequence":
-            targets = truth.masked_fill(truth == IGNORED, tokenizer.pad_token_id)
-            texts = tokenizer.batch_decode(targets, skip_special_tokens=True)
-            return texts, found.texts, _next_tokens(logits, truth)
-        case "causal-lm":
-            return (_next_tokens(logits[:, :-1], truth[:, 1:]),)
-        case _:
-            raise AssertionError
-
-
-def _tags(
-    words: torch.Tensor, truth: torch.Tensor, predicted: torch.Tensor, task: Task
-) -> tuple[list[list[str]], list[list[str]]]:
-    """Return the tags of each example's words: the true ones, and those that are predicted.
-
-    Args:
-        words: (batch, words, 2), whether a word has a token, and its tag.
-        truth, predicted: (batch, positions), of tokens; the truth is IGNORED but at the first token of each word.
-    """
-    tags: tuple[list[list[str]], list[list[str]]] = [], []
-    for row, true, said in zip(words, truth, predicted, strict=True):
-        of_tokens = iter(said[true != IGNORED].tolist())
-        real = row[row[:, 1] != IGNORED].tolist()
-        tags[0].append([task.labels[tag] for _, tag in real])
-        tags[1].append([task.labels[next(of_tokens)] if seen else OUTSIDE for seen, _ in real])
-    return tags
-
-
-def _next_tokens(logits: torch.Tensor, truth: torch.Tensor) -> Tokens:
-    """Return what a model said of each token that was to be predicted, by example."""
-    found = []
-    for said, true in zip(logits, truth, strict=True):
-        real = true != IGNORED
-        losses = cross_entropy(said[real].double(), true[real], reduction="none")
-        clipped = losses.nan_to_num(nan=LOSS).clamp(0.0, LOSS)
-        right = said[real].argmax(dim=-1) == true[real]
-        found.append([float(of.sum()) for of in (real, losses, clipped, right)])
-    return Tokens(*np.array(found, np.float64).T)
+    on_cpu = {key: value.cpu() for key, value in batch.items() if key in ANSWERS}
+    return at_silo(task).facts(on_cpu, found._replace(logits=found.logits.float().cpu()), task, tokenizer)

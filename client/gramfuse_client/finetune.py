@@ -18,7 +18,6 @@ from transformers import (
 from transformers.utils import logging
 
 from gramfuse_client.batches import Encoded
-from gramfuse_client.loss import masked_loss
 from gramfuse_protocol.errors import PlanError
 from gramfuse_protocol.plan import Training
 
@@ -85,7 +84,7 @@ def finetune(
                 args=arguments,
                 train_dataset=encoded,
                 data_collator=encoded.collate,
-                compute_loss_func=masked_loss(encoded.task),
+                compute_loss_func=encoded.kind.loss(encoded.task),
                 callbacks=[] if progress is None else [_Report(progress)],
             )
             trainer.remove_callback(PrinterCallback)  # it writes to standard output, which is the command's

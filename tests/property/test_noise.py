@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from gramfuse_client.evaluate import Outputs, evaluate_for_sum, rows
+from gramfuse_client.evaluate import evaluate_for_sum, rows
+from gramfuse_client.outputs import Outputs
 from gramfuse_protocol.encoding import decode
 from gramfuse_protocol.held_out import LOSS, Vector, figures, groups, is_sum, label_figures, range_of, size
 from gramfuse_protocol.metrics import by_label, metrics
