@@ -46,6 +46,7 @@ class Classification(TaskKind):
     summed = "how many held-out examples of each label got which label"
     least_labels = 2
     partial_labels = True
+    exclusive = True
     options = frozenset({"pair"})
     first_label = 2
 

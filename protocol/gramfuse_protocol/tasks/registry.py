@@ -66,6 +66,8 @@ class TaskKind(ABC):
     """How many labels a plan must list; 0 for a kind without labels."""
     partial_labels: ClassVar[bool] = False
     """Whether a silo may annotate some of the labels only."""
+    exclusive: ClassVar[bool] = False
+    """Whether one label of an example says that all others are absent."""
     headless: ClassVar[bool] = False
     """Whether models have no head for the task: what they predict tokens with came with the base model."""
     options: ClassVar[frozenset[str]] = frozenset()

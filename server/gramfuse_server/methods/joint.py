@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from gramfuse_protocol.tasks.registry import kind_of
 from gramfuse_server.methods.registry import DIFFERENT_TASKS, Measured, Refusal, Silos, method
 
 MASKED = Refusal(
-    lambda plan: plan.model.task == "classification" and any(silo.labels for silo in plan.silo),
+    lambda plan: any(silo.labels and kind_of(plan.task_of(silo.name)).exclusive for silo in plan.silo),
     "silos annotate different classes ('labels' of a [[silo]]), so a label of one silo does not say that another's "
     "class is absent; leave it out",
 )
