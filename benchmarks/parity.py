@@ -32,8 +32,9 @@ from transformers import PreTrainedModel
 
 from gramfuse_cli.init import DESK
 from gramfuse_cli.project import Project
-from gramfuse_client.batches import Batch, Encoded
+from gramfuse_client.batches import Encoded
 from gramfuse_client.data import Examples, load
+from gramfuse_client.outputs import Batch
 from gramfuse_client.silo import Silo
 from gramfuse_client.workbench import train
 from gramfuse_model.base import load_base

@@ -29,9 +29,11 @@ from gramfuse_protocol.layout import Layout, delta_block, gram_block
 from gramfuse_protocol.metrics import Sums
 from gramfuse_protocol.statistics import Contribution, Statistics
 from gramfuse_server.accumulator import Accumulator, Merged
-from gramfuse_server.baselines import fisher_mean, normalised, task_arithmetic, ties
 from gramfuse_server.evaluation import described
-from gramfuse_server.transport import feed_forward_pairs, transport_mean
+from gramfuse_server.methods.fisher import fisher_mean, normalised
+from gramfuse_server.methods.task_arithmetic import task_arithmetic
+from gramfuse_server.methods.ties import ties
+from gramfuse_server.methods.transport import feed_forward_pairs, transport_mean
 
 Row = dict[str, Any]
 Silos = tuple[str, ...]

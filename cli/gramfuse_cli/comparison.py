@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gramfuse_cli.laboratory import Deltas, Laboratory
-from gramfuse_cli.terms import FISHER_EXAMPLES, Term
-from gramfuse_protocol.errors import PlanError
+from gramfuse_cli.terms import Term
 from gramfuse_protocol.metrics import Sums
+from gramfuse_server.evaluation import described, ranked_by
+from gramfuse_server.methods.registry import Measured
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from gramfuse_model.base import Base
+    from gramfuse_protocol.layout import Layout
+    from gramfuse_protocol.plan import Plan
     from gramfuse_server.conductor import Observer
-
-Made = tuple[str, Mapping[str, Sums], dict[str, Any]]
-"""A model's name, its held-out sums by silo, and what else a report says of it."""
 
 
 class Comparison:
@@ -29,7 +30,7 @@ class Comparison:
     """
 
     def __init__(self, laboratory: Laboratory, observer: Observer) -> None:
-        self.laboratory = laboratory
+        self.silos = SimulatedSilos(laboratory, observer)
         self.observer = observer
 
     def models(self, terms: tuple[Term, ...]) -> list[dict[str, Any]]:
@@ -37,110 +38,83 @@ class Comparison:
         return [self._measured(term) for term in terms]
 
     def _measured(self, term: Term) -> dict[str, Any]:
-        from gramfuse_server.evaluation import described
-
         self.observer({"phase": "study", "state": "try", "name": term.text})
         start = time.monotonic()
-        name, sums, more = getattr(self, f"_{term.kind.replace('-', '_')}")(**term.options)
+        made = term.method.make(self.silos, **term.options)
+        sums = made.sums if isinstance(made, Measured) else self.silos.measure(made.deltas)
         seconds = round(time.monotonic() - start, 3)
-        self.observer({"phase": "study", "state": "measured", "name": name})
-        return {**described(self.laboratory.plan, name, term.kind, sums), "seconds": seconds, **more}
+        name = term.method.label + (f" ({', '.join(made.about)})" if made.about else "")
+        self.silos.tell(name)
+        return {**described(self.silos.plan, name, term.kind, sums), "seconds": seconds, **made.more}
 
-    def _fisher(self, variant: Any, norm: Any, examples: int) -> Made:
+
+class SimulatedSilos:
+    """What methods ask of silos (`gramfuse_server.methods.registry.Silos`), answered by a laboratory.
+
+    Args:
+        observer: as `Comparison` has it.
+    """
+
+    def __init__(self, laboratory: Laboratory, observer: Observer) -> None:
+        self.laboratory = laboratory
+        self.observer = observer
+        self.plan: Plan = laboratory.plan
+        self.layout: Layout = laboratory.layout
+        self.names: Sequence[str] = tuple(laboratory.contributions)
+
+    @property
+    def base(self) -> Base:
+        """The base model with the head of the first silo's task."""
+        return next(iter(self.laboratory.benches.values())).base
+
+    @property
+    def ranked_by(self) -> str:
+        """Which metric ranks models: the higher, the better."""
+        return ranked_by(self.plan)
+
+    def start(self) -> Mapping[str, NDArray[np.float32]]:
+        """Return the base model's parameters and buffers that are merged, by name."""
+        return self.laboratory.start()
+
+    def deltas(self, silo: str) -> Deltas:
+        """Return how a silo's own model differs from the base."""
+        return self.laboratory.deltas(silo)
+
+    def parents(self) -> tuple[list[Deltas], list[dict[str, NDArray[np.float64]]]]:
+        """Return the differences of all silos, zero where they count for nothing, and what they count for."""
+        return self.laboratory.parents()
+
+    def fisher(self, silo: str, variant: Any, examples: int) -> tuple[str, Deltas]:
+        """Return the variant, by default the one that fits the silo's task, and the diagonal Fisher information."""
         from gramfuse_client.fisher import choose_variant
-        from gramfuse_server.baselines import fisher_mean, normalised
 
-        laboratory = self.laboratory
-        variants = {name: choose_variant(bench.task, variant) for name, bench in laboratory.benches.items()}
-        fishers = [
-            normalised(bench.fisher(laboratory.deltas(name), variants[name], examples), norm)
-            for name, bench in laboratory.benches.items()
-        ]
-        differences, weights = laboratory.parents()
-        about = [*dict.fromkeys(variants.values()), "not normalised" if norm == "none" else norm]
-        if examples != FISHER_EXAMPLES:
-            about.append(f"{examples} examples")
-        return f"fisher ({', '.join(about)})", laboratory.measure(fisher_mean(differences, fishers, weights)), {}
+        bench = self.laboratory.benches[silo]
+        chosen = choose_variant(bench.task, variant)
+        return chosen, bench.fisher(self.deltas(silo), chosen, examples)
 
-    def _ensemble(self) -> Made:
-        return "ensemble", self.laboratory.measure_ensemble(), {}
+    def measure(self, deltas: Deltas) -> Mapping[str, Sums]:
+        """Return the held-out sums of the base with differences added, by silo."""
+        return self.laboratory.measure(deltas)
 
-    def _joint(self) -> Made:
-        return "joint", self.laboratory.measure_joint(), {}
+    def metrics(self, sums: Mapping[str, Sums]) -> Mapping[str, float]:
+        """Return the metrics of all silos together."""
+        found: dict[str, float] = described(self.plan, "", "", sums)["metrics"]
+        return found
 
-    def _best(self) -> Made:
-        from gramfuse_server.evaluation import described, ranked_by
+    def ask_together(self) -> Mapping[str, Sums]:
+        """Return the held-out sums of all silos' own models asked together, by silo."""
+        return self.laboratory.measure_ensemble()
 
-        laboratory, ranked = self.laboratory, ranked_by(self.laboratory.plan)
-        found = {name: laboratory.measure(laboratory.deltas(name)) for name in laboratory.benches}
-        scores = {name: described(laboratory.plan, "", "", sums)["metrics"][ranked] for name, sums in found.items()}
-        best = max(scores, key=scores.__getitem__)
-        note = f"chosen by {ranked} on the data of this report: no way of picking one silo's model does better"
-        return f"best ({best})", found[best], {"silo": best, "note": note}
+    def train_jointly(self) -> Mapping[str, Sums]:
+        """Return the held-out sums of the base fine-tuned on all silos' data, by silo."""
+        return self.laboratory.measure_joint()
 
-    def _fedavg(self, rounds: int) -> Made:
+    def federate(self, rounds: int, after: Callable[[int, Deltas], None]) -> Mapping[str, int]:
+        """Run FedAvg, with a call after each round, and return the bytes that each silo sent."""
         from gramfuse_cli.averaging import federated_average
-        from gramfuse_server.evaluation import described, ranked_by
 
-        laboratory, ranked = self.laboratory, ranked_by(self.laboratory.plan)
-        found: list[Mapping[str, Sums]] = []
+        return federated_average(self.laboratory, rounds, after)
 
-        def after(number: int, deltas: Deltas) -> None:
-            found.append(laboratory.measure(deltas))
-            self.observer({"phase": "study", "state": "measured", "name": f"fedavg, round {number} of {rounds}"})
-
-        sent = federated_average(laboratory, rounds, after)
-        by_round = [described(laboratory.plan, "", "", sums)["metrics"] for sums in found]
-        note = f"{ranked} after each round: {', '.join(f'{metrics[ranked]:.3f}' for metrics in by_round)}"
-        name = f"fedavg ({rounds} round{'s' if rounds > 1 else ''})"
-        return name, found[-1], {"rounds": by_round, "bytes": sent, "note": note}
-
-    def _task_arithmetic(self, scale: float) -> Made:
-        from gramfuse_server.baselines import task_arithmetic
-
-        differences, buffers = self._apart()
-        merged = task_arithmetic(differences, scale) | buffers
-        return f"task arithmetic (scale {scale:g})", self.laboratory.measure(merged), {}
-
-    def _ties(self, density: float) -> Made:
-        from gramfuse_server.baselines import ties
-
-        differences, buffers = self._apart()
-        return f"ties (density {density:g})", self.laboratory.measure(ties(differences, density) | buffers), {}
-
-    def _apart(self) -> tuple[list[Deltas], dict[str, NDArray[np.float64]]]:
-        """Return how the silos' parameters differ from the base, and the mean of how their buffers do.
-
-        Running means of activations are no weights: scaling or trimming their differences makes no sense.
-        """
-        from gramfuse_server.baselines import weighted_mean
-
-        laboratory = self.laboratory
-        differences, weights = laboratory.parents()
-        names = {tensor.name for tensor in laboratory.layout.tensors if tensor.buffer}
-        buffers = [{name: delta for name, delta in of.items() if name in names} for of in differences]
-        parameters: list[Deltas] = [
-            {name: delta for name, delta in of.items() if name not in names} for of in differences
-        ]
-        return parameters, weighted_mean(buffers, weights)
-
-    def _transport(self) -> Made:
-        from gramfuse_model.tracing import public_batch
-        from gramfuse_server.transport import feed_forward_pairs, transport_mean
-
-        laboratory = self.laboratory
-        if len(laboratory.benches) != 2:
-            raise PlanError(f"transport: matches the units of two models, and {len(laboratory.benches)} silo is left")
-        base = next(iter(laboratory.benches.values())).base
-        trained = [tensor.name for tensor in laboratory.layout.tensors]
-        pairs, others = feed_forward_pairs(base.model, public_batch(base), trained)
-        if not pairs:
-            why = f": the units of {others[0]} depend on other weights, as in a gated block" if others else ""
-            raise PlanError(
-                f"transport: no feed-forward pair of this base model has units that can be matched{why}; leave it out"
-            )
-        merged = transport_mean(pairs, laboratory.start(), *laboratory.parents())
-        more: dict[str, Any] = {"pairs": len(pairs)}
-        if others:
-            more["note"] = f"averaged without matching their units: {', '.join(others)}"
-        return "transport", laboratory.measure(merged), more
+    def tell(self, name: str) -> None:
+        """Tell whoever watches that something was measured."""
+        self.observer({"phase": "study", "state": "measured", "name": name})

@@ -21,10 +21,11 @@ from gramfuse_protocol.statistics import Contribution
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from gramfuse_client.batches import Batch, Encoded
+    from gramfuse_client.batches import Encoded
     from gramfuse_client.data import Examples
-    from gramfuse_client.fisher import Variant
+    from gramfuse_client.outputs import Batch
     from gramfuse_client.silo import Silo
+    from gramfuse_client.tasks.registry import Variant
     from gramfuse_model.base import Base
 
 Part = Literal["held-out", "validation"]

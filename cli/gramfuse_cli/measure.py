@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -19,7 +19,8 @@ from gramfuse_protocol.coverage import coverage, told
 from gramfuse_protocol.errors import PlanError, RunDirectoryError
 from gramfuse_protocol.layout import Layout
 from gramfuse_protocol.plan import Merge
-from gramfuse_protocol.task import Kind, Task
+from gramfuse_protocol.task import Task
+from gramfuse_protocol.tasks.registry import KINDS
 from gramfuse_protocol.text import listed
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ EVERY = 50
     "-o", "--out", required=True, type=click.Path(path_type=Path), help="The statistics file; must not exist."
 )
 @click.option("--name", help="What the file calls MODEL.  [default: the last part of MODEL]")
-@click.option("--task", type=click.Choice(get_args(Kind)), help="What MODEL is for.  [default: as its config says]")
+@click.option("--task", type=click.Choice(list(KINDS)), help="What MODEL is for.  [default: as its config says]")
 @column_options
 @row_options()
 @click.option(

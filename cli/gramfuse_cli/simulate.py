@@ -99,7 +99,7 @@ def run_simulation(
     from gramfuse_client.policy import check_examples, check_plan
     from gramfuse_client.silo import read_silos, write_identity
     from gramfuse_client.state import read_progress
-    from gramfuse_client.targets import check_targets
+    from gramfuse_client.tasks.registry import at_silo
     from gramfuse_model.source import source_of
     from gramfuse_server.run import check_free, discard
 
@@ -114,7 +114,7 @@ def run_simulation(
         if bad := left_out(examples, held_out):
             say(f"{silo.name}: {len(bad)} bad rows are left out:", *bad, err=True)
         check_examples(silo, len(examples))
-        check_targets(silo.path, task, examples.labels)
+        at_silo(task).check_labels(silo.path, task, examples.labels)
         if tune is not None:
             load_validation(silo, task)
         if silo.base is not None:
@@ -145,7 +145,7 @@ def run_simulation(
             "outcome": str(scratch / "outcome.json"),
             "gpus_per_silo": _gpus_per_silo(len(silos)),
             "tune": None if tune is None else asdict(tune),
-            "compare": ",".join(term.text for term in compare if term.kind != "simple"),
+            "compare": ",".join(term.text for term in compare if not term.method.always),
             "opened": opened,
         }
         (scratch / "spec.json").write_text(json.dumps(spec), encoding="utf-8")

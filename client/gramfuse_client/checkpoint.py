@@ -22,6 +22,7 @@ from gramfuse_model.digests import config_document
 from gramfuse_model.inputs import new_tokens, other_inputs
 from gramfuse_model.lengths import check_lengths, room_of
 from gramfuse_model.source import check_files, download, locate
+from gramfuse_model.tasks import kind_of_checkpoint
 from gramfuse_model.tracing import plan_layout
 from gramfuse_model.zero_head import load_zero_headed, plan_for
 from gramfuse_protocol.documents import build
@@ -30,18 +31,9 @@ from gramfuse_protocol.layout import Layout, delta_block
 from gramfuse_protocol.plan import Training
 from gramfuse_protocol.statistics import Statistics
 from gramfuse_protocol.statistics_file import AddedTokens
-from gramfuse_protocol.task import LABELLED, Kind, Task
+from gramfuse_protocol.task import Kind, Task
+from gramfuse_protocol.tasks.registry import KINDS
 from gramfuse_protocol.text import one_line, quoted
-
-ARCHITECTURES: Mapping[str, Kind] = {
-    "ForSequenceClassification": "classification",
-    "ForTokenClassification": "token-classification",
-    "ForImageClassification": "image-classification",
-    "ForConditionalGeneration": "sequence-to-sequence",
-    "ForCausalLM": "causal-lm",
-    "LMHeadModel": "causal-lm",
-}
-"""What the name of a model's class ends with, and the kind of task that this means."""
 
 RETURNED = {"use_cache", "return_dict", "output_hidden_states", "initializer_range", "initializer_factor"}
 """Keys of a configuration that change neither what a model computes from its weights nor how it is trained."""
@@ -91,26 +83,15 @@ def task_of_model(model: str, directory: Path, given: Kind | None = None, **sett
         config = AutoConfig.from_pretrained(check_files(source), trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"model {model!r} ({source}) cannot be loaded: {error}") from None
-    kind = given or _kind(config)
+    kind = given or kind_of_checkpoint(config)
     if kind is None:
         raise ModelError(
             f"model {model!r}: its configuration says that it is a {', '.join(config.architectures or ('?',))}, which "
             "is no task that gramfuse knows; MODEL must be the fine-tuned model, head included. If it is, say what it "
             "is for with --task"
         )
-    labels = [config.id2label[index] for index in sorted(config.id2label)] if kind in LABELLED else []
+    labels = [config.id2label[index] for index in sorted(config.id2label)] if KINDS[kind].least_labels else []
     return build(Task, {"task": kind, "labels": labels, **settings}, f"model {model!r}")
-
-
-def _kind(config: Any) -> Kind | None:
-    architecture = next(iter(config.architectures or ()), "")
-    kind = next((kind for suffix, kind in ARCHITECTURES.items() if architecture.endswith(suffix)), None)
-    if kind == "classification":
-        if config.problem_type == "multi_label_classification":
-            return "multi-label"
-        if config.problem_type == "regression" or config.num_labels == 1:
-            return "regression"
-    return kind
 
 
 def open_checkpoint(

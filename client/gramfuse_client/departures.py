@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gramfuse_client.tasks.registry import at_silo
 from gramfuse_protocol.canonical import canonical_json
 from gramfuse_protocol.held_out import groups
 from gramfuse_protocol.keys import KEY_BYTES, SIGNATURE_BYTES
@@ -38,7 +39,7 @@ from gramfuse_protocol.roster import tolerated
 from gramfuse_protocol.secure_sum import SEALED_BYTES
 from gramfuse_protocol.shares import SHARE_BYTES
 from gramfuse_protocol.structure import parse_structure
-from gramfuse_protocol.task import Kind
+from gramfuse_protocol.tasks.registry import kind_of
 from gramfuse_protocol.transcript import SUMS, Advert, Sum
 
 COORDINATOR = "the coordinator"
@@ -55,36 +56,6 @@ FORMS = {
     "refusal": "reason",
 }
 """How content can be read, by phase; in others it is open, if there is any."""
-
-HELD_OUT: dict[Kind, str] = {
-    "classification": "how many held-out examples of each label got which label",
-    "image-classification": "how many held-out images of each label got which label",
-    "regression": "eight sums over the held-out examples, of truth, prediction and error",
-    "multi-label": "how many held-out examples there are, and how many got each label rightly or wrongly, or lack it",
-    "token-classification": "how many held-out examples there are, and how many entities of each type are in them, "
-    "were predicted, and were found",
-    "sequence-to-sequence": "how many held-out examples there are, how many targets were met, and three sums over "
-    "all: of words in common, target tokens, and their log-likelihood",
-    "causal-lm": "how many held-out texts and tokens there are, how many tokens were predicted rightly, and the sum of "
-    "their log-likelihoods",
-}
-"""What held-out results are, in words."""
-
-GROUPS = {
-    "outcome": "how many held-out examples the model is right about, and how many wrong",
-    "labels": "for each label, how many held-out examples got it rightly, wrongly, or lack it",
-    "examples": "how many held-out examples there are",
-    "entities": "how many entities were found, predicted too much, and missed, each example's clipped",
-    "types": "the same for each type of entity",
-    "means": "truth and prediction, added up, each moved from the plan's range to -1 to 1",
-    "squares": "their squares and their product, added up",
-    "error": "how far they are from each other, added up",
-    "overlap": "words in common with the target, and those that are not, as shares added up",
-    "exact": "how many targets were met",
-    "tokens": "tokens predicted rightly and wrongly, or target tokens and their log-likelihood, as shares added up",
-    "loss": "log-likelihood of the tokens, each one's clipped, added up",
-}
-"""What the groups of numbers are (`gramfuse_protocol.held_out`), in words."""
 
 WORDS = {
     "every message": "has the plan's digest, the session's number and this silo's name, beside what it says",
@@ -304,10 +275,10 @@ def _results(about: Mapping[str, Any], plan: Plan) -> Iterator[Departure]:
     sums = _blank("float64", sums_shape(task))
     said = "shown as a sum, read one by one" if plan.privacy.metrics == "sum" else "shown silo by silo"
     yield _departure(
-        f"its held-out results, for {_models(plan)}: {HELD_OUT[task.task]}; {said}",
+        f"its held-out results, for {_models(plan)}: {kind_of(task).summed}; {said}",
         *(EvaluateReply(**about, candidate=name, arrays={"sums": sums}) for name in plan.privacy.candidates),
         parts=tuple(
-            _array(f"sums of {name}", "float64", sums_shape(task), HELD_OUT[task.task])
+            _array(f"sums of {name}", "float64", sums_shape(task), kind_of(task).summed)
             for name in plan.privacy.candidates
         ),
     )
@@ -347,7 +318,7 @@ def _vector_parts(plan: Plan, silo: str) -> tuple[Part, ...]:
     """Return what a silo's held-out results are in a secure sum: a group of numbers each."""
     task = plan.task_of(silo)
     return tuple(
-        _array(f"{group.name} of {candidate}", "uint64", (group.size,), GROUPS[group.name])
+        _array(f"{group.name} of {candidate}", "uint64", (group.size,), group.words)
         for candidate in plan.privacy.candidates
         for group in groups(task)
     )
@@ -446,8 +417,7 @@ def _noise(plan: Plan) -> Iterator[str]:
 
 def _stays(plan: Plan, layout: Layout) -> tuple[str, ...]:
     """Return what does not leave."""
-    images = all(task.task == "image-classification" for task in plan.tasks.values())
-    what = "images" if images else "texts"
+    what = " and ".join(sorted({at_silo(task).of for task in plan.tasks.values()}))
     stays = [
         f"{what} and labels, of training and held-out examples alike",
         "predictions, losses, or anything else of one example",

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from gramfuse_client.evaluate import Outputs
+from gramfuse_client.outputs import Outputs
 
 
 def together(found: Sequence[Outputs], annotated: Sequence[tuple[int, ...]]) -> Outputs:

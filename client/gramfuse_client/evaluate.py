@@ -3,51 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.nn.functional import cross_entropy
 
 from gramfuse_client.afresh import Afresh
-from gramfuse_client.batches import Encoded, batches, inputs_of
-from gramfuse_model.answering import answering
-from gramfuse_model.batch import IGNORED
-from gramfuse_protocol.held_out import (
-    LOSS,
-    Vector,
-    class_rows,
-    entity_rows,
-    generation_rows,
-    label_rows,
-    language_rows,
-    moment_rows,
-    size,
-)
-from gramfuse_protocol.metrics import (
-    Sums,
-    classification_sums,
-    entity_sums,
-    generation_sums,
-    language_sums,
-    multi_label_sums,
-    regression_sums,
-    sums_shape,
-)
-from gramfuse_protocol.task import OUTSIDE, Task
-
-
-class Outputs(NamedTuple):
-    """What a model says of a batch.
-
-    Args:
-        logits: (batch, outputs), or (batch, positions, outputs) where there is one output for each position.
-        texts: what it generates, for `sequence-to-sequence`; else empty.
-    """
-
-    logits: torch.Tensor
-    texts: tuple[str, ...] = ()
+from gramfuse_client.batches import Encoded, batches
+from gramfuse_client.outputs import ANSWERS, Outputs
+from gramfuse_client.tasks.registry import at_silo
+from gramfuse_protocol.held_out import Vector, size
+from gramfuse_protocol.metrics import Sums, sums_shape
+from gramfuse_protocol.task import Task
+from gramfuse_protocol.tasks.registry import kind_of
 
 
 def outputs(model: Any, batch: Mapping[str, torch.Tensor], task: Task, tokenizer: Any) -> Outputs:
@@ -56,28 +25,7 @@ def outputs(model: Any, batch: Mapping[str, torch.Tensor], task: Task, tokenizer
     Texts are generated as `gramfuse_model.answering` says.
     """
     with torch.no_grad():
-        if task.task != "sequence-to-sequence":
-            return Outputs(model(**inputs_of(batch)).logits)
-        logits = model(**batch).logits  # the labels give the decoder its inputs
-        with answering(model, task, tokenizer):
-            generated = model.generate(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-        return Outputs(logits, tuple(tokenizer.batch_decode(generated, skip_special_tokens=True)))
-
-
-class _Tokens(NamedTuple):
-    """What a model said of the tokens of each example: arrays of shape (examples,).
-
-    Args:
-        said: how many were to be predicted.
-        loss: their negative log-likelihood.
-        clipped: the same, each token's clipped to [0, LOSS]; LOSS if it is not a number.
-        right: how many were predicted right.
-    """
-
-    said: NDArray[np.float64]
-    loss: NDArray[np.float64]
-    clipped: NDArray[np.float64]
-    right: NDArray[np.float64]
+        return at_silo(task).outputs(model, batch, task, tokenizer)
 
 
 def count(batch: Mapping[str, torch.Tensor], found: Outputs, task: Task, tokenizer: Any) -> Sums:
@@ -91,26 +39,7 @@ def count(batch: Mapping[str, torch.Tensor], found: Outputs, task: Task, tokeniz
         batch: `labels` included, and `words` (`gramfuse_client.batches.batches`).
         found: of a model, or of several together.
     """
-    facts = _facts(batch, found, task, tokenizer)
-    match task.task:
-        case "classification" | "image-classification":
-            truth, predicted = facts
-            return classification_sums(truth, predicted, len(task.labels))
-        case "regression":
-            return regression_sums(*facts)
-        case "multi-label":
-            truth, predicted = facts
-            return multi_label_sums(truth, predicted, task.annotated)
-        case "token-classification":
-            truth, predicted = facts
-            return entity_sums(truth, predicted, task.entities)
-        case "sequence-to-sequence":
-            truth, generated, tokens = facts
-            return generation_sums(truth, generated, int(tokens.said.sum()), float(tokens.loss.sum()))
-        case "causal-lm":
-            (tokens,) = facts
-            totals = int(tokens.said.sum()), float(tokens.loss.sum()), int(tokens.right.sum())
-            return language_sums(len(tokens.said), *totals)
+    return kind_of(task).sums(task, *_facts(batch, found, task, tokenizer))
 
 
 def rows(batch: Mapping[str, torch.Tensor], found: Outputs, task: Task, tokenizer: Any) -> Vector:
@@ -118,22 +47,7 @@ def rows(batch: Mapping[str, torch.Tensor], found: Outputs, task: Task, tokenize
 
     Arguments as `count` has them, and otherwise counted as there.
     """
-    facts = _facts(batch, found, task, tokenizer)
-    match task.task:
-        case "classification" | "image-classification":
-            return class_rows(task, *facts)
-        case "regression":
-            return moment_rows(task, *facts)
-        case "multi-label":
-            return label_rows(task, *facts)
-        case "token-classification":
-            return entity_rows(task, *facts)
-        case "sequence-to-sequence":
-            truth, generated, tokens = facts
-            return generation_rows(task, truth, generated, tokens.said, tokens.clipped)
-        case "causal-lm":
-            (tokens,) = facts
-            return language_rows(task, tokens.said, tokens.clipped, tokens.right)
+    return kind_of(task).rows(task, *_facts(batch, found, task, tokenizer))
 
 
 def evaluate(model: Any, batches: Iterable[Mapping[str, torch.Tensor]], task: Task, tokenizer: Any) -> Sums:
@@ -184,50 +98,5 @@ def _total(
 
 def _facts(batch: Mapping[str, torch.Tensor], found: Outputs, task: Task, tokenizer: Any) -> tuple[Any, ...]:
     """Return truth and prediction of each example, as what counts a task's examples takes them."""
-    truth, logits = batch["labels"].cpu(), found.logits.float().cpu()
-    match task.task:
-        case "classification" | "image-classification":
-            own = torch.tensor(task.annotated)
-            return truth.numpy(), own[logits[:, own].argmax(dim=-1)].numpy()
-        case "regression":  # on the targets' own scale
-            return tuple((task.centre + task.scale * of.double()).numpy() for of in (truth, logits.squeeze(-1)))
-        case "multi-label":
-            return truth.bool().numpy(), (torch.sigmoid(logits) >= task.threshold).numpy()
-        case "token-classification":
-            return _tags(batch["words"].cpu(), truth, logits.argmax(dim=-1), task)
-        case "sequence-to-sequence":
-            targets = truth.masked_fill(truth == IGNORED, tokenizer.pad_token_id)
-            texts = tokenizer.batch_decode(targets, skip_special_tokens=True)
-            return texts, found.texts, _next_tokens(logits, truth)
-        case "causal-lm":
-            return (_next_tokens(logits[:, :-1], truth[:, 1:]),)
-
-
-def _tags(
-    words: torch.Tensor, truth: torch.Tensor, predicted: torch.Tensor, task: Task
-) -> tuple[list[list[str]], list[list[str]]]:
-    """Return the tags of each example's words: the true ones, and those that are predicted.
-
-    Args:
-        words: (batch, words, 2), whether a word has a token, and its tag.
-        truth, predicted: (batch, positions), of tokens; the truth is IGNORED but at the first token of each word.
-    """
-    tags: tuple[list[list[str]], list[list[str]]] = [], []
-    for row, true, said in zip(words, truth, predicted, strict=True):
-        of_tokens = iter(said[true != IGNORED].tolist())
-        real = row[row[:, 1] != IGNORED].tolist()
-        tags[0].append([task.labels[tag] for _, tag in real])
-        tags[1].append([task.labels[next(of_tokens)] if seen else OUTSIDE for seen, _ in real])
-    return tags
-
-
-def _next_tokens(logits: torch.Tensor, truth: torch.Tensor) -> _Tokens:
-    """Return what a model said of each token that was to be predicted, by example."""
-    found = []
-    for said, true in zip(logits, truth, strict=True):
-        real = true != IGNORED
-        losses = cross_entropy(said[real].double(), true[real], reduction="none")
-        clipped = losses.nan_to_num(nan=LOSS).clamp(0.0, LOSS)
-        right = said[real].argmax(dim=-1) == true[real]
-        found.append([float(of.sum()) for of in (real, losses, clipped, right)])
-    return _Tokens(*np.array(found, np.float64).T)
+    on_cpu = {key: value.cpu() for key, value in batch.items() if key in ANSWERS}
+    return at_silo(task).facts(on_cpu, found._replace(logits=found.logits.float().cpu()), task, tokenizer)

@@ -18,8 +18,8 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from gramfuse_client.batches import Encoded, inputs_of
-from gramfuse_client.loss import masked_loss
+from gramfuse_client.batches import Encoded
+from gramfuse_client.outputs import inputs_of
 from gramfuse_model.buffers import as_in_training
 from gramfuse_model.heads import answers
 from gramfuse_protocol.errors import DataError, PlanError
@@ -93,7 +93,7 @@ def finetune(
                 args=arguments,
                 train_dataset=encoded,
                 data_collator=encoded.collate,
-                compute_loss_func=masked_loss(encoded.task),
+                compute_loss_func=encoded.kind.loss(encoded.task),
                 callbacks=[] if progress is None else [_Report(progress)],
             )
             trainer.remove_callback(PrinterCallback)  # it writes to standard output, which is the command's

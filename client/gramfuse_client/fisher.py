@@ -6,32 +6,15 @@ gradient is squared before anything is averaged, which the square of a batch's m
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Literal
+from collections.abc import Iterable
 
 import torch
 from torch import nn
-from torch.nn import functional
 
-from gramfuse_client.batches import Batch, inputs_of
-from gramfuse_model.batch import IGNORED
+from gramfuse_client.outputs import Batch
+from gramfuse_client.tasks.registry import Variant, at_silo
 from gramfuse_protocol.errors import ContributionError, PlanError
 from gramfuse_protocol.task import Task
-
-Variant = Literal["hard", "soft", "empirical"]
-"""Of which label the likelihood is taken: the one that the model finds most likely, all of them, weighed by how likely
-the model finds them, or the true one."""
-
-VARIANTS: dict[str, tuple[Variant, ...]] = {
-    "classification": ("hard", "soft", "empirical"),
-    "image-classification": ("hard", "soft", "empirical"),
-    "multi-label": ("hard", "soft", "empirical"),
-    "token-classification": ("hard", "empirical"),
-    "regression": ("empirical",),
-    "sequence-to-sequence": ("empirical",),
-    "causal-lm": ("empirical",),
-}
-"""What each kind of task can have. The expectation over all labellings of a text takes too many gradients."""
 
 
 def choose_variant(task: Task, variant: Variant | None) -> Variant:
@@ -40,7 +23,7 @@ def choose_variant(task: Task, variant: Variant | None) -> Variant:
     Raises:
         PlanError: if the task cannot have it.
     """
-    possible = VARIANTS[task.task]
+    possible = at_silo(task).fisher
     if variant is None:
         return possible[0]
     if variant not in possible:
@@ -73,7 +56,7 @@ def fisher_diagonal(
     count = 0
     for example in examples:
         count += 1
-        terms = list(_log_likelihoods(model, example, task, variant))
+        terms = list(at_silo(task).log_likelihoods(model, example, task, variant))
         for number, (weight, log_likelihood) in enumerate(terms, 1):
             gradients = torch.autograd.grad(
                 log_likelihood, list(parameters.values()), retain_graph=number < len(terms), allow_unused=True
@@ -88,64 +71,3 @@ def fisher_diagonal(
                 "training.learning-rate or look at the silo's data"
             )
     return {name: (values / count).cpu() for name, values in sums.items()}
-
-
-def _log_likelihoods(
-    model: nn.Module, example: Batch, task: Task, variant: Variant
-) -> Iterator[tuple[float, torch.Tensor]]:
-    """Yield (weight, log-likelihood): the weighted squares of their gradients add up to the example's Fisher."""
-    labels = example["labels"]
-    if task.task == "sequence-to-sequence":
-        logits = model(**example).logits  # (1, target tokens, vocabulary)
-        yield 1.0, -functional.cross_entropy(logits[0], labels[0], ignore_index=IGNORED, reduction="sum")
-        return
-    logits = model(**inputs_of(example)).logits
-    match task.task:
-        case "regression":  # a Gaussian of variance 1
-            yield 1.0, -0.5 * (logits.reshape(()) - labels.reshape(())).square()
-        case "causal-lm":
-            shifted, following = logits[0, :-1], labels[0, 1:]
-            yield 1.0, -functional.cross_entropy(shifted, following, ignore_index=IGNORED, reduction="sum")
-        case "token-classification":
-            tags = (
-                labels[0]
-                if variant == "empirical"
-                else torch.where(labels[0] == IGNORED, IGNORED, logits[0].argmax(-1))
-            )
-            yield 1.0, -functional.cross_entropy(logits[0], tags, ignore_index=IGNORED, reduction="sum")
-        case "multi-label":
-            yield from _of_label_set(logits[0], labels[0], task, variant)
-        case _:
-            yield from _of_label(logits[0], int(labels), task, variant)
-
-
-def _of_label(logits: torch.Tensor, label: int, task: Task, variant: Variant) -> Iterator[tuple[float, torch.Tensor]]:
-    """Yield the log-probabilities of one label of several, softmax over those that are annotated."""
-    likelihoods = logits[list(task.annotated)].log_softmax(dim=0)
-    match variant:
-        case "empirical":
-            yield 1.0, likelihoods[task.annotated.index(label)]
-        case "hard":
-            yield 1.0, likelihoods[int(likelihoods.argmax())]
-        case "soft":
-            for likelihood in likelihoods:
-                yield float(likelihood.detach().exp()), likelihood
-
-
-def _of_label_set(
-    logits: torch.Tensor, labels: torch.Tensor, task: Task, variant: Variant
-) -> Iterator[tuple[float, torch.Tensor]]:
-    """Yield the log-likelihood of a set of independent labels.
-
-    For `soft`, the expectation over all sets is a sum over labels, since ∂ log p(y)/∂z = y − σ(z) has the mean 0 and
-    the variance σ(z)(1 − σ(z)): Σ σ(1 − σ) (∂z/∂θ)².
-    """
-    own = list(task.annotated)
-    z = logits[own]
-    if variant == "soft":
-        for one in z:
-            p = float(one.detach().sigmoid())
-            yield p * (1 - p), one
-        return
-    y = labels[own].to(z.dtype) if variant == "empirical" else (z.detach().sigmoid() >= task.threshold).to(z.dtype)
-    yield 1.0, -functional.binary_cross_entropy_with_logits(z, y, reduction="sum")

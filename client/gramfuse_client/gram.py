@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gramfuse_client.batches import inputs_of
+from gramfuse_client.outputs import inputs_of
 from gramfuse_model.batch import masks_of
 from gramfuse_model.experts import received
 from gramfuse_model.heads import answers

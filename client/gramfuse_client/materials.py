@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from gramfuse_client import policy
@@ -13,14 +11,12 @@ from gramfuse_client.finding import Findings
 from gramfuse_client.silo import Silo
 from gramfuse_client.sources import HUB, Dataset
 from gramfuse_client.state import Contributed
-from gramfuse_client.targets import check_targets, described
+from gramfuse_client.tasks.registry import at_silo
 from gramfuse_protocol.errors import DataError, ModelError, PlanError, RefusalError
 from gramfuse_protocol.layout import Layout
-from gramfuse_protocol.metrics import entities
 from gramfuse_protocol.plan import Plan
 from gramfuse_protocol.scales import MOST_EXAMPLES
 from gramfuse_protocol.task import Task
-from gramfuse_protocol.text import quoted
 
 if TYPE_CHECKING:
     from gramfuse_model.base import Base
@@ -51,7 +47,7 @@ def check_data(
     try:
         train, held_out = load(silo, task)
         policy.check_examples(silo, len(train))
-        check_targets(silo.path, task, train.labels)
+        at_silo(task).check_labels(silo.path, task, train.labels)
     except DataError as error:
         found.error("data", error, f"correct the data, or [data] in {silo.path}")
         return None
@@ -79,8 +75,8 @@ def check_data(
             "agree on a plan with merge.weighting = 'uniform'",
         )
     else:
-        counts = f"{len(train):,} training examples ({_by_label(train, task)}), {len(held_out):,} held out"
-        notice = described(task, train.labels)[1] if task.task == "regression" else ""
+        counts = f"{len(train):,} training examples ({at_silo(task).counted(train, task)}), {len(held_out):,} held out"
+        notice = at_silo(task).notice(train, task)
         found.ok("data", f"{counts}\n{_what_leaves_of_counts(plan, task)}", notice)
     return train, held_out
 
@@ -90,7 +86,7 @@ def check_encoding(
 ) -> None:
     """Look at what the base model's tokenizer makes of the data: a run that stops at it gives no reason."""
     task = plan.task_of(silo.name)
-    if base is None or data is None or task.task == "image-classification":
+    if base is None or data is None:
         return
     from gramfuse_client.batches import Encoded
 
@@ -122,40 +118,6 @@ def check_last_batch(found: Findings, silo: Silo, plan: Plan, base: Base | None,
         check_batches(base.model, encoded, plan.training.batch_size, silo.name)
     except DataError as error:
         found.error("batches", error)
-
-
-def _by_label(examples: Examples, task: Task) -> str:
-    """Say how many examples each label has, of those that this silo annotates; of tags, how many entities begin."""
-    match task.task:
-        case "regression":
-            return described(task, examples.labels)[0]
-        case "sequence-to-sequence":
-            return "targets are texts"
-        case "causal-lm":
-            return f"{sum(len(text) for text in examples.inputs if isinstance(text, str)):,} characters"
-        case "token-classification":
-            found = Counter(kind for tags in _tags(examples, task) for kind, _, _ in entities(tags))
-            return _counted({kind: found[kind] for kind in task.entities}, "types of entities")
-        case "multi-label":
-            found = Counter(task.labels[i] for one in examples.labels if isinstance(one, tuple) for i in one)
-        case _:
-            found = Counter(task.labels[i] for i in examples.labels if isinstance(i, int))
-    said = _counted({task.labels[i]: found[task.labels[i]] for i in task.annotated}, "labels")
-    if task.task == "multi-label":
-        said += f"; none of them {sum(not one for one in examples.labels):,}"
-    missing = len(task.labels) - len(task.annotated)
-    return f"{said}; {missing} labels are not this silo's to annotate" if missing else said
-
-
-def _tags(examples: Examples, task: Task) -> Iterator[list[str]]:
-    for one in examples.labels:
-        assert isinstance(one, tuple)  # noqa: S101
-        yield [task.labels[index] for index in one]
-
-
-def _counted(counts: Mapping[str, int], what: str) -> str:
-    said = [f"{quoted(label, 60)} {count:,}" for label, count in counts.items()]
-    return ", ".join(said[:12]) + (f", and {len(said) - 12} more {what}" if said[12:] else "")
 
 
 def _what_leaves_of_counts(plan: Plan, task: Task) -> str:

@@ -11,7 +11,7 @@ from typing import get_args
 from gramfuse_client.data import Examples, left_out
 from gramfuse_client.silo import Silo
 from gramfuse_client.state import State
-from gramfuse_client.targets import check_targets
+from gramfuse_client.tasks.registry import at_silo
 from gramfuse_protocol.errors import GramfuseError, PlanError, RefusalError
 from gramfuse_protocol.layout import Layout
 from gramfuse_protocol.plan import ContextFree, Plan
@@ -139,7 +139,7 @@ def check_data(silo: Silo, task: Task, train: Examples, held_out: Examples) -> N
     for row in left_out(train, held_out):
         log.warning("silo %s leaves out a bad row: %s", silo.name, row)
     check_examples(silo, len(train))
-    check_targets(silo.path, task, train.labels)
+    at_silo(task).check_labels(silo.path, task, train.labels)
 
 
 def check_bytes(silo: Silo, plan: Plan, layout: Layout) -> None:

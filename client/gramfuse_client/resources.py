@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from gramfuse_client.data import Examples, Input
+from gramfuse_client.columns import Input
+from gramfuse_client.data import Examples
 from gramfuse_client.finding import Findings
 from gramfuse_client.ledger import Head, Ledger
 from gramfuse_client.silo import Silo
+from gramfuse_client.tasks.registry import at_silo
 from gramfuse_protocol.errors import LedgerError, PlanError
 from gramfuse_protocol.layout import ITEM_BYTES, Layout
 from gramfuse_protocol.plan import Plan
@@ -31,8 +33,6 @@ LESS_MEMORY = (
     "stop what else runs here; or ask for a plan with a smaller training.batch-size or model.max-length, or "
     'with smaller Gram matrices: merge.gram = { "*" = "block:128" }'
 )
-IMAGE_ROWS = 1024
-"""Rows of an image in a layer, where the model's configuration does not say."""
 
 
 def check_state(found: Findings, silo: Silo) -> None:
@@ -195,7 +195,7 @@ def memory(plan: Plan, task: Task, layout: Layout, base: Base, examples: Example
     """
     parameters = _bytes_of(base)
     trained = ITEM_BYTES * sum(delta.block.entries for delta in layout.deltas)
-    rows = plan.training.batch_size * rows_of(base, task)
+    rows = plan.training.batch_size * at_silo(task).rows_of(base, task)
     each = getattr(base.model.config, "num_experts_per_tok", 1)
     uses = sum((group.d_in + group.d_out) * (each if group.experts else 1) for group in layout.groups)
     kept = 2 * ITEM_BYTES * rows * uses
@@ -206,14 +206,6 @@ def memory(plan: Plan, task: Task, layout: Layout, base: Base, examples: Example
 
 def _bytes_of(base: Base) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in base.model.state_dict().values())
-
-
-def rows_of(base: Base, task: Task) -> int:
-    """Return how many rows one example has in a layer at most: its tokens, with those of a target, or its patches."""
-    if task.task != "image-classification":
-        return task.max_length + (task.target_length if task.task == "sequence-to-sequence" else 0)
-    size, patch = (getattr(base.model.config, key, None) for key in ("image_size", "patch_size"))
-    return (size // patch) ** 2 + 1 if isinstance(size, int) and isinstance(patch, int) else IMAGE_ROWS
 
 
 def _characters(given: Input) -> int:

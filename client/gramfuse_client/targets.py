@@ -72,9 +72,9 @@ def check_targets(path: Path, task: Task, labels: Sequence[Any]) -> None:
 
     Args:
         path: of the silo file, for the error.
-        labels: of the training examples; of other tasks than regression, nothing is checked.
+        labels: of the training examples.
     """
-    fitting = propose(labels) if task.task == "regression" else None
+    fitting = propose(labels)
     if fitting is None or LEARNABLE[0] <= (found := size(task, labels)) <= LEARNABLE[1]:
         return
     raise DataError(

@@ -87,10 +87,10 @@ def load_base(
     with _loading(plan, source, whole=whole):
         model, fresh = _load_model(source.directory, task, plan.training.seed, whole=whole)
         tokenizer = _load_processor(source.directory, task)
-        if task.task == "token-classification" and not tokenizer.is_fast:
+        if FORMS[task.task].offsets and not tokenizer.is_fast:
             raise ModelError(
                 f"base {plan.model.base!r} ({source.directory}): its {type(tokenizer).__name__} does not say which "
-                "characters a token stands for, and token-classification needs that; save the base model with a "
+                f"characters a token stands for, and {task.task} needs that; save the base model with a "
                 "tokenizer that has a tokenizer.json"
             )
         _check_finite(_called(plan, source, whole=whole), model)

@@ -22,7 +22,8 @@ from gramfuse_protocol.keys import check_identity_key
 from gramfuse_protocol.node_key import PublicNodeKey
 from gramfuse_protocol.roster import Roster, check_terms, smallest_threshold
 from gramfuse_protocol.structure import parse_structure
-from gramfuse_protocol.task import HEADLESS, Kind, Labels, MaskedTask, Task, TaskSettings
+from gramfuse_protocol.task import Kind, Labels, MaskedTask, Task, TaskSettings
+from gramfuse_protocol.tasks.registry import KINDS, kind_of
 from gramfuse_protocol.text import Word
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
@@ -267,7 +268,7 @@ class Plan(Section):
 
     @model_validator(mode="after")
     def _tasks(self) -> Plan:
-        headless = [task.task for task in self.tasks.values() if task.task in HEADLESS]
+        headless = [task.task for task in self.tasks.values() if kind_of(task).headless]
         if headless and self.model.head != "same":
             raise ValueError(f"task {headless[0]!r} has no head of its own: 'model.head' must be \"same\"")
         names = [task.name for task in self.task]
@@ -302,8 +303,9 @@ class Plan(Section):
         masked, known = [silo for silo in self.silo if silo.labels], set(self.model.labels)
         if not masked:
             return self
-        if self.task or self.model.task not in ("classification", "multi-label"):
-            raise ValueError("'labels' of a [[silo]] needs 'model.task' \"multi-label\" or \"classification\"")
+        if self.model.task is None or not KINDS[self.model.task].partial_labels:
+            some = " or ".join(f'"{kind.name}"' for kind in KINDS.values() if kind.partial_labels)
+            raise ValueError(f"'labels' of a [[silo]] needs 'model.task' {some}")
         for silo in masked:
             unknown = [label for label in silo.labels if label not in known]
             if unknown:
@@ -351,11 +353,9 @@ class Plan(Section):
 
     @property
     def _alone(self) -> Task:
-        """The task that all silos have; with a range where results are clipped to one."""
+        """The task that all silos have; with all that it needs where results leave in a sum."""
         task = self.model.alone
-        if self.summed and task.task == "regression" and task.range is None:
-            return task.model_copy(update={"range": (task.centre - task.scale, task.centre + task.scale)})
-        return task
+        return kind_of(task).for_sum(task) if self.summed else task
 
     @property
     def summed(self) -> bool:

@@ -3,34 +3,26 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from gramfuse_protocol.bounds import VALUES, Many
 from gramfuse_protocol.documents import Section
+from gramfuse_protocol.tasks.registry import check_kind, kind_of
 
-Kind = Literal[
-    "classification",
-    "regression",
-    "multi-label",
-    "token-classification",
-    "sequence-to-sequence",
-    "causal-lm",
-    "image-classification",
-]
-
-LABELLED = ("classification", "multi-label", "token-classification", "image-classification")
-"""Kinds whose labels the plan lists."""
-
-HEADLESS = ("sequence-to-sequence", "causal-lm")
-"""Kinds whose models have no head for the task: what they predict tokens with came with the base model."""
+Kind = Annotated[str, AfterValidator(check_kind)]
+"""Name of a kind of task (`gramfuse_protocol.tasks`)."""
 
 Label = Annotated[str, Field(min_length=1, max_length=200)]
 Labels = Annotated[Many[Label], Field(max_length=VALUES)]
 
-OUTSIDE = "O"
-"""The tag of a word that is part of no entity."""
+OWNED: tuple[tuple[tuple[str, ...], str], ...] = (
+    (("centre", "scale"), "has no targets with a 'centre' and a 'scale'"),
+    (("first_token",), "generates no texts with a 'first-token'"),
+    (("pair",), "has no pairs of texts"),
+)
+"""Settings that only some kinds have, and what is said of others."""
 
 
 class TaskSettings(Section):
@@ -102,38 +94,24 @@ class Task(TaskSettings):
     @property
     def generation(self) -> dict[str, Any] | None:
         """How texts are generated when models are measured, for reports; None for tasks that generate none."""
-        if self.task != "sequence-to-sequence":
-            return None
-        return {"strategy": "greedy", "max-new-tokens": self.target_length, "first-token": self.first_token}
+        return kind_of(self).generation(self)
 
     @model_validator(mode="after")
-    def _labels_fit_the_kind(self) -> Task:
-        least = 1 if self.task == "multi-label" else 2
-        if self.task not in LABELLED and self.labels:
+    def _settings_fit_the_kind(self) -> Task:
+        kind = kind_of(self)
+        if not kind.least_labels and self.labels:
             raise ValueError(f"task {self.task!r} has no labels")
-        if self.task in LABELLED and len(self.labels) < least:
-            raise ValueError(f"task {self.task!r} needs at least {'one label' if least == 1 else 'two labels'}")
+        if len(self.labels) < kind.least_labels:
+            least = {1: "one label", 2: "two labels"}.get(kind.least_labels, f"{kind.least_labels} labels")
+            raise ValueError(f"task {self.task!r} needs at least {least}")
         if len(set(self.labels)) != len(self.labels):
             raise ValueError("a label is listed twice")
-        if self.task != "regression" and (self.centre, self.scale) != (0.0, 1.0):
-            raise ValueError(f"task {self.task!r} has no targets with a 'centre' and a 'scale'")
-        if self.task != "sequence-to-sequence" and self.first_token is not None:
-            raise ValueError(f"task {self.task!r} generates no texts with a 'first-token'")
-        if self.pair and self.task not in ("classification", "regression", "multi-label"):
-            raise ValueError(f"task {self.task!r} has no pairs of texts")
-        if self.task == "token-classification":
-            self._check_tags()
+        for names, why in OWNED:
+            given = any(getattr(self, name) != TaskSettings.model_fields[name].default for name in names)
+            if given and not kind.options.issuperset(names):
+                raise ValueError(f"task {self.task!r} {why}")
+        kind.check(self)
         return self
-
-    def _check_tags(self) -> None:
-        begins = {tag[2:] for tag in self.labels if tag.startswith("B-")}
-        insides = {tag[2:] for tag in self.labels if tag.startswith("I-")}
-        odd = [tag for tag in self.labels if tag != OUTSIDE and tag[:2] not in ("B-", "I-")]
-        if odd or OUTSIDE not in self.labels or begins != insides or "" in begins:
-            raise ValueError(
-                "the labels of task 'token-classification' are the tags of the IOB2 scheme: \"O\", and for each type X "
-                '"B-X" and "I-X"' + (f"; found {odd[0]!r}" if odd else "")
-            )
 
 
 class MaskedTask(Task):

@@ -164,7 +164,7 @@ def _described(plan: Plan, name: str, kind: str, joint: Mapping[str, Sums]) -> d
     model: dict[str, Any] = {"name": name, "kind": kind}
     found = {task_name: metrics(plan.tasks[task_name], sums) for task_name, sums in joint.items()}
     if plan.task:
-        scores = [of[primary(plan.tasks[task_name])] for task_name, of in found.items()]
+        scores = [of[primary(plan.tasks[task_name].task)] for task_name, of in found.items()]
         examples = sum(of["examples"] for of in found.values())
         model["metrics"] = {"examples": examples, "mean-score": sum(scores) / len(scores)}
         model["tasks"] = found
@@ -193,7 +193,7 @@ def of_silos(plan: Plan, found: Mapping[str, Mapping[str, Sums]]) -> list[dict[s
 
 def ranked_by(plan: Plan) -> str:
     """Return which of the `metrics` of `described` ranks models: the higher, the better."""
-    return "mean-score" if plan.task else primary(plan.task_of(plan.names[0]))
+    return "mean-score" if plan.task else primary(plan.task_of(plan.names[0]).task)
 
 
 def _task_name(plan: Plan, silo: str) -> str | None:

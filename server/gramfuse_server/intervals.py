@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gramfuse_protocol.held_out import RANGES, SHARE, Vector, figures, label_counts, label_figures
+from gramfuse_protocol.held_out import SHARE, Vector, figures, label_counts, label_figures, range_of
 from gramfuse_protocol.noise import DELTA, deviations, spent
 from gramfuse_protocol.plan import Plan
 from gramfuse_protocol.task import Task
+from gramfuse_protocol.tasks.registry import kind_of
 
 COVERAGE = 0.98
 """Share of the draws that an interval is of: more than 95%, so that what it neglects does not take it below."""
@@ -46,7 +47,7 @@ def with_intervals(plan: Plan, task: Task, vector: Vector, silos: int) -> dict[s
     found = figures(task, vector)
     drawn = [figures(task, draw) for draw in draws]
     intervals = {
-        name: _interval(value, np.array([each[name] for each in drawn]), RANGES.get(name, SHARE))
+        name: _interval(value, np.array([each[name] for each in drawn]), range_of(task, name))
         for name, value in found.items()
     }
     if "macro-f1" in found and _unclear(task, vector, noise):
@@ -86,7 +87,7 @@ def _labels(
     counts = label_counts(task, draws)
     sizes = counts @ np.array([2.0, 1.0, 1.0])
     drawn = np.clip(2 * counts[..., 0] / np.where(sizes > 0, sizes, np.inf), 0.0, 1.0)
-    names = task.entities if task.task == "token-classification" else task.labels
+    names = kind_of(task).names(task)
     clear = dict(zip(names, _strength(task, vector, noise) > 2, strict=True))
     columns = dict(zip(names, drawn.T, strict=True))
     return {

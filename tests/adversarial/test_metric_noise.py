@@ -24,10 +24,11 @@ from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrained
 from gramfuse_client.data import load
 from gramfuse_client.workbench import Workbench
 from gramfuse_protocol.encoding import decode
-from gramfuse_protocol.held_out import Vector, class_rows, size
+from gramfuse_protocol.held_out import Vector, size
 from gramfuse_protocol.noise import DELTA, noisy_words, variances
 from gramfuse_protocol.plan import Plan
 from gramfuse_protocol.scales import METRICS_SCALE
+from gramfuse_protocol.tasks.classification import class_rows
 from tests.adversarial.conftest import METRICS, Liar
 
 GAMES = 1500

@@ -222,7 +222,7 @@ def outcome(pico: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactor
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_merged_model_is_better_than_that_of_every_silo(outcome: Callable[[Case], Outcome], case: Case) -> None:
     made = outcome(case)
-    scores = {name: found[primary(made.task)] for name, found in made.found.items()}
+    scores = {name: found[primary(made.task.task)] for name, found in made.found.items()}
     merged = scores.pop("merged")
     assert merged > max(scores.values()) + 0.01, scores
 

@@ -11,19 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gramfuse_protocol.held_out import (
-    Vector,
-    class_rows,
-    entity_rows,
-    figures,
-    generation_rows,
-    label_rows,
-    language_rows,
-    moment_rows,
-)
+from gramfuse_protocol.held_out import Vector, figures
 from gramfuse_protocol.noise import deviations
 from gramfuse_protocol.plan import Plan
 from gramfuse_protocol.task import Task
+from gramfuse_protocol.tasks.causal_lm import language_rows
+from gramfuse_protocol.tasks.classification import class_rows
+from gramfuse_protocol.tasks.multi_label import label_rows
+from gramfuse_protocol.tasks.regression import moment_rows
+from gramfuse_protocol.tasks.sequence_to_sequence import generation_rows
+from gramfuse_protocol.tasks.token_classification import entity_rows
 from gramfuse_server.intervals import with_intervals
 
 TYPES = ("PER", "LOC", "ORG", "MISC")

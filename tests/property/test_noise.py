@@ -17,34 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from gramfuse_client.evaluate import Outputs, evaluate_for_sum, rows
+from gramfuse_client.evaluate import evaluate_for_sum, rows
+from gramfuse_client.outputs import Outputs
 from gramfuse_protocol.encoding import decode
-from gramfuse_protocol.held_out import (
-    LOSS,
-    RANGES,
-    Vector,
-    class_rows,
-    entity_rows,
-    figures,
-    generation_rows,
-    groups,
-    is_sum,
-    label_figures,
-    label_rows,
-    language_rows,
-    moment_rows,
-    size,
-)
-from gramfuse_protocol.metrics import (
-    by_label,
-    classification_sums,
-    entity_sums,
-    generation_sums,
-    language_sums,
-    metrics,
-    multi_label_sums,
-    regression_sums,
-)
+from gramfuse_protocol.held_out import LOSS, Vector, figures, groups, is_sum, label_figures, range_of, size
+from gramfuse_protocol.metrics import by_label, metrics
 from gramfuse_protocol.noise import (
     composed_epsilon,
     deviations,
@@ -56,6 +33,12 @@ from gramfuse_protocol.noise import (
 from gramfuse_protocol.plan import Plan
 from gramfuse_protocol.scales import METRICS_SCALE
 from gramfuse_protocol.task import Task
+from gramfuse_protocol.tasks.causal_lm import language_rows, language_sums
+from gramfuse_protocol.tasks.classification import class_rows, classification_sums
+from gramfuse_protocol.tasks.multi_label import label_rows, multi_label_sums
+from gramfuse_protocol.tasks.regression import moment_rows, regression_sums
+from gramfuse_protocol.tasks.sequence_to_sequence import generation_rows, generation_sums
+from gramfuse_protocol.tasks.token_classification import entity_rows, entity_sums
 
 TAGS = ("O", "B-X", "I-X", "B-Y", "I-Y")
 KINDS = {
@@ -297,7 +280,7 @@ def test_figures_of_nothing_but_noise_are_in_their_range(kind: str) -> None:
         found = figures(task, vector)
         assert np.isfinite(list(found.values())).all()
         for name, value in found.items():
-            low, high = RANGES.get(name, (0, 1))
+            low, high = range_of(task, name)
             assert low <= value <= high, name
     words = source.integers(0, 2**64, size(task), np.uint64)
     assert not is_sum(task, decode(words, METRICS_SCALE)), "masks that do not cancel"

@@ -20,18 +20,23 @@ from gramfuse_cli.engine import laboratory_of, simulated_silo, study_of
 from gramfuse_cli.laboratory import Laboratory
 from gramfuse_cli.project import Project
 from gramfuse_cli.report import show_report
+from gramfuse_cli.terms import check_terms, parse_terms
 from gramfuse_client.app import SiloApp
 from gramfuse_client.batches import Encoded, batches
 from gramfuse_client.data import Examples, load
 from gramfuse_client.finetune import finetune
 from gramfuse_model.base import load_base
 from gramfuse_model.digests import weights_digest
+from gramfuse_protocol.errors import PlanError
 from gramfuse_protocol.layout import delta_block
 from gramfuse_protocol.metrics import metrics
+from gramfuse_protocol.plan import Privacy
 from gramfuse_server import post
 from gramfuse_server.app import coordinate
-from gramfuse_server.baselines import weighted_mean
 from gramfuse_server.evaluation import described
+from gramfuse_server.methods.arithmetic import weighted_mean
+from gramfuse_server.methods.registry import METHODS, Merged, Options, Silos, method
+from gramfuse_server.pages.page import page
 
 ANIMALS, WEATHER, FILLERS = ["cat", "dog", "horse", "sheep"], ["rain", "snow", "wind", "sun"], ["the", "a", "of"]
 
@@ -172,6 +177,46 @@ def test_classifiers_compared_with_everything(
     check_averaging(run, project)
     check_ensemble(run, project)
     check_joint(run, project)
+
+
+def test_a_method_of_another_package_is_measured_and_shown_by_its_label(
+    pico_project: Callable[..., Any],
+    compare: Callable[..., Compared],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(ValueError, match=r"'toy'.*best, ensemble, .*simple, .*transport"):
+        parse_terms("toy")
+    try:
+
+        @method(
+            name="toy",
+            label="toy median",
+            words="the median of the silos' parameters",
+            needs=("models",),
+            options=Options("[:TIMES]", "once", lambda values: {"times": float((*values, 1)[0])}),
+        )
+        def toy(silos: Silos, times: float) -> Merged:
+            differences, _ = silos.parents()
+            merged = {name: times * np.median([d[name] for d in differences], axis=0) for name in differences[0]}
+            return Merged(merged, (f"times {times:g}",), {"note": "as robust as it gets"})
+
+        run = compare(pico_project(silos=3, examples=30).directory, "toy:0.5")
+        secure = run.laboratory.plan.model_copy(update={"privacy": Privacy()})
+        with pytest.raises(PlanError, match=r"toy: .*--open"):
+            check_terms(parse_terms("toy"), secure)
+        model = run.of("toy")
+        assert model["name"] == "toy median (times 0.5)"
+        show_report(run.report, run.out, False)
+        shown = " ".join(capsys.readouterr().out.split())
+        assert "toy median (times 0.5): as robust as it gets" in shown
+        told = page(run.report, run.laboratory.plan)
+        assert told == (run.out / "report.html").read_text(encoding="utf-8")
+        assert "toy median (times 0.5)" in told
+        assert "the median of the silos&#39; parameters" in told
+        with pytest.raises(ValueError, match="toy"):
+            method(name="toy", label="", words="")(toy)
+    finally:
+        METHODS.pop("toy", None)
 
 
 def check_averaging(run: Compared, project: Any) -> None:

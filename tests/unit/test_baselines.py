@@ -7,7 +7,10 @@ import math
 import numpy as np
 import pytest
 
-from gramfuse_server.baselines import fisher_mean, normalised, task_arithmetic, ties, weighted_mean
+from gramfuse_server.methods.arithmetic import weighted_mean
+from gramfuse_server.methods.fisher import fisher_mean, normalised
+from gramfuse_server.methods.task_arithmetic import task_arithmetic
+from gramfuse_server.methods.ties import ties
 
 RNG = np.random.default_rng(3)
 SHAPES = {"w": (4, 5), "b": (4,)}

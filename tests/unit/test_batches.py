@@ -17,18 +17,19 @@ from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import BpeTrainer
 from transformers import CanineConfig, CanineModel, CanineTokenizer, PreTrainedTokenizerFast
 
-from gramfuse_client.batches import Encoded, batches, inputs_of
+from gramfuse_client.batches import Encoded, batches
 from gramfuse_client.data import Examples
-from gramfuse_client.evaluate import Outputs, count, rows
+from gramfuse_client.evaluate import count, rows
 from gramfuse_client.finetune import finetune
-from gramfuse_client.loss import masked_loss
+from gramfuse_client.outputs import Outputs, inputs_of
+from gramfuse_client.tasks.registry import at_silo
 from gramfuse_model.base import load_base
 from gramfuse_model.batch import IGNORED
 from gramfuse_protocol.errors import DataError, ModelError
-from gramfuse_protocol.held_out import ENTITIES
 from gramfuse_protocol.metrics import metrics
 from gramfuse_protocol.plan import Plan, Training
 from gramfuse_protocol.task import MaskedTask, Task
+from gramfuse_protocol.tasks.token_classification import ENTITIES
 
 CPU = torch.device("cpu")
 TAGS = ("O", "B-PER", "I-PER")
@@ -276,7 +277,7 @@ LOGITS = torch.tensor([[0.3, -1.0, 2.0], [1.5, 0.5, -0.5]])
 
 def test_labels_that_a_silo_does_not_annotate_cost_nothing(pico_tokenizer: Any) -> None:
     task = MaskedTask(task="multi-label", labels=("a", "b", "c"), annotates=("c", "a"))
-    loss = masked_loss(task)
+    loss = at_silo(task).loss(task)
     assert loss is not None
     logits = LOGITS.clone().requires_grad_()
     encoded = Encoded(Examples(["cat", "dog"], None, [(0,), (2,)]), pico_tokenizer, task)
@@ -294,7 +295,7 @@ def test_labels_that_a_silo_does_not_annotate_cost_nothing(pico_tokenizer: Any) 
 
 def test_a_class_that_a_silo_does_not_annotate_is_in_no_softmax() -> None:
     task = MaskedTask(task="classification", labels=("a", "b", "c"), annotates=("c", "b"))
-    loss = masked_loss(task)
+    loss = at_silo(task).loss(task)
     assert loss is not None
     found = loss(SimpleNamespace(logits=LOGITS), torch.tensor([2, 1]))
     e = np.exp(LOGITS.double().numpy())
@@ -306,8 +307,10 @@ def test_a_class_that_a_silo_does_not_annotate_is_in_no_softmax() -> None:
 
 
 def test_where_all_is_annotated_the_loss_is_the_models_own() -> None:
-    assert masked_loss(MaskedTask(task="classification", labels=("a", "b"), annotates=("b", "a"))) is None
-    loss = masked_loss(Task(task="multi-label", labels=("a", "b", "c")))
+    everything = MaskedTask(task="classification", labels=("a", "b"), annotates=("b", "a"))
+    assert at_silo(everything).loss(everything) is None
+    several = Task(task="multi-label", labels=("a", "b", "c"))
+    loss = at_silo(several).loss(several)
     assert loss is not None
     labels = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 1.0]])
     assert torch.equal(loss(SimpleNamespace(logits=LOGITS), labels), torch.nn.BCEWithLogitsLoss()(LOGITS, labels))

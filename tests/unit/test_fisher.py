@@ -18,8 +18,9 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from gramfuse_client.batches import Batch
-from gramfuse_client.fisher import VARIANTS, choose_variant, fisher_diagonal
+from gramfuse_client.fisher import choose_variant, fisher_diagonal
+from gramfuse_client.outputs import Batch
+from gramfuse_client.tasks.registry import AT_SILO
 from gramfuse_protocol.errors import ContributionError, PlanError
 from gramfuse_protocol.task import MaskedTask, Task
 
@@ -179,7 +180,7 @@ def test_each_kind_has_a_default_and_refuses_what_it_cannot_have() -> None:
     assert choose_variant(Task(task="classification", labels=LABELS), None) == "hard"
     with pytest.raises(PlanError, match=r"fisher:hard is not for task 'regression'.*compare with fisher:empirical"):
         choose_variant(regression, "hard")
-    assert all("empirical" in possible for possible in VARIANTS.values())
+    assert all("empirical" in kind.fisher for kind in AT_SILO.values())
 
 
 def test_a_diverged_model_is_named(classifier: Any) -> None:

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-from gramfuse_cli.terms import KINDS, check_terms, parse_terms
+from gramfuse_cli.terms import check_terms, parse_terms
 from gramfuse_protocol.documents import build
 from gramfuse_protocol.errors import PlanError
 from gramfuse_protocol.plan import Plan
+from gramfuse_server.methods.registry import METHODS
 
 CLASSES = {"task": "classification", "labels": ["x", "y"]}
 
@@ -46,7 +47,7 @@ def test_options_are_read_in_any_order_and_have_defaults() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("fishr", "'fishr' is nothing to compare with; there are simple, fisher, ensemble, joint"),
+        ("fishr", "'fishr' is nothing to compare with; there are best, ensemble, fedavg, fisher, joint, simple"),
         ("", "'' is nothing to compare with"),
         ("fisher:0", "'fisher:0': '0' is neither a variant, nor a norm, nor a number of examples; expected fisher["),
         ("fedavg:1.5", "'fedavg:1.5': rounds is one whole number in (0, 1000]; expected fedavg[:ROUNDS]"),
@@ -97,7 +98,7 @@ def test_what_a_plan_does_not_allow_is_refused_with_what_to_do(terms: str, about
 
 
 def test_all_else_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
-    everything = parse_terms(",".join(KINDS))
+    everything = parse_terms(",".join(METHODS))
     check_terms(everything, plan())
     check_terms(parse_terms("simple"), plan(silos=4, privacy={"secure-aggregation": True}))
     check_terms(parse_terms("fedavg:2,joint"), plan(merge={"rounds": 2}))

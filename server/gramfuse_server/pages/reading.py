@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-from gramfuse_protocol.metrics import PRIMARY
+from gramfuse_protocol.metrics import primary
 from gramfuse_protocol.plan import Plan
 from gramfuse_server.pages.wording import known, ranked_by
 from gramfuse_server.verdicts import worst
@@ -93,5 +93,5 @@ class Reading:
     def primary(self, silo: str, metrics: Mapping[str, float]) -> str:
         """Return which of a silo's metrics ranks models there."""
         if self.plan is not None and silo in self.plan.names:
-            return PRIMARY[self.plan.task_of(silo).task]
-        return next(PRIMARY[kind] for kind in self.tasks.values() if PRIMARY[kind] in metrics)
+            return primary(self.plan.task_of(silo).task)
+        return next(metric for metric in map(primary, self.tasks.values()) if metric in metrics)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from gramfuse_protocol.metrics import PRIMARY
+from gramfuse_protocol.metrics import primary
+from gramfuse_protocol.tasks.registry import KINDS
 from gramfuse_server.pages import drawing
 from gramfuse_server.pages.blocks import (
     Block,
@@ -23,7 +24,7 @@ from gramfuse_server.pages.blocks import (
 )
 from gramfuse_server.pages.drawing import count, score
 from gramfuse_server.pages.reading import Model, Reading
-from gramfuse_server.pages.wording import KINDS, MERGES, METRICS, columns, known, name_of, noise, off_by
+from gramfuse_server.pages.wording import MERGES, columns, known, name_of, noise, off_by, words_of, words_of_metric
 
 OPENLY = 24
 """Most labels that are all shown at once."""
@@ -65,11 +66,9 @@ def result(reading: Reading) -> Section:
         for (title, model), value, bar in zip(shown, values, bars, strict=True)
     ]
     examples = count(merged["metrics"]["examples"], "held-out examples")
+    meaning = words_of_metric(reading.ranked) or ""
     blocks: list[Block] = [
-        Text(
-            f"{reading.ranked.capitalize()} on {examples} of all silos together: {METRICS.get(reading.ranked, '')}. "
-            "Higher is better."
-        ),
+        Text(f"{reading.ranked.capitalize()} on {examples} of all silos together: {meaning}. Higher is better."),
         Tiles(tiles),
     ]
     if (said := noise(reading.report, reading.ranked)) is not None:
@@ -135,9 +134,11 @@ def models(reading: Reading) -> Section | None:
     kinds = dict.fromkeys(model["kind"] for model, _ in listed)
     words = [title.rpartition(": ")[2] for title in titles]
     glossary = [
-        (next(name_of(m) for m, _ in listed if m["kind"] == kind), KINDS[kind]) for kind in kinds if kind in KINDS
+        (next(name_of(m) for m, _ in listed if m["kind"] == kind), about)
+        for kind in kinds
+        if (about := words_of(kind)) is not None
     ]
-    glossary += [(word, METRICS[word]) for word in dict.fromkeys(words) if word in METRICS]
+    glossary += [(word, about) for word in dict.fromkeys(words) if (about := words_of_metric(word)) is not None]
     blocks.append(Folded("What these models and metrics are", [Facts(glossary)]))
     return Section("models", "Models", blocks)
 
@@ -145,7 +146,7 @@ def models(reading: Reading) -> Section | None:
 def _of_task(reading: Reading, task: str) -> Table:
     measured = [model for model in reading.models if task in model.get("tasks", {})]
     titles = list(dict.fromkeys(title for model in measured for title in model["tasks"][task] if title != "examples"))
-    ranked = PRIMARY[reading.tasks[task]]
+    ranked = primary(reading.tasks[task])
     drawn = drawing.bars(
         [model["tasks"][task].get(ranked) for model in measured],
         strong=[place for place, model in enumerate(measured) if model["kind"] == "regmean"],
@@ -269,10 +270,10 @@ def _labels_of(reading: Reading, task: str, merged: Mapping[str, Mapping[str, fl
             cells += [Cell(score(merged.get(name, {}).get(what))) for what in ("precision", "recall")]
             rows.append(Row(name, cells, note=count(everything[name]["examples"], "examples")))
         titles = [*(f"F1, {title}" for title, _ in each), "precision, merged model", "recall, merged model"]
-        return Table(caption, [Column("Type of entity" if entities else "Label"), *map(Column, titles)], rows)
+        return Table(caption, [Column(unit.capitalize()), *map(Column, titles)], rows)
 
-    entities = reading.tasks[task] == "token-classification"
-    what, of = "types of entities" if entities else "labels", f" of task “{task}”" if task else ""
+    unit, what = KINDS[reading.tasks[task]].unit
+    of = f" of task “{task}”" if task else ""
     if reading.alone is not None and reading.alone["kind"] == "silo":
         of += f", beside {reading.alone['name']} alone"
     if len(order) <= OPENLY:

@@ -8,6 +8,7 @@ from typing import Any
 from markupsafe import Markup
 
 from gramfuse_protocol.plan import Plan
+from gramfuse_protocol.tasks.registry import kind_of
 from gramfuse_protocol.text import one_line
 from gramfuse_server.pages import drawing, sight
 from gramfuse_server.pages.added import tell_added
@@ -144,9 +145,8 @@ def _task(reading: Reading, name: str) -> str:
         return f"{kind}; texts were generated greedily, of at most {generation['max-new-tokens']} tokens{first}"
     if task is None or not task.labels:
         return kind
-    if task.task == "token-classification":
-        return f"{kind} with {count(len(task.entities), 'types')} of entities"
-    return f"{kind} with {count(len(task.labels), 'labels')}"
+    names, (one, several) = kind_of(task).names(task), kind_of(task).unit
+    return f"{kind} with {len(names):,} {one if len(names) == 1 else several}"
 
 
 def _weighting(reading: Reading) -> str:

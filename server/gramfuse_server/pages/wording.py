@@ -7,8 +7,10 @@ from typing import Any
 
 from gramfuse_protocol.coverage import experts
 from gramfuse_protocol.messages import MERGED
-from gramfuse_protocol.metrics import PRIMARY
+from gramfuse_protocol.metrics import primary
 from gramfuse_protocol.task import Kind
+from gramfuse_protocol.tasks.registry import KINDS as TASKS
+from gramfuse_server.methods.registry import METHODS
 
 MODES = {
     "open": "The coordinator saw each silo's statistics.",
@@ -19,7 +21,6 @@ NAMES = {
     "silo": "{name} alone",
     "body": "{name}'s body, with each silo's own head",
     "alone": "each silo's own model",
-    "simple": "simple average",
     "regmean": "RegMean",
     "untuned": "RegMean, not tuned",
 }
@@ -30,38 +31,12 @@ KINDS = {
     "silo": "fine-tuned at one silo, on its own examples only",
     "body": "fine-tuned at one silo, under the heads of all silos",
     "alone": "each silo's own model, on its own held-out examples",
-    "simple": "the mean of the silos' parameters",
     "regmean": "the merge of this run: each linear layer solved in closed form from the silos' Gram matrices",
     "untuned": "the merge with the plan's own α and weights",
-    "fisher": "the mean of the silos' parameters, weighted by their Fisher information",
-    "ensemble": "all silos' models asked at once, and their answers averaged",
-    "joint": "fine-tuned on the pooled examples of all silos, which silos that keep their data cannot do",
-    "best": "the best of the silos' own models, picked with hindsight",
-    "fedavg": "federated averaging: silos train, are averaged, and go on from the average, round after round",
-    "task-arithmetic": "the base model plus the scaled sum of the silos' differences from it",
-    "ties": "differences from the base, trimmed, and added where silos agree on the sign",
-    "transport": "units of two models matched before they are averaged",
 }
-"""What a model of a kind is, in one line."""
+"""What a model of a kind is, in one line; the registry of methods has all others."""
 
-METRICS = {
-    "accuracy": "share of examples that are right",
-    "macro-f1": "F1 of each label, averaged over labels, so that rare ones count as much as common ones",
-    "micro-f1": "F1 over the decisions about all labels together",
-    "mcc": "Matthews' correlation of truth and prediction, from −1 to 1; 0 is chance",
-    "pearson": "correlation of truth and prediction, from −1 to 1",
-    "rmse": "root of the mean squared error; lower is better",
-    "mae": "mean absolute error; lower is better",
-    "entity-f1": "F1 over entities, each of which must have the right type, beginning and end",
-    "precision": "share of what was found that is right",
-    "recall": "share of what is there that was found",
-    "exact-match": "share of texts that are exactly right",
-    "token-f1": "overlap of the words generated with those expected",
-    "perplexity": "how surprised the model is by the right words; lower is better",
-    "token-accuracy": "share of next tokens that are right",
-    "mean-score": "mean over the tasks of the metric that ranks models of each",
-}
-"""What a metric says, in one line; higher is better unless it says otherwise."""
+MEAN_SCORE = "mean over the tasks of the metric that ranks models of each"
 
 CHECKS = {
     "counts": "how much silos counted: what cannot be is a lie, or a fault",
@@ -105,7 +80,22 @@ PHASES = {
 
 def name_of(model: Mapping[str, Any]) -> str:
     """Return what a model of a report is called."""
-    return NAMES.get(model["kind"], "{name}").format(name=model["name"])
+    kind, name = model["kind"], model["name"]
+    if kind in METHODS and name == kind:
+        return METHODS[kind].label
+    return NAMES.get(kind, "{name}").format(name=name)
+
+
+def words_of(kind: str) -> str | None:
+    """Return what a model of a kind is, in one line; None of a kind that nobody here knows."""
+    return METHODS[kind].words if kind in METHODS else KINDS.get(kind)
+
+
+def words_of_metric(name: str) -> str | None:
+    """Return what a metric says, in one line; None of one that nobody here knows."""
+    if name == "mean-score":
+        return MEAN_SCORE
+    return next((kind.measures[name].words for kind in TASKS.values() if name in kind.measures), None)
 
 
 def known(model: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -150,14 +140,14 @@ def columns(model: Mapping[str, Any], tasks: Mapping[str, Kind]) -> dict[str, fl
     """Return what a table says of a model: all metrics, or, of several tasks, of each the one that ranks them."""
     found = {name: value for name, value in model["metrics"].items() if name != "examples"}
     for name, metrics in model.get("tasks", {}).items():
-        metric = PRIMARY[tasks[name]]
+        metric = primary(tasks[name])
         found[f"{name}: {metric}"] = metrics[metric]
     return found
 
 
 def ranked_by(tasks: Mapping[str, Kind]) -> str:
     """Return which metric ranks the models of a report: the higher, the better."""
-    return PRIMARY[tasks[""]] if "" in tasks else "mean-score"
+    return primary(tasks[""]) if "" in tasks else "mean-score"
 
 
 def explain(step: Mapping[str, Any]) -> str:

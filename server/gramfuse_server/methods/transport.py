@@ -9,23 +9,76 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import nn
 
-from gramfuse_model.linear import LinearModule, linear_modules
 from gramfuse_protocol.errors import PlanError
-from gramfuse_server.baselines import Differences, Weights, weighted_mean
+from gramfuse_server.methods.arithmetic import Differences, Float64, Weights, weighted_mean
+from gramfuse_server.methods.registry import Merged, Refusal, Silos, method
 
-Float64 = NDArray[np.float64]
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from gramfuse_model.linear import LinearModule
+
 SAME = 1e-9
 """Relative difference, in float64, up to which two outputs of one model count as the same."""
 
 ITERATIONS = 10_000_000
 """Most steps of the network simplex; POT's own limit is too low for thousands of units."""
+
+
+def load_pot() -> Any:
+    """Return the module of POT, Python Optimal Transport.
+
+    Raises:
+        PlanError: if it is not installed.
+    """
+    try:
+        import ot
+    except ImportError:
+        raise PlanError("optimal transport needs the library POT; run: pip install 'gramfuse[transport]'") from None
+    return ot
+
+
+@method(
+    name="transport",
+    label="transport",
+    words="units of two models matched before they are averaged",
+    paper="Singh and Jaggi, NeurIPS 2020",
+    needs=("models",),
+    refusals=(
+        Refusal(
+            lambda plan: len(plan.silo) != 2,
+            "the hidden units of two models are matched, so the plan must have two silos; leave it out",
+        ),
+    ),
+    ready=load_pot,
+)
+def transport(silos: Silos) -> Merged:
+    """Match the units of two silos' models, and return the mean.
+
+    Raises:
+        PlanError: if a silo was lost, or the base model has no units that can be matched.
+    """
+    from gramfuse_model.tracing import public_batch
+
+    if len(silos.names) != 2:
+        raise PlanError(f"transport: matches the units of two models, and {len(silos.names)} silo is left")
+    trained = [tensor.name for tensor in silos.layout.tensors]
+    pairs, others = feed_forward_pairs(silos.base.model, public_batch(silos.base), trained)
+    if not pairs:
+        why = f": the units of {others[0]} depend on other weights, as in a gated block" if others else ""
+        raise PlanError(
+            f"transport: no feed-forward pair of this base model has units that can be matched{why}; leave it out"
+        )
+    more: dict[str, Any] = {"pairs": len(pairs)}
+    if others:
+        more["note"] = f"averaged without matching their units: {', '.join(others)}"
+    return Merged(transport_mean(pairs, silos.start(), *silos.parents()), more=more)
 
 
 class Pair(NamedTuple):
@@ -62,6 +115,10 @@ def feed_forward_pairs(
     Returns:
         The pairs, and the first weights of the candidates that are none.
     """
+    import torch
+
+    from gramfuse_model.linear import linear_modules
+
     probe = copy.deepcopy(model).cpu().double().eval()
     parameters = dict(probe.named_parameters())
     exact = {key: value.double() if value.is_floating_point() else value for key, value in batch.items()}
@@ -99,7 +156,7 @@ def transport_mean(
     Args:
         start: the base model's parameters.
         differences: of the two models from it, by parameter name.
-        weights: of the two models in the mean, as `gramfuse_server.baselines` has them.
+        weights: of the two models in the mean, as `gramfuse_server.methods.arithmetic` has them.
 
     Returns:
         Differences of the mean from the base, float64.
@@ -120,19 +177,6 @@ def transport_mean(
         moved[pair.second] = _rows(columns @ order.T, pair.second_transposed)
     matched = {name: values - start[name].astype(np.float64) for name, values in moved.items()}
     return weighted_mean([one, matched], weights)
-
-
-def load_pot() -> Any:
-    """Return the module of POT, Python Optimal Transport.
-
-    Raises:
-        PlanError: if it is not installed.
-    """
-    try:
-        import ot
-    except ImportError:
-        raise PlanError("optimal transport needs the library POT; run: pip install 'gramfuse[transport]'") from None
-    return ot
 
 
 def match(units: Float64, others: Float64) -> Float64:
@@ -173,6 +217,8 @@ def _unmoved(
     before: torch.Tensor,
 ) -> bool:
     """Whether the model's output stays when the hidden units are put into another order."""
+    import torch
+
     order = torch.arange(units).roll(1)
     moved = {pair.first: (parameters[pair.first], 0 if pair.first_transposed else 1)}
     moved[pair.second] = (parameters[pair.second], 1 if pair.second_transposed else 0)

@@ -1,0 +1,68 @@
+"""The next token, everywhere in a text.
+
+| input | label |
+|---|---|
+| `text`: text | none |
+
+What is learned are the tokens themselves, and IGNORED at the first, which nothing comes before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from gramfuse_client.columns import Input
+from gramfuse_client.sources import Row
+from gramfuse_client.tasks.registry import TaskAtSilo, Terms, Variant, register
+from gramfuse_protocol.task import Task
+
+if TYPE_CHECKING:
+    import torch
+
+    from gramfuse_client.data import Examples
+    from gramfuse_client.outputs import Batch, Outputs
+
+
+@register
+class CausalLMAtSilo(TaskAtSilo):
+    """The next token."""
+
+    name = "causal-lm"
+    fisher = ("empirical",)
+    learns_inputs = True
+    nothing_to_learn = "texts are one token only, so there is no next token to learn"
+
+    def label(self, row: Row, column: str, task: Task, known: Mapping[str, int], given: Input, where: str) -> None:
+        return None
+
+    def targets(self, examples: Examples, encoded: Any, tokenizer: Any, task: Task) -> list[list[int]]:
+        from gramfuse_model.batch import IGNORED
+
+        return [[IGNORED, *tokens[1:]] for tokens in encoded["input_ids"]]
+
+    def unlearnable(self, rows: Sequence[Mapping[str, Any]]) -> int:
+        return sum(len(row["input_ids"]) < 2 for row in rows)
+
+    def answers(self, batch: Batch, labels: Sequence[Any]) -> Batch:
+        from gramfuse_client.outputs import at_tokens
+
+        return at_tokens(batch, labels)
+
+    def log_likelihoods(self, model: torch.nn.Module, example: Batch, task: Task, variant: Variant) -> Terms:
+        """Yield that of all tokens but the first."""
+        from torch.nn.functional import cross_entropy
+
+        from gramfuse_client.outputs import inputs_of
+        from gramfuse_model.batch import IGNORED
+
+        logits, following = model(**inputs_of(example)).logits[0, :-1], example["labels"][0, 1:]
+        yield 1.0, -cross_entropy(logits, following, ignore_index=IGNORED, reduction="sum")
+
+    def facts(self, batch: Mapping[str, torch.Tensor], found: Outputs, task: Task, tokenizer: Any) -> tuple[Any, ...]:
+        from gramfuse_client.outputs import next_tokens
+
+        return (next_tokens(found.logits[:, :-1], batch["labels"][:, 1:]),)
+
+    def counted(self, examples: Examples, task: Task) -> str:
+        return f"{sum(len(text) for text in examples.inputs if isinstance(text, str)):,} characters"

@@ -1,0 +1,75 @@
+"""One label of several for each text.
+
+| input | label |
+|---|---|
+| `text` (and `text-pair`): text | a label of the plan: text, or a whole number |
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from gramfuse_client.columns import Input, column_of, index_of
+from gramfuse_client.sources import Row
+from gramfuse_client.tasks.registry import Loss, TaskAtSilo, Terms, Variant, register
+from gramfuse_client.tasks.words import of_labels
+from gramfuse_protocol.task import Task
+
+if TYPE_CHECKING:
+    import torch
+
+    from gramfuse_client.data import Examples
+    from gramfuse_client.outputs import Batch, Outputs
+
+
+@register
+class ClassificationAtSilo(TaskAtSilo):
+    """One label of several. Labels that a silo does not annotate are neither predicted nor counted."""
+
+    name = "classification"
+    fisher = ("hard", "soft", "empirical")
+
+    def label(self, row: Row, column: str, task: Task, known: Mapping[str, int], given: Input, where: str) -> int:
+        return index_of(column_of(row, column, where), task, known, where)
+
+    def loss(self, task: Task) -> Loss | None:
+        """Return the cross-entropy of the softmax over a silo's labels; None if it annotates all."""
+        import torch
+
+        if not task.masked:
+            return None
+        own = torch.tensor(task.annotated)
+        position = torch.full((len(task.labels),), -1)
+        position[own] = torch.arange(len(own))
+
+        def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+            columns = own.to(labels.device)
+            return torch.nn.functional.cross_entropy(outputs.logits[:, columns], position.to(labels.device)[labels])
+
+        return loss
+
+    def log_likelihoods(self, model: torch.nn.Module, example: Batch, task: Task, variant: Variant) -> Terms:
+        """Yield the log-probabilities of one label of several, softmax over those that are annotated."""
+        from gramfuse_client.outputs import inputs_of
+
+        logits, label = model(**inputs_of(example)).logits[0], int(example["labels"])
+        likelihoods = logits[list(task.annotated)].log_softmax(dim=0)
+        match variant:
+            case "empirical":
+                yield 1.0, likelihoods[task.annotated.index(label)]
+            case "hard":
+                yield 1.0, likelihoods[int(likelihoods.argmax())]
+            case "soft":
+                for likelihood in likelihoods:
+                    yield float(likelihood.detach().exp()), likelihood
+
+    def facts(self, batch: Mapping[str, torch.Tensor], found: Outputs, task: Task, tokenizer: Any) -> tuple[Any, ...]:
+        import torch
+
+        own = torch.tensor(task.annotated)
+        return batch["labels"].numpy(), own[found.logits[:, own].argmax(dim=-1)].numpy()
+
+    def counted(self, examples: Examples, task: Task) -> str:
+        return of_labels(task, Counter(task.labels[i] for i in examples.labels if isinstance(i, int)))

@@ -1,0 +1,79 @@
+"""One label of several for each image.
+
+| input | label |
+|---|---|
+| `image`: a path from where the source is, or bytes of an image file | a label of the plan |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gramfuse_client.columns import column_of
+from gramfuse_client.images import check_image, check_pillow, read_image
+from gramfuse_client.silo import Data
+from gramfuse_client.sources import Row
+from gramfuse_client.tasks.classification import ClassificationAtSilo
+from gramfuse_client.tasks.registry import register
+from gramfuse_protocol.errors import DataError
+from gramfuse_protocol.task import Task
+from gramfuse_protocol.text import quoted
+
+if TYPE_CHECKING:
+    from gramfuse_client.data import Examples
+    from gramfuse_client.outputs import Batch
+    from gramfuse_model.base import Base
+
+ROWS = 1024
+"""Rows of an image in a layer, where the model's configuration does not say."""
+
+
+@register
+class ImageClassificationAtSilo(ClassificationAtSilo):
+    """One label of several, of an image; images are read when they are asked for."""
+
+    name = "image-classification"
+    of = "images"
+
+    def check_ready(self) -> None:
+        check_pillow()
+
+    def input(self, row: Row, columns: Data, folder: Path, where: str) -> Path | bytes:
+        return _image(column_of(row, columns.image, where), columns.image, folder, where)
+
+    def encode(self, examples: Examples, tokenizer: Any, task: Task) -> None:
+        return None
+
+    def encode_one(self, examples: Examples, index: int, tokenizer: Any) -> dict[str, Any]:
+        given = examples.inputs[index]
+        where = "an image" if isinstance(given, bytes) else str(given)
+        image = read_image(given, where)  # type: ignore[arg-type]  # so are the inputs of this kind
+        return {
+            "pixel_values": tokenizer(image, return_tensors="pt")["pixel_values"][0],
+            "labels": examples.labels[index],
+        }
+
+    def inputs(self, rows: Sequence[dict[str, Any]], tokenizer: Any) -> Batch:
+        import torch
+
+        return {"pixel_values": torch.stack([row["pixel_values"] for row in rows])}
+
+    def rows_of(self, base: Base, task: Task) -> int:
+        """Return the number of patches."""
+        size, patch = (getattr(base.model.config, key, None) for key in ("image_size", "patch_size"))
+        return (size // patch) ** 2 + 1 if isinstance(size, int) and isinstance(patch, int) else ROWS
+
+
+def _image(value: Any, column: str, folder: Path, where: str) -> Path | bytes:
+    """Return an image after a look at its first bytes; a dataset's column holds `bytes` or `path`, or both."""
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    if not isinstance(value, str | bytes) or not value:
+        raise DataError(f"{where}: column {column!r} must hold the path of an image, found {quoted(value)}")
+    image = folder / value if isinstance(value, str) else value
+    if isinstance(image, Path) and not image.is_file():
+        raise DataError(f"{where}: column {column!r}: no such file {image}")
+    check_image(image, f"{where}: column {column!r}")
+    return image

@@ -1,0 +1,97 @@
+"""Any number of labels for each text.
+
+| input | label |
+|---|---|
+| `text` (and `text-pair`): text | a list of labels, [] if none applies; or one |
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from gramfuse_client.columns import Input, column_of, index_of
+from gramfuse_client.sources import Row
+from gramfuse_client.tasks.registry import Loss, TaskAtSilo, Terms, Variant, register
+from gramfuse_client.tasks.words import of_labels
+from gramfuse_protocol.errors import DataError
+from gramfuse_protocol.task import Task
+from gramfuse_protocol.text import quoted
+
+if TYPE_CHECKING:
+    import torch
+
+    from gramfuse_client.data import Examples
+    from gramfuse_client.outputs import Batch, Outputs
+
+
+@register
+class MultiLabelAtSilo(TaskAtSilo):
+    """Any number of labels: 0.0 or 1.0 for each, NaN where the silo does not annotate it."""
+
+    name = "multi-label"
+    fisher = ("hard", "soft", "empirical")
+
+    def label(
+        self, row: Row, column: str, task: Task, known: Mapping[str, int], given: Input, where: str
+    ) -> tuple[int, ...]:
+        return _labels(column_of(row, column, where), column, task, known, where)
+
+    def targets(self, examples: Examples, encoded: Any, tokenizer: Any, task: Task) -> list[list[float]]:
+        own, labels = set(task.annotated), range(len(task.labels))
+        applying: Sequence[Any] = examples.labels
+        return [[float(label in one) if label in own else math.nan for label in labels] for one in applying]
+
+    def loss(self, task: Task) -> Loss:
+        """Return the mean of the binary cross-entropies of the labels that are not NaN."""
+        from torch.nn.functional import binary_cross_entropy_with_logits
+
+        def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+            real = ~labels.isnan()
+            return binary_cross_entropy_with_logits(outputs.logits[real], labels[real])
+
+        return loss
+
+    def log_likelihoods(self, model: torch.nn.Module, example: Batch, task: Task, variant: Variant) -> Terms:
+        """Yield the log-likelihood of a set of independent labels.
+
+        For `soft`, the expectation over all sets is a sum over labels, since ∂ log p(y)/∂z = y − σ(z) has the mean 0
+        and the variance σ(z)(1 − σ(z)): Σ σ(1 − σ) (∂z/∂θ)².
+        """
+        from torch.nn.functional import binary_cross_entropy_with_logits
+
+        from gramfuse_client.outputs import inputs_of
+
+        own = list(task.annotated)
+        z = model(**inputs_of(example)).logits[0][own]
+        if variant == "soft":
+            for one in z:
+                p = float(one.detach().sigmoid())
+                yield p * (1 - p), one
+            return
+        true = variant == "empirical"
+        y = (example["labels"][0][own] if true else z.detach().sigmoid() >= task.threshold).to(z.dtype)
+        yield 1.0, -binary_cross_entropy_with_logits(z, y, reduction="sum")
+
+    def facts(self, batch: Mapping[str, torch.Tensor], found: Outputs, task: Task, tokenizer: Any) -> tuple[Any, ...]:
+        return batch["labels"].bool().numpy(), (found.logits.sigmoid() >= task.threshold).numpy()
+
+    def counted(self, examples: Examples, task: Task) -> str:
+        found = Counter(task.labels[i] for one in examples.labels if isinstance(one, tuple) for i in one)
+        return of_labels(task, found, f"; none of them {sum(not one for one in examples.labels):,}")
+
+
+def _labels(value: Any, column: str, task: Task, known: Mapping[str, int], where: str) -> tuple[int, ...]:
+    """Return the indices of all labels that apply, in the plan's order."""
+    if value is None or value == "":
+        raise DataError(
+            f"{where}: column {column!r} is empty; write [] if none of the labels applies, or leave the example out "
+            "if nobody looked"
+        )
+    values = value if isinstance(value, list) else [value]
+    indices = [index_of(one, task, known, where) for one in values]
+    if len(set(indices)) < len(indices):
+        raise DataError(f"{where}: column {column!r} has a label twice: {quoted(value)}")
+    return tuple(sorted(indices))

@@ -1,0 +1,77 @@
+"""One number for each text.
+
+| input | label |
+|---|---|
+| `text` (and `text-pair`): text | a finite number; in the plan's range, if results leave in a secure sum |
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gramfuse_client.columns import Input, column_of
+from gramfuse_client.sources import Row
+from gramfuse_client.targets import check_targets, described
+from gramfuse_client.tasks.registry import TaskAtSilo, Terms, Variant, register
+from gramfuse_protocol.errors import DataError
+from gramfuse_protocol.task import Task
+from gramfuse_protocol.text import quoted
+
+if TYPE_CHECKING:
+    import torch
+
+    from gramfuse_client.data import Examples
+    from gramfuse_client.outputs import Batch, Outputs
+
+
+@register
+class RegressionAtSilo(TaskAtSilo):
+    """One number, learned less the plan's centre and over its scale, and measured on the targets' own scale."""
+
+    name = "regression"
+    fisher = ("empirical",)
+
+    def label(self, row: Row, column: str, task: Task, known: Mapping[str, int], given: Input, where: str) -> float:
+        return _target(column_of(row, column, where), task, where)
+
+    def check_labels(self, path: Path, task: Task, labels: Sequence[Any]) -> None:
+        check_targets(path, task, labels)
+
+    def targets(self, examples: Examples, encoded: Any, tokenizer: Any, task: Task) -> list[float]:
+        labels: Sequence[Any] = examples.labels
+        return [(target - task.centre) / task.scale for target in labels]
+
+    def log_likelihoods(self, model: torch.nn.Module, example: Batch, task: Task, variant: Variant) -> Terms:
+        """Yield that of a Gaussian of variance 1."""
+        from gramfuse_client.outputs import inputs_of
+
+        logits = model(**inputs_of(example)).logits
+        yield 1.0, -0.5 * (logits.reshape(()) - example["labels"].reshape(())).square()
+
+    def facts(self, batch: Mapping[str, torch.Tensor], found: Outputs, task: Task, tokenizer: Any) -> tuple[Any, ...]:
+        both = batch["labels"], found.logits.squeeze(-1)
+        return tuple((task.centre + task.scale * of.double()).numpy() for of in both)
+
+    def counted(self, examples: Examples, task: Task) -> str:
+        return described(task, examples.labels)[0]
+
+    def notice(self, examples: Examples, task: Task) -> str:
+        return described(task, examples.labels)[1]
+
+
+def _target(value: Any, task: Task, where: str) -> float:
+    try:
+        target = math.nan if isinstance(value, bool) or "_" in str(value) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        target = math.nan
+    if not math.isfinite(target):
+        raise DataError(f"{where}: the target must be a finite number, found {quoted(value)}")
+    if task.range is not None and not task.range[0] <= target <= task.range[1]:
+        raise DataError(
+            f"{where}: the target {target:g} is outside of the plan's range of {task.range[0]:g} to {task.range[1]:g}; "
+            "correct it, or agree on a plan with a wider 'model.range'"
+        )
+    return target

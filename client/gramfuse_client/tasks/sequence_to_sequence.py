@@ -1,0 +1,87 @@
+"""A text for each text.
+
+| input | label |
+|---|---|
+| `text`: text | text |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from gramfuse_client.columns import Input, text_of
+from gramfuse_client.sources import Row
+from gramfuse_client.tasks.registry import TaskAtSilo, Terms, Variant, register
+from gramfuse_protocol.task import Task
+
+if TYPE_CHECKING:
+    import torch
+
+    from gramfuse_client.data import Examples
+    from gramfuse_client.outputs import Batch, Outputs
+    from gramfuse_model.base import Base
+
+
+@register
+class SequenceToSequenceAtSilo(TaskAtSilo):
+    """A text for a text, which is compared as the tokenizer gives it back, `target_length` tokens long."""
+
+    name = "sequence-to-sequence"
+    fisher = ("empirical",)
+    label_is_input = True
+
+    def label(self, row: Row, column: str, task: Task, known: Mapping[str, int], given: Input, where: str) -> str:
+        return text_of(row, column, where)
+
+    def targets(self, examples: Examples, encoded: Any, tokenizer: Any, task: Task) -> list[list[int]]:
+        """Return the targets' tokens."""
+        found: list[list[int]] = tokenizer(
+            text_target=list(examples.labels), truncation=True, max_length=task.target_length
+        )["input_ids"]
+        return found
+
+    def answers(self, batch: Batch, labels: Sequence[Any]) -> Batch:
+        """Return `labels`, padded at their end, and a `decoder_attention_mask`."""
+        import torch
+        from torch.nn.utils.rnn import pad_sequence
+
+        from gramfuse_model.batch import IGNORED
+
+        filled = pad_sequence([*map(torch.tensor, labels)], batch_first=True, padding_value=IGNORED)
+        return {"labels": filled, "decoder_attention_mask": (filled != IGNORED).long()}
+
+    def log_likelihoods(self, model: torch.nn.Module, example: Batch, task: Task, variant: Variant) -> Terms:
+        """Yield that of all target tokens."""
+        from torch.nn.functional import cross_entropy
+
+        from gramfuse_model.batch import IGNORED
+
+        logits = model(**example).logits  # (1, target tokens, vocabulary)
+        yield 1.0, -cross_entropy(logits[0], example["labels"][0], ignore_index=IGNORED, reduction="sum")
+
+    def outputs(self, model: Any, batch: Mapping[str, torch.Tensor], task: Task, tokenizer: Any) -> Outputs:
+        """Return logits of the targets, and the texts that the model generates (`gramfuse_model.answering`)."""
+        from gramfuse_client.outputs import Outputs
+        from gramfuse_model.answering import answering
+
+        logits = model(**batch).logits  # the labels give the decoder its inputs
+        with answering(model, task, tokenizer):
+            generated = model.generate(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        return Outputs(logits, tuple(tokenizer.batch_decode(generated, skip_special_tokens=True)))
+
+    def facts(self, batch: Mapping[str, torch.Tensor], found: Outputs, task: Task, tokenizer: Any) -> tuple[Any, ...]:
+        from gramfuse_client.outputs import next_tokens
+        from gramfuse_model.batch import IGNORED
+
+        truth = batch["labels"]
+        targets = truth.masked_fill(truth == IGNORED, tokenizer.pad_token_id)
+        texts = tokenizer.batch_decode(targets, skip_special_tokens=True)
+        return texts, found.texts, next_tokens(found.logits, truth)
+
+    def counted(self, examples: Examples, task: Task) -> str:
+        return "targets are texts"
+
+    def rows_of(self, base: Base, task: Task) -> int:
+        """Return the number of tokens, with those of a target."""
+        return task.max_length + task.target_length

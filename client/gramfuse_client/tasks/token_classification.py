@@ -1,0 +1,182 @@
+"""A tag for each word of a text.
+
+| input | label |
+|---|---|
+| `text`: a list of words, or words between white space | a list of tags, or tags between spaces; as many as words |
+
+A word's tag is learned at the word's first token; other tokens have the label IGNORED.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gramfuse_client.columns import Input, check_characters, column_of, index_of
+from gramfuse_client.silo import Data
+from gramfuse_client.sources import Row
+from gramfuse_client.tasks.registry import TaskAtSilo, Terms, Variant, register
+from gramfuse_client.tasks.words import counted
+from gramfuse_protocol.errors import DataError
+from gramfuse_protocol.task import Task
+from gramfuse_protocol.tasks.token_classification import OUTSIDE, entities
+from gramfuse_protocol.text import quoted
+
+if TYPE_CHECKING:
+    import torch
+
+    from gramfuse_client.data import Examples
+    from gramfuse_client.outputs import Batch, Outputs
+
+
+@register
+class TokenClassificationAtSilo(TaskAtSilo):
+    """A tag for each word.
+
+    All words count: of one without a token, or behind `max_length`, a model says nothing, which is O.
+    """
+
+    name = "token-classification"
+    fisher = ("hard", "empirical")
+    nothing_to_learn = "examples have no word that the tokenizer makes a token of, so there is no tag to learn"
+
+    def input(self, row: Row, columns: Data, folder: Path, where: str) -> tuple[str, ...]:
+        return _words(row, columns.text, where)
+
+    def label(
+        self, row: Row, column: str, task: Task, known: Mapping[str, int], given: Input, where: str
+    ) -> tuple[int, ...]:
+        assert isinstance(given, tuple)  # noqa: S101
+        return _tags(column_of(row, column, where), column, task, known, given, where)
+
+    def encode(self, examples: Examples, tokenizer: Any, task: Task) -> list[dict[str, Any]]:
+        """Return a row for each example, with `words` where there are labels.
+
+        A tokenizer makes other tokens of single words than of a text, each in its own way, so it is given a text.
+        """
+        inputs: Sequence[Any] = examples.inputs
+        labels: Sequence[Any] = examples.labels
+        texts = [" ".join(words) for words in inputs]
+        encoded = tokenizer(texts, None, truncation=True, max_length=task.max_length, return_offsets_mapping=True)
+        places = [
+            _words_of(offsets, words) for offsets, words in zip(encoded.pop("offset_mapping"), inputs, strict=True)
+        ]
+        rows = [{**{key: encoded[key][i] for key in encoded}, "labels": None} for i in range(len(texts))]
+        if labels[0] is not None:
+            for row, tokens, tags in zip(rows, places, labels, strict=True):
+                row["labels"], seen = _aligned(tokens, tags), set(tokens)
+                row["words"] = [(word in seen, tag) for word, tag in enumerate(tags)]
+        return rows
+
+    def unlearnable(self, rows: Sequence[Mapping[str, Any]]) -> int:
+        return sum(not any(seen for seen, _ in row["words"]) for row in rows)
+
+    def answers(self, batch: Batch, labels: Sequence[Any]) -> Batch:
+        from gramfuse_client.outputs import at_tokens
+
+        return at_tokens(batch, labels)
+
+    def log_likelihoods(self, model: torch.nn.Module, example: Batch, task: Task, variant: Variant) -> Terms:
+        """Yield that of all words' tags."""
+        from torch import where
+        from torch.nn.functional import cross_entropy
+
+        from gramfuse_client.outputs import inputs_of
+        from gramfuse_model.batch import IGNORED
+
+        logits, labels = model(**inputs_of(example)).logits[0], example["labels"][0]
+        tags = labels if variant == "empirical" else where(labels == IGNORED, IGNORED, logits.argmax(-1))
+        yield 1.0, -cross_entropy(logits, tags, ignore_index=IGNORED, reduction="sum")
+
+    def facts(self, batch: Mapping[str, torch.Tensor], found: Outputs, task: Task, tokenizer: Any) -> tuple[Any, ...]:
+        return _tags_of(batch["words"], batch["labels"], found.logits.argmax(dim=-1), task)
+
+    def counted(self, examples: Examples, task: Task) -> str:
+        """Say how many entities of each type begin."""
+        found = Counter(kind for tags in _named(examples, task) for kind, _, _ in entities(tags))
+        return counted({kind: found[kind] for kind in task.entities}, "types of entities")
+
+
+def _words(row: Row, column: str, where: str) -> tuple[str, ...]:
+    value = column_of(row, column, where)
+    words = value.split() if isinstance(value, str) else value
+    if not isinstance(words, list) or not words:
+        raise DataError(
+            f"{where}: column {column!r} must hold a list of words, or words between spaces, found {quoted(value)}"
+        )
+    for position, word in enumerate(words, 1):
+        if not isinstance(word, str) or not word.strip():
+            raise DataError(f"{where}: column {column!r}: word {position} must be text, found {quoted(word)}")
+        check_characters(word, column, where)
+    return tuple(words)
+
+
+def _tags(
+    value: Any, column: str, task: Task, known: Mapping[str, int], words: tuple[str, ...], where: str
+) -> tuple[int, ...]:
+    """Return the index of each word's tag. An I-X with no B-X before it begins an entity, as metrics have it."""
+    tags = value.split() if isinstance(value, str) else value
+    if not isinstance(tags, list) or len(tags) != len(words):
+        many = f"{len(tags)}" if isinstance(tags, list) else quoted(value)
+        raise DataError(
+            f"{where}: column {column!r} must hold one tag for each of the {len(words)} words, found {many}"
+        )
+    return tuple(index_of(tag, task, known, where) for tag in tags)
+
+
+def _named(examples: Examples, task: Task) -> Iterator[list[str]]:
+    for one in examples.labels:
+        assert isinstance(one, tuple)  # noqa: S101
+        yield [task.labels[index] for index in one]
+
+
+def _words_of(offsets: Sequence[tuple[int, int]], words: Sequence[str]) -> list[int | None]:
+    """Return which word each token is part of, if any.
+
+    Args:
+        offsets: of tokens in the text that the words make with a space between two; of special tokens, empty ones.
+    """
+    text, ends = " ".join(words), list(accumulate(len(word) + 1 for word in words))
+    found: list[int | None] = []
+    for start, stop in offsets:
+        place = next((n for n in range(start, stop) if not text[n].isspace()), stop - 1)
+        found.append(None if start == stop else bisect_right(ends, place + 1))  # a space is the next word's
+    return found
+
+
+def _aligned(words: Sequence[int | None], tags: Any) -> list[int]:
+    """Return a word's tag at its first token, and IGNORED everywhere else.
+
+    Args:
+        words: which word each token is part of, if any.
+    """
+    from gramfuse_model.batch import IGNORED
+
+    return [
+        IGNORED if word is None or word == before else tags[word]
+        for before, word in zip([None, *words], words, strict=False)
+    ]
+
+
+def _tags_of(
+    words: torch.Tensor, truth: torch.Tensor, predicted: torch.Tensor, task: Task
+) -> tuple[list[list[str]], list[list[str]]]:
+    """Return the tags of each example's words: the true ones, and those that are predicted.
+
+    Args:
+        words: (batch, words, 2), whether a word has a token, and its tag.
+        truth, predicted: (batch, positions), of tokens; the truth is IGNORED but at the first token of each word.
+    """
+    from gramfuse_model.batch import IGNORED
+
+    tags: tuple[list[list[str]], list[list[str]]] = [], []
+    for row, true, said in zip(words, truth, predicted, strict=True):
+        of_tokens = iter(said[true != IGNORED].tolist())
+        real = row[row[:, 1] != IGNORED].tolist()
+        tags[0].append([task.labels[tag] for _, tag in real])
+        tags[1].append([task.labels[next(of_tokens)] if seen else OUTSIDE for seen, _ in real])
+    return tags

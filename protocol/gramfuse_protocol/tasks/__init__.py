@@ -1,0 +1,11 @@
+"""The kinds of task as both sides know them: one file each.
+
+A new kind is a new file here, one in `gramfuse_client.tasks`, and its model class in `gramfuse_model.tasks`;
+`gramfuse_protocol.tasks.registry` shows what stands in the first.
+"""
+
+from importlib import import_module
+from pkgutil import iter_modules
+
+for _file in iter_modules(__path__):
+    import_module(f"{__name__}.{_file.name}")
