@@ -125,7 +125,7 @@ class Comparison:
         return parameters, weighted_mean(buffers, weights)
 
     def _transport(self) -> Made:
-        from gramfuse_model.tracing import public_batch
+        from gramfuse_model.public_batch import public_batch
         from gramfuse_server.transport import feed_forward_pairs, transport_mean
 
         laboratory = self.laboratory

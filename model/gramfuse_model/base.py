@@ -49,6 +49,11 @@ class Base:
     pins: Pins
     shared: frozenset[str]
 
+    @property
+    def takes_images(self) -> bool:
+        """Whether inputs are images; else they are texts."""
+        return not isinstance(self.tokenizer, PreTrainedTokenizerBase)
+
     def origin(self, name: str) -> Origin:
         """Return what a statistics file says of this base model.
 

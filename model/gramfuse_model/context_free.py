@@ -15,7 +15,7 @@ from torch import nn
 
 from gramfuse_model.batch import alone, masks_of
 from gramfuse_model.heads import answers
-from gramfuse_model.observation import Hook, observing
+from gramfuse_model.observation import Hook, observing, run
 from gramfuse_protocol.errors import ModelError
 
 ROUNDING = 1e-5
@@ -56,9 +56,8 @@ def context_free(model: nn.Module, batch: Mapping[str, Any], modules: Mapping[st
 
         return hook
 
-    device = next(model.parameters()).device
     with observing(model, [(module, record(name)) for name, module in modules.items()]):
-        model(**{key: value.to(device) for key, value in inputs.items()})
+        run(model, inputs, "a changed text or image of that batch")
     return frozenset(found)
 
 
@@ -140,7 +139,9 @@ def _other_tokens(batch: Mapping[str, Any], key: str, given: torch.Tensor) -> to
 
 def _patches(model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, int]:
     """Return the number of the patch of each pixel, (1, 1, height, width), and how many patches there are."""
-    size = getattr(model.config, "patch_size", PATCH)
+    config = getattr(model, "config", None)
+    config = getattr(config, "vision_config", config)
+    size = getattr(config, "patch_size", PATCH)
     high, wide = (size, size) if isinstance(size, int) else size
     height, width = images.shape[-2:]
     columns = -(-width // wide)

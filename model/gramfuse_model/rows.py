@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from gramfuse_model.batch import TARGETS, Batch, alone, chosen, masks_of, with_shorter
 from gramfuse_model.heads import answers, head_parameters
 from gramfuse_model.linear import linear_modules
-from gramfuse_model.observation import Hook, by_example, observing, rows_of
+from gramfuse_model.observation import Hook, by_example, observing, rows_of, run
 from gramfuse_protocol.errors import ModelError
 from gramfuse_protocol.layout import Rows
 
@@ -149,7 +149,9 @@ def _readings(
     return found
 
 
-def _run(model: nn.Module, batch: Batch, modules: Mapping[str, nn.Module]) -> dict[str, list[torch.Tensor]]:
+def _run(
+    model: nn.Module, batch: Batch, modules: Mapping[str, nn.Module], what: str = "a batch of examples"
+) -> dict[str, list[torch.Tensor]]:
     """Run a model and return projections of what modules receive, and of what it puts out, if that is known."""
     calls: dict[str, list[torch.Tensor]] = {}
     latest: list[Any] = [
@@ -167,7 +169,7 @@ def _run(model: nn.Module, batch: Batch, modules: Mapping[str, nn.Module]) -> di
         return hook
 
     with observing(model, [(module, record(name)) for name, module in modules.items()]):
-        result = model(**batch)
+        result = run(model, batch, what)
         outputs = getattr(result, "logits", getattr(result, "last_hidden_state", None))
         if outputs is not None:
             calls[OUTPUTS] = [_projected(outputs)]
@@ -181,13 +183,9 @@ def _run_alone(model: nn.Module, example: Batch, modules: Mapping[str, nn.Module
         ModelError: if the model fails on it: some take no text that is shorter than what they pool.
     """
     try:
-        return _run(model, example, modules)
-    except (IndexError, RuntimeError, ValueError) as error:
-        sizes = ", ".join(f"{key} {tuple(value.shape)}" for key, value in example.items())
-        raise ModelError(
-            f"the base model ({type(model).__name__}) fails on a single example ({sizes}): {error}. It would fail on a "
-            "silo's data too; take another model"
-        ) from error
+        return _run(model, example, modules, "a single example")
+    except ModelError as error:
+        raise ModelError(f"{error}. It would fail on a silo's data too; take another model") from error.__cause__
 
 
 def _projected(x: torch.Tensor) -> torch.Tensor:

@@ -280,7 +280,7 @@ def test_tracing_leaves_the_model_as_it_was_even_when_the_model_fails(pico_bert:
     model = base_of(a_plan(pico_bert)).model.train(training)
     weights = {name: parameter.clone() for name, parameter in model.named_parameters()}
     first = derive_layout(model, BATCH)
-    with pytest.raises(IndexError):
+    with pytest.raises(ModelError, match=r"BertForSequenceClassification.*labels.*IndexError: Target 99"):
         derive_layout(model, {**BATCH, "labels": torch.tensor([0, 99])})
     assert not any(module._forward_pre_hooks for module in model.modules())
     assert all(torch.equal(parameter, weights[name]) for name, parameter in model.named_parameters())
