@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from gramfuse_client.data import Examples
 from gramfuse_client.images import read_image
 from gramfuse_model.batch import IGNORED
+from gramfuse_model.public_images import mode_of
 from gramfuse_protocol.errors import DataError
 from gramfuse_protocol.task import Task
 
@@ -57,7 +58,7 @@ class Encoded(Dataset[dict[str, Any]]):
             return self.rows[index]
         given = self.examples.inputs[index]
         where = "an image" if isinstance(given, bytes) else str(given)
-        image = read_image(given, where)  # type: ignore[arg-type]  # so are the inputs of this kind
+        image = read_image(given, where, mode_of(self.tokenizer))  # type: ignore[arg-type]  # so are the inputs of this kind
         pixels = self.tokenizer(image, return_tensors="pt")["pixel_values"][0]
         return {"pixel_values": pixels, "labels": self.examples.labels[index]}
 

@@ -38,6 +38,19 @@ DEPEND = ("dynamic", "longrope")
 """Kinds of rotary positions that are others for all texts of a batch once its longest has a number of tokens."""
 
 
+TEXT = (
+    "text",
+    "Texts have any length up to max-length, and gramfuse pads them to the longest of their batch; take a base model "
+    "that takes them",
+)
+PAIR = (
+    "pair of texts",
+    "Its tokenizer gives the second text of a pair token_type_ids of 1; take a base model that knows them "
+    "(type_vocab_size in config.json is 2 or more), or leave out 'pair'",
+)
+"""What a model fails on, and what to do."""
+
+
 class Room(NamedTuple):
     """How many tokens a model takes, and why no more: what follows the words "the model"."""
 
@@ -232,26 +245,11 @@ def _run(model: nn.Module, row: Row, *, trains: bool = False) -> list[Lookup]:
         try:
             model(**{key: value.to(device) for key, value in row.items()})
         except Exception as error:  # models raise what they like
-            types = row.get("token_type_ids")
-            if types is not None and types.any():
-                what, remedy = (
-                    "pair of texts",
-                    (
-                        "Its tokenizer gives the second text of a pair token_type_ids of 1; take a base model that knows "
-                        "them (type_vocab_size in config.json is 2 or more), or leave out 'pair'"
-                    ),
-                )
-            else:
-                what, remedy = (
-                    "text",
-                    (
-                        "Texts have any length up to max-length, and gramfuse pads them to the longest of their batch; "
-                        "take a base model that takes them"
-                    ),
-                )
+            what, remedy = PAIR if "token_type_ids" in row and bool(row["token_type_ids"].any()) else TEXT
+            when, said = " in training" if trains else "", one_line(str(error), MOST).removesuffix(".")
             raise ModelError(
-                f"the base model cannot compute a {what} of {row['input_ids'].shape[1]} tokens"
-                f"{' in training' if trains else ''}: {type(error).__name__}: {one_line(str(error), MOST)}. {remedy}"
+                f"the base model cannot compute a {what} of {row['input_ids'].shape[1]} tokens{when}: "
+                f"{type(error).__name__}: {said}. {remedy}"
             ) from error
     found: list[Lookup] = lookups.found
     return found

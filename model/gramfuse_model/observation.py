@@ -43,7 +43,7 @@ def run(model: nn.Module, batch: Mapping[str, Any], what: str = "the batch that 
 def failure(model: nn.Module, batch: Mapping[str, Any], what: str, error: Exception) -> str:
     """Say that a model cannot compute a batch, and why."""
     sizes = ", ".join(f"{key} {tuple(value.shape)}" for key, value in batch.items())
-    said = f"{type(error).__name__}: {one_line(str(error), MOST)}"
+    said = f"{type(error).__name__}: {one_line(str(error), MOST).removesuffix('.')}"
     return f"{type(model).__name__} cannot compute {what} ({sizes}): {said}"
 
 

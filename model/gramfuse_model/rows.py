@@ -12,6 +12,7 @@ computes, and nothing that is measured in batches would be right.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -286,12 +287,12 @@ def _padded_on_the_other_side(batch: Batch, mask: torch.Tensor, *, left: bool) -
 
 
 def _idle(model: nn.Module, batch: Batch, modules: Mapping[str, nn.Module]) -> frozenset[str]:
-    """Return the modules some of whose rows change nothing of what the model's body makes of an image.
+    """Return the modules some of whose rows are zeros, or change nothing of what the model's body makes of an image.
 
-    They are what a model pads inside, to a multiple of its window (Swin); all images being of one size, batches do not
-    show it.
+    They are what a model pads inside, to a multiple of its window (Swin): what a layer receives is padded with zeros,
+    and of what comes of those nothing is kept. All images being of one size, batches do not show it.
     """
-    body = model.base_model if isinstance(model, PreTrainedModel) else model
+    body = _body_for_images(model)
     inputs: list[tuple[str, torch.Tensor]] = []
 
     def record(name: str) -> Hook:
@@ -299,15 +300,30 @@ def _idle(model: nn.Module, batch: Batch, modules: Mapping[str, nn.Module]) -> f
             inputs.append((name, x)) if x.requires_grad else None
         )  # a table does not come of the image
 
-    image = batch["pixel_values"][:1].clone().requires_grad_()
+    images = batch["pixel_values"].clone().requires_grad_()
     with observing(model, [(module, record(name)) for name, module in modules.items()], gradients=True):
-        features = body(pixel_values=image)[0]
+        features = run(body, {"pixel_values": images}, "images")[0]
     if not inputs:
         return frozenset()
     weights = torch.randn(features.shape, generator=torch.Generator().manual_seed(0)).to(features.device)
     slopes = torch.autograd.grad((features * weights).sum(), [x for _, x in inputs], allow_unused=True)
     return frozenset(
         name
-        for (name, _), slope in zip(inputs, slopes, strict=True)
-        if slope is None or bool((slope.reshape(-1, slope.shape[-1]) == 0).all(dim=1).any())
+        for (name, x), slope in zip(inputs, slopes, strict=True)
+        if slope is None or _has_zeros(x, len(images)) or _has_zeros(slope, len(images))
     )
+
+
+def _has_zeros(x: torch.Tensor, images: int) -> bool:
+    """Whether a row is all zeros, at the same place of each image if each has as many rows."""
+    zeros = (x.detach().reshape(-1, x.shape[-1]) == 0).all(dim=1)
+    return bool((zeros.view(images, -1).all(dim=0) if len(zeros) % images == 0 else zeros).any())
+
+
+def _body_for_images(model: nn.Module) -> nn.Module:
+    """Return the part of a model that takes images without a head; of some (CLIP, SigLIP) it is not `base_model`."""
+    body = model.base_model if isinstance(model, PreTrainedModel) else model
+    if body is not model:
+        return body
+    takes = (part for part in model.children() if "pixel_values" in inspect.signature(part.forward).parameters)
+    return next(takes, model)
