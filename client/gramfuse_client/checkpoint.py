@@ -22,6 +22,7 @@ from gramfuse_model.digests import config_document
 from gramfuse_model.inputs import new_tokens, other_inputs
 from gramfuse_model.lengths import check_lengths, room_of
 from gramfuse_model.source import check_files, download, locate
+from gramfuse_model.suitable import check_suitable
 from gramfuse_model.tracing import plan_layout
 from gramfuse_model.zero_head import load_zero_headed, plan_for
 from gramfuse_protocol.documents import build
@@ -147,6 +148,7 @@ def open_checkpoint(
         task = task.model_copy(update=least)
         plan = plan_for("base", base, task, freeze=freeze, gram=gram)
     check_lengths(origin, [task], trains=False)
+    check_suitable(origin, task)
     document = plan_layout(plan, origin).model_dump()
     for group in document["groups"]:
         group["exponents"] = ()

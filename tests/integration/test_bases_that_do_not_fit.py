@@ -1,0 +1,107 @@
+"""Bases that cannot do what a plan asks of them, or whose files do not go together: refused with what to do."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from click.testing import CliRunner
+from transformers import PreTrainedModel
+
+from gramfuse_cli.main import cli
+from gramfuse_protocol.errors import GramfuseError, ModelError
+
+SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+BERT = {**SIZES, "max_position_embeddings": 64, "pad_token_id": 0}
+GENERATION = {"task": '"causal-lm"', "labels": "[]"}
+
+
+def gramfuse(*arguments: Any) -> dict[str, Any]:
+    """Run a command in this process and return its JSON; what it raises is raised here."""
+    result = CliRunner().invoke(cli, [*map(str, arguments), "--json"])
+    if isinstance(result.exception, GramfuseError):
+        raise result.exception
+    assert result.exit_code == 0, f"{result.output} {result.exception!r}"
+    report: dict[str, Any] = json.loads(result.stdout)
+    return report
+
+
+class Bases:
+    """Pico models in a directory, locked and measured by the command line."""
+
+    def __init__(self, directory: Path, tokenizer: Any) -> None:
+        self.directory = directory
+        self.tokenizer = tokenizer
+        self.number = 0
+
+    def save(self, model: PreTrainedModel, tokenizer: Any = None) -> Path:
+        self.number += 1
+        place = self.directory / f"model-{self.number}"
+        model.save_pretrained(place)
+        (tokenizer or self.tokenizer).save_pretrained(place)
+        return place
+
+    def make(self, kind: str, auto: str, tokenizer: Any = None, **settings: Any) -> tuple[Path, Path]:
+        """Return the places of a model of a type, and of one that was fine-tuned from it."""
+        torch.manual_seed(4)
+        config = transformers.AutoConfig.for_model(kind, vocab_size=len(self.tokenizer), **settings)
+        model = getattr(transformers, auto).from_config(config)
+        base = self.save(model, tokenizer)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += 0.02 * torch.randn(parameter.shape)
+        return base, self.save(model, tokenizer)
+
+    def lock(self, base: Path, **settings: str) -> dict[str, Any]:
+        self.number += 1
+        project = self.directory / f"project-{self.number}"
+        project.mkdir()
+        task = {"task": '"classification"', "labels": '["a", "b"]', "max-length": "16", **settings}
+        lines = "".join(f"{key} = {value}\n" for key, value in task.items())
+        (project / "plan.toml").write_text(
+            f'[plan]\nname = "x"\n[model]\nbase = "{base}"\n{lines}'
+            '[privacy]\nsecure-aggregation = false\nmetrics = "silo"\n[[silo]]\nname = "a"\n[[silo]]\nname = "b"\n'
+        )
+        return gramfuse("plan", "lock", project)
+
+    def measure(self, model: Path, base: Path, *options: Any) -> dict[str, Any]:
+        self.number += 1
+        data = self.directory / "train.jsonl"
+        data.write_text("".join(f'{{"text": "{text}"}}\n' for text in ("the cat and a dog", "rain", "my old pan")))
+        out = self.directory / f"{self.number}.safetensors"
+        return gramfuse("measure", model, "--base", base, "--data", data, "-o", out, *options)
+
+
+@pytest.fixture
+def bases(tmp_path: Path, pico_tokenizer: Any) -> Bases:
+    return Bases(tmp_path, pico_tokenizer)
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "electra", "xlm", "xlnet"])
+def test_a_model_that_sees_the_words_it_is_to_predict_is_locked_and_measured_by_nobody(kind: str, bases: Bases) -> None:
+    settings: dict[str, dict[str, Any]] = {
+        "xlm": {"emb_dim": 16, "n_layers": 1, "n_heads": 2, "causal": False, "pad_index": 0},
+        "xlnet": {"d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 24},
+    }
+    tokenizer = copy.deepcopy(bases.tokenizer)
+    tokenizer.padding_side = "left" if kind == "xlnet" else "right"
+    base, tuned = bases.make(kind, "AutoModelForCausalLM", tokenizer, **settings.get(kind, BERT))
+    for refused in (
+        lambda: bases.lock(base, **GENERATION),
+        lambda: bases.measure(tuned, base, "--task", "causal-lm"),
+    ):
+        with pytest.raises(ModelError, match=r"sees the tokens that it is to predict.*decoder.*\"is_decoder\": true"):
+            refused()
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bert"])
+def test_a_decoder_and_an_encoder_that_was_made_one_are_locked_and_measured(kind: str, bases: Bases) -> None:
+    settings = BERT | {"is_decoder": True} if kind == "bert" else {"n_embd": 16, "n_layer": 1, "n_head": 2}
+    base, tuned = bases.make(kind, "AutoModelForCausalLM", **settings)
+    assert bases.lock(base, **GENERATION)
+    assert bases.measure(tuned, base)["examples"] == 3
