@@ -105,3 +105,19 @@ def test_a_decoder_and_an_encoder_that_was_made_one_are_locked_and_measured(kind
     base, tuned = bases.make(kind, "AutoModelForCausalLM", **settings)
     assert bases.lock(base, **GENERATION)
     assert bases.measure(tuned, base)["examples"] == 3
+
+
+@pytest.mark.parametrize("known", [1, 2])
+def test_a_plan_of_pairs_is_tried_with_a_pair_before_any_silo_is(known: int, bases: Bases) -> None:
+    """A tokenizer that numbers the two texts, over a model that knows one number."""
+    tokenizer = copy.deepcopy(bases.tokenizer)
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names
+    auto = "AutoModelForSequenceClassification"
+    base, _ = bases.make("bert", auto, tokenizer, **BERT | {"type_vocab_size": known})
+    assert bases.lock(base)
+    if known == 2:
+        assert bases.lock(base, pair="true")
+        return
+    with pytest.raises(ModelError, match=r"pair of texts.*token_type_ids.*type_vocab_size"):
+        bases.lock(base, pair="true")
