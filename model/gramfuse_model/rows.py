@@ -268,6 +268,9 @@ def _padding_matters(model: nn.Module, batch: Batch, masks: Batch, head: Mapping
     what = f"the base model's outputs ({type(model).__name__}) are not the same for an example alone and in a batch"
     if "input" not in masks:
         return f"{what}, so what is measured would depend on how examples are put into batches; take another model"
+    told = _other_filler(model, batch, masks["input"])
+    if told is not None:
+        return f"{what}: {told}"
     left = bool(masks["input"][:, -1].all())
     here, there = ("left", "right") if left else ("right", "left")
     turned = _padded_on_the_other_side(batch, masks["input"], left=left)
@@ -276,6 +279,20 @@ def _padding_matters(model: nn.Module, batch: Batch, masks: Batch, head: Mapping
     else:
         remedy = f'on the {there} they are. Set "padding_side": "{there}" in its tokenizer_config.json'
     return f"{what} padded on the {here}; {remedy}"
+
+
+def _other_filler(model: nn.Module, batch: Batch, mask: torch.Tensor) -> str | None:
+    """Say that a model takes another token for padding than its batch is padded with, if it does."""
+    if not isinstance(model, PreTrainedModel) or "input_ids" not in batch:
+        return None
+    told, used = model.config.get_text_config().pad_token_id, set(batch["input_ids"][~mask].tolist())
+    if told is None or len(used) != 1 or told in used:
+        return None
+    (token,) = used
+    return (
+        f"its configuration says that padding is token {told}, and texts are padded with token {token}; set "
+        f'"pad_token_id": {token} in its config.json'
+    )
 
 
 def _padded_on_the_other_side(batch: Batch, mask: torch.Tensor, *, left: bool) -> Batch:

@@ -11,6 +11,9 @@ import pytest
 import torch
 import transformers
 from click.testing import CliRunner
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedModel
 
 from gramfuse_cli.main import cli
@@ -121,3 +124,33 @@ def test_a_plan_of_pairs_is_tried_with_a_pair_before_any_silo_is(known: int, bas
         return
     with pytest.raises(ModelError, match=r"pair of texts.*token_type_ids.*type_vocab_size"):
         bases.lock(base, pair="true")
+
+
+def test_a_model_that_takes_another_token_for_padding_is_refused_with_the_line_that_puts_it_right(
+    bases: Bases,
+) -> None:
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "pad_token_id": 7}
+    base, _ = bases.make("gpt2", "AutoModelForSequenceClassification", **sizes)
+    with pytest.raises(ModelError, match=r'token 7.*token 0; set "pad_token_id": 0 in its config\.json$'):
+        bases.lock(base)
+    config = base / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"pad_token_id": 0}))
+    assert bases.lock(base)
+
+
+@pytest.mark.parametrize("share", [0, 10])
+def test_a_tokenizer_that_does_not_say_which_token_is_unknown_is_refused_if_most_text_is(
+    share: int, bases: Bases
+) -> None:
+    """Its backend has such a token all the same."""
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    vocabulary = {
+        word: index for index, word in enumerate([*special, *list(bases.tokenizer.get_vocab())[4 : 4 + share]])
+    }
+    words = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
+    words.pre_tokenizer = Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]")
+    assert tokenizer.unk_token is None
+    base, _ = bases.make("bert", "AutoModelForSequenceClassification", tokenizer, **BERT)
+    with pytest.raises(ModelError, match="100% of plain" if share == 0 else r"\d\d% of plain English text is unknown"):
+        bases.lock(base)
