@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from gramfuse_model.batch import TARGETS, Batch, alone, chosen, masks_of, with_shorter
+from gramfuse_model.batch import PLACED, TARGETS, Batch, alone, chosen, has_places, masks_of, with_shorter
 from gramfuse_model.heads import answers, head_parameters
 from gramfuse_model.linear import linear_modules
 from gramfuse_model.observation import Hook, by_example, observing, rows_of, run
@@ -51,7 +51,8 @@ def find_rows(
 ) -> dict[str, tuple[Rows, ...] | None]:
     """Return for each call of each module which rows of its input count, or None if that cannot be told.
 
-    Modules that are not called are left out. Of inputs that are neither token ids nor pixels, all rows count.
+    Modules that are not called are left out. Of inputs that are neither tokens, nor their embeddings, nor
+    pixels, and that no mask goes with, all rows count.
 
     Args:
         batch: keyword arguments of the model's forward. For a model with encoder and decoder, a text and its target
@@ -236,11 +237,16 @@ def _same_sum(rows: torch.Tensor, single: list[torch.Tensor]) -> bool:
 
 
 def _with_other_padding(batch: Batch, masks: Batch) -> Batch:
-    """Return a batch with a word in the place of all padding of its texts."""
-    ids, mask = batch["input_ids"], masks["input"]
+    """Return a batch with what stands in the middle of its longest text in the place of all padding of its texts."""
+    mask = masks["input"]
     longest = int(mask.sum(dim=1).argmax())
-    words = ids[longest, mask[longest]]
-    return {**batch, "input_ids": torch.where(mask, ids, words[len(words) // 2])}
+    changed = dict(batch)
+    for key in PLACED:
+        if key in batch and has_places(batch[key], mask):
+            words = batch[key][longest, mask[longest]]
+            there = mask.view(*mask.shape, *[1] * (batch[key].dim() - 2))
+            changed[key] = torch.where(there, batch[key], words[len(words) // 2])
+    return changed
 
 
 def _is_padding(x: torch.Tensor, other: torch.Tensor, kind: Rows, masks: Batch) -> bool:
@@ -297,8 +303,9 @@ def _other_filler(model: nn.Module, batch: Batch, mask: torch.Tensor) -> str | N
 
 def _padded_on_the_other_side(batch: Batch, mask: torch.Tensor, *, left: bool) -> Batch:
     order = (~mask if left else mask).int().argsort(dim=1, stable=True)
+    example = torch.arange(len(mask), device=mask.device).unsqueeze(1)
     return {
-        key: value.gather(1, order) if key not in TARGETS and value.shape == mask.shape else value
+        key: value[example, order] if key not in TARGETS and has_places(value, mask) else value
         for key, value in batch.items()
     }
 
