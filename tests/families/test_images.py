@@ -18,11 +18,11 @@ from gramfuse_client.batches import Encoded
 from gramfuse_client.data import Examples
 from gramfuse_client.gram import collect_grams
 from gramfuse_model.base import Base, load_base
-from gramfuse_model.tracing import plan_layout
+from gramfuse_model.tracing import derive_layout, plan_layout
 from gramfuse_model.zero_head import plan_for
 from gramfuse_protocol.errors import ModelError
 from gramfuse_protocol.layout import Layout
-from gramfuse_protocol.plan import Plan
+from gramfuse_protocol.plan import Merge, Plan
 from gramfuse_protocol.task import Task
 
 LABELS = {"num_labels": 2, "id2label": {0: "a", 1: "b"}, "label2id": {"a": 0, "b": 1}}
@@ -177,3 +177,21 @@ def test_a_model_that_takes_images_as_tokens_is_refused_by_the_name_of_its_proce
     plan, base = base_of("imagegpt", settings, processor)
     with pytest.raises(ModelError, match=r"ImageGPTImageProcessor.*input_ids.*pixel_values"):
         plan_layout(plan, base)
+
+
+def two_towers() -> PreTrainedModel:
+    torch.manual_seed(3)
+    model: PreTrainedModel = transformers.CLIPModel(transformers.CLIPConfig(**TWO_TOWERS)).eval()
+    return model
+
+
+def test_what_a_model_asks_for_that_a_batch_has_not_is_said() -> None:
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    with pytest.raises(ModelError, match=r"CLIPModel cannot compute .*pixel_values.*You have to specify input_ids"):
+        derive_layout(two_towers(), {"pixel_values": images})
+    ids = torch.tensor([[1, 5, 6, 2], [1, 7, 2, 0], [1, 8, 9, 2], [1, 10, 2, 0]])
+    both = {"pixel_values": images, "input_ids": ids, "attention_mask": (ids != 0).long()}
+    layout = derive_layout(two_towers(), both, Merge(context_free="full"))
+    rows = {group.name.partition(".")[0]: group.rows for group in layout.groups}
+    assert rows["text_model"] == ("input",)
+    assert any(name.startswith("vision_model.") for name in averaged(layout))  # more rows than texts have tokens
