@@ -11,13 +11,17 @@ import pytest
 import torch
 import transformers
 from click.testing import CliRunner
+from PIL import Image
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedModel
 
 from gramfuse_cli.main import cli
+from gramfuse_client.checkpoint import measure, open_checkpoint
+from gramfuse_client.data import Examples
 from gramfuse_protocol.errors import GramfuseError, ModelError
+from gramfuse_protocol.task import Task
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
 BERT = {**SIZES, "max_position_embeddings": 64, "pad_token_id": 0}
@@ -154,3 +158,43 @@ def test_a_tokenizer_that_does_not_say_which_token_is_unknown_is_refused_if_most
     base, _ = bases.make("bert", "AutoModelForSequenceClassification", tokenizer, **BERT)
     with pytest.raises(ModelError, match="100% of plain" if share == 0 else r"\d\d% of plain English text is unknown"):
         bases.lock(base)
+
+
+def test_a_type_of_model_that_no_class_of_the_task_is_for_is_named_and_no_other(bases: Bases) -> None:
+    base, _ = bases.make("bert", "AutoModelForSequenceClassification", **BERT)
+    with pytest.raises(ModelError, match=r"type 'bert' is not for sequence-to-sequence") as caught:
+        bases.lock(base, task='"sequence-to-sequence"', labels="[]")
+    assert str(base) in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+def test_a_model_that_is_not_there_is_called_a_model(bases: Bases) -> None:
+    with pytest.raises(ModelError, match=r"^model '.*/nope': no such directory"):
+        bases.measure(bases.directory / "nope", bases.directory)
+
+
+def test_a_batch_of_images_that_cannot_be_computed_is_not_said_to_be_too_long(bases: Bases) -> None:
+    sizes = {**SIZES, "image_size": 32, "patch_size": 8}
+    torch.manual_seed(4)
+    model = transformers.ViTForImageClassification(transformers.ViTConfig(**sizes))
+    processor = transformers.ViTImageProcessor(size={"height": 32, "width": 32})
+    base = bases.save(model, processor)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.02
+    task = Task(task="image-classification", labels=("LABEL_0", "LABEL_1"))
+    checkpoint = open_checkpoint(str(bases.save(model, processor)), str(base), task, bases.directory)
+    image = bases.directory / "one.png"
+    Image.new("RGB", (40, 30)).save(image)
+    checkpoint.base.tokenizer.size = {"height": 64, "width": 64}
+    with pytest.raises(ModelError, match="--batch-size") as caught:
+        measure(
+            checkpoint,
+            Examples([image], None, [None]),
+            limit=100,
+            batch_size=1,
+            device=torch.device("cpu"),
+            progress=lambda done, total: None,
+        )
+    assert "text" not in str(caught.value)
+    assert "length" not in str(caught.value)
