@@ -24,7 +24,7 @@ from gramfuse_client.batches import batches
 from gramfuse_client.fisher import choose_variant
 from gramfuse_client.statistics import collect_statistics
 from gramfuse_model.base import trainable
-from gramfuse_model.tracing import public_batch
+from gramfuse_model.public_batch import public_batch
 from gramfuse_protocol.layout import Layout, delta_block, gram_block
 from gramfuse_protocol.metrics import Sums
 from gramfuse_protocol.statistics import Contribution, Statistics

@@ -16,12 +16,13 @@ from gramfuse_client.batches import Encoded, batches, drawn
 from gramfuse_client.data import Examples
 from gramfuse_client.statistics import collect_statistics
 from gramfuse_model.added_tokens import Growth, growth_of
-from gramfuse_model.base import Base, load_base, trainable
+from gramfuse_model.base import Base, load_base, said, trainable
 from gramfuse_model.buffers import first_difference, saved_buffers
 from gramfuse_model.digests import config_document
 from gramfuse_model.inputs import new_tokens, other_inputs
 from gramfuse_model.lengths import check_lengths, room_of
 from gramfuse_model.source import check_files, download, locate
+from gramfuse_model.suitable import check_suitable
 from gramfuse_model.tasks import kind_of_checkpoint
 from gramfuse_model.tracing import plan_layout
 from gramfuse_model.zero_head import load_zero_headed, plan_for
@@ -77,12 +78,12 @@ def task_of_model(model: str, directory: Path, given: Kind | None = None, **sett
         ModelError: if there is no such model, or its configuration does not say what it is for.
         PlanError: if its labels are none of such a task.
     """
-    where = locate(model, directory)
-    source = where if Path(where).is_dir() else download(where).directory
+    where = locate(model, directory, "model")
+    source = where if Path(where).is_dir() else download(where, called="model").directory
     try:
         config = AutoConfig.from_pretrained(check_files(source), trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"model {model!r} ({source}) cannot be loaded: {error}") from None
+        raise ModelError(f"model {model!r} ({source}) cannot be loaded: {said(error)}") from None
     kind = given or kind_of_checkpoint(config)
     if kind is None:
         raise ModelError(
@@ -128,6 +129,7 @@ def open_checkpoint(
         task = task.model_copy(update=least)
         plan = plan_for("base", base, task, freeze=freeze, gram=gram)
     check_lengths(origin, [task], trains=False)
+    check_suitable(origin, task)
     document = plan_layout(plan, origin).model_dump()
     for group in document["groups"]:
         group["exponents"] = ()
@@ -301,10 +303,20 @@ def measure(
         rows = sorted(examples.numbers[i] for i in batch) if examples.numbers else []
         raise ModelError(
             f"model {names[0]!r} cannot compute a batch of {names[1]}, {_told(rows)}: {type(error).__name__}: "
-            f"{one_line(str(error), 1000)}. It may not take texts of that length, or the device has too little memory: "
-            "try another --max-length or --batch-size; with --batch-size 1, the row is named that it cannot compute"
+            f"{one_line(str(error), 1000)}. {_remedy(checkpoint.task)}; with --batch-size 1, the row is named that it "
+            "cannot compute"
         ) from error
     return statistics if growth is None else _narrowed(statistics, growth)
+
+
+def _remedy(task: Task) -> str:
+    """Say what may be the matter with a batch that a model cannot compute, and what to try."""
+    if task.task == "image-classification":
+        return "The device may have too little memory: try another --batch-size"
+    return (
+        "It may not take texts of that length, or the device has too little memory: try another --max-length or "
+        "--batch-size"
+    )
 
 
 def _told(rows: Sequence[int]) -> str:

@@ -105,7 +105,8 @@ def collect_grams(
     tokens of the same run. Counted once for each batch it would weigh the more the smaller the batches are.
 
     Args:
-        batches: keyword arguments of the model's forward. `attention_mask` (batch, length) marks real input tokens;
+        batches: keyword arguments of the model's forward. `attention_mask` (batch, length) marks real input tokens,
+            whether they come as `input_ids` or as `inputs_embeds`, and real samples of sounds;
             `labels` is left out, but for a model with encoder and decoder, whose target it is: (batch, length), −100
             where padded.
         limit: most token rows for one Gram matrix, ≥ 1; collection ends once every group has that many, so batches
@@ -115,6 +116,7 @@ def collect_grams(
     Raises:
         ContributionError: if a weight of the layout is not of a registered module in this model, or if modules of
             one group receive different tensors, or are called more often than when the layout was made.
+        ModelError: if no input of a batch has the places of its `attention_mask`.
     """
     watchers = [_Watcher(group, limit) for group in layout.groups]
     modules = _modules(model, layout)

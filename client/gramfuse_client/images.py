@@ -1,4 +1,4 @@
-"""Images as an image processor takes them: upright, in three channels of 8 bits."""
+"""Images as an image processor takes them: upright, in three channels of 8 bits, or in one."""
 
 from __future__ import annotations
 
@@ -28,8 +28,11 @@ def check_image(image: Path | bytes, where: str) -> None:
         pass
 
 
-def read_image(image: Path | bytes, where: str) -> Any:
-    """Read an image with Pillow: turned as its EXIF data say, in RGB; greyscale of 16 bits is scaled to 8.
+def read_image(image: Path | bytes, where: str, mode: str = "RGB") -> Any:
+    """Read an image with Pillow: turned as its EXIF data say; greyscale of 16 bits is scaled to 8.
+
+    Args:
+        mode: Pillow's name for its channels, RGB or L, of `gramfuse_model.public_images.mode_of`.
 
     Raises:
         DataError: if Pillow is not installed, cannot read it, or cannot tell which of its values is white.
@@ -39,7 +42,7 @@ def read_image(image: Path | bytes, where: str) -> Any:
     with _open(image, where) as opened:
         try:
             upright = ImageOps.exif_transpose(opened)
-            return (_in_8_bits(upright, _white(opened)) if upright.mode.startswith("I") else upright).convert("RGB")
+            return (_in_8_bits(upright, _white(opened)) if upright.mode.startswith("I") else upright).convert(mode)
         except (OSError, ValueError, SyntaxError) as error:
             raise DataError(f"{where}: not a readable image: {error}") from None
 

@@ -34,6 +34,10 @@ def collect_statistics(
         >>> statistics.block("delta:classifier.weight").shape
         (2, 8)
 
+    The model runs in the dtype that it has. What its layers receive is multiplied in float32, whatever that dtype is,
+    and summed in float64; the differences are float32. Of a model in half precision the Gram matrices are those of what
+    its layers receive in half precision.
+
     Args:
         model: the fine-tuned model.
         batches: its training data as keyword arguments of forward (see `gramfuse_client.gram.collect_grams`), in an

@@ -31,6 +31,10 @@ from gramfuse_protocol.errors import GramfuseError, ModelError
 from gramfuse_protocol.plan import EMBEDDINGS, Pins, Plan
 from gramfuse_protocol.statistics_file import Origin
 from gramfuse_protocol.task import Task
+from gramfuse_protocol.text import one_line
+
+MOST = 400
+"""Characters that are shown of what a library says of files."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,11 @@ class Base:
     tokenizer: Any
     pins: Pins
     shared: frozenset[str]
+
+    @property
+    def takes_images(self) -> bool:
+        """Whether inputs are images; else they are texts."""
+        return not isinstance(self.tokenizer, PreTrainedTokenizerBase)
 
     def origin(self, name: str) -> Origin:
         """Return what a statistics file says of this base model.
@@ -190,12 +199,13 @@ def _load_model(
 
     A base model's own head for a regression gives what the task's models learn (`gramfuse_model.rescaling`).
     """
-    auto = getattr(transformers, FORMS[task.task].auto)
+    config = _configuration(directory, task)
+    auto = _auto(directory, config, task)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model, loaded = auto.from_pretrained(
             directory,
-            config=_configuration(directory, task),
+            config=config,
             dtype=torch.float32,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
@@ -220,6 +230,21 @@ def _configuration(directory: str, task: Task) -> Any:
     config.problem_type = FORMS[task.task].problem
     config._attn_implementation = config._experts_implementation = None
     return config
+
+
+def _auto(directory: str, config: Any, task: Task) -> Any:
+    """Return the class that loads a task's models.
+
+    Raises:
+        ModelError: if it knows no model of this type.
+    """
+    auto = getattr(transformers, FORMS[task.task].auto)
+    if type(config) not in auto._model_mapping:
+        raise ModelError(
+            f"{directory}: a model of type {config.model_type!r} is not for {task.task}: transformers' {auto.__name__} "
+            "has no class for it; take a base model of another type, or another task"
+        )
+    return auto
 
 
 def _load_processor(directory: str, task: Task) -> Any:
@@ -264,9 +289,9 @@ def _shared(plan: Plan, directory: str, model: PreTrainedModel) -> frozenset[str
 
 def _bare(directory: str, task: Task) -> PreTrainedModel:
     """Return a task's model without its weights: names and shapes only."""
-    auto = getattr(transformers, FORMS[task.task].auto)
+    config = _configuration(directory, task)
     with torch.device("meta"):
-        model: PreTrainedModel = auto.from_config(_configuration(directory, task), trust_remote_code=False)
+        model: PreTrainedModel = _auto(directory, config, task).from_config(config, trust_remote_code=False)
     return model
 
 
@@ -291,9 +316,14 @@ def _loading(plan: Plan, source: Source, *, whole: bool = False) -> Iterator[Non
         except Exception as error:  # of files that make no sense, libraries raise what they like
             damaged = type(error).__name__ == "SafetensorError"
             raise ModelError(
-                f"{_called(plan, source, whole=whole)} cannot be loaded: {error}"
+                f"{_called(plan, source, whole=whole)} cannot be loaded: {said(error)}"
                 + (". A file of its weights is damaged, or was cut off: get it again" if damaged else "")
             ) from error
+
+
+def said(error: Exception) -> str:
+    """Return what a library says of files that it cannot load, without the lists that it may add."""
+    return one_line(" ".join(str(error).split()), MOST)
 
 
 def embedding_parameters(model: nn.Module) -> frozenset[str]:

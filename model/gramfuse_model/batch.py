@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from gramfuse_model.heads import answers
+from gramfuse_protocol.errors import ModelError
 
 Batch = dict[str, torch.Tensor]
 
@@ -18,6 +19,12 @@ IGNORED = -100
 SHORTEST = 3
 """Tokens of a text that one can be taken out of the middle of."""
 
+TOKENS = ("input_ids", "inputs_embeds")
+"""Inputs that have a place for each token, whether a mask says so or not."""
+
+PLACED = (*TOKENS, "input_values", "input_features")
+"""Inputs whose padding a model should not look at."""
+
 TARGETS = ("labels", "decoder_input_ids", "decoder_attention_mask")
 """What of a batch belongs to the target of a model with encoder and decoder."""
 
@@ -26,12 +33,28 @@ def masks_of(model: nn.Module, batch: Mapping[str, Any]) -> Batch:
     """Return where real tokens are, `input` and `target` as far as the batch has them: bool (examples, length).
 
     Args:
-        batch: keyword arguments of the model's forward. Without `attention_mask` every input token is real. Target
-            tokens are real where `decoder_attention_mask` says so, or else where `labels` are no negative numbers.
+        batch: keyword arguments of the model's forward. `attention_mask` marks the real ones of whatever it goes with:
+            tokens, embeddings, or samples of a sound. Without it every input token is real. Target tokens are real
+            where `decoder_attention_mask` says so, or else where `labels` are no negative numbers.
+
+    Raises:
+        ModelError: if `attention_mask` is no (examples, length), or nothing in the batch has such places.
     """
     masks: Batch = {}
-    if "input_ids" in batch:
-        masks["input"] = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+    mask = batch.get("attention_mask")
+    if mask is not None:
+        others = (value for key, value in batch.items() if key not in ("attention_mask", *TARGETS))
+        if mask.dim() != 2 or not any(has_places(value, mask) for value in others):
+            sizes = ", ".join(f"{key} {tuple(value.shape)}" for key, value in batch.items())
+            raise ModelError(
+                f"the mask of a batch does not go with its inputs, so padding could not be left out: {sizes}; "
+                "expected attention_mask (examples, length), and an input with as many places"
+            )
+        masks["input"] = mask.bool()
+    else:
+        given = next((batch[key] for key in TOKENS if key in batch), None)
+        if given is not None:
+            masks["input"] = torch.ones(given.shape[:2], dtype=torch.bool, device=given.device)
     if answers(model):
         if "decoder_attention_mask" in batch:
             masks["target"] = batch["decoder_attention_mask"].bool()
@@ -40,6 +63,11 @@ def masks_of(model: nn.Module, batch: Mapping[str, Any]) -> Batch:
         elif "decoder_input_ids" in batch:
             masks["target"] = torch.ones_like(batch["decoder_input_ids"]).bool()
     return masks
+
+
+def has_places(value: torch.Tensor, mask: torch.Tensor) -> bool:
+    """Whether the first dimensions of a value are the examples and places of a mask."""
+    return value.shape[:2] == mask.shape
 
 
 def alone(batch: Mapping[str, torch.Tensor], masks: Mapping[str, torch.Tensor], index: int) -> Batch:
@@ -51,7 +79,7 @@ def alone(batch: Mapping[str, torch.Tensor], masks: Mapping[str, torch.Tensor], 
     found = {}
     for key, value in batch.items():
         mask = masks.get("target" if key in TARGETS else "input")
-        padded = mask is not None and value.shape[:2] == mask.shape
+        padded = mask is not None and has_places(value, mask)
         found[key] = (value[index, mask[index]] if padded else value[index]).unsqueeze(0)  # type: ignore[index]
     return found
 
@@ -69,14 +97,20 @@ def with_shorter(batch: Mapping[str, torch.Tensor], masks: Mapping[str, torch.Te
     length = int(mask[0].sum())
     if length < SHORTEST:
         return dict(batch)
-    texts = {key: value[mask].view(len(mask), length) for key, value in batch.items() if value.shape == mask.shape}
-    texts["attention_mask"] = torch.ones_like(texts["input_ids"])
+    texts = {
+        key: value[mask].view(len(mask), length, *value.shape[2:])
+        for key, value in batch.items()
+        if has_places(value, mask) and key not in TARGETS
+    }
+    texts["attention_mask"] = torch.ones(len(mask), length, dtype=torch.long, device=mask.device)
     left = bool(mask[:, -1].all()) and not bool(mask[:, 0].all())
     found = {key: torch.cat([value, value]) for key, value in batch.items() if key not in texts}
     for key, whole in texts.items():
         filler = (getattr(config, "pad_token_id", None) or 0) if key == "input_ids" else 0
-        cut = torch.cat([whole[:, : length // 2], whole[:, length // 2 + 1 :]], dim=1)
-        found[key] = torch.cat([whole, nn.functional.pad(cut, (1, 0) if left else (0, 1), value=filler)])
+        ends = [whole[:, : length // 2], whole[:, length // 2 + 1 :]]
+        padding = torch.full_like(whole[:, :1], filler)
+        cut = torch.cat([padding, *ends] if left else [*ends, padding], dim=1)
+        found[key] = torch.cat([whole, cut])
     return found
 
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from gramfuse_model.observation import run
 from gramfuse_protocol.errors import ModelError
 
 
@@ -45,10 +46,9 @@ def changed_by_training(model: nn.Module, batch: Mapping[str, Any]) -> dict[str,
     """
     if not saved_buffers(model):
         return {}
-    device = next(model.parameters()).device
     before = {name: buffer.clone() for name, buffer in saved_buffers(model).items()}
     with as_in_training(model), torch.random.fork_rng(), torch.no_grad():
-        model(**{key: value.to(device) for key, value in batch.items()})
+        run(model, batch)
         after = {name: buffer.clone() for name, buffer in saved_buffers(model).items()}
     found: dict[str, Literal["mean", "sum"]] = {}
     for name, buffer in before.items():

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from gramfuse_model.batch import alone, masks_of
+from gramfuse_model.batch import TOKENS, alone, masks_of
 from gramfuse_model.heads import answers
-from gramfuse_model.observation import Hook, observing
+from gramfuse_model.observation import Hook, observing, run
 from gramfuse_protocol.errors import ModelError
 
 ROUNDING = 1e-5
@@ -37,7 +37,8 @@ def context_free(model: nn.Module, batch: Mapping[str, Any], modules: Mapping[st
     since their numbers differ in a digit.
 
     Args:
-        batch: as `derive_layout` takes it; of inputs that are neither token ids nor pixels, nothing is found.
+        batch: as `derive_layout` takes it; of inputs that are neither tokens, nor their embeddings, nor pixels,
+            nothing is found.
         modules: by name, whose inputs have features in their last dimension.
 
     Raises:
@@ -56,9 +57,8 @@ def context_free(model: nn.Module, batch: Mapping[str, Any], modules: Mapping[st
 
         return hook
 
-    device = next(model.parameters()).device
     with observing(model, [(module, record(name)) for name, module in modules.items()]):
-        model(**{key: value.to(device) for key, value in inputs.items()})
+        run(model, inputs, "a changed text or image of that batch")
     return frozenset(found)
 
 
@@ -84,19 +84,21 @@ def _mostly_one_place(x: torch.Tensor, runs: int) -> bool:
 
 def _probes(model: nn.Module, batch: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], int] | None:
     """Return one input with its changed copies, stacked, and how many these are; None if its places are not known."""
-    if "input_ids" in batch:
+    tokens = next((key for key in TOKENS if key in batch), None)
+    if tokens is not None:
         masks = masks_of(model, batch)
         given = alone(batch, masks, int(masks["input"].sum(dim=1).argmax()))
-        keys = ["input_ids"]
+        keys = [tokens]
         if answers(model):
             keys += [key for key in ("decoder_input_ids", "labels") if key in batch][:1]
-        changed = {key: _other_tokens(batch, key, given[key]) for key in keys}
-        counts = [int((changed[key] != given[key]).sum()) for key in keys]
-        places = {}
-        for key, first in zip(keys, [0, counts[0]], strict=False):
+        changed = {key: _others(batch, key, given[key]) for key in keys}
+        total, places = 0, {}
+        for key in keys:
             differs = changed[key] != given[key]
-            places[key] = torch.where(differs, differs.cumsum(dim=1) - 1 + first, -1)
-        total = sum(counts)
+            if key == "inputs_embeds":
+                differs = differs.any(dim=2, keepdim=True)
+            places[key] = torch.where(differs, differs.cumsum(dim=1) - 1 + total, -1)
+            total += int(differs.sum())
     elif "pixel_values" in batch:
         images = batch["pixel_values"]
         given, changed = {"pixel_values": images[:1]}, {"pixel_values": images[-1:]}
@@ -114,6 +116,11 @@ def _probes(model: nn.Module, batch: Mapping[str, Any]) -> tuple[dict[str, torch
                 run = 1 + 2 * digit + bit
                 stacked[key][run] = torch.where(chosen, changed[key], given[key])[0]
     return stacked, runs
+
+
+def _others(batch: Mapping[str, Any], key: str, given: torch.Tensor) -> torch.Tensor:
+    """Return other tokens, or embeddings, than those given: of embeddings, those that stand before them."""
+    return given.roll(1, dims=1) if key == "inputs_embeds" else _other_tokens(batch, key, given)
 
 
 def _other_tokens(batch: Mapping[str, Any], key: str, given: torch.Tensor) -> torch.Tensor:
@@ -140,7 +147,9 @@ def _other_tokens(batch: Mapping[str, Any], key: str, given: torch.Tensor) -> to
 
 def _patches(model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, int]:
     """Return the number of the patch of each pixel, (1, 1, height, width), and how many patches there are."""
-    size = getattr(model.config, "patch_size", PATCH)
+    config = getattr(model, "config", None)
+    config = getattr(config, "vision_config", config)
+    size = getattr(config, "patch_size", PATCH)
     high, wide = (size, size) if isinstance(size, int) else size
     height, width = images.shape[-2:]
     columns = -(-width // wide)

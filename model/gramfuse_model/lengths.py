@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -14,10 +14,11 @@ from torch.overrides import TorchFunctionMode
 
 from gramfuse_model.base import Base
 from gramfuse_model.heads import answers
-from gramfuse_model.observation import observing
+from gramfuse_model.observation import MOST, observing
 from gramfuse_model.public_text import PUBLIC_TEXT
 from gramfuse_protocol.errors import ModelError, PlanError
 from gramfuse_protocol.task import Task
+from gramfuse_protocol.text import one_line
 
 TRIED = ((7, 6), (17, 11))
 """Tokens of input and target in two runs; the two grow by different numbers, so that they can be told apart."""
@@ -33,11 +34,28 @@ Lookup = tuple[torch.Tensor, torch.Tensor]
 """A table of embeddings, and the indices of what was looked up in it."""
 
 
+DEPEND = ("dynamic", "longrope")
+"""Kinds of rotary positions that are others for all texts of a batch once its longest has a number of tokens."""
+
+
+TEXT = (
+    "text",
+    "Texts have any length up to max-length, and gramfuse pads them to the longest of their batch; take a base model "
+    "that takes them",
+)
+PAIR = (
+    "pair of texts",
+    "Its tokenizer gives the second text of a pair token_type_ids of 1; take a base model that knows them "
+    "(type_vocab_size in config.json is 2 or more), or leave out 'pair'",
+)
+"""What a model fails on, and what to do."""
+
+
 class Room(NamedTuple):
-    """How many tokens a model has places for, and the table that they stand in."""
+    """How many tokens a model takes, and why no more: what follows the words "the model"."""
 
     tokens: int
-    table: str
+    reason: str
 
 
 def check_lengths(base: Base, tasks: Iterable[Task], *, trains: bool) -> None:
@@ -47,31 +65,35 @@ def check_lengths(base: Base, tasks: Iterable[Task], *, trains: bool) -> None:
         trains: whether it is to be trained, when some models take other lengths than in evaluation.
 
     Raises:
-        PlanError: if the model's table of positions has fewer places than the tasks allow tokens.
+        PlanError: if the model's table of positions has fewer places than the tasks allow tokens, or its rotary
+            positions depend on the batch before that.
         ModelError: if the model cannot compute texts of some length.
     """
-    if base.model.main_input_name == "pixel_values":
+    if base.takes_images:
         return
     tasks = tuple(tasks)
     wanted = {"input": max(task.max_length for task in tasks), "target": max(task.target_length for task in tasks)}
     for kind, room in room_of(base, *wanted.values()).items():
         if wanted[kind] > room.tokens:
             raise PlanError(
-                f"{SETTINGS[kind]} is {wanted[kind]:,}, and the model has places for {room.tokens:,} tokens "
-                f"({room.table!r}); set {SETTINGS[kind]} to {room.tokens:,} at most, or take a base for longer texts"
+                f"{SETTINGS[kind]} is {wanted[kind]:,}, and the model {room.reason}; set {SETTINGS[kind]} to "
+                f"{room.tokens:,} at most, or take a base for longer texts"
             )
-    word = _row(base, "a", *wanted.values())
-    text = _row(base, " ".join(PUBLIC_TEXT), min(LONGEST, wanted["input"]), min(LONGEST, wanted["target"]))
-    for row in (word, text):
+    most = [min(LONGEST, wanted[kind]) for kind in KINDS]
+    rows = [_row(base, "a", *wanted.values()), _row(base, " ".join(PUBLIC_TEXT), *most)]
+    if any(task.pair for task in tasks):
+        rows.append(_row(base, PUBLIC_TEXT[0], *most, second=PUBLIC_TEXT[1]))
+    for row in rows:
         _run(base.model, row)
         if trains and not any(isinstance(module, _BatchNorm) for module in base.model.modules()):  # it would learn
             _run(base.model, row, trains=True)
 
 
 def room_of(base: Base, longest: int, target: int) -> Mapping[str, Room]:
-    """Return for how many tokens a model has places, of `input` and of `target`, each only if it has such a table.
+    """Return how many tokens a model takes, of `input` and of `target`, each only if there is a bound.
 
-    From such a table, a text of n tokens takes n rows in a row, and a longer text as many more.
+    It has a table of places, of which a text of n tokens takes n rows in a row, and a longer text as many more; or its
+    rotary positions are the same in every batch up to so many tokens.
 
     Args:
         longest, target: most tokens of an input and of a target that are of interest.
@@ -79,7 +101,7 @@ def room_of(base: Base, longest: int, target: int) -> Mapping[str, Room]:
     Raises:
         ModelError: if the model cannot compute short texts.
     """
-    if base.model.main_input_name == "pixel_values":
+    if base.takes_images:
         return {}
     text = " ".join(PUBLIC_TEXT)
     rows = [_row(base, text, min(tokens, longest), min(targets, target)) for tokens, targets in TRIED]
@@ -98,10 +120,32 @@ def room_of(base: Base, longest: int, target: int) -> Mapping[str, Room]:
                     places = _places_of_whole_windows(base, table, before, indices, tokens, wanted)
                 if places is not None:
                     most = min(places, _numbered(indices, numbers, places))
-                    room = Room(most, names.get(id(table), "positions"))
+                    name = names.get(id(table), "positions")
+                    room = Room(most, f"has places for {most:,} tokens ({name!r})")
                     found[kind] = min(room, found.get(kind, room))
                     break
+        for room in _rotary(base.model.config.to_dict()):
+            found[kind] = min(room, found.get(kind, room))
     return found
+
+
+def _rotary(config: Mapping[str, Any], length: int | None = None) -> Iterator[Room]:
+    """Yield up to how many tokens rotary positions are the same in every batch, for those of which that is not all.
+
+    Args:
+        config: a configuration, or a part of one.
+        length: `max_position_embeddings` of what it is a part of.
+    """
+    length = config.get("max_position_embeddings", length)
+    kind = config.get("rope_type")
+    if kind in DEPEND:
+        tokens = length if kind == "dynamic" else config.get("original_max_position_embeddings")
+        if isinstance(tokens, int):
+            reason = f"computes other positions for a batch with a text of more than {tokens:,} tokens"
+            yield Room(tokens, f"{reason} (rope_type is {kind!r}), so that it would depend on what else is in it")
+    for part in config.values():
+        if isinstance(part, Mapping):
+            yield from _rotary(part, length)
 
 
 def _places(table: torch.Tensor, before: torch.Tensor, indices: torch.Tensor, tokens: tuple[int, ...]) -> int | None:
@@ -184,9 +228,9 @@ class _Lookups(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def _row(base: Base, text: str, tokens: int, targets: int) -> Row:
-    """Return one public text of so many tokens at most, as keyword arguments of forward."""
-    row = dict(base.tokenizer(text, truncation=True, max_length=tokens, return_tensors="pt"))
+def _row(base: Base, text: str, tokens: int, targets: int, *, second: str | None = None) -> Row:
+    """Return one public text, or a pair, of so many tokens at most, as keyword arguments of forward."""
+    row = dict(base.tokenizer(text, second, truncation=True, max_length=tokens, return_tensors="pt"))
     if answers(base.model):
         target = base.tokenizer(text_target=text, truncation=True, max_length=targets, return_tensors="pt")
         row["labels"] = target["input_ids"]
@@ -194,17 +238,18 @@ def _row(base: Base, text: str, tokens: int, targets: int) -> Row:
 
 
 def _run(model: nn.Module, row: Row, *, trains: bool = False) -> list[Lookup]:
-    """Run a model on one text, and return the tables that it looked something up in, with the indices."""
+    """Run a model on one text or pair, and return the tables that it looked something up in, with the indices."""
     device = next(model.parameters()).device
     with observing(model, []), torch.random.fork_rng(devices=[]), _Lookups() as lookups:
         model.train(trains)
         try:
             model(**{key: value.to(device) for key, value in row.items()})
         except Exception as error:  # models raise what they like
+            what, remedy = PAIR if "token_type_ids" in row and bool(row["token_type_ids"].any()) else TEXT
+            when, said = " in training" if trains else "", one_line(str(error), MOST).removesuffix(".")
             raise ModelError(
-                f"the base model cannot compute a text of {row['input_ids'].shape[1]} tokens"
-                f"{' in training' if trains else ''}: {type(error).__name__}: {error}. Texts have any length up to "
-                "max-length, and gramfuse pads them to the longest of their batch; take a base model that takes them"
+                f"the base model cannot compute a {what} of {row['input_ids'].shape[1]} tokens{when}: "
+                f"{type(error).__name__}: {said}. {remedy}"
             ) from error
     found: list[Lookup] = lookups.found
     return found

@@ -2,17 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
+from gramfuse_protocol.errors import GramfuseError, ModelError
 from gramfuse_protocol.layout import Rows
+from gramfuse_protocol.text import one_line
 
 Hook = Callable[[nn.Module, torch.Tensor, tuple[Any, ...]], None]
 """Called before a module runs, with it, its input, and all else that it is called with, positional or by keyword."""
+
+
+MOST = 500
+"""Characters that are shown of what a model says when it fails."""
+
+
+def run(model: nn.Module, batch: Mapping[str, Any], what: str = "the batch that a layout is made on") -> Any:
+    """Return what a model puts out for a batch, which is put onto its device.
+
+    Args:
+        batch: keyword arguments of its forward.
+        what: the batch, for errors.
+
+    Raises:
+        ModelError: if the model fails, with what it said, and its error as the cause.
+    """
+    device = next(model.parameters()).device
+    try:
+        return model(**{key: value.to(device) for key, value in batch.items()})
+    except GramfuseError:
+        raise
+    except Exception as error:  # models raise what they like
+        raise ModelError(failure(model, batch, what, error)) from error
+
+
+def failure(model: nn.Module, batch: Mapping[str, Any], what: str, error: Exception) -> str:
+    """Say that a model cannot compute a batch, and why."""
+    sizes = ", ".join(f"{key} {tuple(value.shape)}" for key, value in batch.items())
+    said = f"{type(error).__name__}: {one_line(str(error), MOST).removesuffix('.')}"
+    return f"{type(model).__name__} cannot compute {what} ({sizes}): {said}"
 
 
 @contextmanager

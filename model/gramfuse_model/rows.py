@@ -12,6 +12,7 @@ computes, and nothing that is measured in batches would be right.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -19,10 +20,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from gramfuse_model.batch import TARGETS, Batch, alone, chosen, masks_of, with_shorter
+from gramfuse_model.batch import PLACED, TARGETS, Batch, alone, chosen, has_places, masks_of, with_shorter
 from gramfuse_model.heads import answers, head_parameters
 from gramfuse_model.linear import linear_modules
-from gramfuse_model.observation import Hook, by_example, observing, rows_of
+from gramfuse_model.observation import Hook, by_example, observing, rows_of, run
 from gramfuse_protocol.errors import ModelError
 from gramfuse_protocol.layout import Rows
 
@@ -50,7 +51,8 @@ def find_rows(
 ) -> dict[str, tuple[Rows, ...] | None]:
     """Return for each call of each module which rows of its input count, or None if that cannot be told.
 
-    Modules that are not called are left out. Of inputs that are neither token ids nor pixels, all rows count.
+    Modules that are not called are left out. Of inputs that are neither tokens, nor their embeddings, nor
+    pixels, and that no mask goes with, all rows count.
 
     Args:
         batch: keyword arguments of the model's forward. For a model with encoder and decoder, a text and its target
@@ -149,7 +151,9 @@ def _readings(
     return found
 
 
-def _run(model: nn.Module, batch: Batch, modules: Mapping[str, nn.Module]) -> dict[str, list[torch.Tensor]]:
+def _run(
+    model: nn.Module, batch: Batch, modules: Mapping[str, nn.Module], what: str = "a batch of examples"
+) -> dict[str, list[torch.Tensor]]:
     """Run a model and return projections of what modules receive, and of what it puts out, if that is known."""
     calls: dict[str, list[torch.Tensor]] = {}
     latest: list[Any] = [
@@ -167,7 +171,7 @@ def _run(model: nn.Module, batch: Batch, modules: Mapping[str, nn.Module]) -> di
         return hook
 
     with observing(model, [(module, record(name)) for name, module in modules.items()]):
-        result = model(**batch)
+        result = run(model, batch, what)
         outputs = getattr(result, "logits", getattr(result, "last_hidden_state", None))
         if outputs is not None:
             calls[OUTPUTS] = [_projected(outputs)]
@@ -181,13 +185,9 @@ def _run_alone(model: nn.Module, example: Batch, modules: Mapping[str, nn.Module
         ModelError: if the model fails on it: some take no text that is shorter than what they pool.
     """
     try:
-        return _run(model, example, modules)
-    except (IndexError, RuntimeError, ValueError) as error:
-        sizes = ", ".join(f"{key} {tuple(value.shape)}" for key, value in example.items())
-        raise ModelError(
-            f"the base model ({type(model).__name__}) fails on a single example ({sizes}): {error}. It would fail on a "
-            "silo's data too; take another model"
-        ) from error
+        return _run(model, example, modules, "a single example")
+    except ModelError as error:
+        raise ModelError(f"{error}. It would fail on a silo's data too; take another model") from error.__cause__
 
 
 def _projected(x: torch.Tensor) -> torch.Tensor:
@@ -237,11 +237,16 @@ def _same_sum(rows: torch.Tensor, single: list[torch.Tensor]) -> bool:
 
 
 def _with_other_padding(batch: Batch, masks: Batch) -> Batch:
-    """Return a batch with a word in the place of all padding of its texts."""
-    ids, mask = batch["input_ids"], masks["input"]
+    """Return a batch with what stands in the middle of its longest text in the place of all padding of its texts."""
+    mask = masks["input"]
     longest = int(mask.sum(dim=1).argmax())
-    words = ids[longest, mask[longest]]
-    return {**batch, "input_ids": torch.where(mask, ids, words[len(words) // 2])}
+    changed = dict(batch)
+    for key in PLACED:
+        if key in batch and has_places(batch[key], mask):
+            words = batch[key][longest, mask[longest]]
+            there = mask.view(*mask.shape, *[1] * (batch[key].dim() - 2))
+            changed[key] = torch.where(there, batch[key], words[len(words) // 2])
+    return changed
 
 
 def _is_padding(x: torch.Tensor, other: torch.Tensor, kind: Rows, masks: Batch) -> bool:
@@ -269,6 +274,9 @@ def _padding_matters(model: nn.Module, batch: Batch, masks: Batch, head: Mapping
     what = f"the base model's outputs ({type(model).__name__}) are not the same for an example alone and in a batch"
     if "input" not in masks:
         return f"{what}, so what is measured would depend on how examples are put into batches; take another model"
+    told = _other_filler(model, batch, masks["input"])
+    if told is not None:
+        return f"{what}: {told}"
     left = bool(masks["input"][:, -1].all())
     here, there = ("left", "right") if left else ("right", "left")
     turned = _padded_on_the_other_side(batch, masks["input"], left=left)
@@ -279,21 +287,36 @@ def _padding_matters(model: nn.Module, batch: Batch, masks: Batch, head: Mapping
     return f"{what} padded on the {here}; {remedy}"
 
 
+def _other_filler(model: nn.Module, batch: Batch, mask: torch.Tensor) -> str | None:
+    """Say that a model takes another token for padding than its batch is padded with, if it does."""
+    if not isinstance(model, PreTrainedModel) or "input_ids" not in batch:
+        return None
+    told, used = model.config.get_text_config().pad_token_id, set(batch["input_ids"][~mask].tolist())
+    if told is None or len(used) != 1 or told in used:
+        return None
+    (token,) = used
+    return (
+        f"its configuration says that padding is token {told}, and texts are padded with token {token}; set "
+        f'"pad_token_id": {token} in its config.json'
+    )
+
+
 def _padded_on_the_other_side(batch: Batch, mask: torch.Tensor, *, left: bool) -> Batch:
     order = (~mask if left else mask).int().argsort(dim=1, stable=True)
+    example = torch.arange(len(mask), device=mask.device).unsqueeze(1)
     return {
-        key: value.gather(1, order) if key not in TARGETS and value.shape == mask.shape else value
+        key: value[example, order] if key not in TARGETS and has_places(value, mask) else value
         for key, value in batch.items()
     }
 
 
 def _idle(model: nn.Module, batch: Batch, modules: Mapping[str, nn.Module]) -> frozenset[str]:
-    """Return the modules some of whose rows change nothing of what the model's body makes of an image.
+    """Return the modules some of whose rows are zeros, or change nothing of what the model's body makes of an image.
 
-    They are what a model pads inside, to a multiple of its window (Swin); all images being of one size, batches do not
-    show it.
+    They are what a model pads inside, to a multiple of its window (Swin): what a layer receives is padded with zeros,
+    and of what comes of those nothing is kept. All images being of one size, batches do not show it.
     """
-    body = model.base_model if isinstance(model, PreTrainedModel) else model
+    body = _body_for_images(model)
     inputs: list[tuple[str, torch.Tensor]] = []
 
     def record(name: str) -> Hook:
@@ -301,15 +324,30 @@ def _idle(model: nn.Module, batch: Batch, modules: Mapping[str, nn.Module]) -> f
             inputs.append((name, x)) if x.requires_grad else None
         )  # a table does not come of the image
 
-    image = batch["pixel_values"][:1].clone().requires_grad_()
+    images = batch["pixel_values"].clone().requires_grad_()
     with observing(model, [(module, record(name)) for name, module in modules.items()], gradients=True):
-        features = body(pixel_values=image)[0]
+        features = run(body, {"pixel_values": images}, "images")[0]
     if not inputs:
         return frozenset()
     weights = torch.randn(features.shape, generator=torch.Generator().manual_seed(0)).to(features.device)
     slopes = torch.autograd.grad((features * weights).sum(), [x for _, x in inputs], allow_unused=True)
     return frozenset(
         name
-        for (name, _), slope in zip(inputs, slopes, strict=True)
-        if slope is None or bool((slope.reshape(-1, slope.shape[-1]) == 0).all(dim=1).any())
+        for (name, x), slope in zip(inputs, slopes, strict=True)
+        if slope is None or _has_zeros(x, len(images)) or _has_zeros(slope, len(images))
     )
+
+
+def _has_zeros(x: torch.Tensor, images: int) -> bool:
+    """Whether a row is all zeros, at the same place of each image if each has as many rows."""
+    zeros = (x.detach().reshape(-1, x.shape[-1]) == 0).all(dim=1)
+    return bool((zeros.view(images, -1).all(dim=0) if len(zeros) % images == 0 else zeros).any())
+
+
+def _body_for_images(model: nn.Module) -> nn.Module:
+    """Return the part of a model that takes images without a head; of some (CLIP, SigLIP) it is not `base_model`."""
+    body = model.base_model if isinstance(model, PreTrainedModel) else model
+    if body is not model:
+        return body
+    takes = (part for part in model.children() if "pixel_values" in inspect.signature(part.forward).parameters)
+    return next(takes, model)

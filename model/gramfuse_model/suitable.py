@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from gramfuse_model.answering import first_token
 from gramfuse_model.base import Base
+from gramfuse_model.causality import check_causal
 from gramfuse_model.targets import check_foldable
 from gramfuse_protocol.task import Task
 
 
 def check_suitable(base: Base, task: Task) -> None:
-    """Raise ModelError if a base model's head cannot take a task's `centre` and `scale`, or it has no `first-token`.
+    """Raise ModelError if a base model's head cannot take a task's `centre` and `scale`, it has no `first-token`, or it
+    sees the tokens that it is to predict.
 
     Args:
         base: with the task's head.
     """
     check_foldable(base, task)
     first_token(base.tokenizer, task)
+    check_causal(base, task)

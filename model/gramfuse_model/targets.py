@@ -6,8 +6,8 @@ import torch
 
 from gramfuse_model.base import Base
 from gramfuse_model.heads import last_linear
+from gramfuse_model.public_batch import public_batch
 from gramfuse_model.rescaling import fold, rescaled
-from gramfuse_model.tracing import public_batch
 from gramfuse_protocol.errors import ModelError
 from gramfuse_protocol.task import Task
 

@@ -4,39 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from gramfuse_model.base import Base
-from gramfuse_model.batch import IGNORED
 from gramfuse_model.buffers import changed_by_training
+from gramfuse_model.calls import Calls, calls_of
 from gramfuse_model.context_free import context_free
-from gramfuse_model.experts import GATE_UP, hidden_units, is_understood
-from gramfuse_model.heads import answers, last_layer
-from gramfuse_model.lengths import room_of
+from gramfuse_model.heads import last_layer
 from gramfuse_model.linear import LinearModule, experts_of, linear_modules
-from gramfuse_model.observation import Hook, observing
-from gramfuse_model.public_text import PUBLIC_TEXT
+from gramfuse_model.precision import in_float32, widened
+from gramfuse_model.public_batch import check_long_texts, public_batch, trying
 from gramfuse_model.rows import find_rows
 from gramfuse_protocol.errors import ModelError
-from gramfuse_protocol.layout import EXPONENT, Group, Layout, Linear, Part, Tensor
+from gramfuse_protocol.layout import EXPONENT, Group, Layout, Linear, Part, Rows, Tensor
 from gramfuse_protocol.plan import Merge, Plan
 from gramfuse_protocol.structure import parse_structure
-
-LONGEST = 1024
-"""Most tokens of the text that a base model is tried on, however long examples may be."""
-
-USUAL_IMAGE = 224
-"""Height and width of an image, where a model takes any."""
-
-PUBLIC = {"input": "input_ids", "target": "labels"}
-"""Where the public text stands in a batch."""
 
 QUIETEST = 8
 """Powers of two by which a feature's scale may lie below that of the loudest in its group."""
@@ -53,11 +39,12 @@ def plan_layout(plan: Plan, base: Base, given: Layout | None = None) -> Layout:
         ModelError: if the plan is locked to another layout.
     """
     parts = _parts(plan)
-    _check_long_texts(plan, base)
-    with _of_public_text(base):
+    check_long_texts(plan, base)
+    batch = public_batch(base)
+    with trying(base, batch):
         layout = derive_layout(
             base.model,
-            public_batch(base),
+            batch,
             plan.merge.model_copy(update={"experts": plan.merge.experts_in(secure=plan.privacy.secure_aggregation)}),
             scaled=True,
             shared=base.shared,
@@ -72,79 +59,6 @@ def plan_layout(plan: Plan, base: Base, given: Layout | None = None) -> Layout:
             "both sides must run the same versions of gramfuse and transformers"
         )
     return layout
-
-
-def public_batch(base: Base) -> dict[str, torch.Tensor]:
-    """Return what a base model is traced on: keyword arguments of its forward, of nobody's data."""
-    model, texts = base.model, list(PUBLIC_TEXT)
-    if model.main_input_name == "pixel_values":
-        return {"pixel_values": _public_images(model)}
-    batch = dict(base.tokenizer(texts, padding=True, return_attention_mask=True, return_tensors="pt"))
-    if answers(model):
-        batch |= _targets(base, texts[1:] + texts[:1])  # of other lengths than the inputs, to tell their rows apart
-    return batch
-
-
-def _check_long_texts(plan: Plan, base: Base) -> None:
-    """Raise ModelError unless a text as long as examples may be is the same to the base model alone and beside others.
-
-    BigBird, for one, computes something else from a certain length on, and never again once it saw a shorter text.
-    """
-    model, length = base.model, min(LONGEST, max(task.max_length for task in plan.tasks.values()))
-    if model.main_input_name == "pixel_values":
-        return
-    texts = [" ".join(PUBLIC_TEXT * (1 + length // 100)), min(PUBLIC_TEXT, key=len)]
-    settings = {"truncation": True, "max_length": length, "return_attention_mask": True, "return_tensors": "pt"}
-    batch = dict(base.tokenizer(texts, padding=True, **settings))
-    if bool(batch["attention_mask"].all()):
-        return  # examples are so short that there is no difference
-    if answers(model):
-        batch |= _targets(base, PUBLIC_TEXT[1:3])
-    try:
-        find_rows(model, batch, {})
-    except (IndexError, RuntimeError) as error:  # it differs with the table of positions
-        raise ModelError(
-            f"the base model cannot take a text of {batch['input_ids'].shape[1]} tokens, as model.max-length allows: "
-            f"{error}; make model.max-length smaller"
-        ) from error
-
-
-@contextmanager
-def _of_public_text(base: Base) -> Iterator[None]:
-    """Raise ModelError, saying for how many tokens a model has places, if it cannot take the public text as a whole."""
-    try:
-        yield
-    except (IndexError, RuntimeError) as error:  # it differs with the table of positions
-        batch = public_batch(base)
-        lengths = {kind: batch[key].shape[1] for kind, key in PUBLIC.items() if key in batch}
-        for kind, room in room_of(base, *(lengths.get(kind, 1) for kind in PUBLIC)).items():
-            if room.tokens < lengths[kind]:
-                raise ModelError(
-                    f"the model has places for {room.tokens:,} tokens ({room.table!r}), and its tokenizer makes "
-                    f"{lengths[kind]:,} of the public text that every base model is tried on; take a base for longer "
-                    "texts"
-                ) from error
-        raise
-
-
-def _targets(base: Base, texts: Sequence[str]) -> dict[str, torch.Tensor]:
-    ids = [torch.tensor(row) for row in base.tokenizer(text_target=list(texts))["input_ids"]]
-    labels = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=IGNORED)
-    return {"labels": labels, "decoder_attention_mask": (labels != IGNORED).long()}
-
-
-def _public_images(model: PreTrainedModel) -> torch.Tensor:
-    """Return waves of different direction, length and colour, in [−1, 1]: (images, channels, height, width)."""
-    size = getattr(model.config, "image_size", USUAL_IMAGE)
-    height, width = (size, size) if isinstance(size, int) else size
-    images, channels = len(PUBLIC_TEXT), model.config.num_channels
-    n = torch.arange(images, dtype=torch.float64).view(-1, 1, 1, 1)
-    channel = torch.arange(channels, dtype=torch.float64).view(1, -1, 1, 1)
-    y = torch.linspace(0, 1, height, dtype=torch.float64).view(1, 1, -1, 1)
-    x = torch.linspace(0, 1, width, dtype=torch.float64).view(1, 1, 1, -1)
-    direction = math.pi * n / images
-    along = x * torch.cos(direction) + y * torch.sin(direction)
-    return torch.sin(2 * math.pi * (1 + n) * along + channel).float()
 
 
 def _parts(plan: Plan) -> tuple[Part, ...]:
@@ -180,7 +94,8 @@ def derive_layout(
     times with different inputs, as ALBERT's layers are, has one Gram matrix over all of them. Modules that see tokens
     without context (`gramfuse_model.context_free`) are averaged, unless `merge.context_free` says otherwise, and so are
     those of whose input it cannot be told which rows are tokens (`gramfuse_model.rows`). Buffers that training changes
-    (`gramfuse_model.buffers`) are averaged, and counters summed, whatever is frozen.
+    (`gramfuse_model.buffers`) are averaged, and counters summed, whatever is frozen. A model in half precision is in
+    float32 meanwhile, and as it was afterwards.
 
     Args:
         batch: keyword arguments of the model's forward: texts of different words and lengths, padded, or images. For a
@@ -196,78 +111,35 @@ def derive_layout(
         ModelError: if a pattern fits nothing or asks for what `merge.context_free` does not give, if nothing is left to
             merge, if the model's outputs for an example depend on padding or on the rest of its batch, if the batch
             does not show what must be seen (lengths that differ, and more than one token), or if training changes a
-            buffer that cannot be merged.
+            buffer that cannot be merged, or if the model fails, with what it said.
     """
     merge = merge or Merge()
     parameters = {name: p for name, p in model.named_parameters() if shared is None or name in shared}
-    linears = [linear for linear in (*linear_modules(model), *experts_of(model)) if linear.weight in parameters]
     if not any(parameter.requires_grad for parameter in parameters.values()):
         raise ModelError("no parameter that is trained is shared by all silos, so there is nothing to merge")
-    for key, patterns in (("gram", tuple(merge.gram)), ("exclude", merge.exclude)):
-        for pattern in patterns:
-            if not any(fnmatchcase(linear.weight, pattern) for linear in linears):
-                raise ModelError(f"merge.{key}: pattern {pattern!r} fits no linear weight of the base model")
-    trained = {linear.weight: linear for linear in linears if linear.parameter.requires_grad}
-    modules = {weight: linear.module for weight, linear in trained.items()}
-    rows = find_rows(model, batch, modules)
-    single = context_free(model, batch, modules)
-    structures = {
-        weight: _structure(merge, weight, context_free=weight in single)
-        for weight in trained
-        if not any(fnmatchcase(weight, pattern) for pattern in merge.exclude)
-        and not (trained[weight].experts and merge.experts_in(secure=False) == "mean")
-    }
-    wanted = {weight: trained[weight] for weight, structure in structures.items() if structure is not None}
-    candidates = {
-        weight: linear
-        for weight, linear in wanted.items()
-        if rows.get(weight) is not None and not (linear.experts and "table" in (rows[weight] or ()))
-    }
-    calls = _calls(model, batch, candidates)
-    members: dict[tuple[Any, ...], list[str]] = {}
-    for weight, found in calls.items():  # in the order in which the model first calls them
-        alone = weight if candidates[weight].experts else None
-        members.setdefault((found.keys, structures[weight], weight in parted, alone), []).append(weight)
-    groups = tuple(
-        Group(
-            name=weights[0].removesuffix(".weight") + ("" if part is None else f"[{part}]"),
-            d_in=candidates[weights[0]].d_in,
-            structure=structure,
-            weights=tuple(
-                Linear(
-                    weight=weight,
-                    d_out=candidates[weight].d_out if part is None else len(parts[part].outputs),
-                    transposed=candidates[weight].kind.transposed,
-                )
-                for weight in weights
-            ),
-            rows=rows[weights[0]] or (),
-            part=part,
-            experts=candidates[weights[0]].experts,
-            exponents=_exponents(calls[weights[0]].power) if scaled else (),
-        )
-        for (_, structure, split, _), weights in members.items()
-        for part in (range(len(parts)) if split else (None,))
-    )
+    linears = [linear for linear in (*linear_modules(model), *experts_of(model)) if linear.weight in parameters]
+    _check_patterns(merge, linears)
+    with in_float32(model):
+        seen = _look(model, widened(batch), merge, {one.weight: one for one in linears if one.parameter.requires_grad})
     buffers = dict(model.named_buffers())
     return Layout(
-        groups=groups,
+        groups=tuple(_groups(seen, parts, parted, scaled=scaled)),
         tensors=(
             *(
                 Tensor(
                     name=name,
                     shape=tuple(p.shape),
-                    merge="regmean" if name in calls else "mean",
+                    merge="regmean" if name in seen.calls else "mean",
                     parted=name in parted,
-                    context_free=name in single,
-                    unmatched=name in wanted and name in rows and name not in candidates,
+                    context_free=name in seen.single,
+                    unmatched=name in seen.unmatched,
                 )
                 for name, p in parameters.items()
                 if p.requires_grad
             ),
             *(
                 Tensor(name=name, shape=tuple(buffers[name].shape), merge=how, buffer=True)
-                for name, how in changed_by_training(model, batch).items()
+                for name, how in seen.buffers.items()
                 if shared is None or name in shared
             ),
         ),
@@ -276,59 +148,88 @@ def derive_layout(
     )
 
 
-@dataclass
-class _Calls:
-    """How one module is called: identities of the tensors that it receives, and their power.
+def _check_patterns(merge: Merge, linears: Sequence[LinearModule]) -> None:
+    for key, patterns in (("gram", tuple(merge.gram)), ("exclude", merge.exclude)):
+        for pattern in patterns:
+            if not any(fnmatchcase(linear.weight, pattern) for linear in linears):
+                raise ModelError(f"merge.{key}: pattern {pattern!r} fits no linear weight of the base model")
 
-    The power is the largest mean square of each feature over all rows of a call, padding included: float64 (d_in,). Of
-    experts it is the largest that any of them would have if all rows were routed to it, so that it is known of those
-    that a public batch does not use.
+
+class _Seen(NamedTuple):
+    """What a model shows on a public batch. Weights are those of linear modules that are trained, by name.
+
+    Attributes:
+        single: whose layers see tokens without context.
+        structures: of their Gram matrices.
+        candidates: those that may have one.
+        rows: which rows of their inputs count.
+        unmatched: those that may have none, since it cannot be told which rows count.
+        calls: of candidates, in the order in which the model first calls them.
+        buffers: those that training changes, and how they are merged.
     """
 
-    keys: tuple[Any, ...]
-    power: torch.Tensor
+    single: frozenset[str]
+    structures: Mapping[str, str | None]
+    candidates: Mapping[str, LinearModule]
+    rows: Mapping[str, tuple[Rows, ...]]
+    unmatched: frozenset[str]
+    calls: Mapping[str, Calls]
+    buffers: Mapping[str, Literal["mean", "sum"]]
 
 
-def _calls(model: nn.Module, batch: Mapping[str, Any], linears: Mapping[str, LinearModule]) -> dict[str, _Calls]:
-    """Run a model once and return how each of these modules is called.
-
-    Those that are not called are left out, and experts that compute something else than is thought.
-    """
-    calls: dict[str, _Calls] = {}
-    strange: set[str] = set()
-    alive: list[torch.Tensor] = []  # an identity is only good while the tensor lives
-
-    def record(weight: str) -> Hook:
-        def hook(module: nn.Module, x: torch.Tensor, others: tuple[Any, ...]) -> None:
-            if linears[weight].experts and not is_understood(module, (x, *others)):
-                strange.add(weight)
-                return
-            alive.append(x)
-            key = (x.data_ptr(), x.storage_offset(), tuple(x.shape), x.stride(), x._version)
-            power = _power(linears[weight], x)
-            before = calls.get(weight)
-            if before is None:
-                calls[weight] = _Calls((key,), power)
-            else:
-                calls[weight] = _Calls((*before.keys, key), torch.maximum(before.power, power))
-
-        return hook
-
-    device = next(model.parameters()).device
-    with observing(model, [(linear.module, record(weight)) for weight, linear in linears.items()]):
-        model(**{key: value.to(device) for key, value in batch.items()})
-    return {weight: found for weight, found in calls.items() if weight not in strange}
-
-
-def _power(linear: LinearModule, x: torch.Tensor) -> torch.Tensor:
-    """Return the mean square of each feature that a weight is multiplied with, as `_Calls` has it."""
-    rows = x.reshape(-1, x.shape[-1])
-    received = (
-        (hidden_units(linear.module, expert, rows) for expert in range(linear.experts))
-        if linear.experts and not linear.weight.endswith(GATE_UP)
-        else (rows,)
+def _look(model: nn.Module, batch: Mapping[str, Any], merge: Merge, trained: Mapping[str, LinearModule]) -> _Seen:
+    modules = {weight: linear.module for weight, linear in trained.items()}
+    found = find_rows(model, batch, modules)
+    single = context_free(model, batch, modules)
+    structures = {
+        weight: _structure(merge, weight, context_free=weight in single)
+        for weight in trained
+        if not any(fnmatchcase(weight, pattern) for pattern in merge.exclude)
+        and not (trained[weight].experts and merge.experts_in(secure=False) == "mean")
+    }
+    wanted = [weight for weight, structure in structures.items() if structure is not None and weight in found]
+    rows = {
+        weight: kinds
+        for weight in wanted
+        if (kinds := found[weight]) is not None and not (trained[weight].experts and "table" in kinds)
+    }
+    candidates = {weight: trained[weight] for weight in rows}
+    return _Seen(
+        single=single,
+        structures=structures,
+        candidates=candidates,
+        rows=rows,
+        unmatched=frozenset(wanted) - rows.keys(),
+        calls=calls_of(model, batch, candidates),
+        buffers=changed_by_training(model, batch),
     )
-    return torch.stack([features.double().square().mean(dim=0).cpu() for features in received]).max(dim=0).values
+
+
+def _groups(seen: _Seen, parts: tuple[Part, ...], parted: Collection[str], *, scaled: bool) -> Iterator[Group]:
+    members: dict[tuple[Any, ...], list[str]] = {}
+    for weight, found in seen.calls.items():
+        alone = weight if seen.candidates[weight].experts else None
+        members.setdefault((found.keys, seen.structures[weight], weight in parted, alone), []).append(weight)
+    for (_, structure, split, _), weights in members.items():
+        first = seen.candidates[weights[0]]
+        for part in range(len(parts)) if split else (None,):
+            yield Group(
+                name=weights[0].removesuffix(".weight") + ("" if part is None else f"[{part}]"),
+                d_in=first.d_in,
+                structure=structure,
+                weights=tuple(
+                    Linear(
+                        weight=weight,
+                        d_out=seen.candidates[weight].d_out if part is None else len(parts[part].outputs),
+                        transposed=seen.candidates[weight].kind.transposed,
+                    )
+                    for weight in weights
+                ),
+                rows=seen.rows[weights[0]],
+                part=part,
+                experts=first.experts,
+                exponents=_exponents(seen.calls[weights[0]].power) if scaled else (),
+            )
 
 
 def _exponents(power: torch.Tensor) -> tuple[int, ...]:

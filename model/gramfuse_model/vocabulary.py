@@ -68,7 +68,16 @@ def pad(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: s
 def _unknown(tokenizer: PreTrainedTokenizerBase, text: str) -> float:
     """Return the share of a text's tokens that are unknown; 1.0 if there is none."""
     tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return tokens.count(tokenizer.unk_token_id) / len(tokens) if tokens else 1.0
+    unknown = _unknown_tokens(tokenizer)
+    return sum(token in unknown for token in tokens) / len(tokens) if tokens else 1.0
+
+
+def _unknown_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Return the numbers that stand for what is unknown: as a tokenizer declares it, and as its backend has it."""
+    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    token = getattr(model, "unk_token", None)
+    found = {tokenizer.unk_token_id, getattr(model, "unk_id", None)}
+    return {index for index in found | {tokenizer.get_vocab().get(token)} if index is not None}
 
 
 def token_table(model: PreTrainedModel) -> nn.Embedding | None:

@@ -166,7 +166,7 @@ def test_texts_for_which_the_base_has_no_places_are_refused_before_any_are_read(
     project = pico_project(silos=4, secure=True)
     with monkeypatch.context() as lax:
         lax.setattr("gramfuse_model.lengths.check_lengths", lambda *_, **__: None)
-        lax.setattr("gramfuse_model.tracing._check_long_texts", lambda *_: None)
+        lax.setattr("gramfuse_model.tracing.check_long_texts", lambda *_: None)
         run = Run(project, "model.max-length=64")
     for name in project.names:
         project.train(name).unlink()

@@ -12,7 +12,8 @@ from torch import nn
 
 from gramfuse_client.gram import collect_grams
 from gramfuse_model.base import Base, load_base
-from gramfuse_model.tracing import derive_layout, plan_layout, public_batch
+from gramfuse_model.public_batch import public_batch
+from gramfuse_model.tracing import derive_layout, plan_layout
 from gramfuse_model.zero_head import load_zero_headed
 from gramfuse_protocol.errors import ContributionError, ModelError
 from gramfuse_protocol.layout import Layout

@@ -39,6 +39,28 @@ TABLES: dict[str, tuple[dict[str, Any], int | None]] = {
 }
 """A configuration by type of model, and how many tokens it takes; None is any number."""
 
+ROTARY = {"rope_theta": 100.0}
+LONG = ROTARY | {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "factor": 2.0}
+DYNAMIC = ROTARY | {"rope_type": "dynamic", "factor": 4.0}
+DECODER = {**SIZES, "initializer_range": 0.3, "num_key_value_heads": 2, "pad_token_id": 0, "eos_token_id": 3}
+DEPENDING: dict[str, dict[str, Any]] = {
+    "llama": {**DECODER, "max_position_embeddings": 40, "rope_parameters": DYNAMIC},
+    "phi3": {
+        **DECODER,
+        "max_position_embeddings": 80,
+        "original_max_position_embeddings": 40,
+        "rope_parameters": LONG | {"original_max_position_embeddings": 40},
+    },
+    "gemma3_text": {
+        **DECODER,
+        "head_dim": 8,
+        "layer_types": ["full_attention"],
+        "max_position_embeddings": 40,
+        "rope_parameters": {"full_attention": DYNAMIC, "sliding_attention": ROTARY | {"rope_type": "default"}},
+    },
+}
+"""Configurations whose rotary positions are others in a batch with a text of more than 40 tokens."""
+
 CONSTRAINED: dict[str, dict[str, Any]] = {
     "nystromformer": {**SIZES, "num_landmarks": 8, "segment_means_seq_len": 16, "max_position_embeddings": 130},
     "canine": {**SIZES, "num_hash_functions": 4, "num_hash_buckets": 512},
@@ -129,6 +151,29 @@ def test_a_table_that_is_shorter_than_the_public_text_in_characters_is_refused_b
     assert room_of(canine, 128, 1)["input"].tokens == 48
     with pytest.raises(PlanError, match=r"max-length is 128, .* 48 tokens"):
         check_lengths(canine, [task.model_copy(update={"max_length": 128})], trains=False)
+
+
+@pytest.mark.parametrize("kind", DEPENDING)
+def test_a_length_from_which_on_a_model_computes_something_else_beside_a_long_text_is_refused(
+    kind: str, base_of: Callable[..., tuple[Base, Task]]
+) -> None:
+    base, task = base_of(kind, DEPENDING[kind], longest=2000)
+    with pytest.raises(PlanError, match=r"max-length is 2,000, .*rope_type is '\w+'.*max-length to 40 at most"):
+        check_lengths(base, [task], trains=True)
+    check_lengths(base, [task.model_copy(update={"max_length": 40})], trains=True)
+
+    def beside(tokens: int) -> torch.Tensor:
+        """What it says of a short text that is in a batch with a long one."""
+        short = torch.arange(5, 15) % 30 + 4
+        ids = torch.zeros(2, tokens, dtype=torch.long)
+        ids[0, :10], ids[1] = short, torch.arange(tokens) % 30 + 4
+        with torch.no_grad():
+            out: torch.Tensor = base.model(input_ids=ids, attention_mask=(ids != 0).long()).logits[0]
+        return out
+
+    alike = beside(40)
+    torch.testing.assert_close(alike, beside(20), rtol=1e-4, atol=1e-5)
+    assert (beside(41) - alike).norm() > 1e-3 * alike.norm()
 
 
 @pytest.mark.parametrize("kind", CONSTRAINED)

@@ -422,8 +422,13 @@ def test_what_does_not_belong_together_is_refused(
     assert not any("embeddings" in name for name in deltas)
 
 
-def test_the_example_merges_two_checkpoints(tmp_path: Path, published: Callable[..., Path], pico_bert: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_example_merges_two_checkpoints(
+    tmp_path: Path, published: Callable[..., Path], pico_bert: Path, dtype: torch.dtype
+) -> None:
     models = [published("animals"), published("weather")]
+    for directory in models:
+        AutoModelForSequenceClassification.from_pretrained(directory, dtype=dtype).save_pretrained(directory)
     pairs = [path for model in models for path in (model, model / "train.jsonl")]
     example = Path(__file__).parents[2] / "examples" / "merge_two_checkpoints.py"
     done = subprocess.run(

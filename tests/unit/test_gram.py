@@ -453,3 +453,29 @@ def test_half_precision_inputs_are_summed_without_losing_small_tokens() -> None:
         gram.add(torch.ones(3000, 1, dtype=torch.float16))
     assert gram.tokens == 9000
     assert gram.mean() == 1
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_a_gram_matrix_of_a_model_in_half_precision_is_of_what_its_layers_receive_multiplied_in_float32(
+    half: torch.dtype,
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 12), nn.Linear(12, 2)).to(half)
+    x = torch.randn(300, 6).to(half)
+    received = model[0](x).detach().double()
+    expected = (received.T @ received / 300).numpy()[np.triu_indices(12)]
+    layout = derive_layout(Named(model), {"x": x})
+    grams = collect_grams(Named(model), [{"x": x[:100]}, {"x": x[100:]}], layout, limit=10**6)
+    np.testing.assert_allclose(grams["model.1"].mean(), expected, rtol=1e-5, atol=1e-5)
+
+
+class Named(nn.Module):
+    """Takes its input by name."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.model(x)
+        return out

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from torch import nn
 from torch.nn import functional
 
@@ -275,3 +277,62 @@ def test_a_class_that_is_taken_for_a_linear_layer_computes_what_one_does(name: s
     assert kind_of(layer) is kind_of(nn.Linear(5, 3))
     x = torch.randn(4, 5)
     torch.testing.assert_close(layer(x), functional.linear(x, layer.weight, layer.bias))
+
+
+def test_embeddings_of_tokens_are_measured_as_the_tokens_are(pico_bert: Path) -> None:
+    """Given as `inputs_embeds`, they are padded too, and so is what sees them without context."""
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(pico_bert, num_labels=2).eval()
+
+    def embedded(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        table = model.get_input_embeddings()
+        return {"inputs_embeds": table(batch["input_ids"]).detach(), "attention_mask": batch["attention_mask"]}
+
+    layout = derive_layout(model, embedded(batch_of()))
+    assert layout.digest == derive_layout(model, batch_of()).digest
+    batch = batch_of((5, 2, 7, 3, 6), seed=3)
+    by_tokens = collect_grams(model, [batch], layout, limit=10**6)
+    for size in (1, 5):
+        parts = [{key: value[n : n + size] for key, value in batch.items()} for n in range(0, 5, size)]
+        grams = collect_grams(model, [embedded(part) for part in parts], layout, limit=10**6)
+        for name, gram in by_tokens.items():
+            assert grams[name].tokens == gram.tokens
+            np.testing.assert_allclose(grams[name].mean(), gram.mean(), rtol=1e-4, atol=1e-6)
+    same = embedded(batch_of((5, 5)))
+    assert derive_layout(model, same).digest == layout.digest
+
+
+class Listener(nn.Module):
+    """Makes a row of every two samples of a sound, and puts out the mean of the real ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.ear, self.watched, self.classifier = nn.Conv1d(1, 6, 2, 2), nn.Linear(6, 6), nn.Linear(6, 2)
+
+    def forward(self, input_values: torch.Tensor, attention_mask: torch.Tensor) -> Any:
+        x = self.watched(self.ear(input_values.unsqueeze(1)).transpose(1, 2))
+        real = attention_mask[:, ::2].unsqueeze(-1).float()
+        return SimpleNamespace(logits=self.classifier((x * real).sum(dim=1) / real.sum(dim=1)))
+
+
+def test_padding_of_a_sound_is_in_no_gram_matrix() -> None:
+    def sounds(lengths: tuple[int, ...]) -> dict[str, torch.Tensor]:
+        mask = torch.tensor([[n < length for n in range(max(lengths))] for length in lengths])
+        samples = torch.randn(mask.shape, generator=torch.Generator().manual_seed(1))
+        return {"input_values": samples * mask, "attention_mask": mask.long()}
+
+    layout = derive_layout(Listener(), sounds((8, 20, 12)), Merge(context_free="full"))
+    assert [group.name for group in layout.groups] == ["classifier"]
+    assert {tensor.name for tensor in layout.tensors if tensor.unmatched} == {"watched.weight"}
+    assert collect_grams(Listener(), [sounds((8, 20, 12))], layout, limit=10**6)["classifier"].tokens == 3
+
+
+def test_a_mask_that_goes_with_no_input_is_refused_wherever_it_comes() -> None:
+    batch = batch_of()
+    layout = derive_layout(Reader(), batch, Merge(context_free="full"))
+    for mask in (batch["attention_mask"][:, :3], batch["attention_mask"][:, None, None]):
+        odd = batch | {"attention_mask": mask}
+        with pytest.raises(ModelError, match=r"attention_mask \(4, "):
+            derive_layout(Reader(), odd)
+        with pytest.raises(ModelError, match=r"attention_mask \(4, "):
+            collect_grams(Reader(), [odd], layout, limit=10**6)

@@ -280,12 +280,34 @@ def test_tracing_leaves_the_model_as_it_was_even_when_the_model_fails(pico_bert:
     model = base_of(a_plan(pico_bert)).model.train(training)
     weights = {name: parameter.clone() for name, parameter in model.named_parameters()}
     first = derive_layout(model, BATCH)
-    with pytest.raises(IndexError):
+    with pytest.raises(ModelError, match=r"BertForSequenceClassification.*labels.*IndexError: Target 99"):
         derive_layout(model, {**BATCH, "labels": torch.tensor([0, 99])})
     assert not any(module._forward_pre_hooks for module in model.modules())
     assert all(torch.equal(parameter, weights[name]) for name, parameter in model.named_parameters())
     assert all(module.training == training for module in model.modules())
     assert derive_layout(model, BATCH).digest == first.digest
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_a_model_in_half_precision_is_looked_at_in_float32_and_stays_as_it_is(
+    pico_bert: Path, half: torch.dtype
+) -> None:
+    """Rounding is no padding: what is the same alone and in a batch is the same in it too."""
+    plan = a_plan(pico_bert)
+    model, exact = base_of(plan).model.to(half), base_of(plan).model
+    exact.load_state_dict(model.state_dict())
+    values = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    objects = {name: id(parameter) for name, parameter in model.named_parameters()}
+    embedded = {
+        "inputs_embeds": model.get_input_embeddings()(BATCH["input_ids"]).detach(),
+        "attention_mask": BATCH["attention_mask"],
+    }
+    for batch in (BATCH, embedded):
+        assert derive_layout(model, batch).digest == derive_layout(exact, BATCH).digest
+    for name, parameter in model.named_parameters():
+        assert id(parameter) == objects[name]
+        assert parameter.dtype == half
+        assert torch.equal(parameter, values[name])
 
 
 def test_a_part_that_was_in_evaluation_mode_stays_there(pico_bert: Path) -> None:

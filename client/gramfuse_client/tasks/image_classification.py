@@ -47,9 +47,11 @@ class ImageClassificationAtSilo(ClassificationAtSilo):
         return None
 
     def encode_one(self, examples: Examples, index: int, tokenizer: Any) -> dict[str, Any]:
+        from gramfuse_model.public_images import mode_of
+
         given = examples.inputs[index]
         where = "an image" if isinstance(given, bytes) else str(given)
-        image = read_image(given, where)  # type: ignore[arg-type]  # so are the inputs of this kind
+        image = read_image(given, where, mode_of(tokenizer))  # type: ignore[arg-type]  # so are the inputs of this kind
         return {
             "pixel_values": tokenizer(image, return_tensors="pt")["pixel_values"][0],
             "labels": examples.labels[index],

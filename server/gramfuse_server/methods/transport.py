@@ -64,7 +64,7 @@ def transport(silos: Silos) -> Merged:
     Raises:
         PlanError: if a silo was lost, or the base model has no units that can be matched.
     """
-    from gramfuse_model.tracing import public_batch
+    from gramfuse_model.public_batch import public_batch
 
     if len(silos.names) != 2:
         raise PlanError(f"transport: matches the units of two models, and {len(silos.names)} silo is left")
