@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -19,11 +19,39 @@ class LinearKind(NamedTuple):
     transposed: bool
 
 
-KINDS: dict[type[nn.Module], LinearKind] = {
-    nn.Linear: LinearKind(lambda m: m.in_features, lambda m: m.out_features, transposed=True),  # type: ignore[arg-type, return-value]
-    Conv1D: LinearKind(lambda m: m.nx, lambda m: m.nf, transposed=False),  # type: ignore[arg-type, return-value]
-}
-"""The registry. Subclasses count only if they are registered themselves: they may compute something else."""
+KINDS: dict[type[nn.Module], LinearKind] = {}
+"""The registry, by type. Subclasses count only if they are registered themselves: they may compute something else."""
+
+
+def register_layer(
+    layer: type[nn.Module],
+    *,
+    d_in: Callable[[Any], int],
+    d_out: Callable[[Any], int],
+    transposed: bool,
+) -> None:
+    """Have a type of module merged in closed form: one that computes x W (+ b) of its first input.
+
+    Layouts, Gram matrices, merges and reports take it from here; nothing else is needed. Of a layer of your own:
+
+        register_layer(MyLinear, d_in=lambda m: m.inputs, d_out=lambda m: m.outputs, transposed=True)
+
+    Args:
+        layer: its parameter `weight` has two dimensions; others, such as `bias`, are averaged.
+        d_in: returns the number of input features of a module; they are the last dimension of its input.
+        d_out: returns the number of its outputs.
+        transposed: whether `weight` is Wᵀ, (d_out, d_in), and not W.
+
+    Raises:
+        ValueError: if the type is registered already.
+    """
+    if layer in KINDS:
+        raise ValueError(f"{layer.__qualname__} is registered already")
+    KINDS[layer] = LinearKind(d_in, d_out, transposed)
+
+
+register_layer(nn.Linear, d_in=lambda m: m.in_features, d_out=lambda m: m.out_features, transposed=True)
+register_layer(Conv1D, d_in=lambda m: m.nx, d_out=lambda m: m.nf, transposed=False)
 
 OF_EXPERTS = {
     name: LinearKind(
