@@ -16,9 +16,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from gramfuse_server.conductor import Observer
+    from gramfuse_server.report_schema import Measured
 
 Made = tuple[str, Mapping[str, Sums], dict[str, Any]]
-"""A model's name, its held-out sums by silo, and what else a report says of it."""
+"""A model's name, its held-out sums by silo, and what else a report says of it, by key."""
 
 
 class Comparison:
@@ -32,11 +33,11 @@ class Comparison:
         self.laboratory = laboratory
         self.observer = observer
 
-    def models(self, terms: tuple[Term, ...]) -> list[dict[str, Any]]:
+    def models(self, terms: tuple[Term, ...]) -> list[Measured]:
         """Return what a report says of each model: as of the exchange's own, with seconds and notes."""
         return [self._measured(term) for term in terms]
 
-    def _measured(self, term: Term) -> dict[str, Any]:
+    def _measured(self, term: Term) -> Measured:
         from gramfuse_server.evaluation import described
 
         self.observer({"phase": "study", "state": "try", "name": term.text})
@@ -44,7 +45,7 @@ class Comparison:
         name, sums, more = getattr(self, f"_{term.kind.replace('-', '_')}")(**term.options)
         seconds = round(time.monotonic() - start, 3)
         self.observer({"phase": "study", "state": "measured", "name": name})
-        return {**described(self.laboratory.plan, name, term.kind, sums), "seconds": seconds, **more}
+        return described(self.laboratory.plan, name, term.kind, sums).updated(seconds=seconds, **more)
 
     def _fisher(self, variant: Any, norm: Any, examples: int) -> Made:
         from gramfuse_client.fisher import choose_variant
@@ -73,7 +74,7 @@ class Comparison:
 
         laboratory, ranked = self.laboratory, ranked_by(self.laboratory.plan)
         found = {name: laboratory.measure(laboratory.deltas(name)) for name in laboratory.benches}
-        scores = {name: described(laboratory.plan, "", "", sums)["metrics"][ranked] for name, sums in found.items()}
+        scores = {name: described(laboratory.plan, "", "", sums).metrics[ranked] for name, sums in found.items()}
         best = max(scores, key=scores.__getitem__)
         note = f"chosen by {ranked} on the data of this report: no way of picking one silo's model does better"
         return f"best ({best})", found[best], {"silo": best, "note": note}
@@ -90,7 +91,7 @@ class Comparison:
             self.observer({"phase": "study", "state": "measured", "name": f"fedavg, round {number} of {rounds}"})
 
         sent = federated_average(laboratory, rounds, after)
-        by_round = [described(laboratory.plan, "", "", sums)["metrics"] for sums in found]
+        by_round = tuple(described(laboratory.plan, "", "", sums).metrics for sums in found)
         note = f"{ranked} after each round: {', '.join(f'{metrics[ranked]:.3f}' for metrics in by_round)}"
         name = f"fedavg ({rounds} round{'s' if rounds > 1 else ''})"
         return name, found[-1], {"rounds": by_round, "bytes": sent, "note": note}

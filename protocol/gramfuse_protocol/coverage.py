@@ -19,7 +19,7 @@ def coverage(layout: Layout) -> dict[str, Any]:
         `closed`, the share of the trained and merged parameters that are merged in closed form; and `unmatched`, the
         weights of linear layers that are averaged since it cannot be told which rows of their inputs are tokens.
     """
-    return {"closed": layout.closed, "unmatched": [tensor.name for tensor in layout.tensors if tensor.unmatched]}
+    return {"closed": layout.closed, "unmatched": tuple(tensor.name for tensor in layout.tensors if tensor.unmatched)}
 
 
 def told(found: Mapping[str, Any], quoted: Callable[[str], str] = str) -> list[str]:

@@ -21,7 +21,7 @@ from gramfuse_protocol.coverage import coverage, told
 from gramfuse_protocol.layout import Layout
 from gramfuse_protocol.plan import Plan
 from gramfuse_server.accumulator import Deltas
-from gramfuse_server.pages.wording import known
+from gramfuse_server.report_schema import Chosen, Measured
 
 
 def write_model(
@@ -30,8 +30,8 @@ def write_model(
     deltas: Deltas,
     plan: Plan,
     silos: Sequence[str],
-    measured: Mapping[str, Any] | None,
-    chosen: Mapping[str, Any] | None = None,
+    measured: Measured | None,
+    chosen: Chosen | None = None,
     doubt: str = "",
     layout: Layout | None = None,
 ) -> None:
@@ -44,7 +44,7 @@ def write_model(
         directory: made if it is not there.
         silos: whose contributions are in it.
         measured: what the report says of the model, for the card, if it was measured.
-        chosen: `alpha` and `weights` by silo, if they were chosen on held-out data and are not the plan's.
+        chosen: the merge that it is, if that was chosen on held-out data.
         doubt: why it must not be used, if a check of the merge is bad.
         layout: of the merge, for the card to say how much of the model is merged in closed form.
     """
@@ -78,8 +78,8 @@ def add_differences(model: nn.Module, deltas: Deltas) -> None:
 def card(
     plan: Plan,
     silos: Sequence[str],
-    measured: Mapping[str, Any] | None,
-    chosen: Mapping[str, Any] | None = None,
+    measured: Measured | None,
+    chosen: Chosen | None = None,
     doubt: str = "",
     layout: Layout | None = None,
 ) -> str:
@@ -106,25 +106,25 @@ def card(
         *usage(form),
     ]
     if measured:
-        lines += [*_results(known(measured)), *_generation(plan)]
+        lines += [*_results(measured.known), *_generation(plan)]
     lines += ["The plan:", "", *fenced("toml", plan.to_toml().strip()), ""]
     return "\n".join(lines)
 
 
-def _results(model: Mapping[str, Any]) -> list[str]:
+def _results(model: Measured) -> list[str]:
     """Return what was measured, and, where it left with noise, in which interval the exact value lies."""
-    privacy, intervals = model.get("privacy"), model.get("intervals", {})
+    privacy = model.privacy
     head = ["| metric | value | 95% interval |", "|---|---|---|"] if privacy else ["| metric | value |", "|---|---|"]
     lines = ["On the silos' held-out examples together:", "", *head]
-    for name, value in model["metrics"].items():
-        between = " to ".join(f"{end:.4g}" for end in intervals.get(name, ()))
+    for name, value in model.metrics.items():
+        between = " to ".join(f"{end:.4g}" for end in model.intervals.get(name, ()))
         lines.append(f"| {name} | {value:.4g} |" + (f" {between} |" if privacy else ""))
     if privacy:
-        total = privacy["total"]
+        total = privacy.total
         lines += [
             "",
-            f"Held-out counts left the silos with noise: of one example, each of {total['releases']} sums tells "
-            f"ε = {privacy['epsilon']:g}, and all of them ε = {total['epsilon']:.2f}, at δ = {privacy['delta']:g}.",
+            f"Held-out counts left the silos with noise: of one example, each of {total.releases} sums tells "
+            f"ε = {privacy.epsilon:g}, and all of them ε = {total.epsilon:.2f}, at δ = {privacy.delta:g}.",
         ]
     return [*lines, ""]
 
@@ -141,12 +141,12 @@ def _generation(plan: Plan) -> list[str]:
     ]
 
 
-def _settings(plan: Plan, chosen: Mapping[str, Any] | None) -> str:
+def _settings(plan: Plan, chosen: Chosen | None) -> str:
     if chosen is None:
         return f"alpha {plan.merge.alpha}, {plan.merge.weighting} weighting"
-    weights = ", ".join(f"{silo} × {weight:g}" for silo, weight in chosen["weights"].items())
+    weights = ", ".join(f"{silo} × {weight:g}" for silo, weight in chosen.weights.items())
     return (
-        f"alpha {chosen['alpha']}, {plan.merge.weighting} weighting with {weights}, chosen on held-out examples that "
+        f"alpha {chosen.alpha}, {plan.merge.weighting} weighting with {weights}, chosen on held-out examples that "
         "are not those of the metrics"
     )
 

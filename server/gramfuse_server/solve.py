@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from gramfuse_protocol.layout import Group
+from gramfuse_server.report_schema import Step
 
 ROUNDING = 2.0**-24
 """Relative rounding of a float32 statistic."""
@@ -22,30 +23,6 @@ RIDGES = (0.0, 2.0, 8.0, 32.0, 128.0)
 
 Smaller ones would only let through directions in which the statistics hold nothing but their rounding.
 """
-
-
-@dataclass(frozen=True)
-class Step:
-    """How a group was solved.
-
-    Args:
-        group: its name.
-        outcome: `clean`; `jitter` if at least one block needed a ridge; `mean` if at least one block could not be
-            solved and took the mean; `empty` if nothing but zeros ever came there, so that all of it took the mean.
-        jitter: largest relative ridge that a solved block needed.
-        smallest_eigenvalue: estimate, over all blocks, of S scaled to a unit diagonal, before any ridge; 1 is perfect,
-            below about 1e-6 the float32 statistics hold no information in some direction; 0 if Cholesky failed.
-        dead_features: features that were zero at every silo; their rows took the mean.
-        mean_blocks: blocks that took the mean, of `blocks`.
-    """
-
-    group: str
-    outcome: str
-    jitter: float
-    smallest_eigenvalue: float
-    dead_features: int
-    mean_blocks: int
-    blocks: int
 
 
 def solve(group: Group, s: NDArray[np.float64], t: torch.Tensor, mean: torch.Tensor) -> tuple[torch.Tensor, Step]:
@@ -77,8 +54,15 @@ def solve(group: Group, s: NDArray[np.float64], t: torch.Tensor, mean: torch.Ten
         jitter, smallest = max(jitter, outcome.jitter), min(smallest, outcome.smallest_eigenvalue)
         dead, failed = dead + outcome.dead, failed + outcome.failed
     empty = dead == group.d_in
-    name = "empty" if empty else "mean" if failed else "jitter" if jitter else "clean"
-    return solution, Step(group.name, name, jitter, smallest, dead, failed, blocks)
+    return solution, Step(
+        group=group.name,
+        outcome="empty" if empty else "mean" if failed else "jitter" if jitter else "clean",
+        jitter=jitter,
+        smallest_eigenvalue=smallest,
+        dead_features=dead,
+        mean_blocks=failed,
+        blocks=blocks,
+    )
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,8 @@ from gramfuse_server import post
 from gramfuse_server.app import coordinate
 from gramfuse_server.baselines import weighted_mean
 from gramfuse_server.evaluation import described
+from gramfuse_server.report_schema import Report
+from tests.unit.test_report import read_back
 
 ANIMALS, WEATHER, FILLERS = ["cat", "dog", "horse", "sheep"], ["rain", "snow", "wind", "sun"], ["the", "a", "of"]
 
@@ -82,7 +84,7 @@ def compare(in_process_grid: Any, tmp_path: Path) -> Callable[[Path, str], Compa
             simulated=partial(laboratory_of, spec, plan, layout),
             study=study_of(spec, plan, layout),
             observer=events.append,
-        )
+        ).document()
         compared = Compared(report, tmp_path / "run", events, laboratory_of(spec, plan, layout, 1, plan.names))
         check_exchange(compared)
         return compared
@@ -94,11 +96,11 @@ def check_exchange(run: Compared) -> None:
     """The laboratory gives what the silos gave in the exchange, and leaves the base model as it was."""
     laboratory = run.laboratory
     simple = weighted_mean(*laboratory.parents())
-    assert described(laboratory.plan, "simple", "simple", laboratory.measure(simple)) == run.of("simple")
+    assert described(laboratory.plan, "simple", "simple", laboratory.measure(simple)).document() == run.of("simple")
     for model in run.report["models"]:
         if model["kind"] in ("silo", "body"):
             sums = laboratory.measure(laboratory.deltas(model["name"]))
-            assert described(laboratory.plan, model["name"], model["kind"], sums) == model
+            assert described(laboratory.plan, model["name"], model["kind"], sums).document() == model
     for bench in laboratory.benches.values():
         loaded = load_base(laboratory.plan, bench.silo.directory, silo=bench.silo.name)
         assert weights_digest(bench.base.model, loaded.shared) == weights_digest(loaded.model, loaded.shared)
@@ -142,7 +144,7 @@ def test_classifiers_compared_with_everything(
     project.replace(project.plan, "epochs = 2", "epochs = 6")
     terms = "fisher,fisher:soft:model:9,ensemble,joint,best,fedavg:2,task-arithmetic,ties:0.5,transport"
     run = compare(project.directory, terms)
-    assert json.loads((run.out / "report.json").read_text()) == run.report
+    assert read_back(run.out) == run.report
     others = run.report["models"][4:]
     assert [model["name"] for model in others] == [
         "fisher (hard, per tensor)",
@@ -159,7 +161,7 @@ def test_classifiers_compared_with_everything(
     assert all(model["seconds"] >= 0 for model in others)
     study = [(event["state"], event.get("name")) for event in run.events if event["phase"] == "study"]
     assert study[:3] == [("start", None), ("try", "fisher"), ("measured", "fisher (hard, per tensor)")]
-    show_report(run.report, run.out, False)
+    show_report(Report.read(run.report), run.out, False)
     shown = " ".join(capsys.readouterr().out.split())
     assert "task arithmetic (scale 0.3)" in shown
     assert f"fedavg (2 rounds): {run.of('fedavg')['note']}" in shown

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from gramfuse_protocol.plan import Plan
 from gramfuse_server.pages.blocks import Side
+from gramfuse_server.report_schema import Report
 
 LEFT_NOWHERE = "Texts, labels and single predictions left no silo."
 SIMULATED = (
@@ -25,27 +23,22 @@ UNMEASURED = (*UNOPENED, "upload", "merge", "study")
 """Those in which no model was sent to silos yet, and no result came back."""
 
 
-def sides(report: Mapping[str, Any], plan: Plan | None) -> list[Side]:
+def sides(report: Report, plan: Plan | None) -> list[Side]:
     """Return all sides of a run.
 
     Args:
         plan: that of the run, or None for files that were measured without one.
     """
-    if report["mode"] == "files" or plan is None:
+    if report.mode == "files" or plan is None:
         return [_silo_of_files(), _merger(report), _reader()]
-    failure = report.get("failure")
+    failure = report.failure
     if failure is None:
-        return [_silo(plan, simulated=simulated(report)), _coordinator(plan, _summed(report)), _reader()]
-    phase = None if failure["round"] > 1 else failure["phase"]
+        return [_silo(plan, simulated=report.simulated), _coordinator(plan, _summed(report)), _reader()]
+    phase = None if failure.round > 1 else failure.phase
     return [
-        _silo(plan, simulated=simulated(report), measured=phase not in UNMEASURED),
+        _silo(plan, simulated=report.simulated, measured=phase not in UNMEASURED),
         _coordinator(plan, 0, opened=phase not in UNOPENED, measured=phase not in UNMEASURED),
     ]
-
-
-def simulated(report: Mapping[str, Any]) -> bool:
-    """Whether the run was a simulation, with identities that were made for it."""
-    return report.get("identities") == "made for this run"
 
 
 def _silo_of_files() -> Side:
@@ -56,8 +49,8 @@ def _silo_of_files() -> Side:
     )
 
 
-def _merger(report: Mapping[str, Any]) -> Side:
-    kept = ", and its head" if report.get("heads") == "own" else ""
+def _merger(report: Report) -> Side:
+    kept = ", and its head" if report.heads == "own" else ""
     return Side(
         "Whoever had the files",
         f"Of each silo: {STATISTICS}{kept}; so its fine-tuned model. {OPEN}",
@@ -136,6 +129,6 @@ def _coordinator(plan: Plan, survivors: int, *, opened: bool = True, measured: b
     )
 
 
-def _summed(report: Mapping[str, Any]) -> int:
+def _summed(report: Report) -> int:
     """Return how many silos are in the merge; 0 if there is none."""
-    return sum(1 for silo in report["silos"] if silo.get("state", "merged") == "merged")
+    return sum(1 for silo in report.silos if silo.state == "merged")
