@@ -20,6 +20,7 @@ from gramfuse_protocol.plan import Plan
 from gramfuse_protocol.roster import tolerated
 from gramfuse_protocol.task import Task
 from gramfuse_protocol.text import listed, quoted
+from gramfuse_protocol.who_sees_what import SHOWN, seen
 
 
 @click.group()
@@ -190,18 +191,14 @@ def _keys(plan: Plan) -> list[str]:
 
 def _privacy(plan: Plan) -> list[str]:
     """Say who sees what, and what a secure sum tolerates."""
-    metrics = {
-        "none": "no metrics leave a silo",
-        "sum": f"metrics are shown summed over silos{_noise(plan)}",
-        "silo": "metrics are shown silo by silo",
-    }[plan.privacy.metrics]
+    metrics = f"metrics {SHOWN[plan.privacy.metrics]}{_noise(plan)}"
     if not plan.privacy.secure_aggregation:
-        return [f"mode open: the coordinator sees each silo's statistics; {metrics}"]
+        return [f"mode open: {seen('open')}; {metrics}"]
     silos, threshold, minimum = len(plan.silo), plan.threshold, plan.minimum_survivors
     withstands = tolerated(silos, threshold, minimum)
     missing = [silo.name for silo in plan.silo if silo.public_key is None]
     return [
-        f"mode secure: the coordinator sees sums over at least {minimum} silos only; {metrics}",
+        f"mode secure: {seen('secure', least=str(minimum))}; {metrics}",
         f"  silos {silos}, threshold {threshold}, minimum of survivors {minimum}",
         f"  may drop out                              {withstands['dropouts']}",
         f"  may collude with a coordinator that lies  {withstands['colluding']} (the plan asks for "

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gramfuse_cli.terminal import Table, say, say_text, show_json
+from gramfuse_protocol import who_sees_what
 from gramfuse_protocol.errors import MergeError
 from gramfuse_server.pages.wording import (
     MERGES,
-    MODES,
     columns,
     explain,
     explain_check,
@@ -42,7 +42,8 @@ def show_report(report: Report, run: Path, as_json: bool) -> None:
     show_steps(report.solve)
     show_checks(report)
     sent = sum(sum(phases.values()) for phases in report.bytes.values())
-    seen = MODES[report.mode]
+    said = who_sees_what.seen(report.mode, past=True)
+    seen = f"{said[0].upper()}{said[1:]}."
     if report.mode == "secure":
         seen += f" Their keys are {report.identities}."
     sums = f"{sent / 1e6:.1f} MB in all, in {report.total_seconds:.0f} s"

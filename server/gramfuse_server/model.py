@@ -20,6 +20,7 @@ from gramfuse_model.tasks import Form, merged_form
 from gramfuse_protocol.coverage import coverage, told
 from gramfuse_protocol.layout import Layout
 from gramfuse_protocol.plan import Plan
+from gramfuse_protocol.who_sees_what import seen
 from gramfuse_server.accumulator import Deltas
 from gramfuse_server.report_schema import Chosen, Measured
 
@@ -92,12 +93,7 @@ def card(
     lines += [
         f"{code(plan.model.base)}, fine-tuned separately at {len(silos)} silos ({', '.join(silos)}) and merged "
         f"in {exchanges} by RegMean (Jin et al., ICLR 2023) with gramfuse: {_settings(plan, chosen)}. "
-        "The silos' data was not pooled; "
-        + (
-            "the coordinator saw sums over the silos only (secure aggregation)."
-            if plan.privacy.secure_aggregation
-            else "the coordinator saw each silo's statistics."
-        ),
+        f"The silos' data was not pooled; {seen('secure' if plan.privacy.secure_aggregation else 'open', past=True)}.",
         "",
         *_kept_heads(plan),
         f"Plan digest: `{plan.digest}`",

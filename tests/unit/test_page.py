@@ -339,7 +339,7 @@ def test_what_a_failed_run_says_comes_first() -> None:
 def test_the_page_says_who_saw_what_as_the_plan_has_it() -> None:
     secure, opened, own = (Checked(page(*run())).text for run in (secure_run, open_run, own_heads))
     assert "the sum over 3 silos" in secure
-    assert "This holds while at most 1 silo is on its side" in secure
+    assert "This holds as long as at most 1 silo works together with the coordinator" in secure
     assert "simulation" not in secure
     assert "Of each silo by itself: Gram matrices" in opened
     assert "not harmless" in opened

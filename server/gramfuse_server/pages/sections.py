@@ -6,6 +6,7 @@ from markupsafe import Markup
 
 from gramfuse_protocol.plan import Plan
 from gramfuse_protocol.text import one_line
+from gramfuse_protocol.who_sees_what import EXAMPLES, seen
 from gramfuse_server.pages import drawing, sight
 from gramfuse_server.pages.blocks import Block, Cell, Code, Column, Facts, Row, Section, Sides, Table, Text
 from gramfuse_server.pages.course import checks, failure, losses, solve, traffic
@@ -21,11 +22,6 @@ STATES = {
     "connected": "was connected",
     "lost": "was lost on the way",
     "absent": "did not come",
-}
-MODES = {
-    "open": "open: the coordinator sees each silo's statistics",
-    "secure": "secure aggregation: the coordinator sees sums only",
-    "files": "files: whoever merges sees each silo's statistics",
 }
 
 
@@ -113,7 +109,7 @@ def _terms(reading: Reading) -> list[tuple[str, str | Markup]]:
         entries.append(("Frozen", ", ".join(training.freeze) or "nothing"))
         if plan.merge.rounds > 1:
             entries.append(("Rounds", str(plan.merge.rounds)))
-    entries.append(("Mode", MODES[report.mode]))
+    entries.append(("Mode", f"{report.mode}: {seen(report.mode)}"))
     if plan is not None and report.mode == "secure":
         dropouts = len(plan.silo) - plan.minimum_survivors
         entries.append(
@@ -192,7 +188,7 @@ def _sight(reading: Reading) -> Section:
     if report.simulated:
         blocks.append(Text(sight.SIMULATED))
     early = " The run ended early; what stands here is the most that was seen." if reading.failure else ""
-    blocks.append(Text(sight.LEFT_NOWHERE + early))
+    blocks.append(Text(f"{EXAMPLES.capitalize()} left no silo.{early}"))
     blocks.append(Sides(sight.sides(report, reading.plan)))
     blocks.append(Text(Markup("Assumptions, and what is not covered: <code>docs/threat-model.md</code>.")))
     return Section("sight", "Who could see what", blocks)

@@ -9,11 +9,6 @@ from gramfuse_protocol.metrics import PRIMARY
 from gramfuse_protocol.task import Kind
 from gramfuse_server.report_schema import Check, Measured, Report, Step
 
-MODES = {
-    "open": "The coordinator saw each silo's statistics.",
-    "secure": "The coordinator saw their sums only.",
-}
-
 NAMES = {
     "silo": "{name} alone",
     "body": "{name}'s body, with each silo's own head",
