@@ -51,7 +51,7 @@ from gramfuse_server import post
 from gramfuse_server.accumulator import Accumulator
 from gramfuse_server.app import coordinate
 from gramfuse_server.conductor import Conductor
-from gramfuse_server.report_schema import Measured
+from gramfuse_server.report_schema import Measured, Report
 from gramfuse_server.run import checkpoint_text, read_checkpoint
 from tests.unit.test_report import read_back
 
@@ -261,7 +261,7 @@ def test_the_report_has_each_round_and_what_all_of_them_took(done: Done, capsys:
         "SHA256SUMS", "layout.json", "model", "plan.toml", "report.html", "report.json", "transcript.jsonl",
     }  # fmt: skip
     assert read_back(here.out) == report
-    show_report(report, here.out, False)
+    show_report(Report.read(report), here.out, False)
     shown = [line.split("│")[1].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
     merges = [f"{name}, round {number}" for number in (1, 2) for name in ("simple average", "RegMean")]
     assert shown == [*merges[:2], *(f"{name} alone" for name in names), *merges[2:]]

@@ -282,6 +282,7 @@ class Run:
                 .document()
             )
             run.finish()
+        assert read_back(self.out) == report
         self.report = report
         return report
 

@@ -88,6 +88,7 @@ def test_files_give_the_model_of_a_simulation_bit_for_bit(
     for name in simulated:
         assert simulated[name].tobytes() == by_files[name].tobytes(), name
     assert merged["solve"] == read_back(tmp_path / "simulated")["solve"]
+    assert merged == read_back(tmp_path / "merged") | {"run": str(tmp_path / "merged")}
     assert [silo["name"] for silo in merged["silos"]] == list(plan.names)
     assert (merged["alpha"], merged["weighting"], merged["plan_digest"]) == (0.7, "examples", digest)
 
