@@ -47,8 +47,9 @@ bench: $(READY) ## Accuracy of the demo, secure against open, cost of a secure s
 	$(BIN)/python benchmarks/secure_cost.py
 	$(BIN)/python benchmarks/memory.py
 
-api: $(READY) ## Make docs/api.md from the docstrings
+api: $(READY) ## Make docs/api.md from the docstrings, and docs/report.md from the schema of report.json
 	$(BIN)/python docs/make_api.py
+	$(BIN)/python docs/make_report.py
 
 hashes: $(READY) ## Write what the images install, by version and SHA-256, after a change of constraints.txt
 	$(BIN)/python docker/lock.py

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from command import simulate
 from gramfuse_protocol.layout import Layout
-from gramfuse_server.pages.wording import known
+from gramfuse_server.report_schema import Measured
 from projects import write
 from sets import Source
 from settings import EXPERIMENTS
@@ -56,7 +56,7 @@ def main() -> None:
     print("\n| | open | secure |\n|---|---|---|")
     for one, other in zip(*(reports[mode]["rounds"] for mode in ("open", "secure")), strict=True):
         for model, same in zip(one["models"], other["models"], strict=True):
-            found = [known(m)["metrics"] for m in (model, same)]
+            found = [Measured.read(m).known.metrics for m in (model, same)]
             cells = [" / ".join(f"{v:.4f}" for k, v in metrics.items() if k != "examples") for metrics in found]
             print(f"| round {one['round']}: {model['name']} | {cells[0]} | {cells[1]} |")
     for what, value in (("MB from each silo", sent), ("seconds", seconds)):

@@ -385,7 +385,7 @@ class Experiment:
 
     def _metrics(self, sums: Mapping[str, Sums]) -> dict[str, Any]:
         model = described(self.plan, "", "", sums)
-        return {**model["metrics"], **({"tasks": model["tasks"]} if self.plan.task else {})}
+        return {**model.metrics, **({"tasks": model.tasks} if self.plan.task else {})}
 
 
 class Between:

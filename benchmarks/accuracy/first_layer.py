@@ -102,7 +102,7 @@ def _cut(layout: Layout, other: Layout, whole: Contribution) -> Derived:
 def _figures(found: Laboratory, deltas: Deltas, metric: str) -> str:
     def figure(part: Part) -> float:
         sums = {name: bench.measure(deltas, part) for name, bench in found.benches.items()}
-        return float(described(found.plan, "", "", sums)["metrics"][metric])
+        return float(described(found.plan, "", "", sums).metrics[metric])
 
     return f"{figure('validation'):.3f} / {figure('held-out'):.3f}"
 

@@ -10,7 +10,7 @@ from gramfuse_cli.laboratory import Deltas, Laboratory
 from gramfuse_cli.terms import Term
 from gramfuse_protocol.metrics import Sums
 from gramfuse_server.evaluation import described, ranked_by
-from gramfuse_server.methods.registry import Measured
+from gramfuse_server.methods import registry
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from gramfuse_protocol.layout import Layout
     from gramfuse_protocol.plan import Plan
     from gramfuse_server.conductor import Observer
+    from gramfuse_server.report_schema import Measured
 
 
 class Comparison:
@@ -33,19 +34,19 @@ class Comparison:
         self.silos = SimulatedSilos(laboratory, observer)
         self.observer = observer
 
-    def models(self, terms: tuple[Term, ...]) -> list[dict[str, Any]]:
+    def models(self, terms: tuple[Term, ...]) -> list[Measured]:
         """Return what a report says of each model: as of the exchange's own, with seconds and notes."""
         return [self._measured(term) for term in terms]
 
-    def _measured(self, term: Term) -> dict[str, Any]:
+    def _measured(self, term: Term) -> Measured:
         self.observer({"phase": "study", "state": "try", "name": term.text})
         start = time.monotonic()
         made = term.method.make(self.silos, **term.options)
-        sums = made.sums if isinstance(made, Measured) else self.silos.measure(made.deltas)
+        sums = made.sums if isinstance(made, registry.Measured) else self.silos.measure(made.deltas)
         seconds = round(time.monotonic() - start, 3)
         name = term.method.label + (f" ({', '.join(made.about)})" if made.about else "")
         self.silos.tell(name)
-        return {**described(self.silos.plan, name, term.kind, sums), "seconds": seconds, **made.more}
+        return described(self.silos.plan, name, term.kind, sums).updated(seconds=seconds, **made.more)
 
 
 class SimulatedSilos:
@@ -98,8 +99,7 @@ class SimulatedSilos:
 
     def metrics(self, sums: Mapping[str, Sums]) -> Mapping[str, float]:
         """Return the metrics of all silos together."""
-        found: dict[str, float] = described(self.plan, "", "", sums)["metrics"]
-        return found
+        return described(self.plan, "", "", sums).metrics
 
     def ask_together(self) -> Mapping[str, Sums]:
         """Return the held-out sums of all silos' own models asked together, by silo."""

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from gramfuse_server.accumulator import Merged
     from gramfuse_server.conductor import Observer
     from gramfuse_server.exchange import Study
+    from gramfuse_server.report_schema import Report
+    from gramfuse_server.studied import Studied
 
 
 LOG = "silo.log"
@@ -86,7 +88,7 @@ def simulated_silo(file: str, state: str, plan_digest: str, *, tuned: bool = Fal
     return Silo(silo.path, silo.file.model_copy(update=changes), silo.path.absolute().parent.parent)
 
 
-def simulate(spec: dict[str, Any]) -> dict[str, Any]:
+def simulate(spec: dict[str, Any]) -> Report:
     """Run a simulation and return its report."""
     from flwr.serverapp import ServerApp
     from flwr.simulation import run_simulation
@@ -97,7 +99,7 @@ def simulate(spec: dict[str, Any]) -> dict[str, Any]:
 
     plan = Plan.parse(spec["plan"])
     layout = Layout.parse(spec["layout"])
-    reports: list[dict[str, Any]] = []
+    reports: list[Report] = []
     files = dict(zip(plan.names, spec["silos"], strict=True))
     server = ServerApp()
 
@@ -159,15 +161,16 @@ def study_of(spec: dict[str, Any], plan: Plan, layout: Layout) -> Study | None:
     from gramfuse_cli.comparison import Comparison
     from gramfuse_cli.terms import parse_terms
     from gramfuse_cli.tuning import Wanted, tune
+    from gramfuse_server.studied import Studied
 
-    def study(survivors: tuple[str, ...], merged: Merged, observer: Observer) -> tuple[Merged, dict[str, Any]]:
+    def study(survivors: tuple[str, ...], merged: Merged, observer: Observer) -> tuple[Merged, Studied]:
         laboratory = laboratory_of(spec, plan, layout, plan.merge.rounds, survivors)
-        found: dict[str, Any] = {}
+        found = Studied()
         if spec["tune"]:
             merged, found = tune(laboratory, Wanted(**spec["tune"]), merged, observer)
         if spec["compare"]:
             compared = Comparison(laboratory, observer).models(parse_terms(spec["compare"]))
-            found["models"] = [*found.get("models", []), *compared]
+            found = found._replace(models=(*found.models, *compared))
         return merged, found
 
     return study
@@ -229,7 +232,7 @@ def main() -> int:
     spec = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     _end_without_ray(Path(spec["outcome"]))
     try:
-        outcome: dict[str, Any] = {"report": simulate(spec)}
+        outcome: dict[str, Any] = {"report": simulate(spec).document()}
         code = 0
     except GramfuseError as error:
         outcome = {"error": type(error).__name__, "message": str(error), "left": error.report and str(error.report)}

@@ -15,7 +15,7 @@ from gramfuse_cli.options import as_json as json_option
 from gramfuse_cli.options import columns as column_options
 from gramfuse_cli.project import Project
 from gramfuse_cli.terminal import bars, say, show_json
-from gramfuse_protocol.coverage import coverage, told
+from gramfuse_protocol.coverage import Coverage, coverage, told
 from gramfuse_protocol.errors import PlanError, RunDirectoryError
 from gramfuse_protocol.layout import Layout
 from gramfuse_protocol.plan import Merge
@@ -153,7 +153,7 @@ def measure(context: click.Context, /, model: str | None, out: Path, as_json: bo
     say(
         f"{out} has {report['bytes'] / 1e6:,.1f} MB: {report['name']!r}, measured on {report['examples']:,} examples.",
         f"sha256 {report['sha256']}",
-        *told(report),
+        *told(Coverage(report["closed"], report["unmatched"])),
         "It holds the fine-tuned model and says much about its data. Merge it with others: gramfuse merge",
     )
 
@@ -313,7 +313,7 @@ def _report(out: Path, name: str, examples: int, sha256: str, layout: Layout) ->
         "examples": examples,
         "bytes": out.stat().st_size,
         "sha256": sha256,
-        **coverage(layout),
+        **coverage(layout)._asdict(),
     }
 
 

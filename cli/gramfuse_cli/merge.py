@@ -88,13 +88,13 @@ def merge(
     report = merge_files(files, out.absolute(), settings, Path.cwd())
     if as_json:
         check_sound(report, out.absolute())
-        show_json({**report, "run": str(out.absolute())})
+        show_json({**report.document(), "run": str(out.absolute())})
         return
-    show_steps(report["solve"], err=True)
+    show_steps(report.solve, err=True)
     show_checks(report, err=True)
-    names = ", ".join(silo["name"] for silo in report["silos"])
+    names = ", ".join(silo.name for silo in report.silos)
     say(*told(report), *tell_added(report), err=True)
-    say(f"{len(files)} models merged ({names}), alpha {report['alpha']}, in {report['seconds']:.0f} s: {out}")
+    say(f"{len(files)} models merged ({names}), alpha {report.alpha}, in {report.seconds:.0f} s: {out}")
     check_sound(report, out.absolute())
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -42,6 +40,7 @@ def _page_of(run: Path) -> str:
     """
     from gramfuse_protocol.plan import Plan
     from gramfuse_server.pages.page import page
+    from gramfuse_server.pages.reading import damaged, read_report
     from gramfuse_server.run import PLAN, REPORT, check_unchanged, failed_of
 
     file = run / REPORT
@@ -56,12 +55,6 @@ def _page_of(run: Path) -> str:
     if (run / PLAN).is_file():
         plan = Plan.read(run / PLAN)
     try:
-        found: Any = json.loads(file.read_text(encoding="utf-8"))
-        return page(found, plan)
-    except OSError as error:
-        raise RunDirectoryError(f"{file}: cannot be read: {error}") from None
-    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
-        what = f"{error}" if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-        raise RunDirectoryError(
-            f"{file}: is damaged, or no report of this version of gramfuse ({what}); take it from where it was copied"
-        ) from None
+        return page(read_report(file), plan)
+    except (ValueError, LookupError, ArithmeticError) as error:  # its parts do not fit each other, or the plan
+        raise damaged(file, f"{type(error).__name__}: {error}") from None

@@ -12,7 +12,7 @@ from gramfuse_cli.options import as_json as json_option
 from gramfuse_cli.options import project_directory
 from gramfuse_cli.project import Project
 from gramfuse_cli.terminal import Table, say, show_json
-from gramfuse_protocol.coverage import coverage, families, told
+from gramfuse_protocol.coverage import Coverage, coverage, families, told
 from gramfuse_protocol.layout import ITEM_BYTES, Layout
 from gramfuse_protocol.node_key import fingerprint
 from gramfuse_protocol.noise import DELTA, spent
@@ -20,6 +20,7 @@ from gramfuse_protocol.plan import Plan
 from gramfuse_protocol.roster import tolerated
 from gramfuse_protocol.task import Task
 from gramfuse_protocol.text import listed, quoted
+from gramfuse_protocol.who_sees_what import SHOWN, seen
 
 
 @click.group()
@@ -109,7 +110,7 @@ def _show_model(plan: Plan, preview: dict[str, Any]) -> None:
         of += f" ({group['experts']} experts, one Gram matrix each)" if group["experts"] else ""
         table.row(_modules(group["weights"]) + of, *numbers)
     table.show()
-    say("", *told(preview), f"Averaged: {families(preview['averaged'])}")
+    say("", *told(Coverage(preview["closed"], preview["unmatched"])), f"Averaged: {families(preview['averaged'])}")
     if preview["summed"]:
         say(f"Added up, as counters: {families(preview['summed'])}")
     if preview["context_free"]:
@@ -191,18 +192,14 @@ def _keys(plan: Plan) -> list[str]:
 
 def _privacy(plan: Plan) -> list[str]:
     """Say who sees what, and what a secure sum tolerates."""
-    metrics = {
-        "none": "no metrics leave a silo",
-        "sum": f"metrics are shown summed over silos{_noise(plan)}",
-        "silo": "metrics are shown silo by silo",
-    }[plan.privacy.metrics]
+    metrics = f"metrics {SHOWN[plan.privacy.metrics]}{_noise(plan)}"
     if not plan.privacy.secure_aggregation:
-        return [f"mode open: the coordinator sees each silo's statistics; {metrics}"]
+        return [f"mode open: {seen('open')}; {metrics}"]
     silos, threshold, minimum = len(plan.silo), plan.threshold, plan.minimum_survivors
     withstands = tolerated(silos, threshold, minimum)
     missing = [silo.name for silo in plan.silo if silo.public_key is None]
     return [
-        f"mode secure: the coordinator sees sums over at least {minimum} silos only; {metrics}",
+        f"mode secure: {seen('secure', least=str(minimum))}; {metrics}",
         f"  silos {silos}, threshold {threshold}, minimum of survivors {minimum}",
         f"  may drop out                              {withstands['dropouts']}",
         f"  may collude with a coordinator that lies  {withstands['colluding']} (the plan asks for "
@@ -289,7 +286,7 @@ def _preview(project: Project, plan: Plan, layout: Layout) -> dict[str, Any]:
         "averaged": [tensor.name for tensor in layout.tensors if tensor.merge == "mean"],
         "summed": [tensor.name for tensor in layout.tensors if tensor.merge == "sum"],
         "context_free": [tensor.name for tensor in layout.tensors if tensor.context_free],
-        **coverage(layout),
+        **coverage(layout)._asdict(),
         "frozen": list(layout.frozen),
         "kept": {task: list(names) for task, names in kept_parameters(plan, project.directory).items()},
         "cost": {

@@ -27,7 +27,10 @@ from gramfuse_cli.terminal import say
 from gramfuse_protocol.errors import FederationError, PlanError, RunDirectoryError, error_types
 from gramfuse_protocol.layout import Layout
 from gramfuse_protocol.plan import Plan
+from gramfuse_server.pages.reading import read_report
 from gramfuse_server.patience import Patience
+from gramfuse_server.report_schema import Report
+from gramfuse_server.run import REPORT
 
 DEFAULT = Patience()
 AWAY_SECONDS = 300.0
@@ -173,7 +176,7 @@ def check_roster(project: Project, link: Link) -> None:
         )
 
 
-def _follow(app: Path, link: Link, project: Project, out: Path, how: dict[str, Any]) -> dict[str, Any]:
+def _follow(app: Path, link: Link, project: Project, out: Path, how: dict[str, Any]) -> Report:
     settings = tomlkit.dumps({"directory": str(project.directory), "run-directory": str(out), **how})
     overrides = app.parent / "run.toml"
     overrides.write_text(settings, encoding="utf-8")
@@ -205,8 +208,7 @@ def _follow(app: Path, link: Link, project: Project, out: Path, how: dict[str, A
             f"Flower run {run_id} ended as {status['status']} ({status.get('status-details') or 'no details'}); "
             f"see: FLWR_HOME={link.home} flwr log {run_id} {link.name} --show{go_on}"
         )
-    report: dict[str, Any] = json.loads((out / "report.json").read_text(encoding="utf-8"))
-    return report
+    return read_report(out / REPORT)
 
 
 def _kept(project: Project, link: Link, out: Path, seconds: float = 0.0) -> str:

@@ -12,7 +12,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -32,6 +31,7 @@ from gramfuse_cli.tuning import Wanted
 from gramfuse_protocol.errors import FederationError, GramfuseError, ModelError, RefusalError, error_types
 from gramfuse_protocol.files import write_private
 from gramfuse_protocol.keys import KEY_BYTES, Identity
+from gramfuse_server.report_schema import Report
 
 LOG_LINES = 30
 
@@ -82,7 +82,7 @@ def run_simulation(
     tune: Wanted | None = None,
     compare: tuple[Term, ...] = (),
     opened: bool = False,
-) -> dict[str, Any]:
+) -> Report:
     """Simulate one exchange and return its report.
 
     Args:
@@ -185,14 +185,13 @@ def _check_scratch() -> None:
         )
 
 
-def _outcome(scratch: Path, log: Path, code: int, silos: Sequence[str]) -> dict[str, Any]:
+def _outcome(scratch: Path, log: Path, code: int, silos: Sequence[str]) -> Report:
     try:
         outcome = json.loads((scratch / "outcome.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         outcome = {"error": "FederationError", "message": f"the simulation's process ended with status {code}"}
     if "report" in outcome:
-        report: dict[str, Any] = outcome["report"]
-        return report
+        return Report.read(outcome["report"])
     kind: type[GramfuseError] = error_types().get(outcome["error"], FederationError)
     left = Path(outcome["left"]) if outcome.get("left") else None
     message = outcome["message"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from gramfuse_cli.tuning import Data, Wanted, tune_files
 from gramfuse_protocol.errors import PlanError
 from gramfuse_protocol.plan import Plan
 from gramfuse_server.pages.added import tell_added
+from gramfuse_server.report_schema import Tuning
 
 GRID = ",".join(f"{n / 10:g}" for n in range(11))
 
@@ -116,8 +116,8 @@ def tune(
         check_tunable(project.plan)
         run = options.run_path(out, project.plan)
         report = run_simulation(project, run, tune=wanted, compare=compare, opened=opened)
-        if not as_json:
-            show_tuning(report["tuning"])
+        if not as_json and report.tuning is not None:
+            show_tuning(report.tuning)
         show_report(report, run, as_json)
         return
     if validation is None or test is None or out is None:
@@ -125,13 +125,14 @@ def tune(
     report = tune_files(sources, base, Data(validation, test, columns, labels, skip_bad), wanted, out.absolute(), _say)
     if as_json:
         check_sound(report, out.absolute())
-        show_json({**report, "run": str(out.absolute())})
+        show_json({**report.document(), "run": str(out.absolute())})
         return
-    if report["left_out"]:
-        say(f"{len(report['left_out'])} bad rows are left out:", *report["left_out"], err=True)
-    show_tuning(report["tuning"])
+    if report.left_out:
+        say(f"{len(report.left_out)} bad rows are left out:", *report.left_out, err=True)
+    if report.tuning is not None:
+        show_tuning(report.tuning)
     show_models(report, "test examples")
-    show_steps(report["solve"])
+    show_steps(report.solve)
     show_checks(report)
     say(*tell_added(report), "", str(out))
     check_sound(report, out.absolute())
@@ -158,25 +159,25 @@ def check_tunable(plan: Plan) -> None:
         raise PlanError("tune looks at one exchange; use --set merge.rounds=1, and then the α that it finds")
 
 
-def show_tuning(tuning: Mapping[str, Any]) -> None:
+def show_tuning(tuning: Tuning) -> None:
     """Print what was tried, with the chosen merge marked."""
-    metric, chosen = tuning["metric"], tuning["chosen"]
-    examples = sum(tuning["examples"].values())
+    metric, chosen = tuning.metric, tuning.chosen
+    examples = sum(tuning.examples.values())
     say(f"Chosen on {examples:,} validation examples, none of which is reported on:")
     table = Table(plain=False)
     table.column("merge", fold=True)
     table.column(metric, justify="right", fold=True)
-    for trial in tuning["alpha"]:
-        mark = trial["alpha"] == chosen["alpha"] and not tuning["weights"]
-        _row(table, f"α = {trial['alpha']:g}", trial["score"], mark)
-    for trial in tuning["weights"]:
-        text = f"α = {chosen['alpha']:g}, " + ", ".join(f"{silo} × {w:g}" for silo, w in trial["weights"].items())
-        _row(table, text, trial["score"], trial["weights"] == chosen["weights"])
-    for step in tuning["order"]:
-        *_, last = step["silos"]
-        _row(table, f"{len(step['silos'])} silos, with {last}" if len(step["silos"]) > 1 else last, step["score"])
-    for entry in tuning["influence"]:
-        _row(table, f"without {entry['silo']}", entry["without"])
+    for trial in tuning.alpha:
+        mark = trial.alpha == chosen.alpha and not tuning.weights
+        _row(table, f"α = {trial.alpha:g}", trial.score, mark)
+    for weighted in tuning.weights:
+        text = f"α = {chosen.alpha:g}, " + ", ".join(f"{silo} × {w:g}" for silo, w in weighted.weights.items())
+        _row(table, text, weighted.score, weighted.weights == chosen.weights)
+    for step in tuning.order:
+        *_, last = step.silos
+        _row(table, f"{len(step.silos)} silos, with {last}" if len(step.silos) > 1 else last, step.score)
+    for entry in tuning.influence:
+        _row(table, f"without {entry.silo}", entry.without)
     table.show()
 
 

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from gramfuse_server.accumulator import Merged
     from gramfuse_server.conductor import Observer
     from gramfuse_server.merging import Collection, Weighting
+    from gramfuse_server.report_schema import Report, TriedOrder, Tuning
     from gramfuse_server.search import Judgement, Trial, Trials
+    from gramfuse_server.studied import Studied
 
 Measure = Callable[["Deltas", "Part"], Mapping[str, Sums]]
 """Measures a merge, by its differences from the base, on a part of the held-out data; sums by silo."""
@@ -42,7 +44,7 @@ class Wanted:
     influence: bool = False
 
 
-def tune(laboratory: Laboratory, wanted: Wanted, merged: Merged, observer: Observer) -> tuple[Merged, dict[str, Any]]:
+def tune(laboratory: Laboratory, wanted: Wanted, merged: Merged, observer: Observer) -> tuple[Merged, Studied]:
     """Search, and return the chosen merge and what is added to the report: a study of an exchange.
 
     Args:
@@ -50,6 +52,7 @@ def tune(laboratory: Laboratory, wanted: Wanted, merged: Merged, observer: Obser
     """
     from gramfuse_server.evaluation import described
     from gramfuse_server.search import Trials
+    from gramfuse_server.studied import Studied
 
     plan, measure = laboratory.plan, laboratory.measure
     trials = Trials(
@@ -60,10 +63,11 @@ def tune(laboratory: Laboratory, wanted: Wanted, merged: Merged, observer: Obser
         tell=lambda trial: observer({"phase": "study", "state": "measured", "name": _named(trial)}),
     )
     chosen, best, tuning = search(trials, wanted, plan, measure)
-    additions: dict[str, Any] = {"tuning": tuning}
+    studied = Studied(tuning=tuning)
     if (chosen.alpha, chosen.weights) != (plan.merge.alpha, trials.uniform):
-        additions["models"] = [described(plan, "untuned", "untuned", measure(merged.deltas, "held-out"))]
-    return replace(best, mean=merged.mean), additions
+        untuned = described(plan, "untuned", "untuned", measure(merged.deltas, "held-out"))
+        studied = studied._replace(models=(untuned,))
+    return replace(best, mean=merged.mean), studied
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,7 @@ class Data:
 
 def tune_files(
     paths: Sequence[Path], base: str | None, data: Data, wanted: Wanted, out: Path, tell: Callable[[str], None]
-) -> dict[str, Any]:
+) -> Report:
     """Search over merges of statistics files, write the one that is chosen, and return its report.
 
     Args:
@@ -104,6 +108,7 @@ def tune_files(
     from gramfuse_server.merging import Collection, Settings, merge_files
     from gramfuse_server.run import check_free
     from gramfuse_server.search import Trials
+    from gramfuse_server.studied import Studied
 
     check_free(out)
     collection = Collection([read_statistics(path) for path in paths])
@@ -134,14 +139,15 @@ def tune_files(
     models.append(("regmean", "regmean", best.deltas))
     if (chosen.alpha, chosen.weights) != (alpha, trials.uniform):
         models.append(("untuned", "untuned", untuned.deltas))
-    additions = {
-        "tasks": {"": bench.task.task},
-        "models": [described(bench.plan, name, kind, measure(deltas, "held-out")) for name, kind, deltas in models],
-        "tuning": tuning,
-        "left_out": [row for part in bench.parts.values() for row in part.examples.left_out],
-    }
+    measured = (described(bench.plan, name, kind, measure(deltas, "held-out")) for name, kind, deltas in models)
+    studied = Studied(
+        models=tuple(measured),
+        tuning=tuning,
+        tasks={"": bench.task.task},
+        left_out=tuple(row for part in bench.parts.values() for row in part.examples.left_out),
+    )
     settings = Settings(alpha=chosen.alpha, weighting=weighting, weights=chosen.weights, base=base)
-    return merge_files(paths, out, settings, Path.cwd(), additions)
+    return merge_files(paths, out, settings, Path.cwd(), studied)
 
 
 def _agreed(collection: Collection) -> tuple[float, Weighting]:
@@ -180,7 +186,7 @@ def _bench(collection: Collection, base: str | None, data: Data) -> Bench:
 
 def search(
     trials: Trials, wanted: Wanted, plan: Plan, measure: Measure, own: float | None = None
-) -> tuple[Trial, Merged, dict[str, Any]]:
+) -> tuple[Trial, Merged, Tuning]:
     """Return which merge of all silos is the best, the merge, and `tuning` of the report: all that was tried.
 
     What is measured on the part `held-out` is written down and chooses nothing.
@@ -190,6 +196,7 @@ def search(
         own: the α that is chosen among equals, if not the plan's.
     """
     from gramfuse_server.evaluation import ranked_by
+    from gramfuse_server.report_schema import Chosen, Influence, ReportedOn, TriedAlpha, TriedWeights, Tuning
     from gramfuse_server.search import best, given_order, greedy_order, leave_one_out, search_weights, sweep
 
     curve = sweep(trials, wanted.alphas)
@@ -206,29 +213,29 @@ def search(
     reported = measure(merged.deltas, "held-out")
     metrics = joint(plan, reported).metrics
 
-    def influence(silo: str, trial: Trial) -> dict[str, Any]:
+    def influence(silo: str, trial: Trial) -> Influence:
         difference: Mapping[str, float] = {}
         if not math.isnan(trial.score):
             rest = trials.near(trial.alpha, trial.weights).merge().deltas
             difference = _difference(joint(plan, measure(rest, "held-out")).metrics, metrics)
-        return {
-            "silo": silo,
-            "without": _number(trial.score),
-            "difference": _number(trial.score - chosen.score),
-            "reported": difference,
-        }
+        return Influence(
+            silo=silo,
+            without=_number(trial.score),
+            difference=_number(trial.score - chosen.score),
+            reported=difference,
+        )
 
-    tuning = {
-        "metric": ranked_by(plan),
-        "part": "validation",
-        "examples": _sizes(measure(merged.deltas, "validation")),
-        "reported": {"part": "held-out", "examples": _sizes(reported)},
-        "alpha": [{"alpha": trial.alpha, **_measured(trial)} for trial in curve],
-        "weights": [{"weights": dict(trial.weights), **_measured(trial)} for trial in weighted],
-        "order": _order(steps),
-        "influence": [influence(silo, trial) for silo, trial in without.items()],
-        "chosen": {"alpha": chosen.alpha, "weights": dict(chosen.weights), **_measured(chosen)},
-    }
+    tuning = Tuning(
+        metric=ranked_by(plan),
+        part="validation",
+        examples=_sizes(measure(merged.deltas, "validation")),
+        reported=ReportedOn(part="held-out", examples=_sizes(reported)),
+        alpha=tuple(TriedAlpha(alpha=trial.alpha, **_measured(trial)) for trial in curve),
+        weights=tuple(TriedWeights(weights=trial.weights, **_measured(trial)) for trial in weighted),
+        order=_order(steps),
+        influence=tuple(influence(silo, trial) for silo, trial in without.items()),
+        chosen=Chosen(alpha=chosen.alpha, weights=chosen.weights, **_measured(chosen)),
+    )
     return chosen, merged, tuning
 
 
@@ -236,13 +243,15 @@ def _sizes(sums: Mapping[str, Sums]) -> dict[str, int]:
     return {silo: int(examples_in(found)) for silo, found in sums.items()}
 
 
-def _order(steps: Iterable[Trial]) -> list[dict[str, Any]]:
+def _order(steps: Iterable[Trial]) -> tuple[TriedOrder, ...]:
+    from gramfuse_server.report_schema import TriedOrder
+
     silos: list[str] = []
     found = []
     for step in steps:
         silos += [silo for silo in step.weights if silo not in silos]
-        found.append({"silos": list(silos), **_measured(step)})
-    return found
+        found.append(TriedOrder(silos=tuple(silos), **_measured(step)))
+    return tuple(found)
 
 
 def _difference(without: Mapping[str, Any], with_all: Mapping[str, Any]) -> dict[str, float]:
@@ -252,7 +261,7 @@ def _difference(without: Mapping[str, Any], with_all: Mapping[str, Any]) -> dict
 
 
 def _measured(trial: Trial) -> dict[str, Any]:
-    return {"score": _number(trial.score), "metrics": dict(trial.metrics)}
+    return {"score": _number(trial.score), "metrics": trial.metrics}
 
 
 def _number(value: float) -> float | None:
@@ -277,5 +286,5 @@ def joint(plan: Plan, sums: Mapping[str, Sums]) -> Judgement:
     if not all(are_sums(plan.task_of(silo), found) for silo, found in sums.items()):
         return Judgement(math.nan, {})
     model = described(plan, "", "", sums)
-    found = model["metrics"] | ({"tasks": model["tasks"]} if plan.task else {})
-    return Judgement(found[ranked_by(plan)], found)
+    found = {**model.metrics, **({"tasks": model.tasks} if plan.task else {})}
+    return Judgement(model.metrics[ranked_by(plan)], found)

@@ -19,9 +19,7 @@ from gramfuse_protocol.layout import Layout
 from gramfuse_protocol.node_key import fingerprint
 from gramfuse_protocol.noise import spent
 from gramfuse_protocol.plan import Plan
-
-SHOWN = {"none": "none leave", "sum": "shown as a sum over silos only", "silo": "shown silo by silo"}
-"""What is shown of a silo's metrics."""
+from gramfuse_protocol.who_sees_what import SHOWN
 
 VOCABULARY = {
     "mean": "layers that see tokens without context are averaged; no Gram matrix of theirs leaves",

@@ -41,8 +41,16 @@ from gramfuse_protocol.shares import SHARE_BYTES
 from gramfuse_protocol.structure import parse_structure
 from gramfuse_protocol.tasks.registry import kind_of
 from gramfuse_protocol.transcript import SUMS, Advert, Sum
-
-COORDINATOR = "the coordinator"
+from gramfuse_protocol.who_sees_what import (
+    COORDINATOR,
+    FACTS,
+    MODEL_SAYS,
+    STATISTICS_SAY,
+    SUM_SAYS,
+    SUMMED,
+    holds,
+    seen,
+)
 
 MOST_EXAMPLES = 10**12
 """More than a silo has; what leaves in the clear is said to have room for so many."""
@@ -158,7 +166,7 @@ def leaves(silo: str, plan: Plan, layout: Layout) -> Leaving:
             f"{COORDINATOR}; the network sees address, times and amounts",
         ),
         *(_in_rounds(departure, plan.merge.rounds) for departure in each_round),
-        _departure("that it wiped what it kept for the session", FinishReply(**about)),
+        _departure(FACTS["end"].what, FinishReply(**about)),
         Departure(
             "any",
             "instead of any of these, that it declines, with a reason, before it touched its data, or that it failed",
@@ -227,18 +235,17 @@ def _masked_sum(
             MaskedReply(**about, sum_of=name, piece=piece, arrays={"masked": _blank("uint64", (count,))})
             for piece, count in enumerate(pieces)
         ),
-        readers="nobody: random words. Only the sum over at least "
-        f"{plan.minimum_survivors} of the {silos} silos can be read",
+        readers=SUMMED.format(least=f"{plan.minimum_survivors} of the {silos}"),
         parts=parts,
     )
     yield _departure(
-        "its signature over the list of silos that are in this sum",
+        FACTS["signature"].what,
         SurvivorsReply(**about, sum_of=name, signature=signature),
         to=f"{COORDINATOR}, and through it all silos in the sum",
         readers="all of them; a signature is there to be read",
     )
     yield _departure(
-        "one share for each silo: what takes the masks off the sum, and off nothing else",
+        FACTS["opening"].what,
         UnmaskReply(**about, sum_of=name, shares=dict.fromkeys(plan.names, "00" * SHARE_BYTES)),
         readers=f"{COORDINATOR}; {plan.threshold} of {silos} shares open the sum",
     )
@@ -353,26 +360,15 @@ def _says(block: Block, layout: Layout) -> str:
 
 def _claims(plan: Plan) -> tuple[str, ...]:
     """Return who can learn what; docs/threat-model.md has the reasons."""
-    after = (
-        "The merged model goes to the coordinator and from there to others. What its weights say about the silos' data "
-        "is not masked, and no noise is added to it (no differential privacy)."
-    )
+    after = f"The merged model goes to the coordinator and from there to others. {MODEL_SAYS}"
     if not plan.privacy.secure_aggregation:
         return (
-            "Open: the coordinator can read this silo's own Gram matrices and weight changes, and so has this silo's "
-            "own fine-tuned model. Both hold information about the silo's data.",
+            f"Open: {seen('open')}: it can read this silo's own. {STATISTICS_SAY}",
             "On the way, TLS is what keeps others from reading it. Other silos do not get it.",
             after,
         )
     silos, minimum = len(plan.names), plan.minimum_survivors
     most = tolerated(silos, plan.threshold, minimum)["colluding"]
-    who = (
-        "no other silo works"
-        if most == 0
-        else "at most 1 other silo works"
-        if most == 1
-        else f"at most {most} other silos work"
-    )
     rounds = (
         ()
         if plan.merge.rounds == 1
@@ -384,13 +380,12 @@ def _claims(plan: Plan) -> tuple[str, ...]:
     )
     asked = f" The plan asks for {plan.privacy.colluding}." if most != plan.privacy.colluding else ""
     return (
-        "Masked: the coordinator gets random words from each silo. All that it can read is their sum, over at least "
-        f"{minimum} of the {silos} silos. Other silos cannot read even that, nor, because of TLS, can the network.",
-        f"This holds as long as {who} together with the coordinator, even if it lies to the silos.{asked} Those who "
-        "work together can take their own parts out of the sum; what is left is a sum over at least "
-        f"{minimum - most} silos, this one among them.",
+        f"Masked: {seen('secure', least=f'{minimum} of the {silos}')}. Of each silo it gets random words. Other silos "
+        "cannot read even the sum, nor, because of TLS, can the network.",
+        f"{holds(most)}{asked} Those who work together can take their own parts out of the sum; what is left is a sum "
+        f"over at least {minimum - most} silos, this one among them.",
         f"If more than {most} work together with the coordinator, they may be able to read this silo's own part.",
-        f"The sum is not anonymous: it says something about the data of the {minimum} or more silos together.",
+        SUM_SAYS,
         *rounds,
         *_noise(plan),
         after,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple, Protocol
 
 from gramfuse_protocol.layout import Layout
 
@@ -15,42 +15,68 @@ MOST = 16
 """Of so many experts of a layer each is named."""
 
 
-def coverage(layout: Layout) -> dict[str, Any]:
-    """Return what a report says of it.
+class Covered(Protocol):
+    """A report that says it, or `Coverage`."""
 
-    Returns:
-        `closed`, the share of the trained and merged parameters that are merged in closed form; and `unmatched`, the
-        weights of linear layers that are averaged since it cannot be told which rows of their inputs are tokens.
-    """
-    return {"closed": layout.closed, "unmatched": [tensor.name for tensor in layout.tensors if tensor.unmatched]}
+    @property
+    def closed(self) -> float | None:
+        """Share of the trained and merged parameters that are merged in closed form; None if it is not said."""
+
+    @property
+    def unmatched(self) -> Sequence[str]:
+        """Weights of linear layers that are averaged since it cannot be told which rows of their inputs are tokens."""
 
 
-def told(found: Mapping[str, Any], quoted: Callable[[str], str] = str) -> list[str]:
-    """Say it in lines, with a warning if it is less than half.
+class Coverage(NamedTuple):
+    """What a report says of it; as `Covered` has it."""
+
+    closed: float
+    unmatched: tuple[str, ...]
+
+
+class Solved(Protocol):
+    """How a group of weights was solved, as a report has it."""
+
+    @property
+    def group(self) -> str:
+        """Its name."""
+
+    @property
+    def unused(self) -> Sequence[int]:
+        """Experts that no silo used."""
+
+
+def coverage(layout: Layout) -> Coverage:
+    """Return what a report says of it."""
+    return Coverage(layout.closed, tuple(tensor.name for tensor in layout.tensors if tensor.unmatched))
+
+
+def told(found: Covered, quoted: Callable[[str], str] = str) -> list[str]:
+    """Say it in lines, with a warning if it is less than half; nothing if it is not said.
 
     Args:
-        found: of `coverage`.
         quoted: how names of modules are written.
     """
-    share = f"{found['closed']:.1%} of the trained parameters are merged in closed form"
-    if found["closed"] < HALF:
+    if found.closed is None:
+        return []
+    share = f"{found.closed:.1%} of the trained parameters are merged in closed form"
+    if found.closed < HALF:
         lines = [f"Warning: only {share}; the others are averaged, so most of the merged model is a plain mean."]
     else:
         lines = [f"{share}; the others are averaged."]
-    if found["unmatched"]:
-        modules = families(name.removesuffix(".weight") for name in found["unmatched"])
+    if found.unmatched:
+        modules = families(name.removesuffix(".weight") for name in found.unmatched)
         lines.append(f"Averaged since it cannot be told which rows of their inputs are tokens: {quoted(modules)}")
     return lines
 
 
-def unused(steps: Iterable[Mapping[str, Any]], quoted: Callable[[str], str] = str) -> list[str]:
+def unused(steps: Iterable[Solved], quoted: Callable[[str], str] = str) -> list[str]:
     """Say in a line which experts were averaged since no silo used them; nothing if there are none.
 
     Args:
-        steps: how groups were solved, as a report has them.
         quoted: how names of tensors are written.
     """
-    found = [f"{quoted(step['group'])}: {experts(step['unused'])}" for step in steps if step["unused"]]
+    found = [f"{quoted(step.group)}: {experts(step.unused)}" for step in steps if step.unused]
     return [f"Averaged since no silo used them: {'; '.join(found)}."] if found else []
 
 

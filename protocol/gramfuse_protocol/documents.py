@@ -119,7 +119,9 @@ def build(model: type[T], document: dict[str, object], source: str) -> T:
         return model.model_validate_json(text, by_alias=True, by_name=False)
     except ValidationError as error:
         problems = [p for p in error.errors(include_url=False) if not (p["type"] == "too_short" and p["input"])]
-        lines = [_explain(problem, model) for problem in problems[:MOST_PROBLEMS]]
+        lines = [
+            explain(p, f"; known here: {', '.join(_known(model, p['loc'][:-1]))}") for p in problems[:MOST_PROBLEMS]
+        ]
         if problems[MOST_PROBLEMS:]:
             lines.append(f"{len(problems) - MOST_PROBLEMS:,} more problems")
         raise PlanError("\n".join(f"{source}: {line}" for line in lines)) from None
@@ -129,11 +131,16 @@ def build(model: type[T], document: dict[str, object], source: str) -> T:
         raise PlanError(f"{source}: is nested too deep") from None
 
 
-def _explain(problem: ErrorDetails, model: type[Section]) -> str:
+def explain(problem: ErrorDetails, known: str = "") -> str:
+    """Say what is wrong with one key of a document.
+
+    Args:
+        known: what to add of the keys that are known, if it is another.
+    """
     key = ".".join(str(part) for part in problem["loc"]) or "the document"
     match problem["type"]:
         case "extra_forbidden":
-            return f"unknown key {quoted(key)}; known here: {', '.join(_known(model, problem['loc'][:-1]))}"
+            return f"unknown key {quoted(key)}{known}"
         case "missing":
             return f"{quoted(key)} is missing"
         case "value_error" | "assertion_error":

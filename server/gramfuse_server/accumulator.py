@@ -16,7 +16,8 @@ from gramfuse_protocol.errors import ContributionError
 from gramfuse_protocol.layout import Group, Layout, delta_block
 from gramfuse_protocol.scales import scales
 from gramfuse_protocol.statistics import Contribution, check_counts
-from gramfuse_server.solve import Step, solve
+from gramfuse_server.report_schema import Step
+from gramfuse_server.solve import solve
 
 Float64 = NDArray[np.float64]
 Deltas = Mapping[str, Float64]

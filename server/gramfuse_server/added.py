@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +18,7 @@ from gramfuse_model.base import Base
 from gramfuse_protocol.errors import ContributionError
 from gramfuse_protocol.statistics_file import StatisticsFile
 from gramfuse_protocol.text import listed, quoted
+from gramfuse_server.report_schema import AddedToken, AddedTokens
 
 
 @dataclass(frozen=True)
@@ -63,17 +63,17 @@ class Additions:
             )
         return Additions(files, weights, tokenizer, tokens)
 
-    def told(self) -> dict[str, Any]:
+    def told(self) -> AddedTokens:
         """Return what the report says: each added token, and the models that have it."""
         had: dict[str, list[str]] = {token: [] for token in self.tokens}
         for file in self.files:
             for token in file.added:
                 had.setdefault(token, []).append(file.name)
-        entries = [{"token": token, "silos": silos} for token, silos in had.items()]
-        return {
-            "kept": [entry for entry in entries if entry["token"] in self.tokens],
-            "left_out": [entry for entry in entries if entry["token"] not in self.tokens],
-        }
+        entries = [AddedToken(token=token, silos=tuple(silos)) for token, silos in had.items()]
+        return AddedTokens(
+            kept=tuple(entry for entry in entries if entry.token in self.tokens),
+            left_out=tuple(entry for entry in entries if entry.token not in self.tokens),
+        )
 
     def put(self, base: Base, own: StatisticsFile | None = None) -> Base:
         """Give a merged model the tokens that are kept, in place, and return it with its tokenizer.

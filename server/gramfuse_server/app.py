@@ -21,6 +21,7 @@ from gramfuse_protocol.plan import Plan
 from gramfuse_server.conductor import Observer
 from gramfuse_server.exchange import Exchange, Finish, Simulated, Study, needed_bytes
 from gramfuse_server.patience import Patience
+from gramfuse_server.report_schema import Report
 from gramfuse_server.run import RunDirectory
 
 
@@ -38,7 +39,7 @@ def coordinate(
     resume: bool = False,
     patience: Patience = Patience(),  # noqa: B008 - frozen
     resumable: bool = True,
-) -> dict[str, Any]:
+) -> Report:
     """Run all rounds of a plan and return the report; `out` is complete or absent afterwards.
 
     Args:

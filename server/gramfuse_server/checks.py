@@ -16,9 +16,9 @@ from gramfuse_model.summands import side_by_side
 from gramfuse_protocol.layout import Group, Layout
 from gramfuse_protocol.plan import Plan
 from gramfuse_protocol.scales import MOST_EXAMPLES
-from gramfuse_server.accumulator import Accumulator, Float64, Merged
-from gramfuse_server.solve import Step
-from gramfuse_server.verdicts import VERDICTS, Check, Range
+from gramfuse_server.accumulator import Accumulator, Deltas, Float64, Merged
+from gramfuse_server.report_schema import Bounds, Check, CheckName, Step
+from gramfuse_server.verdicts import VERDICTS, check_of
 
 POWER: tuple[float, float] = (32.0, 256.0)
 """Mean square of a layer's inputs over that on public text, from which on a merge is worth a look, and is bad.
@@ -76,9 +76,11 @@ def check_model(model: nn.Module, merged: Merged, maximum: float) -> list[Check]
         maximum: `merge.maximum-change` of the plan.
     """
     found = []
-    for name, of, usual in (("average", merged.mean, AVERAGE), ("change", merged.deltas, maximum / 2)):
-        limits: tuple[Range, Range] = (None, min(usual, maximum)), (None, maximum)
-        found += [Check.of(name, tensor, change, *limits) for tensor, change in changes(model, of).items()]
+    looked_at: tuple[tuple[CheckName, Deltas, float], ...]
+    looked_at = ("average", merged.mean, AVERAGE), ("change", merged.deltas, maximum / 2)
+    for name, of, usual in looked_at:
+        limits: tuple[Bounds, Bounds] = (None, min(usual, maximum)), (None, maximum)
+        found += [check_of(name, tensor, change, *limits) for tensor, change in changes(model, of).items()]
     return _shortened(found)
 
 
@@ -97,7 +99,7 @@ def check_shares(
     factors = factors or dict.fromkeys(examples, 1.0)
     each = sum(examples.values()) / sum(factors.values())
     shares = {silo: factors[silo] * each / count for silo, count in examples.items()}
-    return _shortened(Check.of("share", silo, share, (None, SHARE), (None, None)) for silo, share in shares.items())
+    return _shortened(check_of("share", silo, share, (None, SHARE), (None, None)) for silo, share in shares.items())
 
 
 def _shortened(checks: Iterable[Check]) -> list[Check]:
@@ -131,7 +133,7 @@ def _counts(accumulator: Accumulator, plan: Plan, survivors: Sequence[str]) -> I
 
 
 def _count(where: str, value: float, least: float, most: float | None) -> Check:
-    return Check.of("counts", where, value, (least, most), (least, most))
+    return check_of("counts", where, value, (least, most), (least, most))
 
 
 def _of_groups(accumulator: Accumulator, merged: Merged) -> Iterator[Check]:
@@ -145,7 +147,7 @@ def _of_groups(accumulator: Accumulator, merged: Merged) -> Iterator[Check]:
         if group.exponents and weight > 0:
             of_experts = diagonal.reshape(group.experts or 1, group.d_in).sum(axis=1)
             power = float(of_experts.max() / weight / np.exp2(2.0 * np.array(group.exponents)).sum())
-            yield Check.of("power", group.name, power, (None, POWER[0]), (None, POWER[1]))
+            yield check_of("power", group.name, power, (None, POWER[0]), (None, POWER[1]))
         if step.outcome != "empty":
             yield from _ratio(layout, group, parts, t, merged)
 
@@ -167,7 +169,7 @@ def _eigenvalue(group: Group, step: Step, diagonal: Float64, alpha: float) -> It
     judged = step.outcome != "empty" and max(widths) > 1 and alpha > 0
     if judged or value < 0:
         most = INDEPENDENCE if min(widths) >= NARROW else None
-        yield Check.of("eigenvalue", group.name, value, (-ROUNDING[0], most), (-ROUNDING[1], None))
+        yield check_of("eigenvalue", group.name, value, (-ROUNDING[0], most), (-ROUNDING[1], None))
 
 
 def _ratio(layout: Layout, group: Group, parts: Sequence[Float64], t: Float64, merged: Merged) -> Iterator[Check]:
@@ -183,4 +185,4 @@ def _ratio(layout: Layout, group: Group, parts: Sequence[Float64], t: Float64, m
         average += float((rows * (part @ rows)).sum())
     size = float((solved * t).sum())
     if average > 0 and size > 0:
-        yield Check.of("ratio", group.name, float(np.sqrt(size / average)), (None, RATIO), (None, None))
+        yield check_of("ratio", group.name, float(np.sqrt(size / average)), (None, RATIO), (None, None))

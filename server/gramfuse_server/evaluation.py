@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ from gramfuse_protocol.task import Task
 from gramfuse_protocol.transcript import metrics_context, model_digest
 from gramfuse_server.conductor import Conductor
 from gramfuse_server.intervals import with_intervals
+from gramfuse_server.report_schema import LabelFigures, Labels, Measured
 from gramfuse_server.secure import SecureSums
 
 
@@ -49,7 +50,7 @@ class Evaluation:
         self.in_the_clear = self.secure is None and self.plan.privacy.metrics != "none"
         self.silos: tuple[str, ...] = ()
 
-    def measure(self, candidates: Iterable[Candidate], survivors: tuple[str, ...]) -> list[dict[str, Any]]:
+    def measure(self, candidates: Iterable[Candidate], survivors: tuple[str, ...]) -> list[Measured]:
         """Return what is to be reported of each model (`described`).
 
         Args:
@@ -108,7 +109,7 @@ class Evaluation:
         if not are_sums(task, found):
             raise FederationError(f"silo {silo!r} sent metrics of {name!r} that are no sums over examples")
 
-    def _summed(self, digests: Mapping[str, str], survivors: tuple[str, ...]) -> list[dict[str, Any]]:
+    def _summed(self, digests: Mapping[str, str], survivors: tuple[str, ...]) -> list[Measured]:
         """Return what is to be reported of each model, from the secure sum."""
         assert self.secure is not None  # noqa: S101
         (task,) = self.plan.tasks.values()
@@ -120,22 +121,22 @@ class Evaluation:
                 "what the sum of the metrics opened to is no sum over examples: the silos did not measure the same "
                 "models, or one of them sent what it did not measure. The report names the silos that were lost"
             )
-        said = [_from_vector(self.plan, task, total, len(self.silos)) for total in values]
-        return [{"name": name, "kind": name, **of} for name, of in zip(digests, said, strict=True)]
+        return [
+            _from_vector(self.plan, name, task, total, len(self.silos))
+            for name, total in zip(digests, values, strict=True)
+        ]
 
 
-def _from_vector(plan: Plan, task: Task, vector: Vector, silos: int) -> dict[str, Any]:
-    """Return `metrics` of a sum that left as a secure one, and `labels`; with noise, also what is known of it."""
-    if plan.epsilon is None:
-        said: dict[str, Any] = {"metrics": figures(task, vector)}
-        labels = label_figures(task, vector)
-    else:
-        said = with_intervals(plan, task, vector, silos)
-        labels = said.pop("labels", {})
-    return said | ({"labels": {"": labels}} if labels else {})
+def _from_vector(plan: Plan, name: str, task: Task, vector: Vector, silos: int) -> Measured:
+    """Return what a report says of a model whose sum left as a secure one; with noise, also what is known of it."""
+    if plan.epsilon is not None:
+        return with_intervals(plan, name, task, vector, silos)
+    model = Measured(name=name, kind=name, metrics=figures(task, vector))
+    labels = label_figures(task, vector)
+    return model.updated(labels=_labels({"": labels})) if labels else model
 
 
-def described(plan: Plan, name: str, kind: str, by: Mapping[str, Sums]) -> dict[str, Any]:
+def described(plan: Plan, name: str, kind: str, by: Mapping[str, Sums]) -> Measured:
     """Return what a report says of a model.
 
     Args:
@@ -143,10 +144,8 @@ def described(plan: Plan, name: str, kind: str, by: Mapping[str, Sums]) -> dict[
         by: held-out sums by silo.
 
     Returns:
-        `name`, `kind` and `metrics`, over the examples of all silos together. If silos have different tasks, these are
-        the number of `examples` and `mean-score`, the mean over the tasks of the metric that ranks them, and `tasks`
-        has all metrics of each. If there are tasks with labels, `labels` has of each of them what `by_label` returns;
-        a plan with one task calls it "". If the plan shows metrics silo by silo, `silos` has those.
+        Its `metrics`, over the examples of all silos together; if silos have different tasks, also `tasks`; if there
+        are tasks with labels, `labels`; if the plan shows metrics silo by silo, `silos`.
     """
     joint: dict[str, Sums] = {}
     for task_name in plan.tasks:
@@ -155,28 +154,31 @@ def described(plan: Plan, name: str, kind: str, by: Mapping[str, Sums]) -> dict[
             joint[task_name] = np.sum(theirs, axis=0)
     model = _described(plan, name, kind, joint)
     if plan.privacy.metrics == "silo":
-        model["silos"] = {silo: metrics(plan.task_of(silo), sums) for silo, sums in by.items()}
+        return model.updated(silos={silo: metrics(plan.task_of(silo), sums) for silo, sums in by.items()})
     return model
 
 
-def _described(plan: Plan, name: str, kind: str, joint: Mapping[str, Sums]) -> dict[str, Any]:
+def _described(plan: Plan, name: str, kind: str, joint: Mapping[str, Sums]) -> Measured:
     """Return what `described` does of all silos together, from their sums by task."""
-    model: dict[str, Any] = {"name": name, "kind": kind}
     found = {task_name: metrics(plan.tasks[task_name], sums) for task_name, sums in joint.items()}
     if plan.task:
         scores = [of[primary(plan.tasks[task_name].task)] for task_name, of in found.items()]
         examples = sum(of["examples"] for of in found.values())
-        model["metrics"] = {"examples": examples, "mean-score": sum(scores) / len(scores)}
-        model["tasks"] = found
+        together = {"examples": examples, "mean-score": sum(scores) / len(scores)}
+        model = Measured(name=name, kind=kind, metrics=together, tasks=found)
     else:
-        model["metrics"] = found[""]
+        model = Measured(name=name, kind=kind, metrics=found[""])
     labels = {task_name: by_label(plan.tasks[task_name], sums) for task_name, sums in joint.items()}
     if any(labels.values()):
-        model["labels"] = {task_name: of for task_name, of in labels.items() if of}
+        return model.updated(labels=_labels({task_name: of for task_name, of in labels.items() if of}))
     return model
 
 
-def of_silos(plan: Plan, found: Mapping[str, Mapping[str, Sums]]) -> list[dict[str, Any]]:
+def _labels(found: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Labels:
+    return {task: {label: LabelFigures.read(of) for label, of in labels.items()} for task, labels in found.items()}
+
+
+def of_silos(plan: Plan, found: Mapping[str, Mapping[str, Sums]]) -> list[Measured]:
     """Return what a report says of the silos' own models.
 
     Where silos keep their heads, each is a `body` under every silo's own head, and `alone` are all silos' own models,

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -31,8 +29,20 @@ from gramfuse_server.evaluation import Candidate, described, of_silos
 from gramfuse_server.model import write_model
 from gramfuse_server.pages.page import page
 from gramfuse_server.patience import Patience
+from gramfuse_server.report_schema import (
+    SCHEMA,
+    BaseOfReport,
+    ExactFigures,
+    Failure,
+    Generation,
+    Measured,
+    Report,
+    RoundOfReport,
+    SiloOfReport,
+)
 from gramfuse_server.round import Round
 from gramfuse_server.run import PAGE, PLAN, REPORT, START, RunDirectory, of_round
+from gramfuse_server.studied import Studied
 from gramfuse_server.verdicts import told
 
 OUTCOME = "outcome"
@@ -54,13 +64,12 @@ class Laboratory(Protocol):
 Simulated = Callable[[int, tuple[str, ...]], Laboratory]
 """Returns the laboratory of a round, by its number, and of the silos that are in its merge."""
 
-Study = Callable[[tuple[str, ...], Merged, Observer], tuple[Merged, dict[str, Any]]]
+Study = Callable[[tuple[str, ...], Merged, Observer], tuple[Merged, Studied]]
 """Looks at the merge of the last round before it is measured and written: for whoever has all silos' statistics and
 data.
 
 It is given the survivors, the merge as differences from the base, and whom to tell how far it is. It returns the merge
-that is to be measured and written, and what to add to the report; `models` among that are further models with their
-metrics.
+that is to be measured and written, and what to add to the report.
 """
 
 
@@ -120,7 +129,7 @@ class Exchange:
         )
         self._rounds: list[Round] = []
 
-    def start(self) -> dict[str, Any]:
+    def start(self) -> Report:
         """Run all rounds and write the run directory, but for its checksums and its final name.
 
         Returns:
@@ -136,9 +145,8 @@ class Exchange:
         for number in range(1, last):
             if of_round(OUTCOME, number) not in self.run.done:
                 self._pass_on(self._begin(number))
-        earlier = [self.run.done[of_round(OUTCOME, number)] for number in range(1, last)]
-        report = self._conclude(self._begin(last), earlier)
-        self.run.write(REPORT, _text(report))
+        report = self._conclude(self._begin(last), self._earlier(last))
+        self.run.write(REPORT, report.text)
         self.run.write(PAGE, page(report, self.plan))
         return report
 
@@ -164,42 +172,46 @@ class Exchange:
         current.check(self.base.model, merged)
         if not current.sound:
             raise MergeError(
-                f"round {current.conductor.round}: {told(map(asdict, current.checks))}. The run does not go on "
-                "from this merge"
+                f"round {current.conductor.round}: {told(current.checks)}. The run does not go on from this merge"
             )
         self._measure(current, merged)
         path = self._start(current.conductor.round + 1)
         with self.run.writing(), replacing(path, private=True) as temporary:
             save_file({delta_block(name): delta for name, delta in merged.rounded().items()}, temporary)
         current.conductor.keep("lost", current.lost)
-        current.conductor.keep(OUTCOME, current.report())
+        current.conductor.keep(OUTCOME, current.report().document())
         for spool in ("spool", "spool-metrics"):
             shutil.rmtree(current.conductor.place(spool), ignore_errors=True)
 
-    def _conclude(self, current: Round, earlier: list[dict[str, Any]]) -> dict[str, Any]:
+    def _earlier(self, number: int) -> list[RoundOfReport]:
+        """Return what was kept of the rounds before one."""
+        return [RoundOfReport.read(self.run.done[of_round(OUTCOME, each)]) for each in range(1, number)]
+
+    def _conclude(self, current: Round, earlier: list[RoundOfReport]) -> Report:
         """Do the last round, write the model, and return the report."""
         conductor, merged = current.conductor, current.merge()
-        studied: dict[str, Any] = {}
+        studied = Studied()
         if self.study is not None:
             with conductor.phase("study"):
                 merged, studied = self.study(current.survivors, merged, conductor.observer)
             current.merged = merged
         current.check(self.base.model, merged)
         self._measure(current, merged)
-        current.models += studied.pop("models", [])
+        current.models += studied.models
         with conductor.phase("write"):
-            measured = next((model for model in current.models if model["kind"] == MERGED), None)
+            measured = next((model for model in current.models if model.kind == MERGED), None)
             with self.run.writing():
-                chosen = studied.get("tuning", {}).get("chosen")
+                chosen = None if studied.tuning is None else studied.tuning.chosen
                 place = self.run.partial / "model"
-                doubt = "" if current.sound else told(map(asdict, current.checks))
+                doubt = "" if current.sound else told(current.checks)
                 about = (current.survivors, measured, chosen, doubt, self.layout, merged.steps)
                 write_model(place, self.base, merged.rounded(), self.plan, *about)
                 if self.own_heads is not None and self.plan.model.head == "own":
                     arrays = {delta_block(name): delta for name, delta in merged.rounded().items()}
                     for silo in current.survivors:
                         self.own_heads(silo, arrays, self.run.partial / "models" / silo)
-        return self._report(current, earlier) | studied
+        report = self._report(current, earlier)
+        return report if studied.tuning is None else report.updated(tuning=studied.tuning)
 
     def _measure(self, current: Round, merged: Merged) -> None:
         """Have the survivors measure the plan's candidates, and the laboratory, if there is one, all models."""
@@ -219,12 +231,14 @@ class Exchange:
                 return {silo: found[silo] for silo in silos}
 
             own = {silo: measure(silo, laboratory.deltas(silo)) for silo in silos}
-            noisy = {model["name"]: model for model in current.models if "privacy" in model}
-            for name, deltas in self._candidates(merged):
-                if name in noisy:
-                    exact = described(self.plan, name, name, measure(name, deltas))
-                    noisy[name]["exact"] = {key: exact[key] for key in ("metrics", "labels") if key in exact}
-        current.models = of_silos(self.plan, own) + current.models
+            noisy = {model.name for model in current.models if model.privacy is not None}
+            exact = {
+                name: _figures(described(self.plan, name, name, measure(name, deltas)))
+                for name, deltas in self._candidates(merged)
+                if name in noisy
+            }
+        models = [model.updated(exact=exact[model.name]) if model.name in exact else model for model in current.models]
+        current.models = of_silos(self.plan, own) + models
 
     def _candidates(self, merged: Merged) -> Iterator[tuple[str, dict[str, NDArray[np.float32]]]]:
         """Yield the models that silos measure, by name, as differences by parameter name; the merge is the last."""
@@ -232,61 +246,66 @@ class Exchange:
         for name in sorted(self.plan.privacy.candidates, key=MERGED.__eq__):
             yield name, deltas[name]
 
-    def _report(self, current: Round, earlier: list[dict[str, Any]]) -> dict[str, Any]:
+    def _report(self, current: Round, earlier: list[RoundOfReport]) -> Report:
         """Return the report: of the last round, but for what all of them took."""
-        rounds = [*earlier, current.report()]
-        silos = [{"name": name, "examples": current.trained[name]["examples"]} for name in current.survivors]
-        return {**self._about(), "silos": silos, **self._came(current, rounds), "rounds": rounds, **_versions()}
+        rounds = (*earlier, current.report())
+        silos = tuple(SiloOfReport(name=name, examples=current.trained[name]["examples"]) for name in current.survivors)
+        return Report(**self._about(), **self._came(current, rounds), silos=silos, rounds=rounds)
 
     def _failed(self, current: Round, error: GramfuseError, resumable: bool) -> dict[str, str]:
         """Return what stays of a run that failed: its page, its report, as far as it came, and the plan."""
         number = current.conductor.round
-        earlier = [self.run.done[of_round(OUTCOME, each)] for each in range(1, number)]
-        failure = {
-            "error": type(error).__name__,
-            "message": str(error),
-            "phase": current.conductor.at,
-            "round": number,
-            "exit_code": error.exit_code,
-            "resumable": resumable,
-        }
-        report = {
+        earlier = self._earlier(number)
+        failure = Failure(
+            error=type(error).__name__,
+            message=str(error),
+            phase=current.conductor.at,
+            round=number,
+            exit_code=error.exit_code,
+            resumable=resumable,
+        )
+        report = Report(
             **self._about(),
-            "silos": current.silos,
-            **self._came(current, [*earlier, current.report()]),
-            "rounds": earlier,
-            **_versions(),
-            "failure": failure,
-        }
-        return {PAGE: page(report, self.plan), REPORT: _text(report), PLAN: self.plan.to_toml()}
+            **self._came(current, (*earlier, current.report())),
+            silos=current.silos,
+            rounds=tuple(earlier),
+            failure=failure,
+        )
+        return {PAGE: page(report, self.plan), REPORT: report.text, PLAN: self.plan.to_toml()}
 
     def _about(self) -> dict[str, Any]:
         """Return what a report says of the run before anything happened in it."""
+        names = ("gramfuse", "flwr", "torch", "transformers")
+        generation = {name: task.generation for name, task in self.plan.tasks.items()}
         return {
+            "schema": SCHEMA,
             "run": self.run.path.name,
             "name": self.plan.plan.name,
             "plan_digest": self.plan.digest,
             "layout_digest": self.layout.digest,
-            "base": {"name": self.plan.model.base, "sha256": self.base.pins.sha256},
+            "base": BaseOfReport.read({"name": self.plan.model.base, "sha256": self.base.pins.sha256}),
             "auto_class": merged_form(self.plan).auto,
             "head": self.plan.model.head,
             "tasks": {name: task.task for name, task in self.plan.tasks.items()},
-            "generation": {name: task.generation for name, task in self.plan.tasks.items() if task.generation},
+            "generation": {name: Generation.read(of) for name, of in generation.items() if of},
             "mode": "secure" if self.plan.privacy.secure_aggregation else "open",
             "identities": "made for this run" if self.simulated else "those of the plan",
+            "versions": {name: importlib.metadata.version(name) for name in names},
         }
 
-    def _came(self, current: Round, rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    def _came(self, current: Round, rounds: Sequence[RoundOfReport]) -> dict[str, Any]:
         """Return what came of the rounds; of a run that failed, what is there of it."""
         came = {"examples": current.accumulator.examples} if current.merged is not None else {}
         return {
             **came,
             **{
-                key: rounds[-1][key] for key in ("lost", "models", "unmeasured", "solve", "checks") if key in rounds[-1]
+                key: getattr(rounds[-1], key)
+                for key in ("lost", "models", "unmeasured", "solve", "checks")
+                if rounds[-1].has(key)
             },
-            "bytes": _total(of["bytes"] for of in rounds),
-            "bytes_to_silos": _total(of["bytes_to_silos"] for of in rounds),
-            "seconds": {phase: round(took, 3) for phase, took in _sum(of["seconds"] for of in rounds).items()},
+            "bytes": _total(of.bytes for of in rounds),
+            "bytes_to_silos": _total(of.bytes_to_silos for of in rounds),
+            "seconds": {phase: round(took, 3) for phase, took in _sum(of.seconds for of in rounds).items()},
         }
 
     def _start(self, number: int) -> Path:
@@ -304,13 +323,9 @@ class Exchange:
         return start
 
 
-def _versions() -> dict[str, dict[str, str]]:
-    names = ("gramfuse", "flwr", "torch", "transformers")
-    return {"versions": {name: importlib.metadata.version(name) for name in names}}
-
-
-def _text(report: Mapping[str, Any]) -> str:
-    return json.dumps(report, indent=2) + "\n"
+def _figures(model: Measured) -> ExactFigures:
+    figures = ExactFigures(metrics=model.metrics)
+    return figures.updated(labels=model.labels) if model.labels else figures
 
 
 def _sum(counts: Iterable[Mapping[str, N]]) -> dict[str, N]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +20,7 @@ from gramfuse_protocol.noise import DELTA, deviations, spent
 from gramfuse_protocol.plan import Plan
 from gramfuse_protocol.task import Task
 from gramfuse_protocol.tasks.registry import kind_of
+from gramfuse_server.report_schema import LabelFigures, Measured, Privacy, PrivacyTotal
 
 COVERAGE = 0.98
 """Share of the draws that an interval is of: more than 95%, so that what it neglects does not take it below."""
@@ -29,17 +29,17 @@ UNCLEAR = 1 / 4
 """Where more than this share of labels is as rare as the noise is strong, their mean F1 says nothing."""
 
 
-def with_intervals(plan: Plan, task: Task, vector: Vector, silos: int) -> dict[str, Any]:
-    """Return what a report says of a sum that was made with noise.
+def with_intervals(plan: Plan, name: str, task: Task, vector: Vector, silos: int) -> Measured:
+    """Return what a report says of a model whose sum was made with noise.
 
     Args:
+        name: of the model, and its kind.
         vector: the sum (`gramfuse_protocol.held_out`).
         silos: how many are in it.
 
     Returns:
-        `metrics`; `intervals`, from lowest to highest, of each of them; `labels`, as `by_label` has it, with the
-        `interval` of each F1; and `privacy`: the `epsilon` and `delta` of one example in this sum, and the `total`
-        epsilon of the `releases` that the plan asks for. The same sum always gives the same.
+        Its `metrics`, each with one of the `intervals`; `labels`, each F1 with its `interval`; and `privacy`. The same
+        sum always gives the same.
     """
     noise = deviations(plan, task, silos)
     seed = int.from_bytes(hashlib.sha256(plan.digest.encode() + vector.tobytes()).digest(), "big")
@@ -47,24 +47,28 @@ def with_intervals(plan: Plan, task: Task, vector: Vector, silos: int) -> dict[s
     found = figures(task, vector)
     drawn = [figures(task, draw) for draw in draws]
     intervals = {
-        name: _interval(value, np.array([each[name] for each in drawn]), range_of(task, name))
-        for name, value in found.items()
+        metric: _interval(value, np.array([each[metric] for each in drawn]), range_of(task, metric))
+        for metric, value in found.items()
     }
     if "macro-f1" in found and _unclear(task, vector, noise):
-        intervals["macro-f1"] = list(SHARE)
-    said: dict[str, Any] = {"metrics": found, "intervals": intervals}
+        intervals["macro-f1"] = SHARE
+    spent_in_all = spent(plan)
+    assert plan.epsilon is not None and spent_in_all is not None  # noqa: S101, PT018
+    total = PrivacyTotal(epsilon=spent_in_all, releases=plan.releases)
+    privacy = Privacy(epsilon=plan.epsilon, delta=DELTA, total=total)
+    model = Measured(name=name, kind=name, metrics=found, intervals=intervals, privacy=privacy)
     if labels := label_figures(task, vector):
-        said["labels"] = _labels(task, vector, draws, noise, labels)
-    total = {"epsilon": spent(plan), "releases": plan.releases}
-    return said | {"privacy": {"epsilon": plan.epsilon, "delta": DELTA, "total": total}}
+        return model.updated(labels={"": _labels(task, vector, draws, noise, labels)})
+    return model
 
 
-def _interval(value: float, drawn: NDArray[np.float64], limits: tuple[float, float]) -> list[float]:
+def _interval(value: float, drawn: NDArray[np.float64], limits: tuple[float, float]) -> tuple[float, float]:
     """Return the interval of one metric, within its limits."""
     low, high = np.quantile(drawn, [(1 - COVERAGE) / 2, (1 + COVERAGE) / 2])
     bias = abs(value - float(drawn.mean()))
     ends = min(low, 2 * value - high) - bias, max(high, 2 * value - low) + bias
-    return [min(max(float(end), limits[0]), limits[1]) for end in ends]
+    least, most = (min(max(float(end), limits[0]), limits[1]) for end in ends)
+    return least, most
 
 
 def _unclear(task: Task, vector: Vector, noise: Vector) -> bool:
@@ -82,7 +86,7 @@ def _strength(task: Task, vector: Vector, noise: Vector) -> NDArray[np.float64]:
 
 def _labels(
     task: Task, vector: Vector, draws: Vector, noise: Vector, found: Mapping[str, Mapping[str, float]]
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, LabelFigures]:
     """Return what is known of each label, with the interval of its F1."""
     counts = label_counts(task, draws)
     sizes = counts @ np.array([2.0, 1.0, 1.0])
@@ -91,6 +95,6 @@ def _labels(
     clear = dict(zip(names, _strength(task, vector, noise) > 2, strict=True))
     columns = dict(zip(names, drawn.T, strict=True))
     return {
-        name: {**of, "interval": _interval(of["f1"], columns[name], SHARE) if clear[name] else list(SHARE)}
+        name: LabelFigures(**of, interval=_interval(of["f1"], columns[name], SHARE) if clear[name] else SHARE)
         for name, of in found.items()
     }

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,7 +32,9 @@ from gramfuse_server.checks import check_model, check_shares, check_sums
 from gramfuse_server.model import code, extent, front_matter, usage
 from gramfuse_server.pages.added import tell_added
 from gramfuse_server.pages.page import page
+from gramfuse_server.report_schema import SCHEMA, BaseOfReport, Report, SiloOfReport
 from gramfuse_server.run import PAGE, REPORT, RunDirectory
+from gramfuse_server.studied import Studied
 from gramfuse_server.verdicts import told, worst
 
 Weighting = Literal["uniform", "examples"]
@@ -41,6 +42,8 @@ Heads = Literal["merged", "own"]
 
 PINNED = {"config": "configurations", "processor": "tokenizers or image processors"}
 """Digests of a base beside those of its weights, and of what they are."""
+
+UNSTUDIED = Studied()
 
 
 def merge(
@@ -262,15 +265,15 @@ class Collection:
 
 
 def merge_files(
-    paths: Sequence[Path], out: Path, settings: Settings, directory: Path, additions: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
+    paths: Sequence[Path], out: Path, settings: Settings, directory: Path, studied: Studied = UNSTUDIED
+) -> Report:
     """Merge statistics files and write the merged model, or with own heads one for each file.
 
     Args:
         paths: of the files; their order does not matter.
         out: directory of the model, or with own heads of one directory for each file; must not exist.
         directory: where relative paths of models start.
-        additions: what else the report says.
+        studied: what else the report says.
 
     Returns:
         The report, as it stands in report.json.
@@ -311,19 +314,21 @@ def merge_files(
             *check_sums(accumulator, merged),
             *check_model(base.model, merged, maximum),
         ]
-        report = {
-            "run": out.name,
-            "mode": "files",
-            "base": {"name": settings.base, "sha256": base.pins.sha256},
+        report = Report(
+            schema=SCHEMA,
+            run=out.name,
+            mode="files",
+            base=BaseOfReport.read({"name": settings.base, "sha256": base.pins.sha256}),
             **_described(collection, alpha, weighting, weights),
-            "examples": accumulator.examples,
-            "added_tokens": added.told(),
-            **coverage(collection.layout),
-            "solve": [asdict(step) for step in merged.steps],
-            "checks": [asdict(check) for check in checks],
-            "versions": {name: importlib.metadata.version(name) for name in ("gramfuse", "torch", "transformers")},
-            **(additions or {}),
-        }
+            examples=accumulator.examples,
+            added_tokens=added.told(),
+            **coverage(collection.layout)._asdict(),
+            solve=merged.steps,
+            checks=tuple(checks),
+            seconds=0.0,
+            versions={name: importlib.metadata.version(name) for name in ("gramfuse", "torch", "transformers")},
+            **{key: value for key, value in studied._asdict().items() if value != getattr(UNSTUDIED, key)},
+        )
         with run.writing():
             if collection.heads == "merged":
                 _write(run.partial, base, merged, collection, added, report)
@@ -331,8 +336,8 @@ def merge_files(
                 for file in collection.files:
                     own = collection.load_base(file, settings.base, directory)
                     _write(run.partial / file.name, own, merged, collection, added, report, file)
-        report["seconds"] = round(time.monotonic() - began, 3)
-        run.write(REPORT, json.dumps(report, indent=2) + "\n")
+        report = report.updated(seconds=round(time.monotonic() - began, 3))
+        run.write(REPORT, report.text)
         run.write(PAGE, page(report, None))
         run.finish()
     return report
@@ -348,16 +353,16 @@ def _described(
         "heads": collection.heads,
         "alpha": alpha,
         "weighting": weighting,
-        "silos": [
-            {
-                "name": file.name,
-                "examples": file.examples,
-                "weight": weights[file.name],
-                "sha256": file.sha256,
-                "auto_class": FORMS[file.about.task.task].auto,
-            }
+        "silos": tuple(
+            SiloOfReport(
+                name=file.name,
+                examples=file.examples,
+                weight=weights[file.name],
+                sha256=file.sha256,
+                auto_class=FORMS[file.about.task.task].auto,
+            )
             for file in collection.files
-        ],
+        ),
     }
 
 
@@ -399,7 +404,7 @@ def _write(
     merged: Merged,
     collection: Collection,
     added: Additions,
-    report: Mapping[str, Any],
+    report: Report,
     file: StatisticsFile | None = None,
 ) -> None:
     """Write one model.
@@ -423,28 +428,25 @@ def _write(
     (directory / "README.md").write_text(_card(collection, report, file), encoding="utf-8")
 
 
-def _card(collection: Collection, report: Mapping[str, Any], file: StatisticsFile | None) -> str:
+def _card(collection: Collection, report: Report, file: StatisticsFile | None) -> str:
     about = (file or collection.files[0]).about
     form = FORMS[about.task.task]
     kept = f" Only the bodies were merged; the head is that of `{file.name}`." if file else ""
     followed = f" All of them follow the plan `{collection.plan.digest}`." if collection.plan else ""
     lines = [*front_matter(about.base.name, form), "", f"# {file.name if file else 'Merged model'}", ""]
-    if worst(report["checks"]) == "bad":
-        lines += [f"**Do not use this model: {told(report['checks'])}.**", ""]
+    if worst(report.checks) == "bad":
+        lines += [f"**Do not use this model: {told(report.checks)}.**", ""]
     lines += [
         f"{len(collection.files)} models that were fine-tuned from {code(about.base.name)}, merged by RegMean (Jin et "
-        f"al., ICLR 2023) with gramfuse from files of their statistics: alpha {report['alpha']}, {report['weighting']} "
+        f"al., ICLR 2023) with gramfuse from files of their statistics: alpha {report.alpha}, {report.weighting} "
         f"weighting. Their data was not pooled.{kept}{followed}",
         "",
         "| model | examples | weight | SHA-256 of its statistics |",
         "|---|---|---|---|",
-        *(
-            f"| {one['name']} | {one['examples']:,} | {one['weight']:g} | `{one['sha256']}` |"
-            for one in report["silos"]
-        ),
+        *(f"| {one.name} | {one.examples:,} | {one.weight:g} | `{one.sha256}` |" for one in report.silos),
         "",
         *(line for said in tell_added(report, code) for line in (said, "")),
-        *extent(report, report["solve"]),
+        *extent(report, report.solve),
         *usage(form),
     ]
     return "\n".join(lines)

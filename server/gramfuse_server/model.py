@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,11 @@ from gramfuse_model.differences import add_differences
 from gramfuse_model.rescaling import fold
 from gramfuse_model.source import BUNDLED
 from gramfuse_model.tasks import Form, merged_form
-from gramfuse_protocol.coverage import coverage, told, unused
+from gramfuse_protocol.coverage import Covered, coverage, told, unused
 from gramfuse_protocol.layout import Layout
 from gramfuse_protocol.plan import Plan
-from gramfuse_server.pages.wording import known
-from gramfuse_server.solve import Step
+from gramfuse_protocol.who_sees_what import seen
+from gramfuse_server.report_schema import Chosen, Measured, Step
 
 
 def write_model(
@@ -29,8 +28,8 @@ def write_model(
     deltas: Mapping[str, NDArray[Any]],
     plan: Plan,
     silos: Sequence[str],
-    measured: Mapping[str, Any] | None,
-    chosen: Mapping[str, Any] | None = None,
+    measured: Measured | None,
+    chosen: Chosen | None = None,
     doubt: str = "",
     layout: Layout | None = None,
     steps: Sequence[Step] = (),
@@ -44,7 +43,7 @@ def write_model(
         directory: made if it is not there.
         silos: whose contributions are in it.
         measured: what the report says of the model, for the card, if it was measured.
-        chosen: `alpha` and `weights` by silo, if they were chosen on held-out data and are not the plan's.
+        chosen: the merge that it is, if that was chosen on held-out data.
         doubt: why it must not be used, if a check of the merge is bad.
         layout: of the merge, for the card to say how much of the model is merged in closed form.
         steps: how its groups were solved, for the card to say which experts no silo used.
@@ -65,8 +64,8 @@ def write_model(
 def card(
     plan: Plan,
     silos: Sequence[str],
-    measured: Mapping[str, Any] | None,
-    chosen: Mapping[str, Any] | None = None,
+    measured: Measured | None,
+    chosen: Chosen | None = None,
     doubt: str = "",
     layout: Layout | None = None,
     steps: Sequence[Step] = (),
@@ -80,39 +79,34 @@ def card(
     lines += [
         f"{code(plan.model.base)}, fine-tuned separately at {len(silos)} silos ({', '.join(silos)}) and merged "
         f"in {exchanges} by RegMean (Jin et al., ICLR 2023) with gramfuse: {_settings(plan, chosen)}. "
-        "The silos' data was not pooled; "
-        + (
-            "the coordinator saw sums over the silos only (secure aggregation)."
-            if plan.privacy.secure_aggregation
-            else "the coordinator saw each silo's statistics."
-        ),
+        f"The silos' data was not pooled; {seen('secure' if plan.privacy.secure_aggregation else 'open', past=True)}.",
         "",
         *_kept_heads(plan),
         f"Plan digest: `{plan.digest}`",
         "",
-        *(extent(coverage(layout), [asdict(step) for step in steps]) if layout else ()),
+        *(extent(coverage(layout), steps) if layout else ()),
         *usage(form),
     ]
     if measured:
-        lines += [*_results(known(measured)), *_generation(plan)]
+        lines += [*_results(measured.known), *_generation(plan)]
     lines += ["The plan:", "", *fenced("toml", plan.to_toml().strip()), ""]
     return "\n".join(lines)
 
 
-def _results(model: Mapping[str, Any]) -> list[str]:
+def _results(model: Measured) -> list[str]:
     """Return what was measured, and, where it left with noise, in which interval the exact value lies."""
-    privacy, intervals = model.get("privacy"), model.get("intervals", {})
+    privacy = model.privacy
     head = ["| metric | value | 95% interval |", "|---|---|---|"] if privacy else ["| metric | value |", "|---|---|"]
     lines = ["On the silos' held-out examples together:", "", *head]
-    for name, value in model["metrics"].items():
-        between = " to ".join(f"{end:.4g}" for end in intervals.get(name, ()))
+    for name, value in model.metrics.items():
+        between = " to ".join(f"{end:.4g}" for end in model.intervals.get(name, ()))
         lines.append(f"| {name} | {value:.4g} |" + (f" {between} |" if privacy else ""))
     if privacy:
-        total = privacy["total"]
+        total = privacy.total
         lines += [
             "",
-            f"Held-out counts left the silos with noise: of one example, each of {total['releases']} sums tells "
-            f"ε = {privacy['epsilon']:g}, and all of them ε = {total['epsilon']:.2f}, at δ = {privacy['delta']:g}.",
+            f"Held-out counts left the silos with noise: of one example, each of {total.releases} sums tells "
+            f"ε = {privacy.epsilon:g}, and all of them ε = {total.epsilon:.2f}, at δ = {privacy.delta:g}.",
         ]
     return [*lines, ""]
 
@@ -129,12 +123,12 @@ def _generation(plan: Plan) -> list[str]:
     ]
 
 
-def _settings(plan: Plan, chosen: Mapping[str, Any] | None) -> str:
+def _settings(plan: Plan, chosen: Chosen | None) -> str:
     if chosen is None:
         return f"alpha {plan.merge.alpha}, {plan.merge.weighting} weighting"
-    weights = ", ".join(f"{silo} × {weight:g}" for silo, weight in chosen["weights"].items())
+    weights = ", ".join(f"{silo} × {weight:g}" for silo, weight in chosen.weights.items())
     return (
-        f"alpha {chosen['alpha']}, {plan.merge.weighting} weighting with {weights}, chosen on held-out examples that "
+        f"alpha {chosen.alpha}, {plan.merge.weighting} weighting with {weights}, chosen on held-out examples that "
         "are not those of the metrics"
     )
 
@@ -150,12 +144,12 @@ def usage(form: Form) -> list[str]:
     return [*fenced("python", text), ""]
 
 
-def extent(found: Mapping[str, Any], steps: Iterable[Mapping[str, Any]]) -> list[str]:
+def extent(found: Covered, steps: Iterable[Step]) -> list[str]:
     """Return how much of a model is merged in closed form, as lines of Markdown.
 
     Args:
-        found: of `gramfuse_protocol.coverage`.
-        steps: how groups were solved, as a report has them.
+        found: a report, or what `gramfuse_protocol.coverage` returns.
+        steps: how groups were solved.
     """
     return [" ".join([*told(found, code), *unused(steps, code)]), ""]
 

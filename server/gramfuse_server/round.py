@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -19,9 +18,10 @@ from gramfuse_server.accumulator import Accumulator, Merged
 from gramfuse_server.checks import check_merge, check_model, check_shares
 from gramfuse_server.conductor import Conductor
 from gramfuse_server.evaluation import Candidate, Evaluation
+from gramfuse_server.report_schema import Check, Loss, Measured, RoundOfReport, SiloOfReport
 from gramfuse_server.secure import UPLOADS, SecureSums
 from gramfuse_server.spool import Spool, Spooled
-from gramfuse_server.verdicts import Check, worst
+from gramfuse_server.verdicts import worst
 
 Arrays = Mapping[str, NDArray[np.float32]]
 Traffic = dict[str, dict[str, int]]
@@ -61,7 +61,7 @@ class Round:
         self.survivors: tuple[str, ...] = ()
         self.merged: Merged | None = None
         self.checks: list[Check] = []
-        self.models: list[dict[str, Any]] = []
+        self.models: list[Measured] = []
         self.measured: tuple[str, ...] = ()
         self.unmeasured: str | None = None
 
@@ -108,7 +108,7 @@ class Round:
     @property
     def sound(self) -> bool:
         """Whether no check of the merge is bad."""
-        return worst(map(asdict, self.checks)) != "bad"
+        return worst(self.checks) != "bad"
 
     def measure(self, candidates: Iterable[Candidate]) -> None:
         """Have the survivors measure models.
@@ -145,30 +145,28 @@ class Round:
         return before | {name: str(error) for name, error in conductor.lost.items()}
 
     @property
-    def silos(self) -> list[dict[str, Any]]:
-        """How far each silo of the roster came, for the report of a failed run.
+    def silos(self) -> tuple[SiloOfReport, ...]:
+        """How far each silo of the roster came, for the report of a failed run."""
+        return tuple(
+            SiloOfReport.read({"name": name, "state": self._state(name), **self._examples(name)})
+            for name in self.plan.names
+        )
 
-        `state` is "merged", "lost", "trained", "joined", "connected" (its key is known, and it was not asked yet) or
-        "absent"; `examples` are those that it trained with, if it may say that.
-        """
-        return [{"name": name, "state": self._state(name), **self._examples(name)} for name in self.plan.names]
-
-    def report(self) -> dict[str, Any]:
+    def report(self) -> RoundOfReport:
         """Return what report.json says of this round; of one that failed, as far as it came."""
         conductor = self.conductor
-        found: dict[str, Any] = {"round": conductor.round}
+        report = RoundOfReport(
+            round=conductor.round,
+            lost=tuple(Loss(name=name, reason=reason) for name, reason in self.lost.items()),
+            bytes=self._of_silos(conductor.post.received),
+            bytes_to_silos=self._of_silos(conductor.post.sent),
+            seconds={phase: round(seconds, 3) for phase, seconds in conductor.seconds.items()},
+        )
         if self.merged is not None:
-            found["survivors"] = list(self.survivors)
-            found["solve"] = [asdict(step) for step in self.merged.steps]
-            found["checks"] = [asdict(check) for check in self.checks]
+            report = report.updated(survivors=self.survivors, solve=self.merged.steps, checks=tuple(self.checks))
         if self.models or self.unmeasured:
-            found |= {"models": self.models, "unmeasured": self.unmeasured}
-        return found | {
-            "lost": [{"name": name, "reason": reason} for name, reason in self.lost.items()],
-            "bytes": self._of_silos(conductor.post.received),
-            "bytes_to_silos": self._of_silos(conductor.post.sent),
-            "seconds": {phase: round(seconds, 3) for phase, seconds in conductor.seconds.items()},
-        }
+            report = report.updated(models=tuple(self.models), unmeasured=self.unmeasured)
+        return report
 
     def _state(self, silo: str) -> str:
         if self.merged is not None and silo in self.survivors:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from gramfuse_protocol.layout import Group
+from gramfuse_server.report_schema import Outcome, Step
 
 ROUNDING = 2.0**-24
 """Relative rounding of a float32 statistic."""
@@ -22,33 +24,6 @@ RIDGES = (0.0, 2.0, 8.0, 32.0, 128.0)
 
 Smaller ones would only let through directions in which the statistics hold nothing but their rounding.
 """
-
-
-@dataclass(frozen=True)
-class Step:
-    """How a group was solved.
-
-    Args:
-        group: its name.
-        outcome: `clean`; `jitter` if at least one block needed a ridge; `mean` if at least one block could not be
-            solved and took the mean; `unused` if all blocks could be solved but those of experts that no silo used,
-            which took the mean; `empty` if nothing but zeros ever came there, so that all of it took the mean.
-        jitter: largest relative ridge that a solved block needed.
-        smallest_eigenvalue: estimate, over all blocks, of S scaled to a unit diagonal, before any ridge; 1 is perfect,
-            below about 1e-6 the float32 statistics hold no information in some direction; 0 if Cholesky failed.
-        dead_features: features that were zero at every silo; their rows took the mean.
-        mean_blocks: blocks that took the mean since they could not be solved, of `blocks`.
-        unused: indices of the experts that no silo used; they took the mean.
-    """
-
-    group: str
-    outcome: str
-    jitter: float
-    smallest_eigenvalue: float
-    dead_features: int
-    mean_blocks: int
-    blocks: int
-    unused: list[int]
 
 
 def solve(group: Group, s: NDArray[np.float64], t: torch.Tensor, mean: torch.Tensor) -> tuple[torch.Tensor, Step]:
@@ -82,10 +57,24 @@ def solve(group: Group, s: NDArray[np.float64], t: torch.Tensor, mean: torch.Ten
         dead[first // group.d_in] += outcome.dead
         failed += outcome.failed
     empty = [expert for expert, features in enumerate(dead) if features == group.d_in]
-    unused = empty if group.experts else []
-    names = {"empty": len(empty) == len(dead), "mean": failed, "unused": unused, "jitter": jitter, "clean": True}
-    name = next(name for name, so in names.items() if so)
-    return solution, Step(group.name, name, jitter, smallest, sum(dead), failed, blocks, unused)
+    unused = tuple(empty) if group.experts else ()
+    outcomes: dict[Outcome, Any] = {
+        "empty": len(empty) == len(dead),
+        "mean": failed,
+        "unused": unused,
+        "jitter": jitter,
+        "clean": True,
+    }
+    return solution, Step(
+        group=group.name,
+        outcome=next(name for name, so in outcomes.items() if so),
+        jitter=jitter,
+        smallest_eigenvalue=smallest,
+        dead_features=sum(dead),
+        mean_blocks=failed,
+        blocks=blocks,
+        unused=unused,
+    )
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from gramfuse_protocol.statistics import Statistics, check_counts, check_slices
 from gramfuse_protocol.text import SAID, one_line
 from gramfuse_protocol.wire import unpack
 from gramfuse_server.accumulator import Accumulator
-from gramfuse_server.solve import Step
+from gramfuse_server.report_schema import Step
 
 
 class RegMean(FedAvg):

@@ -48,6 +48,7 @@ from gramfuse_protocol.wire import Frame, pack, unpack
 from gramfuse_server.app import coordinate
 from gramfuse_server.model import card, front_matter
 from gramfuse_server.pages.page import page
+from gramfuse_server.report_schema import Measured, Report
 from tests.simulation.conftest import InProcessGrid
 from tests.unit.test_page import open_run
 
@@ -431,7 +432,7 @@ def test_a_base_name_is_nothing_but_a_name_in_the_model_card(base: str) -> None:
         assert yaml.safe_load("\n".join(lines[1:-1]))["base_model"] == base
         return
     plan = Plan.parse(tomlkit.dumps(document))
-    text = card(plan, ["north", "south"], {"metrics": {"micro-f1": 0.5}})
+    text = card(plan, ["north", "south"], Measured(name="regmean", kind="regmean", metrics={"micro-f1": 0.5}))
     _, metadata, body = re.split("^---$", text, maxsplit=2, flags=re.M)
     assert yaml.safe_load(metadata) == {
         "base_model": base,
@@ -455,7 +456,7 @@ def test_a_report_from_a_stranger_makes_a_page_that_says_what_it_says() -> None:
     report["silos"][0]["name"] = report["models"][0]["name"] = report["solve"][0]["group"] = evil
     report["lost"] = [{"name": evil, "reason": f"[/x] {evil}"}]
     report["base"]["name"] = report["layout_digest"] = evil
-    text = page(report, plan)
+    text = page(Report.read(report), plan)
     assert all(printable(line) for line in text.split("\n"))
     assert "<script" not in text
     assert '" onload="' not in text

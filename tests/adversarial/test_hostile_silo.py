@@ -145,16 +145,20 @@ class Run:
         nodes = {name: SiloApp(lambda _, name=name: self.silo(name)) for name in NAMES}
         grid = self.grid(nodes, fault=fault, keys=federation.keys)
         with RunDirectory(self.out, 0, resume=resume) as run:
-            report = Exchange(
-                grid,
-                federation.plan,
-                federation.layout,
-                copy.deepcopy(federation.base),
-                run,
-                observer=observe,
-                piece_bytes=PIECE_BYTES,
-                patience=Patience(wait=0.1, authenticated=True),
-            ).start()
+            report = (
+                Exchange(
+                    grid,
+                    federation.plan,
+                    federation.layout,
+                    copy.deepcopy(federation.base),
+                    run,
+                    observer=observe,
+                    piece_bytes=PIECE_BYTES,
+                    patience=Patience(wait=0.1, authenticated=True),
+                )
+                .start()
+                .document()
+            )
             run.finish()
         return report
 

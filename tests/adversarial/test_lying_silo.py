@@ -35,8 +35,8 @@ from gramfuse_server import post
 from gramfuse_server.accumulator import Accumulator, Merged
 from gramfuse_server.checks import check_merge, check_model
 from gramfuse_server.exchange import Exchange
+from gramfuse_server.report_schema import Check, Report
 from gramfuse_server.run import RunDirectory
-from gramfuse_server.verdicts import Check
 from tests.adversarial.conftest import Liar
 from tests.simulation.conftest import InProcessGrid, _task_identity  # noqa: F401  # a fixture
 
@@ -285,7 +285,7 @@ def test_silos_are_not_given_a_replaced_model_and_the_run_says_so(
     grid = InProcessGrid({name: SiloApp(lambda _, name=name: silo(name)) for name in plan.names})
     out = tmp_path / "run"
     with RunDirectory(out, 0) as run:
-        report = Exchange(grid, plan, site.layout, load_base(plan, project.directory), run).start()
+        report = Exchange(grid, plan, site.layout, load_base(plan, project.directory), run).start().document()
         run.finish()
     kept = [State(silo(name).state, plan.digest, 1).model.exists() for name in plan.names]
     written = json.loads((out / "report.json").read_text())
@@ -295,7 +295,7 @@ def test_silos_are_not_given_a_replaced_model_and_the_run_says_so(
     if not lie:
         assert (verdicts, set(kept)) == ({"ok"}, {True})
         assert "Do not use" not in card
-        show_report(report, out, as_json=False)
+        show_report(Report.read(report), out, as_json=False)
         return
     assert "bad" in verdicts
     assert ("silo-a", "evaluate") not in grid.sent
@@ -304,7 +304,7 @@ def test_silos_are_not_given_a_replaced_model_and_the_run_says_so(
     assert "Do not use this model" in card
     for as_json in (False, True):
         with pytest.raises(MergeError) as caught:
-            show_report(report, out, as_json)
+            show_report(Report.read(report), out, as_json)
         assert caught.value.report == out / "report.json"
 
 

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from gramfuse_cli.main import cli
 from gramfuse_protocol.errors import ContributionError, GramfuseError, ModelError
 from gramfuse_protocol.statistics_file import read_statistics
+from tests.unit.test_report import read_back
 
 TEXTS = ["the old cat and a dog", "my horse near the big goat", "rain and wind", "the snow of a storm", "a small pan"]
 LABELS = ["animals", "weather"]
@@ -226,7 +227,7 @@ def test_models_with_other_tokens_merge_as_without_and_keep_those_of_a_tokenizer
         again("cat <a> dog")["input_ids"]
         == transformers.AutoTokenizer.from_pretrained(wanted)("cat <a> dog")["input_ids"]
     )
-    added = json.loads((directory / "report.json").read_text())["added_tokens"]
+    added = read_back(directory)["added_tokens"]
     assert added["kept"] == [
         {"token": "\n", "silos": ["two"]},
         {"token": "<b>", "silos": ["one", "two"]},

@@ -14,6 +14,7 @@ from click.testing import CliRunner, Result
 from gramfuse_cli.main import cli
 from gramfuse_cli.tune import show_tuning
 from gramfuse_protocol.errors import DataError, GramfuseError, PlanError
+from gramfuse_server.report_schema import Tuning
 from loopback import BIN
 
 
@@ -81,7 +82,7 @@ def test_a_project_is_tuned_and_the_report_is_of_the_other_half(
         in card
     )
 
-    show_tuning(tuning)
+    show_tuning(Tuning.read(tuning))
     shown = capsys.readouterr().out
     assert f"α = {tuning['chosen']['alpha']:g}, chosen" in shown
     assert "without silo-a" in shown

@@ -22,6 +22,7 @@ from gramfuse_protocol.tasks.regression import moment_rows
 from gramfuse_protocol.tasks.sequence_to_sequence import generation_rows
 from gramfuse_protocol.tasks.token_classification import entity_rows
 from gramfuse_server.intervals import with_intervals
+from gramfuse_server.report_schema import Measured
 
 TYPES = ("PER", "LOC", "ORG", "MISC")
 TAGS = ["O", *(f"{place}-{kind}" for kind in TYPES for place in "BI")]
@@ -100,10 +101,10 @@ def test_the_exact_metric_lies_in_its_interval_in_93_of_100_draws(name: str, mon
     exact, noise = figures(task, vector), deviations(plan, task, 4)
     held: Counter[str] = Counter()
     for _ in range(DRAWS):
-        said = with_intervals(plan, task, vector + noise * rng.normal(size=vector.size), 4)
-        assert said["intervals"].keys() == exact.keys()
-        held.update(metric for metric, (low, high) in said["intervals"].items() if low <= exact[metric] <= high)
-        assert all(low <= said["metrics"][metric] <= high for metric, (low, high) in said["intervals"].items())
+        said = with_intervals(plan, "regmean", task, vector + noise * rng.normal(size=vector.size), 4)
+        assert said.intervals.keys() == exact.keys()
+        held.update(metric for metric, (low, high) in said.intervals.items() if low <= exact[metric] <= high)
+        assert all(low <= said.metrics[metric] <= high for metric, (low, high) in said.intervals.items())
     assert {metric: held[metric] for metric in exact if held[metric] < 0.93 * DRAWS} == {}
 
 
@@ -112,15 +113,18 @@ def test_a_report_says_what_was_measured_what_is_known_and_what_it_cost() -> Non
     plan = plan.override(["merge.rounds=3"])
     task = plan.task_of("a")
     vector = make(task)
-    said = with_intervals(plan, task, vector, 4)
-    assert json.loads(json.dumps(said)) == said == with_intervals(plan, task, vector, 4), "the same every time"
-    assert said["metrics"] == figures(task, vector)
-    assert said["privacy"]["epsilon"] == 2.0
-    assert said["privacy"]["delta"] == 1e-5
-    assert said["privacy"]["total"] == {"epsilon": pytest.approx(5.7, abs=0.2), "releases": 6}
-    for label in said["labels"].values():
-        low, high = label["interval"]
-        assert 0 <= low <= label["f1"] <= high <= 1
+    said = with_intervals(plan, "regmean", task, vector, 4)
+    assert Measured.read(said.document()) == said == with_intervals(plan, "regmean", task, vector, 4), (
+        "the same every time"
+    )
+    assert said.metrics == figures(task, vector)
+    assert said.privacy is not None
+    assert said.privacy.epsilon == 2.0
+    assert said.privacy.delta == 1e-5
+    assert said.privacy.total.document() == {"epsilon": pytest.approx(5.7, abs=0.2), "releases": 6}
+    for label in said.labels[""].values():
+        low, high = label.interval or (-1, -1)
+        assert 0 <= low <= label.f1 <= high <= 1
         assert high - low < 0.25
 
 
@@ -128,10 +132,10 @@ def test_the_mean_over_labels_that_the_noise_hides_says_nothing() -> None:
     plan, make = classes(64, 300, np.random.default_rng(4))
     task = plan.task_of("a")
     noise = deviations(plan, task, 4) * np.random.default_rng(1).normal(size=2 + 3 * 64)
-    said = with_intervals(plan, task, make(task) + noise, 4)
-    assert said["intervals"]["macro-f1"] == [0, 1]
-    assert said["intervals"]["accuracy"][1] - said["intervals"]["accuracy"][0] < 0.1
-    assert [0, 1] in [label["interval"] for label in said["labels"].values()]
+    said = with_intervals(plan, "regmean", task, make(task) + noise, 4)
+    assert said.intervals["macro-f1"] == (0, 1)
+    assert said.intervals["accuracy"][1] - said.intervals["accuracy"][0] < 0.1
+    assert (0, 1) in [label.interval for label in said.labels[""].values()]
 
 
 def test_the_demo_shows_accuracy_to_less_than_two_points(record_property: Callable[[str, Any], None]) -> None:
@@ -148,7 +152,7 @@ def test_the_demo_shows_accuracy_to_less_than_two_points(record_property: Callab
     widths = []
     for silos in (4, 3):
         noise = deviations(plan, task, silos) * rng.normal(size=vector.size)
-        low, high = with_intervals(plan, task, vector + noise, silos)["intervals"]["accuracy"]
+        low, high = with_intervals(plan, "regmean", task, vector + noise, silos).intervals["accuracy"]
         widths.append((high - low) / 2)
     record_property("half width of the demo's accuracy", widths)
     assert max(widths) < 0.012

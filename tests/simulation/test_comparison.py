@@ -37,6 +37,8 @@ from gramfuse_server.evaluation import described
 from gramfuse_server.methods.arithmetic import weighted_mean
 from gramfuse_server.methods.registry import METHODS, Merged, Options, Silos, method
 from gramfuse_server.pages.page import page
+from gramfuse_server.report_schema import Report
+from tests.unit.test_report import read_back
 
 ANIMALS, WEATHER, FILLERS = ["cat", "dog", "horse", "sheep"], ["rain", "snow", "wind", "sun"], ["the", "a", "of"]
 
@@ -87,7 +89,7 @@ def compare(in_process_grid: Any, tmp_path: Path) -> Callable[[Path, str], Compa
             simulated=partial(laboratory_of, spec, plan, layout),
             study=study_of(spec, plan, layout),
             observer=events.append,
-        )
+        ).document()
         compared = Compared(report, tmp_path / "run", events, laboratory_of(spec, plan, layout, 1, plan.names))
         check_exchange(compared)
         return compared
@@ -99,11 +101,11 @@ def check_exchange(run: Compared) -> None:
     """The laboratory gives what the silos gave in the exchange, and leaves the base model as it was."""
     laboratory = run.laboratory
     simple = weighted_mean(*laboratory.parents())
-    assert described(laboratory.plan, "simple", "simple", laboratory.measure(simple)) == run.of("simple")
+    assert described(laboratory.plan, "simple", "simple", laboratory.measure(simple)).document() == run.of("simple")
     for model in run.report["models"]:
         if model["kind"] in ("silo", "body"):
             sums = laboratory.measure(laboratory.deltas(model["name"]))
-            assert described(laboratory.plan, model["name"], model["kind"], sums) == model
+            assert described(laboratory.plan, model["name"], model["kind"], sums).document() == model
     for bench in laboratory.benches.values():
         loaded = load_base(laboratory.plan, bench.silo.directory, silo=bench.silo.name)
         assert weights_digest(bench.base.model, loaded.shared) == weights_digest(loaded.model, loaded.shared)
@@ -147,7 +149,7 @@ def test_classifiers_compared_with_everything(
     project.replace(project.plan, "epochs = 2", "epochs = 6")
     terms = "fisher,fisher:soft:model:9,ensemble,joint,best,fedavg:2,task-arithmetic,ties:0.5,transport"
     run = compare(project.directory, terms)
-    assert json.loads((run.out / "report.json").read_text()) == run.report
+    assert read_back(run.out) == run.report
     others = run.report["models"][4:]
     assert [model["name"] for model in others] == [
         "fisher (hard, per tensor)",
@@ -164,7 +166,7 @@ def test_classifiers_compared_with_everything(
     assert all(model["seconds"] >= 0 for model in others)
     study = [(event["state"], event.get("name")) for event in run.events if event["phase"] == "study"]
     assert study[:3] == [("start", None), ("try", "fisher"), ("measured", "fisher (hard, per tensor)")]
-    show_report(run.report, run.out, False)
+    show_report(Report.read(run.report), run.out, False)
     shown = " ".join(capsys.readouterr().out.split())
     assert "task arithmetic (scale 0.3)" in shown
     assert f"fedavg (2 rounds): {run.of('fedavg')['note']}" in shown
@@ -206,10 +208,12 @@ def test_a_method_of_another_package_is_measured_and_shown_by_its_label(
             check_terms(parse_terms("toy"), secure)
         model = run.of("toy")
         assert model["name"] == "toy median (times 0.5)"
-        show_report(run.report, run.out, False)
+        assert read_back(run.out) == run.report
+        report = Report.read(run.report)
+        show_report(report, run.out, False)
         shown = " ".join(capsys.readouterr().out.split())
         assert "toy median (times 0.5): as robust as it gets" in shown
-        told = page(run.report, run.laboratory.plan)
+        told = page(report, run.laboratory.plan)
         assert told == (run.out / "report.html").read_text(encoding="utf-8")
         assert "toy median (times 0.5)" in told
         assert "the median of the silos&#39; parameters" in told

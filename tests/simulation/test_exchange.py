@@ -55,8 +55,10 @@ from gramfuse_server.app import coordinate
 from gramfuse_server.exchange import Exchange
 from gramfuse_server.pages.page import page
 from gramfuse_server.patience import Patience
+from gramfuse_server.report_schema import Report
 from gramfuse_server.run import RunDirectory, read_checkpoint
 from gramfuse_server.secure import UPLOADS
+from tests.unit.test_report import read_back
 
 SILOS = ("silo-a", "silo-b", "silo-c")
 PIECE_BYTES = 1000
@@ -188,7 +190,7 @@ def honest(
         recorder = Recorder()
         grid = in_process_grid(simulated(project, plan, place / "state"), fault=recorder)
         simulated_all = laboratory(project, plan, layout, place / "state")
-        report = coordinate(grid, plan, layout, project.directory, place / "run", simulated=simulated_all)
+        report = coordinate(grid, plan, layout, project.directory, place / "run", simulated=simulated_all).document()
         sums = {name: recorder.sums(name) for name in SILOS}
         base = load_base(plan, project.directory)
         _kept.append(Honest(project, plan, layout, place / "run", report, grid.sent, recorder.statistics(), sums, base))
@@ -215,7 +217,11 @@ def exchange(
     """As `coordinate`, with a base model that is loaded already and other pieces."""
     with RunDirectory(out, 0, resume=resume) as run:
         base = copy.deepcopy(honest.base)
-        report = Exchange(grid, plan or honest.plan, honest.layout, base, run, piece_bytes=piece_bytes, **more).start()
+        report = (
+            Exchange(grid, plan or honest.plan, honest.layout, base, run, piece_bytes=piece_bytes, **more)
+            .start()
+            .document()
+        )
         run.finish()
     return report
 
@@ -304,8 +310,8 @@ def test_a_run_leaves_a_model_that_loads_and_a_complete_report(honest: Honest) -
     assert {path.name for path in out.iterdir()} == {
         "SHA256SUMS", "layout.json", "model", "plan.toml", "report.html", "report.json", "transcript.jsonl",
     }  # fmt: skip
-    assert json.loads((out / "report.json").read_text()) == report
-    assert (out / "report.html").read_text(encoding="utf-8") == page(report, honest.plan)
+    assert read_back(out) == report
+    assert (out / "report.html").read_text(encoding="utf-8") == page(Report.read(report), honest.plan)
     assert report["plan_digest"] == honest.plan.digest == Plan.read(out / "plan.toml").digest
     assert report["layout_digest"] == honest.layout.digest == Layout.read(out / "layout.json").digest
     assert report["silos"] == [{"name": name, "examples": 24} for name in SILOS]
@@ -382,7 +388,7 @@ def test_weights_by_examples_count_each_silo_by_its_examples(
     plan, layout = Project.read(project.directory).locked()
     recorder = Recorder()
     grid = in_process_grid(simulated(project, plan, place / "state"), fault=recorder)
-    report = coordinate(grid, plan, layout, project.directory, place / "run")
+    report = coordinate(grid, plan, layout, project.directory, place / "run").document()
     assert [silo["examples"] for silo in report["silos"]] == [24, 16]
     assert_merged(place / "run", plan, layout, project.directory, recorder, [24, 16])
 
@@ -420,7 +426,7 @@ def test_text_pairs_run_from_end_to_end(pico_project: Any, in_process_grid: Any,
     plan, layout = Project.read(project.directory).locked()
     recorder = Recorder()
     grid = in_process_grid(simulated(project, plan, place / "state"), fault=recorder)
-    report = coordinate(grid, plan, layout, project.directory, place / "run")
+    report = coordinate(grid, plan, layout, project.directory, place / "run").document()
     assert_merged(place / "run", plan, layout, project.directory, recorder, [1, 1])
     right = [
         ("same", "other")[logits.argmax().item()] == row["label"]
@@ -448,7 +454,7 @@ def test_regression_runs_from_end_to_end(pico_project: Any, in_process_grid: Any
     plan, layout = Project.read(project.directory).locked()
     recorder = Recorder()
     grid = in_process_grid(simulated(project, plan, place / "state"), fault=recorder)
-    report = coordinate(grid, plan, layout, project.directory, place / "run")
+    report = coordinate(grid, plan, layout, project.directory, place / "run").document()
     assert_merged(place / "run", plan, layout, project.directory, recorder, [1, 1])
     said = np.array([logits.item() for logits in logits_of(place / "run", held_out)])
     truth = np.array([row["label"] for row in held_out])
@@ -552,7 +558,7 @@ def test_what_is_lost_is_asked_again_and_nobody_trains_twice(
         return deliver()
 
     grid = in_process_grid(simulated(honest.project, honest.plan, place / "state"), fault=fault)
-    report = coordinate(grid, honest.plan, honest.layout, honest.project.directory, place / "run")
+    report = coordinate(grid, honest.plan, honest.layout, honest.project.directory, place / "run").document()
     assert sorted(lost) == sorted(["join", "train", "upload", "evaluate", "finish"] * 3)
     assert grid.sent.count(("silo-b", "train")) == grid.sent.count(("silo-b", "upload")) == 3
     assert len(trainings) == 3
@@ -651,7 +657,7 @@ def left(place: Path, error: GramfuseError) -> dict[str, Any]:
     assert error.report == failed / "report.html"
     crossed = {"transcript.jsonl"}  # if anything did
     assert {path.name for path in failed.iterdir()} - crossed == {"plan.toml", "report.html", "report.json"}
-    report: dict[str, Any] = json.loads((failed / "report.json").read_text())
+    report = read_back(failed)
     about = {"error": type(error).__name__, "message": str(error), "exit_code": error.exit_code}
     assert report["failure"].items() >= about.items()
     assert report["plan_digest"] == Plan.read(failed / "plan.toml").digest
@@ -668,7 +674,7 @@ def unmeasured(grid: Any, honest: Honest, place: Path) -> str:
     events: list[dict[str, Any]] = []
     report = exchange(grid, honest, place / "run", ONE_PIECE, observer=events.append)
     assert_identical(weights_of(place / "run"), honest.weights)
-    assert json.loads((place / "run" / "report.json").read_text()) == report
+    assert read_back(place / "run") == report
     assert report["models"] == []
     assert report["silos"] == honest.report["silos"]
     why = str(report["unmeasured"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -27,6 +26,7 @@ from gramfuse_server import post
 from gramfuse_server.app import coordinate
 from gramfuse_server.merging import Settings, merge_files
 from tests.conftest import PicoProject
+from tests.unit.test_report import read_back
 
 ROUTER = (1.0, -1.0, 2.0, -2.0, 0.0)
 """Multiples of one direction: a router that chooses two never chooses the last."""
@@ -93,10 +93,11 @@ def test_a_run_merges_experts_and_names_those_that_no_silo_used(
         tmp_path / "run",
         simulated=partial(laboratory_of, spec, plan, layout),
     )
-    steps = {step["group"]: step for step in report["solve"]}
+    assert read_back(tmp_path / "run") == report.document()
+    steps = {step.group: step for step in report.solve}
     for name in TENSORS:
-        assert (steps[name]["outcome"], steps[name]["unused"]) == ("unused", [4])
-    assert all(check["verdict"] != "bad" for check in report["checks"])
+        assert (steps[name].outcome, steps[name].unused) == ("unused", (4,))
+    assert all(check.verdict != "bad" for check in report.checks)
     card = (tmp_path / "run" / "model" / "README.md").read_text()
     page = (tmp_path / "run" / "report.html").read_text()
     for name in TENSORS:
@@ -152,8 +153,9 @@ def test_a_model_that_is_measured_twice_and_merged_comes_back_and_its_card_names
     own = dict(tuned.named_parameters())
     for name, parameter in merged.named_parameters():
         np.testing.assert_allclose(parameter.detach(), own[name].detach(), rtol=0, atol=1e-6)
-    named = {step["group"]: step["unused"] for step in report["solve"] if step["unused"]}
-    assert named == {name: [4] for name in TENSORS}
-    saved = json.loads((tmp_path / "merged" / "report.json").read_text())
+    named = {step.group: step.unused for step in report.solve if step.unused}
+    assert named == dict.fromkeys(TENSORS, (4,))
+    saved = read_back(tmp_path / "merged")
+    assert saved == report.document()
     assert [step["unused"] for step in saved["solve"] if step["unused"]] == [[4]] * 4
     assert f"`{TENSORS[0]}`: expert 4" in (tmp_path / "merged" / "README.md").read_text()

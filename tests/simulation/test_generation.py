@@ -92,14 +92,14 @@ def run(directory: Path, place: Path, grid: Any) -> dict[str, Any]:
     silos = {
         name: simulated_silo(file, str(place / "state"), plan.digest) for name, file in zip(SILOS, files, strict=True)
     }
-    report: dict[str, Any] = coordinate(
+    report = coordinate(
         grid({name: SiloApp(lambda _, name=name: silos[name]) for name in SILOS}),
         plan,
         layout,
         directory,
         place / "run",
         simulated=partial(laboratory_of, spec, plan, layout),
-    )
+    ).document()
     assert report["unmeasured"] is None
     return report
 

@@ -38,6 +38,8 @@ from gramfuse_protocol.tasks.rows import Group, Vector, added
 from gramfuse_protocol.tasks.scores import Sums, examples_in, share
 from gramfuse_server import post
 from gramfuse_server.app import coordinate
+from gramfuse_server.report_schema import Report
+from tests.unit.test_report import read_back
 
 NEARLY = "how many examples are at most one grade off, and how many more"
 NEAR = "share of examples at most one label off"
@@ -98,10 +100,10 @@ def ordinal() -> Iterator[None]:
 @pytest.fixture
 def run(
     pico_project: Callable[..., Any], in_process_grid: Any, tmp_path: Path
-) -> Callable[..., tuple[Plan, dict[str, Any], Path]]:
+) -> Callable[..., tuple[Plan, Report, Path]]:
     """Return a function that runs a project whose task is ordinal, and returns its plan, report and run directory."""
 
-    def go(compare: str = "", **about: Any) -> tuple[Plan, dict[str, Any], Path]:
+    def go(compare: str = "", **about: Any) -> tuple[Plan, Report, Path]:
         project = pico_project(**about)
         project.replace(project.plan, 'task = "classification"', 'task = "ordinal"')
         plan, layout = Project.read(project.directory).locked()
@@ -173,12 +175,13 @@ def test_rows_without_noise_give_the_exact_metrics() -> None:
 
 @pytest.mark.usefixtures("ordinal")
 def test_an_open_run_is_measured_compared_and_shown_in_its_own_words(
-    run: Callable[..., tuple[Plan, dict[str, Any], Path]], capsys: pytest.CaptureFixture[str]
+    run: Callable[..., tuple[Plan, Report, Path]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     plan, report, directory = run("fisher:8,ensemble", silos=2, examples=30)
-    assert report["tasks"] == {"": "ordinal"}
-    assert all("within-one" in model["metrics"] for model in report["models"])
-    assert report["models"][-2]["name"] == "fisher (empirical, per tensor, 8 examples)"
+    assert read_back(directory) == report.document()
+    assert report.tasks == {"": "ordinal"}
+    assert all("within-one" in model.metrics for model in report.models)
+    assert report.models[-2].name == "fisher (empirical, per tensor, 8 examples)"
     show_report(report, directory, False)
     assert "within-one" in capsys.readouterr().out
     page = (directory / "report.html").read_text(encoding="utf-8")
@@ -191,11 +194,13 @@ def test_an_open_run_is_measured_compared_and_shown_in_its_own_words(
 
 @pytest.mark.usefixtures("ordinal")
 def test_a_secure_run_tells_the_new_metric_with_its_interval(
-    run: Callable[..., tuple[Plan, dict[str, Any], Path]],
+    run: Callable[..., tuple[Plan, Report, Path]],
 ) -> None:
     _, report, directory = run(silos=4, secure=True)
-    (merged,) = (model for model in report["models"] if model["kind"] == "regmean")
-    low, high = merged["intervals"]["within-one"]
-    assert 0 <= low <= merged["metrics"]["within-one"] <= high <= 1
-    assert low <= merged["exact"]["metrics"]["within-one"] <= high
+    assert read_back(directory) == report.document()
+    (merged,) = (model for model in report.models if model.kind == "regmean")
+    assert merged.exact is not None
+    low, high = merged.intervals["within-one"]
+    assert 0 <= low <= merged.metrics["within-one"] <= high <= 1
+    assert low <= merged.exact.metrics["within-one"] <= high
     assert NEAR in (directory / "report.html").read_text(encoding="utf-8")

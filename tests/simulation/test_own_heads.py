@@ -34,6 +34,7 @@ from gramfuse_protocol.metrics import metrics
 from gramfuse_protocol.plan import Plan
 from gramfuse_server import post
 from gramfuse_server.app import coordinate
+from gramfuse_server.report_schema import Report
 
 CPU = torch.device("cpu")
 ANIMALS, WEATHER = ["cat", "dog", "horse", "sheep"], ["rain", "snow", "wind", "sun"]
@@ -137,7 +138,7 @@ def run(directory: Path, place: Path, grid: Any, *settings: str) -> SimpleNamesp
         place / "run",
         simulated=partial(laboratory_of, spec, plan, layout),
         own_heads=finish,
-    )
+    ).document()
     return SimpleNamespace(plan=plan, layout=layout, silos=silos, report=report, out=place / "run")
 
 
@@ -202,7 +203,7 @@ def test_different_tasks_share_a_body_and_keep_their_heads(
     assert {name for name in merged if not name.endswith("key.bias")} <= moved <= merged, "those may have no gradient"
 
     monkeypatch.setenv("COLUMNS", "200")
-    show_report(done.report, done.out, False)
+    show_report(Report.read(done.report), done.out, False)
     shown = capsys.readouterr().out
     for words in ("topic: accuracy", "entities: entity-f1", "count: pearson", "mean-score", "each silo's own model"):
         assert words in shown

@@ -119,7 +119,7 @@ def run(directory: Path, place: Path, grid: Any, *settings: str) -> dict[str, An
     def finish(name: str, arrays: Any, to: Path) -> None:
         Workbench(silos[name], plan).finish(layout, arrays, State(silos[name].state, plan.digest), to)
 
-    report: dict[str, Any] = coordinate(grid(apps), plan, layout, directory, place / "run", own_heads=finish)
+    report = coordinate(grid(apps), plan, layout, directory, place / "run", own_heads=finish).document()
     assert report["unmeasured"] is None, report["checks"]
     return report
 

@@ -51,8 +51,9 @@ from gramfuse_server import post
 from gramfuse_server.accumulator import Accumulator
 from gramfuse_server.app import coordinate
 from gramfuse_server.conductor import Conductor
-from gramfuse_server.pages.wording import known
+from gramfuse_server.report_schema import Measured, Report
 from gramfuse_server.run import checkpoint_text, read_checkpoint
+from tests.unit.test_report import read_back
 
 Arrays = Mapping[str, np.ndarray]
 Answer = Callable[[], RecordDict]
@@ -136,7 +137,9 @@ class Site:
             watch(event)
 
         self.grid = self.make_grid({name: node(name) for name in self.plan.names}, fault=recorded)
-        return coordinate(self.grid, self.plan, self.layout, self.project.directory, self.out, observer=observe, **more)
+        return coordinate(
+            self.grid, self.plan, self.layout, self.project.directory, self.out, observer=observe, **more
+        ).document()
 
     def laboratory(self, number: int, survivors: tuple[str, ...]) -> Laboratory:
         files = [str(self.project.silo(name)) for name in self.plan.names]
@@ -257,8 +260,8 @@ def test_the_report_has_each_round_and_what_all_of_them_took(done: Done, capsys:
     assert {path.name for path in here.out.iterdir()} == {
         "SHA256SUMS", "layout.json", "model", "plan.toml", "report.html", "report.json", "transcript.jsonl",
     }  # fmt: skip
-    assert json.loads((here.out / "report.json").read_text()) == report
-    show_report(report, here.out, False)
+    assert read_back(here.out) == report
+    show_report(Report.read(report), here.out, False)
     shown = [line.split("│")[1].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
     merges = [f"{name}, round {number}" for number in (1, 2) for name in ("simple average", "RegMean")]
     assert shown == [*merges[:2], *(f"{name} alone" for name in names), *merges[2:]]
@@ -307,7 +310,7 @@ def test_secure_rounds_are_the_open_ones(site: Callable[..., Site]) -> None:
     for one, other in zip(reports[0]["rounds"], reports[1]["rounds"], strict=True):
         assert one["unmeasured"] is other["unmeasured"] is None
         pairs = list(zip(one["models"], other["models"], strict=True))
-        assert [known(masked)["metrics"] for masked, _ in pairs] == [plain["metrics"] for _, plain in pairs]
+        assert [Measured.read(masked).known.metrics for masked, _ in pairs] == [plain["metrics"] for _, plain in pairs]
         for masked, plain in pairs[-2:]:
             assert masked["metrics"] != plain["metrics"], "what was summed has noise"
             assert masked["intervals"].keys() == plain["metrics"].keys()
@@ -485,7 +488,7 @@ def test_another_start_than_before_is_refused(site: Callable[..., Site], trainin
     with pytest.raises(RefusalError, match="a second, different request for train came in round 2"):
         here.run(resume=True)
     assert set(trainings.values()) == {1}
-    report = json.loads((here.out.with_name("run.failed") / "report.json").read_text())
+    report = read_back(here.out.with_name("run.failed"))
     assert [one["round"] for one in report["rounds"]] == [1]
     failure = {"error": "RefusalError", "phase": "train", "round": 2, "exit_code": 13, "resumable": True}
     assert report["failure"].items() >= failure.items()

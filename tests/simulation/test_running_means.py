@@ -200,7 +200,7 @@ def test_secure_and_open_runs_write_the_same_running_means_and_silos_measure_the
             directory,
             place / "run",
             simulated=partial(laboratory_of, spec, plan, layout),
-        )
+        ).document()
         assert report["unmeasured"] is None, [c for c in report["checks"] if c["verdict"] != "ok"]
         model = transformers.AutoModelForImageClassification.from_pretrained(place / "run" / "model")
         written[mode] = model.state_dict()
@@ -277,7 +277,7 @@ def test_models_that_silos_keep_have_their_own_running_means_of_the_head_and_the
         directory,
         tmp_path / "run",
         own_heads=finish,
-    )
+    ).document()
     (found,) = (entry["silos"] for entry in report["models"] if entry["name"] == "regmean")
     means = {}
     for name in SILOS:

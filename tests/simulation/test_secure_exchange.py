@@ -70,6 +70,7 @@ from gramfuse_server import post
 from gramfuse_server.accumulator import Accumulator
 from gramfuse_server.exchange import Exchange
 from gramfuse_server.run import RunDirectory
+from tests.unit.test_report import read_back
 
 PIECE_BYTES = 16384
 A, B, C, D, E = NAMES = tuple(f"silo-{letter}" for letter in "abcde")
@@ -267,16 +268,21 @@ class Run:
 
         self.grid = grid(self.nodes(), fault=recorded, lag=lag)
         with RunDirectory(self.out, 0, resume=resume) as run:
-            report = Exchange(
-                self.grid,
-                self.plan,
-                self.site.layout,
-                self.site.base,
-                run,
-                observer=observe,
-                piece_bytes=self.piece_bytes,
-            ).start()
+            report = (
+                Exchange(
+                    self.grid,
+                    self.plan,
+                    self.site.layout,
+                    self.site.base,
+                    run,
+                    observer=observe,
+                    piece_bytes=self.piece_bytes,
+                )
+                .start()
+                .document()
+            )
             run.finish()
+        assert read_back(self.out) == report
         self.report = report
         return report
 
@@ -430,7 +436,7 @@ def left(run: Run, error: GramfuseError) -> dict[str, Any]:
     assert error.report == failed / "report.html"
     assert {path.name for path in failed.iterdir()} == {"plan.toml", "report.html", "report.json", "transcript.jsonl"}
     assert {path.name for path in run.place.iterdir()} <= {"state", "run.failed", "run.partial"}
-    report: dict[str, Any] = json.loads((failed / "report.json").read_text())
+    report = read_back(failed)
     assert report["failure"]["message"] == str(error)
     return report
 

@@ -30,6 +30,7 @@ from gramfuse_client.silo import Silo
 from gramfuse_client.state import State
 from gramfuse_protocol.errors import DataError, GramfuseError
 from gramfuse_server.app import coordinate
+from tests.unit.test_report import read_back
 
 
 def gramfuse(*arguments: Any) -> dict[str, Any]:
@@ -86,7 +87,8 @@ def test_files_give_the_model_of_a_simulation_bit_for_bit(
     assert simulated.keys() == by_files.keys()
     for name in simulated:
         assert simulated[name].tobytes() == by_files[name].tobytes(), name
-    assert merged["solve"] == json.loads((tmp_path / "simulated" / "report.json").read_text())["solve"]
+    assert merged["solve"] == read_back(tmp_path / "simulated")["solve"]
+    assert merged == read_back(tmp_path / "merged") | {"run": str(tmp_path / "merged")}
     assert [silo["name"] for silo in merged["silos"]] == list(plan.names)
     assert (merged["alpha"], merged["weighting"], merged["plan_digest"]) == (0.7, "examples", digest)
 

@@ -26,6 +26,7 @@ from gramfuse_protocol.layout import Layout
 from gramfuse_protocol.plan import Plan
 from gramfuse_server.accumulator import Accumulator
 from gramfuse_server.app import coordinate
+from tests.unit.test_report import read_back
 
 WANTED = Wanted(alphas=(0.0, 0.5, 0.9, 1.0), weights=True, order="greedy", influence=True)
 
@@ -88,7 +89,7 @@ def tuned(
             tmp_path / "run",
             simulated=partial(laboratory_of, spec, plan, layout),
             study=study_of(spec, plan, layout),
-        )
+        ).document()
         return Tuned(project, plan, layout, tmp_path / "run", report, seen)
 
     return tune
@@ -97,7 +98,7 @@ def tuned(
 def test_what_is_written_is_the_merge_that_was_best_by_validation(tuned: Callable[..., Tuned]) -> None:
     run = tuned()
     tuning = run.report["tuning"]
-    assert json.loads((run.out / "report.json").read_text()) == run.report
+    assert read_back(run.out) == run.report
     assert [entry["alpha"] for entry in tuning["alpha"]] == [0.0, 0.5, 0.9, 1.0]
     chosen = tuning["chosen"]
     assert chosen["score"] == max(entry["score"] for entry in tuning["alpha"] + tuning["weights"])

@@ -209,12 +209,12 @@ def test_experts_that_nobody_uses_are_averaged_and_named_and_others_are_those_of
     for group in groups_of(layout):
         step, found = steps[group.name], merged.deltas[group.name]
         one, other = (statistics.block(f"delta:{group.name}") for _, statistics in silos)
-        assert (step.outcome, step.unused, step.mean_blocks) == ("unused", [4], 0)
+        assert (step.outcome, step.unused, step.mean_blocks) == ("unused", (4,), 0)
         np.testing.assert_allclose(found[4], (one[4].astype(float) + other[4]) / 2, atol=1e-12)
         np.testing.assert_allclose(found[0], one[0], atol=1e-4)
         np.testing.assert_allclose(found[5], other[5], atol=1e-4)
-        assert "expert 4" in explain(vars(step))
-    (line,) = unused([vars(step) for step in merged.steps])
+        assert "expert 4" in explain(step)
+    (line,) = unused(merged.steps)
     assert all(f"{group.name}: expert 4" in line for group in groups_of(layout))
 
 

@@ -17,13 +17,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gramfuse_cli import report as terminal
 from gramfuse_cli.main import main
-from gramfuse_cli.report import show_models
 from gramfuse_protocol.plan import Plan
-from gramfuse_server.model import card
+from gramfuse_server import model as written
 from gramfuse_server.pages import drawing
-from gramfuse_server.pages.page import page
-from gramfuse_server.verdicts import Check
+from gramfuse_server.pages import page as pages
+from gramfuse_server.report_schema import SCHEMA, Measured, Report
+from gramfuse_server.verdicts import check_of
 
 SILOS = ["hospital", "bank", "telephone"]
 LABELS = [f"label-{number}" for number in range(64)]
@@ -71,6 +72,18 @@ class Checked(HTMLParser):
         return body
 
 
+def page(report: dict[str, Any], plan: Plan | None) -> str:
+    return pages.page(Report.read(report), plan)
+
+
+def card(plan: Plan, silos: list[str], model: dict[str, Any]) -> str:
+    return written.card(plan, silos, Measured.read(model))
+
+
+def show_models(report: dict[str, Any]) -> None:
+    terminal.show_models(Report.read(report))
+
+
 def plan_of(*, secure: bool = False, tasks: bool = False, labels: list[str] = LABELS, rounds: int = 1) -> Plan:
     kind = "" if tasks else f'task = "classification"\nlabels = {json.dumps(labels)}'
     sections = '[[task]]\nname = "tags"\ntask = "token-classification"\nlabels = ["O", "B-x", "I-x"]\n'
@@ -104,6 +117,7 @@ def base_of(plan: Plan, mode: str) -> dict[str, Any]:
     outcomes = ["clean", "jitter", "empty", "mean"] if mode == "secure" else ["clean"]
     values = [300.5, 18.25, 0.9375] if mode == "secure" else [0.9375]
     return {
+        "schema": SCHEMA,
         "run": "desk-1",
         "name": "desk",
         "plan_digest": plan.digest,
@@ -112,6 +126,7 @@ def base_of(plan: Plan, mode: str) -> dict[str, Any]:
         "auto_class": "AutoModelForSequenceClassification",
         "head": plan.model.head,
         "tasks": {name: task.task for name, task in plan.tasks.items()},
+        "generation": {},
         "mode": mode,
         "identities": "those of the plan" if mode == "secure" else "made for this run",
         "silos": [{"name": silo, "examples": None if mode == "secure" else 100} for silo in SILOS],
@@ -125,7 +140,7 @@ def base_of(plan: Plan, mode: str) -> dict[str, Any]:
             for place, outcome in enumerate(outcomes)
         ],
         "checks": [
-            Check.of("power", f"layer.{place}", value, (None, 16.0), (None, 256.0)).__dict__
+            check_of("power", f"layer.{place}", value, (None, 16.0), (None, 256.0)).document()
             for place, value in enumerate(values)
         ],
         "bytes": {silo: {"join": 190, "upload": 241_000_000} for silo in SILOS},
@@ -145,14 +160,14 @@ def open_run() -> tuple[dict[str, Any], Plan]:
         "seconds": 90.5,
         "note": "accuracy after each round: 0.6",
     }
-    compared |= {"bytes": {silo: {"from": 500_000} for silo in SILOS}}
+    compared |= {"bytes": dict.fromkeys(SILOS, 500_000)}
     report["models"] = [*models, measured("joint", "joint", 0.852) | {"seconds": 61.0}, compared]
     of = {key: report[key] for key in ("lost", "solve", "bytes", "bytes_to_silos", "seconds", "unmeasured")}
     first = [measured("simple", "simple", 0.522), measured("regmean", "regmean", 0.633)]
     report["rounds"] = [{"round": 1, "models": first, **of}, {"round": 2, "models": models, **of}]
 
     def trial(score: float | None) -> dict[str, Any]:
-        return {"score": score, "metrics": {"accuracy": score}}
+        return {"score": score, "metrics": {} if score is None else {"accuracy": score}}
 
     report["tuning"] = {
         "metric": "accuracy",
@@ -215,10 +230,12 @@ def own_heads() -> tuple[dict[str, Any], Plan]:
 
 def merged_files() -> tuple[dict[str, Any], None]:
     report = base_of(plan_of(), "files")
-    for key in ("name", "auto_class", "head", "tasks", "identities", "lost", "models", "unmeasured", "rounds"):
+    for key in ("name", "auto_class", "head", "tasks", "generation", "identities", "lost", "models", "unmeasured"):
         del report[key]
-    for key in ("bytes", "bytes_to_silos"):
+    for key in ("rounds", "bytes", "bytes_to_silos"):
         del report[key]
+    added = {"kept": [{"token": "<b>", "silos": SILOS[:2]}], "left_out": [{"token": "<c d>", "silos": SILOS[2:]}]}
+    report |= {"closed": 0.9, "unmatched": [], "added_tokens": added, "left_out": ["test.jsonl, line 2: no label"]}
     silos = [{"name": s, "examples": 100, "weight": 1.0, "sha256": DIGEST, "auto_class": "AutoModel"} for s in SILOS]
     return report | {"silos": silos, "heads": "own", "alpha": 0.7, "weighting": "examples", "seconds": 3.2}, None
 
@@ -301,7 +318,7 @@ def test_a_bad_check_is_told_before_what_was_merged_and_a_good_one_where_it_belo
         assert ("do not use the model." in shown) is bad
         assert (shown.rindex("Checks of the merge") < shown.rindex("What was merged")) is bad
     report, plan = open_run()
-    report["rounds"][0]["checks"] = [Check.of("ratio", "layer.7", 9.125, (None, 8.0), (None, None)).__dict__]
+    report["rounds"][0]["checks"] = [check_of("ratio", "layer.7", 9.125, (None, 8.0), (None, None)).document()]
     assert "9.125" in Checked(page(report, plan)).text, "what is odd in an earlier round is told too"
 
 
@@ -323,7 +340,7 @@ def test_what_a_failed_run_says_comes_first() -> None:
 def test_the_page_says_who_saw_what_as_the_plan_has_it() -> None:
     secure, opened, own = (Checked(page(*run())).text for run in (secure_run, open_run, own_heads))
     assert "the sum over 3 silos" in secure
-    assert "This holds while at most 1 silo is on its side" in secure
+    assert "This holds as long as at most 1 silo works together with the coordinator" in secure
     assert "simulation" not in secure
     assert "Of each silo by itself: Gram matrices" in opened
     assert "not harmless" in opened

@@ -243,7 +243,8 @@ silo = [{ name = "north" }, { name = "east" }]"""
 
     trials = Trials(LAYOUT, found, lambda deltas: joint(plan, measure(deltas, "validation")))
     wanted = Wanted(alphas=(1.0, 0.0, 0.9), weights=True, order="given", influence=True)
-    chosen, best_merge, tuning = search(trials, wanted, plan, measure)
+    chosen, best_merge, found_tuning = search(trials, wanted, plan, measure)
+    tuning = found_tuning.document()
     assert [entry["score"] is None for entry in tuning["alpha"]] == [True, False, False]
     assert tuning["alpha"][0]["metrics"] == {}
     assert json.loads(json.dumps(tuning, allow_nan=False)) == tuning

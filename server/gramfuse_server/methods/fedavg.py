@@ -45,7 +45,7 @@ def fedavg(silos: Silos, rounds: int) -> Measured:
         silos.tell(f"fedavg, round {number} of {rounds}")
 
     sent = silos.federate(rounds, after)
-    by_round = [silos.metrics(sums) for sums in found]
+    by_round = tuple(silos.metrics(sums) for sums in found)
     ranked = silos.ranked_by
     note = f"{ranked} after each round: {', '.join(f'{metrics[ranked]:.3f}' for metrics in by_round)}"
     about = f"{rounds} round{'s' if rounds > 1 else ''}"

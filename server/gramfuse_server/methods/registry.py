@@ -100,7 +100,8 @@ class Merged:
     Args:
         deltas: its differences from the base, by parameter name.
         about: how it was made; tables show it in brackets.
-        more: what else a report says of it; `note` is shown beside it.
+        more: what else a report says of it, by name of a field of `gramfuse_server.report_schema.Measured`; `note` is
+            shown beside it.
     """
 
     deltas: Differences

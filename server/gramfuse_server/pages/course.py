@@ -16,29 +16,28 @@ from gramfuse_server.verdicts import worst
 
 def failure(reading: Reading) -> Section:
     """What went wrong, where, and what to do."""
-    failure = reading.failure or {}
-    code, phase = failure["exit_code"], PHASES.get(failure["phase"], failure["phase"])
-    named = [silo for silo in reading.silos if f"'{silo}'" in failure["message"]] or [
-        name for _, name, _ in reading.lost
-    ]
+    failure = reading.failure
+    assert failure is not None  # noqa: S101
+    code, phase = failure.exit_code, PHASES.get(failure.phase, failure.phase)
+    named = [silo for silo in reading.silos if f"'{silo}'" in failure.message] or [name for _, name, _ in reading.lost]
     rounds = reading.plan.merge.rounds if reading.plan else 1
-    entries: list[tuple[str, str | Markup]] = [("What happened", failure["message"])]
-    entries.append(("Phase", f"{phase}, round {failure['round']} of {rounds}" if rounds > 1 else phase))
+    entries: list[tuple[str, str | Markup]] = [("What happened", failure.message)]
+    entries.append(("Phase", f"{phase}, round {failure.round} of {rounds}" if rounds > 1 else phase))
     if named:
         entries.append(("Silos concerned", ", ".join(dict.fromkeys(named))))
-    entries.append(("Error", f"{failure['error']}, exit code {code}"))
+    entries.append(("Error", f"{failure.error}, exit code {code}"))
     entries.append(("Causes, and what to do", Markup("<code>gramfuse explain {}</code>").format(code)))
     blocks: list[Block] = [
         Notice("Failed", f"The run ended in the phase “{phase}”. There is no merged model.", grave=True),
         Facts(entries),
     ]
-    if failure["resumable"]:
+    if failure.resumable:
         blocks += [
             Text(
                 "What was done is kept, and no silo trains again. Once the cause is gone, go on in the directory that "
                 "this one is in, with DIR and CONNECTION as before:"
             ),
-            Code("Command to resume the run", f"gramfuse run DIR CONNECTION --resume {reading.report['run']}"),
+            Code("Command to resume the run", f"gramfuse run DIR CONNECTION --resume {reading.report.run}"),
         ]
     else:
         blocks.append(Text("Nothing of the run is kept but this report. Once the cause is gone, start it again."))
@@ -50,7 +49,7 @@ def losses(reading: Reading) -> Section | None:
     report = reading.report
     blocks: list[Block] = []
     if reading.lost:
-        merged = {silo["name"] for silo in report["silos"] if silo.get("state", "merged") == "merged"}
+        merged = {silo.name for silo in report.silos if silo.state == "merged"}
         several = len({number for number, _, _ in reading.lost}) > 1 or reading.last > 1
         rows = []
         for number, name, reason in reading.lost:
@@ -60,14 +59,14 @@ def losses(reading: Reading) -> Section | None:
         silos = count(len({name for _, name, _ in reading.lost}), "silos")
         blocks.append(Notice("Note", f"{silos} dropped out or refused."))
         blocks.append(Table("Silos that were lost", [Column("Silo"), Column("What happened", number=False)], rows))
-    if report.get("unmeasured") and reading.models:
-        blocks.append(Notice("Note", f"Metrics are missing: {report['unmeasured']}"))
+    if report.unmeasured and reading.models:
+        blocks.append(Notice("Note", f"Metrics are missing: {report.unmeasured}"))
     return Section("lost", "Drop-outs and refusals", blocks) if blocks else None
 
 
 def solve(reading: Reading) -> Section | None:
     """How each group of weights was solved."""
-    steps = reading.report.get("solve")
+    steps = reading.report.solve
     if not steps:
         return None
     odd = reading.unsolved
@@ -84,24 +83,24 @@ def solve(reading: Reading) -> Section | None:
             Table(
                 "Groups that were not solved as they stand",
                 [Column("Group"), Column("How it was solved", number=False)],
-                [Row(step["group"], [Cell(explain(step))]) for step in odd],
+                [Row(step.group, [Cell(explain(step))]) for step in odd],
             )
         )
-    worst = min(steps, key=lambda step: (step["smallest_eigenvalue"], step["group"]))
-    dead = sum(step["dead_features"] for step in steps)
+    worst = min(steps, key=lambda step: (step.smallest_eigenvalue, step.group))
+    dead = sum(step.dead_features for step in steps)
     unused = f" {count(dead, 'features')} were zero at every silo; their rows took the simple average." if dead else ""
     clean = f"All {count(len(steps), 'groups')} of weights were solved as they stand. " if not odd else ""
     blocks.append(
         Text(
-            f"{clean}The least well-conditioned is {worst['group']}, with a smallest eigenvalue of "
-            f"{worst['smallest_eigenvalue']:.2g}; 1 is perfect, and below about 1e-6 the statistics say nothing in "
+            f"{clean}The least well-conditioned is {worst.group}, with a smallest eigenvalue of "
+            f"{worst.smallest_eigenvalue:.2g}; 1 is perfect, and below about 1e-6 the statistics say nothing in "
             f"some direction.{unused}"
         )
     )
     rows = [
         Row(
-            step["group"],
-            [Cell(step["outcome"]), Cell(f"{step['smallest_eigenvalue']:.2g}"), Cell(f"{step['dead_features']:,}")],
+            step.group,
+            [Cell(step.outcome), Cell(f"{step.smallest_eigenvalue:.2g}"), Cell(f"{step.dead_features:,}")],
         )
         for step in steps
     ]
@@ -113,12 +112,12 @@ def solve(reading: Reading) -> Section | None:
 def checks(reading: Reading) -> Section | None:
     """What can be seen of the merge from the sum alone."""
     listed = [
-        (check, of["round"])
+        (check, of.round)
         for of in reading.rounds
-        for check in of.get("checks", [])
-        if of["round"] < reading.last and check["verdict"] != "ok"
+        for check in of.checks
+        if of.round < reading.last and check.verdict != "ok"
     ]
-    listed += [(check, reading.last) for check in reading.report.get("checks") or []]
+    listed += [(check, reading.last) for check in reading.report.checks]
     if not listed:
         return None
     found = worst(check for check, _ in listed)
@@ -129,16 +128,16 @@ def checks(reading: Reading) -> Section | None:
         )
     rows = [
         Row(
-            check["name"],
+            check.name,
             [
-                Cell(check["verdict"]),
-                Cell(check["where"]),
-                Cell(f"{check['value']:.4g}"),
-                Cell(bounds(check["usual"])),
-                Cell(bounds(check["possible"])),
+                Cell(check.verdict),
+                Cell(check.where),
+                Cell(f"{check.value:.4g}"),
+                Cell(bounds(check.usual)),
+                Cell(bounds(check.possible)),
             ],
             note=f"round {number}" if reading.last > 1 else "",
-            strong=check["verdict"] != "ok",
+            strong=check.verdict != "ok",
         )
         for check, number in listed
     ]
@@ -161,10 +160,10 @@ def checks(reading: Reading) -> Section | None:
 def traffic(reading: Reading) -> Section | None:
     """Bytes and seconds."""
     report = reading.report
-    seconds = report.get("seconds") or {}
+    seconds = report.seconds
     if isinstance(seconds, int | float):
         return Section("traffic", "Time", [Text(f"The merge took {drawing.duration(seconds)}.")])
-    sent, received = report.get("bytes") or {}, report.get("bytes_to_silos") or {}
+    sent, received = report.bytes, report.bytes_to_silos
     phases = list(dict.fromkeys([*seconds, *(phase for of in (*sent.values(), *received.values()) for phase in of)]))
     blocks: list[Block] = []
     silos = list(dict.fromkeys([*sent, *received]))

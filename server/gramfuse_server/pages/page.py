@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -12,26 +11,26 @@ from markupsafe import Markup
 from gramfuse_protocol.plan import Plan
 from gramfuse_protocol.text import lines_of
 from gramfuse_server.pages.sections import heading, sections
+from gramfuse_server.report_schema import Report
 
 
-def page(report: Mapping[str, Any], plan: Plan | None) -> str:
+def page(report: Report, plan: Plan | None) -> str:
     """Return the page of a report, as HTML; the same report always gives the same text.
 
     Args:
-        report: as it stands in report.json: of a run that is complete, of one that failed (it has `failure`), or of a
-            merge of files.
+        report: of a run that is complete, of one that failed, or of a merge of files.
         plan: that of the run, or None for files.
 
     Raises:
-        KeyError, TypeError, ValueError, AttributeError: if this is no such report.
+        KeyError, ValueError, ArithmeticError: if its parts do not fit each other, or the plan.
     """
     title, told = heading(report, plan)
     return _template().render(
         title=title,
         told=told,
-        failed="failure" in report,
+        failed=report.failure is not None,
         sections=sections(report, plan),
-        version=report["versions"]["gramfuse"],
+        version=report.versions["gramfuse"],
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from gramfuse_protocol.metrics import primary
 from gramfuse_protocol.tasks.registry import KINDS
@@ -23,15 +22,16 @@ from gramfuse_server.pages.blocks import (
     Tiles,
 )
 from gramfuse_server.pages.drawing import count, score
-from gramfuse_server.pages.reading import Model, Reading
-from gramfuse_server.pages.wording import MERGES, columns, known, name_of, noise, off_by, words_of, words_of_metric
+from gramfuse_server.pages.reading import Reading
+from gramfuse_server.pages.wording import MERGES, columns, name_of, noise, off_by, words_of, words_of_metric
+from gramfuse_server.report_schema import LabelFigures, Measured, Metrics, Tried, Tuning
 
 OPENLY = 24
 """Most labels that are all shown at once."""
 ENDS = 10
 """Of more labels, so many of the best and of the worst are."""
 
-At = Callable[[Mapping[str, Any] | None, str], float | None]
+At = Callable[[Mapping[str, Metrics] | None, str], float | None]
 """Returns the metric that ranks models at a silo, from metrics by silo."""
 
 
@@ -39,7 +39,7 @@ def result(reading: Reading) -> Section:
     """The merged model beside what there is without it."""
     merged = reading.one("regmean")
     if merged is None:
-        why = reading.report.get("unmeasured")
+        why = reading.report.unmeasured
         text = (
             f"No metrics: {why}."
             if why
@@ -48,7 +48,7 @@ def result(reading: Reading) -> Section:
         )
         return Section("result", "Result", [Notice("Not measured", text)])
     others = [
-        ("Best silo alone" if reading.alone and reading.alone["kind"] == "silo" else "Silos alone", reading.alone),
+        ("Best silo alone" if reading.alone and reading.alone.kind == "silo" else "Silos alone", reading.alone),
         ("Simple average", reading.one("simple")),
         ("Joint training", reading.one("joint")),
     ]
@@ -65,7 +65,7 @@ def result(reading: Reading) -> Section:
         )
         for (title, model), value, bar in zip(shown, values, bars, strict=True)
     ]
-    examples = count(merged["metrics"]["examples"], "held-out examples")
+    examples = count(merged.metrics["examples"], "held-out examples")
     meaning = words_of_metric(reading.ranked) or ""
     blocks: list[Block] = [
         Text(f"{reading.ranked.capitalize()} on {examples} of all silos together: {meaning}. Higher is better."),
@@ -83,25 +83,23 @@ def result(reading: Reading) -> Section:
     return Section("result", "Result", blocks)
 
 
-def _said(model: Model, metric: str, value: float | None) -> str:
+def _said(model: Measured, metric: str, value: float | None) -> str:
     """Return a metric of a model, and how far the exact one may be from it."""
     off = off_by(model, metric)
     return score(value) + ("" if off is None else f" ± {score(off)}")
 
 
-def _beside(reading: Reading, model: Model, ahead: float) -> str:
-    if model["kind"] == "regmean":
+def _beside(reading: Reading, model: Measured, ahead: float) -> str:
+    if model.kind == "regmean":
         return "RegMean"
     told = f"the merge is {drawing.difference(ahead)}"
-    return f"{model['name']}; {told}" if model["kind"] == "silo" else told
+    return f"{model.name}; {told}" if model.kind == "silo" else told
 
 
 def models(reading: Reading) -> Section | None:
     """All models and metrics."""
-    *earlier, _ = reading.rounds or [{}]
-    if reading.failure is not None:
-        earlier = list(reading.rounds)
-    listed = [(known(m), of["round"]) for of in earlier for m in of.get("models", []) if m["kind"] in MERGES]
+    earlier = reading.rounds if reading.failure is not None else reading.rounds[:-1]
+    listed = [(m.known, of.round) for of in earlier for m in of.models if m.kind in MERGES]
     listed += [(model, reading.last) for model in reading.models]
     if not listed:
         return None
@@ -109,32 +107,32 @@ def models(reading: Reading) -> Section | None:
     titles = list(dict.fromkeys([reading.ranked, *(title for row in found for title in row)]))
     drawn = drawing.bars(
         [row.get(reading.ranked) for row in found],
-        strong=[place for place, (model, _) in enumerate(listed) if model["kind"] == "regmean"],
+        strong=[place for place, (model, _) in enumerate(listed) if model.kind == "regmean"],
         most=1.0,
     )
-    timed = any("seconds" in model for model, _ in listed)
-    sent = any("bytes" in model for model, _ in listed)
+    timed = any(model.has("seconds") for model, _ in listed)
+    sent = any(model.has("bytes") for model, _ in listed)
     rows = []
     for (model, number), row, bar in zip(listed, found, drawn, strict=True):
         cells = [
             Cell(_said(model, title, row.get(title)), bar if title == reading.ranked else None) for title in titles
         ]
-        cells += [Cell(drawing.duration(model["seconds"]) if "seconds" in model else drawing.NONE)] if timed else []
-        cells += [Cell(drawing.size(_sent(model["bytes"])) if "bytes" in model else drawing.NONE)] if sent else []
-        name = name_of(model) + (f", round {number}" if earlier and model["kind"] in MERGES else "")
-        merged = model["kind"] == "regmean"
-        note = "the merged model" if merged and number == reading.last else model.get("note", "")
+        cells += [Cell(drawing.duration(model.seconds) if model.has("seconds") else drawing.NONE)] if timed else []
+        cells += [Cell(drawing.size(sum(model.bytes.values())) if model.has("bytes") else drawing.NONE)] if sent else []
+        name = name_of(model) + (f", round {number}" if earlier and model.kind in MERGES else "")
+        merged = model.kind == "regmean"
+        note = "the merged model" if merged and number == reading.last else model.note
         rows.append(Row(name, cells, note=note, strong=merged))
-    examples = count(listed[-1][0]["metrics"]["examples"], "held-out examples")
+    examples = count(listed[-1][0].metrics["examples"], "held-out examples")
     head = [Column("Model"), *(Column(title) for title in titles)]
     head += [*([Column("Time")] if timed else []), *([Column("Sent")] if sent else [])]
     blocks: list[Block] = [Table(f"Models on {examples} of all silos together", head, rows)]
     for task in reading.tasks if len(reading.tasks) > 1 else []:
         blocks.append(_of_task(reading, task))
-    kinds = dict.fromkeys(model["kind"] for model, _ in listed)
+    kinds = dict.fromkeys(model.kind for model, _ in listed)
     words = [title.rpartition(": ")[2] for title in titles]
     glossary = [
-        (next(name_of(m) for m, _ in listed if m["kind"] == kind), about)
+        (next(name_of(m) for m, _ in listed if m.kind == kind), about)
         for kind in kinds
         if (about := words_of(kind)) is not None
     ]
@@ -144,47 +142,42 @@ def models(reading: Reading) -> Section | None:
 
 
 def _of_task(reading: Reading, task: str) -> Table:
-    measured = [model for model in reading.models if task in model.get("tasks", {})]
-    titles = list(dict.fromkeys(title for model in measured for title in model["tasks"][task] if title != "examples"))
+    measured = [model for model in reading.models if task in model.tasks]
+    titles = list(dict.fromkeys(title for model in measured for title in model.tasks[task] if title != "examples"))
     ranked = primary(reading.tasks[task])
     drawn = drawing.bars(
-        [model["tasks"][task].get(ranked) for model in measured],
-        strong=[place for place, model in enumerate(measured) if model["kind"] == "regmean"],
+        [model.tasks[task].get(ranked) for model in measured],
+        strong=[place for place, model in enumerate(measured) if model.kind == "regmean"],
         most=1.0,
     )
     rows = [
         Row(
             name_of(model),
-            [Cell(score(model["tasks"][task].get(title)), bar if title == ranked else None) for title in titles],
-            strong=model["kind"] == "regmean",
+            [Cell(score(model.tasks[task].get(title)), bar if title == ranked else None) for title in titles],
+            strong=model.kind == "regmean",
         )
         for model, bar in zip(measured, drawn, strict=True)
     ]
-    examples = count(measured[0]["tasks"][task]["examples"], "held-out examples") if measured else ""
+    examples = count(measured[0].tasks[task]["examples"], "held-out examples") if measured else ""
     return Table(f"Task “{task}”, on {examples}", [Column("Model"), *(Column(title) for title in titles)], rows)
-
-
-def _sent(traffic: Any) -> float:
-    """Return the bytes of traffic that is a number, or numbers by name, at any depth."""
-    return sum(map(_sent, traffic.values())) if isinstance(traffic, Mapping) else float(traffic)
 
 
 def by_silo(reading: Reading) -> Section | None:
     """The models at each silo, where the report has that."""
-    measured = [model for model in reading.models if model.get("silos")]
-    merged = next((model for model in measured if model["kind"] == "regmean"), None)
+    measured = [model for model in reading.models if model.silos]
+    merged = next((model for model in measured if model.kind == "regmean"), None)
     if merged is None:
         return None
-    silos = list(merged["silos"])
-    own = {model["name"]: model["silos"] for model in measured if model["kind"] == "silo"}
-    alone = next((model["silos"] for model in measured if model["kind"] == "alone"), None)
-    simple = next((model["silos"] for model in measured if model["kind"] == "simple"), None)
+    silos = list(merged.silos)
+    own = {model.name: model.silos for model in measured if model.kind == "silo"}
+    alone = next((model.silos for model in measured if model.kind == "alone"), None)
+    simple = next((model.silos for model in measured if model.kind == "simple"), None)
 
-    def at(found: Mapping[str, Any] | None, silo: str) -> float | None:
+    def at(found: Mapping[str, Metrics] | None, silo: str) -> float | None:
         metrics = (found or {}).get(silo)
         return None if metrics is None else metrics.get(reading.primary(silo, metrics))
 
-    each = [("Merged model", {silo: at(merged["silos"], silo) for silo in silos})]
+    each = [("Merged model", {silo: at(merged.silos, silo) for silo in silos})]
     if simple:
         each.append(("Simple average", {silo: at(simple, silo) for silo in silos}))
     if own or alone:
@@ -196,8 +189,8 @@ def by_silo(reading: Reading) -> Section | None:
     for place, silo in enumerate(silos):
         mine = slice(place * len(each), (place + 1) * len(each))
         cells = [Cell(score(value), bar) for value, bar in zip(flat[mine], drawn[mine], strict=True)]
-        examples = count(merged["silos"][silo]["examples"], "examples")
-        metric = f"{reading.primary(silo, merged['silos'][silo])}, " if several else ""
+        examples = count(merged.silos[silo]["examples"], "examples")
+        metric = f"{reading.primary(silo, merged.silos[silo])}, " if several else ""
         rows.append(Row(silo, cells, note=f"{metric}{examples}"))
     metric = "the metric of its task" if several else reading.ranked
     blocks: list[Block] = [
@@ -212,12 +205,12 @@ def by_silo(reading: Reading) -> Section | None:
     return Section("silos", "By silo", blocks)
 
 
-def _matrix(reading: Reading, measured: Sequence[Model], silos: Sequence[str], at: At) -> Table:
+def _matrix(reading: Reading, measured: Sequence[Measured], silos: Sequence[str], at: At) -> Table:
     rows = [
         Row(
             name_of(model),
-            [Cell(score(at(model["silos"], silo))) for silo in silos],
-            strong=model["kind"] == "regmean",
+            [Cell(score(at(model.silos, silo))) for silo in silos],
+            strong=model.kind == "regmean",
         )
         for model in measured
     ]
@@ -225,8 +218,8 @@ def _matrix(reading: Reading, measured: Sequence[Model], silos: Sequence[str], a
     return Table(f"All models at all silos: {metric}", [Column("Model"), *map(Column, silos)], rows)
 
 
-def _metrics_by_silo(merged: Model) -> Table:
-    found = merged["silos"]
+def _metrics_by_silo(merged: Measured) -> Table:
+    found = merged.silos
     titles = list(dict.fromkeys(title for metrics in found.values() for title in metrics if title != "examples"))
     rows = [
         Row(silo, [Cell(f"{metrics['examples']:,.0f}"), *(Cell(score(metrics.get(title))) for title in titles)])
@@ -239,43 +232,45 @@ def by_label(reading: Reading) -> Section | None:
     """F1 of each label, where the report has that."""
     merged = reading.one("regmean")
     blocks: list[Block] = []
-    for task, labels in ((merged or {}).get("labels") or {}).items():
+    for task, labels in (merged.labels if merged is not None else {}).items():
         blocks += _labels_of(reading, task, labels)
     return Section("labels", "By label", blocks) if blocks else None
 
 
-def _labels_of(reading: Reading, task: str, merged: Mapping[str, Mapping[str, float]]) -> list[Block]:
+def _labels_of(reading: Reading, task: str, merged: Mapping[str, LabelFigures]) -> list[Block]:
     others = [("simple average", reading.one("simple"))]
     if reading.alone is not None:
-        others.append(("best silo alone" if reading.alone["kind"] == "silo" else "silos alone", reading.alone))
-    beside = [(title, (model.get("labels") or {}).get(task, {})) for title, model in others if model is not None]
+        others.append(("best silo alone" if reading.alone.kind == "silo" else "silos alone", reading.alone))
+    beside = [(title, model.labels.get(task, {})) for title, model in others if model is not None]
     beside = [(title, labels) for title, labels in beside if labels]
-    everything: dict[str, Mapping[str, float]] = {}
+    everything: dict[str, LabelFigures] = {}
     for _, labels in [*reversed(beside), ("", merged)]:
         everything.update(labels)
-    order = sorted(everything, key=lambda label: (-merged.get(label, {}).get("f1", -1.0), label))
+    order = sorted(everything, key=lambda label: (-merged[label].f1 if label in merged else 1.0, label))
     each = [("merged model", merged), *beside]
 
     def table(caption: str, names: Sequence[str]) -> Table:
-        flat = [labels.get(name, {}).get("f1") for name in names for _, labels in each]
+        flat = [labels[name].f1 if name in labels else None for name in names for _, labels in each]
         drawn = drawing.bars(flat, strong=range(0, len(flat), len(each)), most=1.0)
         rows = []
         for place, name in enumerate(names):
             mine = slice(place * len(each), (place + 1) * len(each))
-            spans = [labels.get(name, {}).get("interval") for _, labels in each]
+            spans = [labels[name].interval if name in labels else None for _, labels in each]
             cells = [
                 Cell(score(value) + _between(span), bar)
                 for value, bar, span in zip(flat[mine], drawn[mine], spans, strict=True)
             ]
-            cells += [Cell(score(merged.get(name, {}).get(what))) for what in ("precision", "recall")]
-            rows.append(Row(name, cells, note=count(everything[name]["examples"], "examples")))
+            ours = merged.get(name)
+            cells.append(Cell(score(None if ours is None else ours.precision)))
+            cells.append(Cell(score(None if ours is None else ours.recall)))
+            rows.append(Row(name, cells, note=count(everything[name].examples, "examples")))
         titles = [*(f"F1, {title}" for title, _ in each), "precision, merged model", "recall, merged model"]
         return Table(caption, [Column(unit.capitalize()), *map(Column, titles)], rows)
 
     unit, what = KINDS[reading.tasks[task]].unit
     of = f" of task “{task}”" if task else ""
-    if reading.alone is not None and reading.alone["kind"] == "silo":
-        of += f", beside {reading.alone['name']} alone"
+    if reading.alone is not None and reading.alone.kind == "silo":
+        of += f", beside {reading.alone.name} alone"
     if len(order) <= OPENLY:
         return [table(f"All {len(order)} {what}{of}, the best first", order)]
     middle = order[ENDS:-ENDS]
@@ -296,66 +291,67 @@ def search(reading: Reading) -> Section | None:
     tuning = reading.tuning
     if tuning is None:
         return None
-    ranked, chosen = tuning["metric"], tuning["chosen"]
-    on = count(sum(tuning["examples"].values()), "validation examples")
+    ranked, chosen = tuning.metric, tuning.chosen
+    on = count(sum(tuning.examples.values()), "validation examples")
     blocks: list[Block] = [
         Text(f"Merges were ranked by {ranked} on {on}, none of which is among those that models are reported on.")
     ]
     curve = drawing.curve(
         f"{ranked.capitalize()} over α on validation examples",
         "α",
-        [(trial["alpha"], trial["score"]) for trial in tuning["alpha"]],
-        chosen["alpha"],
+        [(trial.alpha, trial.score) for trial in tuning.alpha],
+        chosen.alpha,
         ranked,
     )
     blocks += [curve] if curve is not None else []
-    trials = [(f"{trial['alpha']:g}", trial, trial["alpha"] == chosen["alpha"]) for trial in tuning["alpha"]]
+    trials: list[tuple[str, Tried, bool]]
+    trials = [(f"{trial.alpha:g}", trial, trial.alpha == chosen.alpha) for trial in tuning.alpha]
     blocks.append(_trials("Values of α", "α", trials, ranked, drawn=curve is None))
-    if tuning["weights"]:
+    if tuning.weights:
         trials = [
             (
-                ", ".join(f"{silo} × {weight:g}" for silo, weight in trial["weights"].items()),
+                ", ".join(f"{silo} × {weight:g}" for silo, weight in trial.weights.items()),
                 trial,
-                trial["weights"] == chosen["weights"],
+                trial.weights == chosen.weights,
             )
-            for trial in tuning["weights"]
+            for trial in tuning.weights
         ]
-        weights = _trials(f"Weights of the silos, at α {chosen['alpha']:g}", "Weights", trials, ranked)
+        weights = _trials(f"Weights of the silos, at α {chosen.alpha:g}", "Weights", trials, ranked)
         blocks.append(
             weights if len(trials) <= ENDS else Folded(f"All {len(trials)} weights that were tried", [weights])
         )
-    if tuning["order"]:
-        trials = [(f"{place}. with {step['silos'][-1]}", step, False) for place, step in enumerate(tuning["order"], 1)]
+    if tuning.order:
+        trials = [(f"{place}. with {step.silos[-1]}", step, False) for place, step in enumerate(tuning.order, 1)]
         blocks.append(_trials("Silos added one after the other", "Merge", trials, ranked))
-    if tuning["influence"]:
+    if tuning.influence:
         blocks.append(_influence(tuning, ranked))
     return Section("search", "Search", blocks)
 
 
 def _trials(
-    caption: str, what: str, trials: Sequence[tuple[str, Mapping[str, Any], bool]], ranked: str, *, drawn: bool = True
+    caption: str, what: str, trials: Sequence[tuple[str, Tried, bool]], ranked: str, *, drawn: bool = True
 ) -> Table:
     chosen = [place for place, (_, _, mark) in enumerate(trials) if mark]
-    scores = [trial["score"] for _, trial, _ in trials]
+    scores = [trial.score for _, trial, _ in trials]
     bars = drawing.bars(scores, strong=chosen, most=1.0) if drawn else [None] * len(scores)
     rows = [
-        Row(f"{name}, chosen" if mark else name, [Cell(score(trial["score"]), bar)], strong=mark)
+        Row(f"{name}, chosen" if mark else name, [Cell(score(trial.score), bar)], strong=mark)
         for (name, trial, mark), bar in zip(trials, bars, strict=True)
     ]
     return Table(caption, [Column(what), Column(ranked)], rows)
 
 
-def _influence(tuning: Mapping[str, Any], ranked: str) -> Table:
+def _influence(tuning: Tuning, ranked: str) -> Table:
     rows = [
         Row(
-            f"without {entry['silo']}",
+            f"without {entry.silo}",
             [
-                Cell(score(entry["without"])),
-                Cell(drawing.signed(entry["difference"])),
-                Cell(drawing.signed(entry["reported"].get(ranked))),
+                Cell(score(entry.without)),
+                Cell(drawing.signed(entry.difference)),
+                Cell(drawing.signed(entry.reported.get(ranked))),
             ],
         )
-        for entry in tuning["influence"]
+        for entry in tuning.influence
     ]
     titles = [Column("Merge"), Column(ranked), Column("difference"), Column("difference on reported examples")]
     return Table("The merge without each silo", titles, rows)

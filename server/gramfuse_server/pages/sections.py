@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from markupsafe import Markup
 
 from gramfuse_protocol.plan import Plan
 from gramfuse_protocol.tasks.registry import kind_of
 from gramfuse_protocol.text import one_line
+from gramfuse_protocol.who_sees_what import EXAMPLES, seen
 from gramfuse_server.pages import drawing, sight
 from gramfuse_server.pages.added import tell_added
 from gramfuse_server.pages.blocks import Block, Cell, Code, Column, Facts, Row, Section, Sides, Table, Text
@@ -17,6 +15,7 @@ from gramfuse_server.pages.course import checks, failure, losses, solve, traffic
 from gramfuse_server.pages.drawing import count
 from gramfuse_server.pages.reading import Reading
 from gramfuse_server.pages.results import by_label, by_silo, models, result, search
+from gramfuse_server.report_schema import Report
 
 STATES = {
     "merged": "in the merge",
@@ -26,18 +25,13 @@ STATES = {
     "lost": "was lost on the way",
     "absent": "did not come",
 }
-MODES = {
-    "open": "open: the coordinator sees each silo's statistics",
-    "secure": "secure aggregation: the coordinator sees sums only",
-    "files": "files: whoever merges sees each silo's statistics",
-}
 
 
-def sections(report: Mapping[str, Any], plan: Plan | None) -> list[Section]:
+def sections(report: Report, plan: Plan | None) -> list[Section]:
     """Return the sections of a report that have something to say.
 
     Args:
-        report: as it stands in report.json, of a run that is complete or that failed.
+        report: of a run that is complete or that failed, or of a merge of files.
         plan: that of the run, or None.
     """
     reading = Reading(report, plan)
@@ -60,20 +54,20 @@ def sections(report: Mapping[str, Any], plan: Plan | None) -> list[Section]:
     return [section for section in made if section is not None]
 
 
-def heading(report: Mapping[str, Any], plan: Plan | None) -> tuple[str, str]:
+def heading(report: Report, plan: Plan | None) -> tuple[str, str]:
     """Return the heading of the page, and what stands under it."""
     reading = Reading(report, plan)
     if reading.failure is not None:
-        return f"{reading.title}: the run failed", f"Run {report['run']}, a report of how far it came."
-    silos, examples = count(len(reading.silos), "silos"), count(report["examples"], "examples")
+        return f"{reading.title}: the run failed", f"Run {report.run}, a report of how far it came."
+    silos, examples = count(len(reading.silos), "silos"), count(report.examples, "examples")
     all_silos = len(plan.silo) if plan is not None else len(reading.silos)
     where = silos if all_silos == len(reading.silos) else f"{len(reading.silos)} of {all_silos} silos"
-    if report["mode"] == "files":
+    if report.mode == "files":
         way = "from files of statistics"
     else:
         way = f"in {len(reading.rounds)} rounds" if len(reading.rounds) > 1 else "in one exchange"
     title = f"{reading.title}: one {'body' if reading.own else 'model'} of {silos}"
-    return title, f"Run {report['run']}: {examples} at {where}, merged {way}, without pooling them."
+    return title, f"Run {report.run}: {examples} at {where}, merged {way}, without pooling them."
 
 
 def _merged(reading: Reading) -> Section:
@@ -85,21 +79,21 @@ def _merged(reading: Reading) -> Section:
 
 def _terms(reading: Reading) -> list[tuple[str, str | Markup]]:
     report, plan = reading.report, reading.plan
-    base, tuned = report["base"], (reading.tuning or {}).get("chosen")
+    base, tuned = report.base, None if reading.tuning is None else reading.tuning.chosen
     entries: list[tuple[str, str | Markup]] = []
     if plan is not None:
         entries.append(("Plan", f"{plan.plan.name}, version {plan.plan.version}"))
-    if report.get("plan_digest"):
-        entries.append(("Plan digest", _digest(report["plan_digest"])))
-    entries += [("Base model", base["name"]), ("Base model's SHA-256", _digest(base["sha256"]))]
+    if report.plan_digest:
+        entries.append(("Plan digest", _digest(report.plan_digest)))
+    entries += [("Base model", base.name), ("Base model's SHA-256", _digest(base.sha256))]
     entries += [(f"Task “{name}”" if name else "Task", _task(reading, name)) for name in reading.tasks]
     heads = {"same": "merged, from one start", "different": "merged, each from a start of its own", "own": "not merged"}
-    head = report.get("head", report.get("heads"))
+    head = report.heads if report.mode == "files" else report.head
     entries.append(("Heads", heads.get(head, "merged") + (": each silo keeps its own" if head == "own" else "")))
-    alpha = plan.merge.alpha if plan is not None else report.get("alpha")
+    alpha = plan.merge.alpha if plan is not None else report.alpha
     if tuned:
-        before = f" instead of the plan's {alpha:g}" if plan is not None and alpha != tuned["alpha"] else ""
-        entries.append(("α", f"{tuned['alpha']:g}, chosen by the search{before}"))
+        before = f" instead of the plan's {alpha:g}" if plan is not None and alpha != tuned.alpha else ""
+        entries.append(("α", f"{tuned.alpha:g}, chosen by the search{before}"))
     elif alpha is not None:
         entries.append(("α", f"{alpha:g}, the share of each Gram matrix off its diagonal that is kept"))
     entries.append(("Weighting", _weighting(reading)))
@@ -118,8 +112,8 @@ def _terms(reading: Reading) -> list[tuple[str, str | Markup]]:
         entries.append(("Frozen", ", ".join(training.freeze) or "nothing"))
         if plan.merge.rounds > 1:
             entries.append(("Rounds", str(plan.merge.rounds)))
-    entries.append(("Mode", MODES.get(report["mode"], report["mode"])))
-    if plan is not None and report["mode"] == "secure":
+    entries.append(("Mode", f"{report.mode}: {seen(report.mode)}"))
+    if plan is not None and report.mode == "secure":
         dropouts = len(plan.silo) - plan.minimum_survivors
         entries.append(
             (
@@ -128,7 +122,7 @@ def _terms(reading: Reading) -> list[tuple[str, str | Markup]]:
                 f"{plan.privacy.colluding} may collude with the coordinator",
             )
         )
-        entries.append(("Silos' keys", str(report.get("identities", ""))))
+        entries.append(("Silos' keys", report.identities or ""))
     return entries
 
 
@@ -139,10 +133,10 @@ def _digest(text: str) -> Markup:
 def _task(reading: Reading, name: str) -> str:
     kind = str(reading.tasks[name])
     task = reading.plan.tasks.get(name) if reading.plan is not None and reading.plan.tasks else None
-    generation = (reading.report.get("generation") or {}).get(name)
+    generation = reading.report.generation.get(name)
     if generation is not None:
-        first = f", beginning with “{generation['first-token']}”" if generation["first-token"] else ""
-        return f"{kind}; texts were generated greedily, of at most {generation['max-new-tokens']} tokens{first}"
+        first = f", beginning with “{generation.first_token}”" if generation.first_token else ""
+        return f"{kind}; texts were generated greedily, of at most {generation.max_new_tokens} tokens{first}"
     if task is None or not task.labels:
         return kind
     names, (one, several) = kind_of(task).names(task), kind_of(task).unit
@@ -151,11 +145,10 @@ def _task(reading: Reading, name: str) -> str:
 
 def _weighting(reading: Reading) -> str:
     plan, report = reading.plan, reading.report
-    weighting = plan.merge.weighting if plan is not None else report.get("weighting", "uniform")
-    told = {"uniform": "every silo counts the same", "examples": "by number of examples"}.get(weighting, weighting)
-    weights = ((reading.tuning or {}).get("chosen") or {}).get("weights") or {
-        silo["name"]: silo.get("weight", 1.0) for silo in report["silos"]
-    }
+    weighting = plan.merge.weighting if plan is not None else report.weighting
+    told = {"uniform": "every silo counts the same", "examples": "by number of examples"}[weighting]
+    given = {silo.name: silo.weight for silo in report.silos}
+    weights = given if reading.tuning is None else reading.tuning.chosen.weights
     if len(set(weights.values())) > 1:
         told += "; times " + ", ".join(f"{weight:g} for {silo}" for silo, weight in weights.items())
     return told
@@ -163,28 +156,28 @@ def _weighting(reading: Reading) -> str:
 
 def _roster(reading: Reading) -> Table:
     """The silos, with what the report has of them."""
-    silos, plan = reading.report["silos"], reading.plan
-    failed = any("state" in silo for silo in silos)
+    silos, plan = reading.report.silos, reading.plan
+    failed = any(silo.has("state") for silo in silos)
     tasks = {silo.name: silo.task or "" for silo in plan.silo} if plan is not None and plan.task else {}
-    known = [silo for silo in silos if silo.get("examples") is not None]
-    most = [float(silo["examples"]) if silo.get("examples") is not None else None for silo in silos]
+    known = [silo for silo in silos if silo.examples is not None]
+    most = [float(silo.examples) if silo.examples is not None else None for silo in silos]
     drawn = drawing.bars(most)
     titles = [
         Column("Silo"),
         *([Column("How far it came", number=False)] if failed else []),
         *([Column("Task", number=False)] if tasks else []),
         *([Column("Examples")] if known else []),
-        *([Column("SHA-256 of its file", number=False)] if any("sha256" in silo for silo in silos) else []),
+        *([Column("SHA-256 of its file", number=False)] if any(silo.has("sha256") for silo in silos) else []),
     ]
     rows = []
     for silo, bar in zip(silos, drawn, strict=True):
-        cells = [Cell(STATES.get(silo["state"], silo["state"]))] if failed else []
-        cells += [Cell(tasks.get(silo["name"], ""))] if tasks else []
-        examples = silo.get("examples")
+        cells = [Cell(STATES[silo.state])] if failed else []
+        cells += [Cell(tasks.get(silo.name, ""))] if tasks else []
+        examples = silo.examples
         cells += [Cell(drawing.NONE if examples is None else f"{examples:,}", bar)] if known else []
-        cells += [Cell(silo["sha256"])] if "sha256" in silo else []
-        rows.append(Row(silo["name"], cells))
-    total = reading.report.get("examples")
+        cells += [Cell(silo.sha256 or "")] if silo.has("sha256") else []
+        rows.append(Row(silo.name, cells))
+    total = reading.report.examples
     told = f", {total:,} examples in all" if total else ""
     hidden = "; how many each has is known to itself only" if total and not known else ""
     return Table(f"Silos{told}{hidden}", titles, rows)
@@ -194,10 +187,10 @@ def _sight(reading: Reading) -> Section:
     """Who could see what."""
     report = reading.report
     blocks: list[Block] = []
-    if sight.simulated(report):
+    if report.simulated:
         blocks.append(Text(sight.SIMULATED))
     early = " The run ended early; what stands here is the most that was seen." if reading.failure else ""
-    blocks.append(Text(sight.LEFT_NOWHERE + early))
+    blocks.append(Text(f"{EXAMPLES.capitalize()} left no silo.{early}"))
     blocks.append(Sides(sight.sides(report, reading.plan)))
     blocks.append(Text(Markup("Assumptions, and what is not covered: <code>docs/threat-model.md</code>.")))
     return Section("sight", "Who could see what", blocks)
@@ -208,22 +201,20 @@ def _load(reading: Reading) -> Section | None:
     report = reading.report
     if reading.failure is not None:
         return None
-    if report["mode"] == "files" and reading.own:
+    if report.mode == "files" and reading.own:
         blocks: list[Block] = [
             Text("Each silo's model, the merged body under its own head, is in a directory of its name:")
         ]
-        blocks += [
-            Code(f"Loading {silo['name']}", _loading(silo["auto_class"], silo["name"])) for silo in report["silos"]
-        ]
+        blocks += [Code(f"Loading {silo.name}", _loading(silo.auto_class or "", silo.name)) for silo in report.silos]
         return Section("load", "Load the model", blocks)
-    files = report["mode"] == "files"
-    auto, place = (report["silos"][0]["auto_class"], ".") if files else (report["auto_class"], "model")
+    files = report.mode == "files"
+    auto, place = (report.silos[0].auto_class or "", ".") if files else (report.auto_class, "model")
     blocks = [
         Text("In the directory of this report:"),
         Code("Loading the model", _loading(auto, place)),
     ]
     if reading.own:
-        where = "here in models/" if sight.simulated(report) else "there, in model/ beside its statistics"
+        where = "here in models/" if report.simulated else "there, in model/ beside its statistics"
         blocks.append(Text(f"This is the body that all silos share. Each silo's model, with its own head, is {where}."))
     return Section("load", "Load the model", blocks)
 
@@ -241,7 +232,7 @@ def _check(reading: Reading) -> Section:
             Text("Whether the files of this directory are as they were written:"),
             Code("Checking the files", "sha256sum -c SHA256SUMS"),
         ]
-    if report.get("plan_digest"):
+    if report.plan_digest:
         blocks.append(
             Text(
                 Markup(
@@ -251,6 +242,6 @@ def _check(reading: Reading) -> Section:
             )
         )
     blocks.append(Text(Markup("All numbers of this page are in <code>report.json</code> beside it.")))
-    entries: list[tuple[str, str | Markup]] = [("Layout digest", _digest(report["layout_digest"]))]
-    blocks.append(Facts([*entries, *((f"Version of {name}", number) for name, number in report["versions"].items())]))
+    entries: list[tuple[str, str | Markup]] = [("Layout digest", _digest(report.layout_digest))]
+    blocks.append(Facts([*entries, *((f"Version of {name}", number) for name, number in report.versions.items())]))
     return Section("check", "Check it", blocks)

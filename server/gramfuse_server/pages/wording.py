@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from gramfuse_protocol.coverage import experts
 from gramfuse_protocol.messages import MERGED
@@ -11,11 +10,7 @@ from gramfuse_protocol.metrics import primary
 from gramfuse_protocol.task import Kind
 from gramfuse_protocol.tasks.registry import KINDS as TASKS
 from gramfuse_server.methods.registry import METHODS
-
-MODES = {
-    "open": "The coordinator saw each silo's statistics.",
-    "secure": "The coordinator saw their sums only.",
-}
+from gramfuse_server.report_schema import Check, Measured, Report, Step
 
 NAMES = {
     "silo": "{name} alone",
@@ -78,12 +73,11 @@ PHASES = {
 }
 
 
-def name_of(model: Mapping[str, Any]) -> str:
+def name_of(model: Measured) -> str:
     """Return what a model of a report is called."""
-    kind, name = model["kind"], model["name"]
-    if kind in METHODS and name == kind:
-        return METHODS[kind].label
-    return NAMES.get(kind, "{name}").format(name=name)
+    if model.kind in METHODS and model.name == model.kind:
+        return METHODS[model.kind].label
+    return NAMES.get(model.kind, "{name}").format(name=model.name)
 
 
 def words_of(kind: str) -> str | None:
@@ -98,48 +92,40 @@ def words_of_metric(name: str) -> str | None:
     return next((kind.measures[name].words for kind in TASKS.values() if name in kind.measures), None)
 
 
-def known(model: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a model of a report with the exact figures in place of those with noise, where a simulation has both."""
-    if "exact" not in model:
-        return model
-    rest = {key: value for key, value in model.items() if key not in ("exact", "intervals", "labels", "privacy")}
-    return {**rest, **model["exact"]}
-
-
-def off_by(model: Mapping[str, Any], metric: str) -> float | None:
+def off_by(model: Measured, metric: str) -> float | None:
     """Return how far the exact value of a metric may be from what a report says; None if that is exact."""
-    interval = model.get("intervals", {}).get(metric)
-    return None if interval is None else max(abs(end - model["metrics"][metric]) for end in interval)
+    interval = model.intervals.get(metric)
+    return None if interval is None else max(abs(end - model.metrics[metric]) for end in interval)
 
 
-def noise(report: Mapping[str, Any], ranked: str) -> str | None:
+def noise(report: Report, ranked: str) -> str | None:
     """Say what noise the metrics of a report have, if any, and what they cost in privacy.
 
     Args:
         ranked: the metric that models are ranked by.
     """
-    noisy = [model for model in report.get("models") or [] if "privacy" in model]
+    noisy = [(model, model.privacy) for model in report.models if model.privacy is not None]
     if not noisy:
         return None
-    last, privacy = noisy[-1], noisy[-1]["privacy"]
-    total = privacy["total"]
+    last, privacy = noisy[-1]
+    total = privacy.total
     cost = (
-        f"ε = {privacy['epsilon']:g} of one held-out example for each of {total['releases']} sums, "
-        f"{total['epsilon']:.2f} for all, at δ = {privacy['delta']:g}"
+        f"ε = {privacy.epsilon:g} of one held-out example for each of {total.releases} sums, "
+        f"{total.epsilon:.2f} for all, at δ = {privacy.delta:g}"
     )
-    if "exact" not in last:
+    if last.exact is None:
         return f"Held-out counts left with noise: {cost}. The exact value lies within ± in 95 of 100 cases."
     return (
         f"These values are exact, which only a simulation can know. Between silos, held-out counts leave with noise "
-        f"({cost}), and {name_of(last)} would show {ranked} {last['metrics'][ranked]:.3f} ± "
+        f"({cost}), and {name_of(last)} would show {ranked} {last.metrics[ranked]:.3f} ± "
         f"{off_by(last, ranked):.3f}."
     )
 
 
-def columns(model: Mapping[str, Any], tasks: Mapping[str, Kind]) -> dict[str, float]:
+def columns(model: Measured, tasks: Mapping[str, Kind]) -> dict[str, float]:
     """Return what a table says of a model: all metrics, or, of several tasks, of each the one that ranks them."""
-    found = {name: value for name, value in model["metrics"].items() if name != "examples"}
-    for name, metrics in model.get("tasks", {}).items():
+    found = {name: value for name, value in model.metrics.items() if name != "examples"}
+    for name, metrics in model.tasks.items():
         metric = primary(tasks[name])
         found[f"{name}: {metric}"] = metrics[metric]
     return found
@@ -150,27 +136,25 @@ def ranked_by(tasks: Mapping[str, Kind]) -> str:
     return primary(tasks[""]) if "" in tasks else "mean-score"
 
 
-def explain(step: Mapping[str, Any]) -> str:
+def explain(step: Step) -> str:
     """Say how a group was solved, and which of its experts were not used."""
-    if step["outcome"] == "empty":
+    if step.outcome == "empty":
         return "no silo saw a token there; took the simple average"
     said = []
-    if step["mean_blocks"]:
-        said.append(
-            f"{step['mean_blocks']} of {step['blocks']} blocks could not be solved; they took the simple average"
-        )
-    elif step["jitter"]:
-        said.append(f"ill-conditioned; solved with a relative ridge of {step['jitter']:g} towards the simple average")
-    if step["unused"]:
-        said.append(f"no silo used {experts(step['unused'])}; took the simple average")
+    if step.mean_blocks:
+        said.append(f"{step.mean_blocks} of {step.blocks} blocks could not be solved; they took the simple average")
+    elif step.jitter:
+        said.append(f"ill-conditioned; solved with a relative ridge of {step.jitter:g} towards the simple average")
+    if step.unused:
+        said.append(f"no silo used {experts(step.unused)}; took the simple average")
     return "; ".join(said) or "solved as it stands"
 
 
-def explain_check(check: Mapping[str, Any]) -> str:
+def explain_check(check: Check) -> str:
     """Say what a check found."""
-    usual, possible = bounds(check["usual"]), bounds(check["possible"])
+    usual, possible = bounds(check.usual), bounds(check.possible)
     limits = f"usual {usual}" if usual == possible else f"usual {usual}, possible {possible}"
-    return f"{check['verdict']}: {check['name']} of {check['where']} is {check['value']:.4g} ({limits})"
+    return f"{check.verdict}: {check.name} of {check.where} is {check.value:.4g} ({limits})"
 
 
 def bounds(of: Sequence[float | None]) -> str:

@@ -1,0 +1,93 @@
+"""report.json: what is written is what is read, whatever the report is of; anything else is refused by name."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gramfuse_protocol.errors import RunDirectoryError
+from gramfuse_server.pages.reading import read_report
+from gramfuse_server.report_part import Part
+from gramfuse_server.report_schema import OPTIONAL, REQUIRED, Report
+from tests.unit.test_page import RUNS
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def read_back(run: Path) -> dict[str, Any]:
+    """Return the report in a run directory; it must say the same when it is written again."""
+    report = read_report(run / "report.json")
+    text = (run / "report.json").read_text(encoding="utf-8")
+    assert report.text == text
+    document: dict[str, Any] = json.loads(text)
+    return document
+
+
+def lay(place: Path, document: dict[str, Any]) -> Path:
+    (place / "report.json").write_text(json.dumps(document), encoding="utf-8")
+    return place
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_a_report_that_is_read_and_written_again_is_the_same(run: Callable[[], Any], tmp_path: Path) -> None:
+    document, _ = run()
+    lay(tmp_path, Report.read(document).document())
+    read_report(tmp_path / "report.json")
+    assert Report.read(document).document() == json.loads(json.dumps(document))
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_a_report_without_a_key_that_it_must_have_is_refused_by_name(run: Callable[[], Any], tmp_path: Path) -> None:
+    document, _ = run()
+    for key in REQUIRED[Report.read(document).of]:
+        if key == "failure":  # without it, it is a report of another kind
+            continue
+        lay(tmp_path, {name: value for name, value in document.items() if name != key})
+        with pytest.raises(RunDirectoryError) as caught:
+            read_report(tmp_path / "report.json")
+        assert str(tmp_path / "report.json") in str(caught.value)
+        assert f"'{key}'" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("path", "key"),
+    [((), "extra"), ((), "failures"), (("silos", 0), "tokens"), (("base",), "url"), (("models", 0), "metric")],
+)
+def test_a_report_with_a_foreign_key_is_refused_by_name(path: tuple[Any, ...], key: str, tmp_path: Path) -> None:
+    document, _ = RUNS[0]()
+    place: Any = document
+    for step in path:
+        place = place[step]
+    place[key] = "x"
+    with pytest.raises(RunDirectoryError, match=r"report\.json") as caught:
+        read_report(lay(tmp_path, document) / "report.json")
+    assert f"'{'.'.join(map(str, (*path, key)))}'" in str(caught.value)
+
+
+def test_a_key_of_another_kind_of_report_and_another_version_are_refused_by_name(tmp_path: Path) -> None:
+    document, _ = RUNS[0]()
+    for key, value in (("heads", "own"), ("schema", "gramfuse.report/2"), ("mode", "closed")):
+        with pytest.raises(RunDirectoryError) as caught:
+            read_report(lay(tmp_path, {**document, key: value}) / "report.json")
+        assert f"'{key}'" in str(caught.value)
+
+
+def test_every_key_has_its_place_and_says_what_it_is() -> None:
+    placed = {key for keys in (*REQUIRED.values(), *OPTIONAL.values()) for key in keys}
+    assert placed == {field.alias or name for name, field in Report.model_fields.items()}
+    for part in Part.__subclasses__():
+        assert all(field.description for field in part.model_fields.values()), part
+
+
+def test_the_page_about_reports_is_made_from_the_schema_as_it_is() -> None:
+    spec = importlib.util.spec_from_file_location("make_report", DOCS / "make_report.py")
+    assert spec is not None
+    assert spec.loader is not None
+    maker = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(maker)
+    assert (DOCS / "report.md").read_text(encoding="utf-8") == maker.document(), "make api"

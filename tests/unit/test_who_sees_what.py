@@ -1,0 +1,53 @@
+"""What leaves a silo, and who can read it: stated once, and said in the same words wherever people read it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gramfuse_client.departures import leaves
+from gramfuse_protocol.layout import Layout, Tensor
+from gramfuse_protocol.who_sees_what import FACTS, STATISTICS_SAY, Mode, full_row, holds, leaving, row, seen
+from tests.unit.test_page import SILOS, Checked, card, open_run, page, plan_of, secure_run
+
+ROOT = Path(__file__).parents[2]
+LAYOUT = Layout(groups=(), tensors=(Tensor(name="bias", shape=(2,), merge="mean"),), frozen=())
+
+
+def test_readme_and_threat_model_have_every_fact_and_no_other() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").split("## What leaves a silo\n")[1].split("\n## ")[0]
+    rows = [line for line in readme.splitlines() if line.startswith("|")]
+    assert rows[2:] == [row(name) for name in leaving("secure")]
+    model = (ROOT / "docs" / "threat-model.md").read_text(encoding="utf-8")
+    table = model.split("## What leaves a silo\n")[1].split("\n## ")[0]
+    assert [line for line in table.splitlines() if line.startswith("|")][2:] == [full_row(name) for name in FACTS]
+
+
+def test_every_assumption_is_one_of_the_threat_model() -> None:
+    model = (ROOT / "docs" / "threat-model.md").read_text(encoding="utf-8")
+    for fact in FACTS.values():
+        for assumption in fact.assumptions:
+            assert f". **{assumption}" in model, assumption
+
+
+@pytest.mark.parametrize("mode", ["secure", "open"])
+def test_every_message_that_leaves_is_a_fact_and_every_fact_that_leaves_is_a_message(mode: Mode) -> None:
+    found = leaves(SILOS[0], plan_of(secure=mode == "secure"), LAYOUT)
+    phases = {departure.phase for departure in found.departures} - {"any"}
+    said = {phase for name in leaving(mode) for phase in FACTS[name].read[mode].when.replace(",", "").split()}
+    assert phases <= said
+    assert said - phases <= {"never", "and", "all", "after", "it"}
+
+
+def test_page_card_and_check_say_it_in_these_words() -> None:
+    cases: list[tuple[Any, Mode]] = [(secure_run(), "secure"), (open_run(), "open")]
+    for (report, plan), mode in cases:
+        shown = Checked(page(report, plan)).text
+        assert seen(mode) in shown
+        assert seen(mode, past=True) in card(plan, SILOS, report["models"][-1])
+        claims = " ".join(leaves(SILOS[0], plan, LAYOUT).claims)
+        assert (STATISTICS_SAY in shown) is (STATISTICS_SAY in claims) is (mode == "open")
+        for text in (shown, claims):
+            assert (holds(plan.privacy.colluding) in text) is (mode == "secure")
