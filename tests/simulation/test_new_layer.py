@@ -95,7 +95,7 @@ def test_a_layer_of_another_package_is_merged_in_closed_form_and_shown_everywher
             layout,
         ),
     )
-    assert WEIGHT.removesuffix(".weight") in {step["group"]: step["outcome"] for step in report["solve"]}
+    assert WEIGHT.removesuffix(".weight") in {step.group for step in report.solve}
     assert WEIGHT.removesuffix(".weight") in (tmp_path / "run" / "report.json").read_text()
     assert (tmp_path / "run" / "report.html").exists()
 
