@@ -24,6 +24,7 @@ SUMMED = "nobody: random words. Only the sum over at least {least} silos can be 
 
 EXAMPLES = "texts, labels, single predictions"
 STATISTICS = "Gram matrices of its layers' inputs, weight differences, numbers of examples and of token rows"
+ADDED = "tokens that were added to its model, as text, with their rows of the tables"
 STATISTICS_SAY = (
     "A contribution in the clear is not harmless: the Gram matrix of few examples gives away which tokens stood where, "
     "and the base model with the weight differences added is the silo's own fine-tuned model."
@@ -101,6 +102,10 @@ FACTS: Mapping[str, Fact] = {
             "files": Read("measure", "whoever has the file"),
         },
         (*MASKS, NETWORK),
+    ),
+    "added": Fact(
+        f"{ADDED}, if there are any",
+        {"files": Read("measure", "whoever has the file")},
     ),
     "signature": Fact(
         "its signature over the list of silos that are in the sum",

@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 from gramfuse_protocol.plan import Plan
-from gramfuse_protocol.who_sees_what import EXAMPLES, MODEL_SAYS, STATISTICS, STATISTICS_SAY, SUM_SAYS, holds, results
+from gramfuse_protocol.who_sees_what import (
+    ADDED,
+    EXAMPLES,
+    MODEL_SAYS,
+    STATISTICS,
+    STATISTICS_SAY,
+    SUM_SAYS,
+    holds,
+    results,
+)
 from gramfuse_server.pages.blocks import Side
 from gramfuse_server.report_schema import Report
 
@@ -46,6 +55,8 @@ def _silo_of_files() -> Side:
 
 def _merger(report: Report) -> Side:
     kept = ", and its head" if report.heads == "own" else ""
+    if report.added_tokens:
+        kept += f"; {ADDED}"
     return Side(
         "Whoever had the files",
         f"Of each silo: {STATISTICS}{kept}; so its fine-tuned model. {STATISTICS_SAY}",
