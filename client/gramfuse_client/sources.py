@@ -4,8 +4,8 @@
 |---------------------|----------------------------------------------------------------------------------------------|
 | `.jsonl`, `.ndjson` | a JSON object on each line                                                                   |
 | `.json`             | an array of JSON objects, or an object on each line                                          |
-| `.csv`              | a header and rows; of `,`, `;` and tab, the delimiter is what gives the header its columns   |
-| `.tsv`              | the same between tabs                                                                        |
+| `.csv`              | a header and rows; of `,`, `;`, tab and bar, the delimiter gives the header its columns      |
+| `.tsv`              | the same between tabs; quotation marks as in CSV, or as part of the text (`delimited`)       |
 | `.parquet`          | a table                                                                                      |
 
 All but Parquet may be packed with gzip (`.csv.gz`). Text is UTF-8.
@@ -13,7 +13,6 @@ All but Parquet may be packed with gzip (`.csv.gz`). Text is UTF-8.
 
 from __future__ import annotations
 
-import csv
 import gzip
 import json
 import tempfile
@@ -22,6 +21,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
+from gramfuse_client.delimited import DELIMITERS, delimited
 from gramfuse_protocol.errors import DataError
 from gramfuse_protocol.text import listed, quoted
 
@@ -29,12 +29,6 @@ READABLE = ".jsonl, .ndjson, .json, .csv, .tsv (all with .gz too), .parquet, or 
 
 HUB = "hf:"
 """How a source begins that is a Hugging Face dataset."""
-
-DELIMITERS = ",;\t"
-"""What may stand between the fields of a .csv file; of two that fit alike, the first."""
-
-LONGEST_FIELD = 2**31 - 1
-"""Most characters of a field in CSV."""
 
 Row = dict[str, Any]
 
@@ -87,7 +81,7 @@ def rows(source: str, directory: Path, columns: Collection[str]) -> Rows:
     try:
         with (gzip.open if packed else open)(path, "rt", encoding="utf-8-sig", newline="") as lines:
             if kind in (".csv", ".tsv"):
-                yield from _delimited(path, lines, "\t" if kind == ".tsv" else DELIMITERS, columns)
+                yield from delimited(path, lines.read(), "\t" if kind == ".tsv" else DELIMITERS, columns)
             elif kind == ".json":
                 yield from _json(path, lines)
             else:
@@ -113,39 +107,6 @@ def _line_not_utf8(path: Path, *, packed: bool) -> int:
             except UnicodeDecodeError:
                 return number
     return number
-
-
-def _delimited(path: Path, lines: TextIO, delimiters: str, columns: Collection[str]) -> Rows:
-    before = csv.field_size_limit(LONGEST_FIELD)  # one for the whole process
-    try:
-        reader = csv.DictReader(lines, delimiter=_delimiter(lines, delimiters, columns), strict=True)
-        header = list(reader.fieldnames or ())
-        twice = sorted({name for name in header if header.count(name) > 1 and name in columns})
-        if twice:
-            raise DataError(f"{path}:1: has two columns called {listed(twice)}; rename one of them")
-        for row in reader:
-            where = f"{path}:{reader.line_num}"
-            if None in row or None in row.values():
-                yield where, DataError(f"{where}: has not as many fields as the header's {len(header)}")
-            else:
-                yield where, row
-    except csv.Error as error:
-        raise DataError(f"{path}:{reader.reader.line_num}: not valid CSV: {error}") from None
-    finally:
-        csv.field_size_limit(before)
-
-
-def _delimiter(lines: TextIO, delimiters: str, columns: Collection[str]) -> str:
-    """Return the delimiter by which the header has most of the columns, or else most fields; lines start anew."""
-
-    def fit(delimiter: str) -> tuple[int, int]:
-        lines.seek(0)
-        header = next(csv.reader(lines, delimiter=delimiter), [])
-        return len({*header} & {*columns}), len(header)
-
-    found = max(delimiters, key=fit)
-    lines.seek(0)
-    return found
 
 
 def _json(path: Path, lines: TextIO) -> Rows:
