@@ -17,7 +17,7 @@ import gzip
 import json
 import tempfile
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -29,6 +29,9 @@ READABLE = ".jsonl, .ndjson, .json, .csv, .tsv (all with .gz too), .parquet, or 
 
 HUB = "hf:"
 """How a source begins that is a Hugging Face dataset."""
+
+FEATURES = b"huggingface"
+"""Where in a Parquet file the datasets library writes what its columns are."""
 
 Row = dict[str, Any]
 
@@ -74,7 +77,7 @@ def rows(source: str, directory: Path, columns: Collection[str]) -> Rows:
         raise DataError(f"{path}: no such file; a source is {READABLE}")
     kind, packed = _format(path)
     if kind == ".parquet" and not packed:
-        yield from _table(str(path), _parquet(path))
+        yield from _parquet(path)
         return
     if kind not in (".jsonl", ".ndjson", ".json", ".csv", ".tsv"):
         raise DataError(f"{path}: not a format that is read here; a source is {READABLE}")
@@ -145,16 +148,30 @@ def _no_object(where: str, row: Any) -> DataError:
     return DataError(f"{where}: expected a JSON object, found {type(row).__name__}")
 
 
-def _parquet(path: Path) -> Any:
+def _parquet(path: Path) -> Rows:
     import pyarrow
     import pyarrow.parquet
 
     try:
-        return pyarrow.parquet.read_table(path).to_pylist()
+        table = pyarrow.parquet.read_table(path)
+        found = table.to_pylist()
     except pyarrow.ArrowException as error:
         raise DataError(f"{path}: not a readable Parquet file: {error}") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error}") from None
+    given: Rows = _table(str(path), found)
+    if about := (table.schema.metadata or {}).get(FEATURES):
+        import datasets
+
+        try:
+            features = datasets.Features.from_dict(json.loads(about).get("info", {}).get("features") or {})
+        except (ValueError, TypeError, AttributeError, KeyError) as error:
+            raise DataError(
+                f"{path}: what the datasets library wrote into it of its columns cannot be read: {error}; write the "
+                "file again"
+            ) from None
+        given = _with_names(given, features)
+    yield from given
 
 
 def _hugging_face(source: str, directory: Path) -> Rows:
@@ -180,17 +197,11 @@ def _hugging_face(source: str, directory: Path) -> Rows:
             raise DataError(
                 f"{source}: the datasets library cannot load it: {first}{_offered(named, settings)}"
             ) from None
-        names = {}
-        for column, feature in dataset.features.items():
+        features = dataset.features
+        for column, feature in features.items():
             if isinstance(feature, datasets.Image):
                 dataset = dataset.cast_column(column, datasets.Image(decode=False))
-            elif isinstance(feature, datasets.List | datasets.ClassLabel):
-                names[column] = getattr(feature, "feature", feature)
-        for where, row in _table(source, dataset):
-            for column, feature in names.items():
-                if isinstance(feature, datasets.ClassLabel):
-                    row[column] = _named(row[column], feature)
-            yield where, row
+        yield from _with_names(_table(source, dataset), features)
 
 
 def _split(saved: Any, split: str, source: str) -> Any:
@@ -219,11 +230,25 @@ def _offered(named: Dataset, settings: dict[str, Any]) -> str:
     return "" if (named.split or "train") in splits else f"; its splits are {listed(splits, 20)}"
 
 
-def _named(value: Any, feature: Any) -> Any:
+def _with_names(found: Iterator[tuple[str, Any]], features: Mapping[str, Any]) -> Rows:
+    """Yield rows with the names of labels that the datasets library numbers."""
+    import datasets
+
+    lists = datasets.List | datasets.LargeList
+    inner = {name: feature.feature if isinstance(feature, lists) else feature for name, feature in features.items()}
+    labels = {name: feature.names for name, feature in inner.items() if isinstance(feature, datasets.ClassLabel)}
+    for where, row in found:
+        try:
+            yield where, row | {name: _named(row[name], labels[name]) for name in labels if name in row}
+        except IndexError:
+            yield where, DataError(f"{where}: a label's number is beyond the names that the data set has for them")
+
+
+def _named(value: Any, names: Sequence[str]) -> Any:
     """Return the name of a label that a dataset numbers, or the names of several; what has none stays."""
     if isinstance(value, list):
-        return [_named(one, feature) for one in value]
-    return feature.int2str(value) if isinstance(value, int) and value >= 0 else value
+        return [_named(one, names) for one in value]
+    return names[value] if isinstance(value, int) and value >= 0 else value
 
 
 def _table(source: str, found: Any) -> Iterator[tuple[str, Any]]:

@@ -602,6 +602,43 @@ def test_a_class_label_that_the_plan_lacks_is_named_not_numbered(tmp_path: Path)
     assert "hf:saved: row 2: unknown label 'pets'" in message
 
 
+@pytest.mark.parametrize("kind", ["classification", "multi-label"])
+def test_a_parquet_file_of_the_datasets_library_gives_the_labels_that_it_gives_itself(
+    kind: Any, tmp_path: Path
+) -> None:
+    names = datasets.ClassLabel(names=["1", "0"])  # by number, each would be the other
+    several = kind == "multi-label"
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.List(names) if several else names}
+    )
+    labels = [[0], [1], [0, 1], []] if several else [0, 1, 1, 0]
+    rows = [{"text": f"text {n}", "label": label} for n, label in enumerate(labels)]
+    dataset = datasets.Dataset.from_list(rows, features=features)
+    dataset.save_to_disk(str(tmp_path / "saved"))
+    (tmp_path / "folder").mkdir()
+    dataset.to_parquet(str(tmp_path / "folder" / "train.parquet"))
+    task = Task(task=kind, labels=("0", "1"))
+    found = [read(tmp_path, source, task).labels for source in ("folder/train.parquet", "hf:folder", "hf:saved")]
+    assert found == [[(1,), (0,), (0, 1), ()] if several else [1, 0, 0, 1]] * 3
+
+
+@pytest.mark.parametrize(
+    ("about", "expected"),
+    [
+        ({"info": {"features": {"label": {"names": ["animals"], "_type": "ClassLabel"}}}}, "row 2: a label's number"),
+        ({"info": {"features": {"label": {"_type": "Nothing"}}}}, "cannot be read: "),
+        ([], "cannot be read: "),
+    ],
+)
+def test_what_a_parquet_file_says_of_its_labels_is_never_passed_over(about: Any, expected: str, tmp_path: Path) -> None:
+    table = pyarrow.table({"text": ["a cat", "a dog"], "label": pyarrow.array([0, 1], pyarrow.int8())})
+    table = table.replace_schema_metadata({"huggingface": json.dumps(about)})
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    message = failure(tmp_path, "rows.parquet")
+    assert message.startswith(f"{tmp_path / 'rows.parquet'}: ")
+    assert expected in message
+
+
 def test_an_unlabelled_row_of_a_class_label_column_is_refused(tmp_path: Path) -> None:
     # Hugging Face datasets write -1 where a test set hides its labels.
     features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=list(LABELS))})
