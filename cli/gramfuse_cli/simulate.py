@@ -99,7 +99,7 @@ def run_simulation(
     from gramfuse_client.policy import check_examples, check_plan
     from gramfuse_client.silo import write_identity
     from gramfuse_client.state import read_progress
-    from gramfuse_client.targets import check_targets
+    from gramfuse_client.targets import check_targets, misfit
     from gramfuse_model.source import source_of
     from gramfuse_server.run import check_free, discard
 
@@ -115,6 +115,8 @@ def run_simulation(
             say(f"{silo.name}: {len(bad)} bad rows are left out:", *bad, err=True)
         check_examples(silo, len(examples))
         check_targets(silo.path, task, examples.labels)
+        if notice := misfit(task, examples.labels):
+            say(f"{silo.name}: {notice}", style="yellow", err=True)
         if tune is not None:
             load_validation(silo, task)
         if silo.base is not None:

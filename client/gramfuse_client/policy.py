@@ -11,7 +11,7 @@ from typing import get_args
 from gramfuse_client.data import Examples, left_out
 from gramfuse_client.silo import Silo
 from gramfuse_client.state import State
-from gramfuse_client.targets import check_targets
+from gramfuse_client.targets import check_targets, misfit
 from gramfuse_protocol.errors import GramfuseError, PlanError, RefusalError
 from gramfuse_protocol.layout import Layout
 from gramfuse_protocol.plan import ContextFree, Plan
@@ -130,7 +130,7 @@ def check_examples(silo: Silo, examples: int) -> None:
 
 
 def check_data(silo: Silo, task: Task, train: Examples, held_out: Examples) -> None:
-    """Check what a silo is to train on; its log names the bad rows that it leaves out.
+    """Check what a silo is to train on; its log names the bad rows that it leaves out, and a scale that fits better.
 
     Raises:
         RefusalError: of `check_examples`.
@@ -140,6 +140,8 @@ def check_data(silo: Silo, task: Task, train: Examples, held_out: Examples) -> N
         log.warning("silo %s leaves out a bad row: %s", silo.name, row)
     check_examples(silo, len(train))
     check_targets(silo.path, task, train.labels)
+    if notice := misfit(task, train.labels):
+        log.warning("silo %s: %s", silo.name, notice)
 
 
 def check_bytes(silo: Silo, plan: Plan, layout: Layout) -> None:
