@@ -61,9 +61,12 @@ def _target_lines(source: str, text: str, label: str) -> tuple[str, ...]:
     from gramfuse_client.data import load_training
     from gramfuse_client.silo import Data, Silo, SiloFile
     from gramfuse_client.targets import check_apart, propose
+    from gramfuse_client.words import of_options
 
     data = Data(train=source, held_out=0.5, text=text, label=label)
-    labels = load_training(Silo(Path.cwd() / "--targets", SiloFile(name="targets", data=data)), REGRESSION).labels
+    words = of_options(("--text", "--label"), skip=False)
+    silo = Silo(Path.cwd() / "--targets", SiloFile(name="targets", data=data), words=words)
+    labels = load_training(silo, REGRESSION).labels
     targets = [target for target in labels if isinstance(target, float)]
     check_apart(source, targets)
     fitting = propose(targets)

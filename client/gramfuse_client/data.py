@@ -1,42 +1,25 @@
-"""A silo's examples: read, checked against the task, split.
+"""A silo's examples: read, checked against the task (`row`), split.
 
-What the columns of a source hold, by kind of task (`text`, `text-pair`, `image`, `label` as [data] names them):
-
-| kind                 | input                                     | label                                            |
-|----------------------|-------------------------------------------|--------------------------------------------------|
-| classification       | `text` (and `text-pair`): text            | a label of the plan: text, or a whole number     |
-| regression           | `text` (and `text-pair`): text            | a finite number; in the plan's range, if results |
-|                      |                                           | leave in a secure sum                            |
-| multi-label          | `text` (and `text-pair`): text            | a list of labels, [] if none applies; or one     |
-| token-classification | `text`: a list of words, or words between | a list of tags, or tags between spaces; as many  |
-|                      | white space                               | as words                                         |
-| sequence-to-sequence | `text`: text                              | text                                             |
-| causal-lm            | `text`: text                              | none                                             |
-| image-classification | `image`: a path from where the source is, | a label of the plan                              |
-|                      | or bytes of an image file                 |                                                  |
-
-A label that is a whole number is known by its digits, 1.0 by those of 1. Whatever else is no text (nothing, NaN, true)
-is no label. Rows that do not fit are all counted; `skip-bad` of [data] says how many may be left out.
+Rows that do not fit are all counted; `skip-bad` of [data] says how many may be left out.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import random
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
-from gramfuse_client.images import check_image, check_pillow
+from gramfuse_client.images import check_pillow
+from gramfuse_client.row import Input, Label, Reader
 from gramfuse_client.silo import Data, Silo
-from gramfuse_client.sources import HUB, Dataset, Row, rows
+from gramfuse_client.sources import HUB, Dataset, rows
+from gramfuse_client.words import Words
 from gramfuse_protocol.errors import DataError
 from gramfuse_protocol.task import Task
-from gramfuse_protocol.text import listed, quoted
 
 HALF = 0.5
 """Share of the held-out examples that is set aside for validation, where the silo file does not say."""
@@ -45,14 +28,6 @@ SHOWN = 5
 """Of so many bad rows a message says what is wrong with each."""
 
 NUMBER = re.compile(r"-?[0-9]+")
-WHOLE = re.compile(r"-?[0-9]+\.0+")
-"""A whole number as tables write it whose column has gaps."""
-
-Input = str | tuple[str, ...] | Path | bytes
-"""A text; words; an image, as a file or as what is in one."""
-
-Label = int | float | tuple[int, ...] | str | None
-"""Index of a label; a number; indices of labels, or of a tag for each word; a target text; nothing."""
 
 
 @dataclass(frozen=True)
@@ -146,10 +121,7 @@ def load_validation(silo: Silo, task: Task, names: Mapping[str, int] | None = No
     known = {*train.given, *held_out.given}
     left = validation.take([i for i, given in enumerate(validation.given) if given not in known])
     if not left:
-        raise DataError(
-            f"{silo.path}: all {len(validation)} examples of data.validation are among the training or held-out "
-            "examples too; name others, or leave data.validation out"
-        )
+        raise DataError(silo.words.validation.format(path=silo.path, count=len(validation)))
     return left
 
 
@@ -229,13 +201,11 @@ def _read(
     """
     columns = silo.file.data
     if task.pair and columns.text_pair is None:
-        raise DataError(
-            f"{silo.path}: the plan is about text pairs (model.pair); name the second column in data.text-pair"
-        )
+        raise DataError(silo.words.pair.format(path=silo.path))
     if task.task == "image-classification":
         check_pillow()
     known = {task.labels[index]: index for index in task.annotated} if names is None else names
-    folder = _folder(source, silo.directory)
+    reader = Reader(columns, task, known, _folder(source, silo.directory), silo.words, labelled)
     good: list[tuple[Input, str, Label, int]] = []
     bad: list[str] = []
     count = 0
@@ -243,29 +213,17 @@ def _read(
         try:
             if isinstance(row, DataError):
                 raise row
-            example = _example(row, columns, task, known, folder, where, labelled=labelled)
-            good.append((*example, int(where.rpartition(":")[2].removeprefix(" row "))))
+            good.append((*reader.example(row, where), int(where.rpartition(":")[2].removeprefix(" row "))))
         except DataError as error:
             if count - len(good) <= max(columns.skip_bad, SHOWN):
                 bad.append(str(error))
     place = source if source.startswith(HUB) else str(silo.directory / source)
     if count - len(good) > columns.skip_bad:
-        raise DataError(_complaint(place, bad, count - len(good), count, columns.skip_bad))
+        raise DataError(_complaint(place, bad, count - len(good), count, columns.skip_bad, silo.words))
     if not good:
         raise DataError(f"{place}: holds no examples; expected at least one")
     inputs, pairs, labels, numbers = map(list, zip(*good, strict=True))
     return Examples(inputs, pairs if task.pair else None, labels, tuple(bad), numbers)
-
-
-def _example(
-    row: Row, columns: Data, task: Task, known: Mapping[str, int], folder: Path, where: str, *, labelled: bool
-) -> tuple[Input, str, Label]:
-    """Return the input, its second text and the label in a row; arguments as `_read` has them."""
-    given = _input(row, columns, task, folder, where)
-    pair = _text(row, columns.text_pair, where) if task.pair and columns.text_pair is not None else ""
-    if not labelled and task.task != "sequence-to-sequence" and row.get(columns.label) is None:
-        return given, pair, None
-    return given, pair, _label(row, columns.label, task, known, given, where)
 
 
 def _names(columns: Data) -> set[str]:
@@ -280,175 +238,23 @@ def _folder(source: str, directory: Path) -> Path:
     return (directory / source).resolve().parent
 
 
-def _complaint(place: str, bad: Sequence[str], count: int, rows: int, allowed: int) -> str:
+def _complaint(place: str, bad: Sequence[str], count: int, rows: int, allowed: int, words: Words) -> str:
     """Say what is wrong with rows: all of it of a single one, and of several what is wrong with the first.
 
     Args:
         bad: what is wrong with each of the first.
         count, rows: how many are bad, of how many.
+        words: what settings are called.
     """
     if count == 1:
         return bad[0]
     remedy = bad[0].partition("; ")[2] or "correct them"
     shown = [one.partition("; ")[0] for one in bad[:SHOWN]]
     more = [f"and {count - SHOWN:,} more"] if count > SHOWN else []
+    allowance = f", and {words.skip_bad} allows {allowed:,}" if words.skipping else ""
+    skipping = f". {words.skipping.format(count=count)}" if words.skipping else ""
     return (
-        f"{place}: {count:,} of {rows:,} rows cannot be used, and data.skip-bad allows {allowed:,}:\n"
+        f"{place}: {count:,} of {rows:,} rows cannot be used{allowance}:\n"
         + "\n".join((*shown, *more))
-        + f"; {remedy}. With skip-bad = {count} under [data] of the silo file they are left out"
+        + f"; {remedy}{skipping}"
     )
-
-
-def _input(row: Row, columns: Data, task: Task, folder: Path, where: str) -> Input:
-    match task.task:
-        case "token-classification":
-            return _words(row, columns.text, where)
-        case "image-classification":
-            return _image(_column(row, columns.image, where), columns.image, folder, where)
-        case _:
-            return _text(row, columns.text, where)
-
-
-def _label(row: Row, column: str, task: Task, known: Mapping[str, int], given: Input, where: str) -> Label:
-    if task.task == "causal-lm":
-        return None
-    if task.task == "sequence-to-sequence":
-        return _text(row, column, where)
-    value = _column(row, column, where)
-    match task.task:
-        case "regression":
-            return _target(value, task, where)
-        case "multi-label":
-            return _labels(value, column, task, known, where)
-        case "token-classification":
-            assert isinstance(given, tuple)  # noqa: S101
-            return _tags(value, column, task, known, given, where)
-        case _:
-            return _index(value, task, known, where)
-
-
-def _column(row: Row, column: str, where: str) -> Any:
-    if column not in row:
-        raise DataError(
-            f"{where}: column {column!r} is missing; columns here: {listed(row, 20)}. "
-            "Name yours in [data] of the silo file (text, text-pair, image, label)"
-        )
-    return row[column]
-
-
-def _text(row: Row, column: str, where: str) -> str:
-    value = _column(row, column, where)
-    if not isinstance(value, str) or not value.strip():
-        raise DataError(f"{where}: column {column!r} must hold text, found {quoted(value)}")
-    _check_characters(value, column, where)
-    return value
-
-
-def _check_characters(text: str, column: str, where: str) -> None:
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise DataError(f"{where}: column {column!r} holds half of a surrogate pair, which is no text: {quoted(text)}")
-
-
-def _words(row: Row, column: str, where: str) -> tuple[str, ...]:
-    value = _column(row, column, where)
-    words = value.split() if isinstance(value, str) else value
-    if not isinstance(words, list) or not words:
-        raise DataError(
-            f"{where}: column {column!r} must hold a list of words, or words between spaces, found {quoted(value)}"
-        )
-    for position, word in enumerate(words, 1):
-        if not isinstance(word, str) or not word.strip():
-            raise DataError(f"{where}: column {column!r}: word {position} must be text, found {quoted(word)}")
-        _check_characters(word, column, where)
-    return tuple(words)
-
-
-def _image(value: Any, column: str, folder: Path, where: str) -> Path | bytes:
-    """Return an image after a look at its first bytes; a dataset's column holds `bytes` or `path`, or both."""
-    if isinstance(value, dict):
-        value = value.get("bytes") or value.get("path")
-    if not isinstance(value, str | bytes) or not value:
-        raise DataError(f"{where}: column {column!r} must hold the path of an image, found {quoted(value)}")
-    image = folder / value if isinstance(value, str) else value
-    if isinstance(image, Path) and not image.is_file():
-        raise DataError(f"{where}: column {column!r}: no such file {image}")
-    check_image(image, f"{where}: column {column!r}")
-    return image
-
-
-def _index(value: Any, task: Task, known: Mapping[str, int], where: str) -> int:
-    name = _name(value)
-    if name is None:
-        raise DataError(
-            f"{where}: a label must be text or a whole number, found {quoted(value)}; write it as text, or leave the "
-            "row out. The datasets library makes None of NA, null and empty fields of CSV, and True of true: name the "
-            ".csv file itself to have them as they are"
-        )
-    if name not in known and name not in task.labels and WHOLE.fullmatch(name):
-        name = name.partition(".")[0]
-    index = known.get(name)
-    if index is not None:
-        return index
-    if name in task.labels:
-        raise DataError(
-            f"{where}: label {quoted(value)} is not among those that the plan says this silo annotates "
-            f"({_few(known)}); leave the example out, or agree on a plan that lists the label in this silo's 'labels'"
-        )
-    raise DataError(
-        f"{where}: unknown label {quoted(value)}; the plan's labels are {_few(known)}. "
-        "All silos must use the plan's labels: rename it here, or agree on a plan that has it. Where a silo annotates "
-        "only some of them, the plan lists those as 'labels' of its [[silo]]"
-    )
-
-
-def _name(value: Any) -> str | None:
-    """Return what a label is called; None if it is none."""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return str(value) if isinstance(value, str | int) and not isinstance(value, bool) and value != "" else None
-
-
-def _few(labels: Mapping[str, int]) -> str:
-    return listed(labels, 20)
-
-
-def _labels(value: Any, column: str, task: Task, known: Mapping[str, int], where: str) -> tuple[int, ...]:
-    """Return the indices of all labels that apply, in the plan's order."""
-    if value is None or value == "":
-        raise DataError(
-            f"{where}: column {column!r} is empty; write [] if none of the labels applies, or leave the example out "
-            "if nobody looked"
-        )
-    values = value if isinstance(value, list) else [value]
-    indices = [_index(one, task, known, where) for one in values]
-    if len(set(indices)) < len(indices):
-        raise DataError(f"{where}: column {column!r} has a label twice: {quoted(value)}")
-    return tuple(sorted(indices))
-
-
-def _tags(
-    value: Any, column: str, task: Task, known: Mapping[str, int], words: tuple[str, ...], where: str
-) -> tuple[int, ...]:
-    """Return the index of each word's tag. An I-X with no B-X before it begins an entity, as metrics have it."""
-    tags = value.split() if isinstance(value, str) else value
-    if not isinstance(tags, list) or len(tags) != len(words):
-        many = f"{len(tags)}" if isinstance(tags, list) else quoted(value)
-        raise DataError(
-            f"{where}: column {column!r} must hold one tag for each of the {len(words)} words, found {many}"
-        )
-    return tuple(_index(tag, task, known, where) for tag in tags)
-
-
-def _target(value: Any, task: Task, where: str) -> float:
-    try:
-        target = math.nan if isinstance(value, bool) or "_" in str(value) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        target = math.nan
-    if not math.isfinite(target):
-        raise DataError(f"{where}: the target must be a finite number, found {quoted(value)}")
-    if task.range is not None and not task.range[0] <= target <= task.range[1]:
-        raise DataError(
-            f"{where}: the target {target:g} is outside of the plan's range of {task.range[0]:g} to {task.range[1]:g}; "
-            "correct it, or agree on a plan with a wider 'model.range'"
-        )
-    return target

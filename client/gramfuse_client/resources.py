@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from gramfuse_client.data import Examples, Input
+from gramfuse_client.data import Examples
 from gramfuse_client.finding import Findings
 from gramfuse_client.ledger import Head, Ledger
+from gramfuse_client.row import Input
 from gramfuse_client.silo import Silo
 from gramfuse_protocol.errors import LedgerError, PlanError
 from gramfuse_protocol.layout import ITEM_BYTES, Layout

@@ -755,6 +755,55 @@ def test_several_labels_apply_or_one_or_none(tmp_path: Path) -> None:
     assert read(tmp_path, as_jsonl(tmp_path, rows), APPLY).labels == [(0, 2), (1,), ()]
 
 
+def test_several_labels_or_none_stand_in_a_field_of_csv_as_in_json(tmp_path: Path) -> None:
+    fields = ['["kitchen", "animals"]', "weather", "[]", ' [ "weather" ] ', "[]"]
+    source = as_csv(tmp_path, [{"text": f"text {n}", "label": field} for n, field in enumerate(fields)])
+    assert read(tmp_path, source, APPLY).labels == [(0, 2), (1,), (), (1,), ()]
+    numbers = Task(task="multi-label", labels=("0", "1", "2"))
+    source = as_csv(tmp_path, [{"text": "x", "label": "[2, 0.0]"}, {"text": "y", "label": "1"}])
+    assert read(tmp_path, source, numbers).labels == [(0, 2), (1,)]
+
+
+@pytest.mark.parametrize(
+    ("field", "said"),
+    [
+        ("kitchen,animals", '["a", "b"], or [] if none applies'),
+        ("kitchen|animals", '["a", "b"], or [] if none applies'),
+        ("['kitchen', 'animals']", '["a", "b"], or [] if none applies'),
+        ('["kitchen", "pets"]', "unknown label 'pets'"),
+        ('["kitchen", null]', "found None"),
+        ('["kitchen", "kitchen"]', "twice"),
+        ("[]]", '["a", "b"], or [] if none applies'),
+        ("", "write [] if none"),
+    ],
+)
+def test_a_field_that_is_no_list_of_labels_is_refused_with_how_to_write_one(
+    field: str, said: str, tmp_path: Path
+) -> None:
+    source = as_csv(tmp_path, [{"text": "x", "label": field}])
+    message = failure(tmp_path, source, APPLY)
+    assert f"{tmp_path / source}:2: " in message
+    assert said in message
+
+
+def test_a_label_that_looks_like_a_list_of_labels_is_not_guessed(tmp_path: Path) -> None:
+    task = Task(task="multi-label", labels=("[]", "a, b", "a"))
+    rows = [{"text": "x", "label": "a, b"}, {"text": "x", "label": '["[]", "a"]'}]
+    assert read(tmp_path, as_csv(tmp_path, rows), task).labels == [(1,), (0, 2)]
+    message = failure(tmp_path, as_csv(tmp_path, [{"text": "x", "label": "[]"}]), task)
+    assert 'which is a label and a list of labels; write ["[]"]' in message
+
+
+@pytest.mark.parametrize("printed", ["['EU', 'left']", "['EU' 'left']", "[\"EU\", 'left']"])
+def test_words_as_python_prints_them_are_not_taken_for_words(printed: str, tmp_path: Path) -> None:
+    source = as_csv(tmp_path, [{"text": printed, "label": "O O"}])
+    assert "write it as in JSON" in failure(tmp_path, source, TAG)
+    with pytest.raises(DataError, match="as in JSON"):
+        load_measured(silo(tmp_path, source), TAG)
+    source = as_csv(tmp_path, [{"text": '["EU", "left"]', "label": '["B-PER", "O"]'}])
+    assert read(tmp_path, source, TAG) == Examples([("EU", "left")], None, [(1, 0)])
+
+
 @pytest.mark.parametrize("write", [as_jsonl, as_parquet])
 def test_words_and_tags_are_lists_or_stand_between_spaces(
     write: Callable[[Path, list[dict[str, Any]]], str], tmp_path: Path
