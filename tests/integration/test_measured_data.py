@@ -220,6 +220,20 @@ def test_what_is_wrong_with_targets_of_a_new_project_is_said_in_the_commands_own
     ]
 
 
+def test_one_file_alone_is_said_to_become_its_own_model(tmp_path: Path, model: Path, pico_bert: Path) -> None:
+    file = measure(model, pico_bert, write(tmp_path / "train.jsonl", rows(30)))[0].path
+    merged = ["merge", str(file), "--base", str(pico_bert), "-o", str(tmp_path / "merged")]
+    result = CliRunner().invoke(cli, merged)
+    assert result.exit_code == 0, result.output
+    assert "1 model merged" in result.stdout
+    assert "merged with no other" in result.stderr
+    before, after = (
+        AutoModelForSequenceClassification.from_pretrained(place) for place in (model, tmp_path / "merged")
+    )
+    for name, parameter in before.state_dict().items():
+        assert torch.allclose(parameter, after.state_dict()[name], atol=1e-6), name
+
+
 def test_a_batch_that_the_model_cannot_compute_is_named_with_its_rows(
     tmp_path: Path, model: Path, pico_bert: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
