@@ -130,6 +130,7 @@ def _json(path: Path, lines: TextIO) -> Rows:
 
 
 def _json_lines(path: Path, lines: TextIO) -> Rows:
+    _check_lines(path, lines)
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -142,6 +143,41 @@ def _json_lines(path: Path, lines: TextIO) -> Rows:
             yield where, DataError(f"{where}: JSON that cannot be read here: {error}")
         else:
             yield where, row if isinstance(row, dict) else _no_object(where, row)
+
+
+def _check_lines(path: Path, lines: TextIO) -> None:
+    """Raise one DataError, in place of one for each line, if no line is JSON by itself; lines start anew."""
+    first = next(filter(str.strip, lines), "")
+    lines.seek(0)
+    if not first or _is_json(first):
+        return
+    text = lines.read()
+    lines.seek(0)
+    start = text.index(first)
+    begin = text.count("\n", 0, start) + 1
+    expected = "expected an object on each line, or in a .json file an array of objects: [{…}, {…}]"
+    try:
+        end = json.JSONDecoder().raw_decode(text, start + len(first) - len(first.lstrip()))[1]
+    except json.JSONDecodeError as error:
+        several = list(filter(str.strip, text.splitlines()))
+        if len(several) > 1 and not any(map(_is_json, several)):
+            raise DataError(
+                f"{path}:{error.lineno}: not valid JSON: {error.msg} at column {error.colno}; {expected}"
+            ) from None
+    except (ValueError, RecursionError):
+        return
+    else:
+        last = text.count("\n", 0, end) + 1
+        raise DataError(f"{path}:{begin}: one JSON value goes on to line {last}; {expected}")
+
+
+def _is_json(line: str) -> bool:
+    """Whether there is JSON in a line, and nothing else."""
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _no_object(where: str, row: Any) -> DataError:

@@ -397,7 +397,24 @@ BAD_FILES: dict[str, tuple[str, bytes, str, list[str]]] = {
     "an empty text in CSV": ("rows.csv", (HEADER + ",animals\n").encode(), ":2", ["'text'"]),
     "a JSON array that is broken": ("rows.json", b'[{"text": "a cat"},\n{"text" "a dog"}]', ":2", ["JSON", "column"]),
     "a JSON array of something else": ("rows.json", b'[["a cat", "animals"]]', ": row 1", ["object", "list"]),
-    "JSON that is spread over lines": ("rows.json", b'{"rows":\n1}\n', "", [":1: ", "JSON", ":2: "]),
+    "JSON that is spread over lines": (
+        "rows.json",
+        b'{\n "text": "a cat",\n "label": "animals"\n}\n{\n "text": "a dog",\n "label": "animals"\n}\n',
+        ":1",
+        ["goes on to line 4; expected an object on each line"],
+    ),
+    "lines of JSON that are spread over lines": (
+        "rows.jsonl",
+        b'\n{"text": "a cat",\r\n "label": "animals"}\n',
+        ":2",
+        ["goes on to line 3; expected an object on each line"],
+    ),
+    "JSON that is spread over lines and broken": (
+        "rows.json",
+        b'{\n "text": "a cat"\n "label": "animals"\n}\n',
+        ":3",
+        ["JSON", "column 2; expected an object on each line"],
+    ),
     "a column twice": ("rows.csv", b"text,label,label\na cat,animals,weather\n", ":1", ["'label'", "two columns"]),
     "a TSV file with commas": ("rows.tsv", b"text,label\na cat,animals\n", ":2", ["'text,label'"]),
     "gzipped CSV that is not UTF-8": (
@@ -419,6 +436,7 @@ def test_a_bad_file_is_named_with_its_line_and_what_was_expected(case: str, tmp_
     assert f"{tmp_path / name}{line}: " in message
     for words in quoted:
         assert words in message
+    assert "rows cannot be used" not in message
 
 
 def test_all_bad_rows_are_counted_and_the_first_are_shown(tmp_path: Path) -> None:
