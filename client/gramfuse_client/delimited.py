@@ -149,7 +149,8 @@ def _records(path: Path, text: str, line: int, delimiter: str) -> Sequence[_Reco
 def _is_csv(quoted: _Reading, plain: _Reading, delimiter: str) -> bool:
     """Whether quotation marks are those of CSV for certain."""
     if delimiter in QUOTING:
-        return bool(quoted.error) or _is_marked(plain) or not (_fits(plain) and _joins(quoted, delimiter))
+        several = _fits(plain) and _is_filled(quoted, plain) and _joins(quoted, delimiter)
+        return bool(quoted.error) or _is_marked(plain) or not several
     if _is_text(quoted, plain, delimiter):
         return False
     return _is_marked(plain) or (not _fits(plain) and _is_needed(quoted, plain))
@@ -187,6 +188,12 @@ def _joins(quoted: _Reading, delimiter: str) -> bool:
         if record.first < record.last
         for field in record.fields
     )
+
+
+def _is_filled(quoted: _Reading, plain: _Reading) -> bool:
+    """Whether no field of the lines that one row takes up is empty, as after `"Dear all,`, if they are several."""
+    lines = {number for record in quoted.records for number in range(record.first, record.last)}
+    return all(all(record.fields) for record in plain.records if record.last in lines)
 
 
 def _has_bare(quoted: _Reading, plain: _Reading) -> bool:

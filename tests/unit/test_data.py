@@ -535,6 +535,9 @@ def test_rows_of_csv_that_may_have_been_swallowed_are_told(delimiter: str, tmp_p
         assert read(tmp_path, "rows.csv").inputs == ["he left", '"Wait', 'fine"']
         return
     assert f"{tmp_path / 'rows.csv'}:3: quotation marks" in failure(tmp_path, "rows.csv")
+    letter = ["text;label", '"Dear all;', 'it rains";weather']
+    (tmp_path / "rows.csv").write_text("\n".join(letter).replace(";", delimiter))
+    assert read(tmp_path, "rows.csv").inputs == [f"Dear all{delimiter}\nit rains"]
     sure = [*lines, '"said ""rain""; and left";weather']
     (tmp_path / "rows.csv").write_text("\n".join(sure).replace(";", delimiter))
     assert len(read(tmp_path, "rows.csv")) == 3
