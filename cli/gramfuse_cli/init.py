@@ -60,11 +60,16 @@ def _target_lines(source: str, text: str, label: str) -> tuple[str, ...]:
     """Return the lines of a plan that fit the targets of a source, which is read as a silo reads its own."""
     from gramfuse_client.data import load_training
     from gramfuse_client.silo import Data, Silo, SiloFile
-    from gramfuse_client.targets import propose
+    from gramfuse_client.targets import check_apart, propose
+    from gramfuse_client.words import of_options
 
     data = Data(train=source, held_out=0.5, text=text, label=label)
-    labels = load_training(Silo(Path.cwd() / "--targets", SiloFile(name="targets", data=data)), REGRESSION).labels
-    fitting = propose([target for target in labels if isinstance(target, float)])
+    words = of_options(("--text", "--label"), skip=False)
+    silo = Silo(Path.cwd() / "--targets", SiloFile(name="targets", data=data), words=words)
+    labels = load_training(silo, REGRESSION).labels
+    targets = [target for target in labels if isinstance(target, float)]
+    check_apart(source, targets)
+    fitting = propose(targets)
     if fitting is None:
         raise DataError(f"{source}: all targets are the same number, so there is nothing to learn; name other data")
     return fitting.lines

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import click
 
-from gramfuse_protocol.errors import DataError, PlanError
+from gramfuse_protocol.errors import PlanError
 from gramfuse_protocol.task import Task
 from gramfuse_protocol.text import listed
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+COLUMNS = ("--text", "--text-pair", "--image", "--label")
+"""The options that name columns."""
 
 
 def row_options(lead: str = "") -> Callable[[F], F]:
@@ -58,20 +61,3 @@ def label_names(given: str | None, task: Task) -> tuple[str, ...]:
             f"{listed(task.labels, 20) or 'it has none that are labels'}"
         )
     return names
-
-
-@contextmanager
-def without_silo_file(unlabelled: str = "") -> Iterator[None]:
-    """Have errors of data say which options there are in place of a silo file.
-
-    Args:
-        unlabelled: what is to be said of rows without a label.
-    """
-    try:
-        yield
-    except DataError as error:
-        raise DataError(
-            f"{error}\nHere there is neither plan nor silo file: labels are those of MODEL's configuration or of "
-            f"--labels, or their numbers from 0 on{unlabelled}; columns are named by --text, --text-pair, --image and "
-            "--label; bad rows are left out by --skip-bad"
-        ) from None

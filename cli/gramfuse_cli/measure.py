@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gramfuse_cli.labelled_rows import label_names, row_options, without_silo_file
+from gramfuse_cli.labelled_rows import COLUMNS, label_names, row_options
 from gramfuse_cli.options import as_json as json_option
 from gramfuse_cli.options import columns as column_options
 from gramfuse_cli.project import Project
@@ -180,6 +180,7 @@ def _checkpoint(model: str, out: Path, options: dict[str, Any], *, labelled: boo
     from gramfuse_client.data import load_measured
     from gramfuse_client.finetune import choose_device
     from gramfuse_client.silo import Data, Silo, SiloFile
+    from gramfuse_client.words import of_options
     from gramfuse_model.heads import head_parameters
     from gramfuse_protocol.statistics_file import write_statistics
 
@@ -192,8 +193,9 @@ def _checkpoint(model: str, out: Path, options: dict[str, Any], *, labelled: boo
     columns = {key: options[key] for key in ("text", "text_pair", "image", "label")}
     data = Data(train=options["data"], held_out=0.5, skip_bad=options["skip_bad"], **columns)
     names = label_names(options["labels"], task)
-    with without_silo_file(", and rows without a label are measured too"):
-        examples = load_measured(Silo(here / "--data", SiloFile(name=name, data=data)), task, names, labelled=labelled)
+    words = of_options(COLUMNS, unlabelled=not labelled)
+    silo = Silo(here / "--data", SiloFile(name=name, data=data), words=words)
+    examples = load_measured(silo, task, names, labelled=labelled)
     checkpoint = open_checkpoint(
         model,
         options["base"],

@@ -86,6 +86,12 @@ def merge(
         tokenizer=tokenizer,
     )
     report = merge_files(files, out.absolute(), settings, Path.cwd())
+    if len(files) == 1:
+        say(
+            "One model, merged with no other, is that model again; name the files of others too",
+            style="yellow",
+            err=True,
+        )
     if as_json:
         check_sound(report, out.absolute())
         show_json({**report.document(), "run": str(out.absolute())})
@@ -94,7 +100,8 @@ def merge(
     show_checks(report, err=True)
     names = ", ".join(silo.name for silo in report.silos)
     say(*told(report), *tell_added(report), err=True)
-    say(f"{len(files)} models merged ({names}), alpha {report.alpha}, in {report.seconds:.0f} s: {out}")
+    many = "1 model" if len(files) == 1 else f"{len(files)} models"
+    say(f"{many} merged ({names}), alpha {report.alpha}, in {report.seconds:.0f} s: {out}")
     check_sound(report, out.absolute())
 
 

@@ -9,7 +9,7 @@ import secrets
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -38,14 +38,17 @@ LOG_LINES = 30
 OF_A_SILO = re.compile(r"silo \S+, phase \w+: \w+Error: .*")
 """The line of a silo's log that says why it refused or failed (`gramfuse_client.participant`)."""
 
-SCRATCH = "/tmp" if sys.platform == "darwin" else None  # noqa: S108  # a private directory is made in it
-"""Where a simulation works: Ray makes sockets there, and the usual place on macOS is too long for their paths."""
+SHORT = ("/tmp", "/var/tmp")  # noqa: S108  # a private directory is made in one of them
+"""Where Ray's sockets are if the path of the usual place for temporary files is too long for them."""
 
 SOCKET_PATH = 103 if sys.platform == "darwin" else 107
 """Most bytes of a socket's path."""
 
 RAY_PATH = len("/gf-xxxxxxxx/ray/session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store")
-"""What is added to the path of the place where a simulation works."""
+"""What is added to the path of that place."""
+
+FLOWER_LOG = "flower.log"
+"""What Flower's log is called beside the report of a run that failed."""
 
 
 @click.command()
@@ -105,7 +108,7 @@ def run_simulation(
 
     check_terms(compare, project.plan)
     check_free(out)
-    _check_scratch()
+    sockets = place_of_sockets()
     say("read the silos' data and the base model", err=True)
     silos = read_silos(project.directory, project.plan.names)
     for silo in silos.values():  # what a silo would refuse later is said now, with the details that only it may see
@@ -114,7 +117,10 @@ def run_simulation(
         if bad := left_out(examples, held_out):
             say(f"{silo.name}: {len(bad)} bad rows are left out:", *bad, err=True)
         check_examples(silo, len(examples))
-        at_silo(task).check_labels(silo.path, task, examples.labels)
+        kind = at_silo(task)
+        kind.check_labels(silo.path, task, examples.labels)
+        if misfit := kind.misfit(examples, task):
+            say(f"{silo.name}: {misfit}", style="yellow", err=True)
         if tune is not None:
             load_validation(silo, task)
         if silo.base is not None:
@@ -126,7 +132,10 @@ def run_simulation(
     identities = {name: Identity(secrets.token_bytes(KEY_BYTES)) for name in silos}
     if plan.privacy.secure_aggregation:
         plan = plan.with_keys({name: identity.public.hex() for name, identity in identities.items()})
-    with tempfile.TemporaryDirectory(prefix="gf-", dir=SCRATCH, ignore_cleanup_errors=True) as made:
+    with (
+        tempfile.TemporaryDirectory(prefix="gf-", ignore_cleanup_errors=True) as made,
+        tempfile.TemporaryDirectory(prefix="gf-", dir=sockets, ignore_cleanup_errors=True) as private,
+    ):
         scratch = Path(made)
         state = scratch / "silos"
         for name, identity in identities.items():
@@ -140,7 +149,7 @@ def run_simulation(
             "out": str(out),
             "silos": [str(silo.path) for silo in silos.values()],
             "state": str(state),
-            "ray": str(scratch / "ray"),
+            "ray": str(Path(private) / "ray"),  # which Ray lets everybody write to
             "events": str(scratch / "events.jsonl"),
             "outcome": str(scratch / "outcome.json"),
             "gpus_per_silo": _gpus_per_silo(len(silos)),
@@ -169,23 +178,38 @@ def run_simulation(
                     time.sleep(0.1)
                 for line in events.lines():
                     progress.take(json.loads(line))
-            return _outcome(scratch, log, process.returncode, plan.names)
+            return _outcome(scratch, log, process.returncode, plan.names, out)
         finally:
             discard(out)
 
 
-def _check_scratch() -> None:
-    """Raise FederationError if Ray could make no sockets where a simulation works."""
-    place = SCRATCH or tempfile.gettempdir()
+def place_of_sockets() -> str:
+    """Return where a directory for Ray's sockets can be made: the usual place, or one with a shorter path.
+
+    Raises:
+        FederationError: if there is none.
+    """
     longest = SOCKET_PATH - RAY_PATH
-    if len(os.fsencode(place)) > longest:
-        raise FederationError(
-            f"{place}: a simulation works there, and Ray makes sockets, whose paths may have {SOCKET_PATH} bytes; set "
-            f"TMPDIR to a directory whose path has at most {longest}"
-        )
+    for place in (tempfile.gettempdir(), *SHORT):
+        if len(os.fsencode(place)) <= longest and os.access(place, os.W_OK | os.X_OK):
+            return place
+    raise FederationError(
+        f"{tempfile.gettempdir()}: Ray makes sockets, whose paths may have {SOCKET_PATH} bytes, so this path is too "
+        f"long, and nothing can be written to {' or '.join(SHORT)}; set TMPDIR to a directory whose path has at most "
+        f"{longest} bytes"
+    )
 
 
-def _outcome(scratch: Path, log: Path, code: int, silos: Sequence[str]) -> Report:
+def _outcome(scratch: Path, log: Path, code: int, silos: Sequence[str], out: Path) -> Report:
+    """Return the report, or raise the error that the simulation ended with.
+
+    Args:
+        scratch: where it worked.
+        log: Flower's.
+        code: its exit status.
+        silos: their names.
+        out: the run directory that it was to make.
+    """
     try:
         outcome = json.loads((scratch / "outcome.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -201,16 +225,37 @@ def _outcome(scratch: Path, log: Path, code: int, silos: Sequence[str]) -> Repor
         if any(reasons.values()):
             own = (f"  {line}" for lines in reasons.values() for line in lines)
             say("The silos' own logs say:", *own, "", err=True)
-        lines = uncoloured(_read(log)).split("\n")
-        say("The last lines of Flower's log:", *(f"  {line}" for line in lines[-LOG_LINES:]), "", err=True)
-        if left is not None:
-            for silo in (silo for silo in silos if reasons[silo]):
-                kept = left.with_name(f"silo-{silo}.log")
-                write_private(kept, logs[silo].encode())
-                message += f"\nThe log of silo {silo!r} is {kept}"
+        kept = {f"silo-{silo}.log": logs[silo] for silo in silos if reasons[silo]}
+        message += _keep_logs(out, kept | {FLOWER_LOG: uncoloured(_read(log))}, new=left is None)
     error = kind(message)
     error.report = left
     raise error
+
+
+def _keep_logs(out: Path, logs: Mapping[str, str], *, new: bool) -> str:
+    """Put logs where the report of a run is that failed, and return the lines that say so.
+
+    If they cannot be kept, Flower's last lines are shown on the terminal.
+
+    Args:
+        new: whether there is no report of this run.
+    """
+    from gramfuse_server.run import failed_of, forget
+
+    failed, said = failed_of(out), ""
+    try:
+        if new:
+            forget(failed)
+            failed.mkdir(mode=0o700, parents=True)
+        for name, text in logs.items():
+            write_private(failed / name, text.encode())
+            silo = name.removeprefix("silo-").removesuffix(".log")
+            whose = "Flower's log" if name == FLOWER_LOG else f"The log of silo {silo!r}"
+            said += f"\n{whose} is {failed / name}"
+    except OSError:
+        lines = logs[FLOWER_LOG].split("\n")
+        say("The last lines of Flower's log:", *(f"  {line}" for line in lines[-LOG_LINES:]), "", err=True)
+    return said
 
 
 def _read(log: Path) -> str:

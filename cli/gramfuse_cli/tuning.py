@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from gramfuse_cli.labelled_rows import label_names, without_silo_file
+from gramfuse_cli.labelled_rows import COLUMNS, label_names
 from gramfuse_protocol.errors import PlanError
 from gramfuse_protocol.layout import delta_block
 from gramfuse_protocol.metrics import Sums, are_sums, examples_in
@@ -168,6 +168,7 @@ def _bench(collection: Collection, base: str | None, data: Data) -> Bench:
     from gramfuse_client.data import outputs
     from gramfuse_client.silo import Data as Sources
     from gramfuse_client.silo import Silo, SiloFile
+    from gramfuse_client.words import of_options
     from gramfuse_model.zero_head import plan_for
 
     first = collection.files[0]
@@ -175,12 +176,12 @@ def _bench(collection: Collection, base: str | None, data: Data) -> Bench:
     sources = Sources(
         train=data.test, held_out=data.test, validation=data.validation, skip_bad=data.skip_bad, **data.columns
     )
-    silo, task = Silo(Path.cwd() / "--validation", SiloFile(name=first.name, data=sources)), first.about.task
+    file, task = SiloFile(name=first.name, data=sources), first.about.task
+    silo = Silo(Path.cwd() / "--validation", file, words=of_options(COLUMNS))
     names = outputs(task, label_names(data.labels, task))
     bench = Bench(silo, plan_for(first.name, str(base), task), model, {}, names)
-    with without_silo_file():
-        for part in get_args(Part):
-            bench.parts[part]
+    for part in get_args(Part):
+        bench.parts[part]
     return bench
 
 

@@ -15,10 +15,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from gramfuse_client.columns import Input, Label, text_of
+from gramfuse_client.columns import Input, Label, Reader
 from gramfuse_client.silo import Data, Silo
 from gramfuse_client.sources import HUB, Dataset, Row, rows
 from gramfuse_client.tasks.registry import at_silo
+from gramfuse_client.words import Words
 from gramfuse_protocol.errors import DataError
 from gramfuse_protocol.task import Task
 
@@ -122,10 +123,7 @@ def load_validation(silo: Silo, task: Task, names: Mapping[str, int] | None = No
     known = {*train.given, *held_out.given}
     left = validation.take([i for i, given in enumerate(validation.given) if given not in known])
     if not left:
-        raise DataError(
-            f"{silo.path}: all {len(validation)} examples of data.validation are among the training or held-out "
-            "examples too; name others, or leave data.validation out"
-        )
+        raise DataError(silo.words.validation.format(path=silo.path, count=len(validation)))
     return left
 
 
@@ -205,12 +203,10 @@ def _read(
     """
     columns = silo.file.data
     if task.pair and columns.text_pair is None:
-        raise DataError(
-            f"{silo.path}: the plan is about text pairs (model.pair); name the second column in data.text-pair"
-        )
+        raise DataError(silo.words.pair.format(path=silo.path))
     at_silo(task).check_ready()
     known = {task.labels[index]: index for index in task.annotated} if names is None else names
-    folder = _folder(source, silo.directory)
+    reader = Reader(columns, task, known, _folder(source, silo.directory), silo.words, labelled)
     good: list[tuple[Input, str, Label, int]] = []
     bad: list[str] = []
     count = 0
@@ -218,30 +214,31 @@ def _read(
         try:
             if isinstance(row, DataError):
                 raise row
-            example = _example(row, columns, task, known, folder, where, labelled=labelled)
-            good.append((*example, int(where.rpartition(":")[2].removeprefix(" row "))))
+            good.append((*_example(reader, row, where), int(where.rpartition(":")[2].removeprefix(" row "))))
         except DataError as error:
             if count - len(good) <= max(columns.skip_bad, SHOWN):
                 bad.append(str(error))
     place = source if source.startswith(HUB) else str(silo.directory / source)
     if count - len(good) > columns.skip_bad:
-        raise DataError(_complaint(place, bad, count - len(good), count, columns.skip_bad))
+        raise DataError(_complaint(place, bad, count - len(good), count, columns.skip_bad, silo.words))
     if not good:
         raise DataError(f"{place}: holds no examples; expected at least one")
     inputs, pairs, labels, numbers = map(list, zip(*good, strict=True))
     return Examples(inputs, pairs if task.pair else None, labels, tuple(bad), numbers)
 
 
-def _example(
-    row: Row, columns: Data, task: Task, known: Mapping[str, int], folder: Path, where: str, *, labelled: bool
-) -> tuple[Input, str, Label]:
-    """Return the input, its second text and the label in a row; arguments as `_read` has them."""
-    kind = at_silo(task)
-    given = kind.input(row, columns, folder, where)
-    pair = text_of(row, columns.text_pair, where) if task.pair and columns.text_pair is not None else ""
-    if not labelled and not kind.label_is_input and row.get(columns.label) is None:
+def _example(reader: Reader, row: Row, where: str) -> tuple[Input, str, Label]:
+    """Return the input, its second text and the label in a row.
+
+    Args:
+        where: the file and the line, for errors.
+    """
+    kind, columns = at_silo(reader.task), reader.columns
+    given = kind.input(row, reader, where)
+    pair = reader.text(row, columns.text_pair, where) if reader.task.pair and columns.text_pair is not None else ""
+    if not reader.labelled and not kind.label_is_input and row.get(columns.label) is None:
         return given, pair, None
-    return given, pair, kind.label(row, columns.label, task, known, given, where)
+    return given, pair, kind.label(row, given, reader, where)
 
 
 def _names(columns: Data) -> set[str]:
@@ -256,20 +253,23 @@ def _folder(source: str, directory: Path) -> Path:
     return (directory / source).resolve().parent
 
 
-def _complaint(place: str, bad: Sequence[str], count: int, rows: int, allowed: int) -> str:
+def _complaint(place: str, bad: Sequence[str], count: int, rows: int, allowed: int, words: Words) -> str:
     """Say what is wrong with rows: all of it of a single one, and of several what is wrong with the first.
 
     Args:
         bad: what is wrong with each of the first.
         count, rows: how many are bad, of how many.
+        words: what settings are called.
     """
     if count == 1:
         return bad[0]
     remedy = bad[0].partition("; ")[2] or "correct them"
     shown = [one.partition("; ")[0] for one in bad[:SHOWN]]
     more = [f"and {count - SHOWN:,} more"] if count > SHOWN else []
+    allowance = f", and {words.skip_bad} allows {allowed:,}" if words.skipping else ""
+    skipping = f". {words.skipping.format(count=count)}" if words.skipping else ""
     return (
-        f"{place}: {count:,} of {rows:,} rows cannot be used, and data.skip-bad allows {allowed:,}:\n"
+        f"{place}: {count:,} of {rows:,} rows cannot be used{allowance}:\n"
         + "\n".join((*shown, *more))
-        + f"; {remedy}. With skip-bad = {count} under [data] of the silo file they are left out"
+        + f"; {remedy}{skipping}"
     )

@@ -14,6 +14,12 @@ BITS_PER_SAMPLE = 258
 """The tag of a TIFF file that says how many of 16 bits are used."""
 
 
+PHOTOMETRIC = 262
+"""The tag of a TIFF file that says whether its lowest value is black or white."""
+
+WHITE_IS_ZERO = 0
+
+
 def check_pillow() -> None:
     """Raise DataError if Pillow is not installed."""
     try:
@@ -29,7 +35,7 @@ def check_image(image: Path | bytes, where: str) -> None:
 
 
 def read_image(image: Path | bytes, where: str, mode: str = "RGB") -> Any:
-    """Read an image with Pillow: turned as its EXIF data say; greyscale of 16 bits is scaled to 8.
+    """Read an image with Pillow: turned as its EXIF data say; greyscale of 16 bits is scaled to 8, black at 0.
 
     Args:
         mode: Pillow's name for its channels, RGB or L, of `gramfuse_model.public_images.mode_of`.
@@ -42,7 +48,9 @@ def read_image(image: Path | bytes, where: str, mode: str = "RGB") -> Any:
     with _open(image, where) as opened:
         try:
             upright = ImageOps.exif_transpose(opened)
-            return (_in_8_bits(upright, _white(opened)) if upright.mode.startswith("I") else upright).convert(mode)
+            if upright.mode.startswith("I"):
+                upright = _in_8_bits(upright, *_black_and_white(opened))
+            return upright.convert(mode)
         except (OSError, ValueError, SyntaxError) as error:
             raise DataError(f"{where}: not a readable image: {error}") from None
 
@@ -65,15 +73,15 @@ def _open(image: Path | bytes, where: str) -> Any:
     return opened
 
 
-def _white(opened: Any) -> int:
-    """Return the value that is white in greyscale of more than 8 bits."""
+def _black_and_white(opened: Any) -> tuple[int, int]:
+    """Return the values that are black and white in greyscale of more than 8 bits; Pillow leaves that to us."""
     tags = getattr(opened, "tag_v2", {})
-    bits = int(tags.get(BITS_PER_SAMPLE, (16,))[0])
-    return (1 << bits) - 1
+    most = (1 << int(tags.get(BITS_PER_SAMPLE, (16,))[0])) - 1
+    return (most, 0) if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO else (0, most)
 
 
-def _in_8_bits(grey: Any, white: int) -> Any:
+def _in_8_bits(grey: Any, black: int, white: int) -> Any:
     from PIL import Image
 
-    values = np.asarray(grey, np.float64) * (255 / white)
+    values = (np.asarray(grey, np.float64) - black) * (255 / (white - black))
     return Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8))

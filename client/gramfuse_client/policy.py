@@ -130,7 +130,7 @@ def check_examples(silo: Silo, examples: int) -> None:
 
 
 def check_data(silo: Silo, task: Task, train: Examples, held_out: Examples) -> None:
-    """Check what a silo is to train on; its log names the bad rows that it leaves out.
+    """Check what a silo is to train on; its log names the bad rows that it leaves out, and labels that do not fit.
 
     Raises:
         RefusalError: of `check_examples`.
@@ -139,7 +139,10 @@ def check_data(silo: Silo, task: Task, train: Examples, held_out: Examples) -> N
     for row in left_out(train, held_out):
         log.warning("silo %s leaves out a bad row: %s", silo.name, row)
     check_examples(silo, len(train))
-    at_silo(task).check_labels(silo.path, task, train.labels)
+    kind = at_silo(task)
+    kind.check_labels(silo.path, task, train.labels)
+    if misfit := kind.misfit(train, task):
+        log.warning("silo %s: %s", silo.name, misfit)
 
 
 def check_bytes(silo: Silo, plan: Plan, layout: Layout) -> None:

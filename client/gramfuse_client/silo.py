@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
+from gramfuse_client.words import OF_FILES, Words
 from gramfuse_protocol.documents import Section, parse, read_text
 from gramfuse_protocol.errors import PlanError
 from gramfuse_protocol.files import open_private
@@ -218,13 +219,15 @@ class Silo:
     Args:
         project: directory of the plan file, where a path in the plan starts: in a simulation, and where a silo without
             a network has the plan as a file. Over the network there is none.
+        words: what errors of data call settings.
     """
 
-    def __init__(self, path: Path, file: SiloFile, project: Path | None = None) -> None:
+    def __init__(self, path: Path, file: SiloFile, project: Path | None = None, words: Words = OF_FILES) -> None:
         self.path = path
         self.file = file
         self.directory = path.parent.resolve()
         self.project = project
+        self.words = words
 
     @staticmethod
     def read(path: Path) -> Silo:

@@ -4,8 +4,8 @@
 |---------------------|----------------------------------------------------------------------------------------------|
 | `.jsonl`, `.ndjson` | a JSON object on each line                                                                   |
 | `.json`             | an array of JSON objects, or an object on each line                                          |
-| `.csv`              | a header and rows; of `,`, `;` and tab, the delimiter is what gives the header its columns   |
-| `.tsv`              | the same between tabs                                                                        |
+| `.csv`              | a header and rows; of `,`, `;`, tab and bar, the delimiter gives the header its columns      |
+| `.tsv`              | the same between tabs; quotation marks as in CSV, or as part of the text (`delimited`)       |
 | `.parquet`          | a table                                                                                      |
 
 All but Parquet may be packed with gzip (`.csv.gz`). Text is UTF-8.
@@ -13,15 +13,15 @@ All but Parquet may be packed with gzip (`.csv.gz`). Text is UTF-8.
 
 from __future__ import annotations
 
-import csv
 import gzip
 import json
 import tempfile
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
+from gramfuse_client.delimited import DELIMITERS, delimited
 from gramfuse_protocol.errors import DataError
 from gramfuse_protocol.text import listed, quoted
 
@@ -30,11 +30,8 @@ READABLE = ".jsonl, .ndjson, .json, .csv, .tsv (all with .gz too), .parquet, or 
 HUB = "hf:"
 """How a source begins that is a Hugging Face dataset."""
 
-DELIMITERS = ",;\t"
-"""What may stand between the fields of a .csv file; of two that fit alike, the first."""
-
-LONGEST_FIELD = 2**31 - 1
-"""Most characters of a field in CSV."""
+FEATURES = b"huggingface"
+"""Where in a Parquet file the datasets library writes what its columns are."""
 
 Row = dict[str, Any]
 
@@ -80,14 +77,14 @@ def rows(source: str, directory: Path, columns: Collection[str]) -> Rows:
         raise DataError(f"{path}: no such file; a source is {READABLE}")
     kind, packed = _format(path)
     if kind == ".parquet" and not packed:
-        yield from _table(str(path), _parquet(path))
+        yield from _parquet(path)
         return
     if kind not in (".jsonl", ".ndjson", ".json", ".csv", ".tsv"):
         raise DataError(f"{path}: not a format that is read here; a source is {READABLE}")
     try:
         with (gzip.open if packed else open)(path, "rt", encoding="utf-8-sig", newline="") as lines:
             if kind in (".csv", ".tsv"):
-                yield from _delimited(path, lines, "\t" if kind == ".tsv" else DELIMITERS, columns)
+                yield from delimited(path, lines.read(), "\t" if kind == ".tsv" else DELIMITERS, columns)
             elif kind == ".json":
                 yield from _json(path, lines)
             else:
@@ -115,39 +112,6 @@ def _line_not_utf8(path: Path, *, packed: bool) -> int:
     return number
 
 
-def _delimited(path: Path, lines: TextIO, delimiters: str, columns: Collection[str]) -> Rows:
-    before = csv.field_size_limit(LONGEST_FIELD)  # one for the whole process
-    try:
-        reader = csv.DictReader(lines, delimiter=_delimiter(lines, delimiters, columns), strict=True)
-        header = list(reader.fieldnames or ())
-        twice = sorted({name for name in header if header.count(name) > 1 and name in columns})
-        if twice:
-            raise DataError(f"{path}:1: has two columns called {listed(twice)}; rename one of them")
-        for row in reader:
-            where = f"{path}:{reader.line_num}"
-            if None in row or None in row.values():
-                yield where, DataError(f"{where}: has not as many fields as the header's {len(header)}")
-            else:
-                yield where, row
-    except csv.Error as error:
-        raise DataError(f"{path}:{reader.reader.line_num}: not valid CSV: {error}") from None
-    finally:
-        csv.field_size_limit(before)
-
-
-def _delimiter(lines: TextIO, delimiters: str, columns: Collection[str]) -> str:
-    """Return the delimiter by which the header has most of the columns, or else most fields; lines start anew."""
-
-    def fit(delimiter: str) -> tuple[int, int]:
-        lines.seek(0)
-        header = next(csv.reader(lines, delimiter=delimiter), [])
-        return len({*header} & {*columns}), len(header)
-
-    found = max(delimiters, key=fit)
-    lines.seek(0)
-    return found
-
-
 def _json(path: Path, lines: TextIO) -> Rows:
     """Yield the objects of an array, or those on each line if the file is no array."""
     text = lines.read()
@@ -166,6 +130,7 @@ def _json(path: Path, lines: TextIO) -> Rows:
 
 
 def _json_lines(path: Path, lines: TextIO) -> Rows:
+    _check_lines(path, lines)
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -180,20 +145,69 @@ def _json_lines(path: Path, lines: TextIO) -> Rows:
             yield where, row if isinstance(row, dict) else _no_object(where, row)
 
 
+def _check_lines(path: Path, lines: TextIO) -> None:
+    """Raise one DataError, in place of one for each line, if no line is JSON by itself; lines start anew."""
+    first = next(filter(str.strip, lines), "")
+    lines.seek(0)
+    if not first or _is_json(first):
+        return
+    text = lines.read()
+    lines.seek(0)
+    start = text.index(first)
+    begin = text.count("\n", 0, start) + 1
+    expected = "expected an object on each line, or in a .json file an array of objects: [{…}, {…}]"
+    try:
+        end = json.JSONDecoder().raw_decode(text, start + len(first) - len(first.lstrip()))[1]
+    except json.JSONDecodeError as error:
+        several = list(filter(str.strip, text.splitlines()))
+        if len(several) > 1 and not any(map(_is_json, several)):
+            raise DataError(
+                f"{path}:{error.lineno}: not valid JSON: {error.msg} at column {error.colno}; {expected}"
+            ) from None
+    except (ValueError, RecursionError):
+        return
+    else:
+        last = text.count("\n", 0, end) + 1
+        raise DataError(f"{path}:{begin}: one JSON value goes on to line {last}; {expected}")
+
+
+def _is_json(line: str) -> bool:
+    """Whether there is JSON in a line, and nothing else."""
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
 def _no_object(where: str, row: Any) -> DataError:
     return DataError(f"{where}: expected a JSON object, found {type(row).__name__}")
 
 
-def _parquet(path: Path) -> Any:
+def _parquet(path: Path) -> Rows:
     import pyarrow
     import pyarrow.parquet
 
     try:
-        return pyarrow.parquet.read_table(path).to_pylist()
+        table = pyarrow.parquet.read_table(path)
+        found = table.to_pylist()
     except pyarrow.ArrowException as error:
         raise DataError(f"{path}: not a readable Parquet file: {error}") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error}") from None
+    given: Rows = _table(str(path), found)
+    if about := (table.schema.metadata or {}).get(FEATURES):
+        import datasets
+
+        try:
+            features = datasets.Features.from_dict(json.loads(about).get("info", {}).get("features") or {})
+        except (ValueError, TypeError, AttributeError, KeyError) as error:
+            raise DataError(
+                f"{path}: what the datasets library wrote into it of its columns cannot be read: {error}; write the "
+                "file again"
+            ) from None
+        given = _with_names(given, features)
+    yield from given
 
 
 def _hugging_face(source: str, directory: Path) -> Rows:
@@ -219,17 +233,11 @@ def _hugging_face(source: str, directory: Path) -> Rows:
             raise DataError(
                 f"{source}: the datasets library cannot load it: {first}{_offered(named, settings)}"
             ) from None
-        names = {}
-        for column, feature in dataset.features.items():
+        features = dataset.features
+        for column, feature in features.items():
             if isinstance(feature, datasets.Image):
                 dataset = dataset.cast_column(column, datasets.Image(decode=False))
-            elif isinstance(feature, datasets.List | datasets.ClassLabel):
-                names[column] = getattr(feature, "feature", feature)
-        for where, row in _table(source, dataset):
-            for column, feature in names.items():
-                if isinstance(feature, datasets.ClassLabel):
-                    row[column] = _named(row[column], feature)
-            yield where, row
+        yield from _with_names(_table(source, dataset), features)
 
 
 def _split(saved: Any, split: str, source: str) -> Any:
@@ -258,11 +266,25 @@ def _offered(named: Dataset, settings: dict[str, Any]) -> str:
     return "" if (named.split or "train") in splits else f"; its splits are {listed(splits, 20)}"
 
 
-def _named(value: Any, feature: Any) -> Any:
+def _with_names(found: Iterator[tuple[str, Any]], features: Mapping[str, Any]) -> Rows:
+    """Yield rows with the names of labels that the datasets library numbers."""
+    import datasets
+
+    lists = datasets.List | datasets.LargeList
+    inner = {name: feature.feature if isinstance(feature, lists) else feature for name, feature in features.items()}
+    labels = {name: feature.names for name, feature in inner.items() if isinstance(feature, datasets.ClassLabel)}
+    for where, row in found:
+        try:
+            yield where, row | {name: _named(row[name], labels[name]) for name in labels if name in row}
+        except IndexError:
+            yield where, DataError(f"{where}: a label's number is beyond the names that the data set has for them")
+
+
+def _named(value: Any, names: Sequence[str]) -> Any:
     """Return the name of a label that a dataset numbers, or the names of several; what has none stays."""
     if isinstance(value, list):
-        return [_named(one, feature) for one in value]
-    return feature.int2str(value) if isinstance(value, int) and value >= 0 else value
+        return [_named(one, names) for one in value]
+    return names[value] if isinstance(value, int) and value >= 0 else value
 
 
 def _table(source: str, found: Any) -> Iterator[tuple[str, Any]]:

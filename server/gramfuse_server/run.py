@@ -126,7 +126,7 @@ class RunDirectory:
                 elif path.name not in (TRANSCRIPT, LOCK):
                     path.unlink()
         failed, transcript = failed_of(self.path), self.partial / TRANSCRIPT
-        _forget(failed)
+        forget(failed)
         failed.mkdir(mode=0o700)
         try:
             for name, text in texts.items():
@@ -196,7 +196,7 @@ class RunDirectory:
                 start.unlink()
             _close(self.partial)
             os.replace(self.partial, self.path)
-        _forget(failed_of(self.path))
+        forget(failed_of(self.path))
         return self.path
 
 
@@ -326,7 +326,7 @@ def _close(directory: Path) -> None:
         path.chmod(0o700 if path.is_dir() else 0o600)
 
 
-def _forget(failed: Path) -> None:
+def forget(failed: Path) -> None:
     """Remove what stayed of a failed run, unless somebody else's files are there."""
     with suppress(OSError):
         if all(path.name in REMAINS or path.suffix == LOGS for path in failed.iterdir()):

@@ -179,6 +179,59 @@ def test_files_are_tuned_on_data_with_labels_of_its_own_and_bad_rows(
         tune(parts["names"])
     with pytest.raises(PlanError, match="expected 3 different names"):
         tune(parts["numbers"], "--labels", "good,bad")
+    with pytest.raises(DataError, match=r"^--validation: all 30 examples are among those of --test too; name others$"):
+        tune({"validation": parts["numbers"]["test"], "test": parts["numbers"]["test"]})
+
+
+OF_A_PLAN = ("plan", "silo file", "[[silo]]", "skip-bad =", "data.", "[data]")
+"""Words of settings that a command without a plan does not have."""
+
+
+@pytest.mark.parametrize(
+    ("some", "options", "said"),
+    [
+        ([{"text": "cat", "label": "pets"}], [], ["unknown label 'pets'", "--labels", "--skip-bad"]),
+        ([{"text": "cat", "label": "pets"}] * 2, ["--skip-bad", "1"], ["--skip-bad allows 1", "--skip-bad 2"]),
+        ([{"body": "cat"}], [], ["'text' is missing", "'body'", "--text or --text-pair or --image or --label"]),
+        ([{"text": "cat", "label": [1]}] * 2, [], ["--skip-bad allows 0", "--skip-bad 2"]),
+    ],
+    ids=["a label", "several", "a column", "no labels"],
+)
+def test_what_is_wrong_with_data_is_said_in_the_commands_own_words(
+    tmp_path: Path, model: Path, pico_bert: Path, some: list[dict[str, Any]], options: list[str], said: list[str]
+) -> None:
+    data = write(tmp_path / "train.jsonl", [*rows(3), *some])
+    with pytest.raises(DataError) as caught:
+        measure(model, pico_bert, data, *options)
+    message = str(caught.value).replace(str(tmp_path), "")
+    for words in said:
+        assert words in message
+    for words in OF_A_PLAN:
+        assert words not in message
+
+
+def test_what_is_wrong_with_targets_of_a_new_project_is_said_in_the_commands_own_words(tmp_path: Path) -> None:
+    data = write(tmp_path / "prices.jsonl", [{"body": "cat", "label": 3}, {"body": "dog", "label": 4}])
+    made = CliRunner().invoke(cli, ["init", str(tmp_path / "new"), "--targets", str(data)])
+    assert isinstance(made.exception, DataError)
+    assert "--text or --label" in str(made.exception)
+    assert not [
+        words for words in (*OF_A_PLAN, "--skip-bad") if words in str(made.exception).replace(str(tmp_path), "")
+    ]
+
+
+def test_one_file_alone_is_said_to_become_its_own_model(tmp_path: Path, model: Path, pico_bert: Path) -> None:
+    file = measure(model, pico_bert, write(tmp_path / "train.jsonl", rows(30)))[0].path
+    merged = ["merge", str(file), "--base", str(pico_bert), "-o", str(tmp_path / "merged")]
+    result = CliRunner().invoke(cli, merged)
+    assert result.exit_code == 0, result.output
+    assert "1 model merged" in result.stdout
+    assert "merged with no other" in result.stderr
+    before, after = (
+        AutoModelForSequenceClassification.from_pretrained(place) for place in (model, tmp_path / "merged")
+    )
+    for name, parameter in before.state_dict().items():
+        assert torch.allclose(parameter, after.state_dict()[name], atol=1e-6), name
 
 
 def test_a_batch_that_the_model_cannot_compute_is_named_with_its_rows(

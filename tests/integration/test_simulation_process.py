@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import signal
 import subprocess
@@ -17,7 +18,12 @@ from typing import Any
 import psutil
 import pytest
 
+from gramfuse_cli import simulate
+from gramfuse_protocol.errors import FederationError
 from loopback import BIN
+
+RAYS = re.compile(r"((?:/var)?/tmp/gf-\w{8})(?=/ray/session_)")
+"""A private directory of Ray's, in what its processes are started with."""
 
 
 class Command:
@@ -131,12 +137,15 @@ def test_training_that_diverges_names_silo_and_tensor_and_fails(
     assert error["report"] == str(failed / "report.html")
     assert stderr.splitlines().count(f"report of the failed run: {failed / 'report.html'}") == 1
     assert list(tmp_path.glob("run*")) == [failed]
-    logs = {path.name: path.read_text() for path in failed.glob("silo-*.log")}
-    assert 1 <= len(logs) <= 2
+    logs = {path.name: path.read_text() for path in failed.glob("*.log")}
+    assert 2 <= len(logs) <= 3
     for name, text in logs.items():
         assert str(failed / name) in error["message"]
-        assert "phase train: FailureError: " in text
         assert (failed / name).stat().st_mode & 0o777 == 0o600
+        assert name == "flower.log" or "phase train: FailureError: " in text
+    for foreign in ("Traceback", "pid=", "DEBUG", "flwr"):
+        assert foreign not in stderr
+    assert "flwr" in logs["flower.log"]
     named = {"plan.toml", "report.html", "report.json", "transcript.jsonl"}
     assert {path.name for path in failed.iterdir()} == named | logs.keys()
     report = json.loads((failed / "report.json").read_text())
@@ -164,19 +173,36 @@ def test_a_simulation_stays_on_this_machine_whatever_cluster_is_named(
     assert (out / "report.json").exists()
 
 
-def test_a_place_whose_path_is_too_long_for_ray_is_named_at_once(
+def test_temporary_files_may_have_long_paths_and_rays_sockets_are_then_elsewhere_for_a_while(
     tmp_path: Path, pico_project: Callable[..., Any], command: Callable[..., Command]
 ) -> None:
     project = pico_project(silos=2)
-    running = command("simulate", str(project.directory), "--json", below="x" * 90)
-    began = time.monotonic()
-    code, stdout, _ = running.finish()
-    error = json.loads(stdout)["error"]
-    assert code == 16 == error["exit_code"]
-    assert "TMPDIR" in error["message"]
-    assert str(running.scratch) in error["message"]
-    assert time.monotonic() - began < 60
+    running = command("simulate", str(project.directory), "--out", str(tmp_path / "run"), below="x" * 90)
+    assert running.process.stderr is not None
+    for line in running.process.stderr:
+        if "fine-tune" in line:
+            break
+    places = {Path(place) for p in running.descendants() for place in RAYS.findall(" ".join(p.cmdline()))}
+    assert places
+    assert all(place.stat().st_mode & 0o777 == 0o700 for place in places)
+    code, _, stderr = running.finish()
+    assert code == 0, stderr
+    assert (tmp_path / "run" / "report.json").exists()
     assert list(running.scratch.iterdir()) == []
+    assert not [place for place in places if place.exists()]
+
+
+def test_if_no_place_has_a_path_that_is_short_enough_for_ray_one_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = tmp_path / ("x" * 90)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    assert simulate.place_of_sockets() == "/tmp"
+    monkeypatch.setattr(simulate, "SHORT", ("/nowhere", str(long)))
+    with pytest.raises(FederationError, match="TMPDIR") as caught:
+        simulate.place_of_sockets()
+    assert str(long) in str(caught.value)
 
 
 def test_a_simulation_whose_ray_cannot_start_ends_and_says_why(
@@ -197,11 +223,15 @@ if "gramfuse_cli.engine" in sys.orig_argv:
     path = os.pathsep.join(filter(None, (str(tmp_path / "changed"), os.environ.get("PYTHONPATH"))))
     out = str(tmp_path / "run")
     running = command("simulate", str(project.directory), "--out", out, "--json", PYTHONPATH=path)
-    code, stdout, _ = running.finish()
+    code, stdout, stderr = running.finish()
     error = json.loads(stdout)["error"]
     assert (code, error["type"]) == (16, "FederationError")
     assert "Flower's simulation failed: OSError: no room for sockets" in error["message"]
-    assert not list(tmp_path.glob("run*"))
+    log = tmp_path / "run.failed" / "flower.log"
+    assert f"Flower's log is {log}" in error["message"]
+    assert "Traceback" in log.read_text()
+    assert "Traceback" not in stderr
+    assert list(tmp_path.glob("run*")) == [log.parent]
     assert running.descendants() == []
 
 

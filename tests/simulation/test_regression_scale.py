@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from gramfuse_cli.main import cli
 from gramfuse_cli.project import Project
 from gramfuse_cli.simulate import run_simulation
 from gramfuse_client.app import SiloApp
+from gramfuse_client.data import load
 from gramfuse_client.offline import contribute
+from gramfuse_client.policy import check_data
 from gramfuse_client.silo import write_identity
 from gramfuse_client.state import State
 from gramfuse_client.targets import propose
@@ -208,6 +211,80 @@ def test_a_plan_whose_scale_does_not_fit_is_refused_where_the_data_are_and_what_
     )
     (data,) = (found for found in json.loads(check.stdout)["findings"] if found["subject"] == "data")
     assert (data["state"], data["remedy"]) == ("ok", "")
+
+
+Targets = Callable[[float], float]
+"""What is made of a number of about 1 around 0."""
+
+
+def with_targets(directory: Path, change: Targets) -> None:
+    for path in directory.glob("*.jsonl"):
+        found = [json.loads(line) for line in path.read_text().splitlines()]
+        path.write_text("".join(json.dumps({**row, "label": change(row["label"])}) + "\n" for row in found))
+
+
+@pytest.mark.parametrize(
+    ("settings", "change", "said"),
+    [
+        ("centre = 0\nscale = 1", lambda x: 50 + 5 * x, ["mean of 50", "centre = 50.0", "scale = 4.0"]),
+        ("centre = 0\nscale = 2e6", lambda x: 2e6 + 1e3 * x, ["deviation of 0.000", "centre = 2000"]),
+        ("centre = 0\nscale = 1", lambda _: 50.0, ["all targets are 50"]),
+        ("centre = 0\nscale = 2e6", lambda x: 2e6 + 0.005 * x, ["32 bits", "take the same number off", "2000000.0"]),
+        ("centre = 2e6\nscale = 0.005", lambda x: 2e6 + 0.005 * x, ["32 bits", "centre = ", "scale = 0.004"]),
+        ("centre = 2e6\nscale = 1", lambda x: 2e6 + 1e-9 * round(x), ["32 bits"]),
+        ("centre = 0\nscale = 1", lambda x: 1e39 * x, ["another unit"]),
+        ("centre = 0\nscale = 1", lambda x: 1e-200 * x, ["another unit"]),
+    ],
+    ids=[
+        "far off",
+        "all but alike",
+        "alike and far off",
+        "too fine",
+        "too fine on any scale",
+        "finer still",
+        "huge",
+        "tiny",
+    ],
+)
+def test_targets_that_no_model_would_tell_apart_are_refused_with_what_to_do(
+    tmp_path: Path, base: Path, settings: str, change: Targets, said: list[str]
+) -> None:
+    directory = project(tmp_path / "numbers", base, "usual", f"{settings}\nrange = [-1e300, 1e300]")
+    with_targets(directory, change)
+    with pytest.raises(DataError) as caught:
+        run_simulation(Project.read(directory), tmp_path / "run")
+    for words in ["north.toml", *said]:
+        assert words in str(caught.value)
+
+
+def test_targets_on_a_scale_that_fits_badly_are_told_before_and_while_a_silo_takes_part(
+    tmp_path: Path,
+    base: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    directory = project(tmp_path / "numbers", base, "usual", "centre = 0\nscale = 1\nrange = [-1e3, 1e3]")
+    with_targets(directory, lambda x: 5 + 2 * x)
+    advice = "the plan's centre and scale do not fit them; by these data: centre = 5.0, scale = "
+    with monkeypatch.context() as patch:
+        patch.setattr(Project, "locked", lambda _: (_ for _ in ()).throw(ModelError("no further")))
+        with pytest.raises(ModelError, match="no further"):
+            run_simulation(Project.read(directory), tmp_path / "run")
+    said = capsys.readouterr().err.replace("\n", " ")
+    assert all(f"{silo}: targets from " in said for silo in SILOS)
+    assert said.count(advice) == len(SILOS)
+    check = CliRunner().invoke(
+        cli, ["silo", "check", str(directory / "silos" / "north.toml"), "--plan", str(directory), "--offline", "--json"]
+    )
+    (data,) = (found for found in json.loads(check.stdout)["findings"] if found["subject"] == "data")
+    assert (data["state"], advice in data["remedy"]) == ("ok", True)
+    plan = Project.read(directory).plan
+    silo = simulated_silo(str(directory / "silos" / "north.toml"), str(tmp_path / "state"), plan.digest)
+    task = plan.task_of("north")
+    with caplog.at_level("WARNING"):
+        check_data(silo, task, *load(silo, task))
+    assert advice in caplog.text
 
 
 def test_who_approves_a_plan_sees_the_scale_of_its_targets(tmp_path: Path, base: Path) -> None:

@@ -408,7 +408,9 @@ def test_what_does_not_belong_together_is_refused(
         "is to be frozen and is not the same", "measure", model, "--base", pico_bert, *base, "--freeze", "*layer.0*"
     )
     renamed_column = ("--data", model / "train.jsonl", "-o", out, "--label", "topic")
-    refused(r"(?s)column 'topic' is missing.*named by --text", "measure", model, "--base", pico_bert, *renamed_column)
+    refused(
+        r"(?s)column 'topic' is missing.*Name yours with --text", "measure", model, "--base", pico_bert, *renamed_column
+    )
     refused("PATTERN=STRUCTURE", "measure", model, "--base", pico_bert, *base, "--gram", "full")
     refused("exists already", "measure", model, "--base", pico_bert, "--data", model / "train.jsonl", "-o", good)
 

@@ -6,6 +6,7 @@ import csv
 import gzip
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -396,7 +397,24 @@ BAD_FILES: dict[str, tuple[str, bytes, str, list[str]]] = {
     "an empty text in CSV": ("rows.csv", (HEADER + ",animals\n").encode(), ":2", ["'text'"]),
     "a JSON array that is broken": ("rows.json", b'[{"text": "a cat"},\n{"text" "a dog"}]', ":2", ["JSON", "column"]),
     "a JSON array of something else": ("rows.json", b'[["a cat", "animals"]]', ": row 1", ["object", "list"]),
-    "JSON that is spread over lines": ("rows.json", b'{"rows":\n1}\n', "", [":1: ", "JSON", ":2: "]),
+    "JSON that is spread over lines": (
+        "rows.json",
+        b'{\n "text": "a cat",\n "label": "animals"\n}\n{\n "text": "a dog",\n "label": "animals"\n}\n',
+        ":1",
+        ["goes on to line 4; expected an object on each line"],
+    ),
+    "lines of JSON that are spread over lines": (
+        "rows.jsonl",
+        b'\n{"text": "a cat",\r\n "label": "animals"}\n',
+        ":2",
+        ["goes on to line 3; expected an object on each line"],
+    ),
+    "JSON that is spread over lines and broken": (
+        "rows.json",
+        b'{\n "text": "a cat"\n "label": "animals"\n}\n',
+        ":3",
+        ["JSON", "column 2; expected an object on each line"],
+    ),
     "a column twice": ("rows.csv", b"text,label,label\na cat,animals,weather\n", ":1", ["'label'", "two columns"]),
     "a TSV file with commas": ("rows.tsv", b"text,label\na cat,animals\n", ":2", ["'text,label'"]),
     "gzipped CSV that is not UTF-8": (
@@ -418,6 +436,7 @@ def test_a_bad_file_is_named_with_its_line_and_what_was_expected(case: str, tmp_
     assert f"{tmp_path / name}{line}: " in message
     for words in quoted:
         assert words in message
+    assert "rows cannot be used" not in message
 
 
 def test_all_bad_rows_are_counted_and_the_first_are_shown(tmp_path: Path) -> None:
@@ -459,6 +478,96 @@ def test_a_field_may_be_longer_than_131072_characters(tmp_path: Path) -> None:
     found = read(tmp_path, as_csv(tmp_path, rows))
     assert found == Examples([row["text"] for row in rows], None, [0, 1])
     assert csv.field_size_limit() == limit, "which is one for the whole process, and not ours"
+
+
+# Each: what stands in the file, and the texts that whoever wrote it meant; None if that cannot be known.
+MARKED_FILES: dict[str, tuple[str, list[str] | None]] = {
+    "a sentence begins with a mark and another ends with one": (
+        '"Wait, he said\tanimals\nfine\tweather\nhe left"\tweather\nok\tkitchen\n',
+        ['"Wait, he said', "fine", 'he left"', "ok"],
+    ),
+    "a quotation begins a sentence": (
+        'he said "no" to me\tanimals\n"yes" he said\tweather\n',
+        ['he said "no" to me', '"yes" he said'],
+    ),
+    "one sentence is a quotation, others have some": (
+        '"Yes."\tanimals\nhe said "no"\tweather\n',
+        ['"Yes."', 'he said "no"'],
+    ),
+    "marks inside only": ('he said "no"\tanimals\n', ['he said "no"']),
+    "marks as in CSV, doubled": (
+        '"said ""rain"" and left"\tanimals\n"Yes."\tweather\n',
+        ['said "rain" and left', "Yes."],
+    ),
+    "marks as in CSV around a tab": ('"a\tb"\tanimals\n"Yes."\tweather\n', ["a\tb", "Yes."]),
+    "marks as in CSV around the end of a line": ('"a\nb"\tanimals\nc\tweather\n', ["a\nb", "c"]),
+    "one sentence is a quotation": ('"Yes."\tanimals\nno\tweather\n', None),
+    "all sentences are": ('"Yes."\tanimals\n"No."\tweather\n', None),
+    "some of both": ('"said ""rain"""\tanimals\nhe said "no"\tweather\n', None),
+    "marks after a backslash": ('"said \\"rain\\" ok"\tanimals\n', None),
+    "a row that is too short beside a mark that begins one": ('"yes" he said\tanimals\nshort\n', None),
+}
+
+
+@pytest.mark.parametrize("name", ["rows.tsv", "rows.csv"])
+@pytest.mark.parametrize("case", MARKED_FILES)
+def test_quotation_marks_between_tabs_never_swallow_rows_or_become_part_of_texts(
+    case: str, name: str, tmp_path: Path
+) -> None:
+    content, meant = MARKED_FILES[case]
+    (tmp_path / name).write_text("text\tlabel\n" + content)
+    if meant is not None:
+        assert read(tmp_path, name).inputs == meant
+        return
+    message = failure(tmp_path, name)
+    assert f"{tmp_path / name}:2: " in message
+    assert "csv.QUOTE_ALL" in message
+    if content.startswith('"Yes."'):
+        (tmp_path / name).write_text('"text"\t"label"\n' + content)
+        assert read(tmp_path, name).inputs[0] == "Yes.", "the header says that marks are those of CSV"
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "|"])
+def test_rows_of_csv_that_may_have_been_swallowed_are_told(delimiter: str, tmp_path: Path) -> None:
+    lines = ["text;label", "he left;animals", '"Wait;animals', 'fine";weather']
+    (tmp_path / "rows.csv").write_text("\n".join(lines).replace(";", delimiter))
+    if delimiter == "|":
+        assert read(tmp_path, "rows.csv").inputs == ["he left", '"Wait', 'fine"']
+        return
+    assert f"{tmp_path / 'rows.csv'}:3: quotation marks" in failure(tmp_path, "rows.csv")
+    letter = ["text;label", '"Dear all;', 'it rains";weather']
+    (tmp_path / "rows.csv").write_text("\n".join(letter).replace(";", delimiter))
+    assert read(tmp_path, "rows.csv").inputs == [f"Dear all{delimiter}\nit rains"]
+    sure = [*lines, '"said ""rain""; and left";weather']
+    (tmp_path / "rows.csv").write_text("\n".join(sure).replace(";", delimiter))
+    assert len(read(tmp_path, "rows.csv")) == 3
+
+
+SIGNS = st.text(st.sampled_from('ab" \t\n,'), min_size=1, max_size=6).filter(lambda text: text.strip() != "")
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(texts=st.lists(SIGNS, min_size=1, max_size=5), as_csv=st.booleans())
+def test_a_table_between_tabs_is_read_as_it_was_written_or_refused(
+    texts: list[str], as_csv: bool, tmp_path: Path
+) -> None:
+    if as_csv:
+        texts = [text.replace("\n", " ") if "\t" in text else text for text in texts]
+        with (tmp_path / "rows.tsv").open("w", newline="") as file:
+            csv.writer(file, delimiter="\t").writerows([("text", "label"), *((text, "animals") for text in texts)])
+    else:
+        texts = [text.replace("\t", " ").replace("\n", " ").replace('""', '"-"') for text in texts]
+        (tmp_path / "rows.tsv").write_text("text\tlabel\n" + "".join(f"{text}\tanimals\n" for text in texts))
+    with suppress(DataError):
+        assert read(tmp_path, "rows.tsv").inputs == texts
+
+
+@pytest.mark.parametrize("first", ["", "sep=|\n", "SEP=|\r\n", "\ufeffsep=|\n"])
+def test_bars_and_a_spreadsheets_own_line_tell_the_delimiter(first: str, tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text(f"{first}text|label\na cat; a dog, a|animals\na dog|pets\n", newline="")
+    message = failure(tmp_path, "rows.csv")
+    assert f"{tmp_path / 'rows.csv'}:{4 if first else 3}: unknown label 'pets'" in message
+    assert read(tmp_path, "rows.csv", skip_bad=1).inputs == ["a cat; a dog, a"]
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv", "rows.parquet"])
@@ -512,6 +621,43 @@ def test_a_class_label_that_the_plan_lacks_is_named_not_numbered(tmp_path: Path)
     datasets.Dataset.from_list(rows, features=features).save_to_disk(str(tmp_path / "saved"))
     message = failure(tmp_path, "hf:saved")
     assert "hf:saved: row 2: unknown label 'pets'" in message
+
+
+@pytest.mark.parametrize("kind", ["classification", "multi-label"])
+def test_a_parquet_file_of_the_datasets_library_gives_the_labels_that_it_gives_itself(
+    kind: Any, tmp_path: Path
+) -> None:
+    names = datasets.ClassLabel(names=["1", "0"])  # by number, each would be the other
+    several = kind == "multi-label"
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.List(names) if several else names}
+    )
+    labels = [[0], [1], [0, 1], []] if several else [0, 1, 1, 0]
+    rows = [{"text": f"text {n}", "label": label} for n, label in enumerate(labels)]
+    dataset = datasets.Dataset.from_list(rows, features=features)
+    dataset.save_to_disk(str(tmp_path / "saved"))
+    (tmp_path / "folder").mkdir()
+    dataset.to_parquet(str(tmp_path / "folder" / "train.parquet"))
+    task = Task(task=kind, labels=("0", "1"))
+    found = [read(tmp_path, source, task).labels for source in ("folder/train.parquet", "hf:folder", "hf:saved")]
+    assert found == [[(1,), (0,), (0, 1), ()] if several else [1, 0, 0, 1]] * 3
+
+
+@pytest.mark.parametrize(
+    ("about", "expected"),
+    [
+        ({"info": {"features": {"label": {"names": ["animals"], "_type": "ClassLabel"}}}}, "row 2: a label's number"),
+        ({"info": {"features": {"label": {"_type": "Nothing"}}}}, "cannot be read: "),
+        ([], "cannot be read: "),
+    ],
+)
+def test_what_a_parquet_file_says_of_its_labels_is_never_passed_over(about: Any, expected: str, tmp_path: Path) -> None:
+    table = pyarrow.table({"text": ["a cat", "a dog"], "label": pyarrow.array([0, 1], pyarrow.int8())})
+    table = table.replace_schema_metadata({"huggingface": json.dumps(about)})
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    message = failure(tmp_path, "rows.parquet")
+    assert message.startswith(f"{tmp_path / 'rows.parquet'}: ")
+    assert expected in message
 
 
 def test_an_unlabelled_row_of_a_class_label_column_is_refused(tmp_path: Path) -> None:
@@ -628,6 +774,55 @@ def test_several_labels_apply_or_one_or_none(tmp_path: Path) -> None:
     labels = [["kitchen", "animals"], "weather", []]
     rows = [{"text": f"text {n}", "label": label} for n, label in enumerate(labels)]
     assert read(tmp_path, as_jsonl(tmp_path, rows), APPLY).labels == [(0, 2), (1,), ()]
+
+
+def test_several_labels_or_none_stand_in_a_field_of_csv_as_in_json(tmp_path: Path) -> None:
+    fields = ['["kitchen", "animals"]', "weather", "[]", ' [ "weather" ] ', "[]"]
+    source = as_csv(tmp_path, [{"text": f"text {n}", "label": field} for n, field in enumerate(fields)])
+    assert read(tmp_path, source, APPLY).labels == [(0, 2), (1,), (), (1,), ()]
+    numbers = Task(task="multi-label", labels=("0", "1", "2"))
+    source = as_csv(tmp_path, [{"text": "x", "label": "[2, 0.0]"}, {"text": "y", "label": "1"}])
+    assert read(tmp_path, source, numbers).labels == [(0, 2), (1,)]
+
+
+@pytest.mark.parametrize(
+    ("field", "said"),
+    [
+        ("kitchen,animals", '["a", "b"], or [] if none applies'),
+        ("kitchen|animals", '["a", "b"], or [] if none applies'),
+        ("['kitchen', 'animals']", '["a", "b"], or [] if none applies'),
+        ('["kitchen", "pets"]', "unknown label 'pets'"),
+        ('["kitchen", null]', "found None"),
+        ('["kitchen", "kitchen"]', "twice"),
+        ("[]]", '["a", "b"], or [] if none applies'),
+        ("", "write [] if none"),
+    ],
+)
+def test_a_field_that_is_no_list_of_labels_is_refused_with_how_to_write_one(
+    field: str, said: str, tmp_path: Path
+) -> None:
+    source = as_csv(tmp_path, [{"text": "x", "label": field}])
+    message = failure(tmp_path, source, APPLY)
+    assert f"{tmp_path / source}:2: " in message
+    assert said in message
+
+
+def test_a_label_that_looks_like_a_list_of_labels_is_not_guessed(tmp_path: Path) -> None:
+    task = Task(task="multi-label", labels=("[]", "a, b", "a"))
+    rows = [{"text": "x", "label": "a, b"}, {"text": "x", "label": '["[]", "a"]'}]
+    assert read(tmp_path, as_csv(tmp_path, rows), task).labels == [(1,), (0, 2)]
+    message = failure(tmp_path, as_csv(tmp_path, [{"text": "x", "label": "[]"}]), task)
+    assert 'which is a label and a list of labels; write ["[]"]' in message
+
+
+@pytest.mark.parametrize("printed", ["['EU', 'left']", "['EU' 'left']", "[\"EU\", 'left']"])
+def test_words_as_python_prints_them_are_not_taken_for_words(printed: str, tmp_path: Path) -> None:
+    source = as_csv(tmp_path, [{"text": printed, "label": "O O"}])
+    assert "write it as in JSON" in failure(tmp_path, source, TAG)
+    with pytest.raises(DataError, match="as in JSON"):
+        load_measured(silo(tmp_path, source), TAG)
+    source = as_csv(tmp_path, [{"text": '["EU", "left"]', "label": '["B-PER", "O"]'}])
+    assert read(tmp_path, source, TAG) == Examples([("EU", "left")], None, [(1, 0)])
 
 
 @pytest.mark.parametrize("write", [as_jsonl, as_parquet])

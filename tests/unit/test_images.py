@@ -66,6 +66,23 @@ def test_white_is_what_the_bits_of_a_tiff_file_say(tmp_path: Path) -> None:
     assert np.asarray(read_image(tmp_path / "scan.tif", "here"))[0, :, 0].tolist() == [0, 255]
 
 
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("photometric", [0, 1])
+def test_a_scan_whose_lowest_value_is_white_is_not_seen_as_its_negative(
+    bits: int, photometric: int, tmp_path: Path
+) -> None:
+    """The file as TIFF 6.0 has it, not as Pillow writes one."""
+    stored = [0, 1 << (bits - 2), (1 << bits) - 1]
+    kind, width = ("B", 1) if bits == 8 else ("H", 2)
+    pixels = struct.pack(f"<3{kind}", *stored).ljust(8, b"\0")
+    tags = {256: 3, 257: 1, 258: bits, 259: 1, 262: photometric, 273: 8, 277: 1, 278: 1, 279: 3 * width}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    content = b"II*\0" + struct.pack("<I", 16) + pixels + struct.pack("<H", len(tags)) + entries + bytes(4)
+    (tmp_path / "scan.tif").write_bytes(content)
+    expected = [0, 64, 255] if photometric else [255, 191, 0]
+    assert np.asarray(read_image(tmp_path / "scan.tif", "here"))[0, :, 0].tolist() == expected
+
+
 def test_a_model_gets_an_image_as_it_is_seen(tmp_path: Path) -> None:
     """Of two pictures of one scene, one turned by the camera and one deep, a model gets the same pixels."""
     scene = np.linspace(0, 255, 16 * 16).astype(np.uint8).reshape(16, 16)

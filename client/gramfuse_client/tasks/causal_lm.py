@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from gramfuse_client.columns import Input
+from gramfuse_client.columns import Input, Reader
 from gramfuse_client.sources import Row
 from gramfuse_client.tasks.registry import TaskAtSilo, Terms, Variant, register
 from gramfuse_protocol.task import Task
@@ -33,7 +33,7 @@ class CausalLMAtSilo(TaskAtSilo):
     learns_inputs = True
     nothing_to_learn = "texts are one token only, so there is no next token to learn"
 
-    def label(self, row: Row, column: str, task: Task, known: Mapping[str, int], given: Input, where: str) -> None:
+    def label(self, row: Row, given: Input, reader: Reader, where: str) -> None:
         return None
 
     def targets(self, examples: Examples, encoded: Any, tokenizer: Any, task: Task) -> list[list[int]]:

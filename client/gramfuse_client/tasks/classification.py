@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from gramfuse_client.columns import Input, column_of, index_of
+from gramfuse_client.columns import Input, Reader
 from gramfuse_client.sources import Row
 from gramfuse_client.tasks.registry import Loss, TaskAtSilo, Terms, Variant, register
 from gramfuse_client.tasks.words import of_labels
@@ -31,8 +31,8 @@ class ClassificationAtSilo(TaskAtSilo):
     name = "classification"
     fisher = ("hard", "soft", "empirical")
 
-    def label(self, row: Row, column: str, task: Task, known: Mapping[str, int], given: Input, where: str) -> int:
-        return index_of(column_of(row, column, where), task, known, where)
+    def label(self, row: Row, given: Input, reader: Reader, where: str) -> int:
+        return reader.index(reader.value(row, reader.columns.label, where), where)
 
     def loss(self, task: Task) -> Loss | None:
         """Return the cross-entropy of the softmax over a silo's labels; None if it annotates all."""

@@ -11,9 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gramfuse_client.columns import column_of
+from gramfuse_client.columns import Reader
 from gramfuse_client.images import check_image, check_pillow, read_image
-from gramfuse_client.silo import Data
 from gramfuse_client.sources import Row
 from gramfuse_client.tasks.classification import ClassificationAtSilo
 from gramfuse_client.tasks.registry import register
@@ -40,8 +39,19 @@ class ImageClassificationAtSilo(ClassificationAtSilo):
     def check_ready(self) -> None:
         check_pillow()
 
-    def input(self, row: Row, columns: Data, folder: Path, where: str) -> Path | bytes:
-        return _image(column_of(row, columns.image, where), columns.image, folder, where)
+    def input(self, row: Row, reader: Reader, where: str) -> Path | bytes:
+        """Return an image after a look at its first bytes; a dataset's column holds `bytes` or `path`, or both."""
+        column = reader.columns.image
+        value = reader.value(row, column, where)
+        if isinstance(value, dict):
+            value = value.get("bytes") or value.get("path")
+        if not isinstance(value, str | bytes) or not value:
+            raise DataError(f"{where}: column {column!r} must hold the path of an image, found {quoted(value)}")
+        image = reader.folder / value if isinstance(value, str) else value
+        if isinstance(image, Path) and not image.is_file():
+            raise DataError(f"{where}: column {column!r}: no such file {image}")
+        check_image(image, f"{where}: column {column!r}")
+        return image
 
     def encode(self, examples: Examples, tokenizer: Any, task: Task) -> None:
         return None
@@ -66,16 +76,3 @@ class ImageClassificationAtSilo(ClassificationAtSilo):
         """Return the number of patches."""
         size, patch = (getattr(base.model.config, key, None) for key in ("image_size", "patch_size"))
         return (size // patch) ** 2 + 1 if isinstance(size, int) and isinstance(patch, int) else ROWS
-
-
-def _image(value: Any, column: str, folder: Path, where: str) -> Path | bytes:
-    """Return an image after a look at its first bytes; a dataset's column holds `bytes` or `path`, or both."""
-    if isinstance(value, dict):
-        value = value.get("bytes") or value.get("path")
-    if not isinstance(value, str | bytes) or not value:
-        raise DataError(f"{where}: column {column!r} must hold the path of an image, found {quoted(value)}")
-    image = folder / value if isinstance(value, str) else value
-    if isinstance(image, Path) and not image.is_file():
-        raise DataError(f"{where}: column {column!r}: no such file {image}")
-    check_image(image, f"{where}: column {column!r}")
-    return image

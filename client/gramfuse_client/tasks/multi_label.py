@@ -7,24 +7,29 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from gramfuse_client.columns import Input, column_of, index_of
+from gramfuse_client.columns import Input, Reader, unpacked
 from gramfuse_client.sources import Row
 from gramfuse_client.tasks.registry import Loss, TaskAtSilo, Terms, Variant, register
 from gramfuse_client.tasks.words import of_labels
 from gramfuse_protocol.errors import DataError
 from gramfuse_protocol.task import Task
-from gramfuse_protocol.text import quoted
+from gramfuse_protocol.text import listed, quoted
 
 if TYPE_CHECKING:
     import torch
 
     from gramfuse_client.data import Examples
     from gramfuse_client.outputs import Batch, Outputs
+
+SEVERAL = re.compile(r"[,;|]|^\s*\[")
+"""What is in a text that may stand for several labels."""
 
 
 @register
@@ -34,10 +39,32 @@ class MultiLabelAtSilo(TaskAtSilo):
     name = "multi-label"
     fisher = ("hard", "soft", "empirical")
 
-    def label(
-        self, row: Row, column: str, task: Task, known: Mapping[str, int], given: Input, where: str
-    ) -> tuple[int, ...]:
-        return _labels(column_of(row, column, where), column, task, known, where)
+    def label(self, row: Row, given: Input, reader: Reader, where: str) -> tuple[int, ...]:
+        """Return the indices of all labels that apply, in the plan's order."""
+        column, known = reader.columns.label, reader.known
+        value = reader.value(row, column, where)
+        if value is None or value == "":
+            raise DataError(
+                f"{where}: column {column!r} is empty; write [] if none of the labels applies, or leave the example "
+                "out if nobody looked"
+            )
+        found = unpacked(value)
+        if isinstance(value, str):
+            single = value in known or value in reader.task.labels
+            if single and isinstance(found, list):
+                raise DataError(
+                    f"{where}: column {column!r} holds {quoted(value)}, which is a label and a list of labels; write "
+                    f"{json.dumps([value], ensure_ascii=False)} for that label"
+                )
+            if not single and found is value and SEVERAL.search(value):
+                raise DataError(
+                    f"{where}: unknown label {quoted(value)}; several labels are a list as in JSON: "
+                    f'["a", "b"], or [] if none applies. {reader.words.labels.capitalize()} are {listed(known, 20)}'
+                )
+        indices = [reader.index(one, where) for one in (found if isinstance(found, list) else [value])]
+        if len(set(indices)) < len(indices):
+            raise DataError(f"{where}: column {column!r} has a label twice: {quoted(value)}")
+        return tuple(sorted(indices))
 
     def targets(self, examples: Examples, encoded: Any, tokenizer: Any, task: Task) -> list[list[float]]:
         own, labels = set(task.annotated), range(len(task.labels))
@@ -81,17 +108,3 @@ class MultiLabelAtSilo(TaskAtSilo):
     def counted(self, examples: Examples, task: Task) -> str:
         found = Counter(task.labels[i] for one in examples.labels if isinstance(one, tuple) for i in one)
         return of_labels(task, found, f"; none of them {sum(not one for one in examples.labels):,}")
-
-
-def _labels(value: Any, column: str, task: Task, known: Mapping[str, int], where: str) -> tuple[int, ...]:
-    """Return the indices of all labels that apply, in the plan's order."""
-    if value is None or value == "":
-        raise DataError(
-            f"{where}: column {column!r} is empty; write [] if none of the labels applies, or leave the example out "
-            "if nobody looked"
-        )
-    values = value if isinstance(value, list) else [value]
-    indices = [index_of(one, task, known, where) for one in values]
-    if len(set(indices)) < len(indices):
-        raise DataError(f"{where}: column {column!r} has a label twice: {quoted(value)}")
-    return tuple(sorted(indices))

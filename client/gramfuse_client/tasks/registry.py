@@ -18,8 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from gramfuse_client.columns import Input, Label, text_of
-from gramfuse_client.silo import Data
+from gramfuse_client.columns import Input, Label, Reader
 from gramfuse_client.sources import Row
 from gramfuse_protocol.errors import PlanError
 from gramfuse_protocol.task import Task
@@ -64,26 +63,25 @@ class TaskAtSilo(ABC):
         """Raise DataError if a library that reads the inputs is not installed."""
         return
 
-    def input(self, row: Row, columns: Data, folder: Path, where: str) -> Input:
+    def input(self, row: Row, reader: Reader, where: str) -> Input:
         """Return the input in a row.
 
         Args:
-            folder: where relative paths start.
+            reader: reads columns, and knows all that is the same for all rows.
             where: file and line, for errors.
 
         Raises:
             DataError: if it is none.
         """
-        return text_of(row, columns.text, where)
+        return reader.text(row, reader.columns.text, where)
 
     @abstractmethod
-    def label(self, row: Row, column: str, task: Task, known: Mapping[str, int], given: Input, where: str) -> Label:
+    def label(self, row: Row, given: Input, reader: Reader, where: str) -> Label:
         """Return the label in a row.
 
         Args:
-            known: index of each label by what the data call it.
             given: the input.
-            where: as `input` has it.
+            reader, where: as `input` has them.
 
         Raises:
             DataError: if it is none.
@@ -169,6 +167,11 @@ class TaskAtSilo(ABC):
     def notice(self, examples: Examples, task: Task) -> str:
         """Say what does not fit the labels in the plan, if anything."""
         return ""
+
+    def misfit(self, examples: Examples, task: Task) -> str:
+        """Say what labels examples have if there is a `notice`, and the notice; otherwise nothing."""
+        notice = self.notice(examples, task)
+        return f"{self.counted(examples, task)}: {notice}" if notice else ""
 
     def rows_of(self, base: Base, task: Task) -> int:
         """Return how many rows one example has in a layer at most."""

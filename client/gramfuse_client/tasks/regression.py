@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gramfuse_client.columns import Input, column_of
+from gramfuse_client.columns import Input, Reader
 from gramfuse_client.sources import Row
 from gramfuse_client.targets import check_targets, described
 from gramfuse_client.tasks.registry import TaskAtSilo, Terms, Variant, register
@@ -34,8 +34,20 @@ class RegressionAtSilo(TaskAtSilo):
     name = "regression"
     fisher = ("empirical",)
 
-    def label(self, row: Row, column: str, task: Task, known: Mapping[str, int], given: Input, where: str) -> float:
-        return _target(column_of(row, column, where), task, where)
+    def label(self, row: Row, given: Input, reader: Reader, where: str) -> float:
+        value, allowed = reader.value(row, reader.columns.label, where), reader.task.range
+        try:
+            target = math.nan if isinstance(value, bool) or "_" in str(value) else float(value)
+        except (TypeError, ValueError, OverflowError):
+            target = math.nan
+        if not math.isfinite(target):
+            raise DataError(f"{where}: the target must be a finite number, found {quoted(value)}")
+        if allowed is not None and not allowed[0] <= target <= allowed[1]:
+            raise DataError(
+                f"{where}: the target {target:g} is outside of {reader.words.range} of {allowed[0]:g} to "
+                f"{allowed[1]:g}; {reader.words.beyond}"
+            )
+        return target
 
     def check_labels(self, path: Path, task: Task, labels: Sequence[Any]) -> None:
         check_targets(path, task, labels)
@@ -60,18 +72,3 @@ class RegressionAtSilo(TaskAtSilo):
 
     def notice(self, examples: Examples, task: Task) -> str:
         return described(task, examples.labels)[1]
-
-
-def _target(value: Any, task: Task, where: str) -> float:
-    try:
-        target = math.nan if isinstance(value, bool) or "_" in str(value) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        target = math.nan
-    if not math.isfinite(target):
-        raise DataError(f"{where}: the target must be a finite number, found {quoted(value)}")
-    if task.range is not None and not task.range[0] <= target <= task.range[1]:
-        raise DataError(
-            f"{where}: the target {target:g} is outside of the plan's range of {task.range[0]:g} to {task.range[1]:g}; "
-            "correct it, or agree on a plan with a wider 'model.range'"
-        )
-    return target

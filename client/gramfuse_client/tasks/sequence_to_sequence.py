@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from gramfuse_client.columns import Input, text_of
+from gramfuse_client.columns import Input, Reader
 from gramfuse_client.sources import Row
 from gramfuse_client.tasks.registry import TaskAtSilo, Terms, Variant, register
 from gramfuse_protocol.task import Task
@@ -31,8 +31,8 @@ class SequenceToSequenceAtSilo(TaskAtSilo):
     fisher = ("empirical",)
     label_is_input = True
 
-    def label(self, row: Row, column: str, task: Task, known: Mapping[str, int], given: Input, where: str) -> str:
-        return text_of(row, column, where)
+    def label(self, row: Row, given: Input, reader: Reader, where: str) -> str:
+        return reader.text(row, reader.columns.label, where)
 
     def targets(self, examples: Examples, encoded: Any, tokenizer: Any, task: Task) -> list[list[int]]:
         """Return the targets' tokens."""

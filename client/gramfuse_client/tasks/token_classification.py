@@ -9,15 +9,14 @@ A word's tag is learned at the word's first token; other tokens have the label I
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gramfuse_client.columns import Input, check_characters, column_of, index_of
-from gramfuse_client.silo import Data
+from gramfuse_client.columns import Input, Reader, check_characters, unpacked
 from gramfuse_client.sources import Row
 from gramfuse_client.tasks.registry import TaskAtSilo, Terms, Variant, register
 from gramfuse_client.tasks.words import counted
@@ -32,6 +31,9 @@ if TYPE_CHECKING:
     from gramfuse_client.data import Examples
     from gramfuse_client.outputs import Batch, Outputs
 
+PRINTED = re.compile(r"\s*\[\s*['\"].*\]\s*", re.DOTALL)
+"""A list of texts as Python or numpy prints it."""
+
 
 @register
 class TokenClassificationAtSilo(TaskAtSilo):
@@ -44,14 +46,42 @@ class TokenClassificationAtSilo(TaskAtSilo):
     fisher = ("hard", "empirical")
     nothing_to_learn = "examples have no word that the tokenizer makes a token of, so there is no tag to learn"
 
-    def input(self, row: Row, columns: Data, folder: Path, where: str) -> tuple[str, ...]:
-        return _words(row, columns.text, where)
+    def input(self, row: Row, reader: Reader, where: str) -> tuple[str, ...]:
+        """Return the words of a text."""
+        column = reader.columns.text
+        value = reader.value(row, column, where)
+        words = unpacked(value)
+        if isinstance(words, str):
+            if PRINTED.fullmatch(words):
+                raise DataError(
+                    f"{where}: column {column!r} holds a list as Python prints it: {quoted(value)}; write it as in "
+                    'JSON, ["a", "b"], or words between spaces'
+                )
+            words = words.split()
+        if not isinstance(words, list) or not words:
+            raise DataError(
+                f"{where}: column {column!r} must hold a list of words, or words between spaces, found {quoted(value)}"
+            )
+        for position, word in enumerate(words, 1):
+            if not isinstance(word, str) or not word.strip():
+                raise DataError(f"{where}: column {column!r}: word {position} must be text, found {quoted(word)}")
+            check_characters(word, column, where)
+        return tuple(words)
 
-    def label(
-        self, row: Row, column: str, task: Task, known: Mapping[str, int], given: Input, where: str
-    ) -> tuple[int, ...]:
+    def label(self, row: Row, given: Input, reader: Reader, where: str) -> tuple[int, ...]:
+        """Return the index of each word's tag. An I-X with no B-X before it begins an entity, as metrics have it."""
         assert isinstance(given, tuple)  # noqa: S101
-        return _tags(column_of(row, column, where), column, task, known, given, where)
+        column = reader.columns.label
+        value = reader.value(row, column, where)
+        tags = unpacked(value)
+        if isinstance(tags, str):
+            tags = tags.split()
+        if not isinstance(tags, list) or len(tags) != len(given):
+            many = f"{len(tags)}" if isinstance(tags, list) else quoted(value)
+            raise DataError(
+                f"{where}: column {column!r} must hold one tag for each of the {len(given)} words, found {many}"
+            )
+        return tuple(reader.index(tag, where) for tag in tags)
 
     def encode(self, examples: Examples, tokenizer: Any, task: Task) -> list[dict[str, Any]]:
         """Return a row for each example, with `words` where there are labels.
@@ -99,33 +129,6 @@ class TokenClassificationAtSilo(TaskAtSilo):
         """Say how many entities of each type begin."""
         found = Counter(kind for tags in _named(examples, task) for kind, _, _ in entities(tags))
         return counted({kind: found[kind] for kind in task.entities}, "types of entities")
-
-
-def _words(row: Row, column: str, where: str) -> tuple[str, ...]:
-    value = column_of(row, column, where)
-    words = value.split() if isinstance(value, str) else value
-    if not isinstance(words, list) or not words:
-        raise DataError(
-            f"{where}: column {column!r} must hold a list of words, or words between spaces, found {quoted(value)}"
-        )
-    for position, word in enumerate(words, 1):
-        if not isinstance(word, str) or not word.strip():
-            raise DataError(f"{where}: column {column!r}: word {position} must be text, found {quoted(word)}")
-        check_characters(word, column, where)
-    return tuple(words)
-
-
-def _tags(
-    value: Any, column: str, task: Task, known: Mapping[str, int], words: tuple[str, ...], where: str
-) -> tuple[int, ...]:
-    """Return the index of each word's tag. An I-X with no B-X before it begins an entity, as metrics have it."""
-    tags = value.split() if isinstance(value, str) else value
-    if not isinstance(tags, list) or len(tags) != len(words):
-        many = f"{len(tags)}" if isinstance(tags, list) else quoted(value)
-        raise DataError(
-            f"{where}: column {column!r} must hold one tag for each of the {len(words)} words, found {many}"
-        )
-    return tuple(index_of(tag, task, known, where) for tag in tags)
 
 
 def _named(examples: Examples, task: Task) -> Iterator[list[str]]:
