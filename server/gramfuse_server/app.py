@@ -91,7 +91,7 @@ def main(grid: Grid, context: Context) -> None:
             Path(config["run-directory"]),
             observer=_print,
             resume=bool(context.run_config["resume"]),
-            patience=Patience.from_config(context.run_config),
+            patience=Patience.from_run(context.run_config),
         )
     except GramfuseError as error:
         report = error.report and str(error.report)

@@ -28,7 +28,7 @@ class Patience:
     authenticated: bool = False
 
     @staticmethod
-    def from_config(config: Mapping[str, Any]) -> Patience:
+    def from_run(config: Mapping[str, Any]) -> Patience:
         """Return what a run's configuration says, as `to_config` wrote it."""
         wait, answer, grace = (float(config[key]) for key in ("wait", "answer", "grace"))
         return Patience(wait, answer, grace, authenticated=bool(config["authenticated"]))

@@ -392,7 +392,7 @@ def test_a_setting_that_does_not_fit_is_named(
         (["simulate", "nowhere"], "'nowhere' does not exist"),
         (["simulate", ".", "--sett", "a.b=1"], "--sett"),
         (["simulate", ".", "--seed", "-1"], "--seed"),
-        (["simulate", ".", "--compare", "best,fishr"], "'fishr' is nothing to compare with; there are simple, fisher"),
+        (["simulate", ".", "--compare", "best,fishr"], "'fishr' is nothing to compare with; there are best, ensemble"),
         (["simulate"], "DIR"),
         (["fuse"], "'fuse'"),
     ],
