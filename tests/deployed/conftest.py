@@ -345,7 +345,7 @@ def undisturbed(tmp_path: Path) -> Callable[..., bytes]:
         accumulator = Accumulator(layout, alpha=plan.merge.alpha, weighting=plan.merge.weighting)
         accumulator.load(total, len(plan.silo))
         base = load_base(plan, project.directory)
-        write_model(tmp_path / "undisturbed", base, accumulator.merge().deltas, plan, silos, None)
+        write_model(tmp_path / "undisturbed", base, accumulator.merge().rounded(), plan, silos, None)
         return (tmp_path / "undisturbed" / "model.safetensors").read_bytes()
 
     return merge
