@@ -15,6 +15,9 @@ PLACES = (Path(__file__).parent / "exit_codes", Path(__file__).parents[2] / "doc
 ALL = "README"
 """The page of all codes."""
 
+ON_ALL = (0, 1, 2, 130)
+"""Codes that have a line there, and no page of their own."""
+
 
 @click.command()
 @click.argument("code", type=click.IntRange(0, 255), required=False)
@@ -24,7 +27,7 @@ def explain(code: int | None, as_json: bool) -> None:
 
     An error ends with its exit code: 'exit code 11' is explained by: gramfuse explain 11
     """
-    name, text = ALL if code is None else str(code), None
+    name, text = ALL if code is None or code in ON_ALL else str(code), None
     for place in PLACES:
         if (place / f"{name}.md").exists():
             text = (place / f"{name}.md").read_text(encoding="utf-8")

@@ -17,7 +17,6 @@ from gramfuse_cli.terms import Term, compare_option
 from gramfuse_cli.tuning import Data, Wanted, tune_files
 from gramfuse_protocol.errors import PlanError
 from gramfuse_protocol.plan import Plan
-from gramfuse_server.pages.added import tell_added
 from gramfuse_server.report_schema import Tuning
 
 GRID = ",".join(f"{n / 10:g}" for n in range(11))
@@ -134,7 +133,7 @@ def tune(
     show_models(report, "test examples")
     show_steps(report.solve)
     show_checks(report)
-    say(*tell_added(report), "", str(out))
+    say("", str(out))
     check_sound(report, out.absolute())
 
 

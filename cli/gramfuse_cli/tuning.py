@@ -13,6 +13,7 @@ from gramfuse_protocol.errors import PlanError
 from gramfuse_protocol.layout import delta_block
 from gramfuse_protocol.metrics import Sums, are_sums, examples_in
 from gramfuse_protocol.plan import Plan
+from gramfuse_protocol.text import listed
 
 if TYPE_CHECKING:
     from gramfuse_cli.laboratory import Bench, Deltas, Laboratory, Part
@@ -115,6 +116,12 @@ def tune_files(
     if collection.heads == "own":
         raise PlanError(
             "tune ranks one model for one task, and under this plan silos keep their heads; use gramfuse merge"
+        )
+    if grown := [file for file in collection.files if file.added]:
+        raise PlanError(
+            f"tune measures models with the base's tokens only, and {grown[0].name!r} was fine-tuned with others "
+            f"({listed(grown[0].added, 5)}): what it found would be of other models. Merge them with gramfuse "
+            "merge --tokenizer DIR, or measure models without added tokens"
         )
     alpha, weighting = _agreed(collection)
     bench = _bench(collection, base, data)

@@ -38,7 +38,8 @@ def masks_of(model: nn.Module, batch: Mapping[str, Any]) -> Batch:
             where `decoder_attention_mask` says so, or else where `labels` are no negative numbers.
 
     Raises:
-        ModelError: if `attention_mask` is no (examples, length), or nothing in the batch has such places.
+        ModelError: if `attention_mask` is no (examples, length), or nothing in the batch has such places; if there is
+            none, and some of the texts begin or end with the token that the model's configuration has for padding.
     """
     masks: Batch = {}
     mask = batch.get("attention_mask")
@@ -54,6 +55,7 @@ def masks_of(model: nn.Module, batch: Mapping[str, Any]) -> Batch:
     else:
         given = next((batch[key] for key in TOKENS if key in batch), None)
         if given is not None:
+            _check_unpadded(model, batch)
             masks["input"] = torch.ones(given.shape[:2], dtype=torch.bool, device=given.device)
     if answers(model):
         if "decoder_attention_mask" in batch:
@@ -63,6 +65,21 @@ def masks_of(model: nn.Module, batch: Mapping[str, Any]) -> Batch:
         elif "decoder_input_ids" in batch:
             masks["target"] = torch.ones_like(batch["decoder_input_ids"]).bool()
     return masks
+
+
+def _check_unpadded(model: nn.Module, batch: Mapping[str, Any]) -> None:
+    """Raise ModelError if tokens that come without a mask seem to be padded."""
+    ids, padding = batch.get("input_ids"), getattr(getattr(model, "config", None), "pad_token_id", None)
+    if ids is None or ids.dim() != 2 or not isinstance(padding, int):
+        return
+    for place in (0, -1):
+        padded = ids[:, place] == padding
+        if bool(padded.any()) and not bool(padded.all()):
+            raise ModelError(
+                f"a batch has no attention_mask, and some of its texts {'end' if place else 'begin'} with the token "
+                f"{padding}, which is padding by the model's configuration, so padding would be counted as tokens; "
+                "give attention_mask too, as tokenizers make it"
+            )
 
 
 def has_places(value: torch.Tensor, mask: torch.Tensor) -> bool:

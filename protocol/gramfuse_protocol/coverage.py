@@ -43,12 +43,24 @@ class Solved(Protocol):
 
     @property
     def unused(self) -> Sequence[int]:
-        """Experts that no silo used."""
+        """Experts to which no measured token of any silo was routed."""
 
 
-def coverage(layout: Layout) -> Coverage:
-    """Return what a report says of it."""
-    return Coverage(layout.closed, tuple(tensor.name for tensor in layout.tensors if tensor.unmatched))
+def coverage(layout: Layout, steps: Iterable[Solved] = ()) -> Coverage:
+    """Return what a report says of it.
+
+    Args:
+        steps: how groups were solved, once they are; experts that took the mean do not count as merged in closed form.
+    """
+    unused = {step.group: len(step.unused) for step in steps}
+    averaged = sum(
+        unused[group.name] * weight.d_out * group.d_in
+        for group in layout.groups
+        if unused.get(group.name)
+        for weight in group.weights
+    )
+    closed = layout.closed - averaged / max(1, layout.trained)
+    return Coverage(closed, tuple(tensor.name for tensor in layout.tensors if tensor.unmatched))
 
 
 def told(found: Covered, quoted: Callable[[str], str] = str) -> list[str]:
@@ -71,13 +83,15 @@ def told(found: Covered, quoted: Callable[[str], str] = str) -> list[str]:
 
 
 def unused(steps: Iterable[Solved], quoted: Callable[[str], str] = str) -> list[str]:
-    """Say in a line which experts were averaged since no silo used them; nothing if there are none.
+    """Say in a line which experts were averaged since no measured token went to them; nothing if there are none.
 
     Args:
         quoted: how names of tensors are written.
     """
     found = [f"{quoted(step.group)}: {experts(step.unused)}" for step in steps if step.unused]
-    return [f"Averaged since no silo used them: {'; '.join(found)}."] if found else []
+    if not found:
+        return []
+    return [f"Averaged since no measured token of any silo was routed to them: {'; '.join(found)}."]
 
 
 def experts(indices: Sequence[int]) -> str:

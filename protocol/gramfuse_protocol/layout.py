@@ -293,8 +293,13 @@ class Layout(_Frozen):
     @property
     def closed(self) -> float:
         """Share of the trained and merged parameters that are merged in closed form, from 0 to 1."""
-        sizes = {tensor: math.prod(tensor.shape) for tensor in self.tensors if not tensor.buffer}
-        return sum(size for tensor, size in sizes.items() if tensor.merge == "regmean") / max(1, sum(sizes.values()))
+        merged = sum(math.prod(tensor.shape) for tensor in self.tensors if tensor.merge == "regmean")
+        return merged / max(1, self.trained)
+
+    @property
+    def trained(self) -> int:
+        """Number of the trained and merged parameters."""
+        return sum(math.prod(tensor.shape) for tensor in self.tensors if not tensor.buffer)
 
     @property
     def deltas(self) -> tuple[Slice, ...]:

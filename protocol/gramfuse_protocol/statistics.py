@@ -64,8 +64,8 @@ def check_counts(layout: Layout, examples: int, tokens: Mapping[str, int], sourc
     Args:
         source: who sent them, for the error.
     """
-    if examples < 1:
-        raise ContributionError(f"{source}: reports {examples} training examples; expected at least one")
+    if isinstance(examples, bool) or not isinstance(examples, int) or examples < 1:
+        raise ContributionError(f"{source}: reports {examples} training examples; expected a whole number above zero")
     expected = {group.name for group in layout.groups}
     if set(tokens) != expected:
         odd = sorted(set(tokens) ^ expected)[0]

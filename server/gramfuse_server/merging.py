@@ -83,6 +83,7 @@ def merge(
         raise ValueError(f"weighting must be 'uniform' or 'examples', not {weighting!r}")
     accumulator = Accumulator(layout, alpha=alpha, weighting=weighting)
     named = statistics.items() if isinstance(statistics, Mapping) else ((None, one) for one in statistics)
+    merged = 0
     for number, (silo, contribution) in enumerate(named, 1):
         source = f"statistics {number}" if silo is None else f"statistics of {silo!r}"
         check_slices(
@@ -91,6 +92,9 @@ def merge(
             source,
         )
         accumulator.fold(contribution, source, silo=silo)
+        merged = number
+    if not merged:
+        raise ValueError("there are no statistics to merge")
     return accumulator.merge()
 
 
@@ -322,7 +326,7 @@ def merge_files(
             **_described(collection, alpha, weighting, weights),
             examples=accumulator.examples,
             added_tokens=added.told(),
-            **coverage(collection.layout)._asdict(),
+            **coverage(collection.layout, merged.steps)._asdict(),
             solve=merged.steps,
             checks=tuple(checks),
             seconds=0.0,

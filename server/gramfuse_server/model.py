@@ -46,7 +46,7 @@ def write_model(
         chosen: the merge that it is, if that was chosen on held-out data.
         doubt: why it must not be used, if a check of the merge is bad.
         layout: of the merge, for the card to say how much of the model is merged in closed form.
-        steps: how its groups were solved, for the card to say which experts no silo used.
+        steps: how its groups were solved, for the card to say to which experts no measured token was routed.
     """
     add_differences(base.model, deltas)
     model = base.model
@@ -84,7 +84,7 @@ def card(
         *_kept_heads(plan),
         f"Plan digest: `{plan.digest}`",
         "",
-        *(extent(coverage(layout), steps) if layout else ()),
+        *(extent(coverage(layout, steps), steps) if layout else ()),
         *usage(form),
     ]
     if measured:

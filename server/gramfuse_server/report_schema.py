@@ -178,8 +178,8 @@ class Step(Part):
     """Its name."""
     outcome: Outcome
     """`clean`; `jitter` if at least one block needed a ridge; `mean` if at least one block could not be solved and took
-    the mean; `unused` if all blocks could be solved but those of experts that no silo used, which took the mean;
-    `empty` if nothing but zeros ever came there, so that all of it took the mean."""
+    the mean; `unused` if all blocks could be solved but those of experts that no measured token went to, which took the
+    mean; `empty` if nothing but zeros ever came there, so that all of it took the mean."""
     jitter: float
     """Largest relative ridge that a solved block needed, 0 or more."""
     smallest_eigenvalue: float
@@ -192,7 +192,8 @@ class Step(Part):
     blocks: Count
     """Blocks of the Gram matrix, or of those of all experts."""
     unused: tuple[Count, ...]
-    """Indices of the experts that no silo used; they took the mean. Empty where there are no experts."""
+    """Indices of the experts to which no measured token of any silo was routed; they took the mean. Empty where there
+    are no experts."""
 
 
 class Check(Part):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 Run = Callable[..., Any]
@@ -32,6 +34,22 @@ def wait_for_request(silo: Any, phase: str, running: Any) -> None:
     """Wait until a silo's SuperNode has a request of a phase."""
     kind = phase if phase in ("train", "evaluate") else f"query.{phase}"
     wait_for_line(silo.directory / "supernode.log", f"Receiving: {kind} ", running)
+
+
+def killed_in(silo: Any, phase: str) -> bool:
+    """Kill a silo's worker once its log says that it is at work on a phase; it works in short steps until then."""
+    log = silo.directory / "superexec.log"
+    for starter in silo.one("gramfuse_client.runner").children():
+        for worker in starter.children():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                while worker.is_running():
+                    worker.suspend()
+                    if f"phase {phase}" in log.read_text().rpartition("phase join")[2]:
+                        worker.kill()
+                        return True
+                    worker.resume()
+                    time.sleep(0.01)
+    return False
 
 
 @pytest.mark.slow
@@ -82,8 +100,7 @@ def test_a_worker_and_a_supernode_are_killed_and_missed_when_flower_misses_them(
     wait_for_request(silos["silo-b"], "masked", running)
     silos["silo-b"].one("flower-supernode").kill()
     trained = deployment.trained()
-    wait_for_line(silos["silo-a"].directory / "superexec.log", "phase masked", running)
-    silos["silo-a"].worker().kill()
+    wait_for(lambda: killed_in(silos["silo-a"], "masked"), running)
     assert running.report()["lost"] == []
     assert deployment.trained() == trained
     assert running.weights() == undisturbed(project)

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from gramfuse_cli.main import cli
-from gramfuse_protocol.errors import ContributionError, GramfuseError, ModelError
+from gramfuse_protocol.errors import ContributionError, GramfuseError, ModelError, PlanError
 from gramfuse_protocol.statistics_file import read_statistics
 from tests.unit.test_report import read_back
 
@@ -409,3 +409,18 @@ def test_what_has_no_row_or_another_number_is_refused(grown: Callable[..., Grown
     model.resize_token_embeddings(roomy.rows - 4)
     model.save_pretrained(cut)
     refused(f"rows {cut} {roomy.base} resize_token_embeddings({roomy.rows})", lambda: roomy.measure(cut))
+
+
+def test_tune_measures_no_models_without_the_tokens_that_they_were_fine_tuned_with(
+    grown: Callable[..., Grown], tmp_path: Path
+) -> None:
+    models = grown()
+    files = [models.measure(models.tuned(name, ("<a>",))) for name in ("one", "two")]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"text": text, "label": 0}) + "\n" for text in TEXTS))
+    options = ["--base", models.base, "--validation", data, "--test", data, "-o", tmp_path / "out"]
+    told = CliRunner().invoke(cli, ["tune", *map(str, (*files, *options))])
+    assert isinstance(told.exception, PlanError)
+    assert "<a>" in str(told.exception)
+    assert "--tokenizer" in str(told.exception)
+    assert not (tmp_path / "out").exists()

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gramfuse_protocol.layout import Group, Layout, Linear, Tensor
 from gramfuse_protocol.statistics import Statistics
+from gramfuse_server import merging
 from gramfuse_server.accumulator import Accumulator, Merged
 
 FEW = settings(max_examples=60, deadline=None, derandomize=True)
@@ -246,3 +248,8 @@ def test_whatever_the_inputs_a_diagonal_merge_stays_between_the_silos(case: Case
         every = np.stack([silo[layer] for silo in case.deltas])
         assert (delta >= every.min(axis=0) - 1e-9).all()
         assert (delta <= every.max(axis=0) + 1e-9).all()
+
+
+def test_no_statistics_are_no_merge() -> None:
+    with pytest.raises(ValueError, match="no statistics"):
+        merging.merge([], Layout(groups=(), tensors=(Tensor(name="w", shape=(2,), merge="mean"),), frozen=()))

@@ -126,7 +126,8 @@ def test_counts_that_fit_pass(layout: Layout) -> None:
 @pytest.mark.parametrize(
     ("examples", "tokens", "says"),
     [
-        (0, {"dense": 1}, "reports 0 training examples; expected at least one"),
+        (0, {"dense": 1}, "reports 0 training examples; expected a whole number above zero"),
+        (2.5, {"dense": 1}, "reports 2.5 training examples"),
         (-5, {"dense": 1}, "reports -5 training examples"),
         (1, {}, "group 'dense'"),
         (1, {"dense": 1, "other": 1}, "group 'other'"),

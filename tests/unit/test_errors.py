@@ -70,6 +70,13 @@ def test_the_pages_are_in_what_is_installed() -> None:
     assert wheel["targets"]["wheel"]["force-include"] == {"docs/exit-codes": f"gramfuse_cli/{explain.PLACES[0].name}"}
 
 
+@pytest.mark.parametrize("code", [0, 1, 2, 130])
+def test_a_code_without_a_page_of_its_own_is_explained_on_the_page_of_all(code: int) -> None:
+    shown = CliRunner().invoke(cli, ["explain", str(code)])
+    assert shown.exit_code == 0
+    assert "Interrupted" in shown.stdout
+
+
 def test_a_code_that_is_none_leads_to_all_of_them() -> None:
     assert "gramfuse explain" in CliRunner().invoke(cli, ["explain", "99"]).output
     assert "Interrupted" in CliRunner().invoke(cli, ["explain"]).stdout

@@ -18,7 +18,7 @@ from gramfuse_model.base import trainable
 from gramfuse_model.experts import holds_experts, is_understood
 from gramfuse_model.summands import summands
 from gramfuse_model.tracing import derive_layout
-from gramfuse_protocol.coverage import unused
+from gramfuse_protocol.coverage import coverage, unused
 from gramfuse_protocol.encoding import encode
 from gramfuse_protocol.errors import ModelError
 from gramfuse_protocol.layout import Group, Layout
@@ -214,6 +214,8 @@ def test_experts_that_nobody_uses_are_averaged_and_named_and_others_are_those_of
         np.testing.assert_allclose(found[0], one[0], atol=1e-4)
         np.testing.assert_allclose(found[5], other[5], atol=1e-4)
         assert "expert 4" in explain(step)
+    taken = 2 * (2 * INNER * HIDDEN + HIDDEN * INNER)  # of both layers, the expert that nobody uses
+    assert coverage(layout).closed - coverage(layout, merged.steps).closed == pytest.approx(taken / layout.trained)
     (line,) = unused(merged.steps)
     assert all(f"{group.name}: expert 4" in line for group in groups_of(layout))
 

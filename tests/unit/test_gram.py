@@ -19,7 +19,7 @@ from gramfuse_client.statistics import collect_statistics
 from gramfuse_model.base import load_base, trainable
 from gramfuse_model.observation import rows_of
 from gramfuse_model.tracing import derive_layout
-from gramfuse_protocol.errors import ContributionError
+from gramfuse_protocol.errors import ContributionError, ModelError
 from gramfuse_protocol.layout import Group, Layout, Linear, Rows, Tensor
 from gramfuse_protocol.plan import Merge, Plan
 from gramfuse_protocol.statistics import Statistics
@@ -479,3 +479,15 @@ class Named(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = self.model(x)
         return out
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_padding_that_no_mask_tells_of_is_refused_and_not_counted(pico_bert: Path, side: str) -> None:
+    model = load(pico_bert)
+    layout = layout_of(model)
+    batch = next(padded(sentences(8), 8))
+    ids = batch["input_ids"] if side == "right" else batch["input_ids"].flip(1)
+    with pytest.raises(ModelError, match="attention_mask"):
+        collect_grams(model, [{"input_ids": ids}], layout, limit=UNLIMITED)
+    same_length = [{"input_ids": batch["input_ids"][:1]}]
+    assert all(gram.tokens for gram in collect_grams(model, same_length, layout, limit=UNLIMITED).values())

@@ -50,6 +50,8 @@ def test_options_are_read_in_any_order_and_have_defaults() -> None:
         ("fishr", "'fishr' is nothing to compare with; there are best, ensemble, fedavg, fisher, joint, simple"),
         ("", "'' is nothing to compare with"),
         ("fisher:0", "'fisher:0': '0' is neither a variant, nor a norm, nor a number of examples; expected fisher["),
+        ("fisher:soft:hard", "'soft' and 'hard' are both a variant"),
+        ("fisher:8:16", "'8' and '16' are both a number of examples"),
         ("fedavg:1.5", "'fedavg:1.5': rounds is one whole number in (0, 1000]; expected fedavg[:ROUNDS]"),
         ("fedavg:0", "rounds is one whole number"),
         ("ties:1.1", "density is one number in (0, 1]"),

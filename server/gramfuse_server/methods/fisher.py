@@ -23,15 +23,19 @@ result is the mean."""
 
 def _options(values: Sequence[str]) -> dict[str, Any]:
     options: dict[str, Any] = {"variant": None, "norm": "per tensor", "examples": EXAMPLES}
+    given: dict[str, str] = {}
     for value in values:
         if value in VARIANTS:
-            options["variant"] = value
+            key, options["variant"] = "variant", value
         elif value in NORMS:
-            options["norm"] = NORMS[value]
+            key, options["norm"] = "norm", NORMS[value]
         elif value.isascii() and value.isdigit() and int(value):
-            options["examples"] = int(value)
+            key, options["examples"] = "number of examples", int(value)
         else:
             raise ValueError(f"{value!r} is neither a variant, nor a norm, nor a number of examples")
+        if key in given:
+            raise ValueError(f"{given[key]!r} and {value!r} are both a {key}")
+        given[key] = value
     return options
 
 

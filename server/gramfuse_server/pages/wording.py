@@ -146,7 +146,7 @@ def explain(step: Step) -> str:
     elif step.jitter:
         said.append(f"ill-conditioned; solved with a relative ridge of {step.jitter:g} towards the simple average")
     if step.unused:
-        said.append(f"no silo used {experts(step.unused)}; took the simple average")
+        said.append(f"no measured token was routed to {experts(step.unused)}; took the simple average")
     return "; ".join(said) or "solved as it stands"
 
 
