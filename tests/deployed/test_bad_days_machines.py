@@ -180,7 +180,7 @@ def slow_line(to: int, rate: float) -> Iterator[int]:
 def test_a_line_of_2_megabytes_a_second_carries_200_megabytes(
     deploy: Run, pico_project: Run, pico_bert: Path, tmp_path: Path, undisturbed: Run
 ) -> None:
-    base = wider(pico_bert, tmp_path / "base", hidden_size=1088, intermediate_size=2176, num_hidden_layers=1)
+    base = wider(pico_bert, tmp_path / "base", hidden_size=1152, intermediate_size=2304, num_hidden_layers=1)
     project = pico_project(silos=3, secure=True, base=base)
     project.replace(project.plan, 'metrics = "sum"', 'metrics = "none"')
     deployment = deploy(project)
