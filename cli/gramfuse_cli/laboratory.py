@@ -92,12 +92,12 @@ class Bench:
         import torch
 
         from gramfuse_model.differences import applied
+        from gramfuse_server.accumulator import rounded
 
         if self.silo.file.threads:
             torch.set_num_threads(self.silo.file.threads)
         model = self.base.model.to(self.device)
-        rounded = {name: np.asarray(delta, np.float32) for name, delta in deltas.items()}  # as silos are sent them
-        with applied(model, rounded, self.head if head is None else head):
+        with applied(model, rounded(deltas), self.head if head is None else head):
             yield model
 
     def measure(self, deltas: Deltas, part: Part) -> Sums:

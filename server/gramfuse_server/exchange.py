@@ -205,9 +205,10 @@ class Exchange:
                 place = self.run.partial / "model"
                 doubt = "" if current.sound else told(current.checks)
                 about = (current.survivors, measured, chosen, doubt, self.layout, merged.steps)
-                write_model(place, self.base, merged.rounded(), self.plan, *about)
+                deltas = merged.rounded()
+                write_model(place, self.base, deltas, self.plan, *about)
                 if self.own_heads is not None and self.plan.model.head == "own":
-                    arrays = {delta_block(name): delta for name, delta in merged.rounded().items()}
+                    arrays = {delta_block(name): delta for name, delta in deltas.items()}
                     for silo in current.survivors:
                         self.own_heads(silo, arrays, self.run.partial / "models" / silo)
         report = self._report(current, earlier)
@@ -242,9 +243,9 @@ class Exchange:
 
     def _candidates(self, merged: Merged) -> Iterator[tuple[str, dict[str, NDArray[np.float32]]]]:
         """Yield the models that silos measure, by name, as differences by parameter name; the merge is the last."""
-        deltas = {"simple": rounded(merged.mean), MERGED: merged.rounded()}
+        deltas = {"simple": merged.mean, MERGED: merged.deltas}
         for name in sorted(self.plan.privacy.candidates, key=MERGED.__eq__):
-            yield name, deltas[name]
+            yield name, rounded(deltas[name])
 
     def _report(self, current: Round, earlier: list[RoundOfReport]) -> Report:
         """Return the report: of the last round, but for what all of them took."""

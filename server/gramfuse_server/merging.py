@@ -83,7 +83,7 @@ def merge(
         raise ValueError(f"weighting must be 'uniform' or 'examples', not {weighting!r}")
     accumulator = Accumulator(layout, alpha=alpha, weighting=weighting)
     named = statistics.items() if isinstance(statistics, Mapping) else ((None, one) for one in statistics)
-    merged = 0
+    number = 0
     for number, (silo, contribution) in enumerate(named, 1):
         source = f"statistics {number}" if silo is None else f"statistics of {silo!r}"
         check_slices(
@@ -92,8 +92,7 @@ def merge(
             source,
         )
         accumulator.fold(contribution, source, silo=silo)
-        merged = number
-    if not merged:
+    if not number:
         raise ValueError("there are no statistics to merge")
     return accumulator.merge()
 
