@@ -1,14 +1,16 @@
-"""What a silo measured as a Flower record, for those who have their own ClientApp."""
+"""Flower records for those who have their own ClientApp: what a silo measured, and frames in and out."""
 
 from __future__ import annotations
 
 from flwr.app import MetricRecord, RecordDict
 
-from gramfuse_protocol.flower_records import to_record
+from gramfuse_protocol.flower_records import from_record, to_record
 from gramfuse_protocol.layout import Layout
 from gramfuse_protocol.messages import StatisticsBody
 from gramfuse_protocol.statistics import Statistics
 from gramfuse_protocol.wire import pack
+
+__all__ = ["from_record", "statistics_record", "to_record"]
 
 
 def statistics_record(statistics: Statistics, layout: Layout, **metrics: float) -> RecordDict:
