@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from gramfuse_protocol.task import Kind
+from gramfuse_protocol.contract.task import Kind
 
 
 class Architecture(NamedTuple):

@@ -47,12 +47,12 @@ from gramfuse_model.heads import head_parameters
 from gramfuse_model.public_text import PUBLIC_TEXT
 from gramfuse_model.tasks import FORMS
 from gramfuse_model.tracing import plan_layout
-from gramfuse_protocol.coverage import families
+from gramfuse_protocol.contract.coverage import families
+from gramfuse_protocol.contract.layout import Layout
+from gramfuse_protocol.contract.plan import Plan
+from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.errors import ModelError
-from gramfuse_protocol.layout import Layout
-from gramfuse_protocol.plan import Plan
-from gramfuse_protocol.statistics_file import write_statistics
-from gramfuse_protocol.task import Task
+from gramfuse_protocol.statistics.file import write_statistics
 from gramfuse_server.merging import Settings, merge_files
 
 CPU = torch.device("cpu")

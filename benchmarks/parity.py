@@ -40,10 +40,10 @@ from gramfuse_client.workbench import train
 from gramfuse_model.base import load_base
 from gramfuse_model.differences import add_differences
 from gramfuse_model.tracing import plan_layout
-from gramfuse_protocol.layout import Layout
-from gramfuse_protocol.plan import Plan
-from gramfuse_protocol.statistics import Statistics
-from gramfuse_protocol.task import Task
+from gramfuse_protocol.contract.layout import Layout
+from gramfuse_protocol.contract.plan import Plan
+from gramfuse_protocol.contract.task import Task
+from gramfuse_protocol.statistics.contribution import Statistics
 from gramfuse_server.merging import merge
 
 SILOS = ("bank", "hospital")

@@ -66,15 +66,17 @@ from flwr.supercore.primitives.asymmetric import bytes_to_private_key, bytes_to_
 from numpy.typing import NDArray
 
 from gramfuse_client.masking import BUFFER_WORDS, read_masked, write_masked
-from gramfuse_protocol import masks, npy, secure_sum
-from gramfuse_protocol.encoding import encode
-from gramfuse_protocol.keys import Identity
-from gramfuse_protocol.layout import PIECE_BYTES, Block, Group, Layout, Linear, Tensor
-from gramfuse_protocol.messages import MaskedReply
-from gramfuse_protocol.roster import Roster, smallest_threshold
-from gramfuse_protocol.scales import Scale, scales
-from gramfuse_protocol.secure_sum import Member, Signed
-from gramfuse_protocol.wire import pack
+from gramfuse_protocol.contract.layout import PIECE_BYTES, Block, Group, Layout, Linear, Tensor
+from gramfuse_protocol.contract.roster import Roster, smallest_threshold
+from gramfuse_protocol.messages import npy
+from gramfuse_protocol.messages.phases import MaskedReply
+from gramfuse_protocol.messages.wire import pack
+from gramfuse_protocol.secure_sum import masks
+from gramfuse_protocol.secure_sum import member as secure_sum
+from gramfuse_protocol.secure_sum.fixed_point import encode
+from gramfuse_protocol.secure_sum.keys import Identity
+from gramfuse_protocol.secure_sum.member import Member, Signed
+from gramfuse_protocol.secure_sum.scales import Scale, scales
 from gramfuse_server.accumulator import Accumulator
 from gramfuse_server.secure import add_up
 from gramfuse_server.spool import Spool
@@ -376,7 +378,9 @@ def silo(elements: int, silos: int, folder: Path, *, disk: bool = True) -> Figur
         with packing:
             found = {"masked": read_masked(path, start, stop - start)}
             frame = pack(MaskedReply(**about, sum_of="statistics", piece=piece, arrays=found))
-            carried = [npy.encode(buffer) for buffer in frame.buffers]  # as gramfuse_protocol.flower_records does
+            carried = [
+                npy.encode(buffer) for buffer in frame.buffers
+            ]  # as gramfuse_protocol.messages.flower_records does
             sent += len(frame.header.encode("utf-8")) + sum(map(len, carried))
         del found, frame, carried
     figures = together(

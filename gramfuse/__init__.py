@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from gramfuse_model.differences import add_differences
     from gramfuse_model.digests import config_digest, processor_digest, tensor_digests
     from gramfuse_model.tracing import derive_layout
+    from gramfuse_protocol.contract.layout import Layout
+    from gramfuse_protocol.contract.plan import Merge
+    from gramfuse_protocol.contract.task import Task
     from gramfuse_protocol.errors import (
         ContributionError,
         GramfuseError,
@@ -25,10 +28,8 @@ if TYPE_CHECKING:
         PlanError,
         RunDirectoryError,
     )
-    from gramfuse_protocol.layout import Layout
-    from gramfuse_protocol.plan import Merge
-    from gramfuse_protocol.statistics import Statistics
-    from gramfuse_protocol.statistics_file import (
+    from gramfuse_protocol.statistics.contribution import Statistics
+    from gramfuse_protocol.statistics.file import (
         About,
         Added,
         AddedTokens,
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
         read_statistics,
         write_statistics,
     )
-    from gramfuse_protocol.task import Task
     from gramfuse_server.accumulator import Merged
     from gramfuse_server.merging import merge
     from gramfuse_server.strategy import RegMean
@@ -46,24 +46,24 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "derive_layout": "gramfuse_model.tracing",
-    "Layout": "gramfuse_protocol.layout",
-    "Merge": "gramfuse_protocol.plan",
+    "Layout": "gramfuse_protocol.contract.layout",
+    "Merge": "gramfuse_protocol.contract.plan",
     "trainable": "gramfuse_model.base",
     "collect_statistics": "gramfuse_client.statistics",
-    "Statistics": "gramfuse_protocol.statistics",
+    "Statistics": "gramfuse_protocol.statistics.contribution",
     "merge": "gramfuse_server.merging",
     "Merged": "gramfuse_server.accumulator",
     "add_differences": "gramfuse_model.differences",
     "statistics_record": "gramfuse_client.records",
     "RegMean": "gramfuse_server.strategy",
-    "write_statistics": "gramfuse_protocol.statistics_file",
-    "read_statistics": "gramfuse_protocol.statistics_file",
-    "StatisticsFile": "gramfuse_protocol.statistics_file",
-    "About": "gramfuse_protocol.statistics_file",
-    "AddedTokens": "gramfuse_protocol.statistics_file",
-    "Added": "gramfuse_protocol.statistics_file",
-    "Origin": "gramfuse_protocol.statistics_file",
-    "Task": "gramfuse_protocol.task",
+    "write_statistics": "gramfuse_protocol.statistics.file",
+    "read_statistics": "gramfuse_protocol.statistics.file",
+    "StatisticsFile": "gramfuse_protocol.statistics.file",
+    "About": "gramfuse_protocol.statistics.file",
+    "AddedTokens": "gramfuse_protocol.statistics.file",
+    "Added": "gramfuse_protocol.statistics.file",
+    "Origin": "gramfuse_protocol.statistics.file",
+    "Task": "gramfuse_protocol.contract.task",
     "tensor_digests": "gramfuse_model.digests",
     "config_digest": "gramfuse_model.digests",
     "processor_digest": "gramfuse_model.digests",

@@ -25,7 +25,7 @@ import gramfuse_client.finetune
 import gramfuse_client.workbench  # noqa: F401  # with all that the two import
 from gramfuse_client.silo import write_identity
 from gramfuse_model.public_text import PUBLIC_TEXT
-from gramfuse_protocol.keys import Identity
+from gramfuse_protocol.secure_sum.keys import Identity
 
 TOPICS = {
     "animals": "cat dog horse sheep goat duck hen cow",

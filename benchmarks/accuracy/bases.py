@@ -25,9 +25,9 @@ from transformers import (
 from gramfuse_client.batches import Encoded
 from gramfuse_client.data import Examples
 from gramfuse_client.finetune import choose_device, finetune
+from gramfuse_protocol.contract.plan import Training
+from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.files import exclusive
-from gramfuse_protocol.plan import Training
-from gramfuse_protocol.task import Task
 from sets import Source
 
 VOCABULARY = 4000

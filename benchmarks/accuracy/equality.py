@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from command import simulate
-from gramfuse_protocol.layout import Layout
+from gramfuse_protocol.contract.layout import Layout
 from gramfuse_server.report_schema import Measured
 from projects import write
 from sets import Source

@@ -25,9 +25,9 @@ from gramfuse_client.fisher import choose_variant
 from gramfuse_client.statistics import collect_statistics
 from gramfuse_model.base import trainable
 from gramfuse_model.public_batch import public_batch
-from gramfuse_protocol.layout import Layout, delta_block, gram_block
-from gramfuse_protocol.metrics import Sums
-from gramfuse_protocol.statistics import Contribution, Statistics
+from gramfuse_protocol.contract.layout import Layout, delta_block, gram_block
+from gramfuse_protocol.held_out.metrics import Sums
+from gramfuse_protocol.statistics.contribution import Contribution, Statistics
 from gramfuse_server.accumulator import Accumulator, Merged
 from gramfuse_server.evaluation import described
 from gramfuse_server.methods.fisher import fisher_mean, normalised

@@ -15,9 +15,9 @@ from gramfuse_cli.project import Project
 from gramfuse_client.offline import contribute
 from gramfuse_client.silo import read_silos
 from gramfuse_client.state import State
-from gramfuse_protocol.layout import Layout
-from gramfuse_protocol.plan import Plan
-from gramfuse_protocol.statistics_file import StatisticsFile, read_statistics
+from gramfuse_protocol.contract.layout import Layout
+from gramfuse_protocol.contract.plan import Plan
+from gramfuse_protocol.statistics.file import StatisticsFile, read_statistics
 from projects import Setting, write
 
 

@@ -12,7 +12,7 @@ import click
 
 from gramfuse_cli.options import as_json as json_option
 from gramfuse_cli.terminal import Table, console, say, say_list, show_json
-from gramfuse_protocol.coverage import family
+from gramfuse_protocol.contract.coverage import family
 from gramfuse_protocol.errors import CheckError
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from gramfuse_cli.laboratory import Deltas, Laboratory
 from gramfuse_cli.terms import Term
-from gramfuse_protocol.metrics import Sums
+from gramfuse_protocol.held_out.metrics import Sums
 from gramfuse_server.evaluation import described, ranked_by
 from gramfuse_server.methods import registry
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from gramfuse_model.base import Base
-    from gramfuse_protocol.layout import Layout
-    from gramfuse_protocol.plan import Plan
+    from gramfuse_protocol.contract.layout import Layout
+    from gramfuse_protocol.contract.plan import Plan
     from gramfuse_server.conductor import Observer
     from gramfuse_server.report_schema import Measured
 

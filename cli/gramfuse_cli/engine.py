@@ -17,9 +17,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gramfuse_protocol.contract.layout import Layout
+from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.errors import FederationError, GramfuseError
-from gramfuse_protocol.layout import Layout
-from gramfuse_protocol.plan import Plan
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

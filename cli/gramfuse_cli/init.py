@@ -10,8 +10,8 @@ import click
 
 from gramfuse_cli.options import as_json as json_option
 from gramfuse_cli.terminal import say, show_json
+from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.errors import DataError, PlanError
-from gramfuse_protocol.task import Task
 
 DESK = Path(str(importlib.resources.files("gramfuse_cli"))) / "desk"
 """The demo project: four front desks, one task."""

@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 
 import click
 
+from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.errors import PlanError
-from gramfuse_protocol.task import Task
 from gramfuse_protocol.text import listed
 
 F = TypeVar("F", bound=Callable[..., Any])

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from gramfuse_protocol.layout import Layout, delta_block
-from gramfuse_protocol.metrics import Sums, sums_shape
-from gramfuse_protocol.plan import Plan
-from gramfuse_protocol.statistics import Contribution
+from gramfuse_protocol.contract.layout import Layout, delta_block
+from gramfuse_protocol.contract.plan import Plan
+from gramfuse_protocol.held_out.metrics import Sums, sums_shape
+from gramfuse_protocol.statistics.contribution import Contribution
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

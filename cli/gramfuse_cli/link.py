@@ -17,10 +17,10 @@ from typing import Any
 
 from gramfuse_cli.endpoint import host_of, is_loopback
 from gramfuse_cli.processes import BIN, FLOWER_OFF
-from gramfuse_protocol import node_key
+from gramfuse_protocol.contract import node_key
+from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.documents import read_text
 from gramfuse_protocol.errors import FederationError, PlanError
-from gramfuse_protocol.plan import Plan
 
 SERVER = "server"
 """What `gramfuse server start` calls the connection to its own SuperLink."""

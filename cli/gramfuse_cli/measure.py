@@ -15,11 +15,11 @@ from gramfuse_cli.options import as_json as json_option
 from gramfuse_cli.options import columns as column_options
 from gramfuse_cli.project import Project
 from gramfuse_cli.terminal import bars, say, show_json
-from gramfuse_protocol.coverage import Coverage, coverage, told
+from gramfuse_protocol.contract.coverage import Coverage, coverage, told
+from gramfuse_protocol.contract.layout import Layout
+from gramfuse_protocol.contract.plan import Merge
+from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.errors import PlanError, RunDirectoryError
-from gramfuse_protocol.layout import Layout
-from gramfuse_protocol.plan import Merge
-from gramfuse_protocol.task import Task
 from gramfuse_protocol.tasks.registry import KINDS
 from gramfuse_protocol.text import listed
 
@@ -182,7 +182,7 @@ def _checkpoint(model: str, out: Path, options: dict[str, Any], *, labelled: boo
     from gramfuse_client.silo import Data, Silo, SiloFile
     from gramfuse_client.words import of_options
     from gramfuse_model.heads import head_parameters
-    from gramfuse_protocol.statistics_file import write_statistics
+    from gramfuse_protocol.statistics.file import write_statistics
 
     here = Path.cwd()
     device = choose_device(options["device"])

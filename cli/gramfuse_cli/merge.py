@@ -9,7 +9,7 @@ import click
 from gramfuse_cli.options import as_json as json_option
 from gramfuse_cli.report import check_sound, show_checks, show_steps
 from gramfuse_cli.terminal import say, show_json
-from gramfuse_protocol.coverage import told
+from gramfuse_protocol.contract.coverage import told
 from gramfuse_server.pages.added import tell_added
 
 

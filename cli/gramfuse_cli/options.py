@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
-from gramfuse_protocol.plan import Plan
+from gramfuse_protocol.contract.plan import Plan
 
 F = TypeVar("F", bound=Callable[..., Any])
 

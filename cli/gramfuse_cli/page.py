@@ -38,7 +38,7 @@ def _page_of(run: Path) -> str:
         RunDirectoryError: if that is no run directory, or its report is damaged.
         PlanError: if its plan is.
     """
-    from gramfuse_protocol.plan import Plan
+    from gramfuse_protocol.contract.plan import Plan
     from gramfuse_server.pages.page import page
     from gramfuse_server.pages.reading import damaged, read_report
     from gramfuse_server.run import PLAN, REPORT, check_unchanged, failed_of

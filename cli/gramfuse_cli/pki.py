@@ -28,7 +28,7 @@ from gramfuse_cli.authority import (
 )
 from gramfuse_cli.options import as_json as json_option
 from gramfuse_cli.terminal import ask_secret, say, show_json
-from gramfuse_protocol import node_key
+from gramfuse_protocol.contract import node_key
 from gramfuse_protocol.documents import read_text
 from gramfuse_protocol.errors import PlanError
 

@@ -12,15 +12,15 @@ from gramfuse_cli.options import as_json as json_option
 from gramfuse_cli.options import project_directory
 from gramfuse_cli.project import Project
 from gramfuse_cli.terminal import Table, say, show_json
-from gramfuse_protocol.coverage import Coverage, coverage, families, told
-from gramfuse_protocol.layout import ITEM_BYTES, Layout
-from gramfuse_protocol.node_key import fingerprint
-from gramfuse_protocol.noise import DELTA, spent
-from gramfuse_protocol.plan import Plan
-from gramfuse_protocol.roster import tolerated
-from gramfuse_protocol.task import Task
+from gramfuse_protocol.contract.coverage import Coverage, coverage, families, told
+from gramfuse_protocol.contract.layout import ITEM_BYTES, Layout
+from gramfuse_protocol.contract.node_key import fingerprint
+from gramfuse_protocol.contract.plan import Plan
+from gramfuse_protocol.contract.roster import tolerated
+from gramfuse_protocol.contract.task import Task
+from gramfuse_protocol.contract.who_sees_what import SHOWN, seen
+from gramfuse_protocol.held_out.noise import DELTA, spent
 from gramfuse_protocol.text import listed, quoted
-from gramfuse_protocol.who_sees_what import SHOWN, seen
 
 
 @click.group()

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import tomlkit
 
+from gramfuse_protocol.contract.layout import Layout
+from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.documents import read_text
 from gramfuse_protocol.errors import PlanError
 from gramfuse_protocol.files import replacing
-from gramfuse_protocol.layout import Layout
-from gramfuse_protocol.plan import Plan
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,9 @@ from gramfuse_cli.project import Project
 from gramfuse_cli.report import show_report
 from gramfuse_cli.server import listening, serving
 from gramfuse_cli.terminal import say
+from gramfuse_protocol.contract.layout import Layout
+from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.errors import FederationError, PlanError, RunDirectoryError, error_types
-from gramfuse_protocol.layout import Layout
-from gramfuse_protocol.plan import Plan
 from gramfuse_server.pages.reading import read_report
 from gramfuse_server.patience import Patience
 from gramfuse_server.report_schema import Report

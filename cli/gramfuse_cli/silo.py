@@ -11,8 +11,8 @@ from gramfuse_cli import check, clear, ledger, node
 from gramfuse_cli.options import as_json as json_option
 from gramfuse_cli.pki import make_node_key
 from gramfuse_cli.terminal import say, show_json
-from gramfuse_protocol.keys import KEY_BYTES, Identity
-from gramfuse_protocol.node_key import fingerprint
+from gramfuse_protocol.contract.node_key import fingerprint
+from gramfuse_protocol.secure_sum.keys import KEY_BYTES, Identity
 
 
 @click.group()

@@ -30,7 +30,7 @@ from gramfuse_cli.terms import Term, check_terms, compare_option
 from gramfuse_cli.tuning import Wanted
 from gramfuse_protocol.errors import FederationError, GramfuseError, ModelError, RefusalError, error_types
 from gramfuse_protocol.files import write_private
-from gramfuse_protocol.keys import KEY_BYTES, Identity
+from gramfuse_protocol.secure_sum.keys import KEY_BYTES, Identity
 from gramfuse_server.report_schema import Report
 
 LOG_LINES = 30

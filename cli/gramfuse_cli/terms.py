@@ -11,8 +11,8 @@ from typing import Any
 
 import click
 
+from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.errors import PlanError
-from gramfuse_protocol.plan import Plan
 from gramfuse_server.methods.registry import METHODS, Method, refused
 
 

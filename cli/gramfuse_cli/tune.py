@@ -15,8 +15,8 @@ from gramfuse_cli.simulate import run_simulation
 from gramfuse_cli.terminal import Table, say, show_json
 from gramfuse_cli.terms import Term, compare_option
 from gramfuse_cli.tuning import Data, Wanted, tune_files
+from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.errors import PlanError
-from gramfuse_protocol.plan import Plan
 from gramfuse_server.report_schema import Tuning
 
 GRID = ",".join(f"{n / 10:g}" for n in range(11))

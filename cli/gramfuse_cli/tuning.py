@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from gramfuse_cli.labelled_rows import COLUMNS, label_names
+from gramfuse_protocol.contract.layout import delta_block
+from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.errors import PlanError
-from gramfuse_protocol.layout import delta_block
-from gramfuse_protocol.metrics import Sums, are_sums, examples_in
-from gramfuse_protocol.plan import Plan
+from gramfuse_protocol.held_out.metrics import Sums, are_sums, examples_in
 from gramfuse_protocol.text import listed
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def tune_files(
         PlanError: if the files are to keep heads of their own, so that no one model comes of them.
         GramfuseError: as `gramfuse_server.merging.merge_files` and `gramfuse_client.data.load` raise.
     """
-    from gramfuse_protocol.statistics_file import read_statistics
+    from gramfuse_protocol.statistics.file import read_statistics
     from gramfuse_server.evaluation import described
     from gramfuse_server.merging import Collection, Settings, merge_files
     from gramfuse_server.run import check_free
@@ -159,7 +159,7 @@ def tune_files(
 
 def _agreed(collection: Collection) -> tuple[float, Weighting]:
     """Return the α and the weighting that files are merged with where nothing is searched."""
-    from gramfuse_protocol.plan import Merge
+    from gramfuse_protocol.contract.plan import Merge
 
     merge = collection.plan.merge if collection.plan else Merge()
     return merge.alpha, merge.weighting

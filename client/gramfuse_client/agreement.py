@@ -14,12 +14,12 @@ from gramfuse_client.finding import Findings
 from gramfuse_client.releases import Cohort, Releases
 from gramfuse_client.silo import Silo
 from gramfuse_client.state import Contributed, State
+from gramfuse_protocol.contract.layout import Layout
+from gramfuse_protocol.contract.node_key import fingerprint
+from gramfuse_protocol.contract.plan import Plan
+from gramfuse_protocol.contract.who_sees_what import SHOWN
 from gramfuse_protocol.errors import PlanError, RefusalError
-from gramfuse_protocol.layout import Layout
-from gramfuse_protocol.node_key import fingerprint
-from gramfuse_protocol.noise import spent
-from gramfuse_protocol.plan import Plan
-from gramfuse_protocol.who_sees_what import SHOWN
+from gramfuse_protocol.held_out.noise import spent
 
 VOCABULARY = {
     "mean": "layers that see tokens without context are averaged; no Gram matrix of theirs leaves",

@@ -15,9 +15,9 @@ from gramfuse_client.egress import Egress, failed
 from gramfuse_client.participant import Participant
 from gramfuse_client.silo import Silo
 from gramfuse_protocol.errors import GramfuseError, PlanError
-from gramfuse_protocol.flower_records import request_of, to_record
+from gramfuse_protocol.messages.flower_records import request_of, to_record
+from gramfuse_protocol.messages.wire import pack
 from gramfuse_protocol.text import lines_of, one_line
-from gramfuse_protocol.wire import pack
 
 SiloOf = Callable[[Context], Silo]
 """Finds a node's silo in the node's own context, never in what a run brings along."""

@@ -17,11 +17,11 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
+from gramfuse_protocol.contract.plan import Sha256
 from gramfuse_protocol.errors import FailureError, SecurityError, disk_is_full
 from gramfuse_protocol.files import write_private
-from gramfuse_protocol.messages import Message
-from gramfuse_protocol.plan import Sha256
-from gramfuse_protocol.transcript import Nonce
+from gramfuse_protocol.messages.phases import Message
+from gramfuse_protocol.secure_sum.statements import Nonce
 
 log = logging.getLogger(__name__)
 

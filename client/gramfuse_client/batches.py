@@ -15,8 +15,8 @@ from gramfuse_client.data import Examples
 from gramfuse_client.outputs import ANSWERS, Batch
 from gramfuse_client.tasks.registry import at_silo
 from gramfuse_model.batch import IGNORED
+from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.errors import DataError
-from gramfuse_protocol.task import Task
 
 
 class Encoded(Dataset[dict[str, Any]]):

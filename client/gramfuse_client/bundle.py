@@ -13,8 +13,8 @@ import zipfile
 from typing import Any
 
 from gramfuse_client.silo import Silo
+from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.errors import GramfuseError, RefusalError
-from gramfuse_protocol.plan import Plan
 
 MANIFEST = ".info/CONTENT"
 CONFIGURATION = "pyproject.toml"

@@ -26,13 +26,13 @@ from gramfuse_model.suitable import check_suitable
 from gramfuse_model.tasks import kind_of_checkpoint
 from gramfuse_model.tracing import plan_layout
 from gramfuse_model.zero_head import load_zero_headed, plan_for
+from gramfuse_protocol.contract.layout import Layout, delta_block
+from gramfuse_protocol.contract.plan import Training
+from gramfuse_protocol.contract.task import Kind, Task
 from gramfuse_protocol.documents import build
 from gramfuse_protocol.errors import GramfuseError, ModelError
-from gramfuse_protocol.layout import Layout, delta_block
-from gramfuse_protocol.plan import Training
-from gramfuse_protocol.statistics import Statistics
-from gramfuse_protocol.statistics_file import AddedTokens
-from gramfuse_protocol.task import Kind, Task
+from gramfuse_protocol.statistics.contribution import Statistics
+from gramfuse_protocol.statistics.file import AddedTokens
 from gramfuse_protocol.tasks.registry import KINDS
 from gramfuse_protocol.text import one_line, quoted
 

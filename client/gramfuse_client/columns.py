@@ -16,8 +16,8 @@ from typing import Any
 from gramfuse_client.silo import Data
 from gramfuse_client.sources import Row
 from gramfuse_client.words import Words
+from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.errors import DataError
-from gramfuse_protocol.task import Task
 from gramfuse_protocol.text import listed, quoted
 
 WHOLE = re.compile(r"-?[0-9]+\.0+")

@@ -20,8 +20,8 @@ from gramfuse_client.silo import Data, Silo
 from gramfuse_client.sources import HUB, Dataset, Row, rows
 from gramfuse_client.tasks.registry import at_silo
 from gramfuse_client.words import Words
+from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.errors import DataError
-from gramfuse_protocol.task import Task
 
 HALF = 0.5
 """Share of the held-out examples that is set aside for validation, where the silo file does not say."""
@@ -89,7 +89,7 @@ def load(silo: Silo, task: Task, names: Mapping[str, int] | None = None) -> tupl
     """Return a silo's training and held-out examples; what is set aside for `gramfuse tune` is in neither.
 
     Args:
-        task: the silo's own (`gramfuse_protocol.plan.Plan.task_of`).
+        task: the silo's own (`gramfuse_protocol.contract.plan.Plan.task_of`).
         names: index of each label by what the data call it; by default by the task's names.
 
     Raises:

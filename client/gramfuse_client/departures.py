@@ -15,10 +15,24 @@ from numpy.typing import NDArray
 
 from gramfuse_client.tasks.registry import at_silo
 from gramfuse_protocol.canonical import canonical_json
-from gramfuse_protocol.held_out import groups
-from gramfuse_protocol.keys import KEY_BYTES, SIGNATURE_BYTES
-from gramfuse_protocol.layout import PIECE_BYTES, Block, Layout
-from gramfuse_protocol.messages import (
+from gramfuse_protocol.contract.gram_structure import parse_structure
+from gramfuse_protocol.contract.layout import PIECE_BYTES, Block, Layout
+from gramfuse_protocol.contract.plan import Plan
+from gramfuse_protocol.contract.roster import tolerated
+from gramfuse_protocol.contract.who_sees_what import (
+    COORDINATOR,
+    FACTS,
+    MODEL_SAYS,
+    STATISTICS_SAY,
+    SUM_SAYS,
+    SUMMED,
+    holds,
+    seen,
+)
+from gramfuse_protocol.held_out.metrics import sums_shape
+from gramfuse_protocol.held_out.noise import DELTA, spent
+from gramfuse_protocol.held_out.sums import groups
+from gramfuse_protocol.messages.phases import (
     MERGED,
     EvaluateReply,
     FinishReply,
@@ -32,25 +46,11 @@ from gramfuse_protocol.messages import (
     UnmaskReply,
     UploadReply,
 )
-from gramfuse_protocol.metrics import sums_shape
-from gramfuse_protocol.noise import DELTA, spent
-from gramfuse_protocol.plan import Plan
-from gramfuse_protocol.roster import tolerated
-from gramfuse_protocol.secure_sum import SEALED_BYTES
-from gramfuse_protocol.shares import SHARE_BYTES
-from gramfuse_protocol.structure import parse_structure
+from gramfuse_protocol.secure_sum.keys import KEY_BYTES, SIGNATURE_BYTES
+from gramfuse_protocol.secure_sum.member import SEALED_BYTES
+from gramfuse_protocol.secure_sum.shares import SHARE_BYTES
+from gramfuse_protocol.secure_sum.statements import SUMS, Advert, Sum
 from gramfuse_protocol.tasks.registry import kind_of
-from gramfuse_protocol.transcript import SUMS, Advert, Sum
-from gramfuse_protocol.who_sees_what import (
-    COORDINATOR,
-    FACTS,
-    MODEL_SAYS,
-    STATISTICS_SAY,
-    SUM_SAYS,
-    SUMMED,
-    holds,
-    seen,
-)
 
 MOST_EXAMPLES = 10**12
 """More than a silo has; what leaves in the clear is said to have room for so many."""
@@ -306,7 +306,7 @@ def _departure(
 
 
 def _size(reply: Message) -> int:
-    """Return the bytes of a message: `gramfuse_protocol.wire`, without its buffers."""
+    """Return the bytes of a message: `gramfuse_protocol.messages.wire`, without its buffers."""
     index = [[name, str(array.dtype), list(array.shape)] for name, array in reply.arrays.items()]
     header = {"phase": reply.phase, "body": reply.model_dump(mode="json"), "arrays": index}
     return len(canonical_json(header)) + sum(array.nbytes for array in reply.arrays.values())

@@ -15,12 +15,12 @@ from flwr.clientapp.typing import ClientAppCallable
 from gramfuse_client.departures import form_of
 from gramfuse_client.ledger import Entry, Item, Ledger
 from gramfuse_client.silo import Silo
-from gramfuse_protocol import messages
 from gramfuse_protocol.errors import FederationError, GramfuseError, LedgerError
-from gramfuse_protocol.flower_records import from_record, request_of, to_record
-from gramfuse_protocol.messages import PHASES, REPLIES, Refusal
+from gramfuse_protocol.messages import phases
+from gramfuse_protocol.messages.flower_records import from_record, request_of, to_record
+from gramfuse_protocol.messages.phases import PHASES, REPLIES, Refusal
+from gramfuse_protocol.messages.wire import pack, unpack
 from gramfuse_protocol.text import one_line
-from gramfuse_protocol.wire import pack, unpack
 
 REFUSED = 6
 """Flower's code for what a mod stopped."""
@@ -63,7 +63,7 @@ class Egress:
     def _declined(self, message: Message, error: GramfuseError) -> tuple[Message, Entry]:
         """Return a refusal if the request can be read, else one of Flower's errors."""
         try:
-            refusal = messages.refusal(request_of(message), self.silo.name, error)
+            refusal = phases.refusal(request_of(message), self.silo.name, error)
             reply = Message(to_record(pack(refusal)), reply_to=message)
             return reply, self._entry(message, reply)
         except FederationError:

@@ -13,9 +13,9 @@ from gramfuse_client.afresh import Afresh
 from gramfuse_client.batches import Encoded, batches
 from gramfuse_client.outputs import ANSWERS, Outputs
 from gramfuse_client.tasks.registry import at_silo
-from gramfuse_protocol.held_out import Vector, size
-from gramfuse_protocol.metrics import Sums, sums_shape
-from gramfuse_protocol.task import Task
+from gramfuse_protocol.contract.task import Task
+from gramfuse_protocol.held_out.metrics import Sums, sums_shape
+from gramfuse_protocol.held_out.sums import Vector, size
 from gramfuse_protocol.tasks.registry import kind_of
 
 
@@ -29,7 +29,7 @@ def outputs(model: Any, batch: Mapping[str, torch.Tensor], task: Task, tokenizer
 
 
 def count(batch: Mapping[str, torch.Tensor], found: Outputs, task: Task, tokenizer: Any) -> Sums:
-    """Return the sums of one batch (`gramfuse_protocol.metrics`), exactly.
+    """Return the sums of one batch (`gramfuse_protocol.held_out.metrics`), exactly.
 
     Labels that the silo does not annotate are neither predicted nor counted. Of `token-classification`, all words
     count: of one without a token, or behind `max_length`, a model says nothing, which is O. A target text is compared
@@ -43,7 +43,7 @@ def count(batch: Mapping[str, torch.Tensor], found: Outputs, task: Task, tokeniz
 
 
 def rows(batch: Mapping[str, torch.Tensor], found: Outputs, task: Task, tokenizer: Any) -> Vector:
-    """Return the sum of the rows of one batch (`gramfuse_protocol.held_out`): bounded, whatever the model says.
+    """Return the sum of the rows of one batch (`gramfuse_protocol.held_out.sums`): bounded, whatever the model says.
 
     Arguments as `count` has them, and otherwise counted as there.
     """
@@ -51,7 +51,7 @@ def rows(batch: Mapping[str, torch.Tensor], found: Outputs, task: Task, tokenize
 
 
 def evaluate(model: Any, batches: Iterable[Mapping[str, torch.Tensor]], task: Task, tokenizer: Any) -> Sums:
-    """Return the held-out sums of a model (`gramfuse_protocol.metrics`), exactly.
+    """Return the held-out sums of a model (`gramfuse_protocol.held_out.metrics`), exactly.
 
     Args:
         batches: as `gramfuse_client.batches.batches` yields them, `labels` included.
@@ -62,7 +62,7 @@ def evaluate(model: Any, batches: Iterable[Mapping[str, torch.Tensor]], task: Ta
 
 
 def evaluate_for_sum(model: Any, encoded: Encoded, device: torch.device, task: Task, tokenizer: Any) -> Vector:
-    """Return the sum of a model's rows (`gramfuse_protocol.held_out`), for a sum that leaves with noise.
+    """Return the sum of a model's rows (`gramfuse_protocol.held_out.sums`), for a sum that leaves with noise.
 
     Examples are measured one by one, so that what a model says of one cannot depend on another: in a batch it could,
     since a model with crafted weights sees the padding. What the model kept of one is gone before the next.

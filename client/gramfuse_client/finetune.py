@@ -22,8 +22,8 @@ from gramfuse_client.batches import Encoded
 from gramfuse_client.outputs import inputs_of
 from gramfuse_model.buffers import as_in_training
 from gramfuse_model.heads import answers
+from gramfuse_protocol.contract.plan import Training
 from gramfuse_protocol.errors import DataError, PlanError
-from gramfuse_protocol.plan import Training
 
 Progress = Callable[[int, int], None]
 """Called with (steps done, steps in all)."""

@@ -13,8 +13,8 @@ from torch import nn
 
 from gramfuse_client.outputs import Batch
 from gramfuse_client.tasks.registry import Variant, at_silo
+from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.errors import ContributionError, PlanError
-from gramfuse_protocol.task import Task
 
 
 def choose_variant(task: Task, variant: Variant | None) -> Variant:

@@ -18,8 +18,8 @@ from gramfuse_model.experts import received
 from gramfuse_model.heads import answers
 from gramfuse_model.linear import LinearModule, experts_of, linear_modules
 from gramfuse_model.observation import Hook, observing, rows_of
+from gramfuse_protocol.contract.layout import Group, Layout, Rows
 from gramfuse_protocol.errors import ContributionError
-from gramfuse_protocol.layout import Group, Layout, Rows
 
 
 class Gram:

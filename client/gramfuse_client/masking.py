@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from gramfuse_protocol.encoding import encode
 from gramfuse_protocol.files import replacing
-from gramfuse_protocol.masks import Mask, Words, apply
-from gramfuse_protocol.scales import Scale
+from gramfuse_protocol.secure_sum.fixed_point import encode
+from gramfuse_protocol.secure_sum.masks import Mask, Words, apply
+from gramfuse_protocol.secure_sum.scales import Scale
 
 BUFFER_WORDS = 2**21
 """Words that are masked and written at a time: 16 MiB."""
@@ -28,7 +28,7 @@ def write_masked(
     The file is 0600 and appears under its name when it is complete.
 
     Args:
-        blocks: name, values, and their scale as `gramfuse_protocol.encoding.encode` has it.
+        blocks: name, values, and their scale as `gramfuse_protocol.secure_sum.fixed_point.encode` has it.
         silos: in the plan's roster.
 
     Raises:

@@ -12,11 +12,11 @@ from gramfuse_client.silo import Silo
 from gramfuse_client.sources import HUB, Dataset
 from gramfuse_client.state import Contributed
 from gramfuse_client.tasks.registry import at_silo
+from gramfuse_protocol.contract.layout import Layout
+from gramfuse_protocol.contract.plan import Plan
+from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.errors import DataError, ModelError, PlanError, RefusalError
-from gramfuse_protocol.layout import Layout
-from gramfuse_protocol.plan import Plan
-from gramfuse_protocol.scales import MOST_EXAMPLES
-from gramfuse_protocol.task import Task
+from gramfuse_protocol.secure_sum.scales import MOST_EXAMPLES
 
 if TYPE_CHECKING:
     from gramfuse_model.base import Base

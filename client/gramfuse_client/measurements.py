@@ -11,8 +11,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from gramfuse_protocol.contract.plan import Sha256
 from gramfuse_protocol.files import write_private
-from gramfuse_protocol.plan import Sha256
 
 
 class _Frozen(BaseModel):
@@ -23,7 +23,7 @@ class Measurement(_Frozen):
     """One model.
 
     Args:
-        model: its digest (`gramfuse_protocol.transcript.model_digest`).
+        model: its digest (`gramfuse_protocol.secure_sum.statements.model_digest`).
         words: what this silo adds to the secure sum of metrics; empty where there is none.
         sums: what leaves in the clear; empty where nothing does.
     """

@@ -1,6 +1,6 @@
 """What a silo does in the phases of the secure sum: keys, shares, masked, survivors, unmask.
 
-The cryptography is `gramfuse_protocol.secure_sum`; here is what it is fed with, and what is kept on disk. A message
+The cryptography is `gramfuse_protocol.secure_sum.member`; here is what it is fed with, and what is kept on disk. A message
 that breaks the protocol raises SecurityError; `Participant` then ends the session: its secrets are wiped and nothing
 more leaves.
 """
@@ -22,11 +22,11 @@ from gramfuse_client.releases import Cohort, Release, Releases
 from gramfuse_client.session import Answer, Record, answer_key, answered, with_answer
 from gramfuse_client.silo import Silo
 from gramfuse_client.state import Contributed, State
-from gramfuse_protocol import secure_sum
-from gramfuse_protocol.encoding import encode
+from gramfuse_protocol.contract.layout import Layout
+from gramfuse_protocol.contract.plan import Plan
+from gramfuse_protocol.contract.roster import Roster
 from gramfuse_protocol.errors import ContributionError, DataError, FederationError, RefusalError, SecurityError
-from gramfuse_protocol.layout import Layout
-from gramfuse_protocol.messages import (
+from gramfuse_protocol.messages.phases import (
     KeysReply,
     KeysRequest,
     MaskedReply,
@@ -39,13 +39,13 @@ from gramfuse_protocol.messages import (
     UnmaskReply,
     UnmaskRequest,
 )
-from gramfuse_protocol.plan import Plan
-from gramfuse_protocol.roster import Roster
-from gramfuse_protocol.scales import MOST_EXAMPLES, Scale, scales
-from gramfuse_protocol.secure_sum import Member
-from gramfuse_protocol.statistics import Contribution
-from gramfuse_protocol.transcript import Sum, metrics_context, round_digest
-from gramfuse_protocol.wire import pack
+from gramfuse_protocol.messages.wire import pack
+from gramfuse_protocol.secure_sum import member as secure_sum
+from gramfuse_protocol.secure_sum.fixed_point import encode
+from gramfuse_protocol.secure_sum.member import Member
+from gramfuse_protocol.secure_sum.scales import MOST_EXAMPLES, Scale, scales
+from gramfuse_protocol.secure_sum.statements import Sum, metrics_context, round_digest
+from gramfuse_protocol.statistics.contribution import Contribution
 
 SecureRequest = KeysRequest | SharesRequest | MaskedRequest | SurvivorsRequest | UnmaskRequest
 

@@ -21,11 +21,11 @@ from gramfuse_client.state import Origin, State
 from gramfuse_client.workbench import Workbench
 from gramfuse_model.base import load_base
 from gramfuse_model.heads import head_parameters
+from gramfuse_protocol.contract.layout import Layout
+from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.errors import PlanError, RefusalError, RunDirectoryError
 from gramfuse_protocol.files import exclusive, make_private_directory
-from gramfuse_protocol.layout import Layout
-from gramfuse_protocol.plan import Plan
-from gramfuse_protocol.statistics_file import own_block, write_statistics
+from gramfuse_protocol.statistics.file import own_block, write_statistics
 from gramfuse_protocol.text import one_line
 
 SESSION = "file"

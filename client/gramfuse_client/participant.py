@@ -18,6 +18,8 @@ from gramfuse_client.releases import Releases
 from gramfuse_client.silo import Silo
 from gramfuse_client.state import Origin, State
 from gramfuse_protocol.canonical import text_digest
+from gramfuse_protocol.contract.layout import Layout
+from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.errors import (
     DataError,
     FailureError,
@@ -27,8 +29,9 @@ from gramfuse_protocol.errors import (
     SecurityError,
 )
 from gramfuse_protocol.files import exclusive
-from gramfuse_protocol.layout import Layout
-from gramfuse_protocol.messages import (
+from gramfuse_protocol.held_out.metrics import sums_shape
+from gramfuse_protocol.held_out.noise import noisy_words
+from gramfuse_protocol.messages.phases import (
     MERGED,
     EvaluateReply,
     EvaluateRequest,
@@ -48,11 +51,8 @@ from gramfuse_protocol.messages import (
     UploadRequest,
     refusal,
 )
-from gramfuse_protocol.metrics import sums_shape
-from gramfuse_protocol.noise import noisy_words
-from gramfuse_protocol.plan import Plan
-from gramfuse_protocol.statistics import check_slices
-from gramfuse_protocol.transcript import model_digest
+from gramfuse_protocol.secure_sum.statements import model_digest
+from gramfuse_protocol.statistics.contribution import check_slices
 
 if TYPE_CHECKING:
     from gramfuse_client.workbench import Workbench

@@ -12,10 +12,10 @@ from gramfuse_client.data import Examples, left_out
 from gramfuse_client.silo import Silo
 from gramfuse_client.state import State
 from gramfuse_client.tasks.registry import at_silo
+from gramfuse_protocol.contract.layout import Layout
+from gramfuse_protocol.contract.plan import ContextFree, Plan
+from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.errors import GramfuseError, PlanError, RefusalError
-from gramfuse_protocol.layout import Layout
-from gramfuse_protocol.plan import ContextFree, Plan
-from gramfuse_protocol.task import Task
 
 log = logging.getLogger(__name__)
 

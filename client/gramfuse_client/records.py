@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from flwr.app import MetricRecord, RecordDict
 
-from gramfuse_protocol.flower_records import from_record, to_record
-from gramfuse_protocol.layout import Layout
-from gramfuse_protocol.messages import StatisticsBody
-from gramfuse_protocol.statistics import Statistics
-from gramfuse_protocol.wire import pack
+from gramfuse_protocol.contract.layout import Layout
+from gramfuse_protocol.messages.flower_records import from_record, to_record
+from gramfuse_protocol.messages.phases import StatisticsBody
+from gramfuse_protocol.messages.wire import pack
+from gramfuse_protocol.statistics.contribution import Statistics
 
 __all__ = ["from_record", "statistics_record", "to_record"]
 

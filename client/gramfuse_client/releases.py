@@ -24,10 +24,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 
+from gramfuse_protocol.contract.plan import Name, Plan, Sha256
 from gramfuse_protocol.errors import RefusalError
 from gramfuse_protocol.files import make_private_directory, write_private
-from gramfuse_protocol.plan import Name, Plan, Sha256
-from gramfuse_protocol.transcript import Nonce, Sum
+from gramfuse_protocol.secure_sum.statements import Nonce, Sum
 
 Rows = NDArray[np.uint64]
 """Salted hashes of rows: sorted, each once."""

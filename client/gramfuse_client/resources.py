@@ -15,10 +15,10 @@ from gramfuse_client.finding import Findings
 from gramfuse_client.ledger import Head, Ledger
 from gramfuse_client.silo import Silo
 from gramfuse_client.tasks.registry import at_silo
+from gramfuse_protocol.contract.layout import ITEM_BYTES, Layout
+from gramfuse_protocol.contract.plan import Plan
+from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.errors import LedgerError, PlanError
-from gramfuse_protocol.layout import ITEM_BYTES, Layout
-from gramfuse_protocol.plan import Plan
-from gramfuse_protocol.task import Task
 
 if TYPE_CHECKING:
     from gramfuse_model.base import Base

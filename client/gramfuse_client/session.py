@@ -15,10 +15,10 @@ from pydantic import BaseModel, ConfigDict
 
 from gramfuse_protocol.errors import RefusalError, SecurityError
 from gramfuse_protocol.files import make_private_directory, write_private
-from gramfuse_protocol.messages import REPLIES, Message
-from gramfuse_protocol.secure_sum import Member
-from gramfuse_protocol.transcript import Sum
-from gramfuse_protocol.wire import pack
+from gramfuse_protocol.messages.phases import REPLIES, Message
+from gramfuse_protocol.messages.wire import pack
+from gramfuse_protocol.secure_sum.member import Member
+from gramfuse_protocol.secure_sum.statements import Sum
 
 
 class _Frozen(BaseModel):

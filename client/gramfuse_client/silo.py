@@ -12,12 +12,12 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
 from gramfuse_client.words import OF_FILES, Words
+from gramfuse_protocol.contract.node_key import public_of
+from gramfuse_protocol.contract.plan import ContextFree, Experts, Name, Sha256
 from gramfuse_protocol.documents import Section, parse, read_text
 from gramfuse_protocol.errors import PlanError
 from gramfuse_protocol.files import open_private
-from gramfuse_protocol.keys import Identity
-from gramfuse_protocol.node_key import public_of
-from gramfuse_protocol.plan import ContextFree, Experts, Name, Sha256
+from gramfuse_protocol.secure_sum.keys import Identity
 from gramfuse_protocol.text import Legible
 
 

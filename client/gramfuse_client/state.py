@@ -25,12 +25,12 @@ from safetensors.numpy import save_file
 from gramfuse_client.attempts import Attempts
 from gramfuse_client.measurements import Measurements
 from gramfuse_client.session import Session
+from gramfuse_protocol.contract.layout import Layout, Slice, delta_block
+from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.errors import FederationError
 from gramfuse_protocol.files import make_private_directory, replacing, write_private
-from gramfuse_protocol.layout import Layout, Slice, delta_block
-from gramfuse_protocol.plan import Plan
-from gramfuse_protocol.statistics import Statistics
-from gramfuse_protocol.transcript import Sum
+from gramfuse_protocol.secure_sum.statements import Sum
+from gramfuse_protocol.statistics.contribution import Statistics
 
 PROGRESS_SECONDS = 0.5
 HEAD = "head.safetensors"
@@ -79,7 +79,7 @@ class Origin(NamedTuple):
 
 @dataclass(frozen=True)
 class Kept:
-    """Statistics on disk: a `gramfuse_protocol.statistics.Contribution`.
+    """Statistics on disk: a `gramfuse_protocol.statistics.contribution.Contribution`.
 
     Args:
         start: a model whose differences from the base are added to the statistics' own, if any.

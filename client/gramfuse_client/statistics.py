@@ -11,10 +11,10 @@ from torch import nn
 
 from gramfuse_client.gram import collect_grams
 from gramfuse_model.base import trainable
+from gramfuse_protocol.contract.layout import Layout, Slice, delta_block, gram_block
+from gramfuse_protocol.contract.plan import Merge
 from gramfuse_protocol.errors import ContributionError
-from gramfuse_protocol.layout import Layout, Slice, delta_block, gram_block
-from gramfuse_protocol.plan import Merge
-from gramfuse_protocol.statistics import Statistics, check_counts, check_slices
+from gramfuse_protocol.statistics.contribution import Statistics, check_counts, check_slices
 
 
 def collect_statistics(

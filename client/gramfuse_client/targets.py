@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.errors import DataError
-from gramfuse_protocol.task import Task
 
 LEARNABLE = (0.01, 100.0)
 """Deviation of (target − centre) / scale beyond which nothing of use is learned."""

@@ -29,13 +29,13 @@ from gramfuse_model.lengths import check_lengths
 from gramfuse_model.rescaling import fold
 from gramfuse_model.suitable import check_suitable
 from gramfuse_model.tracing import plan_layout
+from gramfuse_protocol.contract.layout import Layout, delta_block
+from gramfuse_protocol.contract.plan import Plan
+from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.errors import ContributionError, RefusalError
 from gramfuse_protocol.files import make_private_directory
-from gramfuse_protocol.layout import Layout, delta_block
-from gramfuse_protocol.metrics import Sums
-from gramfuse_protocol.plan import Plan
-from gramfuse_protocol.statistics import Statistics
-from gramfuse_protocol.task import Task
+from gramfuse_protocol.held_out.metrics import Sums
+from gramfuse_protocol.statistics.contribution import Statistics
 
 EVALUATION_BATCH = 64
 
@@ -104,8 +104,8 @@ class Workbench:
     ) -> Sums:
         """Return the held-out sums of the base model with differences added (`delta:<parameter>`, float32).
 
-        Where they leave in a secure sum, they are those of `gramfuse_protocol.held_out`, and otherwise those of
-        `gramfuse_protocol.metrics`.
+        Where they leave in a secure sum, they are those of `gramfuse_protocol.held_out.sums`, and otherwise those of
+        `gramfuse_protocol.held_out.metrics`.
 
         Args:
             state: where the silo's own head is, if it keeps one.

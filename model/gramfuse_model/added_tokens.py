@@ -24,7 +24,7 @@ from gramfuse_model.buffers import saved_buffers
 from gramfuse_model.inputs import new_tokens, other_inputs
 from gramfuse_model.vocabulary import check_files_of, token_table
 from gramfuse_protocol.errors import ModelError
-from gramfuse_protocol.statistics_file import AddedTokens
+from gramfuse_protocol.statistics.file import AddedTokens
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel
 
+from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.errors import ModelError
-from gramfuse_protocol.task import Task
 
 KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 """Of a model's own settings: where texts begin and end."""

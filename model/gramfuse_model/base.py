@@ -27,10 +27,10 @@ from gramfuse_model.source import BUNDLED, Source, source_of
 from gramfuse_model.tasks import FORMS, head_settings
 from gramfuse_model.vocabulary import check_files_of, check_tokenizer, pad
 from gramfuse_protocol.canonical import digest
+from gramfuse_protocol.contract.plan import EMBEDDINGS, Pins, Plan
+from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.errors import GramfuseError, ModelError
-from gramfuse_protocol.plan import EMBEDDINGS, Pins, Plan
-from gramfuse_protocol.statistics_file import Origin
-from gramfuse_protocol.task import Task
+from gramfuse_protocol.statistics.file import Origin
 from gramfuse_protocol.text import one_line
 
 MOST = 400

@@ -7,8 +7,8 @@ import torch
 from gramfuse_model.base import Base
 from gramfuse_model.observation import observing, run
 from gramfuse_model.public_text import PUBLIC_TEXT
+from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.errors import ModelError
-from gramfuse_protocol.task import Task
 
 LONGEST = 64
 """Most tokens of the text that is changed."""

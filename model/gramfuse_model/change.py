@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from gramfuse_protocol.contract.layout import Layout, delta_block
 from gramfuse_protocol.errors import RefusalError
-from gramfuse_protocol.layout import Layout, delta_block
 
 QUIETEST = 0.02
 """Root mean square that a tensor of the base counts as having at least: that of weights which transformers draws anew.

@@ -16,8 +16,8 @@ from gramfuse_model.base import Base
 from gramfuse_model.heads import answers
 from gramfuse_model.observation import MOST, observing
 from gramfuse_model.public_text import PUBLIC_TEXT
+from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.errors import ModelError, PlanError
-from gramfuse_protocol.task import Task
 from gramfuse_protocol.text import one_line
 
 TRIED = ((7, 6), (17, 11))

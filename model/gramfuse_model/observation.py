@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from gramfuse_protocol.contract.layout import Rows
 from gramfuse_protocol.errors import GramfuseError, ModelError
-from gramfuse_protocol.layout import Rows
 from gramfuse_protocol.text import one_line
 
 Hook = Callable[[nn.Module, torch.Tensor, tuple[Any, ...]], None]

@@ -15,8 +15,8 @@ from gramfuse_model.lengths import room_of
 from gramfuse_model.public_images import public_images
 from gramfuse_model.public_text import PUBLIC_TEXT
 from gramfuse_model.rows import find_rows
+from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.errors import ModelError
-from gramfuse_protocol.plan import Plan
 
 LONGEST = 1024
 """Most tokens of the text that a base model is tried on, however long examples may be."""

@@ -24,8 +24,8 @@ from gramfuse_model.batch import PLACED, TARGETS, Batch, alone, chosen, has_plac
 from gramfuse_model.heads import answers, head_parameters
 from gramfuse_model.linear import linear_modules
 from gramfuse_model.observation import Hook, by_example, observing, rows_of, run
+from gramfuse_protocol.contract.layout import Rows
 from gramfuse_protocol.errors import ModelError
-from gramfuse_protocol.layout import Rows
 
 TOLERANCE = 1e-4
 """Share of their length by which rows may differ and be the same; rounding makes it 1e-6 or less."""

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.errors import ModelError
-from gramfuse_protocol.plan import Plan
 from gramfuse_protocol.text import quoted
 
 

@@ -6,7 +6,7 @@ from gramfuse_model.answering import first_token
 from gramfuse_model.base import Base
 from gramfuse_model.causality import check_causal
 from gramfuse_model.targets import check_foldable
-from gramfuse_protocol.task import Task
+from gramfuse_protocol.contract.task import Task
 
 
 def check_suitable(base: Base, task: Task) -> None:

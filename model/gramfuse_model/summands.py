@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from gramfuse_protocol.layout import Block, Group, Layout, Linear, Tensor, delta_block, gram_block
-from gramfuse_protocol.statistics import Contribution
+from gramfuse_protocol.contract.layout import Block, Group, Layout, Linear, Tensor, delta_block, gram_block
+from gramfuse_protocol.statistics.contribution import Contribution
 
 Float64 = NDArray[np.float64]
 

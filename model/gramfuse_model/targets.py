@@ -8,8 +8,8 @@ from gramfuse_model.base import Base
 from gramfuse_model.heads import last_linear
 from gramfuse_model.public_batch import public_batch
 from gramfuse_model.rescaling import fold, rescaled
+from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.errors import ModelError
-from gramfuse_protocol.task import Task
 
 TOLERANCE = 1e-3
 """Of what a folded model gives, relative to the scale."""

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from gramfuse_protocol.contract.plan import Plan
+from gramfuse_protocol.contract.task import Kind, Task
 from gramfuse_protocol.errors import ModelError
-from gramfuse_protocol.plan import Plan
-from gramfuse_protocol.task import Kind, Task
 
 
 class Form(NamedTuple):

@@ -19,10 +19,10 @@ from gramfuse_model.linear import LinearModule, experts_of, linear_modules
 from gramfuse_model.precision import in_float32, widened
 from gramfuse_model.public_batch import check_long_texts, public_batch, trying
 from gramfuse_model.rows import find_rows
+from gramfuse_protocol.contract.gram_structure import parse_structure
+from gramfuse_protocol.contract.layout import EXPONENT, Group, Layout, Linear, Part, Rows, Tensor
+from gramfuse_protocol.contract.plan import Merge, Plan
 from gramfuse_protocol.errors import ModelError
-from gramfuse_protocol.layout import EXPONENT, Group, Layout, Linear, Part, Rows, Tensor
-from gramfuse_protocol.plan import Merge, Plan
-from gramfuse_protocol.structure import parse_structure
 
 QUIETEST = 8
 """Powers of two by which a feature's scale may lie below that of the loudest in its group."""

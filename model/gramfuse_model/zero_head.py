@@ -13,8 +13,8 @@ import torch
 
 from gramfuse_model.base import Base, load_base
 from gramfuse_model.heads import head_parameters
-from gramfuse_protocol.plan import Header, Merge, Model, Plan, Privacy, Silo, Training
-from gramfuse_protocol.task import Task, TaskSettings
+from gramfuse_protocol.contract.plan import Header, Merge, Model, Plan, Privacy, Silo, Training
+from gramfuse_protocol.contract.task import Task, TaskSettings
 
 
 def plan_for(

@@ -11,11 +11,11 @@ import torch
 from numpy.typing import NDArray
 
 from gramfuse_model.summands import one_by_one, side_by_side, summands, tensor_weight
-from gramfuse_protocol.encoding import decode
+from gramfuse_protocol.contract.layout import Group, Layout, delta_block
 from gramfuse_protocol.errors import ContributionError
-from gramfuse_protocol.layout import Group, Layout, delta_block
-from gramfuse_protocol.scales import scales
-from gramfuse_protocol.statistics import Contribution, check_counts
+from gramfuse_protocol.secure_sum.fixed_point import decode
+from gramfuse_protocol.secure_sum.scales import scales
+from gramfuse_protocol.statistics.contribution import Contribution, check_counts
 from gramfuse_server.report_schema import Step
 from gramfuse_server.solve import solve
 

@@ -15,9 +15,9 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from gramfuse_model.base import load_base
+from gramfuse_protocol.contract.layout import Layout
+from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.errors import GramfuseError, PlanError
-from gramfuse_protocol.layout import Layout
-from gramfuse_protocol.plan import Plan
 from gramfuse_server.conductor import Observer
 from gramfuse_server.exchange import Exchange, Finish, Simulated, Study, needed_bytes
 from gramfuse_server.patience import Patience

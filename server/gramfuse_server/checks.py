@@ -13,9 +13,9 @@ from torch import nn
 
 from gramfuse_model.change import changes
 from gramfuse_model.summands import side_by_side
-from gramfuse_protocol.layout import Group, Layout
-from gramfuse_protocol.plan import Plan
-from gramfuse_protocol.scales import MOST_EXAMPLES
+from gramfuse_protocol.contract.layout import Group, Layout
+from gramfuse_protocol.contract.plan import Plan
+from gramfuse_protocol.secure_sum.scales import MOST_EXAMPLES
 from gramfuse_server.accumulator import Accumulator, Deltas, Float64, Merged
 from gramfuse_server.report_schema import Bounds, Check, CheckName, Step
 from gramfuse_server.verdicts import VERDICTS, check_of

@@ -11,11 +11,11 @@ from typing import Any, TypeVar
 
 from flwr.serverapp import Grid
 
+from gramfuse_protocol.contract.layout import Layout
+from gramfuse_protocol.contract.node_key import canonical
+from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.errors import FederationError, GramfuseError
-from gramfuse_protocol.layout import Layout
-from gramfuse_protocol.messages import FinishReply, FinishRequest, JoinReply, JoinRequest, Message, expect
-from gramfuse_protocol.node_key import canonical
-from gramfuse_protocol.plan import Plan
+from gramfuse_protocol.messages.phases import FinishReply, FinishRequest, JoinReply, JoinRequest, Message, expect
 from gramfuse_server.patience import Patience
 from gramfuse_server.post import Pending, Post
 from gramfuse_server.run import RunDirectory, of_round

@@ -8,16 +8,16 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from gramfuse_protocol.encoding import decode
+from gramfuse_protocol.contract.layout import Layout
+from gramfuse_protocol.contract.plan import Plan
+from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.errors import FederationError, SecurityError
-from gramfuse_protocol.held_out import Vector, figures, is_sum, label_figures, size
-from gramfuse_protocol.layout import Layout
-from gramfuse_protocol.messages import EvaluateReply, EvaluateRequest
-from gramfuse_protocol.metrics import Sums, are_sums, by_label, metrics, primary, sums_shape
-from gramfuse_protocol.plan import Plan
-from gramfuse_protocol.scales import METRICS_SCALE
-from gramfuse_protocol.task import Task
-from gramfuse_protocol.transcript import metrics_context, model_digest
+from gramfuse_protocol.held_out.metrics import Sums, are_sums, by_label, metrics, primary, sums_shape
+from gramfuse_protocol.held_out.sums import Vector, figures, is_sum, label_figures, size
+from gramfuse_protocol.messages.phases import EvaluateReply, EvaluateRequest
+from gramfuse_protocol.secure_sum.fixed_point import decode
+from gramfuse_protocol.secure_sum.scales import METRICS_SCALE
+from gramfuse_protocol.secure_sum.statements import metrics_context, model_digest
 from gramfuse_server.conductor import Conductor
 from gramfuse_server.intervals import with_intervals
 from gramfuse_server.report_schema import LabelFigures, Labels, Measured

@@ -17,12 +17,12 @@ from safetensors.numpy import load_file, save_file
 
 from gramfuse_model.base import Base
 from gramfuse_model.tasks import merged_form
+from gramfuse_protocol.contract.layout import ITEM_BYTES, PIECE_BYTES, Layout, delta_block
+from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.errors import GramfuseError, MergeError, RunDirectoryError
 from gramfuse_protocol.files import replacing
-from gramfuse_protocol.layout import ITEM_BYTES, PIECE_BYTES, Layout, delta_block
-from gramfuse_protocol.messages import MERGED
-from gramfuse_protocol.metrics import Sums
-from gramfuse_protocol.plan import Plan
+from gramfuse_protocol.held_out.metrics import Sums
+from gramfuse_protocol.messages.phases import MERGED
 from gramfuse_server.accumulator import Merged, rounded
 from gramfuse_server.conductor import Conductor, Observer
 from gramfuse_server.evaluation import Candidate, described, of_silos

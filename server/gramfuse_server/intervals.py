@@ -15,10 +15,10 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from gramfuse_protocol.held_out import SHARE, Vector, figures, label_counts, label_figures, range_of
-from gramfuse_protocol.noise import DELTA, deviations, spent
-from gramfuse_protocol.plan import Plan
-from gramfuse_protocol.task import Task
+from gramfuse_protocol.contract.plan import Plan
+from gramfuse_protocol.contract.task import Task
+from gramfuse_protocol.held_out.noise import DELTA, deviations, spent
+from gramfuse_protocol.held_out.sums import SHARE, Vector, figures, label_counts, label_figures, range_of
 from gramfuse_protocol.tasks.registry import kind_of
 from gramfuse_server.report_schema import LabelFigures, Measured, Privacy, PrivacyTotal
 
@@ -34,7 +34,7 @@ def with_intervals(plan: Plan, name: str, task: Task, vector: Vector, silos: int
 
     Args:
         name: of the model, and its kind.
-        vector: the sum (`gramfuse_protocol.held_out`).
+        vector: the sum (`gramfuse_protocol.held_out.sums`).
         silos: how many are in it.
 
     Returns:

@@ -19,12 +19,12 @@ from gramfuse_model.digests import tensor_digests
 from gramfuse_model.rescaling import fold
 from gramfuse_model.tasks import FORMS
 from gramfuse_model.zero_head import load_zero_headed, plan_for
-from gramfuse_protocol.coverage import coverage
+from gramfuse_protocol.contract.coverage import coverage
+from gramfuse_protocol.contract.layout import ITEM_BYTES, Layout, Slice, delta_block
+from gramfuse_protocol.contract.plan import Merge, Plan
 from gramfuse_protocol.errors import ContributionError, ModelError
-from gramfuse_protocol.layout import ITEM_BYTES, Layout, Slice, delta_block
-from gramfuse_protocol.plan import Merge, Plan
-from gramfuse_protocol.statistics import Contribution, check_slices
-from gramfuse_protocol.statistics_file import StatisticsFile, read_statistics
+from gramfuse_protocol.statistics.contribution import Contribution, check_slices
+from gramfuse_protocol.statistics.file import StatisticsFile, read_statistics
 from gramfuse_protocol.text import listed, quoted
 from gramfuse_server.accumulator import Accumulator, Merged
 from gramfuse_server.added import Additions

@@ -15,10 +15,10 @@ from gramfuse_model.differences import add_differences
 from gramfuse_model.rescaling import fold
 from gramfuse_model.source import BUNDLED
 from gramfuse_model.tasks import Form, merged_form
-from gramfuse_protocol.coverage import Covered, coverage, told, unused
-from gramfuse_protocol.layout import Layout
-from gramfuse_protocol.plan import Plan
-from gramfuse_protocol.who_sees_what import seen
+from gramfuse_protocol.contract.coverage import Covered, coverage, told, unused
+from gramfuse_protocol.contract.layout import Layout
+from gramfuse_protocol.contract.plan import Plan
+from gramfuse_protocol.contract.who_sees_what import seen
 from gramfuse_server.report_schema import Chosen, Measured, Step
 
 
@@ -148,7 +148,7 @@ def extent(found: Covered, steps: Iterable[Step]) -> list[str]:
     """Return how much of a model is merged in closed form, as lines of Markdown.
 
     Args:
-        found: a report, or what `gramfuse_protocol.coverage` returns.
+        found: a report, or what `gramfuse_protocol.contract.coverage` returns.
         steps: how groups were solved.
     """
     return [" ".join([*told(found, code), *unused(steps, code)]), ""]

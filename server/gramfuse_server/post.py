@@ -14,10 +14,10 @@ from flwr.app import RecordDict
 from flwr.serverapp import Grid
 
 from gramfuse_protocol.errors import FederationError, GramfuseError
-from gramfuse_protocol.flower_records import from_record, to_record
-from gramfuse_protocol.messages import REPLIES, Message, message_type
+from gramfuse_protocol.messages.flower_records import from_record, to_record
+from gramfuse_protocol.messages.phases import REPLIES, Message, message_type
+from gramfuse_protocol.messages.wire import Frame, pack, unpack
 from gramfuse_protocol.text import SAID, one_line
-from gramfuse_protocol.wire import Frame, pack, unpack
 from gramfuse_server.patience import Patience
 
 M = TypeVar("M", bound=Message)

@@ -11,7 +11,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from gramfuse_protocol.task import Kind
+from gramfuse_protocol.contract.task import Kind
 from gramfuse_server.report_part import Part
 
 SCHEMA: Literal["gramfuse.report/1"] = "gramfuse.report/1"

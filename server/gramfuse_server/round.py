@@ -9,11 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from gramfuse_protocol.contract.layout import Layout
 from gramfuse_protocol.errors import FederationError, GramfuseError, RefusalError
-from gramfuse_protocol.layout import Layout
-from gramfuse_protocol.messages import TrainReply, TrainRequest, UploadReply, UploadRequest
-from gramfuse_protocol.statistics import check_counts, check_slices
-from gramfuse_protocol.transcript import model_digest
+from gramfuse_protocol.messages.phases import TrainReply, TrainRequest, UploadReply, UploadRequest
+from gramfuse_protocol.secure_sum.statements import model_digest
+from gramfuse_protocol.statistics.contribution import check_counts, check_slices
 from gramfuse_server.accumulator import Accumulator, Merged
 from gramfuse_server.checks import check_merge, check_model, check_shares
 from gramfuse_server.conductor import Conductor

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
+from gramfuse_protocol.contract.layout import Layout
 from gramfuse_protocol.errors import ContributionError
-from gramfuse_protocol.layout import Layout
-from gramfuse_protocol.statistics import Contribution
+from gramfuse_protocol.statistics.contribution import Contribution
 from gramfuse_server.accumulator import Accumulator, Deltas
 
 WEIGHTS_TRIED = 50

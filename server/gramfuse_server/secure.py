@@ -10,10 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gramfuse_protocol import masks, secure_sum
 from gramfuse_protocol.errors import ContributionError, FederationError, GramfuseError, RefusalError, SecurityError
-from gramfuse_protocol.masks import Mask
-from gramfuse_protocol.messages import (
+from gramfuse_protocol.messages.phases import (
     KeysReply,
     KeysRequest,
     MaskedReply,
@@ -25,8 +23,11 @@ from gramfuse_protocol.messages import (
     UnmaskReply,
     UnmaskRequest,
 )
-from gramfuse_protocol.secure_sum import Signed
-from gramfuse_protocol.transcript import Advert, Sum, round_digest, session_id
+from gramfuse_protocol.secure_sum import masks
+from gramfuse_protocol.secure_sum import member as secure_sum
+from gramfuse_protocol.secure_sum.masks import Mask
+from gramfuse_protocol.secure_sum.member import Signed
+from gramfuse_protocol.secure_sum.statements import Advert, Sum, round_digest, session_id
 from gramfuse_server.conductor import Conductor, Q, R
 from gramfuse_server.spool import Spool
 
@@ -55,7 +56,7 @@ class SecureSums:
     Args:
         conductor: leads the silos.
         piece_bytes: most bytes of a vector in one message.
-        start: `gramfuse_protocol.transcript.model_digest` of what silos started from; empty in the first round.
+        start: `gramfuse_protocol.secure_sum.statements.model_digest` of what silos started from; empty in the first round.
     """
 
     def __init__(self, conductor: Conductor, piece_bytes: int, start: str) -> None:
@@ -116,7 +117,7 @@ class SecureSums:
 
         Args:
             members: survivors of the statistics.
-            context: `gramfuse_protocol.transcript.metrics_context`.
+            context: `gramfuse_protocol.secure_sum.statements.metrics_context`.
         """
         about = {silo: {"candidates": tuple(candidates)} for silo in members}
         return self._sum("metrics", members, about, entries, context)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from gramfuse_protocol.layout import Group
+from gramfuse_protocol.contract.layout import Group
 from gramfuse_server.report_schema import Outcome, Step
 
 ROUNDING = 2.0**-24

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
+from gramfuse_protocol.contract.layout import Slice
 from gramfuse_protocol.errors import RunDirectoryError
 from gramfuse_protocol.files import replacing
-from gramfuse_protocol.layout import Slice
 
 Array = NDArray[Any]
 

@@ -24,13 +24,13 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
+from gramfuse_protocol.contract.layout import Layout, Slice
 from gramfuse_protocol.errors import ContributionError, FederationError, GramfuseError
-from gramfuse_protocol.flower_records import from_record
-from gramfuse_protocol.layout import Layout, Slice
-from gramfuse_protocol.messages import StatisticsBody
-from gramfuse_protocol.statistics import Statistics, check_counts, check_slices
+from gramfuse_protocol.messages.flower_records import from_record
+from gramfuse_protocol.messages.phases import StatisticsBody
+from gramfuse_protocol.messages.wire import unpack
+from gramfuse_protocol.statistics.contribution import Statistics, check_counts, check_slices
 from gramfuse_protocol.text import SAID, one_line
-from gramfuse_protocol.wire import unpack
 from gramfuse_server.accumulator import Accumulator
 from gramfuse_server.report_schema import Step
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from gramfuse_protocol.task import Kind
+from gramfuse_protocol.contract.task import Kind
 from gramfuse_server.report_schema import Measured, Tuning
 
 

@@ -19,10 +19,10 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 from gramfuse_client.participant import Participant
 from gramfuse_client.silo import Silo
 from gramfuse_client.state import State
-from gramfuse_protocol import messages as m
-from gramfuse_protocol.layout import Layout
-from gramfuse_protocol.plan import Plan
-from gramfuse_protocol.wire import Frame, pack, unpack
+from gramfuse_protocol.contract.layout import Layout
+from gramfuse_protocol.contract.plan import Plan
+from gramfuse_protocol.messages import phases as m
+from gramfuse_protocol.messages.wire import Frame, pack, unpack
 
 Arrays = dict[str, np.ndarray]
 

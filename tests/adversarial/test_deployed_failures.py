@@ -20,16 +20,16 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
 import gramfuse_protocol
-from gramfuse_protocol import secure_sum
-from gramfuse_protocol.encoding import capacity, decode, encode
+from gramfuse_protocol.contract.plan import Plan
+from gramfuse_protocol.contract.roster import Roster
 from gramfuse_protocol.errors import ContributionError, PlanError, SecurityError
-from gramfuse_protocol.keys import Identity, Label, agree, derive, public_of
-from gramfuse_protocol.masks import Mask, apply
-from gramfuse_protocol.plan import Plan
-from gramfuse_protocol.roster import Roster
-from gramfuse_protocol.secure_sum import KINDS, Member, Signed
-from gramfuse_protocol.shares import combine
-from gramfuse_protocol.transcript import SUMS, Sum
+from gramfuse_protocol.secure_sum import member as secure_sum
+from gramfuse_protocol.secure_sum.fixed_point import capacity, decode, encode
+from gramfuse_protocol.secure_sum.keys import Identity, Label, agree, derive, public_of
+from gramfuse_protocol.secure_sum.masks import Mask, apply
+from gramfuse_protocol.secure_sum.member import KINDS, Member, Signed
+from gramfuse_protocol.secure_sum.shares import combine
+from gramfuse_protocol.secure_sum.statements import SUMS, Sum
 
 PLAN = "5a" * 32
 NONCE = "0f" * 16

@@ -14,14 +14,14 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pytest
 
-from gramfuse_protocol import secure_sum
+from gramfuse_protocol.contract.roster import Roster, smallest_threshold
 from gramfuse_protocol.errors import SecurityError
-from gramfuse_protocol.keys import Identity
-from gramfuse_protocol.masks import apply
-from gramfuse_protocol.roster import Roster, smallest_threshold
-from gramfuse_protocol.secure_sum import KINDS, Kind, Member
-from gramfuse_protocol.shares import combine
-from gramfuse_protocol.transcript import metrics_context, session_id, survivors_statement
+from gramfuse_protocol.secure_sum import member as secure_sum
+from gramfuse_protocol.secure_sum.keys import Identity
+from gramfuse_protocol.secure_sum.masks import apply
+from gramfuse_protocol.secure_sum.member import KINDS, Kind, Member
+from gramfuse_protocol.secure_sum.shares import combine
+from gramfuse_protocol.secure_sum.statements import metrics_context, session_id, survivors_statement
 
 NAMES = ("a", "b", "c", "d", "e", "f", "g")
 COLLUDING, HONEST = NAMES[0], NAMES[1:]

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from gramfuse_protocol import messages as m
+from gramfuse_protocol.messages import phases as m
 from tests.adversarial.conftest import METRICS, NONCE, STATISTICS, Liar
 
 MakeLiar = Callable[..., Liar]

@@ -32,11 +32,11 @@ from gramfuse_client.statistics import collect_statistics
 from gramfuse_model.base import freeze, trainable
 from gramfuse_model.summands import summands
 from gramfuse_model.tracing import derive_layout
-from gramfuse_protocol.encoding import decode, encode
-from gramfuse_protocol.layout import Layout
-from gramfuse_protocol.plan import ContextFree, Merge, Training
-from gramfuse_protocol.scales import scales
-from gramfuse_protocol.task import Task
+from gramfuse_protocol.contract.layout import Layout
+from gramfuse_protocol.contract.plan import ContextFree, Merge, Training
+from gramfuse_protocol.contract.task import Task
+from gramfuse_protocol.secure_sum.fixed_point import decode, encode
+from gramfuse_protocol.secure_sum.scales import scales
 
 Floats = NDArray[np.float64]
 

@@ -22,11 +22,11 @@ from gramfuse_cli.main import cli
 from gramfuse_client.checkpoint import task_of_model
 from gramfuse_model.base import kept_parameters, load_base, own_head
 from gramfuse_model.zero_head import plan_for
+from gramfuse_protocol.contract.layout import Group, Layout, Linear, Tensor
+from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.errors import ModelError
-from gramfuse_protocol.layout import Group, Layout, Linear, Tensor
-from gramfuse_protocol.statistics import Statistics
-from gramfuse_protocol.statistics_file import Origin, write_statistics
-from gramfuse_protocol.task import Task
+from gramfuse_protocol.statistics.contribution import Statistics
+from gramfuse_protocol.statistics.file import Origin, write_statistics
 from gramfuse_server.merging import Settings, merge_files
 
 ROOT = Path(__file__).parents[2]

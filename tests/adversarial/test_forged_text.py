@@ -35,16 +35,16 @@ from gramfuse_client.app import _Formatter
 from gramfuse_client.ledger import Entry
 from gramfuse_client.silo import SiloFile
 from gramfuse_model.tasks import merged_form
-from gramfuse_protocol import messages as m
 from gramfuse_protocol.canonical import canonical_json
+from gramfuse_protocol.contract.layout import Layout
+from gramfuse_protocol.contract.plan import Plan
+from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.documents import parse
 from gramfuse_protocol.errors import FederationError, GramfuseError, PlanError
-from gramfuse_protocol.layout import Layout
-from gramfuse_protocol.plan import Plan
-from gramfuse_protocol.statistics_file import About, Origin
-from gramfuse_protocol.task import Task
+from gramfuse_protocol.messages import phases as m
+from gramfuse_protocol.messages.wire import Frame, pack, unpack
+from gramfuse_protocol.statistics.file import About, Origin
 from gramfuse_protocol.text import SAID, printable
-from gramfuse_protocol.wire import Frame, pack, unpack
 from gramfuse_server.app import coordinate
 from gramfuse_server.model import card, front_matter
 from gramfuse_server.pages.page import page

@@ -28,16 +28,16 @@ from gramfuse_client.app import SiloApp
 from gramfuse_client.data import load
 from gramfuse_client.silo import Silo
 from gramfuse_model.base import Base, load_base
+from gramfuse_protocol.contract.node_key import generate
+from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.errors import ContributionError, FederationError, SecurityError
-from gramfuse_protocol.flower_records import from_record, to_record
-from gramfuse_protocol.keys import FIELD, Identity
-from gramfuse_protocol.messages import REPLIES, EvaluateReply, MaskedReply, MaskedRequest, Refusal
-from gramfuse_protocol.node_key import generate
-from gramfuse_protocol.plan import Plan
-from gramfuse_protocol.secure_sum import advertise, check_advert
-from gramfuse_protocol.statistics import Statistics
-from gramfuse_protocol.transcript import Advert, advert_statement
-from gramfuse_protocol.wire import Frame, pack, unpack
+from gramfuse_protocol.messages.flower_records import from_record, to_record
+from gramfuse_protocol.messages.phases import REPLIES, EvaluateReply, MaskedReply, MaskedRequest, Refusal
+from gramfuse_protocol.messages.wire import Frame, pack, unpack
+from gramfuse_protocol.secure_sum.keys import FIELD, Identity
+from gramfuse_protocol.secure_sum.member import advertise, check_advert
+from gramfuse_protocol.secure_sum.statements import Advert, advert_statement
+from gramfuse_protocol.statistics.contribution import Statistics
 from gramfuse_server import exchange as exchange_module
 from gramfuse_server import post
 from gramfuse_server.exchange import Exchange

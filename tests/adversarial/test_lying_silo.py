@@ -24,13 +24,13 @@ from gramfuse_client.silo import Silo, read_silos
 from gramfuse_client.state import State
 from gramfuse_model import summands as sums
 from gramfuse_model.base import Base, load_base
-from gramfuse_protocol import messages as m
-from gramfuse_protocol.encoding import encode
+from gramfuse_protocol.contract.layout import Block, Layout, delta_block
+from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.errors import MergeError
-from gramfuse_protocol.layout import Block, Layout, delta_block
-from gramfuse_protocol.plan import Plan
-from gramfuse_protocol.scales import scales
-from gramfuse_protocol.statistics import Statistics
+from gramfuse_protocol.messages import phases as m
+from gramfuse_protocol.secure_sum.fixed_point import encode
+from gramfuse_protocol.secure_sum.scales import scales
+from gramfuse_protocol.statistics.contribution import Statistics
 from gramfuse_server import post
 from gramfuse_server.accumulator import Accumulator, Merged
 from gramfuse_server.checks import check_merge, check_model

@@ -23,11 +23,11 @@ from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrained
 
 from gramfuse_client.data import load
 from gramfuse_client.workbench import Workbench
-from gramfuse_protocol.encoding import decode
-from gramfuse_protocol.held_out import Vector, size
-from gramfuse_protocol.noise import DELTA, noisy_words, variances
-from gramfuse_protocol.plan import Plan
-from gramfuse_protocol.scales import METRICS_SCALE
+from gramfuse_protocol.contract.plan import Plan
+from gramfuse_protocol.held_out.noise import DELTA, noisy_words, variances
+from gramfuse_protocol.held_out.sums import Vector, size
+from gramfuse_protocol.secure_sum.fixed_point import decode
+from gramfuse_protocol.secure_sum.scales import METRICS_SCALE
 from gramfuse_protocol.tasks.classification import class_rows
 from tests.adversarial.conftest import METRICS, Liar
 

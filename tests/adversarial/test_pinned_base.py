@@ -24,9 +24,9 @@ from gramfuse_client.materials import check_base
 from gramfuse_client.participant import Participant
 from gramfuse_client.silo import Silo
 from gramfuse_model.base import load_base
+from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.errors import ModelError, PlanError
-from gramfuse_protocol.messages import JoinReply, JoinRequest, Message, Refusal
-from gramfuse_protocol.plan import Plan
+from gramfuse_protocol.messages.phases import JoinReply, JoinRequest, Message, Refusal
 
 WORDS = "cat|dog|horse|sheep|goat|duck|hen|cow|rain|snow|wind|sun|storm|cloud|frost|hail|pan|pot|knife|spoon|oven|plate"
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from gramfuse_client import participant, policy
-from gramfuse_protocol import messages as m
+from gramfuse_protocol.messages import phases as m
 from tests.adversarial.conftest import METRICS, NONCE, STATISTICS, Detector, Liar, copied, regression
 
 MakeLiar = Callable[..., Liar]

@@ -19,8 +19,8 @@ from typing import Any
 
 import pytest
 
-from gramfuse_protocol import messages as m
-from gramfuse_protocol.wire import Frame, unpack
+from gramfuse_protocol.messages import phases as m
+from gramfuse_protocol.messages.wire import Frame, unpack
 from tests.adversarial.conftest import METRICS, STATISTICS, Detector, Liar, regression
 
 A = "silo-a"

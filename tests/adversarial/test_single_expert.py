@@ -20,8 +20,8 @@ from gramfuse_client.silo import Silo
 from gramfuse_client.statistics import collect_statistics
 from gramfuse_model.base import trainable
 from gramfuse_model.tracing import derive_layout
+from gramfuse_protocol.contract.plan import Merge
 from gramfuse_protocol.errors import RefusalError
-from gramfuse_protocol.plan import Merge
 from tests.conftest import PicoProject
 
 EXPERTS = 3

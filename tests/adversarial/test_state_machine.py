@@ -14,14 +14,14 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from gramfuse_protocol import secure_sum
+from gramfuse_protocol.contract.roster import Roster
 from gramfuse_protocol.errors import SecurityError
-from gramfuse_protocol.keys import Identity, Label, agree, derive, framed
-from gramfuse_protocol.masks import Mask, apply
-from gramfuse_protocol.roster import Roster
-from gramfuse_protocol.secure_sum import SEALED_BYTES, Member, Signed
-from gramfuse_protocol.shares import PRIME, SHARE_BYTES
-from gramfuse_protocol.transcript import SUMS, Advert, Sum, advert_statement, session_id, survivors_statement
+from gramfuse_protocol.secure_sum import member as secure_sum
+from gramfuse_protocol.secure_sum.keys import Identity, Label, agree, derive, framed
+from gramfuse_protocol.secure_sum.masks import Mask, apply
+from gramfuse_protocol.secure_sum.member import SEALED_BYTES, Member, Signed
+from gramfuse_protocol.secure_sum.shares import PRIME, SHARE_BYTES
+from gramfuse_protocol.secure_sum.statements import SUMS, Advert, Sum, advert_statement, session_id, survivors_statement
 
 PLAN, OTHER_PLAN = "a1" * 32, "a2" * 32
 NONCE, OTHER_NONCE = "b1" * 16, "b2" * 16

@@ -12,8 +12,8 @@ import pytest
 from gramfuse_cli.project import Project
 from gramfuse_client.releases import Releases
 from gramfuse_client.silo import write_identity
-from gramfuse_protocol import messages as m
-from gramfuse_protocol.keys import Identity
+from gramfuse_protocol.messages import phases as m
+from gramfuse_protocol.secure_sum.keys import Identity
 from tests.adversarial.conftest import METRICS, SPYING, STATISTICS, Liar
 
 MakeLiar = Callable[..., Liar]

@@ -12,17 +12,17 @@ import pytest
 from scipy.stats import chisquare
 
 from gramfuse_model.summands import summands
-from gramfuse_protocol import secure_sum
-from gramfuse_protocol.encoding import decode, encode
-from gramfuse_protocol.keys import Identity
-from gramfuse_protocol.layout import Group, Layout, Linear, Tensor
-from gramfuse_protocol.masks import apply
-from gramfuse_protocol.roster import Roster
-from gramfuse_protocol.scales import scales
-from gramfuse_protocol.secure_sum import Member, Signed
-from gramfuse_protocol.shares import SHARE_BYTES
-from gramfuse_protocol.statistics import Statistics
-from gramfuse_protocol.transcript import Sum
+from gramfuse_protocol.contract.layout import Group, Layout, Linear, Tensor
+from gramfuse_protocol.contract.roster import Roster
+from gramfuse_protocol.secure_sum import member as secure_sum
+from gramfuse_protocol.secure_sum.fixed_point import decode, encode
+from gramfuse_protocol.secure_sum.keys import Identity
+from gramfuse_protocol.secure_sum.masks import apply
+from gramfuse_protocol.secure_sum.member import Member, Signed
+from gramfuse_protocol.secure_sum.scales import scales
+from gramfuse_protocol.secure_sum.shares import SHARE_BYTES
+from gramfuse_protocol.secure_sum.statements import Sum
+from gramfuse_protocol.statistics.contribution import Statistics
 
 SILOS, THRESHOLD = 5, 4
 NAMES = tuple(f"silo-{chr(97 + n)}" for n in range(SILOS))

@@ -29,9 +29,9 @@ from gramfuse_client.silo import Silo
 from gramfuse_client.workbench import train
 from gramfuse_model.base import load_base
 from gramfuse_model.summands import summands
-from gramfuse_protocol.layout import Layout
-from gramfuse_protocol.plan import Plan
-from gramfuse_protocol.scales import scales
+from gramfuse_protocol.contract.layout import Layout
+from gramfuse_protocol.contract.plan import Plan
+from gramfuse_protocol.secure_sum.scales import scales
 from gramfuse_server.accumulator import Accumulator
 from gramfuse_server.model import write_model
 

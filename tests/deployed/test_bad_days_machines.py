@@ -17,7 +17,7 @@ from transformers import BertConfig, BertModel
 
 from gramfuse_client.ledger import Ledger
 from gramfuse_client.silo import Silo
-from gramfuse_protocol.layout import Layout
+from gramfuse_protocol.contract.layout import Layout
 
 Run = Callable[..., Any]
 

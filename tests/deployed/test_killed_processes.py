@@ -17,8 +17,8 @@ from safetensors.numpy import load_file
 
 from gramfuse_client.state import State
 from gramfuse_model.base import load_base
-from gramfuse_protocol.layout import Layout
-from gramfuse_protocol.plan import Plan
+from gramfuse_protocol.contract.layout import Layout
+from gramfuse_protocol.contract.plan import Plan
 from gramfuse_server.accumulator import Accumulator
 from loopback import BIN, CONNECTION, deployment
 

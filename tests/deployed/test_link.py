@@ -11,7 +11,7 @@ import pytest
 from gramfuse_cli.link import Link
 from gramfuse_cli.project import Project
 from gramfuse_cli.run import check_roster
-from gramfuse_protocol import node_key
+from gramfuse_protocol.contract import node_key
 from gramfuse_protocol.errors import FederationError, PlanError
 
 

@@ -26,7 +26,7 @@ from gramfuse_cli.processes import BIN
 from gramfuse_cli.proxy import BODY_BYTES, find_nginx, write_configuration
 from gramfuse_cli.run import run
 from gramfuse_cli.server import server
-from gramfuse_protocol import node_key
+from gramfuse_protocol.contract import node_key
 from gramfuse_protocol.errors import FederationError, PlanError
 
 FORBIDDEN = sorted(

@@ -16,7 +16,7 @@ from gramfuse_cli.authority import Authority, certificate_pem, key_pem, new_key,
 from gramfuse_cli.endpoint import check_free, healthy
 from gramfuse_cli.link import Link
 from gramfuse_cli.server import check_certificate
-from gramfuse_protocol import node_key
+from gramfuse_protocol.contract import node_key
 from gramfuse_protocol.errors import FederationError, PlanError
 
 NOW = datetime.now(UTC)

@@ -23,8 +23,8 @@ from gramfuse_client.silo import Silo
 from gramfuse_client.workbench import train
 from gramfuse_model.base import load_base
 from gramfuse_model.tracing import plan_layout
-from gramfuse_protocol.metrics import metrics
-from gramfuse_protocol.plan import Plan
+from gramfuse_protocol.contract.plan import Plan
+from gramfuse_protocol.held_out.metrics import metrics
 from gramfuse_server.accumulator import Accumulator
 from loopback import BIN, CONNECTION, deployment
 

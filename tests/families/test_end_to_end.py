@@ -25,9 +25,9 @@ from gramfuse_client.statistics import collect_statistics
 from gramfuse_model.base import load_base, trainable
 from gramfuse_model.tasks import FORMS
 from gramfuse_model.tracing import plan_layout
-from gramfuse_protocol.metrics import metrics, primary
-from gramfuse_protocol.plan import Plan
-from gramfuse_protocol.task import Task
+from gramfuse_protocol.contract.plan import Plan
+from gramfuse_protocol.contract.task import Task
+from gramfuse_protocol.held_out.metrics import metrics, primary
 from gramfuse_server.accumulator import Accumulator
 from gramfuse_server.model import write_model
 

@@ -20,10 +20,10 @@ from gramfuse_client.gram import collect_grams
 from gramfuse_model.base import Base, load_base
 from gramfuse_model.tracing import derive_layout, plan_layout
 from gramfuse_model.zero_head import plan_for
+from gramfuse_protocol.contract.layout import Layout
+from gramfuse_protocol.contract.plan import Merge, Plan
+from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.errors import ModelError
-from gramfuse_protocol.layout import Layout
-from gramfuse_protocol.plan import Merge, Plan
-from gramfuse_protocol.task import Task
 
 LABELS = {"num_labels": 2, "id2label": {0: "a", 1: "b"}, "label2id": {"a": 0, "b": 1}}
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}

@@ -15,9 +15,9 @@ from gramfuse_model.base import Base, load_base
 from gramfuse_model.public_batch import public_batch
 from gramfuse_model.tracing import derive_layout, plan_layout
 from gramfuse_model.zero_head import load_zero_headed
+from gramfuse_protocol.contract.layout import Layout
+from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.errors import ContributionError, ModelError
-from gramfuse_protocol.layout import Layout
-from gramfuse_protocol.plan import Plan
 
 Pico = Callable[[str], Path]
 Batch = dict[str, torch.Tensor]

@@ -15,8 +15,8 @@ from gramfuse_model.base import Base, load_base
 from gramfuse_model.lengths import check_lengths, room_of
 from gramfuse_model.tracing import plan_layout
 from gramfuse_model.zero_head import plan_for
+from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.errors import ModelError, PlanError
-from gramfuse_protocol.task import Task
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
 ANSWERS = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2}

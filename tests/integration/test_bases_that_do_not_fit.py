@@ -20,8 +20,8 @@ from transformers import PreTrainedModel
 from gramfuse_cli.main import cli
 from gramfuse_client.checkpoint import measure, open_checkpoint
 from gramfuse_client.data import Examples
+from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.errors import GramfuseError, ModelError
-from gramfuse_protocol.task import Task
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
 BERT = {**SIZES, "max_position_embeddings": 64, "pad_token_id": 0}

@@ -37,14 +37,14 @@ from gramfuse_client.ledger import Entry, Ledger
 from gramfuse_client.silo import Data, Silo, SiloFile, write_identity
 from gramfuse_client.state import Contributed, State
 from gramfuse_model.base import load_base
-from gramfuse_protocol import node_key
+from gramfuse_protocol.contract import node_key
+from gramfuse_protocol.contract.layout import Layout
+from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.errors import RefusalError
-from gramfuse_protocol.keys import Identity
-from gramfuse_protocol.layout import Layout
-from gramfuse_protocol.messages import JoinReply, MaskedReply, SharesReply, UnmaskReply
-from gramfuse_protocol.plan import Plan
+from gramfuse_protocol.messages.phases import JoinReply, MaskedReply, SharesReply, UnmaskReply
+from gramfuse_protocol.messages.wire import pack
+from gramfuse_protocol.secure_sum.keys import Identity
 from gramfuse_protocol.tasks.registry import kind_of
-from gramfuse_protocol.wire import pack
 
 NAME = "silo-a"
 YEAR = timedelta(days=365)

@@ -25,10 +25,10 @@ from gramfuse_model.base import load_base, trainable
 from gramfuse_model.differences import add_differences
 from gramfuse_model.tracing import derive_layout, plan_layout
 from gramfuse_model.zero_head import load_zero_headed, plan_for
+from gramfuse_protocol.contract.plan import Plan
+from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.errors import ContributionError, GramfuseError, ModelError, PlanError, RunDirectoryError
-from gramfuse_protocol.plan import Plan
-from gramfuse_protocol.statistics_file import read_statistics
-from gramfuse_protocol.task import Task
+from gramfuse_protocol.statistics.file import read_statistics
 from gramfuse_server.merging import merge
 
 LABELS = ["animals", "weather", "kitchen"]

@@ -24,10 +24,10 @@ import tomlkit
 from gramfuse_cli import simulate as simulate_module
 from gramfuse_cli.main import cli, main
 from gramfuse_cli.project import Project
-from gramfuse_protocol.keys import Identity
-from gramfuse_protocol.layout import Layout
-from gramfuse_protocol.node_key import public_of
-from gramfuse_protocol.plan import Plan
+from gramfuse_protocol.contract.layout import Layout
+from gramfuse_protocol.contract.node_key import public_of
+from gramfuse_protocol.contract.plan import Plan
+from gramfuse_protocol.secure_sum.keys import Identity
 
 GRAMFUSE = str(Path(sys.executable).with_name("gramfuse"))
 

@@ -14,9 +14,9 @@ from click.testing import CliRunner
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertForSequenceClassification
 
 from gramfuse_cli.main import cli
+from gramfuse_protocol.contract.layout import gram_block
 from gramfuse_protocol.errors import DataError, GramfuseError, ModelError, PlanError
-from gramfuse_protocol.layout import gram_block
-from gramfuse_protocol.statistics_file import StatisticsFile, read_statistics
+from gramfuse_protocol.statistics.file import StatisticsFile, read_statistics
 
 TOPICS = {"animals": "cat dog horse sheep", "weather": "rain snow wind sun", "kitchen": "pan pot knife spoon"}
 

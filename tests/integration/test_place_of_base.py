@@ -19,7 +19,7 @@ from gramfuse_client.materials import check_base
 from gramfuse_client.participant import Participant
 from gramfuse_client.silo import Silo
 from gramfuse_protocol.errors import GramfuseError, ModelError
-from gramfuse_protocol.messages import JoinReply, JoinRequest, Message, Refusal
+from gramfuse_protocol.messages.phases import JoinReply, JoinRequest, Message, Refusal
 
 
 def gramfuse(*arguments: Any) -> None:

@@ -28,11 +28,13 @@ from gramfuse_client.policy import check_bytes, check_examples, check_hours, che
 from gramfuse_client.silo import Coordinator, Data, Limits, Silo, SiloFile
 from gramfuse_model.base import load_base
 from gramfuse_model.tracing import plan_layout
+from gramfuse_protocol.contract.layout import Layout
+from gramfuse_protocol.contract.node_key import generate
+from gramfuse_protocol.contract.plan import Pins, Plan
 from gramfuse_protocol.errors import FailureError, FederationError, ModelError, RefusalError, error_types
 from gramfuse_protocol.files import exclusive
-from gramfuse_protocol.flower_records import from_record, to_record
-from gramfuse_protocol.layout import Layout
-from gramfuse_protocol.messages import (
+from gramfuse_protocol.messages.flower_records import from_record, to_record
+from gramfuse_protocol.messages.phases import (
     REPLIES,
     EvaluateReply,
     EvaluateRequest,
@@ -45,9 +47,7 @@ from gramfuse_protocol.messages import (
     UploadReply,
     UploadRequest,
 )
-from gramfuse_protocol.node_key import generate
-from gramfuse_protocol.plan import Pins, Plan
-from gramfuse_protocol.wire import pack, unpack
+from gramfuse_protocol.messages.wire import pack, unpack
 
 SESSION = "0123456789abcdef" * 2
 OTHER_SESSION = "fedcba9876543210" * 2

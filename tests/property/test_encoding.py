@@ -11,11 +11,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gramfuse_model.summands import summands
-from gramfuse_protocol.encoding import capacity, decode, encode
+from gramfuse_protocol.contract.layout import EXPONENT, Group, Layout, Linear, Tensor
 from gramfuse_protocol.errors import ContributionError
-from gramfuse_protocol.layout import EXPONENT, Group, Layout, Linear, Tensor
-from gramfuse_protocol.scales import scales, spread
-from gramfuse_protocol.statistics import Statistics
+from gramfuse_protocol.secure_sum.fixed_point import capacity, decode, encode
+from gramfuse_protocol.secure_sum.scales import scales, spread
+from gramfuse_protocol.statistics.contribution import Statistics
 
 FEW = settings(max_examples=60, deadline=None, derandomize=True)
 MANY = settings(max_examples=150, deadline=None, derandomize=True)

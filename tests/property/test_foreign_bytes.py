@@ -25,22 +25,23 @@ from hypothesis import strategies as st
 
 from gramfuse_client.ledger import Entry, Item, Ledger
 from gramfuse_client.silo import Silo
-from gramfuse_protocol import flower_records, npy, secure_sum
 from gramfuse_protocol.bounds import LAYOUT_CHARACTERS
 from gramfuse_protocol.canonical import canonical_json
+from gramfuse_protocol.contract.layout import Group, Layout, Linear, Part, Tensor
+from gramfuse_protocol.contract.node_key import generate
+from gramfuse_protocol.contract.plan import Plan
+from gramfuse_protocol.contract.roster import Roster
+from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.errors import GramfuseError
-from gramfuse_protocol.keys import Identity
-from gramfuse_protocol.layout import Group, Layout, Linear, Part, Tensor
-from gramfuse_protocol.messages import REPLIES, REQUESTS, Message, StatisticsBody
-from gramfuse_protocol.node_key import generate
-from gramfuse_protocol.plan import Plan
-from gramfuse_protocol.roster import Roster
-from gramfuse_protocol.secure_sum import Member
-from gramfuse_protocol.statistics import Statistics
-from gramfuse_protocol.statistics_file import Origin, read_statistics, write_statistics
-from gramfuse_protocol.task import Task
-from gramfuse_protocol.transcript import Advert
-from gramfuse_protocol.wire import Frame, pack, unpack
+from gramfuse_protocol.messages import flower_records, npy
+from gramfuse_protocol.messages.phases import REPLIES, REQUESTS, Message, StatisticsBody
+from gramfuse_protocol.messages.wire import Frame, pack, unpack
+from gramfuse_protocol.secure_sum import member as secure_sum
+from gramfuse_protocol.secure_sum.keys import Identity
+from gramfuse_protocol.secure_sum.member import Member
+from gramfuse_protocol.secure_sum.statements import Advert
+from gramfuse_protocol.statistics.contribution import Statistics
+from gramfuse_protocol.statistics.file import Origin, read_statistics, write_statistics
 from gramfuse_server.run import checkpoint_text, partial_of, read_checkpoint
 
 CASES = {

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gramfuse_protocol.held_out import Vector, figures
-from gramfuse_protocol.noise import deviations
-from gramfuse_protocol.plan import Plan
-from gramfuse_protocol.task import Task
+from gramfuse_protocol.contract.plan import Plan
+from gramfuse_protocol.contract.task import Task
+from gramfuse_protocol.held_out.noise import deviations
+from gramfuse_protocol.held_out.sums import Vector, figures
 from gramfuse_protocol.tasks.causal_lm import language_rows
 from gramfuse_protocol.tasks.classification import class_rows
 from gramfuse_protocol.tasks.multi_label import label_rows

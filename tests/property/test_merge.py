@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gramfuse_protocol.layout import Group, Layout, Linear, Tensor
-from gramfuse_protocol.statistics import Statistics
+from gramfuse_protocol.contract.layout import Group, Layout, Linear, Tensor
+from gramfuse_protocol.statistics.contribution import Statistics
 from gramfuse_server import merging
 from gramfuse_server.accumulator import Accumulator, Merged
 

@@ -13,8 +13,8 @@ from seqeval import metrics as seqeval
 from seqeval.metrics.sequence_labeling import get_entities
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
-from gramfuse_protocol.metrics import are_sums, by_label, metrics, primary, sums_shape
-from gramfuse_protocol.task import Task
+from gramfuse_protocol.contract.task import Task
+from gramfuse_protocol.held_out.metrics import are_sums, by_label, metrics, primary, sums_shape
 from gramfuse_protocol.tasks.causal_lm import language_sums
 from gramfuse_protocol.tasks.classification import classification_sums
 from gramfuse_protocol.tasks.multi_label import multi_label_sums

@@ -19,10 +19,10 @@ from scipy import stats
 
 from gramfuse_client.evaluate import evaluate_for_sum, rows
 from gramfuse_client.outputs import Outputs
-from gramfuse_protocol.encoding import decode
-from gramfuse_protocol.held_out import LOSS, Vector, figures, groups, is_sum, label_figures, range_of, size
-from gramfuse_protocol.metrics import by_label, metrics
-from gramfuse_protocol.noise import (
+from gramfuse_protocol.contract.plan import Plan
+from gramfuse_protocol.contract.task import Task
+from gramfuse_protocol.held_out.metrics import by_label, metrics
+from gramfuse_protocol.held_out.noise import (
     composed_epsilon,
     deviations,
     discrete_gaussian,
@@ -30,9 +30,9 @@ from gramfuse_protocol.noise import (
     noisy_words,
     variances,
 )
-from gramfuse_protocol.plan import Plan
-from gramfuse_protocol.scales import METRICS_SCALE
-from gramfuse_protocol.task import Task
+from gramfuse_protocol.held_out.sums import LOSS, Vector, figures, groups, is_sum, label_figures, range_of, size
+from gramfuse_protocol.secure_sum.fixed_point import decode
+from gramfuse_protocol.secure_sum.scales import METRICS_SCALE
 from gramfuse_protocol.tasks.causal_lm import language_rows, language_sums
 from gramfuse_protocol.tasks.classification import class_rows, classification_sums
 from gramfuse_protocol.tasks.multi_label import label_rows, multi_label_sums

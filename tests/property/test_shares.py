@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gramfuse_protocol.errors import SecurityError
-from gramfuse_protocol.shares import PRIME, SHARE_BYTES, check_share, combine, split
+from gramfuse_protocol.secure_sum.shares import PRIME, SHARE_BYTES, check_share, combine, split
 
 FEW = settings(max_examples=60, deadline=None, derandomize=True)
 SECRETS = st.binary(min_size=32, max_size=32) | st.sampled_from([bytes(32), b"\xff" * 32, bytes(31) + b"\x80"])

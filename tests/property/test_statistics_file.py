@@ -14,11 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
+from gramfuse_protocol.contract.layout import Group, Layout, Linear, Tensor
+from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.errors import ContributionError, RunDirectoryError
-from gramfuse_protocol.layout import Group, Layout, Linear, Tensor
-from gramfuse_protocol.statistics import Statistics
-from gramfuse_protocol.statistics_file import AddedTokens, Origin, read_statistics, write_statistics
-from gramfuse_protocol.task import Task
+from gramfuse_protocol.statistics.contribution import Statistics
+from gramfuse_protocol.statistics.file import AddedTokens, Origin, read_statistics, write_statistics
 
 LAYOUT = Layout(
     groups=(

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from gramfuse_protocol.structure import Blocks, parse_structure
+from gramfuse_protocol.contract.gram_structure import Blocks, parse_structure
 
 WIDTHS = st.integers(1, 40)
 DTYPES = st.sampled_from([np.float32, np.float64])

@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-import gramfuse_protocol.wire as wire
+import gramfuse_protocol.messages.wire as wire
 from gramfuse_protocol.errors import FederationError
-from gramfuse_protocol.messages import REPLIES, REQUESTS, StatisticsBody, UploadReply, UploadRequest
+from gramfuse_protocol.messages.phases import REPLIES, REQUESTS, StatisticsBody, UploadReply, UploadRequest
+from gramfuse_protocol.messages.wire import Frame, pack, unpack
 from gramfuse_protocol.text import printable
-from gramfuse_protocol.wire import Frame, pack, unpack
 
 BUFFER = 24
 PRINTABLE = st.characters(

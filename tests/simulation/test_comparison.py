@@ -27,10 +27,10 @@ from gramfuse_client.data import Examples, load
 from gramfuse_client.finetune import finetune
 from gramfuse_model.base import load_base
 from gramfuse_model.digests import weights_digest
+from gramfuse_protocol.contract.layout import delta_block
+from gramfuse_protocol.contract.plan import Privacy
 from gramfuse_protocol.errors import PlanError
-from gramfuse_protocol.layout import delta_block
-from gramfuse_protocol.metrics import metrics
-from gramfuse_protocol.plan import Privacy
+from gramfuse_protocol.held_out.metrics import metrics
 from gramfuse_server import post
 from gramfuse_server.app import coordinate
 from gramfuse_server.evaluation import described

@@ -26,10 +26,10 @@ from gramfuse_client.egress import Egress
 from gramfuse_client.ledger import REASON, Ledger, Line
 from gramfuse_client.session import Record
 from gramfuse_client.silo import Silo, write_identity
-from gramfuse_protocol.flower_records import from_record, to_record
-from gramfuse_protocol.keys import Identity
-from gramfuse_protocol.layout import Layout
-from gramfuse_protocol.messages import (
+from gramfuse_protocol.contract.layout import Layout
+from gramfuse_protocol.contract.plan import Plan
+from gramfuse_protocol.messages.flower_records import from_record, to_record
+from gramfuse_protocol.messages.phases import (
     PHASES,
     REPLIES,
     EvaluateRequest,
@@ -40,9 +40,9 @@ from gramfuse_protocol.messages import (
     UploadRequest,
     message_type,
 )
-from gramfuse_protocol.messages import Message as Said
-from gramfuse_protocol.plan import Plan
-from gramfuse_protocol.wire import pack, unpack
+from gramfuse_protocol.messages.phases import Message as Said
+from gramfuse_protocol.messages.wire import pack, unpack
+from gramfuse_protocol.secure_sum.keys import Identity
 from gramfuse_server.app import coordinate
 
 ROW = "zzyzx, a word of one row that nobody may ever read"

@@ -28,16 +28,18 @@ from gramfuse_cli.project import Project
 from gramfuse_client.app import SiloApp
 from gramfuse_client.silo import Silo
 from gramfuse_model.base import Base, load_base
+from gramfuse_protocol.contract.layout import PIECE_BYTES as ONE_PIECE
+from gramfuse_protocol.contract.layout import Layout
+from gramfuse_protocol.contract.node_key import generate
+from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.errors import (
     ContributionError,
     FederationError,
     GramfuseError,
     RefusalError,
 )
-from gramfuse_protocol.flower_records import from_record, to_record
-from gramfuse_protocol.layout import PIECE_BYTES as ONE_PIECE
-from gramfuse_protocol.layout import Layout
-from gramfuse_protocol.messages import (
+from gramfuse_protocol.messages.flower_records import from_record, to_record
+from gramfuse_protocol.messages.phases import (
     REPLIES,
     REQUESTS,
     EvaluateReply,
@@ -46,10 +48,8 @@ from gramfuse_protocol.messages import (
     TrainReply,
     UploadReply,
 )
-from gramfuse_protocol.node_key import generate
-from gramfuse_protocol.plan import Plan
-from gramfuse_protocol.statistics import Statistics
-from gramfuse_protocol.wire import pack, unpack
+from gramfuse_protocol.messages.wire import pack, unpack
+from gramfuse_protocol.statistics.contribution import Statistics
 from gramfuse_server import post
 from gramfuse_server.app import coordinate
 from gramfuse_server.exchange import Exchange

@@ -21,7 +21,7 @@ from gramfuse_client.app import SiloApp
 from gramfuse_client.checkpoint import measure, open_checkpoint
 from gramfuse_client.data import load
 from gramfuse_model.heads import head_parameters
-from gramfuse_protocol.statistics_file import write_statistics
+from gramfuse_protocol.statistics.file import write_statistics
 from gramfuse_server import post
 from gramfuse_server.app import coordinate
 from gramfuse_server.merging import Settings, merge_files

@@ -26,12 +26,12 @@ from gramfuse_client.tasks.classification import ClassificationAtSilo
 from gramfuse_client.tasks.registry import AT_SILO
 from gramfuse_client.tasks.registry import register as register_at_silo
 from gramfuse_model.tasks import FORMS, head_settings
+from gramfuse_protocol.contract.plan import Plan
+from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.errors import ModelError, PlanError
-from gramfuse_protocol.held_out import figures, is_sum
-from gramfuse_protocol.keys import Identity
-from gramfuse_protocol.metrics import metrics
-from gramfuse_protocol.plan import Plan
-from gramfuse_protocol.task import Task
+from gramfuse_protocol.held_out.metrics import metrics
+from gramfuse_protocol.held_out.sums import figures, is_sum
+from gramfuse_protocol.secure_sum.keys import Identity
 from gramfuse_protocol.tasks.classification import Classification
 from gramfuse_protocol.tasks.registry import KINDS, Measure, register
 from gramfuse_protocol.tasks.rows import Group, Vector, added

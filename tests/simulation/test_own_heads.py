@@ -30,8 +30,8 @@ from gramfuse_client.workbench import Workbench
 from gramfuse_model.base import load_base, own_head
 from gramfuse_model.heads import head_parameters
 from gramfuse_model.tasks import FORMS
-from gramfuse_protocol.metrics import metrics
-from gramfuse_protocol.plan import Plan
+from gramfuse_protocol.contract.plan import Plan
+from gramfuse_protocol.held_out.metrics import metrics
 from gramfuse_server import post
 from gramfuse_server.app import coordinate
 from gramfuse_server.report_schema import Report

@@ -31,9 +31,9 @@ from gramfuse_client.workbench import Workbench
 from gramfuse_model.base import load_base
 from gramfuse_model.rescaling import fold
 from gramfuse_model.suitable import check_suitable
+from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.errors import DataError, ModelError
-from gramfuse_protocol.keys import Identity
-from gramfuse_protocol.task import Task
+from gramfuse_protocol.secure_sum.keys import Identity
 from gramfuse_server import post
 from gramfuse_server.app import coordinate
 from gramfuse_server.merging import Settings, merge_files

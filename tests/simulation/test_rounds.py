@@ -30,10 +30,10 @@ from gramfuse_client.silo import Silo
 from gramfuse_client.state import State
 from gramfuse_client.statistics import collect_statistics
 from gramfuse_model.base import load_base, trainable
-from gramfuse_protocol import secure_sum
+from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.errors import FederationError, GramfuseError, RefusalError
-from gramfuse_protocol.flower_records import from_record, to_record
-from gramfuse_protocol.messages import (
+from gramfuse_protocol.messages.flower_records import from_record, to_record
+from gramfuse_protocol.messages.phases import (
     REPLIES,
     REQUESTS,
     EvaluateRequest,
@@ -45,8 +45,8 @@ from gramfuse_protocol.messages import (
     UnmaskReply,
     UploadRequest,
 )
-from gramfuse_protocol.plan import Plan
-from gramfuse_protocol.wire import pack, unpack
+from gramfuse_protocol.messages.wire import pack, unpack
+from gramfuse_protocol.secure_sum import member as secure_sum
 from gramfuse_server import post
 from gramfuse_server.accumulator import Accumulator
 from gramfuse_server.app import coordinate

@@ -34,9 +34,9 @@ from gramfuse_client.workbench import Workbench, train
 from gramfuse_model.base import load_base
 from gramfuse_model.buffers import saved_buffers
 from gramfuse_model.differences import add_differences
+from gramfuse_protocol.contract.layout import delta_block
 from gramfuse_protocol.errors import ContributionError, DataError, ModelError
-from gramfuse_protocol.layout import delta_block
-from gramfuse_protocol.metrics import metrics
+from gramfuse_protocol.held_out.metrics import metrics
 from gramfuse_server import post
 from gramfuse_server.accumulator import Accumulator
 from gramfuse_server.app import coordinate
@@ -248,7 +248,7 @@ def test_what_a_merge_is_compared_with_has_the_mean_of_the_running_means_too(tmp
 
 def with_keys(plan: Any, place: Path) -> Any:
     from gramfuse_client.silo import write_identity
-    from gramfuse_protocol.keys import Identity
+    from gramfuse_protocol.secure_sum.keys import Identity
 
     identities = {name: Identity(bytes([number] * 32)) for number, name in enumerate(SILOS, 1)}
     for name, identity in identities.items():
@@ -301,7 +301,7 @@ def test_files_of_fine_tuned_models_hold_their_running_means(tmp_path: Path) -> 
     expected = accuracy(tuned.model, tuned, silo, task)
 
     from gramfuse_model.heads import head_parameters
-    from gramfuse_protocol.statistics_file import write_statistics
+    from gramfuse_protocol.statistics.file import write_statistics
 
     model, base = str(tmp_path / "tuned"), plan.model.base
     checkpoint = open_checkpoint(model, base, task_of_model(model, tmp_path), tmp_path)

@@ -36,14 +36,11 @@ from gramfuse_client.silo import Silo
 from gramfuse_client.state import State
 from gramfuse_model.base import Base, load_base
 from gramfuse_model.summands import summands
-from gramfuse_protocol import secure_sum
-from gramfuse_protocol.encoding import encode
+from gramfuse_protocol.contract.layout import Layout
+from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.errors import FederationError, GramfuseError, RefusalError, RunDirectoryError
-from gramfuse_protocol.flower_records import from_record, to_record
-from gramfuse_protocol.keys import Identity
-from gramfuse_protocol.layout import Layout
-from gramfuse_protocol.masks import apply
-from gramfuse_protocol.messages import (
+from gramfuse_protocol.messages.flower_records import from_record, to_record
+from gramfuse_protocol.messages.phases import (
     REPLIES,
     REQUESTS,
     EvaluateRequest,
@@ -59,12 +56,15 @@ from gramfuse_protocol.messages import (
     UploadRequest,
     refusal,
 )
-from gramfuse_protocol.plan import Plan
-from gramfuse_protocol.scales import scales
-from gramfuse_protocol.secure_sum import Signed
-from gramfuse_protocol.statistics import Statistics
-from gramfuse_protocol.transcript import advert_statement, metrics_context
-from gramfuse_protocol.wire import pack, unpack
+from gramfuse_protocol.messages.wire import pack, unpack
+from gramfuse_protocol.secure_sum import member as secure_sum
+from gramfuse_protocol.secure_sum.fixed_point import encode
+from gramfuse_protocol.secure_sum.keys import Identity
+from gramfuse_protocol.secure_sum.masks import apply
+from gramfuse_protocol.secure_sum.member import Signed
+from gramfuse_protocol.secure_sum.scales import scales
+from gramfuse_protocol.secure_sum.statements import advert_statement, metrics_context
+from gramfuse_protocol.statistics.contribution import Statistics
 from gramfuse_server import exchange as exchange_module
 from gramfuse_server import post
 from gramfuse_server.accumulator import Accumulator, rounded

@@ -19,10 +19,10 @@ from gramfuse_client.records import statistics_record
 from gramfuse_client.statistics import collect_statistics
 from gramfuse_model.base import trainable
 from gramfuse_model.tracing import derive_layout
+from gramfuse_protocol.contract.layout import Layout
+from gramfuse_protocol.contract.plan import Merge
 from gramfuse_protocol.errors import ContributionError, GramfuseError
-from gramfuse_protocol.layout import Layout
-from gramfuse_protocol.plan import Merge
-from gramfuse_protocol.statistics import Statistics
+from gramfuse_protocol.statistics.contribution import Statistics
 from gramfuse_server.accumulator import Accumulator
 from gramfuse_server.strategy import RegMean
 

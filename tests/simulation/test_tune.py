@@ -22,8 +22,8 @@ from gramfuse_client.data import load, load_validation
 from gramfuse_client.silo import Silo
 from gramfuse_client.state import State
 from gramfuse_model.base import load_base
-from gramfuse_protocol.layout import Layout
-from gramfuse_protocol.plan import Plan
+from gramfuse_protocol.contract.layout import Layout
+from gramfuse_protocol.contract.plan import Plan
 from gramfuse_server.accumulator import Accumulator
 from gramfuse_server.app import coordinate
 from tests.unit.test_report import read_back

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from gramfuse_model.summands import summands
-from gramfuse_protocol.encoding import encode
+from gramfuse_protocol.contract.layout import Group, Layout, Linear, Tensor
 from gramfuse_protocol.errors import ContributionError
-from gramfuse_protocol.layout import Group, Layout, Linear, Tensor
-from gramfuse_protocol.scales import scales
-from gramfuse_protocol.statistics import Statistics
+from gramfuse_protocol.secure_sum.fixed_point import encode
+from gramfuse_protocol.secure_sum.scales import scales
+from gramfuse_protocol.statistics.contribution import Statistics
 from gramfuse_server.accumulator import Accumulator, Merged
 
 D, OUTS = 12, (5, 3)

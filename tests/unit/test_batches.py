@@ -25,10 +25,10 @@ from gramfuse_client.outputs import Outputs, inputs_of
 from gramfuse_client.tasks.registry import at_silo
 from gramfuse_model.base import load_base
 from gramfuse_model.batch import IGNORED
+from gramfuse_protocol.contract.plan import Plan, Training
+from gramfuse_protocol.contract.task import MaskedTask, Task
 from gramfuse_protocol.errors import DataError, ModelError
-from gramfuse_protocol.metrics import metrics
-from gramfuse_protocol.plan import Plan, Training
-from gramfuse_protocol.task import MaskedTask, Task
+from gramfuse_protocol.held_out.metrics import metrics
 from gramfuse_protocol.tasks.token_classification import ENTITIES
 
 CPU = torch.device("cpu")

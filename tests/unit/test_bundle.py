@@ -13,8 +13,8 @@ from flwr.serverapp import ServerApp
 
 from gramfuse_cli.project import Project
 from gramfuse_cli.run import write_app
-from gramfuse_protocol.layout import Layout
-from gramfuse_protocol.plan import Plan
+from gramfuse_protocol.contract.layout import Layout
+from gramfuse_protocol.contract.plan import Plan
 
 
 def test_the_bundle_holds_configuration_only(tmp_path: Path, pico_project: Callable[..., Any]) -> None:

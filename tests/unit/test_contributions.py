@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from gramfuse_protocol.contract.layout import Group, Layout, Linear, Slice, Tensor
 from gramfuse_protocol.errors import ContributionError
-from gramfuse_protocol.layout import Group, Layout, Linear, Slice, Tensor
-from gramfuse_protocol.statistics import check_counts, check_slices
+from gramfuse_protocol.statistics.contribution import check_counts, check_slices
 
 Arrays = dict[str, NDArray]
 GRAM, WEIGHT, BIAS = "gram:dense", "delta:dense.weight", "delta:dense.bias"

@@ -20,8 +20,8 @@ from PIL import Image
 
 from gramfuse_client.data import Examples, left_out, load, load_measured
 from gramfuse_client.silo import Data, Limits, Silo, SiloFile
+from gramfuse_protocol.contract.task import MaskedTask, Task
 from gramfuse_protocol.errors import DataError
-from gramfuse_protocol.task import MaskedTask, Task
 
 LABELS = ("animals", "weather", "kitchen")
 CLASSIFY = Task(task="classification", labels=LABELS)

@@ -13,8 +13,8 @@ from gramfuse_cli import explain
 from gramfuse_cli.main import cli
 from gramfuse_protocol import errors
 from gramfuse_protocol.errors import ContributionError, GramfuseError, RefusalError, SecurityError, error_types
-from gramfuse_protocol.messages import REPLIES, Refusal, TrainReply, TrainRequest, expect, refusal
-from gramfuse_protocol.wire import pack, unpack
+from gramfuse_protocol.messages.phases import REPLIES, Refusal, TrainReply, TrainRequest, expect, refusal
+from gramfuse_protocol.messages.wire import pack, unpack
 
 PAGES = Path(__file__).parents[2] / "docs" / "exit-codes"
 LEAVES = list(error_types().values())

@@ -18,13 +18,13 @@ from gramfuse_model.base import trainable
 from gramfuse_model.experts import holds_experts, is_understood
 from gramfuse_model.summands import summands
 from gramfuse_model.tracing import derive_layout
-from gramfuse_protocol.coverage import coverage, unused
-from gramfuse_protocol.encoding import encode
+from gramfuse_protocol.contract.coverage import coverage, unused
+from gramfuse_protocol.contract.layout import Group, Layout
+from gramfuse_protocol.contract.plan import Merge
 from gramfuse_protocol.errors import ModelError
-from gramfuse_protocol.layout import Group, Layout
-from gramfuse_protocol.plan import Merge
-from gramfuse_protocol.scales import scales
-from gramfuse_protocol.statistics import Statistics
+from gramfuse_protocol.secure_sum.fixed_point import encode
+from gramfuse_protocol.secure_sum.scales import scales
+from gramfuse_protocol.statistics.contribution import Statistics
 from gramfuse_server.accumulator import Accumulator
 from gramfuse_server.pages.wording import explain
 

@@ -21,8 +21,8 @@ from transformers import (
 from gramfuse_client.fisher import choose_variant, fisher_diagonal
 from gramfuse_client.outputs import Batch
 from gramfuse_client.tasks.registry import AT_SILO
+from gramfuse_protocol.contract.task import MaskedTask, Task
 from gramfuse_protocol.errors import ContributionError, PlanError
-from gramfuse_protocol.task import MaskedTask, Task
 
 Fisher = dict[str, torch.Tensor]
 Terms = Callable[[Any, Batch], list[tuple[torch.Tensor, torch.Tensor]]]

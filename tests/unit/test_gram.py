@@ -19,10 +19,10 @@ from gramfuse_client.statistics import collect_statistics
 from gramfuse_model.base import load_base, trainable
 from gramfuse_model.observation import rows_of
 from gramfuse_model.tracing import derive_layout
+from gramfuse_protocol.contract.layout import Group, Layout, Linear, Rows, Tensor
+from gramfuse_protocol.contract.plan import Merge, Plan
 from gramfuse_protocol.errors import ContributionError, ModelError
-from gramfuse_protocol.layout import Group, Layout, Linear, Rows, Tensor
-from gramfuse_protocol.plan import Merge, Plan
-from gramfuse_protocol.statistics import Statistics
+from gramfuse_protocol.statistics.contribution import Statistics
 from gramfuse_server.accumulator import Accumulator
 
 Batch = dict[str, torch.Tensor]

@@ -12,12 +12,12 @@ from gramfuse_model.base import Base, load_base
 from gramfuse_model.heads import head_parameters
 from gramfuse_model.summands import summands
 from gramfuse_model.tracing import plan_layout
-from gramfuse_protocol.encoding import encode
+from gramfuse_protocol.contract.layout import Group, Layout, Linear, Part, Tensor
+from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.errors import ModelError
-from gramfuse_protocol.layout import Group, Layout, Linear, Part, Tensor
-from gramfuse_protocol.plan import Plan
-from gramfuse_protocol.scales import scales
-from gramfuse_protocol.statistics import Statistics
+from gramfuse_protocol.secure_sum.fixed_point import encode
+from gramfuse_protocol.secure_sum.scales import scales
+from gramfuse_protocol.statistics.contribution import Statistics
 from gramfuse_server.accumulator import Accumulator
 
 SILOS = ("north", "east", "west")

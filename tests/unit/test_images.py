@@ -14,8 +14,8 @@ from transformers import ViTImageProcessor
 from gramfuse_client.batches import Encoded
 from gramfuse_client.data import Examples
 from gramfuse_client.images import read_image
+from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.errors import DataError
-from gramfuse_protocol.task import Task
 
 ORIENTATION = 0x0112
 LOOK = Task(task="image-classification", labels=("red", "blue"))

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gramfuse_protocol.contract.layout import Group, Layout, Linear, Part, Tensor
 from gramfuse_protocol.errors import ContributionError, PlanError
-from gramfuse_protocol.layout import Group, Layout, Linear, Part, Tensor
 
 
 def _layout() -> Layout:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
-from gramfuse_protocol.masks import WORDS, Mask, apply
+from gramfuse_protocol.secure_sum.masks import WORDS, Mask, apply
 
 KEYS = [random.Random(n).randbytes(32) for n in range(4)]
 

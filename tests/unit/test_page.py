@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from gramfuse_cli import report as terminal
 from gramfuse_cli.main import main
-from gramfuse_protocol.plan import Plan
+from gramfuse_protocol.contract.plan import Plan
 from gramfuse_server import model as written
 from gramfuse_server.pages import drawing
 from gramfuse_server.pages import page as pages

@@ -30,10 +30,10 @@ from flwr.supernode.cli.flower_supernode import _try_setup_client_authentication
 from gramfuse_cli.authority import Authority, certificate_pem, key_pem, new_key, server_names
 from gramfuse_cli.pki import pki
 from gramfuse_cli.silo import silo as silo_commands
-from gramfuse_protocol import node_key
+from gramfuse_protocol.contract import node_key
 from gramfuse_protocol.documents import Section, parse
 from gramfuse_protocol.errors import PlanError
-from gramfuse_protocol.keys import Identity
+from gramfuse_protocol.secure_sum.keys import Identity
 
 NOW = datetime(2030, 1, 1, tzinfo=UTC)
 EXPECTED = "expected the line that gramfuse silo keygen prints: ecdsa-sha2-nistp384 …"

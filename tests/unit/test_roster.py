@@ -8,10 +8,10 @@ import random
 import pytest
 
 from gramfuse_protocol.bounds import SILOS
+from gramfuse_protocol.contract.plan import Plan
+from gramfuse_protocol.contract.roster import Roster, check_terms, smallest_threshold, tolerated
 from gramfuse_protocol.errors import PlanError
-from gramfuse_protocol.keys import Identity
-from gramfuse_protocol.plan import Plan
-from gramfuse_protocol.roster import Roster, check_terms, smallest_threshold, tolerated
+from gramfuse_protocol.secure_sum.keys import Identity
 
 KEYS = [Identity(random.Random(n).randbytes(32)).public.hex() for n in range(12)]
 

@@ -20,9 +20,9 @@ from gramfuse_model.batch import alone, masks_of
 from gramfuse_model.linear import ALIKE, kind_of
 from gramfuse_model.rows import find_rows
 from gramfuse_model.tracing import derive_layout
+from gramfuse_protocol.contract.layout import Layout
+from gramfuse_protocol.contract.plan import Merge
 from gramfuse_protocol.errors import ModelError
-from gramfuse_protocol.layout import Layout
-from gramfuse_protocol.plan import Merge
 
 WINDOW = 8
 LENGTHS = (3, 7, 4, 6)

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from gramfuse_cli.tuning import Wanted, joint, search
+from gramfuse_protocol.contract.layout import Group, Layout, Linear, Tensor
+from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.errors import ContributionError
-from gramfuse_protocol.layout import Group, Layout, Linear, Tensor
-from gramfuse_protocol.plan import Plan
-from gramfuse_protocol.statistics import Statistics
+from gramfuse_protocol.statistics.contribution import Statistics
 from gramfuse_server.accumulator import Accumulator, Deltas
 from gramfuse_server.search import (
     Judgement,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from gramfuse_protocol.layout import Group, Linear
+from gramfuse_protocol.contract.layout import Group, Linear
 from gramfuse_server.solve import Step, solve
 
 OUT = 3

@@ -11,9 +11,9 @@ from gramfuse_model.base import load_base
 from gramfuse_model.digests import weights_digest
 from gramfuse_model.heads import head_parameters
 from gramfuse_model.tasks import BODY, FORMS, head_settings, merged_form
+from gramfuse_protocol.contract.plan import Plan
+from gramfuse_protocol.contract.task import MaskedTask, Task
 from gramfuse_protocol.errors import PlanError
-from gramfuse_protocol.plan import Plan
-from gramfuse_protocol.task import MaskedTask, Task
 from gramfuse_server.model import card
 
 NER = 'task = "token-classification"\nlabels = ["O", "B-X", "I-X"]'

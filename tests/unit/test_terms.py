@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from gramfuse_cli.terms import check_terms, parse_terms
+from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.documents import build
 from gramfuse_protocol.errors import PlanError
-from gramfuse_protocol.plan import Plan
 from gramfuse_server.methods.registry import METHODS
 
 CLASSES = {"task": "classification", "labels": ["x", "y"]}

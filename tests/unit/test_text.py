@@ -15,13 +15,13 @@ from pydantic import BaseModel, ValidationError
 import gramfuse_client
 import gramfuse_protocol
 import gramfuse_server
-from gramfuse_protocol.messages import REPLIES, REQUESTS
-from gramfuse_protocol.task import Task
+from gramfuse_protocol.contract.task import Task
+from gramfuse_protocol.messages.phases import REPLIES, REQUESTS
 from gramfuse_protocol.text import Legible, lines_of, one_line, printable, quoted
 
 ANYTHING = st.text(st.characters(exclude_categories=[]))
 OWN = {
-    "gramfuse_protocol.secure_sum",
+    "gramfuse_protocol.secure_sum.member",
     "gramfuse_client.attempts",
     "gramfuse_client.measurements",
     "gramfuse_client.releases",

@@ -12,9 +12,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from gramfuse_model.base import Base, load_base
 from gramfuse_model.tracing import derive_layout, plan_layout
+from gramfuse_protocol.contract.layout import Layout
+from gramfuse_protocol.contract.plan import Merge, Plan
 from gramfuse_protocol.errors import ModelError
-from gramfuse_protocol.layout import Layout
-from gramfuse_protocol.plan import Merge, Plan
 
 BATCH = {
     "input_ids": torch.tensor([[4, 5, 6, 7], [8, 9, 0, 0]]),

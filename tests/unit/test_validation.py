@@ -10,8 +10,8 @@ import pytest
 
 from gramfuse_client.data import Examples, load, load_validation
 from gramfuse_client.silo import Silo
+from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.errors import DataError, PlanError
-from gramfuse_protocol.task import Task
 
 TASK = Task(task="classification", labels=("even", "odd"))
 

@@ -19,20 +19,21 @@ import numpy as np
 import pytest
 
 from gramfuse_model.summands import summands
-from gramfuse_protocol import masks, npy, secure_sum, wire
-from gramfuse_protocol import messages as messages_module
 from gramfuse_protocol.canonical import canonical_json, digest
-from gramfuse_protocol.encoding import capacity, decode, encode
+from gramfuse_protocol.contract.layout import Layout
+from gramfuse_protocol.contract.plan import Plan
+from gramfuse_protocol.contract.roster import Roster, smallest_threshold
 from gramfuse_protocol.errors import SecurityError, error_types
-from gramfuse_protocol.keys import Identity, Label, derive, framed
-from gramfuse_protocol.layout import Layout
-from gramfuse_protocol.messages import REPLIES, REQUESTS
-from gramfuse_protocol.plan import Plan
-from gramfuse_protocol.roster import Roster, smallest_threshold
-from gramfuse_protocol.scales import scales
-from gramfuse_protocol.shares import combine, split
-from gramfuse_protocol.statistics import Statistics
-from gramfuse_protocol.transcript import (
+from gramfuse_protocol.messages import npy, wire
+from gramfuse_protocol.messages import phases as messages_module
+from gramfuse_protocol.messages.phases import REPLIES, REQUESTS
+from gramfuse_protocol.secure_sum import masks
+from gramfuse_protocol.secure_sum import member as secure_sum
+from gramfuse_protocol.secure_sum.fixed_point import capacity, decode, encode
+from gramfuse_protocol.secure_sum.keys import Identity, Label, derive, framed
+from gramfuse_protocol.secure_sum.scales import scales
+from gramfuse_protocol.secure_sum.shares import combine, split
+from gramfuse_protocol.secure_sum.statements import (
     SUMS,
     Advert,
     commitment,
@@ -41,6 +42,7 @@ from gramfuse_protocol.transcript import (
     round_digest,
     session_id,
 )
+from gramfuse_protocol.statistics.contribution import Statistics
 
 VECTORS = Path(__file__).parents[1] / "vectors"
 

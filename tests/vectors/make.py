@@ -25,12 +25,12 @@ import numpy as np
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
 from gramfuse_model.summands import summands
-from gramfuse_protocol import masks, npy, secure_sum, wire
 from gramfuse_protocol.canonical import canonical_json, digest
-from gramfuse_protocol.encoding import capacity, decode, encode
-from gramfuse_protocol.keys import Identity, Label, agree, derive, framed
-from gramfuse_protocol.layout import Group, Layout, Linear, Part, Tensor
-from gramfuse_protocol.messages import (
+from gramfuse_protocol.contract.layout import Group, Layout, Linear, Part, Tensor
+from gramfuse_protocol.contract.plan import Plan
+from gramfuse_protocol.contract.roster import smallest_threshold
+from gramfuse_protocol.messages import npy, wire
+from gramfuse_protocol.messages.phases import (
     EvaluateRequest,
     MaskedReply,
     Message,
@@ -38,12 +38,13 @@ from gramfuse_protocol.messages import (
     UnmaskReply,
     UploadReply,
 )
-from gramfuse_protocol.plan import Plan
-from gramfuse_protocol.roster import smallest_threshold
-from gramfuse_protocol.scales import METRICS_SCALE, scales
-from gramfuse_protocol.shares import PRIME, SHARE_BYTES, combine, split
-from gramfuse_protocol.statistics import Statistics
-from gramfuse_protocol.transcript import (
+from gramfuse_protocol.secure_sum import masks
+from gramfuse_protocol.secure_sum import member as secure_sum
+from gramfuse_protocol.secure_sum.fixed_point import capacity, decode, encode
+from gramfuse_protocol.secure_sum.keys import Identity, Label, agree, derive, framed
+from gramfuse_protocol.secure_sum.scales import METRICS_SCALE, scales
+from gramfuse_protocol.secure_sum.shares import PRIME, SHARE_BYTES, combine, split
+from gramfuse_protocol.secure_sum.statements import (
     SUMS,
     Advert,
     advert_statement,
@@ -54,6 +55,7 @@ from gramfuse_protocol.transcript import (
     session_id,
     survivors_statement,
 )
+from gramfuse_protocol.statistics.contribution import Statistics
 
 HERE = Path(__file__).parent
 ALPHA = 0.75

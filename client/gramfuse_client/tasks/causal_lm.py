@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from gramfuse_client.columns import Input, Reader
 from gramfuse_client.sources import Row
 from gramfuse_client.tasks.registry import TaskAtSilo, Terms, Variant, register
-from gramfuse_protocol.task import Task
+from gramfuse_protocol.contract.task import Task
 
 if TYPE_CHECKING:
     import torch

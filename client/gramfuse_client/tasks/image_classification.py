@@ -16,8 +16,8 @@ from gramfuse_client.images import check_image, check_pillow, read_image
 from gramfuse_client.sources import Row
 from gramfuse_client.tasks.classification import ClassificationAtSilo
 from gramfuse_client.tasks.registry import register
+from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.errors import DataError
-from gramfuse_protocol.task import Task
 from gramfuse_protocol.text import quoted
 
 if TYPE_CHECKING:

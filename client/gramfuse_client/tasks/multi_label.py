@@ -18,8 +18,8 @@ from gramfuse_client.columns import Input, Reader, unpacked
 from gramfuse_client.sources import Row
 from gramfuse_client.tasks.registry import Loss, TaskAtSilo, Terms, Variant, register
 from gramfuse_client.tasks.words import of_labels
+from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.errors import DataError
-from gramfuse_protocol.task import Task
 from gramfuse_protocol.text import listed, quoted
 
 if TYPE_CHECKING:

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from gramfuse_client.columns import Input, Label, Reader
 from gramfuse_client.sources import Row
+from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.errors import PlanError
-from gramfuse_protocol.task import Task
 
 if TYPE_CHECKING:
     import torch

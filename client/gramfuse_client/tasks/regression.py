@@ -16,8 +16,8 @@ from gramfuse_client.columns import Input, Reader
 from gramfuse_client.sources import Row
 from gramfuse_client.targets import check_targets, described
 from gramfuse_client.tasks.registry import TaskAtSilo, Terms, Variant, register
+from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.errors import DataError
-from gramfuse_protocol.task import Task
 from gramfuse_protocol.text import quoted
 
 if TYPE_CHECKING:

@@ -20,8 +20,8 @@ from gramfuse_client.columns import Input, Reader, check_characters, unpacked
 from gramfuse_client.sources import Row
 from gramfuse_client.tasks.registry import TaskAtSilo, Terms, Variant, register
 from gramfuse_client.tasks.words import counted
+from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.errors import DataError
-from gramfuse_protocol.task import Task
 from gramfuse_protocol.tasks.token_classification import OUTSIDE, entities
 from gramfuse_protocol.text import quoted
 

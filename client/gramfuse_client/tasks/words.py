@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from gramfuse_protocol.task import Task
+from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.text import quoted
 
 

@@ -27,7 +27,7 @@ from gramfuse_protocol.tasks.rows import EXAMPLES, LOSS, Group, Vector, added, s
 from gramfuse_protocol.tasks.scores import PERPLEXITY, Sums, perplexity, share
 
 if TYPE_CHECKING:
-    from gramfuse_protocol.task import Task
+    from gramfuse_protocol.contract.task import Task
 
 
 @register

@@ -29,7 +29,7 @@ from gramfuse_protocol.tasks.rows import OF_LABELS, Group, Vector, added, counts
 from gramfuse_protocol.tasks.scores import MACRO_F1, Sums, examples_in, mean, of_names, share
 
 if TYPE_CHECKING:
-    from gramfuse_protocol.task import Task
+    from gramfuse_protocol.contract.task import Task
 
 
 @register

@@ -27,7 +27,7 @@ from gramfuse_protocol.tasks.rows import EXAMPLES, OF_LABELS, Group, Vector, add
 from gramfuse_protocol.tasks.scores import MACRO_F1, Sums, f1_of, mean, of_names
 
 if TYPE_CHECKING:
-    from gramfuse_protocol.task import Task
+    from gramfuse_protocol.contract.task import Task
 
 
 @register

@@ -29,7 +29,7 @@ from gramfuse_protocol.tasks.scores import Sums
 from gramfuse_protocol.text import quoted
 
 if TYPE_CHECKING:
-    from gramfuse_protocol.task import Task
+    from gramfuse_protocol.contract.task import Task
 
 SHARE = (0.0, 1.0)
 
@@ -51,7 +51,7 @@ class TaskKind(ABC):
 
     A silo turns truth and prediction of its examples (the facts, arrays or lists of one entry for each example) into
     `sums`, which add up exactly, or into `rows` where they leave with noise: bounded vectors
-    (`gramfuse_protocol.held_out`), whose sum `figures` turns into the same metrics.
+    (`gramfuse_protocol.held_out.sums`), whose sum `figures` turns into the same metrics.
     """
 
     name: ClassVar[str]
@@ -110,7 +110,7 @@ class TaskKind(ABC):
         """Return all metrics, but for `examples`."""
 
     def by_label(self, task: Task, sums: Sums) -> dict[str, dict[str, float]]:
-        """Return what `gramfuse_protocol.metrics.by_label` does."""
+        """Return what `gramfuse_protocol.held_out.metrics.by_label` does."""
         return {}
 
     @abstractmethod

@@ -29,7 +29,7 @@ from gramfuse_protocol.tasks.rows import EXAMPLES, Group, Vector, added
 from gramfuse_protocol.tasks.scores import Sums
 
 if TYPE_CHECKING:
-    from gramfuse_protocol.task import Task
+    from gramfuse_protocol.contract.task import Task
 
 
 @register

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from gramfuse_protocol.scales import METRICS_SCALE
+from gramfuse_protocol.secure_sum.scales import METRICS_SCALE
 from gramfuse_protocol.tasks.scores import Sums
 
 Vector = NDArray[np.float64]

@@ -29,7 +29,7 @@ from gramfuse_protocol.tasks.rows import LOSS, Group, Vector, added, shares
 from gramfuse_protocol.tasks.scores import PERPLEXITY, Sums, perplexity, share
 
 if TYPE_CHECKING:
-    from gramfuse_protocol.task import Task
+    from gramfuse_protocol.contract.task import Task
 
 
 @register

@@ -28,7 +28,7 @@ from gramfuse_protocol.tasks.rows import EXAMPLES, Group, Vector, added, counts_
 from gramfuse_protocol.tasks.scores import MACRO_F1, Sums, f1_of, mean, of_names, share
 
 if TYPE_CHECKING:
-    from gramfuse_protocol.task import Task
+    from gramfuse_protocol.contract.task import Task
 
 OUTSIDE = "O"
 """The tag of a word that is part of no entity."""

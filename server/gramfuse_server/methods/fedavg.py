@@ -9,7 +9,7 @@ from gramfuse_server.methods.registry import Measured, Refusal, Silos, method, n
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from gramfuse_protocol.metrics import Sums
+    from gramfuse_protocol.held_out.metrics import Sums
     from gramfuse_server.methods.arithmetic import Differences
 
 REFUSALS = (

@@ -23,15 +23,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
-from gramfuse_protocol.plan import Plan
+from gramfuse_protocol.contract.plan import Plan
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
     from gramfuse_model.base import Base
-    from gramfuse_protocol.layout import Layout
-    from gramfuse_protocol.metrics import Sums
+    from gramfuse_protocol.contract.layout import Layout
+    from gramfuse_protocol.held_out.metrics import Sums
     from gramfuse_server.methods.arithmetic import Differences, Weights
 
 Need = Literal["models", "data", "fisher"]

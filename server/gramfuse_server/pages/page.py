@@ -8,7 +8,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
-from gramfuse_protocol.plan import Plan
+from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.text import lines_of
 from gramfuse_server.pages.sections import heading, sections
 from gramfuse_server.report_schema import Report

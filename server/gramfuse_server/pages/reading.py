@@ -8,10 +8,10 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.documents import explain
 from gramfuse_protocol.errors import RunDirectoryError
-from gramfuse_protocol.metrics import primary
-from gramfuse_protocol.plan import Plan
+from gramfuse_protocol.held_out.metrics import primary
 from gramfuse_server.pages.wording import ranked_by
 from gramfuse_server.report_schema import Loss, Measured, Report, Step
 from gramfuse_server.verdicts import worst

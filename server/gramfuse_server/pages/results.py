@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from gramfuse_protocol.metrics import primary
+from gramfuse_protocol.held_out.metrics import primary
 from gramfuse_protocol.tasks.registry import KINDS
 from gramfuse_server.pages import drawing
 from gramfuse_server.pages.blocks import (

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from markupsafe import Markup
 
-from gramfuse_protocol.plan import Plan
+from gramfuse_protocol.contract.plan import Plan
+from gramfuse_protocol.contract.who_sees_what import EXAMPLES, seen
 from gramfuse_protocol.tasks.registry import kind_of
 from gramfuse_protocol.text import one_line
-from gramfuse_protocol.who_sees_what import EXAMPLES, seen
 from gramfuse_server.pages import drawing, sight
 from gramfuse_server.pages.added import tell_added
 from gramfuse_server.pages.blocks import Block, Cell, Code, Column, Facts, Row, Section, Sides, Table, Text

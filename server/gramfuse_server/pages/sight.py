@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from gramfuse_protocol.plan import Plan
-from gramfuse_protocol.who_sees_what import (
+from gramfuse_protocol.contract.plan import Plan
+from gramfuse_protocol.contract.who_sees_what import (
     ADDED,
     EXAMPLES,
     MODEL_SAYS,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from gramfuse_protocol.coverage import experts
-from gramfuse_protocol.messages import MERGED
-from gramfuse_protocol.metrics import primary
-from gramfuse_protocol.task import Kind
+from gramfuse_protocol.contract.coverage import experts
+from gramfuse_protocol.contract.task import Kind
+from gramfuse_protocol.held_out.metrics import primary
+from gramfuse_protocol.messages.phases import MERGED
 from gramfuse_protocol.tasks.registry import KINDS as TASKS
 from gramfuse_server.methods.registry import METHODS
 from gramfuse_server.report_schema import Check, Measured, Report, Step

@@ -31,9 +31,9 @@ from gramfuse_protocol.bounds import (
     parse_json,
 )
 from gramfuse_protocol.canonical import canonical_json, digest
+from gramfuse_protocol.contract.gram_structure import Blocks, parse_structure
 from gramfuse_protocol.documents import read_text
 from gramfuse_protocol.errors import ContributionError, PlanError
-from gramfuse_protocol.structure import Blocks, parse_structure
 from gramfuse_protocol.text import Legible, Word, one_line, quoted
 
 ITEM_BYTES = 4

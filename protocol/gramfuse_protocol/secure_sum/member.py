@@ -20,8 +20,9 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from pydantic import BaseModel, ConfigDict, Field
 
+from gramfuse_protocol.contract.roster import Roster
 from gramfuse_protocol.errors import SecurityError
-from gramfuse_protocol.keys import (
+from gramfuse_protocol.secure_sum.keys import (
     KEY_BYTES,
     Identity,
     Label,
@@ -33,10 +34,9 @@ from gramfuse_protocol.keys import (
     public_of,
     verify,
 )
-from gramfuse_protocol.masks import Mask
-from gramfuse_protocol.roster import Roster
-from gramfuse_protocol.shares import SHARE_BYTES, check_share, combine, split
-from gramfuse_protocol.transcript import (
+from gramfuse_protocol.secure_sum.masks import Mask
+from gramfuse_protocol.secure_sum.shares import SHARE_BYTES, check_share, combine, split
+from gramfuse_protocol.secure_sum.statements import (
     SUMS,
     Advert,
     Hex32,
@@ -215,7 +215,7 @@ def share(roster: Roster, member: Member, adverts: Sequence[Advert], random: Ran
 
     Args:
         adverts: of all silos that are in, this one's among them as it was sent.
-        random: as `gramfuse_protocol.shares.split` asks for it; sums in order, mask before seed.
+        random: as `gramfuse_protocol.secure_sum.shares.split` asks for it; sums in order, mask before seed.
 
     Returns:
         The new state, and for each peer the sealed shares, SEALED_BYTES.

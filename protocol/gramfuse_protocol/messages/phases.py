@@ -1,7 +1,7 @@
 """One frozen model per phase and direction.
 
 Every message carries the protocol version, the plan's digest, the round and its session's nonce. Arrays travel
-beside the header (`gramfuse_protocol.wire`), never inside it.
+beside the header (`gramfuse_protocol.messages.wire`), never inside it.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from gramfuse_protocol.bounds import (
     Many,
     Title,
 )
+from gramfuse_protocol.contract.layout import PIECE_BYTES
+from gramfuse_protocol.contract.plan import LARGEST, Name, Sha256
 from gramfuse_protocol.errors import FailureError, FederationError, GramfuseError, RefusalError
-from gramfuse_protocol.layout import PIECE_BYTES
-from gramfuse_protocol.plan import LARGEST, Name, Sha256
-from gramfuse_protocol.secure_sum import SEALED_BYTES
-from gramfuse_protocol.shares import SHARE_BYTES
+from gramfuse_protocol.secure_sum.member import SEALED_BYTES
+from gramfuse_protocol.secure_sum.shares import SHARE_BYTES
+from gramfuse_protocol.secure_sum.statements import Advert, Hex64, Nonce, Sum
 from gramfuse_protocol.text import SAID, Legible, one_line
-from gramfuse_protocol.transcript import Advert, Hex64, Nonce, Sum
 
 Count = Annotated[int, Field(ge=0, le=LARGEST)]
 Examples = Annotated[int, Field(ge=1, le=LARGEST)]
@@ -216,7 +216,7 @@ class SurvivorsRequest(Message):
 
 
 class SurvivorsReply(Message):
-    """The silo's signature (`gramfuse_protocol.transcript.survivors_statement`), hexadecimal."""
+    """The silo's signature (`gramfuse_protocol.secure_sum.statements.survivors_statement`), hexadecimal."""
 
     phase = "survivors"
     silo: Name
@@ -267,7 +267,7 @@ class EvaluateRequest(Message):
 
 
 class EvaluateReply(Message):
-    """`arrays` holds `sums`, float64 (`gramfuse_protocol.metrics`); nothing if they leave through a secure sum."""
+    """`arrays` holds `sums`, float64 (`gramfuse_protocol.held_out.metrics`); nothing if they leave through a secure sum."""
 
     phase = "evaluate"
     carries: ClassVar[Mapping[str, str]] = {"sums": "float64"}

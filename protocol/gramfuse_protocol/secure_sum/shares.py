@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from gramfuse_protocol.errors import SecurityError
-from gramfuse_protocol.keys import KEY_BYTES, Random
+from gramfuse_protocol.secure_sum.keys import KEY_BYTES, Random
 
 PRIME = 2**521 - 1
 SHARE_BYTES = 66

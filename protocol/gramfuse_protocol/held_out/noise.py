@@ -1,6 +1,6 @@
 """Differential privacy of what leaves of held-out results: Gaussian noise that all silos make together.
 
-Each silo adds integers from the discrete Gaussian distribution to its vector (`gramfuse_protocol.held_out`) before it
+Each silo adds integers from the discrete Gaussian distribution to its vector (`gramfuse_protocol.held_out.sums`) before it
 masks it. With M the fewest survivors of a plan and c the silos that may collude, each adds, to the entries of a group
 of sensitivity Δ and share s, noise of variance
 
@@ -24,12 +24,12 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from gramfuse_protocol.encoding import capacity
-from gramfuse_protocol.held_out import Vector, groups
-from gramfuse_protocol.keys import Random
-from gramfuse_protocol.plan import Plan
-from gramfuse_protocol.scales import METRICS_SCALE
-from gramfuse_protocol.task import Task
+from gramfuse_protocol.contract.plan import Plan
+from gramfuse_protocol.contract.task import Task
+from gramfuse_protocol.held_out.sums import Vector, groups
+from gramfuse_protocol.secure_sum.fixed_point import capacity
+from gramfuse_protocol.secure_sum.keys import Random
+from gramfuse_protocol.secure_sum.scales import METRICS_SCALE
 
 DELTA = 1e-5
 """The δ of every (ε, δ) here."""

@@ -12,7 +12,7 @@ noise be smaller by √2, and give away more than ε where an example is changed
 
 Which groups a kind of task has, of which entries, sensitivity and share of the privacy budget, and why these are the
 sensitivities, its file in `gramfuse_protocol.tasks` says. Rounding moves each entry of a row by at most half a unit, so
-the difference of two rows by at most 1 unit in each of d entries: √d units in L2, which `gramfuse_protocol.noise` adds
+the difference of two rows by at most 1 unit in each of d entries: √d units in L2, which `gramfuse_protocol.held_out.noise` adds
 to Δ.
 
 Examples are measured one by one: in a batch, the padding of one would depend on the length of another, and a crafted
@@ -27,8 +27,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gramfuse_protocol.metrics import MOST_EXAMPLES
-from gramfuse_protocol.task import Task
+from gramfuse_protocol.contract.task import Task
+from gramfuse_protocol.held_out.metrics import MOST_EXAMPLES
 from gramfuse_protocol.tasks.registry import SHARE, kind_of
 from gramfuse_protocol.tasks.rows import LOSS, Group, Vector
 
@@ -72,7 +72,7 @@ def is_sum(task: Task, vector: Vector) -> bool:
 
 
 def figures(task: Task, vector: Vector) -> dict[str, float]:
-    """Turn a vector, with noise or without, into metrics: those of `gramfuse_protocol.metrics.metrics`.
+    """Turn a vector, with noise or without, into metrics: those of `gramfuse_protocol.held_out.metrics.metrics`.
 
     Without noise and clipping they are the same. With noise, each is clipped to its range.
     """
@@ -82,7 +82,7 @@ def figures(task: Task, vector: Vector) -> dict[str, float]:
 
 
 def label_figures(task: Task, vector: Vector) -> dict[str, dict[str, float]]:
-    """Turn a vector into what it says of each label: as `gramfuse_protocol.metrics.by_label`."""
+    """Turn a vector into what it says of each label: as `gramfuse_protocol.held_out.metrics.by_label`."""
     return kind_of(task).label_figures(task, vector)
 
 

@@ -9,8 +9,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from gramfuse_protocol.contract.layout import Layout, Slice
 from gramfuse_protocol.errors import ContributionError
-from gramfuse_protocol.layout import Layout, Slice
 
 Array = NDArray[Any]
 

@@ -33,13 +33,13 @@ from gramfuse_protocol.bounds import (
     check_keys,
     parse_json,
 )
+from gramfuse_protocol.contract.layout import ITEM_BYTES, Block, Layout, Positive, Shape
+from gramfuse_protocol.contract.plan import BaseName, Commit, Name, Sha256
+from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.documents import Section
 from gramfuse_protocol.errors import ContributionError, RunDirectoryError, disk_is_full
 from gramfuse_protocol.files import replacing
-from gramfuse_protocol.layout import ITEM_BYTES, Block, Layout, Positive, Shape
-from gramfuse_protocol.plan import BaseName, Commit, Name, Sha256
-from gramfuse_protocol.statistics import Contribution, check_counts
-from gramfuse_protocol.task import Task
+from gramfuse_protocol.statistics.contribution import Contribution, check_counts
 from gramfuse_protocol.text import Word, one_line, quoted
 
 HEADER_LIMIT = 2 * (LAYOUT_CHARACTERS + PLAN_CHARACTERS + HEADER_CHARACTERS)
@@ -188,7 +188,7 @@ class About(Section):
 
 @dataclass(frozen=True)
 class StatisticsFile:
-    """A statistics file that was checked: a `gramfuse_protocol.statistics.Contribution`.
+    """A statistics file that was checked: a `gramfuse_protocol.statistics.contribution.Contribution`.
 
     Example:
         >>> file = gramfuse.read_statistics("hospital.safetensors")

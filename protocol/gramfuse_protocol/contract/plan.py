@@ -16,13 +16,13 @@ from pydantic import AfterValidator, Field, model_validator
 
 from gramfuse_protocol.bounds import SILOS, Many
 from gramfuse_protocol.canonical import digest
+from gramfuse_protocol.contract.gram_structure import parse_structure
+from gramfuse_protocol.contract.node_key import PublicNodeKey
+from gramfuse_protocol.contract.roster import Roster, check_terms, smallest_threshold
+from gramfuse_protocol.contract.task import Kind, Labels, MaskedTask, Task, TaskSettings
 from gramfuse_protocol.documents import Section, build, parse, parse_toml, read_text
 from gramfuse_protocol.errors import PlanError
-from gramfuse_protocol.keys import check_identity_key
-from gramfuse_protocol.node_key import PublicNodeKey
-from gramfuse_protocol.roster import Roster, check_terms, smallest_threshold
-from gramfuse_protocol.structure import parse_structure
-from gramfuse_protocol.task import Kind, Labels, MaskedTask, Task, TaskSettings
+from gramfuse_protocol.secure_sum.keys import check_identity_key
 from gramfuse_protocol.tasks.registry import KINDS, kind_of
 from gramfuse_protocol.text import Word
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gramfuse_protocol.task import Task
+from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.tasks.registry import KINDS, kind_of
 from gramfuse_protocol.tasks.scores import Sums, examples_in
 

@@ -23,7 +23,7 @@ from pydantic import ValidationError
 from gramfuse_protocol.bounds import DIMENSIONS, ENTRIES, TENSORS, check_keys, parse_json
 from gramfuse_protocol.canonical import canonical_json
 from gramfuse_protocol.errors import FederationError
-from gramfuse_protocol.messages import Body
+from gramfuse_protocol.messages.phases import Body
 from gramfuse_protocol.text import SAID, one_line, printable, quoted
 
 BUFFER_BYTES = 32 * 2**20

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, Protocol
 
-from gramfuse_protocol.layout import Layout
+from gramfuse_protocol.contract.layout import Layout
 
 HALF = 0.5
 """A smaller share is warned of."""

@@ -1,7 +1,7 @@
 """The fixed-point scale of everything that is summed over silos.
 
 What a feature's amplitude is on public text, 2^e, is in the layout (`Group.exponents`). With K bits for one silo's
-integer (`gramfuse_protocol.encoding.capacity`), w bits for its weight c, and 10 bits by which an amplitude may exceed
+integer (`gramfuse_protocol.secure_sum.fixed_point.capacity`), w bits for its weight c, and 10 bits by which an amplitude may exceed
 that on public text, an element is multiplied by 2^f with
 
     s, features j and k    f = K − w − 20 − e_j − e_k
@@ -23,8 +23,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from gramfuse_protocol.encoding import capacity
-from gramfuse_protocol.layout import Block, Group, Layout
+from gramfuse_protocol.contract.layout import Block, Group, Layout
+from gramfuse_protocol.secure_sum.fixed_point import capacity
 
 AMPLITUDE_BITS = 10
 DELTA_BITS = 8
@@ -33,7 +33,7 @@ WEIGHT_BITS = {"uniform": 0, "examples": 18}
 MOST_EXAMPLES = 2 ** WEIGHT_BITS["examples"]
 
 METRICS_SCALE = 2.0**20
-"""Scale of what leaves of held-out results (`gramfuse_protocol.held_out`): fine enough for noise and losses."""
+"""Scale of what leaves of held-out results (`gramfuse_protocol.held_out.sums`): fine enough for noise and losses."""
 
 Scale = NDArray[np.float64] | float
 

@@ -2,7 +2,7 @@
 
 A mask is AES-256 in counter mode (NIST SP 800-38A) over zeros, the counter starting at zero: byte k of the stream is
 byte k mod 16 of the encryption of the 16-byte big-endian number k div 16. Every eight bytes are a little-endian word.
-The counter needs no nonce because every key is used for one stream only (`gramfuse_protocol.secure_sum`).
+The counter needs no nonce because every key is used for one stream only (`gramfuse_protocol.secure_sum.member`).
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ class Roster:
 
     Args:
         plan: SHA-256 of the plan, 64 hexadecimal digits; in a round after the first what stands for it
-            (`gramfuse_protocol.transcript.round_digest`).
+            (`gramfuse_protocol.secure_sum.statements.round_digest`).
         keys: Ed25519 public key (32 bytes) of each silo by name, in the plan's order.
         threshold: t, the shares that bring a secret back.
         minimum: fewest silos that a sum may be of.

@@ -6,9 +6,9 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from flwr.app import Message as FlowerMessage
 
 from gramfuse_protocol.errors import FederationError
-from gramfuse_protocol.messages import PHASES, REQUESTS, Message
-from gramfuse_protocol.npy import Bytes, decode, encode
-from gramfuse_protocol.wire import Frame, unpack
+from gramfuse_protocol.messages.npy import Bytes, decode, encode
+from gramfuse_protocol.messages.phases import PHASES, REQUESTS, Message
+from gramfuse_protocol.messages.wire import Frame, unpack
 
 
 def to_record(frame: Frame) -> RecordDict:

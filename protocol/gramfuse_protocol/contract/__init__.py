@@ -1,0 +1,1 @@
+"""What all sides agree on before anything is sent: the plan, its roster and tasks, the layout."""

@@ -1,0 +1,1 @@
+"""What coordinator and silos say to each other, and its bytes."""

@@ -1,0 +1,1 @@
+"""What a silo measured, in memory and as a file."""
