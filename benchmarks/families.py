@@ -42,11 +42,11 @@ from gramfuse_client.batches import Encoded, batches
 from gramfuse_client.checkpoint import measure, open_checkpoint
 from gramfuse_client.data import Examples
 from gramfuse_client.gram import collect_grams
-from gramfuse_model.base import Base, load_base
+from gramfuse_model.derive_layout import plan_layout
 from gramfuse_model.heads import head_parameters
-from gramfuse_model.public_text import PUBLIC_TEXT
-from gramfuse_model.tasks import FORMS
-from gramfuse_model.tracing import plan_layout
+from gramfuse_model.loading.auto_classes import FORMS
+from gramfuse_model.loading.base_model import Base, load_base
+from gramfuse_model.probing.public_text import PUBLIC_TEXT
 from gramfuse_protocol.contract.coverage import families
 from gramfuse_protocol.contract.layout import Layout
 from gramfuse_protocol.contract.plan import Plan

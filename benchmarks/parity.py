@@ -37,9 +37,9 @@ from gramfuse_client.data import Examples, load
 from gramfuse_client.outputs import Batch
 from gramfuse_client.silo import Silo
 from gramfuse_client.workbench import train
-from gramfuse_model.base import load_base
+from gramfuse_model.derive_layout import plan_layout
 from gramfuse_model.differences import add_differences
-from gramfuse_model.tracing import plan_layout
+from gramfuse_model.loading.base_model import load_base
 from gramfuse_protocol.contract.layout import Layout
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.contract.task import Task

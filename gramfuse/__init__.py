@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gramfuse_client.records import statistics_record
     from gramfuse_client.statistics import collect_statistics
-    from gramfuse_model.base import trainable
+    from gramfuse_model.derive_layout import derive_layout
     from gramfuse_model.differences import add_differences
     from gramfuse_model.digests import config_digest, processor_digest, tensor_digests
-    from gramfuse_model.tracing import derive_layout
+    from gramfuse_model.loading.base_model import trainable
     from gramfuse_protocol.contract.layout import Layout
     from gramfuse_protocol.contract.plan import Merge
     from gramfuse_protocol.contract.task import Task
@@ -45,10 +45,10 @@ if TYPE_CHECKING:
     __version__: str
 
 _HOMES = {
-    "derive_layout": "gramfuse_model.tracing",
+    "derive_layout": "gramfuse_model.derive_layout",
     "Layout": "gramfuse_protocol.contract.layout",
     "Merge": "gramfuse_protocol.contract.plan",
-    "trainable": "gramfuse_model.base",
+    "trainable": "gramfuse_model.loading.base_model",
     "collect_statistics": "gramfuse_client.statistics",
     "Statistics": "gramfuse_protocol.statistics.contribution",
     "merge": "gramfuse_server.merging",

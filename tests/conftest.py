@@ -24,7 +24,7 @@ from transformers import BertConfig, BertModel, GPT2Config, GPT2Model, PreTraine
 import gramfuse_client.finetune
 import gramfuse_client.workbench  # noqa: F401  # with all that the two import
 from gramfuse_client.silo import write_identity
-from gramfuse_model.public_text import PUBLIC_TEXT
+from gramfuse_model.probing.public_text import PUBLIC_TEXT
 from gramfuse_protocol.secure_sum.keys import Identity
 
 TOPICS = {

@@ -23,8 +23,8 @@ from gramfuse_cli.laboratory import Bench, Deltas, Laboratory, Part
 from gramfuse_client.batches import batches
 from gramfuse_client.fisher import choose_variant
 from gramfuse_client.statistics import collect_statistics
-from gramfuse_model.base import trainable
-from gramfuse_model.public_batch import public_batch
+from gramfuse_model.loading.base_model import trainable
+from gramfuse_model.probing.public_batch import public_batch
 from gramfuse_protocol.contract.layout import Layout, delta_block, gram_block
 from gramfuse_protocol.held_out.metrics import Sums
 from gramfuse_protocol.statistics.contribution import Contribution, Statistics

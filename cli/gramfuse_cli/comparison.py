@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from gramfuse_model.base import Base
+    from gramfuse_model.loading.base_model import Base
     from gramfuse_protocol.contract.layout import Layout
     from gramfuse_protocol.contract.plan import Plan
     from gramfuse_server.conductor import Observer

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from gramfuse_client.outputs import Batch
     from gramfuse_client.silo import Silo
     from gramfuse_client.tasks.registry import Variant
-    from gramfuse_model.base import Base
+    from gramfuse_model.loading.base_model import Base
 
 Part = Literal["held-out", "validation"]
 """Which of a silo's examples: those that are reported, or those that something is chosen by."""
@@ -153,7 +153,7 @@ class Bench:
         import torch
 
         from gramfuse_client.finetune import finetune
-        from gramfuse_model.base import trainable
+        from gramfuse_model.loading.base_model import trainable
 
         whose = self.silo.name if encoded is None else "all silos together"
         encoded = encoded or self.encoded(self.examples[0])
@@ -210,7 +210,7 @@ class Laboratory:
     @cached_property
     def benches(self) -> Mapping[str, Bench]:
         """One for each silo that is in the merge, in roster order; silos with one task share a base model."""
-        from gramfuse_model.base import load_base
+        from gramfuse_model.loading.base_model import load_base
 
         tasks = {entry.name: entry.task for entry in self.plan.silo}
         bases: dict[str | None, Base] = {}
@@ -232,7 +232,7 @@ class Laboratory:
 
     def weights(self, silo: str) -> dict[str, NDArray[np.float64]]:
         """Return what a silo counts for in each parameter; 0 for labels that it does not annotate."""
-        from gramfuse_model.summands import tensor_weight
+        from gramfuse_model.normal_equations import tensor_weight
 
         c = self.weight(silo)
         held = [c if holds else 0.0 for holds in self.layout.held(silo)]
@@ -249,7 +249,7 @@ class Laboratory:
 
     def start(self) -> dict[str, NDArray[np.float32]]:
         """Return the base model's parameters and buffers that are merged, by name."""
-        from gramfuse_model.base import trainable
+        from gramfuse_model.loading.base_model import trainable
 
         base = next(iter(self.benches.values())).base
         start = trainable(base.model)

@@ -238,7 +238,7 @@ def _modules(weights: list[str]) -> str:
 
 def _preview(project: Project, plan: Plan, layout: Layout) -> dict[str, Any]:
     from gramfuse_client.resources import statistics_memory
-    from gramfuse_model.base import kept_parameters
+    from gramfuse_model.loading.base_model import kept_parameters
 
     gram_entries = sum(group.blocks.entries for group in layout.groups)
     products = sum(group.features * group.d_out for group in layout.groups)

@@ -51,10 +51,10 @@ class Project:
         A plan that is locked already is checked against the base model; one that is not is locked in memory, and takes
         the newest commit of a hub model if it names none.
         """
-        from gramfuse_model.base import load_base
-        from gramfuse_model.lengths import check_lengths
-        from gramfuse_model.suitable import check_suitable
-        from gramfuse_model.tracing import plan_layout
+        from gramfuse_model.derive_layout import plan_layout
+        from gramfuse_model.loading.base_model import load_base
+        from gramfuse_model.probing.lengths import check_lengths
+        from gramfuse_model.probing.suitable import check_suitable
 
         base = load_base(self.plan, self.directory)
         check_lengths(base, self.plan.tasks.values(), trains=True)

@@ -104,7 +104,7 @@ def run(
     that was interrupted after the silos had trained (Ctrl-C, a full disk, too many silos went away) can go on with
     --resume: no silo trains again.
     """
-    from gramfuse_model.source import source_of
+    from gramfuse_model.loading.source import source_of
     from gramfuse_server.run import check_free, read_checkpoint
 
     if out is not None and resume is not None:

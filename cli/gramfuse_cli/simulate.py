@@ -103,7 +103,7 @@ def run_simulation(
     from gramfuse_client.silo import read_silos, write_identity
     from gramfuse_client.state import read_progress
     from gramfuse_client.tasks.registry import at_silo
-    from gramfuse_model.source import source_of
+    from gramfuse_model.loading.source import source_of
     from gramfuse_server.run import check_free, discard
 
     check_terms(compare, project.plan)

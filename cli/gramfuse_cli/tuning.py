@@ -176,7 +176,7 @@ def _bench(collection: Collection, base: str | None, data: Data) -> Bench:
     from gramfuse_client.silo import Data as Sources
     from gramfuse_client.silo import Silo, SiloFile
     from gramfuse_client.words import of_options
-    from gramfuse_model.zero_head import plan_for
+    from gramfuse_model.loading.zero_head import plan_for
 
     first = collection.files[0]
     model = collection.load_base(first, base, Path.cwd())

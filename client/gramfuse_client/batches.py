@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from gramfuse_client.data import Examples
 from gramfuse_client.outputs import ANSWERS, Batch
 from gramfuse_client.tasks.registry import at_silo
-from gramfuse_model.batch import IGNORED
+from gramfuse_model.probing.batch import IGNORED
 from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.errors import DataError
 
@@ -28,7 +28,7 @@ class Encoded(Dataset[dict[str, Any]]):
     cuts, or that the tokenizer makes nothing of, as of U+200B.
 
     Args:
-        tokenizer: `gramfuse_model.base.Base.tokenizer`: for images, the image processor.
+        tokenizer: `gramfuse_model.loading.base_model.Base.tokenizer`: for images, the image processor.
         task: the silo's own.
     """
 

@@ -16,16 +16,16 @@ from gramfuse_client.batches import Encoded, batches, drawn
 from gramfuse_client.data import Examples
 from gramfuse_client.statistics import collect_statistics
 from gramfuse_model.added_tokens import Growth, growth_of
-from gramfuse_model.base import Base, load_base, said, trainable
 from gramfuse_model.buffers import first_difference, saved_buffers
+from gramfuse_model.derive_layout import plan_layout
 from gramfuse_model.digests import config_document
-from gramfuse_model.inputs import new_tokens, other_inputs
-from gramfuse_model.lengths import check_lengths, room_of
-from gramfuse_model.source import check_files, download, locate
-from gramfuse_model.suitable import check_suitable
-from gramfuse_model.tasks import kind_of_checkpoint
-from gramfuse_model.tracing import plan_layout
-from gramfuse_model.zero_head import load_zero_headed, plan_for
+from gramfuse_model.loading.auto_classes import kind_of_checkpoint
+from gramfuse_model.loading.base_model import Base, load_base, said, trainable
+from gramfuse_model.loading.same_inputs import new_tokens, other_inputs
+from gramfuse_model.loading.source import check_files, download, locate
+from gramfuse_model.loading.zero_head import load_zero_headed, plan_for
+from gramfuse_model.probing.lengths import check_lengths, room_of
+from gramfuse_model.probing.suitable import check_suitable
 from gramfuse_protocol.contract.layout import Layout, delta_block
 from gramfuse_protocol.contract.plan import Training
 from gramfuse_protocol.contract.task import Kind, Task

@@ -22,7 +22,7 @@ from gramfuse_protocol.tasks.registry import kind_of
 def outputs(model: Any, batch: Mapping[str, torch.Tensor], task: Task, tokenizer: Any) -> Outputs:
     """Run a model on a batch, without autograd; it must be in evaluation mode.
 
-    Texts are generated as `gramfuse_model.answering` says.
+    Texts are generated as `gramfuse_model.generation` says.
     """
     with torch.no_grad():
         return at_silo(task).outputs(model, batch, task, tokenizer)

@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from gramfuse_client.outputs import inputs_of
-from gramfuse_model.batch import masks_of
 from gramfuse_model.experts import received
 from gramfuse_model.heads import answers
-from gramfuse_model.linear import LinearModule, experts_of, linear_modules
-from gramfuse_model.observation import Hook, observing, rows_of
+from gramfuse_model.layers import LinearModule, experts_of, linear_modules
+from gramfuse_model.probing.batch import masks_of
+from gramfuse_model.probing.hooks import Hook, observing, rows_of
 from gramfuse_protocol.contract.layout import Group, Layout, Rows
 from gramfuse_protocol.errors import ContributionError
 

@@ -38,7 +38,7 @@ def read_image(image: Path | bytes, where: str, mode: str = "RGB") -> Any:
     """Read an image with Pillow: turned as its EXIF data say; greyscale of 16 bits is scaled to 8, black at 0.
 
     Args:
-        mode: Pillow's name for its channels, RGB or L, of `gramfuse_model.public_images.mode_of`.
+        mode: Pillow's name for its channels, RGB or L, of `gramfuse_model.probing.public_images.mode_of`.
 
     Raises:
         DataError: if Pillow is not installed, cannot read it, or cannot tell which of its values is white.

@@ -19,7 +19,7 @@ from gramfuse_protocol.errors import DataError, ModelError, PlanError, RefusalEr
 from gramfuse_protocol.secure_sum.scales import MOST_EXAMPLES
 
 if TYPE_CHECKING:
-    from gramfuse_model.base import Base
+    from gramfuse_model.loading.base_model import Base
 
 
 def check_data(
@@ -134,9 +134,9 @@ def check_base(found: Findings, silo: Silo, plan: Plan) -> Base | None:
     """Load the base model from this machine; nothing is downloaded."""
     import torch
 
-    from gramfuse_model.base import load_base
-    from gramfuse_model.source import source_of
-    from gramfuse_model.suitable import check_suitable
+    from gramfuse_model.loading.base_model import load_base
+    from gramfuse_model.loading.source import source_of
+    from gramfuse_model.probing.suitable import check_suitable
 
     if silo.file.threads:
         torch.set_num_threads(silo.file.threads)  # as in a run
@@ -155,9 +155,9 @@ def check_base(found: Findings, silo: Silo, plan: Plan) -> Base | None:
 
 def check_layout(found: Findings, silo: Silo, given: Given, base: Base | None) -> Layout | None:
     """Derive the layout, or, without a base model, take the one that came with the plan."""
-    from gramfuse_model.base import load_base
-    from gramfuse_model.lengths import check_lengths
-    from gramfuse_model.tracing import plan_layout
+    from gramfuse_model.derive_layout import plan_layout
+    from gramfuse_model.loading.base_model import load_base
+    from gramfuse_model.probing.lengths import check_lengths
 
     plan, path = given.plan, given.path.with_name("layout.json")
     try:

@@ -265,7 +265,7 @@ def statistics_blocks(
     """Yield what a silo adds to the sum of statistics: name, values and scale of each block."""
     import torch  # nothing else in the secure phases needs it, and it takes seconds to load
 
-    from gramfuse_model.summands import summands
+    from gramfuse_model.normal_equations import summands
 
     if silo.file.threads:
         torch.set_num_threads(silo.file.threads)

@@ -19,8 +19,8 @@ from gramfuse_client.policy import check_bytes, check_data, check_hours, check_p
 from gramfuse_client.silo import Silo
 from gramfuse_client.state import Origin, State
 from gramfuse_client.workbench import Workbench
-from gramfuse_model.base import load_base
 from gramfuse_model.heads import head_parameters
+from gramfuse_model.loading.base_model import load_base
 from gramfuse_protocol.contract.layout import Layout
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.errors import PlanError, RefusalError, RunDirectoryError

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
-from gramfuse_model.batch import IGNORED
+from gramfuse_model.probing.batch import IGNORED
 from gramfuse_protocol.tasks.rows import LOSS
 from gramfuse_protocol.tasks.scores import Tokens
 

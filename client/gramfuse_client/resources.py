@@ -21,7 +21,7 @@ from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.errors import LedgerError, PlanError
 
 if TYPE_CHECKING:
-    from gramfuse_model.base import Base
+    from gramfuse_model.loading.base_model import Base
 
 ROOM_BYTES = 64 * 2**20
 """Room on the disk for the session, the ledger and the layout."""

@@ -22,7 +22,7 @@ from gramfuse_client import worker
 # Flower's packages re-export functions under their modules' names, so the module is named in full.
 command = importlib.import_module("flwr.supercore.cli.flower_superexec")
 
-PRELOADED = ["gramfuse_client.worker", "gramfuse_model.base"]
+PRELOADED = ["gramfuse_client.worker", "gramfuse_model.loading.base_model"]
 """What loads Flower, and what loads torch and transformers. Not what reads data: pyarrow starts a thread, and a process
 with threads that are not made for it must not be forked."""
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from gramfuse_client.gram import collect_grams
-from gramfuse_model.base import trainable
+from gramfuse_model.loading.base_model import trainable
 from gramfuse_protocol.contract.layout import Layout, Slice, delta_block, gram_block
 from gramfuse_protocol.contract.plan import Merge
 from gramfuse_protocol.errors import ContributionError
@@ -42,8 +42,8 @@ def collect_statistics(
         model: the fine-tuned model.
         batches: its training data as keyword arguments of forward (see `gramfuse_client.gram.collect_grams`), in an
             order that was drawn: beyond the limit, nothing counts.
-        layout: from `gramfuse_model.tracing`, made on the base model.
-        base: of the base model, by name, float32, what training may change (`gramfuse_model.base.trainable`); what is
+        layout: from `gramfuse_model.derive_layout`, made on the base model.
+        base: of the base model, by name, float32, what training may change (`gramfuse_model.loading.base_model.trainable`); what is
             not in the layout is left out.
         examples: how many examples the model was fine-tuned on, ≥ 1.
         limit: most token rows for one Gram matrix.

@@ -21,14 +21,14 @@ from gramfuse_client.resources import lacking_memory
 from gramfuse_client.silo import Silo
 from gramfuse_client.state import State
 from gramfuse_client.statistics import collect_statistics
-from gramfuse_model.base import Base, load_base, own_head, trainable
 from gramfuse_model.buffers import first_difference, saved_buffers
 from gramfuse_model.change import check_changes
+from gramfuse_model.derive_layout import plan_layout
 from gramfuse_model.differences import add_differences, set_values
-from gramfuse_model.lengths import check_lengths
+from gramfuse_model.loading.base_model import Base, load_base, own_head, trainable
+from gramfuse_model.probing.lengths import check_lengths
+from gramfuse_model.probing.suitable import check_suitable
 from gramfuse_model.rescaling import fold
-from gramfuse_model.suitable import check_suitable
-from gramfuse_model.tracing import plan_layout
 from gramfuse_protocol.contract.layout import Layout, delta_block
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.contract.task import Task

@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from gramfuse_model.base import Base
 from gramfuse_model.buffers import saved_buffers
-from gramfuse_model.inputs import new_tokens, other_inputs
-from gramfuse_model.vocabulary import check_files_of, token_table
+from gramfuse_model.loading.base_model import Base
+from gramfuse_model.loading.same_inputs import new_tokens, other_inputs
+from gramfuse_model.loading.vocabulary import check_files_of, token_table
 from gramfuse_protocol.errors import ModelError
 from gramfuse_protocol.statistics.file import AddedTokens
 

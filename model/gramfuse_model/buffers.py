@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from gramfuse_model.observation import run
+from gramfuse_model.probing.hooks import run
 from gramfuse_protocol.errors import ModelError
 
 

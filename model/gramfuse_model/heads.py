@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 from transformers import PreTrainedModel
 
-from gramfuse_model.linear import LinearModule, linear_modules
+from gramfuse_model.layers import LinearModule, linear_modules
 from gramfuse_protocol.errors import ModelError
 
 

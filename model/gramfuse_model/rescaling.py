@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from gramfuse_model.differences import forget
 from gramfuse_model.heads import last_linear
-from gramfuse_model.linear import LinearModule
+from gramfuse_model.layers import LinearModule
 from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.errors import ModelError
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from gramfuse_model.summands import one_by_one, side_by_side, summands, tensor_weight
+from gramfuse_model.normal_equations import one_by_one, side_by_side, summands, tensor_weight
 from gramfuse_protocol.contract.layout import Group, Layout, delta_block
 from gramfuse_protocol.errors import ContributionError
 from gramfuse_protocol.secure_sum.fixed_point import decode
@@ -79,7 +79,7 @@ class Accumulator:
 
         S = Σ cᵢ Ĝᵢ    T = Σ cᵢ Ĝᵢ Δᵢ    M = Σ cᵢ Δᵢ    C = Σ cᵢ    with Ĝ = α G + (1 − α) diag(G)
 
-    S and T belong to groups, M to every tensor (`gramfuse_model.summands`). Open contributions are folded in one by
+    S and T belong to groups, M to every tensor (`gramfuse_model.normal_equations`). Open contributions are folded in one by
     one; a secure sum is loaded once, as it was decoded.
     """
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from gramfuse_model.added_tokens import grow, load_grown, token_axes, wanted_tokens
-from gramfuse_model.base import Base
+from gramfuse_model.loading.base_model import Base
 from gramfuse_protocol.errors import ContributionError
 from gramfuse_protocol.statistics.file import StatisticsFile
 from gramfuse_protocol.text import listed, quoted

@@ -12,7 +12,7 @@ import numpy as np
 from torch import nn
 
 from gramfuse_model.change import changes
-from gramfuse_model.summands import side_by_side
+from gramfuse_model.normal_equations import side_by_side
 from gramfuse_protocol.contract.layout import Group, Layout
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.secure_sum.scales import MOST_EXAMPLES

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from gramfuse_model.base import Base
-from gramfuse_model.tasks import merged_form
+from gramfuse_model.loading.auto_classes import merged_form
+from gramfuse_model.loading.base_model import Base
 from gramfuse_protocol.contract.layout import ITEM_BYTES, PIECE_BYTES, Layout, delta_block
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.errors import GramfuseError, MergeError, RunDirectoryError

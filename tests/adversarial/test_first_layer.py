@@ -29,9 +29,9 @@ from gramfuse_client.batches import Encoded, batches
 from gramfuse_client.data import Examples
 from gramfuse_client.finetune import finetune
 from gramfuse_client.statistics import collect_statistics
-from gramfuse_model.base import freeze, trainable
-from gramfuse_model.summands import summands
-from gramfuse_model.tracing import derive_layout
+from gramfuse_model.derive_layout import derive_layout
+from gramfuse_model.loading.base_model import freeze, trainable
+from gramfuse_model.normal_equations import summands
 from gramfuse_protocol.contract.layout import Layout
 from gramfuse_protocol.contract.plan import ContextFree, Merge, Training
 from gramfuse_protocol.contract.task import Task

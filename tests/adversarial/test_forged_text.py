@@ -34,7 +34,7 @@ from gramfuse_cli.project import Project
 from gramfuse_client.app import _Formatter
 from gramfuse_client.ledger import Entry
 from gramfuse_client.silo import SiloFile
-from gramfuse_model.tasks import merged_form
+from gramfuse_model.loading.auto_classes import merged_form
 from gramfuse_protocol.canonical import canonical_json
 from gramfuse_protocol.contract.layout import Layout
 from gramfuse_protocol.contract.plan import Plan

@@ -27,7 +27,7 @@ from gramfuse_client import workbench
 from gramfuse_client.app import SiloApp
 from gramfuse_client.data import load
 from gramfuse_client.silo import Silo
-from gramfuse_model.base import Base, load_base
+from gramfuse_model.loading.base_model import Base, load_base
 from gramfuse_protocol.contract.node_key import generate
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.errors import ContributionError, FederationError, SecurityError

@@ -22,8 +22,8 @@ from gramfuse_client.app import SiloApp
 from gramfuse_client.data import load
 from gramfuse_client.silo import Silo, read_silos
 from gramfuse_client.state import State
-from gramfuse_model import summands as sums
-from gramfuse_model.base import Base, load_base
+from gramfuse_model import normal_equations as sums
+from gramfuse_model.loading.base_model import Base, load_base
 from gramfuse_protocol.contract.layout import Block, Layout, delta_block
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.errors import MergeError

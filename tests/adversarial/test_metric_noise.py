@@ -175,7 +175,9 @@ def test_a_model_that_remembers_texts_says_of_one_what_it_would_say_without_the_
     liar: Callable[..., Liar], tmp_path: Path, pico_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A base whose rotary embedding keeps the longest text so far would have one record move what is said of all."""
-    monkeypatch.setattr("gramfuse_model.lengths.check_lengths", lambda *_, **__: None)  # which refuses such a base
+    monkeypatch.setattr(
+        "gramfuse_model.probing.lengths.check_lengths", lambda *_, **__: None
+    )  # which refuses such a base
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(pico_tokenizer),

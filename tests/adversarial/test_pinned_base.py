@@ -23,7 +23,7 @@ from gramfuse_client.finding import Findings
 from gramfuse_client.materials import check_base
 from gramfuse_client.participant import Participant
 from gramfuse_client.silo import Silo
-from gramfuse_model.base import load_base
+from gramfuse_model.loading.base_model import load_base
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.errors import ModelError, PlanError
 from gramfuse_protocol.messages.phases import JoinReply, JoinRequest, Message, Refusal
@@ -165,8 +165,8 @@ def test_texts_for_which_the_base_has_no_places_are_refused_before_any_are_read(
     """A plan that its author's gramfuse let pass would have silos with long texts fail, and so tell who has some."""
     project = pico_project(silos=4, secure=True)
     with monkeypatch.context() as lax:
-        lax.setattr("gramfuse_model.lengths.check_lengths", lambda *_, **__: None)
-        lax.setattr("gramfuse_model.tracing.check_long_texts", lambda *_: None)
+        lax.setattr("gramfuse_model.probing.lengths.check_lengths", lambda *_, **__: None)
+        lax.setattr("gramfuse_model.derive_layout.check_long_texts", lambda *_: None)
         run = Run(project, "model.max-length=64")
     for name in project.names:
         project.train(name).unlink()

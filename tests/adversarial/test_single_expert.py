@@ -18,8 +18,8 @@ from gramfuse_cli.project import Project
 from gramfuse_client.policy import check_plan
 from gramfuse_client.silo import Silo
 from gramfuse_client.statistics import collect_statistics
-from gramfuse_model.base import trainable
-from gramfuse_model.tracing import derive_layout
+from gramfuse_model.derive_layout import derive_layout
+from gramfuse_model.loading.base_model import trainable
 from gramfuse_protocol.contract.plan import Merge
 from gramfuse_protocol.errors import RefusalError
 from tests.conftest import PicoProject

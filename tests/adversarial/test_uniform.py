@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scipy.stats import chisquare
 
-from gramfuse_model.summands import summands
+from gramfuse_model.normal_equations import summands
 from gramfuse_protocol.contract.layout import Group, Layout, Linear, Tensor
 from gramfuse_protocol.contract.roster import Roster
 from gramfuse_protocol.secure_sum import member as secure_sum

@@ -27,8 +27,8 @@ from gramfuse_client.ledger import Ledger
 from gramfuse_client.masking import write_masked
 from gramfuse_client.silo import Silo
 from gramfuse_client.workbench import train
-from gramfuse_model.base import load_base
-from gramfuse_model.summands import summands
+from gramfuse_model.loading.base_model import load_base
+from gramfuse_model.normal_equations import summands
 from gramfuse_protocol.contract.layout import Layout
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.secure_sum.scales import scales

@@ -16,7 +16,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from gramfuse_client.state import State
-from gramfuse_model.base import load_base
+from gramfuse_model.loading.base_model import load_base
 from gramfuse_protocol.contract.layout import Layout
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_server.accumulator import Accumulator

@@ -21,8 +21,8 @@ from gramfuse_client.data import load
 from gramfuse_client.evaluate import evaluate
 from gramfuse_client.silo import Silo
 from gramfuse_client.workbench import train
-from gramfuse_model.base import load_base
-from gramfuse_model.tracing import plan_layout
+from gramfuse_model.derive_layout import plan_layout
+from gramfuse_model.loading.base_model import load_base
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.held_out.metrics import metrics
 from gramfuse_server.accumulator import Accumulator

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import transformers
 
-from gramfuse_model.base import Base, load_base
 from gramfuse_model.digests import config_digest, processor_digest
+from gramfuse_model.loading.base_model import Base, load_base
 from gramfuse_protocol.contract.plan import Pins, Plan
 from gramfuse_protocol.errors import ModelError
 
@@ -70,7 +70,7 @@ def test_a_body_and_its_half_precision_files_are_the_same_base(pico: Pico, tmp_p
 
 def test_another_process_finds_the_same(pico: Pico) -> None:
     script = (
-        "import sys; from pathlib import Path; from gramfuse_model.base import load_base; "
+        "import sys; from pathlib import Path; from gramfuse_model.loading.base_model import load_base; "
         "from gramfuse_protocol.contract.plan import Plan\n"
         "for text in sys.argv[1:]: print(*load_base(Plan.parse(text), Path()).pins)"
     )

@@ -22,9 +22,9 @@ from gramfuse_client.data import Examples
 from gramfuse_client.evaluate import evaluate
 from gramfuse_client.finetune import finetune
 from gramfuse_client.statistics import collect_statistics
-from gramfuse_model.base import load_base, trainable
-from gramfuse_model.tasks import FORMS
-from gramfuse_model.tracing import plan_layout
+from gramfuse_model.derive_layout import plan_layout
+from gramfuse_model.loading.auto_classes import FORMS
+from gramfuse_model.loading.base_model import load_base, trainable
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.held_out.metrics import metrics, primary

@@ -17,9 +17,9 @@ from transformers import PreTrainedModel
 from gramfuse_client.batches import Encoded
 from gramfuse_client.data import Examples
 from gramfuse_client.gram import collect_grams
-from gramfuse_model.base import Base, load_base
-from gramfuse_model.tracing import derive_layout, plan_layout
-from gramfuse_model.zero_head import plan_for
+from gramfuse_model.derive_layout import derive_layout, plan_layout
+from gramfuse_model.loading.base_model import Base, load_base
+from gramfuse_model.loading.zero_head import plan_for
 from gramfuse_protocol.contract.layout import Layout
 from gramfuse_protocol.contract.plan import Merge, Plan
 from gramfuse_protocol.contract.task import Task

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from gramfuse_client.gram import collect_grams
-from gramfuse_model.base import Base, load_base
-from gramfuse_model.public_batch import public_batch
-from gramfuse_model.tracing import derive_layout, plan_layout
-from gramfuse_model.zero_head import load_zero_headed
+from gramfuse_model.derive_layout import derive_layout, plan_layout
+from gramfuse_model.loading.base_model import Base, load_base
+from gramfuse_model.loading.zero_head import load_zero_headed
+from gramfuse_model.probing.public_batch import public_batch
 from gramfuse_protocol.contract.layout import Layout
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.errors import ContributionError, ModelError

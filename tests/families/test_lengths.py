@@ -11,10 +11,10 @@ import pytest
 import torch
 import transformers
 
-from gramfuse_model.base import Base, load_base
-from gramfuse_model.lengths import check_lengths, room_of
-from gramfuse_model.tracing import plan_layout
-from gramfuse_model.zero_head import plan_for
+from gramfuse_model.derive_layout import plan_layout
+from gramfuse_model.loading.base_model import Base, load_base
+from gramfuse_model.loading.zero_head import plan_for
+from gramfuse_model.probing.lengths import check_lengths, room_of
 from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.errors import ModelError, PlanError
 

@@ -36,7 +36,7 @@ from gramfuse_client.finding import Findings
 from gramfuse_client.ledger import Entry, Ledger
 from gramfuse_client.silo import Data, Silo, SiloFile, write_identity
 from gramfuse_client.state import Contributed, State
-from gramfuse_model.base import load_base
+from gramfuse_model.loading.base_model import load_base
 from gramfuse_protocol.contract import node_key
 from gramfuse_protocol.contract.layout import Layout
 from gramfuse_protocol.contract.plan import Plan

@@ -21,10 +21,10 @@ from safetensors.torch import load_file, save_file
 
 from gramfuse_cli.main import cli
 from gramfuse_client.statistics import collect_statistics
-from gramfuse_model.base import load_base, trainable
+from gramfuse_model.derive_layout import derive_layout, plan_layout
 from gramfuse_model.differences import add_differences
-from gramfuse_model.tracing import derive_layout, plan_layout
-from gramfuse_model.zero_head import load_zero_headed, plan_for
+from gramfuse_model.loading.base_model import load_base, trainable
+from gramfuse_model.loading.zero_head import load_zero_headed, plan_for
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.errors import ContributionError, GramfuseError, ModelError, PlanError, RunDirectoryError

@@ -15,7 +15,7 @@ from gramfuse_client.batches import Encoded
 from gramfuse_client.data import load
 from gramfuse_client.finetune import choose_device, finetune
 from gramfuse_client.silo import Silo
-from gramfuse_model.base import load_base
+from gramfuse_model.loading.base_model import load_base
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.errors import ModelError, PlanError
 

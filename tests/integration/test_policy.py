@@ -26,8 +26,8 @@ from gramfuse_client.app import SiloApp
 from gramfuse_client.participant import Participant
 from gramfuse_client.policy import check_bytes, check_examples, check_hours, check_plan, refusals
 from gramfuse_client.silo import Coordinator, Data, Limits, Silo, SiloFile
-from gramfuse_model.base import load_base
-from gramfuse_model.tracing import plan_layout
+from gramfuse_model.derive_layout import plan_layout
+from gramfuse_model.loading.base_model import load_base
 from gramfuse_protocol.contract.layout import Layout
 from gramfuse_protocol.contract.node_key import generate
 from gramfuse_protocol.contract.plan import Pins, Plan

@@ -25,8 +25,8 @@ from gramfuse_client.app import SiloApp
 from gramfuse_client.batches import Encoded, batches
 from gramfuse_client.data import Examples, load
 from gramfuse_client.finetune import finetune
-from gramfuse_model.base import load_base
 from gramfuse_model.digests import weights_digest
+from gramfuse_model.loading.base_model import load_base
 from gramfuse_protocol.contract.layout import delta_block
 from gramfuse_protocol.contract.plan import Privacy
 from gramfuse_protocol.errors import PlanError

@@ -27,7 +27,7 @@ from gramfuse_cli.engine import laboratory_of, simulated_silo
 from gramfuse_cli.project import Project
 from gramfuse_client.app import SiloApp
 from gramfuse_client.silo import Silo
-from gramfuse_model.base import Base, load_base
+from gramfuse_model.loading.base_model import Base, load_base
 from gramfuse_protocol.contract.layout import PIECE_BYTES as ONE_PIECE
 from gramfuse_protocol.contract.layout import Layout
 from gramfuse_protocol.contract.node_key import generate

@@ -16,7 +16,7 @@ from gramfuse_cli.engine import laboratory_of, simulated_silo
 from gramfuse_cli.plan import _preview
 from gramfuse_cli.project import Project
 from gramfuse_client.app import SiloApp
-from gramfuse_model.linear import KINDS, register_layer
+from gramfuse_model.layers import KINDS, register_layer
 from gramfuse_server import post
 from gramfuse_server.app import coordinate
 

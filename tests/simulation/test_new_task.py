@@ -25,7 +25,7 @@ from gramfuse_client.silo import write_identity
 from gramfuse_client.tasks.classification import ClassificationAtSilo
 from gramfuse_client.tasks.registry import AT_SILO
 from gramfuse_client.tasks.registry import register as register_at_silo
-from gramfuse_model.tasks import FORMS, head_settings
+from gramfuse_model.loading.auto_classes import FORMS, head_settings
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.errors import ModelError, PlanError

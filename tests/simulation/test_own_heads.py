@@ -27,9 +27,9 @@ from gramfuse_client.evaluate import evaluate
 from gramfuse_client.silo import Silo
 from gramfuse_client.state import State
 from gramfuse_client.workbench import Workbench
-from gramfuse_model.base import load_base, own_head
 from gramfuse_model.heads import head_parameters
-from gramfuse_model.tasks import FORMS
+from gramfuse_model.loading.auto_classes import FORMS
+from gramfuse_model.loading.base_model import load_base, own_head
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.held_out.metrics import metrics
 from gramfuse_server import post

@@ -28,9 +28,9 @@ from gramfuse_client.silo import write_identity
 from gramfuse_client.state import State
 from gramfuse_client.targets import propose
 from gramfuse_client.workbench import Workbench
-from gramfuse_model.base import load_base
+from gramfuse_model.loading.base_model import load_base
+from gramfuse_model.probing.suitable import check_suitable
 from gramfuse_model.rescaling import fold
-from gramfuse_model.suitable import check_suitable
 from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.errors import DataError, ModelError
 from gramfuse_protocol.secure_sum.keys import Identity

@@ -29,7 +29,7 @@ from gramfuse_client.participant import Participant
 from gramfuse_client.silo import Silo
 from gramfuse_client.state import State
 from gramfuse_client.statistics import collect_statistics
-from gramfuse_model.base import load_base, trainable
+from gramfuse_model.loading.base_model import load_base, trainable
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.errors import FederationError, GramfuseError, RefusalError
 from gramfuse_protocol.messages.flower_records import from_record, to_record

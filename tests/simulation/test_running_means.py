@@ -31,9 +31,9 @@ from gramfuse_client.data import load
 from gramfuse_client.evaluate import evaluate
 from gramfuse_client.state import State
 from gramfuse_client.workbench import Workbench, train
-from gramfuse_model.base import load_base
 from gramfuse_model.buffers import saved_buffers
 from gramfuse_model.differences import add_differences
+from gramfuse_model.loading.base_model import load_base
 from gramfuse_protocol.contract.layout import delta_block
 from gramfuse_protocol.errors import ContributionError, DataError, ModelError
 from gramfuse_protocol.held_out.metrics import metrics
@@ -343,7 +343,7 @@ class Counting(torch.nn.Module):
 
 
 def test_only_buffers_that_training_changes_travel_and_what_has_no_mean_is_refused_before_a_plan_is_locked() -> None:
-    from gramfuse_model.tracing import derive_layout
+    from gramfuse_model.derive_layout import derive_layout
 
     batch = {"features": torch.randn(17, 3)}
     model = Counting()

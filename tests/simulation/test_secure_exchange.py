@@ -34,8 +34,8 @@ from gramfuse_client.participant import Participant
 from gramfuse_client.session import Session
 from gramfuse_client.silo import Silo
 from gramfuse_client.state import State
-from gramfuse_model.base import Base, load_base
-from gramfuse_model.summands import summands
+from gramfuse_model.loading.base_model import Base, load_base
+from gramfuse_model.normal_equations import summands
 from gramfuse_protocol.contract.layout import Layout
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.errors import FederationError, GramfuseError, RefusalError, RunDirectoryError

@@ -17,8 +17,8 @@ from torch import nn
 
 from gramfuse_client.records import statistics_record
 from gramfuse_client.statistics import collect_statistics
-from gramfuse_model.base import trainable
-from gramfuse_model.tracing import derive_layout
+from gramfuse_model.derive_layout import derive_layout
+from gramfuse_model.loading.base_model import trainable
 from gramfuse_protocol.contract.layout import Layout
 from gramfuse_protocol.contract.plan import Merge
 from gramfuse_protocol.errors import ContributionError, GramfuseError

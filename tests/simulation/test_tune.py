@@ -21,7 +21,7 @@ from gramfuse_client.app import SiloApp
 from gramfuse_client.data import load, load_validation
 from gramfuse_client.silo import Silo
 from gramfuse_client.state import State
-from gramfuse_model.base import load_base
+from gramfuse_model.loading.base_model import load_base
 from gramfuse_protocol.contract.layout import Layout
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_server.accumulator import Accumulator

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gramfuse_model.summands import summands
+from gramfuse_model.normal_equations import summands
 from gramfuse_protocol.contract.layout import Group, Layout, Linear, Tensor
 from gramfuse_protocol.errors import ContributionError
 from gramfuse_protocol.secure_sum.fixed_point import encode

@@ -23,8 +23,8 @@ from gramfuse_client.evaluate import count, rows
 from gramfuse_client.finetune import finetune
 from gramfuse_client.outputs import Outputs, inputs_of
 from gramfuse_client.tasks.registry import at_silo
-from gramfuse_model.base import load_base
-from gramfuse_model.batch import IGNORED
+from gramfuse_model.loading.base_model import load_base
+from gramfuse_model.probing.batch import IGNORED
 from gramfuse_protocol.contract.plan import Plan, Training
 from gramfuse_protocol.contract.task import MaskedTask, Task
 from gramfuse_protocol.errors import DataError, ModelError

@@ -14,10 +14,10 @@ from transformers import GptOssConfig, GptOssForCausalLM, MixtralConfig, Mixtral
 
 from gramfuse_client.gram import collect_grams
 from gramfuse_client.statistics import collect_statistics
-from gramfuse_model.base import trainable
+from gramfuse_model.derive_layout import derive_layout
 from gramfuse_model.experts import holds_experts, is_understood
-from gramfuse_model.summands import summands
-from gramfuse_model.tracing import derive_layout
+from gramfuse_model.loading.base_model import trainable
+from gramfuse_model.normal_equations import summands
 from gramfuse_protocol.contract.coverage import coverage, unused
 from gramfuse_protocol.contract.layout import Group, Layout
 from gramfuse_protocol.contract.plan import Merge

@@ -16,9 +16,9 @@ from transformers.pytorch_utils import Conv1D
 
 from gramfuse_client.gram import Gram, collect_grams
 from gramfuse_client.statistics import collect_statistics
-from gramfuse_model.base import load_base, trainable
-from gramfuse_model.observation import rows_of
-from gramfuse_model.tracing import derive_layout
+from gramfuse_model.derive_layout import derive_layout
+from gramfuse_model.loading.base_model import load_base, trainable
+from gramfuse_model.probing.hooks import rows_of
 from gramfuse_protocol.contract.layout import Group, Layout, Linear, Rows, Tensor
 from gramfuse_protocol.contract.plan import Merge, Plan
 from gramfuse_protocol.errors import ContributionError, ModelError

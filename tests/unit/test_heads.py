@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from gramfuse_model.base import Base, load_base
+from gramfuse_model.derive_layout import plan_layout
 from gramfuse_model.heads import head_parameters
-from gramfuse_model.summands import summands
-from gramfuse_model.tracing import plan_layout
+from gramfuse_model.loading.base_model import Base, load_base
+from gramfuse_model.normal_equations import summands
 from gramfuse_protocol.contract.layout import Group, Layout, Linear, Part, Tensor
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.errors import ModelError

@@ -16,10 +16,10 @@ from torch import nn
 from torch.nn import functional
 
 from gramfuse_client.gram import collect_grams
-from gramfuse_model.batch import alone, masks_of
-from gramfuse_model.linear import ALIKE, kind_of
-from gramfuse_model.rows import find_rows
-from gramfuse_model.tracing import derive_layout
+from gramfuse_model.derive_layout import derive_layout
+from gramfuse_model.layers import ALIKE, kind_of
+from gramfuse_model.probing.batch import alone, masks_of
+from gramfuse_model.probing.rows import find_rows
 from gramfuse_protocol.contract.layout import Layout
 from gramfuse_protocol.contract.plan import Merge
 from gramfuse_protocol.errors import ModelError

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import transformers
 
-from gramfuse_model.base import load_base
 from gramfuse_model.digests import weights_digest
 from gramfuse_model.heads import head_parameters
-from gramfuse_model.tasks import BODY, FORMS, head_settings, merged_form
+from gramfuse_model.loading.auto_classes import BODY, FORMS, head_settings, merged_form
+from gramfuse_model.loading.base_model import load_base
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.contract.task import MaskedTask, Task
 from gramfuse_protocol.errors import PlanError

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gramfuse_model.summands import summands
+from gramfuse_model.normal_equations import summands
 from gramfuse_protocol.canonical import canonical_json, digest
 from gramfuse_protocol.contract.layout import Layout
 from gramfuse_protocol.contract.plan import Plan

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
-from gramfuse_model.summands import summands
+from gramfuse_model.normal_equations import summands
 from gramfuse_protocol.canonical import canonical_json, digest
 from gramfuse_protocol.contract.layout import Group, Layout, Linear, Part, Tensor
 from gramfuse_protocol.contract.plan import Plan

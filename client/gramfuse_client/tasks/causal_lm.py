@@ -37,7 +37,7 @@ class CausalLMAtSilo(TaskAtSilo):
         return None
 
     def targets(self, examples: Examples, encoded: Any, tokenizer: Any, task: Task) -> list[list[int]]:
-        from gramfuse_model.batch import IGNORED
+        from gramfuse_model.probing.batch import IGNORED
 
         return [[IGNORED, *tokens[1:]] for tokens in encoded["input_ids"]]
 
@@ -54,7 +54,7 @@ class CausalLMAtSilo(TaskAtSilo):
         from torch.nn.functional import cross_entropy
 
         from gramfuse_client.outputs import inputs_of
-        from gramfuse_model.batch import IGNORED
+        from gramfuse_model.probing.batch import IGNORED
 
         logits, following = model(**inputs_of(example)).logits[0, :-1], example["labels"][0, 1:]
         yield 1.0, -cross_entropy(logits, following, ignore_index=IGNORED, reduction="sum")

@@ -23,7 +23,7 @@ from gramfuse_protocol.text import quoted
 if TYPE_CHECKING:
     from gramfuse_client.data import Examples
     from gramfuse_client.outputs import Batch
-    from gramfuse_model.base import Base
+    from gramfuse_model.loading.base_model import Base
 
 ROWS = 1024
 """Rows of an image in a layer, where the model's configuration does not say."""
@@ -57,7 +57,7 @@ class ImageClassificationAtSilo(ClassificationAtSilo):
         return None
 
     def encode_one(self, examples: Examples, index: int, tokenizer: Any) -> dict[str, Any]:
-        from gramfuse_model.public_images import mode_of
+        from gramfuse_model.probing.public_images import mode_of
 
         given = examples.inputs[index]
         where = "an image" if isinstance(given, bytes) else str(given)

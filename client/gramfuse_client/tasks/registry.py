@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from gramfuse_client.data import Examples
     from gramfuse_client.outputs import Batch, Outputs
-    from gramfuse_model.base import Base
+    from gramfuse_model.loading.base_model import Base
 
 Variant = Literal["hard", "soft", "empirical"]
 """Of which label the likelihood is taken for Fisher information: the one that the model finds most likely, all of them,

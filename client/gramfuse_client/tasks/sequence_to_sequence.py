@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from gramfuse_client.data import Examples
     from gramfuse_client.outputs import Batch, Outputs
-    from gramfuse_model.base import Base
+    from gramfuse_model.loading.base_model import Base
 
 
 @register
@@ -46,7 +46,7 @@ class SequenceToSequenceAtSilo(TaskAtSilo):
         import torch
         from torch.nn.utils.rnn import pad_sequence
 
-        from gramfuse_model.batch import IGNORED
+        from gramfuse_model.probing.batch import IGNORED
 
         filled = pad_sequence([*map(torch.tensor, labels)], batch_first=True, padding_value=IGNORED)
         return {"labels": filled, "decoder_attention_mask": (filled != IGNORED).long()}
@@ -55,15 +55,15 @@ class SequenceToSequenceAtSilo(TaskAtSilo):
         """Yield that of all target tokens."""
         from torch.nn.functional import cross_entropy
 
-        from gramfuse_model.batch import IGNORED
+        from gramfuse_model.probing.batch import IGNORED
 
         logits = model(**example).logits  # (1, target tokens, vocabulary)
         yield 1.0, -cross_entropy(logits[0], example["labels"][0], ignore_index=IGNORED, reduction="sum")
 
     def outputs(self, model: Any, batch: Mapping[str, torch.Tensor], task: Task, tokenizer: Any) -> Outputs:
-        """Return logits of the targets, and the texts that the model generates (`gramfuse_model.answering`)."""
+        """Return logits of the targets, and the texts that the model generates (`gramfuse_model.generation`)."""
         from gramfuse_client.outputs import Outputs
-        from gramfuse_model.answering import answering
+        from gramfuse_model.generation import answering
 
         logits = model(**batch).logits  # the labels give the decoder its inputs
         with answering(model, task, tokenizer):
@@ -72,7 +72,7 @@ class SequenceToSequenceAtSilo(TaskAtSilo):
 
     def facts(self, batch: Mapping[str, torch.Tensor], found: Outputs, task: Task, tokenizer: Any) -> tuple[Any, ...]:
         from gramfuse_client.outputs import next_tokens
-        from gramfuse_model.batch import IGNORED
+        from gramfuse_model.probing.batch import IGNORED
 
         truth = batch["labels"]
         targets = truth.masked_fill(truth == IGNORED, tokenizer.pad_token_id)

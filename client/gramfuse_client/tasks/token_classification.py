@@ -116,7 +116,7 @@ class TokenClassificationAtSilo(TaskAtSilo):
         from torch.nn.functional import cross_entropy
 
         from gramfuse_client.outputs import inputs_of
-        from gramfuse_model.batch import IGNORED
+        from gramfuse_model.probing.batch import IGNORED
 
         logits, labels = model(**inputs_of(example)).logits[0], example["labels"][0]
         tags = labels if variant == "empirical" else where(labels == IGNORED, IGNORED, logits.argmax(-1))
@@ -157,7 +157,7 @@ def _aligned(words: Sequence[int | None], tags: Any) -> list[int]:
     Args:
         words: which word each token is part of, if any.
     """
-    from gramfuse_model.batch import IGNORED
+    from gramfuse_model.probing.batch import IGNORED
 
     return [
         IGNORED if word is None or word == before else tags[word]
@@ -174,7 +174,7 @@ def _tags_of(
         words: (batch, words, 2), whether a word has a token, and its tag.
         truth, predicted: (batch, positions), of tokens; the truth is IGNORED but at the first token of each word.
     """
-    from gramfuse_model.batch import IGNORED
+    from gramfuse_model.probing.batch import IGNORED
 
     tags: tuple[list[list[str]], list[list[str]]] = [], []
     for row, true, said in zip(words, truth, predicted, strict=True):

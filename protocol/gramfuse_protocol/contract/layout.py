@@ -1,6 +1,6 @@
 """The layout: the ordered list of blocks that every contribution consists of.
 
-It is derived once from the base model and the plan (`gramfuse_model.tracing`), travels as JSON, and its
+It is derived once from the base model and the plan (`gramfuse_model.derive_layout`), travels as JSON, and its
 digest is in the locked plan, so that both sides agree on names, shapes and order before anything is measured.
 """
 
@@ -273,7 +273,7 @@ class Layout(_Frozen):
 
     @cached_property
     def sums(self) -> tuple[Block, ...]:
-        """All blocks of what is summed over silos, in order (`gramfuse_model.summands`).
+        """All blocks of what is summed over silos, in order (`gramfuse_model.normal_equations`).
 
         `count`: weight c, examples, token rows of each group, and c of each part. `s:<group>`: packed c·Ĝ.
         `t:<group>`: c·Ĝ·Δ, (d_in, d_out), weights side by side, experts one below the other. `m:<parameter>`: c·Δ, in

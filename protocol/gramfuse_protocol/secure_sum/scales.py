@@ -45,7 +45,7 @@ def scales(layout: Layout, silos: int, weighting: Literal["uniform", "examples"]
         ValueError: if the layout has no exponents.
     """
     if any(len(group.exponents) != group.d_in for group in layout.groups):
-        raise ValueError("the layout has no exponents; derive it with gramfuse_model.tracing")
+        raise ValueError("the layout has no exponents; derive it with gramfuse_model.derive_layout")
     room = capacity(silos) - WEIGHT_BITS[weighting]
     product = 2.0 ** (room - 2 * AMPLITUDE_BITS)
     blocks = iter(layout.sums)

@@ -1,6 +1,6 @@
 """The kinds of task as both sides know them: one file each.
 
-A new kind is a new file here, one in `gramfuse_client.tasks`, and its model class in `gramfuse_model.tasks`;
+A new kind is a new file here, one in `gramfuse_client.tasks`, and its model class in `gramfuse_model.loading.auto_classes`;
 `gramfuse_protocol.tasks.registry` shows what stands in the first.
 """
 

@@ -13,7 +13,7 @@ To add a kind, write a file in this folder with a class that has all that is abs
             return super().metrics(task, sums) | {"within-one": share(near, examples_in(sums))}
 
 Another package can do the same before it reads a plan. What a silo does with its examples stands in
-`gramfuse_client.tasks.registry`, and the model class in `gramfuse_model.tasks.FORMS`.
+`gramfuse_client.tasks.registry`, and the model class in `gramfuse_model.loading.auto_classes.FORMS`.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from gramfuse_model.base import Base
+    from gramfuse_model.loading.base_model import Base
     from gramfuse_protocol.contract.layout import Layout
     from gramfuse_protocol.held_out.metrics import Sums
     from gramfuse_server.methods.arithmetic import Differences, Weights

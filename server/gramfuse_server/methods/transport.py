@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from gramfuse_model.linear import LinearModule
+    from gramfuse_model.layers import LinearModule
 
 SAME = 1e-9
 """Relative difference, in float64, up to which two outputs of one model count as the same."""
@@ -64,7 +64,7 @@ def transport(silos: Silos) -> Merged:
     Raises:
         PlanError: if a silo was lost, or the base model has no units that can be matched.
     """
-    from gramfuse_model.public_batch import public_batch
+    from gramfuse_model.probing.public_batch import public_batch
 
     if len(silos.names) != 2:
         raise PlanError(f"transport: matches the units of two models, and {len(silos.names)} silo is left")
@@ -117,7 +117,7 @@ def feed_forward_pairs(
     """
     import torch
 
-    from gramfuse_model.linear import linear_modules
+    from gramfuse_model.layers import linear_modules
 
     probe = copy.deepcopy(model).cpu().double().eval()
     parameters = dict(probe.named_parameters())

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from gramfuse_model.public_text import PUBLIC_TEXT
+from gramfuse_model.probing.public_text import PUBLIC_TEXT
 from gramfuse_protocol.errors import ModelError
 from gramfuse_protocol.text import one_line
 

@@ -12,10 +12,10 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
-from gramfuse_model.base import Base
 from gramfuse_model.heads import answers
-from gramfuse_model.observation import MOST, observing
-from gramfuse_model.public_text import PUBLIC_TEXT
+from gramfuse_model.loading.base_model import Base
+from gramfuse_model.probing.hooks import MOST, observing
+from gramfuse_model.probing.public_text import PUBLIC_TEXT
 from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.errors import ModelError, PlanError
 from gramfuse_protocol.text import one_line

@@ -8,13 +8,13 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from gramfuse_model.base import Base
-from gramfuse_model.batch import IGNORED
 from gramfuse_model.heads import answers
-from gramfuse_model.lengths import room_of
-from gramfuse_model.public_images import public_images
-from gramfuse_model.public_text import PUBLIC_TEXT
-from gramfuse_model.rows import find_rows
+from gramfuse_model.loading.base_model import Base
+from gramfuse_model.probing.batch import IGNORED
+from gramfuse_model.probing.lengths import room_of
+from gramfuse_model.probing.public_images import public_images
+from gramfuse_model.probing.public_text import PUBLIC_TEXT
+from gramfuse_model.probing.rows import find_rows
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.errors import ModelError
 

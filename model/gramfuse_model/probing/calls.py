@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from gramfuse_model.experts import GATE_UP, hidden_units, is_understood
-from gramfuse_model.linear import LinearModule
-from gramfuse_model.observation import Hook, observing, run
+from gramfuse_model.layers import LinearModule
+from gramfuse_model.probing.hooks import Hook, observing, run
 
 
 @dataclass

@@ -19,13 +19,13 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from gramfuse_model.buffers import learned, saved_buffers
-from gramfuse_model.checkpoint_keys import Keys, check_keys
 from gramfuse_model.digests import config_digest, processor_digest, tensor_digests, weights_digest
 from gramfuse_model.heads import head_parameters
+from gramfuse_model.loading.auto_classes import FORMS, head_settings
+from gramfuse_model.loading.checkpoint_keys import Keys, check_keys
+from gramfuse_model.loading.source import BUNDLED, Source, source_of
+from gramfuse_model.loading.vocabulary import check_files_of, check_tokenizer, pad
 from gramfuse_model.rescaling import unfold
-from gramfuse_model.source import BUNDLED, Source, source_of
-from gramfuse_model.tasks import FORMS, head_settings
-from gramfuse_model.vocabulary import check_files_of, check_tokenizer, pad
 from gramfuse_protocol.canonical import digest
 from gramfuse_protocol.contract.plan import EMBEDDINGS, Pins, Plan
 from gramfuse_protocol.contract.task import Task
@@ -88,7 +88,7 @@ def load_base(
         whole: whether it is a fine-tuned model, whose files must have its head too.
 
     Raises:
-        ModelError: if it cannot be loaded, its files are not those of such a model (`gramfuse_model.checkpoint_keys`),
+        ModelError: if it cannot be loaded, its files are not those of such a model (`gramfuse_model.loading.checkpoint_keys`),
             a weight is NaN or infinite, or it is not what the plan is locked to.
     """
     task = next(iter(plan.tasks.values())) if silo is None else plan.task_of(silo)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from gramfuse_model.base import Base
 from gramfuse_model.heads import last_linear
-from gramfuse_model.public_batch import public_batch
+from gramfuse_model.loading.base_model import Base
+from gramfuse_model.probing.public_batch import public_batch
 from gramfuse_model.rescaling import fold, rescaled
 from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.errors import ModelError

@@ -10,15 +10,15 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import nn
 
-from gramfuse_model.base import Base
 from gramfuse_model.buffers import changed_by_training
-from gramfuse_model.calls import Calls, calls_of
-from gramfuse_model.context_free import context_free
 from gramfuse_model.heads import last_layer
-from gramfuse_model.linear import LinearModule, experts_of, linear_modules
-from gramfuse_model.precision import in_float32, widened
-from gramfuse_model.public_batch import check_long_texts, public_batch, trying
-from gramfuse_model.rows import find_rows
+from gramfuse_model.layers import LinearModule, experts_of, linear_modules
+from gramfuse_model.loading.base_model import Base
+from gramfuse_model.loading.precision import in_float32, widened
+from gramfuse_model.probing.calls import Calls, calls_of
+from gramfuse_model.probing.context_free import context_free
+from gramfuse_model.probing.public_batch import check_long_texts, public_batch, trying
+from gramfuse_model.probing.rows import find_rows
 from gramfuse_protocol.contract.gram_structure import parse_structure
 from gramfuse_protocol.contract.layout import EXPONENT, Group, Layout, Linear, Part, Rows, Tensor
 from gramfuse_protocol.contract.plan import Merge, Plan
@@ -92,8 +92,8 @@ def derive_layout(
     have the same Gram structure. Each tensor of experts (`gramfuse_model.experts`) is a group of its own. Modules that
     the model does not call, and experts that compute something else, keep the mean. A module that is called several
     times with different inputs, as ALBERT's layers are, has one Gram matrix over all of them. Modules that see tokens
-    without context (`gramfuse_model.context_free`) are averaged, unless `merge.context_free` says otherwise, and so are
-    those of whose input it cannot be told which rows are tokens (`gramfuse_model.rows`). Buffers that training changes
+    without context (`gramfuse_model.probing.context_free`) are averaged, unless `merge.context_free` says otherwise, and so are
+    those of whose input it cannot be told which rows are tokens (`gramfuse_model.probing.rows`). Buffers that training changes
     (`gramfuse_model.buffers`) are averaged, and counters summed, whatever is frozen. A model in half precision is in
     float32 meanwhile, and as it was afterwards.
 

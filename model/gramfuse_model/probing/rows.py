@@ -3,7 +3,7 @@
 Shapes do not tell it. Longformer and LED pad a text inside to a multiple of their window, XLNet has the batch in the
 second dimension, Funnel halves a text on its way, and a table of positions may be as long as the longest text. What is
 true of a row that counts is that it has one value, whatever stands beside its example. So a few examples run as a
-padded batch, and each alone without padding; a reading of the rows (`gramfuse_model.observation.rows_of`) is taken only
+padded batch, and each alone without padding; a reading of the rows (`gramfuse_model.probing.hooks.rows_of`) is taken only
 if it finds in the batch what the examples have alone. A layer without such a reading is not merged in closed form.
 
 What a model puts out is read in the same way. If it is not the same in a batch as alone, padding enters what the model
@@ -20,10 +20,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from gramfuse_model.batch import PLACED, TARGETS, Batch, alone, chosen, has_places, masks_of, with_shorter
 from gramfuse_model.heads import answers, head_parameters
-from gramfuse_model.linear import linear_modules
-from gramfuse_model.observation import Hook, by_example, observing, rows_of, run
+from gramfuse_model.layers import linear_modules
+from gramfuse_model.probing.batch import PLACED, TARGETS, Batch, alone, chosen, has_places, masks_of, with_shorter
+from gramfuse_model.probing.hooks import Hook, by_example, observing, rows_of, run
 from gramfuse_protocol.contract.layout import Rows
 from gramfuse_protocol.errors import ModelError
 

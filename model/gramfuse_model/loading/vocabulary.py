@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gramfuse_model.public_text import PUBLIC_TEXT
+from gramfuse_model.probing.public_text import PUBLIC_TEXT
 from gramfuse_protocol.errors import ModelError
 from gramfuse_protocol.text import quoted
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from gramfuse_model.base import Base
-from gramfuse_model.observation import observing, run
-from gramfuse_model.public_text import PUBLIC_TEXT
+from gramfuse_model.loading.base_model import Base
+from gramfuse_model.probing.hooks import observing, run
+from gramfuse_model.probing.public_text import PUBLIC_TEXT
 from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.errors import ModelError
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from gramfuse_model.batch import TOKENS, alone, masks_of
 from gramfuse_model.heads import answers
-from gramfuse_model.observation import Hook, observing, run
+from gramfuse_model.probing.batch import TOKENS, alone, masks_of
+from gramfuse_model.probing.hooks import Hook, observing, run
 from gramfuse_protocol.errors import ModelError
 
 ROUNDING = 1e-5

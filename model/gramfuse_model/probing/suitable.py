@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from gramfuse_model.answering import first_token
-from gramfuse_model.base import Base
-from gramfuse_model.causality import check_causal
-from gramfuse_model.targets import check_foldable
+from gramfuse_model.generation import first_token
+from gramfuse_model.loading.base_model import Base
+from gramfuse_model.probing.causality import check_causal
+from gramfuse_model.probing.rescaled_targets import check_foldable
 from gramfuse_protocol.contract.task import Task
 
 

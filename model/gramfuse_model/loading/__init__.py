@@ -1,0 +1,1 @@
+"""A base model, or a fine-tuned one, from its files."""
