@@ -38,10 +38,10 @@ from transformers import PreTrainedModel
 
 from accuracy.tables import insert
 from architectures import ARCHITECTURES, TOKENS, Architecture
-from gramfuse_client.batches import Encoded, batches
-from gramfuse_client.checkpoint import measure, open_checkpoint
-from gramfuse_client.data import Examples
-from gramfuse_client.gram import collect_grams
+from gramfuse_client.data.batches import Encoded, batches
+from gramfuse_client.data.examples import Examples
+from gramfuse_client.measuring.checkpoint import measure, open_checkpoint
+from gramfuse_client.measuring.gram import collect_grams
 from gramfuse_model.derive_layout import plan_layout
 from gramfuse_model.heads import head_parameters
 from gramfuse_model.loading.auto_classes import FORMS

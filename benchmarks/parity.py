@@ -32,11 +32,11 @@ from transformers import PreTrainedModel
 
 from gramfuse_cli.init import DESK
 from gramfuse_cli.project import Project
-from gramfuse_client.batches import Encoded
-from gramfuse_client.data import Examples, load
-from gramfuse_client.outputs import Batch
-from gramfuse_client.silo import Silo
-from gramfuse_client.workbench import train
+from gramfuse_client.data.batches import Encoded
+from gramfuse_client.data.examples import Examples, load
+from gramfuse_client.exchange.local_model import train
+from gramfuse_client.silo_file import Silo
+from gramfuse_client.training.outputs import Batch
 from gramfuse_model.derive_layout import plan_layout
 from gramfuse_model.differences import add_differences
 from gramfuse_model.loading.base_model import load_base

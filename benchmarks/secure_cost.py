@@ -65,7 +65,7 @@ from flwr.common.secure_aggregation.secaggplus_utils import pseudo_rand_gen
 from flwr.supercore.primitives.asymmetric import bytes_to_private_key, bytes_to_public_key
 from numpy.typing import NDArray
 
-from gramfuse_client.masking import BUFFER_WORDS, read_masked, write_masked
+from gramfuse_client.state.masked_vector import BUFFER_WORDS, read_masked, write_masked
 from gramfuse_protocol.contract.layout import PIECE_BYTES, Block, Group, Layout, Linear, Tensor
 from gramfuse_protocol.contract.roster import Roster, smallest_threshold
 from gramfuse_protocol.messages import npy
@@ -366,7 +366,7 @@ def silo(elements: int, silos: int, folder: Path, *, disk: bool = True) -> Figur
         streams = session.streams(session.names[0])
     with ExitStack() as stack:
         if not disk:
-            for name in ("gramfuse_client.masking._write", "os.fsync"):
+            for name in ("gramfuse_client.state.masked_vector._write", "os.fsync"):
                 stack.enter_context(mock.patch(name))
         with masking:
             write_masked(path, contribution(layout, silos, 0), silos, streams)

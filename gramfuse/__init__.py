@@ -12,8 +12,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gramfuse_client.records import statistics_record
-    from gramfuse_client.statistics import collect_statistics
+    from gramfuse_client.measuring.collect import collect_statistics
+    from gramfuse_client.measuring.flower_record import statistics_record
     from gramfuse_model.derive_layout import derive_layout
     from gramfuse_model.differences import add_differences
     from gramfuse_model.digests import config_digest, processor_digest, tensor_digests
@@ -49,12 +49,12 @@ _HOMES = {
     "Layout": "gramfuse_protocol.contract.layout",
     "Merge": "gramfuse_protocol.contract.plan",
     "trainable": "gramfuse_model.loading.base_model",
-    "collect_statistics": "gramfuse_client.statistics",
+    "collect_statistics": "gramfuse_client.measuring.collect",
     "Statistics": "gramfuse_protocol.statistics.contribution",
     "merge": "gramfuse_server.merging",
     "Merged": "gramfuse_server.accumulator",
     "add_differences": "gramfuse_model.differences",
-    "statistics_record": "gramfuse_client.records",
+    "statistics_record": "gramfuse_client.measuring.flower_record",
     "RegMean": "gramfuse_server.strategy",
     "write_statistics": "gramfuse_protocol.statistics.file",
     "read_statistics": "gramfuse_protocol.statistics.file",

@@ -22,9 +22,9 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from gramfuse_client.batches import Encoded
-from gramfuse_client.data import Examples
-from gramfuse_client.finetune import choose_device, finetune
+from gramfuse_client.data.batches import Encoded
+from gramfuse_client.data.examples import Examples
+from gramfuse_client.training.finetune import choose_device, finetune
 from gramfuse_protocol.contract.plan import Training
 from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.files import exclusive

@@ -20,9 +20,9 @@ from transformers import PreTrainedModel
 
 from gramfuse_cli.averaging import federated_average
 from gramfuse_cli.laboratory import Bench, Deltas, Laboratory, Part
-from gramfuse_client.batches import batches
-from gramfuse_client.fisher import choose_variant
-from gramfuse_client.statistics import collect_statistics
+from gramfuse_client.data.batches import batches
+from gramfuse_client.measuring.collect import collect_statistics
+from gramfuse_client.training.fisher import choose_variant
 from gramfuse_model.loading.base_model import trainable
 from gramfuse_model.probing.public_batch import public_batch
 from gramfuse_protocol.contract.layout import Layout, delta_block, gram_block

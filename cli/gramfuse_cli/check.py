@@ -16,9 +16,9 @@ from gramfuse_protocol.contract.coverage import family
 from gramfuse_protocol.errors import CheckError
 
 if TYPE_CHECKING:
-    from gramfuse_client.check import Report
-    from gramfuse_client.departures import Departure, Leaving, Part
-    from gramfuse_client.finding import Finding
+    from gramfuse_client.dry_run.check import Report
+    from gramfuse_client.dry_run.findings import Finding
+    from gramfuse_client.guard.disclosure import Departure, Leaving, Part
 
 MOST_LINES = 60
 """Lines of one contribution's table that are still read; with more, those that differ in a number only become one."""
@@ -71,7 +71,7 @@ def check(file: Path, plan: Path | None, offline: bool, skip_bad: int | None, co
 
     Ends with 0 only if all is well, else with 19.
     """
-    from gramfuse_client.check import check as look
+    from gramfuse_client.dry_run.check import check as look
 
     report = look(file, plan, offline=offline, skip_bad=skip_bad, progress=lambda line: say(line, err=True))
     subjects = [finding.subject for finding in report.findings.problems]

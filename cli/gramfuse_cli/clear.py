@@ -34,10 +34,10 @@ def clear(file: Path, plan: str | None, number: int | None, releases: bool, as_j
 
     Both leave a line in the ledger.
     """
-    from gramfuse_client.ledger import Entry, Ledger
-    from gramfuse_client.releases import Releases
-    from gramfuse_client.silo import Silo
-    from gramfuse_client.state import State
+    from gramfuse_client.guard.ledger import Entry, Ledger
+    from gramfuse_client.guard.releases import Releases
+    from gramfuse_client.silo_file import Silo
+    from gramfuse_client.state.state import State
     from gramfuse_protocol.files import exclusive
 
     if (plan is None) == (not releases):

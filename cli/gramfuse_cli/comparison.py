@@ -87,7 +87,7 @@ class SimulatedSilos:
 
     def fisher(self, silo: str, variant: Any, examples: int) -> tuple[str, Deltas]:
         """Return the variant, by default the one that fits the silo's task, and the diagonal Fisher information."""
-        from gramfuse_client.fisher import choose_variant
+        from gramfuse_client.training.fisher import choose_variant
 
         bench = self.laboratory.benches[silo]
         chosen = choose_variant(bench.task, variant)

@@ -74,8 +74,8 @@ def simulated_silo(file: str, state: str, plan_digest: str, *, tuned: bool = Fal
         tuned: whether something is chosen by held-out data, so that some of it has to be set aside for that.
         opened: whether open uploads are allowed, whatever the file says: nothing leaves the machine.
     """
-    from gramfuse_client.data import HALF
-    from gramfuse_client.silo import Silo
+    from gramfuse_client.data.examples import HALF
+    from gramfuse_client.silo_file import Silo
 
     silo = Silo.read(Path(file))
     own = Path(state) / silo.name
@@ -94,7 +94,7 @@ def simulate(spec: dict[str, Any]) -> Report:
     from flwr.simulation import run_simulation
 
     from gramfuse_client.app import SiloApp
-    from gramfuse_client.state import State
+    from gramfuse_client.state.state import State
     from gramfuse_server.app import coordinate
 
     plan = Plan.parse(spec["plan"])
@@ -104,7 +104,7 @@ def simulate(spec: dict[str, Any]) -> Report:
     server = ServerApp()
 
     def finish(name: str, arrays: Mapping[str, NDArray[np.float32]], directory: Path) -> None:
-        from gramfuse_client.workbench import Workbench
+        from gramfuse_client.exchange.local_model import Workbench
 
         silo = simulated_silo(files[name], spec["state"], plan.digest)
         state = State(silo.state, plan.digest, plan.merge.rounds)
@@ -181,7 +181,7 @@ def laboratory_of(
 ) -> Laboratory:
     """Return the laboratory of a round and of the silos that are in its merge, with what they keep on their disks."""
     from gramfuse_cli.laboratory import Laboratory
-    from gramfuse_client.state import State
+    from gramfuse_client.state.state import State
 
     files = dict(zip(plan.names, spec["silos"], strict=True))
     tuned = bool(spec["tune"])

@@ -58,10 +58,10 @@ def init(directory: Path, targets: str | None, text: str, label: str, as_json: b
 
 def _target_lines(source: str, text: str, label: str) -> tuple[str, ...]:
     """Return the lines of a plan that fit the targets of a source, which is read as a silo reads its own."""
-    from gramfuse_client.data import load_training
-    from gramfuse_client.silo import Data, Silo, SiloFile
-    from gramfuse_client.targets import check_apart, propose
-    from gramfuse_client.words import of_options
+    from gramfuse_client.data.examples import load_training
+    from gramfuse_client.data.setting_names import of_options
+    from gramfuse_client.data.targets import check_apart, propose
+    from gramfuse_client.silo_file import Data, Silo, SiloFile
 
     data = Data(train=source, held_out=0.5, text=text, label=label)
     words = of_options(("--text", "--label"), skip=False)

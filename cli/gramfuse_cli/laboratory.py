@@ -21,11 +21,11 @@ from gramfuse_protocol.statistics.contribution import Contribution
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from gramfuse_client.batches import Encoded
-    from gramfuse_client.data import Examples
-    from gramfuse_client.outputs import Batch
-    from gramfuse_client.silo import Silo
+    from gramfuse_client.data.batches import Encoded
+    from gramfuse_client.data.examples import Examples
+    from gramfuse_client.silo_file import Silo
     from gramfuse_client.tasks.registry import Variant
+    from gramfuse_client.training.outputs import Batch
     from gramfuse_model.loading.base_model import Base
 
 Part = Literal["held-out", "validation"]
@@ -49,7 +49,7 @@ class Bench:
     """
 
     def __init__(self, silo: Silo, plan: Plan, base: Base, head: Head, names: Mapping[str, int] | None = None) -> None:
-        from gramfuse_client.finetune import choose_device
+        from gramfuse_client.training.finetune import choose_device
 
         self.silo = silo
         self.plan = plan
@@ -63,12 +63,12 @@ class Bench:
     @cached_property
     def examples(self) -> tuple[Examples, Examples]:
         """Training and held-out examples."""
-        from gramfuse_client.data import load
+        from gramfuse_client.data.examples import load
 
         return load(self.silo, self.task, self.names)
 
     def _part(self, part: Part) -> Encoded:
-        from gramfuse_client.data import load_validation
+        from gramfuse_client.data.examples import load_validation
 
         if part == "held-out":
             return self.encoded(self.examples[1])
@@ -76,7 +76,7 @@ class Bench:
 
     def encoded(self, examples: Examples) -> Encoded:
         """Return examples as models of the silo's task take them."""
-        from gramfuse_client.batches import Encoded
+        from gramfuse_client.data.batches import Encoded
 
         return Encoded(examples, self.base.tokenizer, self.task)
 
@@ -107,14 +107,14 @@ class Bench:
 
     def evaluate(self, model: PreTrainedModel, part: Part) -> Sums:
         """Return the sums of a model that is on the silo's device."""
-        from gramfuse_client.evaluate import evaluate
+        from gramfuse_client.training.evaluate import evaluate
 
         return evaluate(model, self.batches(part), self.task, self.base.tokenizer)
 
     def batches(self, part: Part) -> Iterator[Batch]:
         """Yield the batches of a part, as an exchange has them."""
-        from gramfuse_client.batches import batches
-        from gramfuse_client.workbench import EVALUATION_BATCH
+        from gramfuse_client.data.batches import batches
+        from gramfuse_client.exchange.local_model import EVALUATION_BATCH
 
         return batches(self.parts[part], EVALUATION_BATCH, self.device, by_length=True)
 
@@ -125,8 +125,8 @@ class Bench:
             models: differences, and the values of what is not merged.
             annotated: indices of the labels that each model was trained with.
         """
-        from gramfuse_client.ensemble import together
-        from gramfuse_client.evaluate import count, outputs
+        from gramfuse_client.training.ensemble import together
+        from gramfuse_client.training.evaluate import count, outputs
 
         total: Sums = np.zeros(sums_shape(self.task), np.float64)
         for batch in self.batches("held-out"):
@@ -152,7 +152,7 @@ class Bench:
         """
         import torch
 
-        from gramfuse_client.finetune import finetune
+        from gramfuse_client.training.finetune import finetune
         from gramfuse_model.loading.base_model import trainable
 
         whose = self.silo.name if encoded is None else "all silos together"
@@ -169,8 +169,8 @@ class Bench:
         Args:
             examples: most training examples that it is taken over; they are drawn by the plan's seed.
         """
-        from gramfuse_client.batches import batches
-        from gramfuse_client.fisher import fisher_diagonal
+        from gramfuse_client.data.batches import batches
+        from gramfuse_client.training.fisher import fisher_diagonal
 
         train = self.examples[0]
         drawn = random.Random(self.plan.training.seed).sample(range(len(train)), min(examples, len(train)))  # noqa: S311
@@ -276,7 +276,7 @@ class Laboratory:
         Args:
             threads: of the CPU; by default all, since no silo trains beside it.
         """
-        from gramfuse_client.batches import pooled
+        from gramfuse_client.data.batches import pooled
 
         benches = list(self.benches.values())
         everything = pooled([bench.encoded(bench.examples[0]) for bench in benches])

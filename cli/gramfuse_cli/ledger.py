@@ -18,7 +18,7 @@ from gramfuse_cli.terminal import Table, say, show_json
 from gramfuse_protocol.errors import LedgerError
 
 if TYPE_CHECKING:
-    from gramfuse_client.ledger import Item, Ledger, Line
+    from gramfuse_client.guard.ledger import Item, Ledger, Line
 
 COLUMNS = (
     "number", "time", "silo", "plan", "session", "round", "run", "phase", "kind", "form", "note",
@@ -165,8 +165,8 @@ def export(file: Path, out: Path, as_csv: bool, as_json: bool) -> None:
 
 
 def _ledger(file: Path) -> Ledger:
-    from gramfuse_client.ledger import Ledger
-    from gramfuse_client.silo import Silo
+    from gramfuse_client.guard.ledger import Ledger
+    from gramfuse_client.silo_file import Silo
 
     silo = Silo.read(file)
     return Ledger(silo.ledger, silo.name)

@@ -24,8 +24,8 @@ from gramfuse_protocol.tasks.registry import KINDS
 from gramfuse_protocol.text import listed
 
 if TYPE_CHECKING:
-    from gramfuse_client.checkpoint import Checkpoint
-    from gramfuse_client.state import State
+    from gramfuse_client.measuring.checkpoint import Checkpoint
+    from gramfuse_client.state.state import State
 
 LENGTH = Task.model_fields["max_length"].default
 """Most tokens of an example, where nothing is said."""
@@ -175,12 +175,12 @@ def _checkpoint(model: str, out: Path, options: dict[str, Any], *, labelled: boo
     check_absent(out)
     import torch
 
-    from gramfuse_client.checkpoint import measure as measure_checkpoint
-    from gramfuse_client.checkpoint import open_checkpoint, task_of_model
-    from gramfuse_client.data import load_measured
-    from gramfuse_client.finetune import choose_device
-    from gramfuse_client.silo import Data, Silo, SiloFile
-    from gramfuse_client.words import of_options
+    from gramfuse_client.data.examples import load_measured
+    from gramfuse_client.data.setting_names import of_options
+    from gramfuse_client.measuring.checkpoint import measure as measure_checkpoint
+    from gramfuse_client.measuring.checkpoint import open_checkpoint, task_of_model
+    from gramfuse_client.silo_file import Data, Silo, SiloFile
+    from gramfuse_client.training.finetune import choose_device
     from gramfuse_model.heads import head_parameters
     from gramfuse_protocol.statistics.file import write_statistics
 
@@ -257,9 +257,9 @@ def _silo(directory: Path, name: str, out: Path) -> dict[str, Any]:
     check_absent(out)
     project = Project.read(directory)
     layout = project.locked_layout()
-    from gramfuse_client.offline import contribute
-    from gramfuse_client.silo import Silo
-    from gramfuse_client.state import State
+    from gramfuse_client.exchange.offline import contribute
+    from gramfuse_client.silo_file import Silo
+    from gramfuse_client.state.state import State
 
     path = Path(name) if name.endswith(".toml") else project.directory / "silos" / f"{name}.toml"
     silo = Silo(path, Silo.read(path).file, project.directory)

@@ -24,12 +24,12 @@ from gramfuse_cli.options import as_json as json_option
 from gramfuse_cli.processes import BIN, GIVE_BACK
 from gramfuse_cli.supervisor import POLL_SECONDS, Service, Supervisor, say, supervised
 from gramfuse_cli.terminal import show_json
-from gramfuse_client.connection import obstacle
+from gramfuse_client.dry_run.of_coordinator import obstacle
 from gramfuse_protocol.errors import PlanError
 from gramfuse_protocol.files import write_private
 
 if TYPE_CHECKING:
-    from gramfuse_client.silo import Silo
+    from gramfuse_client.silo_file import Silo
 
 PROBE_SECONDS = 30.0
 FORGET_SECONDS = 90.0
@@ -69,7 +69,7 @@ def start(file: Path, insecure_loopback: bool, once: bool, as_json: bool) -> Non
     leaves is shown here, and in the ledger. Processes that end are started again. With --json, standard output gets an
     object at the end: how many replies and refusals left, and how many bytes.
     """
-    from gramfuse_client.silo import Silo
+    from gramfuse_client.silo_file import Silo
     from gramfuse_client.worker import check_flower
 
     check_flower()
@@ -284,7 +284,7 @@ class Watch:
             say(f"a worker failed: {line}; the rest is in {self.worker_log.path}")
 
     def _left(self, text: str) -> None:
-        from gramfuse_client.ledger import Line
+        from gramfuse_client.guard.ledger import Line
 
         try:
             entry = Line.model_validate_json(text).entry
@@ -303,7 +303,7 @@ class Watch:
 
     def _tenths(self) -> Iterator[tuple[str, tuple[str, int]]]:
         """Yield what the silo does for each plan, and how many tenths of it are done."""
-        from gramfuse_client.state import read_progress
+        from gramfuse_client.state.state import read_progress
 
         for path in self.silo.state.glob("*/progress.json"):
             progress = read_progress(self.silo.state, path.parent.name)

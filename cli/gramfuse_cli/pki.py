@@ -33,7 +33,7 @@ from gramfuse_protocol.documents import read_text
 from gramfuse_protocol.errors import PlanError
 
 if TYPE_CHECKING:
-    from gramfuse_client.silo import Silo
+    from gramfuse_client.silo_file import Silo
 
 MOST_DAYS = 36500
 
@@ -322,7 +322,7 @@ def silo(file: Path, renew: bool, as_json: bool) -> None:
     ('--auth-supernode-private-key' of flower-supernode). The public half goes into the plan, as 'node-key' of this
     silo's [[silo]]. After --renew the plan needs the new one: lock it again, and have each silo approve it.
     """
-    from gramfuse_client.silo import Silo
+    from gramfuse_client.silo_file import Silo
 
     silo = Silo.read(file)
     public, kept = make_node_key(silo, renew=renew)

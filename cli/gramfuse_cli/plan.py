@@ -237,7 +237,7 @@ def _modules(weights: list[str]) -> str:
 
 
 def _preview(project: Project, plan: Plan, layout: Layout) -> dict[str, Any]:
-    from gramfuse_client.resources import statistics_memory
+    from gramfuse_client.dry_run.of_machine import statistics_memory
     from gramfuse_model.loading.base_model import kept_parameters
 
     gram_entries = sum(group.blocks.entries for group in layout.groups)

@@ -51,7 +51,7 @@ def keygen(file: Path, as_json: bool) -> None:
     the plan, as 'public-key' and 'node-key' of this silo's [[silo]]. Hand them over in a way that nobody can tamper
     with: whoever can put keys of their own into the plan is that silo.
     """
-    from gramfuse_client.silo import Silo, write_identity
+    from gramfuse_client.silo_file import Silo, write_identity
 
     silo = Silo.read(file)
     has_identity, has_node_key = silo.identity_path.exists(), silo.node_key_path.exists()

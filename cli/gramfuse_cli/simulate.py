@@ -36,7 +36,7 @@ from gramfuse_server.report_schema import Report
 LOG_LINES = 30
 
 OF_A_SILO = re.compile(r"silo \S+, phase \w+: \w+Error: .*")
-"""The line of a silo's log that says why it refused or failed (`gramfuse_client.participant`)."""
+"""The line of a silo's log that says why it refused or failed (`gramfuse_client.exchange.participant`)."""
 
 SHORT = ("/tmp", "/var/tmp")  # noqa: S108  # a private directory is made in one of them
 """Where Ray's sockets are if the path of the usual place for temporary files is too long for them."""
@@ -98,10 +98,10 @@ def run_simulation(
             run that failed on its way.
     """
     from gramfuse_cli.engine import simulated_silo
-    from gramfuse_client.data import left_out, load, load_validation
-    from gramfuse_client.policy import check_examples, check_plan
-    from gramfuse_client.silo import read_silos, write_identity
-    from gramfuse_client.state import read_progress
+    from gramfuse_client.data.examples import left_out, load, load_validation
+    from gramfuse_client.guard.policy import check_examples, check_plan
+    from gramfuse_client.silo_file import read_silos, write_identity
+    from gramfuse_client.state.state import read_progress
     from gramfuse_client.tasks.registry import at_silo
     from gramfuse_model.loading.source import source_of
     from gramfuse_server.run import check_free, discard

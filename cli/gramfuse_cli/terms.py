@@ -90,7 +90,7 @@ def check_terms(terms: tuple[Term, ...], plan: Plan) -> None:
             raise PlanError(f"--compare {together}: {refusal.why}")
     for term in terms:
         if "fisher" in term.method.needs:
-            from gramfuse_client.fisher import choose_variant
+            from gramfuse_client.training.fisher import choose_variant
 
             for task in plan.tasks.values():
                 choose_variant(task, term.options.get("variant"))

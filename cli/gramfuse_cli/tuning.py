@@ -102,7 +102,7 @@ def tune_files(
 
     Raises:
         PlanError: if the files are to keep heads of their own, so that no one model comes of them.
-        GramfuseError: as `gramfuse_server.merging.merge_files` and `gramfuse_client.data.load` raise.
+        GramfuseError: as `gramfuse_server.merging.merge_files` and `gramfuse_client.data.examples.load` raise.
     """
     from gramfuse_protocol.statistics.file import read_statistics
     from gramfuse_server.evaluation import described
@@ -172,10 +172,10 @@ def _bench(collection: Collection, base: str | None, data: Data) -> Bench:
     are without them.
     """
     from gramfuse_cli.laboratory import Bench, Part
-    from gramfuse_client.data import outputs
-    from gramfuse_client.silo import Data as Sources
-    from gramfuse_client.silo import Silo, SiloFile
-    from gramfuse_client.words import of_options
+    from gramfuse_client.data.examples import outputs
+    from gramfuse_client.data.setting_names import of_options
+    from gramfuse_client.silo_file import Data as Sources
+    from gramfuse_client.silo_file import Silo, SiloFile
     from gramfuse_model.loading.zero_head import plan_for
 
     first = collection.files[0]

@@ -10,10 +10,10 @@ from typing import Any
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from gramfuse_client.bundle import check_bundle
-from gramfuse_client.egress import Egress, failed
-from gramfuse_client.participant import Participant
-from gramfuse_client.silo import Silo
+from gramfuse_client.exchange.participant import Participant
+from gramfuse_client.guard.bundle import check_bundle
+from gramfuse_client.guard.egress import Egress, failed
+from gramfuse_client.silo_file import Silo
 from gramfuse_protocol.errors import GramfuseError, PlanError
 from gramfuse_protocol.messages.flower_records import request_of, to_record
 from gramfuse_protocol.messages.wire import pack

@@ -16,9 +16,9 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from gramfuse_client.participant import Participant
-from gramfuse_client.silo import Silo
-from gramfuse_client.state import State
+from gramfuse_client.exchange.participant import Participant
+from gramfuse_client.silo_file import Silo
+from gramfuse_client.state.state import State
 from gramfuse_protocol.contract.layout import Layout
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.messages import phases as m

@@ -25,10 +25,10 @@ from tokenizers.processors import TemplateProcessing
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
-from gramfuse_client.batches import Encoded, batches
-from gramfuse_client.data import Examples
-from gramfuse_client.finetune import finetune
-from gramfuse_client.statistics import collect_statistics
+from gramfuse_client.data.batches import Encoded, batches
+from gramfuse_client.data.examples import Examples
+from gramfuse_client.measuring.collect import collect_statistics
+from gramfuse_client.training.finetune import finetune
 from gramfuse_model.derive_layout import derive_layout
 from gramfuse_model.loading.base_model import freeze, trainable
 from gramfuse_model.normal_equations import summands

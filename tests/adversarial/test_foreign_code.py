@@ -19,7 +19,7 @@ import torch
 from click.testing import CliRunner
 
 from gramfuse_cli.main import cli
-from gramfuse_client.checkpoint import task_of_model
+from gramfuse_client.measuring.checkpoint import task_of_model
 from gramfuse_model.loading.base_model import kept_parameters, load_base, own_head
 from gramfuse_model.loading.zero_head import plan_for
 from gramfuse_protocol.contract.layout import Group, Layout, Linear, Tensor

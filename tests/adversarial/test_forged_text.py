@@ -32,8 +32,8 @@ from gramfuse_cli.main import cli
 from gramfuse_cli.progress import RunProgress
 from gramfuse_cli.project import Project
 from gramfuse_client.app import _Formatter
-from gramfuse_client.ledger import Entry
-from gramfuse_client.silo import SiloFile
+from gramfuse_client.guard.ledger import Entry
+from gramfuse_client.silo_file import SiloFile
 from gramfuse_model.loading.auto_classes import merged_form
 from gramfuse_protocol.canonical import canonical_json
 from gramfuse_protocol.contract.layout import Layout

@@ -23,10 +23,10 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRec
 from safetensors.numpy import save, save_file
 
 from gramfuse_cli.project import Project
-from gramfuse_client import workbench
 from gramfuse_client.app import SiloApp
-from gramfuse_client.data import load
-from gramfuse_client.silo import Silo
+from gramfuse_client.data.examples import load
+from gramfuse_client.exchange import local_model
+from gramfuse_client.silo_file import Silo
 from gramfuse_model.loading.base_model import Base, load_base
 from gramfuse_protocol.contract.node_key import generate
 from gramfuse_protocol.contract.plan import Plan
@@ -66,7 +66,7 @@ class Federation:
         for name in NAMES:
             silo = Silo.read(project.silo(name))
             examples, _ = load(silo, plan.task_of(name))
-            self.statistics[name] = workbench.train(silo, plan, self.layout, copy.deepcopy(self.base), examples)
+            self.statistics[name] = local_model.train(silo, plan, self.layout, copy.deepcopy(self.base), examples)
 
     def identity(self, name: str) -> Identity:
         return Silo.read(self.project.silo(name)).identity()
@@ -87,9 +87,9 @@ def federation(_made: list[Federation], pico_project: Any, monkeypatch: pytest.M
         directory.mkdir(exist_ok=True)
         save_file({name: np.ascontiguousarray(delta) for name, delta in deltas.items()}, directory / "deltas")
 
-    monkeypatch.setattr(workbench, "train", lambda silo, *_: federation.statistics[silo.name])
-    monkeypatch.setattr(workbench, "load_base", lambda *_, **__: copy.deepcopy(federation.base))
-    monkeypatch.setattr(workbench, "plan_layout", lambda *_: federation.layout)
+    monkeypatch.setattr(local_model, "train", lambda silo, *_: federation.statistics[silo.name])
+    monkeypatch.setattr(local_model, "load_base", lambda *_, **__: copy.deepcopy(federation.base))
+    monkeypatch.setattr(local_model, "plan_layout", lambda *_: federation.layout)
     monkeypatch.setattr(exchange_module, "write_model", write_model)
     monkeypatch.setattr(post.time, "sleep", lambda _: None)
     return federation

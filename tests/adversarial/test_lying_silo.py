@@ -17,11 +17,11 @@ import pytest
 
 from gramfuse_cli.project import Project
 from gramfuse_cli.report import show_report
-from gramfuse_client import workbench
 from gramfuse_client.app import SiloApp
-from gramfuse_client.data import load
-from gramfuse_client.silo import Silo, read_silos
-from gramfuse_client.state import State
+from gramfuse_client.data.examples import load
+from gramfuse_client.exchange import local_model
+from gramfuse_client.silo_file import Silo, read_silos
+from gramfuse_client.state.state import State
 from gramfuse_model import normal_equations as sums
 from gramfuse_model.loading.base_model import Base, load_base
 from gramfuse_protocol.contract.layout import Block, Layout, delta_block
@@ -210,7 +210,9 @@ def trained(project: Any, *settings: str) -> Site:
     statistics = {}
     for name, silo in read_silos(opened.directory, plan.names).items():
         examples, _ = load(silo, plan.task_of(name))
-        statistics[name] = workbench.train(silo, plan, layout, load_base(plan, project.directory, silo=name), examples)
+        statistics[name] = local_model.train(
+            silo, plan, layout, load_base(plan, project.directory, silo=name), examples
+        )
     return Site(project, plan, layout, load_base(plan, project.directory), statistics)
 
 

@@ -21,8 +21,8 @@ import torch
 from scipy import stats
 from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
-from gramfuse_client.data import load
-from gramfuse_client.workbench import Workbench
+from gramfuse_client.data.examples import load
+from gramfuse_client.exchange.local_model import Workbench
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.held_out.noise import DELTA, noisy_words, variances
 from gramfuse_protocol.held_out.sums import Vector, size

@@ -19,10 +19,10 @@ import torch
 import transformers
 
 from gramfuse_cli.project import Project
-from gramfuse_client.finding import Findings
-from gramfuse_client.materials import check_base
-from gramfuse_client.participant import Participant
-from gramfuse_client.silo import Silo
+from gramfuse_client.dry_run.findings import Findings
+from gramfuse_client.dry_run.of_inputs import check_base
+from gramfuse_client.exchange.participant import Participant
+from gramfuse_client.silo_file import Silo
 from gramfuse_model.loading.base_model import load_base
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.errors import ModelError, PlanError

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gramfuse_client import participant, policy
+from gramfuse_client.exchange import participant
+from gramfuse_client.guard import policy
 from gramfuse_protocol.messages import phases as m
 from tests.adversarial.conftest import METRICS, NONCE, STATISTICS, Detector, Liar, copied, regression
 
@@ -129,7 +130,7 @@ def test_a_failure_lasts_until_the_owner_clears_it_and_that_is_in_the_ledger(lia
     from click.testing import CliRunner
 
     from gramfuse_cli.main import cli
-    from gramfuse_client.ledger import Ledger
+    from gramfuse_client.guard.ledger import Ledger
 
     lied = liar(silos=3, minimum_examples=1000)
     about = lied.about()
@@ -228,7 +229,7 @@ def test_what_is_known_before_the_data_is_said_before_and_nothing_is_noted(
 
 
 def _never() -> Any:
-    from gramfuse_client.silo import Hours
+    from gramfuse_client.silo_file import Hours
 
     hour = (datetime.now().hour + 12) % 24
     return Hours.parse(f"{hour:02}:00-{hour:02}:01")
@@ -262,7 +263,7 @@ def test_a_label_that_reads_like_a_full_disk_makes_no_failure_a_crash(liar: Make
 
 def caught(lied: Liar, name: str) -> str:
     """What the silo's own data say is wrong."""
-    from gramfuse_client.data import load
+    from gramfuse_client.data.examples import load
     from gramfuse_protocol.errors import DataError
 
     with pytest.raises(DataError) as error:

@@ -22,11 +22,11 @@ import pytest
 from gramfuse_cli.link import Link
 from gramfuse_cli.processes import BIN, marked
 from gramfuse_cli.supervisor import mark_of
-from gramfuse_client.data import load
-from gramfuse_client.ledger import Ledger
-from gramfuse_client.masking import write_masked
-from gramfuse_client.silo import Silo
-from gramfuse_client.workbench import train
+from gramfuse_client.data.examples import load
+from gramfuse_client.exchange.local_model import train
+from gramfuse_client.guard.ledger import Ledger
+from gramfuse_client.silo_file import Silo
+from gramfuse_client.state.masked_vector import write_masked
 from gramfuse_model.loading.base_model import load_base
 from gramfuse_model.normal_equations import summands
 from gramfuse_protocol.contract.layout import Layout

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 from transformers import BertConfig, BertModel
 
-from gramfuse_client.ledger import Ledger
-from gramfuse_client.silo import Silo
+from gramfuse_client.guard.ledger import Ledger
+from gramfuse_client.silo_file import Silo
 from gramfuse_protocol.contract.layout import Layout
 
 Run = Callable[..., Any]

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from gramfuse_cli.processes import BIN
-from gramfuse_client.ledger import Ledger
-from gramfuse_client.silo import Silo
+from gramfuse_client.guard.ledger import Ledger
+from gramfuse_client.silo_file import Silo
 
 Run = Callable[..., Any]
 

@@ -13,8 +13,8 @@ import pytest
 from gramfuse_cli.endpoint import free_port
 from gramfuse_cli.link import Link
 from gramfuse_cli.processes import BIN, contained
-from gramfuse_client.ledger import Ledger
-from gramfuse_client.silo import Silo
+from gramfuse_client.guard.ledger import Ledger
+from gramfuse_client.silo_file import Silo
 
 SECRET = "a patient's letter that never leaves the silo"
 

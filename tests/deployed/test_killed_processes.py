@@ -15,7 +15,7 @@ import psutil
 import pytest
 from safetensors.numpy import load_file
 
-from gramfuse_client.state import State
+from gramfuse_client.state.state import State
 from gramfuse_model.loading.base_model import load_base
 from gramfuse_protocol.contract.layout import Layout
 from gramfuse_protocol.contract.plan import Plan

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from gramfuse_client.session import Record
-from gramfuse_client.silo import Silo
+from gramfuse_client.silo_file import Silo
+from gramfuse_client.state.session import Record
 
 SMALLEST = 16
 """Bytes of the smallest secret that is looked for."""

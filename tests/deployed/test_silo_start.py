@@ -20,7 +20,7 @@ from gramfuse_cli import endpoint
 from gramfuse_cli.growing import Growing
 from gramfuse_cli.node import node_config
 from gramfuse_cli.processes import contained
-from gramfuse_client.silo import Silo
+from gramfuse_client.silo_file import Silo
 from gramfuse_protocol.errors import PlanError
 
 Run = Callable[..., Any]

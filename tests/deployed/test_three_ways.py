@@ -16,11 +16,11 @@ import torch
 from safetensors.numpy import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from gramfuse_client.batches import Encoded, batches
-from gramfuse_client.data import load
-from gramfuse_client.evaluate import evaluate
-from gramfuse_client.silo import Silo
-from gramfuse_client.workbench import train
+from gramfuse_client.data.batches import Encoded, batches
+from gramfuse_client.data.examples import load
+from gramfuse_client.exchange.local_model import train
+from gramfuse_client.silo_file import Silo
+from gramfuse_client.training.evaluate import evaluate
 from gramfuse_model.derive_layout import plan_layout
 from gramfuse_model.loading.base_model import load_base
 from gramfuse_protocol.contract.plan import Plan

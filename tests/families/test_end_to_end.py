@@ -17,11 +17,11 @@ import pytest
 import torch
 from PIL import Image
 
-from gramfuse_client.batches import Encoded, batches
-from gramfuse_client.data import Examples
-from gramfuse_client.evaluate import evaluate
-from gramfuse_client.finetune import finetune
-from gramfuse_client.statistics import collect_statistics
+from gramfuse_client.data.batches import Encoded, batches
+from gramfuse_client.data.examples import Examples
+from gramfuse_client.measuring.collect import collect_statistics
+from gramfuse_client.training.evaluate import evaluate
+from gramfuse_client.training.finetune import finetune
 from gramfuse_model.derive_layout import plan_layout
 from gramfuse_model.loading.auto_classes import FORMS
 from gramfuse_model.loading.base_model import load_base, trainable

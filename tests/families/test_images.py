@@ -14,9 +14,9 @@ import transformers
 from PIL import Image
 from transformers import PreTrainedModel
 
-from gramfuse_client.batches import Encoded
-from gramfuse_client.data import Examples
-from gramfuse_client.gram import collect_grams
+from gramfuse_client.data.batches import Encoded
+from gramfuse_client.data.examples import Examples
+from gramfuse_client.measuring.gram import collect_grams
 from gramfuse_model.derive_layout import derive_layout, plan_layout
 from gramfuse_model.loading.base_model import Base, load_base
 from gramfuse_model.loading.zero_head import plan_for

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from gramfuse_client.gram import collect_grams
+from gramfuse_client.measuring.gram import collect_grams
 from gramfuse_model.derive_layout import derive_layout, plan_layout
 from gramfuse_model.loading.base_model import Base, load_base
 from gramfuse_model.loading.zero_head import load_zero_headed

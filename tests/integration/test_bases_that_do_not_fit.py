@@ -18,8 +18,8 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedModel
 
 from gramfuse_cli.main import cli
-from gramfuse_client.checkpoint import measure, open_checkpoint
-from gramfuse_client.data import Examples
+from gramfuse_client.data.examples import Examples
+from gramfuse_client.measuring.checkpoint import measure, open_checkpoint
 from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.errors import GramfuseError, ModelError
 

@@ -28,14 +28,16 @@ from gramfuse_cli import check as cli_check
 from gramfuse_cli.authority import Authority, certificate_pem, key_pem, new_key, server_names
 from gramfuse_cli.main import main
 from gramfuse_cli.project import Project
-from gramfuse_client import connection, departures, materials, policy, resources
-from gramfuse_client.check import Report, check
-from gramfuse_client.data import Examples, load
-from gramfuse_client.departures import leaves
-from gramfuse_client.finding import Findings
-from gramfuse_client.ledger import Entry, Ledger
-from gramfuse_client.silo import Data, Silo, SiloFile, write_identity
-from gramfuse_client.state import Contributed, State
+from gramfuse_client.data.examples import Examples, load
+from gramfuse_client.dry_run import of_coordinator as connection
+from gramfuse_client.dry_run import of_inputs, of_machine
+from gramfuse_client.dry_run.check import Report, check
+from gramfuse_client.dry_run.findings import Findings
+from gramfuse_client.guard import disclosure, policy
+from gramfuse_client.guard.disclosure import leaves
+from gramfuse_client.guard.ledger import Entry, Ledger
+from gramfuse_client.silo_file import Data, Silo, SiloFile, write_identity
+from gramfuse_client.state.state import Contributed, State
 from gramfuse_model.loading.base_model import load_base
 from gramfuse_protocol.contract import node_key
 from gramfuse_protocol.contract.layout import Layout
@@ -292,7 +294,7 @@ def test_what_leaves_in_rounds_is_counted_as_often(site: Site) -> None:
 def test_a_contribution_in_pieces_has_as_many_headers(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     layout = Layout.read(site.project.directory / "layout.json")
     whole = leaves(NAME, site.plan, layout).departures[5]
-    monkeypatch.setattr(departures, "PIECE_BYTES", 16384)
+    monkeypatch.setattr(disclosure, "PIECE_BYTES", 16384)
     pieces = leaves(NAME, site.plan, layout).departures[5]
     assert "in 5 pieces" in pieces.what
     assert 4 * 200 < (pieces.bytes or 0) - (whole.bytes or 0) < 4 * 300
@@ -608,8 +610,8 @@ def test_outside_of_its_hours_a_silo_is_ready_and_says_when(site: Site) -> None:
 
 
 def test_too_little_room_or_memory_is_named(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resources.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 10**6))
-    monkeypatch.setattr(resources, "available_memory", lambda: 10**6)
+    monkeypatch.setattr(of_machine.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 10**6))
+    monkeypatch.setattr(of_machine, "available_memory", lambda: 10**6)
     found = problems(site.check(offline=True))
     assert found.keys() == {"disk", "memory"}
     assert "1.0 MB are free" in found["disk"]
@@ -619,7 +621,7 @@ def test_too_little_room_or_memory_is_named(site: Site, monkeypatch: pytest.Monk
 
 
 def test_a_state_directory_that_cannot_be_made_is_named(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resources.os, "access", lambda *_: False)
+    monkeypatch.setattr(of_machine.os, "access", lambda *_: False)
     assert "install -d -m 700" in problems(site.check(offline=True))["state"]
     Silo.read(site.silo).state.mkdir(mode=0o700)
     assert "cannot write" in problems(site.check(offline=True))["state"]
@@ -880,7 +882,7 @@ def test_each_kind_of_data_is_counted_in_its_own_words(kind: str, tmp_path: Path
         f'[[silo]]\nname = "silo-a"\n{own}\n[[silo]]\nname = "silo-b"\n'
     )
     found = Findings()
-    materials.check_data(found, Silo.read(tmp_path / "silo.toml"), plan, None, offline=True)
+    of_inputs.check_data(found, Silo.read(tmp_path / "silo.toml"), plan, None, offline=True)
     (data,) = list(found)
     assert data.state == "ok"
     assert f"3 training examples ({counted}), 3 held out" in data.what
@@ -907,7 +909,7 @@ def test_words_that_the_model_does_not_see_are_told_before_a_run(
     examples = Examples(split, None, [(0,) * len(each) for each in split])
     silo = Silo(tmp_path / "silo.toml", SiloFile(name="silo-a", data=Data(train="x", held_out=0.5)))
     found = Findings()
-    materials.check_encoding(found, silo, plan, base, (examples, examples.take([0])))
+    of_inputs.check_encoding(found, silo, plan, base, (examples, examples.take([0])))
     (tokens,) = found
     assert tokens.state == state
     assert words in tokens.what

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from gramfuse_cli.main import cli
-from gramfuse_client.statistics import collect_statistics
+from gramfuse_client.measuring.collect import collect_statistics
 from gramfuse_model.derive_layout import derive_layout, plan_layout
 from gramfuse_model.differences import add_differences
 from gramfuse_model.loading.base_model import load_base, trainable

@@ -420,8 +420,8 @@ def test_a_bug_of_ours_is_an_error_too_and_stays_json(
 
 
 def test_init_makes_a_project_whose_plan_and_silos_read(gramfuse: Callable[..., Outcome], place: Path) -> None:
-    from gramfuse_client.data import load
-    from gramfuse_client.silo import Silo
+    from gramfuse_client.data.examples import load
+    from gramfuse_client.silo_file import Silo
 
     outcome = gramfuse("init", "new/merge", "--json")
     assert outcome.code == 0

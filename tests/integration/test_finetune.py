@@ -11,10 +11,10 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer
 
-from gramfuse_client.batches import Encoded
-from gramfuse_client.data import load
-from gramfuse_client.finetune import choose_device, finetune
-from gramfuse_client.silo import Silo
+from gramfuse_client.data.batches import Encoded
+from gramfuse_client.data.examples import load
+from gramfuse_client.silo_file import Silo
+from gramfuse_client.training.finetune import choose_device, finetune
 from gramfuse_model.loading.base_model import load_base
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.errors import ModelError, PlanError

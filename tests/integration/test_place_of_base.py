@@ -14,10 +14,10 @@ from click.testing import CliRunner
 from gramfuse_cli.engine import simulated_silo
 from gramfuse_cli.main import cli
 from gramfuse_cli.project import Project
-from gramfuse_client.finding import Findings
-from gramfuse_client.materials import check_base
-from gramfuse_client.participant import Participant
-from gramfuse_client.silo import Silo
+from gramfuse_client.dry_run.findings import Findings
+from gramfuse_client.dry_run.of_inputs import check_base
+from gramfuse_client.exchange.participant import Participant
+from gramfuse_client.silo_file import Silo
 from gramfuse_protocol.errors import GramfuseError, ModelError
 from gramfuse_protocol.messages.phases import JoinReply, JoinRequest, Message, Refusal
 

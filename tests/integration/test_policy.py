@@ -21,11 +21,11 @@ from flwr.app import Context, RecordDict
 from flwr.app import Message as FlowerMessage
 from flwr.supercore.task_identity import TaskIdentity
 
-from gramfuse_client import participant as participant_module
 from gramfuse_client.app import SiloApp
-from gramfuse_client.participant import Participant
-from gramfuse_client.policy import check_bytes, check_examples, check_hours, check_plan, refusals
-from gramfuse_client.silo import Coordinator, Data, Limits, Silo, SiloFile
+from gramfuse_client.exchange import participant as participant_module
+from gramfuse_client.exchange.participant import Participant
+from gramfuse_client.guard.policy import check_bytes, check_examples, check_hours, check_plan, refusals
+from gramfuse_client.silo_file import Coordinator, Data, Limits, Silo, SiloFile
 from gramfuse_model.derive_layout import plan_layout
 from gramfuse_model.loading.base_model import load_base
 from gramfuse_protocol.contract.layout import Layout

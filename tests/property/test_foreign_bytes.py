@@ -23,8 +23,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 
-from gramfuse_client.ledger import Entry, Item, Ledger
-from gramfuse_client.silo import Silo
+from gramfuse_client.guard.ledger import Entry, Item, Ledger
+from gramfuse_client.silo_file import Silo
 from gramfuse_protocol.bounds import LAYOUT_CHARACTERS
 from gramfuse_protocol.canonical import canonical_json
 from gramfuse_protocol.contract.layout import Group, Layout, Linear, Part, Tensor

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from gramfuse_client.ledger import NO_LINE, Entry, Item, Ledger, Line
+from gramfuse_client.guard.ledger import NO_LINE, Entry, Item, Ledger, Line
 from gramfuse_protocol.errors import LedgerError
 from gramfuse_protocol.text import printable
 

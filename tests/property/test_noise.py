@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from gramfuse_client.evaluate import evaluate_for_sum, rows
-from gramfuse_client.outputs import Outputs
+from gramfuse_client.training.evaluate import evaluate_for_sum, rows
+from gramfuse_client.training.outputs import Outputs
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.held_out.metrics import by_label, metrics

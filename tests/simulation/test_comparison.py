@@ -22,9 +22,9 @@ from gramfuse_cli.project import Project
 from gramfuse_cli.report import show_report
 from gramfuse_cli.terms import check_terms, parse_terms
 from gramfuse_client.app import SiloApp
-from gramfuse_client.batches import Encoded, batches
-from gramfuse_client.data import Examples, load
-from gramfuse_client.finetune import finetune
+from gramfuse_client.data.batches import Encoded, batches
+from gramfuse_client.data.examples import Examples, load
+from gramfuse_client.training.finetune import finetune
 from gramfuse_model.digests import weights_digest
 from gramfuse_model.loading.base_model import load_base
 from gramfuse_protocol.contract.layout import delta_block

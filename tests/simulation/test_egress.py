@@ -21,11 +21,11 @@ from gramfuse_cli.engine import simulated_silo
 from gramfuse_cli.project import Project
 from gramfuse_cli.run import write_app
 from gramfuse_client.app import SiloApp
-from gramfuse_client.departures import leaves
-from gramfuse_client.egress import Egress
-from gramfuse_client.ledger import REASON, Ledger, Line
-from gramfuse_client.session import Record
-from gramfuse_client.silo import Silo, write_identity
+from gramfuse_client.guard.disclosure import leaves
+from gramfuse_client.guard.egress import Egress
+from gramfuse_client.guard.ledger import REASON, Ledger, Line
+from gramfuse_client.silo_file import Silo, write_identity
+from gramfuse_client.state.session import Record
 from gramfuse_protocol.contract.layout import Layout
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.messages.flower_records import from_record, to_record

@@ -22,11 +22,11 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, 
 from safetensors.numpy import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-import gramfuse_client.workbench
+import gramfuse_client.exchange.local_model
 from gramfuse_cli.engine import laboratory_of, simulated_silo
 from gramfuse_cli.project import Project
 from gramfuse_client.app import SiloApp
-from gramfuse_client.silo import Silo
+from gramfuse_client.silo_file import Silo
 from gramfuse_model.loading.base_model import Base, load_base
 from gramfuse_protocol.contract.layout import PIECE_BYTES as ONE_PIECE
 from gramfuse_protocol.contract.layout import Layout
@@ -293,13 +293,13 @@ def test_the_model_that_is_written_is_bit_for_bit_the_one_that_silos_measured(
     honest: Honest, pico_project: Any, in_process_grid: Any, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured: list[Arrays] = []
-    count = gramfuse_client.workbench.evaluate
+    count = gramfuse_client.exchange.local_model.evaluate
 
     def evaluate(model: torch.nn.Module, *rest: Any) -> Any:
         measured.append({name: tensor.cpu().numpy().copy() for name, tensor in model.state_dict().items()})
         return count(model, *rest)
 
-    monkeypatch.setattr(gramfuse_client.workbench, "evaluate", evaluate)
+    monkeypatch.setattr(gramfuse_client.exchange.local_model, "evaluate", evaluate)
     grid = in_process_grid(simulated(honest.project, honest.plan, place / "state"))
     coordinate(grid, honest.plan, honest.layout, honest.project.directory, place / "run")
     assert_identical(weights_of(place / "run"), measured[-1])
@@ -538,13 +538,13 @@ def test_what_is_lost_is_asked_again_and_nobody_trains_twice(
     honest: Honest, in_process_grid: Any, place: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
     trainings = []
-    finetune = gramfuse_client.workbench.finetune
+    finetune = gramfuse_client.exchange.local_model.finetune
 
     def counted(*arguments: Any, **more: Any) -> None:
         trainings.append(arguments)
         finetune(*arguments, **more)
 
-    monkeypatch.setattr(gramfuse_client.workbench, "finetune", counted)
+    monkeypatch.setattr(gramfuse_client.exchange.local_model, "finetune", counted)
     lost = []
 
     def fault(visit: Any, deliver: Callable[[], RecordDict]) -> RecordDict | Error:

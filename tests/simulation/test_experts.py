@@ -18,8 +18,8 @@ from gramfuse_cli.engine import laboratory_of, simulated_silo
 from gramfuse_cli.plan import _preview
 from gramfuse_cli.project import Project
 from gramfuse_client.app import SiloApp
-from gramfuse_client.checkpoint import measure, open_checkpoint
-from gramfuse_client.data import load
+from gramfuse_client.data.examples import load
+from gramfuse_client.measuring.checkpoint import measure, open_checkpoint
 from gramfuse_model.heads import head_parameters
 from gramfuse_protocol.statistics.file import write_statistics
 from gramfuse_server import post

@@ -16,9 +16,9 @@ from transformers import T5Config, T5ForConditionalGeneration
 from gramfuse_cli.engine import laboratory_of, simulated_silo
 from gramfuse_cli.project import Project
 from gramfuse_client.app import SiloApp
-from gramfuse_client.batches import Encoded, batches
-from gramfuse_client.data import Examples
-from gramfuse_client.evaluate import outputs
+from gramfuse_client.data.batches import Encoded, batches
+from gramfuse_client.data.examples import Examples
+from gramfuse_client.training.evaluate import outputs
 from gramfuse_protocol.errors import ModelError
 from gramfuse_server import post
 from gramfuse_server.app import coordinate

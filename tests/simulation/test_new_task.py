@@ -16,15 +16,15 @@ import pytest
 from gramfuse_cli.engine import laboratory_of, simulated_silo, study_of
 from gramfuse_cli.project import Project
 from gramfuse_cli.report import show_report
-from gramfuse_client import materials
 from gramfuse_client.app import SiloApp
-from gramfuse_client.departures import leaves
-from gramfuse_client.finding import Findings
-from gramfuse_client.fisher import choose_variant
-from gramfuse_client.silo import write_identity
+from gramfuse_client.dry_run import of_inputs
+from gramfuse_client.dry_run.findings import Findings
+from gramfuse_client.guard.disclosure import leaves
+from gramfuse_client.silo_file import write_identity
 from gramfuse_client.tasks.classification import ClassificationAtSilo
 from gramfuse_client.tasks.registry import AT_SILO
 from gramfuse_client.tasks.registry import register as register_at_silo
+from gramfuse_client.training.fisher import choose_variant
 from gramfuse_model.loading.auto_classes import FORMS, head_settings
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.contract.task import Task
@@ -131,7 +131,7 @@ def run(
         told = str(leaves(plan.names[0], plan, layout).departures)
         assert NEARLY in told if plan.summed else Ordinal.summed in told
         found = Findings()
-        materials.check_data(found, silos[plan.names[0]], plan, None, offline=True)
+        of_inputs.check_data(found, silos[plan.names[0]], plan, None, offline=True)
         assert [finding.state for finding in found] == ["ok"]
         return plan, report, tmp_path / "run"
 

@@ -20,13 +20,13 @@ from gramfuse_cli.engine import laboratory_of, simulated_silo
 from gramfuse_cli.project import Project
 from gramfuse_cli.report import show_report
 from gramfuse_client.app import SiloApp
-from gramfuse_client.batches import Encoded, batches
-from gramfuse_client.data import load
-from gramfuse_client.departures import leaves
-from gramfuse_client.evaluate import evaluate
-from gramfuse_client.silo import Silo
-from gramfuse_client.state import State
-from gramfuse_client.workbench import Workbench
+from gramfuse_client.data.batches import Encoded, batches
+from gramfuse_client.data.examples import load
+from gramfuse_client.exchange.local_model import Workbench
+from gramfuse_client.guard.disclosure import leaves
+from gramfuse_client.silo_file import Silo
+from gramfuse_client.state.state import State
+from gramfuse_client.training.evaluate import evaluate
 from gramfuse_model.heads import head_parameters
 from gramfuse_model.loading.auto_classes import FORMS
 from gramfuse_model.loading.base_model import load_base, own_head

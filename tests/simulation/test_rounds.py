@@ -20,15 +20,15 @@ from gramfuse_cli.engine import laboratory_of, simulated_silo
 from gramfuse_cli.laboratory import Laboratory
 from gramfuse_cli.project import Project
 from gramfuse_cli.report import show_report
-from gramfuse_client import workbench
 from gramfuse_client.app import SiloApp
-from gramfuse_client.batches import Encoded, batches
-from gramfuse_client.data import load
-from gramfuse_client.finetune import finetune
-from gramfuse_client.participant import Participant
-from gramfuse_client.silo import Silo
-from gramfuse_client.state import State
-from gramfuse_client.statistics import collect_statistics
+from gramfuse_client.data.batches import Encoded, batches
+from gramfuse_client.data.examples import load
+from gramfuse_client.exchange import local_model
+from gramfuse_client.exchange.participant import Participant
+from gramfuse_client.measuring.collect import collect_statistics
+from gramfuse_client.silo_file import Silo
+from gramfuse_client.state.state import State
+from gramfuse_client.training.finetune import finetune
 from gramfuse_model.loading.base_model import load_base, trainable
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.errors import FederationError, GramfuseError, RefusalError
@@ -76,13 +76,13 @@ def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 def trainings(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often each silo trained in each round."""
     counted: Counter[str] = Counter()
-    train = workbench.train
+    train = local_model.train
 
     def count(silo: Silo, plan: Plan, layout: Any, base: Any, examples: Any, state: State) -> Any:
         counted[f"{silo.name} {state.round}"] += 1
         return train(silo, plan, layout, base, examples, state)
 
-    monkeypatch.setattr(workbench, "train", count)
+    monkeypatch.setattr(local_model, "train", count)
     return counted
 
 

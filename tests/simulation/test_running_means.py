@@ -25,12 +25,12 @@ from gramfuse_cli.main import cli
 from gramfuse_cli.project import Project
 from gramfuse_cli.terms import parse_terms
 from gramfuse_client.app import SiloApp
-from gramfuse_client.batches import Encoded, batches
-from gramfuse_client.checkpoint import measure, open_checkpoint, task_of_model
-from gramfuse_client.data import load
-from gramfuse_client.evaluate import evaluate
-from gramfuse_client.state import State
-from gramfuse_client.workbench import Workbench, train
+from gramfuse_client.data.batches import Encoded, batches
+from gramfuse_client.data.examples import load
+from gramfuse_client.exchange.local_model import Workbench, train
+from gramfuse_client.measuring.checkpoint import measure, open_checkpoint, task_of_model
+from gramfuse_client.state.state import State
+from gramfuse_client.training.evaluate import evaluate
 from gramfuse_model.buffers import saved_buffers
 from gramfuse_model.differences import add_differences
 from gramfuse_model.loading.base_model import load_base
@@ -247,7 +247,7 @@ def test_what_a_merge_is_compared_with_has_the_mean_of_the_running_means_too(tmp
 
 
 def with_keys(plan: Any, place: Path) -> Any:
-    from gramfuse_client.silo import write_identity
+    from gramfuse_client.silo_file import write_identity
     from gramfuse_protocol.secure_sum.keys import Identity
 
     identities = {name: Identity(bytes([number] * 32)) for number, name in enumerate(SILOS, 1)}

@@ -27,13 +27,13 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from gramfuse_cli.project import Project
-from gramfuse_client import membership, workbench
 from gramfuse_client.app import SiloApp
-from gramfuse_client.data import load
-from gramfuse_client.participant import Participant
-from gramfuse_client.session import Session
-from gramfuse_client.silo import Silo
-from gramfuse_client.state import State
+from gramfuse_client.data.examples import load
+from gramfuse_client.exchange import local_model, secure_phases
+from gramfuse_client.exchange.participant import Participant
+from gramfuse_client.silo_file import Silo
+from gramfuse_client.state.session import Session
+from gramfuse_client.state.state import State
 from gramfuse_model.loading.base_model import Base, load_base
 from gramfuse_model.normal_equations import summands
 from gramfuse_protocol.contract.layout import Layout
@@ -145,7 +145,7 @@ def site(_kept: list[Site], pico_project: Any) -> Site:
         for name in NAMES:
             silo = Silo.read(project.silo(name))
             examples, _ = load(silo, plan.task_of(name))
-            found = workbench.train(silo, plan, layout, copy.deepcopy(base), examples)
+            found = local_model.train(silo, plan, layout, copy.deepcopy(base), examples)
             # Weighed by examples, an integer leaves 18 bits to their number: let them be as many as silos have.
             statistics[name] = replace(found, examples=100 * len(examples))
         _kept.append(Site(project, base, layout, statistics))
@@ -166,7 +166,7 @@ class Watched:
 def watched(site: Site, monkeypatch: pytest.MonkeyPatch) -> Watched:
     """Silos take their statistics and their base model from the site; the merged model is written as differences."""
     seen = Watched()
-    write_masked, write = membership.write_masked, Session.write
+    write_masked, write = secure_phases.write_masked, Session.write
 
     def train(silo: Silo, *_: Any) -> Statistics:
         seen.trained[silo.name] += 1
@@ -187,10 +187,10 @@ def watched(site: Site, monkeypatch: pytest.MonkeyPatch) -> Watched:
         directory.mkdir(exist_ok=True)
         save_file({name: np.ascontiguousarray(delta) for name, delta in deltas.items()}, directory / "deltas")
 
-    monkeypatch.setattr(workbench, "train", train)
-    monkeypatch.setattr(workbench, "load_base", lambda *_, **__: copy.deepcopy(site.base))
-    monkeypatch.setattr(workbench, "plan_layout", lambda *_: site.layout)
-    monkeypatch.setattr(membership, "write_masked", counted)
+    monkeypatch.setattr(local_model, "train", train)
+    monkeypatch.setattr(local_model, "load_base", lambda *_, **__: copy.deepcopy(site.base))
+    monkeypatch.setattr(local_model, "plan_layout", lambda *_: site.layout)
+    monkeypatch.setattr(secure_phases, "write_masked", counted)
     monkeypatch.setattr(Session, "write", spied)
     monkeypatch.setattr(exchange_module, "write_model", write_model)
     monkeypatch.setattr(post.time, "sleep", lambda _: None)

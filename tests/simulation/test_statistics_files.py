@@ -25,9 +25,9 @@ from gramfuse_cli.engine import simulated_silo
 from gramfuse_cli.main import cli
 from gramfuse_cli.project import Project
 from gramfuse_client.app import SiloApp
-from gramfuse_client.ledger import Ledger
-from gramfuse_client.silo import Silo
-from gramfuse_client.state import State
+from gramfuse_client.guard.ledger import Ledger
+from gramfuse_client.silo_file import Silo
+from gramfuse_client.state.state import State
 from gramfuse_protocol.errors import DataError, GramfuseError
 from gramfuse_server.app import coordinate
 from tests.unit.test_report import read_back

@@ -15,8 +15,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, 
 from flwr.clientapp import ClientApp
 from torch import nn
 
-from gramfuse_client.records import statistics_record
-from gramfuse_client.statistics import collect_statistics
+from gramfuse_client.measuring.collect import collect_statistics
+from gramfuse_client.measuring.flower_record import statistics_record
 from gramfuse_model.derive_layout import derive_layout
 from gramfuse_model.loading.base_model import trainable
 from gramfuse_protocol.contract.layout import Layout

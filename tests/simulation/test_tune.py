@@ -18,9 +18,9 @@ from gramfuse_cli.engine import laboratory_of, simulated_silo, study_of
 from gramfuse_cli.project import Project
 from gramfuse_cli.tuning import Wanted
 from gramfuse_client.app import SiloApp
-from gramfuse_client.data import load, load_validation
-from gramfuse_client.silo import Silo
-from gramfuse_client.state import State
+from gramfuse_client.data.examples import load, load_validation
+from gramfuse_client.silo_file import Silo
+from gramfuse_client.state.state import State
 from gramfuse_model.loading.base_model import load_base
 from gramfuse_protocol.contract.layout import Layout
 from gramfuse_protocol.contract.plan import Plan

@@ -17,12 +17,12 @@ from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import BpeTrainer
 from transformers import CanineConfig, CanineModel, CanineTokenizer, PreTrainedTokenizerFast
 
-from gramfuse_client.batches import Encoded, batches
-from gramfuse_client.data import Examples
-from gramfuse_client.evaluate import count, rows
-from gramfuse_client.finetune import finetune
-from gramfuse_client.outputs import Outputs, inputs_of
+from gramfuse_client.data.batches import Encoded, batches
+from gramfuse_client.data.examples import Examples
 from gramfuse_client.tasks.registry import at_silo
+from gramfuse_client.training.evaluate import count, rows
+from gramfuse_client.training.finetune import finetune
+from gramfuse_client.training.outputs import Outputs, inputs_of
 from gramfuse_model.loading.base_model import load_base
 from gramfuse_model.probing.batch import IGNORED
 from gramfuse_protocol.contract.plan import Plan, Training

@@ -18,8 +18,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from gramfuse_client.data import Examples, left_out, load, load_measured
-from gramfuse_client.silo import Data, Limits, Silo, SiloFile
+from gramfuse_client.data.examples import Examples, left_out, load, load_measured
+from gramfuse_client.silo_file import Data, Limits, Silo, SiloFile
 from gramfuse_protocol.contract.task import MaskedTask, Task
 from gramfuse_protocol.errors import DataError
 

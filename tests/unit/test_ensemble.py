@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from gramfuse_client.ensemble import most_voted, together
-from gramfuse_client.outputs import Outputs
+from gramfuse_client.training.ensemble import most_voted, together
+from gramfuse_client.training.outputs import Outputs
 
 LOGITS = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(1))  # (models, batch, labels)
 

@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn import functional
 from transformers import GptOssConfig, GptOssForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
-from gramfuse_client.gram import collect_grams
-from gramfuse_client.statistics import collect_statistics
+from gramfuse_client.measuring.collect import collect_statistics
+from gramfuse_client.measuring.gram import collect_grams
 from gramfuse_model.derive_layout import derive_layout
 from gramfuse_model.experts import holds_experts, is_understood
 from gramfuse_model.loading.base_model import trainable

@@ -18,9 +18,9 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from gramfuse_client.fisher import choose_variant, fisher_diagonal
-from gramfuse_client.outputs import Batch
 from gramfuse_client.tasks.registry import AT_SILO
+from gramfuse_client.training.fisher import choose_variant, fisher_diagonal
+from gramfuse_client.training.outputs import Batch
 from gramfuse_protocol.contract.task import MaskedTask, Task
 from gramfuse_protocol.errors import ContributionError, PlanError
 

@@ -14,8 +14,8 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from gramfuse_client.gram import Gram, collect_grams
-from gramfuse_client.statistics import collect_statistics
+from gramfuse_client.measuring.collect import collect_statistics
+from gramfuse_client.measuring.gram import Gram, collect_grams
 from gramfuse_model.derive_layout import derive_layout
 from gramfuse_model.loading.base_model import load_base, trainable
 from gramfuse_model.probing.hooks import rows_of

@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from transformers import ViTImageProcessor
 
-from gramfuse_client.batches import Encoded
-from gramfuse_client.data import Examples
-from gramfuse_client.images import read_image
+from gramfuse_client.data.batches import Encoded
+from gramfuse_client.data.examples import Examples
+from gramfuse_client.data.images import read_image
 from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.errors import DataError
 

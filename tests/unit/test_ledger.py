@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
-import gramfuse_client.ledger as ledger_module
-from gramfuse_client.ledger import NO_LINE, REASON, Entry, Head, Item, Ledger
+import gramfuse_client.guard.ledger as ledger_module
+from gramfuse_client.guard.ledger import NO_LINE, REASON, Entry, Head, Item, Ledger
 from gramfuse_protocol.errors import LedgerError
 
 NOON = datetime(2026, 1, 31, 12, tzinfo=UTC)
@@ -40,7 +40,7 @@ REFUSAL = Entry(phase="join", kind="refusal", form="open", note="this silo has n
 APPEND = """
 import sys
 from pathlib import Path
-from gramfuse_client.ledger import Entry, Ledger
+from gramfuse_client.guard.ledger import Entry, Ledger
 ledger = Ledger(Path(sys.argv[1]), "a")
 print("ready", flush=True)
 sys.stdin.readline()

@@ -16,8 +16,8 @@ import pytest
 
 from gramfuse_cli import ledger as command
 from gramfuse_cli.main import main
-from gramfuse_client.ledger import NO_LINE, Entry, Item, Ledger
-from gramfuse_client.silo import Silo
+from gramfuse_client.guard.ledger import NO_LINE, Entry, Item, Ledger
+from gramfuse_client.silo_file import Silo
 
 PLANS = ("a" * 64, "b" * 64)
 SESSION = "c" * 32

@@ -15,7 +15,7 @@ import transformers
 from torch import nn
 from torch.nn import functional
 
-from gramfuse_client.gram import collect_grams
+from gramfuse_client.measuring.gram import collect_grams
 from gramfuse_model.derive_layout import derive_layout
 from gramfuse_model.layers import ALIKE, kind_of
 from gramfuse_model.probing.batch import alone, masks_of

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gramfuse_client.silo import Silo
+from gramfuse_client.silo_file import Silo
 from gramfuse_protocol.errors import PlanError
 
 COORDINATOR = '[coordinator]\naddress = "merge.example.org:9092"\n'

@@ -22,11 +22,11 @@ from gramfuse_protocol.text import Legible, lines_of, one_line, printable, quote
 ANYTHING = st.text(st.characters(exclude_categories=[]))
 OWN = {
     "gramfuse_protocol.secure_sum.member",
-    "gramfuse_client.attempts",
-    "gramfuse_client.measurements",
-    "gramfuse_client.releases",
-    "gramfuse_client.session",
-    "gramfuse_client.state",
+    "gramfuse_client.state.attempts",
+    "gramfuse_client.state.measurements",
+    "gramfuse_client.guard.releases",
+    "gramfuse_client.state.session",
+    "gramfuse_client.state.state",
     "gramfuse_server.report_part",
     "gramfuse_server.report_schema",
 }

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from gramfuse_client.data import Examples, load, load_validation
-from gramfuse_client.silo import Silo
+from gramfuse_client.data.examples import Examples, load, load_validation
+from gramfuse_client.silo_file import Silo
 from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.errors import DataError, PlanError
 

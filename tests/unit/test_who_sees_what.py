@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from gramfuse_client.departures import leaves
+from gramfuse_client.guard.disclosure import leaves
 from gramfuse_protocol.contract.layout import Layout, Tensor
 from gramfuse_protocol.contract.who_sees_what import FACTS, STATISTICS_SAY, Mode, full_row, holds, leaving, row, seen
 from tests.unit.test_page import SILOS, Checked, card, open_run, page, plan_of, secure_run

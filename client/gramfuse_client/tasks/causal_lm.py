@@ -12,16 +12,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from gramfuse_client.columns import Input, Reader
-from gramfuse_client.sources import Row
+from gramfuse_client.data.columns import Input, Reader
+from gramfuse_client.data.formats import Row
 from gramfuse_client.tasks.registry import TaskAtSilo, Terms, Variant, register
 from gramfuse_protocol.contract.task import Task
 
 if TYPE_CHECKING:
     import torch
 
-    from gramfuse_client.data import Examples
-    from gramfuse_client.outputs import Batch, Outputs
+    from gramfuse_client.data.examples import Examples
+    from gramfuse_client.training.outputs import Batch, Outputs
 
 
 @register
@@ -45,7 +45,7 @@ class CausalLMAtSilo(TaskAtSilo):
         return sum(len(row["input_ids"]) < 2 for row in rows)
 
     def answers(self, batch: Batch, labels: Sequence[Any]) -> Batch:
-        from gramfuse_client.outputs import at_tokens
+        from gramfuse_client.training.outputs import at_tokens
 
         return at_tokens(batch, labels)
 
@@ -53,14 +53,14 @@ class CausalLMAtSilo(TaskAtSilo):
         """Yield that of all tokens but the first."""
         from torch.nn.functional import cross_entropy
 
-        from gramfuse_client.outputs import inputs_of
+        from gramfuse_client.training.outputs import inputs_of
         from gramfuse_model.probing.batch import IGNORED
 
         logits, following = model(**inputs_of(example)).logits[0, :-1], example["labels"][0, 1:]
         yield 1.0, -cross_entropy(logits, following, ignore_index=IGNORED, reduction="sum")
 
     def facts(self, batch: Mapping[str, torch.Tensor], found: Outputs, task: Task, tokenizer: Any) -> tuple[Any, ...]:
-        from gramfuse_client.outputs import next_tokens
+        from gramfuse_client.training.outputs import next_tokens
 
         return (next_tokens(found.logits[:, :-1], batch["labels"][:, 1:]),)
 

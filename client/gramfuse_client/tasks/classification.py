@@ -11,8 +11,8 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from gramfuse_client.columns import Input, Reader
-from gramfuse_client.sources import Row
+from gramfuse_client.data.columns import Input, Reader
+from gramfuse_client.data.formats import Row
 from gramfuse_client.tasks.registry import Loss, TaskAtSilo, Terms, Variant, register
 from gramfuse_client.tasks.words import of_labels
 from gramfuse_protocol.contract.task import Task
@@ -20,8 +20,8 @@ from gramfuse_protocol.contract.task import Task
 if TYPE_CHECKING:
     import torch
 
-    from gramfuse_client.data import Examples
-    from gramfuse_client.outputs import Batch, Outputs
+    from gramfuse_client.data.examples import Examples
+    from gramfuse_client.training.outputs import Batch, Outputs
 
 
 @register
@@ -52,7 +52,7 @@ class ClassificationAtSilo(TaskAtSilo):
 
     def log_likelihoods(self, model: torch.nn.Module, example: Batch, task: Task, variant: Variant) -> Terms:
         """Yield the log-probabilities of one label of several, softmax over those that are annotated."""
-        from gramfuse_client.outputs import inputs_of
+        from gramfuse_client.training.outputs import inputs_of
 
         logits, label = model(**inputs_of(example)).logits[0], int(example["labels"])
         likelihoods = logits[list(task.annotated)].log_softmax(dim=0)

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gramfuse_client.columns import Reader
-from gramfuse_client.images import check_image, check_pillow, read_image
-from gramfuse_client.sources import Row
+from gramfuse_client.data.columns import Reader
+from gramfuse_client.data.formats import Row
+from gramfuse_client.data.images import check_image, check_pillow, read_image
 from gramfuse_client.tasks.classification import ClassificationAtSilo
 from gramfuse_client.tasks.registry import register
 from gramfuse_protocol.contract.task import Task
@@ -21,8 +21,8 @@ from gramfuse_protocol.errors import DataError
 from gramfuse_protocol.text import quoted
 
 if TYPE_CHECKING:
-    from gramfuse_client.data import Examples
-    from gramfuse_client.outputs import Batch
+    from gramfuse_client.data.examples import Examples
+    from gramfuse_client.training.outputs import Batch
     from gramfuse_model.loading.base_model import Base
 
 ROWS = 1024

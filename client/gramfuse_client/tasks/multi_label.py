@@ -14,8 +14,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from gramfuse_client.columns import Input, Reader, unpacked
-from gramfuse_client.sources import Row
+from gramfuse_client.data.columns import Input, Reader, unpacked
+from gramfuse_client.data.formats import Row
 from gramfuse_client.tasks.registry import Loss, TaskAtSilo, Terms, Variant, register
 from gramfuse_client.tasks.words import of_labels
 from gramfuse_protocol.contract.task import Task
@@ -25,8 +25,8 @@ from gramfuse_protocol.text import listed, quoted
 if TYPE_CHECKING:
     import torch
 
-    from gramfuse_client.data import Examples
-    from gramfuse_client.outputs import Batch, Outputs
+    from gramfuse_client.data.examples import Examples
+    from gramfuse_client.training.outputs import Batch, Outputs
 
 SEVERAL = re.compile(r"[,;|]|^\s*\[")
 """What is in a text that may stand for several labels."""
@@ -89,7 +89,7 @@ class MultiLabelAtSilo(TaskAtSilo):
         """
         from torch.nn.functional import binary_cross_entropy_with_logits
 
-        from gramfuse_client.outputs import inputs_of
+        from gramfuse_client.training.outputs import inputs_of
 
         own = list(task.annotated)
         z = model(**inputs_of(example)).logits[0][own]

@@ -18,16 +18,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from gramfuse_client.columns import Input, Label, Reader
-from gramfuse_client.sources import Row
+from gramfuse_client.data.columns import Input, Label, Reader
+from gramfuse_client.data.formats import Row
 from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.errors import PlanError
 
 if TYPE_CHECKING:
     import torch
 
-    from gramfuse_client.data import Examples
-    from gramfuse_client.outputs import Batch, Outputs
+    from gramfuse_client.data.examples import Examples
+    from gramfuse_client.training.outputs import Batch, Outputs
     from gramfuse_model.loading.base_model import Base
 
 Variant = Literal["hard", "soft", "empirical"]
@@ -145,7 +145,7 @@ class TaskAtSilo(ABC):
 
     def outputs(self, model: Any, batch: Mapping[str, torch.Tensor], task: Task, tokenizer: Any) -> Outputs:
         """Return what a model says of a batch."""
-        from gramfuse_client.outputs import Outputs, inputs_of
+        from gramfuse_client.training.outputs import Outputs, inputs_of
 
         return Outputs(model(**inputs_of(batch)).logits)
 

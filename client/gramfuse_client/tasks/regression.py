@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gramfuse_client.columns import Input, Reader
-from gramfuse_client.sources import Row
-from gramfuse_client.targets import check_targets, described
+from gramfuse_client.data.columns import Input, Reader
+from gramfuse_client.data.formats import Row
+from gramfuse_client.data.targets import check_targets, described
 from gramfuse_client.tasks.registry import TaskAtSilo, Terms, Variant, register
 from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.errors import DataError
@@ -23,8 +23,8 @@ from gramfuse_protocol.text import quoted
 if TYPE_CHECKING:
     import torch
 
-    from gramfuse_client.data import Examples
-    from gramfuse_client.outputs import Batch, Outputs
+    from gramfuse_client.data.examples import Examples
+    from gramfuse_client.training.outputs import Batch, Outputs
 
 
 @register
@@ -58,7 +58,7 @@ class RegressionAtSilo(TaskAtSilo):
 
     def log_likelihoods(self, model: torch.nn.Module, example: Batch, task: Task, variant: Variant) -> Terms:
         """Yield that of a Gaussian of variance 1."""
-        from gramfuse_client.outputs import inputs_of
+        from gramfuse_client.training.outputs import inputs_of
 
         logits = model(**inputs_of(example)).logits
         yield 1.0, -0.5 * (logits.reshape(()) - example["labels"].reshape(())).square()

@@ -10,16 +10,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from gramfuse_client.columns import Input, Reader
-from gramfuse_client.sources import Row
+from gramfuse_client.data.columns import Input, Reader
+from gramfuse_client.data.formats import Row
 from gramfuse_client.tasks.registry import TaskAtSilo, Terms, Variant, register
 from gramfuse_protocol.contract.task import Task
 
 if TYPE_CHECKING:
     import torch
 
-    from gramfuse_client.data import Examples
-    from gramfuse_client.outputs import Batch, Outputs
+    from gramfuse_client.data.examples import Examples
+    from gramfuse_client.training.outputs import Batch, Outputs
     from gramfuse_model.loading.base_model import Base
 
 
@@ -62,7 +62,7 @@ class SequenceToSequenceAtSilo(TaskAtSilo):
 
     def outputs(self, model: Any, batch: Mapping[str, torch.Tensor], task: Task, tokenizer: Any) -> Outputs:
         """Return logits of the targets, and the texts that the model generates (`gramfuse_model.generation`)."""
-        from gramfuse_client.outputs import Outputs
+        from gramfuse_client.training.outputs import Outputs
         from gramfuse_model.generation import answering
 
         logits = model(**batch).logits  # the labels give the decoder its inputs
@@ -71,7 +71,7 @@ class SequenceToSequenceAtSilo(TaskAtSilo):
         return Outputs(logits, tuple(tokenizer.batch_decode(generated, skip_special_tokens=True)))
 
     def facts(self, batch: Mapping[str, torch.Tensor], found: Outputs, task: Task, tokenizer: Any) -> tuple[Any, ...]:
-        from gramfuse_client.outputs import next_tokens
+        from gramfuse_client.training.outputs import next_tokens
         from gramfuse_model.probing.batch import IGNORED
 
         truth = batch["labels"]

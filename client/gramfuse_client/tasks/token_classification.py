@@ -16,8 +16,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
-from gramfuse_client.columns import Input, Reader, check_characters, unpacked
-from gramfuse_client.sources import Row
+from gramfuse_client.data.columns import Input, Reader, check_characters, unpacked
+from gramfuse_client.data.formats import Row
 from gramfuse_client.tasks.registry import TaskAtSilo, Terms, Variant, register
 from gramfuse_client.tasks.words import counted
 from gramfuse_protocol.contract.task import Task
@@ -28,8 +28,8 @@ from gramfuse_protocol.text import quoted
 if TYPE_CHECKING:
     import torch
 
-    from gramfuse_client.data import Examples
-    from gramfuse_client.outputs import Batch, Outputs
+    from gramfuse_client.data.examples import Examples
+    from gramfuse_client.training.outputs import Batch, Outputs
 
 PRINTED = re.compile(r"\s*\[\s*['\"].*\]\s*", re.DOTALL)
 """A list of texts as Python or numpy prints it."""
@@ -106,7 +106,7 @@ class TokenClassificationAtSilo(TaskAtSilo):
         return sum(not any(seen for seen, _ in row["words"]) for row in rows)
 
     def answers(self, batch: Batch, labels: Sequence[Any]) -> Batch:
-        from gramfuse_client.outputs import at_tokens
+        from gramfuse_client.training.outputs import at_tokens
 
         return at_tokens(batch, labels)
 
@@ -115,7 +115,7 @@ class TokenClassificationAtSilo(TaskAtSilo):
         from torch import where
         from torch.nn.functional import cross_entropy
 
-        from gramfuse_client.outputs import inputs_of
+        from gramfuse_client.training.outputs import inputs_of
         from gramfuse_model.probing.batch import IGNORED
 
         logits, labels = model(**inputs_of(example)).logits[0], example["labels"][0]

@@ -1,0 +1,1 @@
+"""A silo's examples: read, checked, split, and as batches of tensors."""

@@ -1,0 +1,1 @@
+"""`gramfuse silo check`: what keeps a silo from taking part, and what would leave it."""

@@ -1,0 +1,178 @@
+"""What a silo works on under a plan, as it is here: its data, the base model, and the layout that follows from it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from gramfuse_client.data.examples import Examples, left_out, load
+from gramfuse_client.data.formats import HUB, Dataset
+from gramfuse_client.dry_run.findings import Findings
+from gramfuse_client.dry_run.of_plan import Given
+from gramfuse_client.guard import policy
+from gramfuse_client.silo_file import Silo
+from gramfuse_client.state.state import Contributed
+from gramfuse_client.tasks.registry import at_silo
+from gramfuse_protocol.contract.layout import Layout
+from gramfuse_protocol.contract.plan import Plan
+from gramfuse_protocol.contract.task import Task
+from gramfuse_protocol.errors import DataError, ModelError, PlanError, RefusalError
+from gramfuse_protocol.secure_sum.scales import MOST_EXAMPLES
+
+if TYPE_CHECKING:
+    from gramfuse_model.loading.base_model import Base
+
+
+def check_data(
+    found: Findings,
+    silo: Silo,
+    plan: Plan,
+    contributed: Contributed | None,
+    offline: bool,
+    skip_bad: int | None = None,
+) -> tuple[Examples, Examples] | None:
+    """Read the data as a run would, and return the training and the held-out examples.
+
+    Args:
+        contributed: what was contributed under the plan before.
+        skip_bad: in place of the silo file's `data.skip-bad`.
+    """
+    allowed = silo.file.data.skip_bad
+    if skip_bad is not None:
+        data = silo.file.data.model_copy(update={"skip_bad": skip_bad})
+        silo = Silo(silo.path, silo.file.model_copy(update={"data": data}))
+    source, task = silo.file.data.train, plan.task_of(silo.name)
+    if offline and source.startswith(HUB) and Dataset.parse(source, silo.directory).folder(silo.directory) is None:
+        found.skip("data", f"{source} is on the Hugging Face hub, and the check is offline")
+        return None
+    try:
+        train, held_out = load(silo, task)
+        policy.check_examples(silo, len(train))
+        at_silo(task).check_labels(silo.path, task, train.labels)
+    except DataError as error:
+        found.error("data", error, f"correct the data, or [data] in {silo.path}")
+        return None
+    except RefusalError as error:
+        found.error("data", error)
+        return train, held_out
+    bad = left_out(train, held_out)
+    if most := max(map(len, (train.left_out, held_out.left_out))):
+        what = f"{len(bad)} bad rows are left out:\n" + "\n".join(bad)
+        if most > allowed:
+            found.problem("bad rows", what, f"correct them, or write under [data] of {silo.path}:\nskip-bad = {most}")
+        else:
+            found.ok("bad rows", what, f"data.skip-bad of {silo.path} allows {allowed:,}")
+    weighed = plan.privacy.secure_aggregation and plan.merge.weighting == "examples"
+    if contributed is not None and contributed.data != train.digest:
+        found.problem(
+            "data",
+            "other data were contributed under this plan before; the difference of the sums would show what changed",
+            "put the data back as they were; a new plan must end with the same silos over these rows",
+        )
+    elif weighed and len(train) > MOST_EXAMPLES:
+        found.problem(
+            "data",
+            f"{len(train):,} training examples are more than the {MOST_EXAMPLES:,} that a secure sum can weigh",
+            "agree on a plan with merge.weighting = 'uniform'",
+        )
+    else:
+        counts = f"{len(train):,} training examples ({at_silo(task).counted(train, task)}), {len(held_out):,} held out"
+        notice = at_silo(task).notice(train, task)
+        found.ok("data", f"{counts}\n{_what_leaves_of_counts(plan, task)}", notice)
+    return train, held_out
+
+
+def check_encoding(
+    found: Findings, silo: Silo, plan: Plan, base: Base | None, data: tuple[Examples, Examples] | None
+) -> None:
+    """Look at what the base model's tokenizer makes of the data: a run that stops at it gives no reason."""
+    task = plan.task_of(silo.name)
+    if base is None or data is None:
+        return
+    from gramfuse_client.data.batches import Encoded
+
+    train, held_out = (Encoded(examples, base.tokenizer, task) for examples in data)
+    try:
+        train.check_learnable()
+    except DataError as error:
+        found.error("tokens", error)
+        return
+    words = [seen for encoded in (train, held_out) for row in encoded.rows or () for seen, _ in row.get("words", ())]
+    if missed := words.count(False):
+        found.ok(
+            "tokens",
+            f"{missed:,} of {len(words):,} words have no token: the {task.max_length} that an example may have are over"
+            " before them, or the tokenizer drops their characters. In the metrics no entity is predicted there",
+            "raise max-length in the plan, if they are many",
+        )
+
+
+def check_last_batch(found: Findings, silo: Silo, plan: Plan, base: Base | None, train: Examples | None) -> None:
+    """Look whether a batch of one example would stop training."""
+    if base is None or train is None:
+        return
+    from gramfuse_client.data.batches import Encoded
+    from gramfuse_client.training.finetune import check_batches
+
+    try:
+        encoded = Encoded(train, base.tokenizer, plan.task_of(silo.name))
+        check_batches(base.model, encoded, plan.training.batch_size, silo.name)
+    except DataError as error:
+        found.error("batches", error)
+
+
+def _what_leaves_of_counts(plan: Plan, task: Task) -> str:
+    if plan.privacy.secure_aggregation and plan.privacy.metrics != "silo":
+        return "these numbers are shown to you only; they leave masked, to be read in the sum over the silos"
+    training = "masked" if plan.privacy.secure_aggregation else "in the clear"
+    if plan.privacy.metrics == "none":
+        return f"how many training examples there are leaves {training}; the other numbers do not"
+    each = ", of each label," if task.labels else ""
+    return f"how many training examples there are leaves {training}; how many are held out{each} in the clear"
+
+
+def check_base(found: Findings, silo: Silo, plan: Plan) -> Base | None:
+    """Load the base model from this machine; nothing is downloaded."""
+    import torch
+
+    from gramfuse_model.loading.base_model import load_base
+    from gramfuse_model.loading.source import source_of
+    from gramfuse_model.probing.suitable import check_suitable
+
+    if silo.file.threads:
+        torch.set_num_threads(silo.file.threads)  # as in a run
+    try:
+        source = source_of(plan, silo.project, silo.base, local=True).directory
+        base = load_base(plan, silo.project, silo=silo.name, override=source)
+        check_suitable(base, plan.task_of(silo.name))
+    except ModelError as error:
+        remedy = f"get the files of whoever locked the plan, and name their directory above [data] in {silo.path}:"
+        found.error("base model", error, f'{remedy}\nbase = "DIRECTORY"')
+        return None
+    about = f"{source}, SHA-256 {base.pins.sha256}"
+    found.ok("base model", about if plan.model.sha256 else f"{about}; the plan names none yet")
+    return base
+
+
+def check_layout(found: Findings, silo: Silo, given: Given, base: Base | None) -> Layout | None:
+    """Derive the layout, or, without a base model, take the one that came with the plan."""
+    from gramfuse_model.derive_layout import plan_layout
+    from gramfuse_model.loading.base_model import load_base
+    from gramfuse_model.probing.lengths import check_lengths
+
+    plan, path = given.plan, given.path.with_name("layout.json")
+    try:
+        named = Layout.read(path) if path.exists() else None
+        if base is None:
+            known = named if named is not None and named.digest == plan.merge.layout else None
+            more = f"; what follows is by {path}" if known else ""
+            found.skip("layout", f"it is derived from the base model{more}")
+            return known
+        check_lengths(base, [plan.task_of(silo.name)], trains=True)
+        if plan.task:  # the layout is derived from one task's model, the same everywhere
+            base = load_base(plan, silo.project, override=silo.base)
+        layout = plan_layout(plan, base, named)
+    except (ModelError, PlanError) as error:
+        found.error("layout", error, f"and have the author's own layout.json as {path}, since rounding may differ")
+        return None
+    found.ok("layout", f"derived here, digest {layout.digest}" + (", as in the plan" if plan.merge.layout else ""))
+    return layout

@@ -1,0 +1,225 @@
+"""What a silo does with its data and the model: the part that needs torch.
+
+Flower starts a new process for every message, and only three of the phases come here; the others need not load it.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+
+from gramfuse_client.data.batches import Encoded, batches
+from gramfuse_client.data.examples import Examples
+from gramfuse_client.dry_run.of_machine import lacking_memory
+from gramfuse_client.measuring.collect import collect_statistics
+from gramfuse_client.silo_file import Silo
+from gramfuse_client.state.state import State
+from gramfuse_client.training.evaluate import evaluate, evaluate_for_sum
+from gramfuse_client.training.finetune import choose_device, finetune
+from gramfuse_model.buffers import first_difference, saved_buffers
+from gramfuse_model.change import check_changes
+from gramfuse_model.derive_layout import plan_layout
+from gramfuse_model.differences import add_differences, set_values
+from gramfuse_model.loading.base_model import Base, load_base, own_head, trainable
+from gramfuse_model.probing.lengths import check_lengths
+from gramfuse_model.probing.suitable import check_suitable
+from gramfuse_model.rescaling import fold
+from gramfuse_protocol.contract.layout import Layout, delta_block
+from gramfuse_protocol.contract.plan import Plan
+from gramfuse_protocol.contract.task import Task
+from gramfuse_protocol.errors import ContributionError, RefusalError
+from gramfuse_protocol.files import make_private_directory
+from gramfuse_protocol.held_out.metrics import Sums
+from gramfuse_protocol.statistics.contribution import Statistics
+
+EVALUATION_BATCH = 64
+
+
+class Workbench:
+    """One silo's data and base model, under one plan."""
+
+    def __init__(self, silo: Silo, plan: Plan) -> None:
+        self.silo = silo
+        self.plan = plan
+        self.task = plan.task_of(silo.name)
+        self._looked_at: Base | None = None
+        if silo.file.threads:
+            torch.set_num_threads(silo.file.threads)
+
+    def check_layout(self, given: Layout) -> Layout:
+        """Return the layout that came with the plan, if it is what the base model as it is here gives.
+
+        Raises:
+            ModelError: if the base model cannot be loaded or is another one, or the layout is.
+            PlanError: if the plan's texts are longer than the base model takes.
+            RefusalError: if this machine has too little memory to fine-tune or measure.
+        """
+        base = own = self._base()
+        if self.plan.task:  # the layout is derived from one task's model, the same everywhere
+            base = load_base(self.plan, self.silo.project, override=self.silo.base)
+        check_lengths(own, [self.task], trains=True)
+        layout = plan_layout(self.plan, base, given)
+        check_suitable(own, self.task)
+        lack = lacking_memory(self.plan, self.task, layout, own, choose_device(self.silo.file.device).type)
+        if lack is not None:
+            raise RefusalError(f"{self.silo.path}: {lack}", reason="this silo has too little memory for the plan")
+        return layout
+
+    def check_model(self, layout: Layout, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Refuse differences from the base (`delta:<parameter>`, float32) that are larger than silos agreed on.
+
+        Raises:
+            RefusalError: naming the tensor; the silo's data have no part in it.
+        """
+        self._looked_at = self._base()
+        check_changes(self._looked_at.model, layout, arrays, self.plan.merge.maximum_change)
+
+    def measure(
+        self, layout: Layout, examples: Examples, state: State, start: Mapping[str, NDArray[Any]]
+    ) -> Statistics:
+        """Fine-tune on the silo's examples and measure.
+
+        Args:
+            start: what a round after the first starts from, as differences from the base (`delta:<parameter>`,
+                float32); empty in the first.
+        """
+        base = self._base()
+        if start:
+            add_differences(base.model, _by_parameter(layout, start))
+        return train(self.silo, self.plan, layout, base, examples, state)
+
+    def evaluate(
+        self,
+        layout: Layout,
+        arrays: Mapping[str, NDArray[Any]],
+        state: State,
+        held_out: Examples,
+        *,
+        keep: bool = False,
+    ) -> Sums:
+        """Return the held-out sums of the base model with differences added (`delta:<parameter>`, float32).
+
+        Where they leave in a secure sum, they are those of `gramfuse_protocol.held_out.sums`, and otherwise those of
+        `gramfuse_protocol.held_out.metrics`.
+
+        Args:
+            state: where the silo's own head is, if it keeps one.
+            held_out: what it is measured on.
+            keep: whether the model is this silo's finished one; it is written into the state.
+        """
+        base = self._merged(layout, arrays, state)
+        device = choose_device(self.silo.file.device)
+        encoded, model = Encoded(held_out, base.tokenizer, self.task), base.model.to(device)
+        if self.plan.summed:
+            sums = evaluate_for_sum(model, encoded, device, self.task, base.tokenizer)
+        else:
+            given = batches(encoded, EVALUATION_BATCH, device, by_length=True)
+            sums = evaluate(model, given, self.task, base.tokenizer)
+        if keep:
+            save_privately(base, self.task, state.model)
+        return sums
+
+    def keep(self, layout: Layout, arrays: Mapping[str, NDArray[Any]], state: State) -> None:
+        """Write this silo's finished model into its state: the base model with differences added, and its own head."""
+        save_privately(self._merged(layout, arrays, state), self.task, state.model)
+
+    def finish(self, layout: Layout, arrays: Mapping[str, NDArray[Any]], state: State, directory: Path) -> None:
+        """Write the base model with differences added and this silo's own head, as `from_pretrained` loads it.
+
+        Args:
+            arrays, state: as `evaluate` has them.
+            directory: made if it is not there.
+        """
+        base = self._merged(layout, arrays, state)
+        fold(base.model, self.task)
+        base.model.save_pretrained(directory)
+        base.tokenizer.save_pretrained(directory)
+
+    def _merged(self, layout: Layout, arrays: Mapping[str, NDArray[Any]], state: State) -> Base:
+        base = self._base()
+        add_differences(base.model, _by_parameter(layout, arrays))
+        if self.plan.model.head == "own":
+            set_values(base.model, state.head())
+        return base
+
+    def _base(self) -> Base:
+        """Return the base model for the caller to change: the one that was only looked at, or it is loaded."""
+        looked_at, self._looked_at = self._looked_at, None
+        return looked_at or load_base(self.plan, self.silo.project, silo=self.silo.name, override=self.silo.base)
+
+
+def save_privately(base: Base, task: Task, directory: Path) -> None:
+    """Replace a model on the disk that only its owner may read; it gives targets as the data have them."""
+    fold(base.model, task)
+    temporary = directory.with_suffix(".partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    make_private_directory(temporary)
+    base.model.save_pretrained(temporary)
+    base.tokenizer.save_pretrained(temporary)
+    for path in temporary.iterdir():
+        path.chmod(0o600)
+    shutil.rmtree(directory, ignore_errors=True)
+    temporary.rename(directory)
+
+
+def train(
+    silo: Silo, plan: Plan, layout: Layout, base: Base, examples: Examples, state: State | None = None
+) -> Statistics:
+    """Fine-tune a model on a silo's examples, in place, and measure it.
+
+    If the silo has a head of its own to start from (`model.head`), it takes that in the first round, while differences
+    are taken from the head that all have. A head that is not merged stays in the state, from round to round.
+
+    Args:
+        base: what is fine-tuned; differences are taken from it.
+        state: says which round it is, and takes notes of progress; without one it is the first.
+
+    Raises:
+        ContributionError: naming the tensor, if training changes a buffer that all silos share and the layout does not
+            merge, or a value is NaN or infinite.
+    """
+    device = choose_device(silo.file.device)
+    merged = {tensor.name for tensor in layout.tensors}
+    fixed = {name: b.clone() for name, b in saved_buffers(base.model).items() if name in base.shared - merged}
+    encoded = Encoded(examples, base.tokenizer, plan.task_of(silo.name))
+    before = trainable(base.model)
+    if state is None or state.round == 1:
+        if plan.model.head != "same":
+            set_values(base.model, own_head(plan, silo.project, silo.name, override=silo.base))
+    elif plan.model.head == "own":
+        set_values(base.model, state.head(before=True))
+    finetune(
+        base.model,
+        encoded,
+        plan.training.in_round(1 if state is None else state.round),
+        device,
+        progress=None if state is None else lambda done, total: state.progress("train", done, total),
+        whose=silo.name,
+    )
+    odd = first_difference(fixed, saved_buffers(base.model))
+    if odd is not None:
+        raise ContributionError(
+            f"training changed the buffer {odd!r}, which did not change when the layout was made, so it would not be "
+            "merged; choose another base model"
+        )
+    if plan.model.head == "own" and state is not None:
+        state.save_head({name: value for name, value in trainable(base.model).items() if name not in base.shared})
+    size = plan.training.batch_size
+    return collect_statistics(
+        base.model,
+        batches(encoded, size, device, seed=plan.training.seed),
+        layout,
+        base=before,
+        examples=len(examples),
+        limit=plan.merge.tokens,
+        progress=None if state is None else lambda done: state.progress("measure", done, -(-len(encoded) // size)),
+    )
+
+
+def _by_parameter(layout: Layout, arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    return {tensor.name: arrays[delta_block(tensor.name)] for tensor in layout.tensors}

@@ -1,0 +1,356 @@
+"""What a silo does with each message of the protocol. Knows nothing of Flower."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from contextlib import nullcontext
+from datetime import datetime
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from gramfuse_client.data.examples import load
+from gramfuse_client.exchange.secure_phases import Membership, check_range
+from gramfuse_client.guard.policy import check_bytes, check_data, check_disk, check_hours, check_plan, check_repeat
+from gramfuse_client.guard.releases import Releases
+from gramfuse_client.silo_file import Silo
+from gramfuse_client.state.measurements import HeldOut, Measurement
+from gramfuse_client.state.state import Origin, State
+from gramfuse_protocol.canonical import text_digest
+from gramfuse_protocol.contract.layout import Layout
+from gramfuse_protocol.contract.plan import Plan
+from gramfuse_protocol.errors import (
+    DataError,
+    FailureError,
+    FederationError,
+    GramfuseError,
+    RefusalError,
+    SecurityError,
+)
+from gramfuse_protocol.files import exclusive
+from gramfuse_protocol.held_out.metrics import sums_shape
+from gramfuse_protocol.held_out.noise import noisy_words
+from gramfuse_protocol.messages.phases import (
+    MERGED,
+    EvaluateReply,
+    EvaluateRequest,
+    FinishReply,
+    FinishRequest,
+    JoinReply,
+    JoinRequest,
+    KeysRequest,
+    MaskedRequest,
+    Message,
+    SharesRequest,
+    SurvivorsRequest,
+    TrainReply,
+    TrainRequest,
+    UnmaskRequest,
+    UploadReply,
+    UploadRequest,
+    refusal,
+)
+from gramfuse_protocol.secure_sum.statements import model_digest
+from gramfuse_protocol.statistics.contribution import check_slices
+
+if TYPE_CHECKING:
+    from gramfuse_client.exchange.local_model import Workbench
+
+NOTHING_SENT = "0" * 64
+"""Content of an attempt whose request brings no model: the first round's training, and uploads."""
+
+log = logging.getLogger(__name__)
+
+
+class Participant:
+    """One silo's side of the protocol; all that it remembers is on its disk."""
+
+    def __init__(self, silo: Silo) -> None:
+        self.silo = silo
+
+    def answer(self, request: Message) -> Message:
+        """Return the reply to a request.
+
+        What is refused before the silo's data are touched says why. Whatever goes wrong afterwards, bugs too, is one
+        failure, with one text for each phase: what the other side reads must not depend on the data.
+
+        One is answered after the other: a worker may still be at a request that its node, started anew, got again.
+        """
+        log.info("silo %s, phase %s, plan %s", self.silo.name, request.phase, request.plan)
+        try:
+            # What is refused before anything was kept leaves no trace, not even a lock.
+            with exclusive(self.silo.state / "lock") if self.silo.state.is_dir() else nullcontext():
+                return self._answer(request)
+        except GramfuseError as error:
+            log.error("silo %s, phase %s: %s: %s", self.silo.name, request.phase, type(error).__name__, error)
+            return self._declined(request, error)
+        except Exception as error:
+            log.exception("silo %s, phase %s: unexpected error", self.silo.name, request.phase)
+            return self._declined(request, FailureError(str(error), phase=request.phase))
+
+    def _declined(self, request: Message, error: GramfuseError) -> Message:
+        """Return the refusal of a request. A lie ends the session; so does a failure once there are secrets in it."""
+        state = self._state(request)
+        lie = isinstance(error, SecurityError)
+        if lie or (isinstance(error, FailureError) and state.attempts.failed(request)):
+            try:
+                session = state.session(request.session)
+                if lie or session.begun:
+                    session.end(str(error))
+            except Exception:  # the state itself may be what is damaged; nothing leaves in it either way
+                log.exception("silo %s: the session could not be ended", self.silo.name)
+        return refusal(request, self.silo.name, error)
+
+    def _answer(self, request: Message) -> Message:
+        match request:
+            case JoinRequest():
+                return self._join(request)
+            case TrainRequest():
+                return self._train(request)
+            case UploadRequest():
+                return self._upload(request)
+            case EvaluateRequest():
+                return self._evaluate(request)
+            case FinishRequest():
+                return self._finish(request)
+            case KeysRequest() | SharesRequest() | MaskedRequest() | SurvivorsRequest() | UnmaskRequest():
+                return self._membership(request).answer(request)
+        raise FederationError(f"phase {request.phase!r} is not a silo's to answer")
+
+    def _join(self, request: JoinRequest) -> JoinReply:
+        """Join; the silo's data are not touched, so that a refusal may say why."""
+        plan = Plan.parse(request.plan_text, "the coordinator's plan")
+        if plan.digest != request.plan:
+            raise FederationError(
+                "the plan that came has another digest than its message", reason="plan digest differs"
+            )
+        check_plan(self.silo, plan)
+        if text_digest(request.layout) != plan.merge.layout:  # of what is not the plan's, nothing is parsed
+            raise FederationError("the coordinator's layout is not the plan's", reason="layout digest differs")
+        _check_round(plan, request)
+        state = self._state(request)
+        state.attempts.check(request)
+        check_repeat(self.silo, state, request.session)
+        if not state.trained:
+            check_hours(self.silo, datetime.now())
+        given = Layout.parse(request.layout, "the coordinator's layout")
+        check_bytes(self.silo, plan, given)
+        layout = self._workbench(plan).check_layout(given)
+        if not state.trained:
+            check_disk(self.silo, plan, layout)
+        state.join(request.plan_text, layout)
+        if plan.privacy.secure_aggregation:
+            state.join_session(request.session)
+        return JoinReply(**request.about, silo=self.silo.name)
+
+    def _train(self, request: TrainRequest) -> TrainReply:
+        state = self._state(request)
+        plan, layout = self._joined(state, request)
+        start = self._check_start(state, layout, request, secure=plan.privacy.secure_aggregation)
+        if not state.trained:
+            check_hours(self.silo, datetime.now())
+            check_disk(self.silo, plan, layout)
+        with state.attempts.attempt(request, "train", start or NOTHING_SENT):
+            self._have_statistics(state, plan, layout, request, start)
+            kept = state.contribution()
+        secure = plan.privacy.secure_aggregation
+        return TrainReply(
+            **request.about,
+            silo=self.silo.name,
+            examples=None if secure else kept.examples,
+            tokens={} if secure else kept.tokens,
+        )
+
+    def _have_statistics(self, state: State, plan: Plan, layout: Layout, request: TrainRequest, start: str) -> None:
+        """Fine-tune and measure, unless that was done with the same data and from the same model."""
+        task = plan.task_of(self.silo.name)
+        examples, held_out = load(self.silo, task)
+        check_data(self.silo, task, examples, held_out)
+        contributed = state.contributed()
+        if contributed is not None and contributed.data != examples.digest:
+            raise DataError(
+                f"{self.silo.path}: other data were contributed under this plan before; the difference of the two sums "
+                "would show what changed. Put the data back as they were, or agree on a new plan"
+            )
+        rows = self.releases.keep_rows(examples.given)  # again, where the owner had this silo forget them
+        if state.trained and state.origin()[:2] == (examples.digest, start):
+            return
+        check_hours(self.silo, datetime.now())
+        statistics = self._workbench(plan).measure(layout, examples, state, request.arrays)
+        if plan.privacy.secure_aggregation:
+            check_range(self.silo, plan, layout, statistics)
+        state.save(statistics, Origin(examples.digest, start, rows), request.arrays)
+
+    def _check_start(self, state: State, layout: Layout, request: TrainRequest, *, secure: bool) -> str:
+        """Return the digest of the model that a round starts from; empty in the first, which starts from the base.
+
+        Under secure aggregation, a later round starts from the merged model that this silo was given in the round
+        before, after it contributed there: any other start would be a question that the coordinator asks of this
+        silo's data.
+
+        Raises:
+            ContributionError: if it does not fit the layout.
+            RefusalError: if it is another model, or this silo was given none.
+        """
+        check_slices(layout.deltas if request.round > 1 else (), request.arrays, "the model to go on from")
+        if request.round == 1:
+            return ""
+        start = model_digest(request.arrays[piece.name] for piece in layout.deltas)
+        if not secure:  # the coordinator reads what this silo contributes; who was away may come back
+            return start
+        before = State(self.silo.state, request.plan, request.round - 1)
+        contributed = state.contributed()
+        given = before.measurements.of(before.round).get(MERGED)
+        if given is None or contributed is None or not contributed.sessions.get(before.round):
+            raise RefusalError(
+                f"{self.silo.path}: round {request.round} was asked for, and this silo did not contribute to round "
+                f"{before.round} or was not given the merged model there",
+                reason="this silo did not go through the round before",
+            )
+        if start != given.model:
+            raise RefusalError(
+                f"{self.silo.path}: round {request.round} was asked for from another model than the merged one that "
+                f"this silo was given in round {before.round}. Go on with the run that was interrupted (gramfuse run "
+                "--resume)",
+                reason="the model to go on from is not the merged one of the round before",
+            )
+        return start
+
+    def _upload(self, request: UploadRequest) -> UploadReply:
+        state = self._state(request)
+        plan, layout = self._joined(state, request)
+        if plan.privacy.secure_aggregation:
+            raise SecurityError("statistics were asked for in the clear, and the plan has them masked")
+        count = layout.piece_count(request.piece_bytes)
+        if request.piece >= count:
+            raise FederationError(f"piece {request.piece} was asked for; there are {count}", reason="no such piece")
+        piece = layout.piece(request.piece, request.piece_bytes)
+        state.check_trained()
+        with state.attempts.attempt(request, "upload", NOTHING_SENT):
+            arrays = state.slices(piece)
+            check_slices(piece, arrays, "this silo")
+            state.contribute_openly(request.session)
+        return UploadReply(**request.about, silo=self.silo.name, piece=request.piece, arrays=arrays)
+
+    def _evaluate(self, request: EvaluateRequest) -> EvaluateReply:
+        """Measure a model: one of the plan's, once in a round, after this silo's contribution was released."""
+        state = self._state(request)
+        plan, layout = self._joined(state, request)
+        unmeasured = plan.privacy.metrics == "none"
+        if unmeasured and not (
+            request.candidate == MERGED and (plan.model.head == "own" or request.round < plan.merge.rounds)
+        ):
+            raise FederationError("the plan lets no metrics leave", reason="the plan lets no metrics leave")
+        if request.candidate not in plan.privacy.candidates:
+            raise SecurityError(
+                f"the plan has {', '.join(plan.privacy.candidates)} measured, and another candidate came"
+            )
+        check_slices(layout.deltas, request.arrays, "the coordinator's model")
+        self._check_released(state, plan, request)
+        model = model_digest(request.arrays[piece.name] for piece in layout.deltas)
+        known = state.measurements.of(request.round).get(request.candidate)
+        if known is not None and known.model != model:
+            raise SecurityError(f"two different models came as {request.candidate!r}")
+        workbench = self._workbench(plan)
+        if known is None:
+            workbench.check_model(layout, request.arrays)
+            if not unmeasured:
+                check_hours(self.silo, datetime.now())
+        with state.attempts.attempt(request, f"evaluate {request.candidate}", model):
+            if known is None:
+                known = self._measure(workbench, state, layout, request, model)
+        reply = EvaluateReply(**request.about, silo=self.silo.name, candidate=request.candidate)
+        if not known.sums:
+            return reply
+        shape = sums_shape(plan.task_of(self.silo.name))
+        return reply.model_copy(update={"arrays": {"sums": np.array(known.sums).reshape(shape)}})
+
+    def _measure(
+        self, workbench: Workbench, state: State, layout: Layout, request: EvaluateRequest, model: str
+    ) -> Measurement:
+        """Measure a model, and keep what leaves of it."""
+        plan = workbench.plan
+        finished = plan.model.head == "own" and request.candidate == MERGED
+        if plan.privacy.metrics == "none":
+            if finished:
+                workbench.keep(layout, request.arrays, state)
+            measurement = Measurement(model=model)
+            state.measurements.keep(request.round, request.candidate, measurement)
+            return measurement
+        task = plan.task_of(self.silo.name)
+        _, held_out = load(self.silo, task)
+        known = state.measurements.held_out()
+        if known.data not in ("", held_out.digest):
+            raise DataError(
+                f"{self.silo.path}: other held-out examples were measured on under this plan before; the difference of "
+                "the two sums would show what changed. Put them back as they were"
+            )
+        sums = workbench.evaluate(layout, request.arrays, state, held_out, keep=finished)
+        if plan.privacy.secure_aggregation and plan.privacy.metrics == "sum":
+            words = noisy_words(plan, task, sums, secrets.token_bytes)
+            measurement = Measurement(model=model, words=tuple(words.tolist()))
+            rows = self.releases.keep_rows(held_out.given)
+        else:
+            measurement = Measurement(model=model, sums=tuple(np.nan_to_num(sums).reshape(-1).tolist()))
+            rows = ""
+        measured_on = HeldOut(data=held_out.digest, rows=rows)
+        state.measurements.keep(request.round, request.candidate, measurement, measured_on)
+        return measurement
+
+    def _check_released(self, state: State, plan: Plan, request: EvaluateRequest) -> None:
+        """Raise RefusalError unless this silo's contribution to the round was released in this session."""
+        if plan.privacy.secure_aggregation:
+            released = state.session(request.session).read().released("statistics")
+        else:
+            contributed = state.contributed()
+            released = contributed is not None and request.session in contributed.sessions.get(request.round, ())
+        if not released:
+            raise RefusalError(
+                f"{self.silo.path}: a model came to be measured before this silo's contribution was released",
+                reason="this silo measures models after its contribution was released",
+            )
+
+    def _finish(self, request: FinishRequest) -> FinishReply:
+        self._state(request).session(request.session).end("the run is over")
+        return FinishReply(**request.about, silo=self.silo.name)
+
+    def _membership(self, request: Message) -> Membership:
+        state = self._state(request)
+        plan, layout = self._joined(state, request)
+        return Membership(self.silo, plan, layout, state, self.releases, request.session)
+
+    def _joined(self, state: State, request: Message) -> tuple[Plan, Layout]:
+        """Return what was joined, if the silo file still allows it, nothing failed, and the session goes on."""
+        plan, layout = state.joined()
+        check_plan(self.silo, plan)
+        _check_round(plan, request)
+        check_bytes(self.silo, plan, layout)
+        state.attempts.check(request)
+        check_repeat(self.silo, state, request.session)
+        if plan.privacy.secure_aggregation:
+            state.session(request.session).read()
+        return plan, layout
+
+    @property
+    def releases(self) -> Releases:
+        """The sums that this silo signed, over all plans."""
+        return Releases(self.silo.state / "releases")
+
+    def _workbench(self, plan: Plan) -> Workbench:
+        from gramfuse_client.exchange.local_model import (
+            Workbench,  # torch takes seconds to load, and few phases need it
+        )
+
+        return Workbench(self.silo, plan)
+
+    def _state(self, request: Message) -> State:
+        return State(self.silo.state, request.plan, request.round)
+
+
+def _check_round(plan: Plan, request: Message) -> None:
+    if request.round > plan.merge.rounds:
+        raise FederationError(
+            f"round {request.round} was asked for, and the plan has merge.rounds = {plan.merge.rounds}",
+            reason="the plan has fewer rounds",
+        )

@@ -1,0 +1,289 @@
+"""What a silo does in the phases of the secure sum: keys, shares, masked, survivors, unmask.
+
+The cryptography is `gramfuse_protocol.secure_sum.member`; here is what it is fed with, and what is kept on disk. A message
+that breaks the protocol raises SecurityError; `Participant` then ends the session: its secrets are wiped and nothing
+more leaves.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gramfuse_client.guard.policy import check_space
+from gramfuse_client.guard.releases import Cohort, Release, Releases
+from gramfuse_client.silo_file import Silo
+from gramfuse_client.state.masked_vector import read_masked, write_masked, write_masked_words
+from gramfuse_client.state.measurements import Measurement
+from gramfuse_client.state.session import Answer, Record, answer_key, answered, with_answer
+from gramfuse_client.state.state import Contributed, State
+from gramfuse_protocol.contract.layout import Layout
+from gramfuse_protocol.contract.plan import Plan
+from gramfuse_protocol.contract.roster import Roster
+from gramfuse_protocol.errors import ContributionError, DataError, FederationError, RefusalError, SecurityError
+from gramfuse_protocol.messages.phases import (
+    KeysReply,
+    KeysRequest,
+    MaskedReply,
+    MaskedRequest,
+    Message,
+    SharesReply,
+    SharesRequest,
+    SurvivorsReply,
+    SurvivorsRequest,
+    UnmaskReply,
+    UnmaskRequest,
+)
+from gramfuse_protocol.messages.wire import pack
+from gramfuse_protocol.secure_sum import member as secure_sum
+from gramfuse_protocol.secure_sum.fixed_point import encode
+from gramfuse_protocol.secure_sum.member import Member
+from gramfuse_protocol.secure_sum.scales import MOST_EXAMPLES, Scale, scales
+from gramfuse_protocol.secure_sum.statements import Sum, metrics_context, round_digest
+from gramfuse_protocol.statistics.contribution import Contribution
+
+SecureRequest = KeysRequest | SharesRequest | MaskedRequest | SurvivorsRequest | UnmaskRequest
+
+
+class Membership:
+    """One silo's part in one session."""
+
+    def __init__(self, silo: Silo, plan: Plan, layout: Layout, state: State, releases: Releases, nonce: str) -> None:
+        if not plan.privacy.secure_aggregation:
+            raise FederationError("the plan has no secure sum", reason="the plan has no secure sum")
+        self.silo = silo
+        self.plan = plan
+        self.layout = layout
+        self.state = state
+        self.releases = releases
+        self.session = state.session(nonce)
+
+    def answer(self, request: SecureRequest) -> Message:
+        """Return the reply to a request of the secure phases.
+
+        Raises:
+            SecurityError: if it breaks the protocol; the session must be ended then.
+            GramfuseError: of another kind, for what is no attack; the session goes on.
+        """
+        if isinstance(request, MaskedRequest):
+            return self._masked(request)
+        record = self._read(request)
+        key = (
+            request.phase
+            if isinstance(request, KeysRequest | SharesRequest)
+            else answer_key(request.phase, request.sum_of)
+        )
+        if reply := answered(record, key, request):
+            return reply
+        member: Member | None
+        match request:
+            case KeysRequest():
+                reply, member = self._keys(record, request)
+            case SharesRequest():
+                reply, member = self._shares(record, request)
+            case SurvivorsRequest():
+                reply, member = self._survivors(record, request)
+            case UnmaskRequest():
+                reply, member = self._unmask(record, request)
+        self.session.write(with_answer(record, key, request, reply, member=member))
+        if isinstance(request, UnmaskRequest):
+            self.session.masked(request.sum_of).unlink(missing_ok=True)
+        return reply
+
+    def _keys(self, record: Record, request: KeysRequest) -> tuple[Message, Member]:
+        member = secure_sum.advertise(
+            self._roster(record),
+            request.session,
+            self.silo.name,
+            request.cohort,
+            self.silo.identity(),
+            secrets.token_bytes,
+        )
+        return KeysReply(**self._about(request), advert=member.advert), member
+
+    def _shares(self, record: Record, request: SharesRequest) -> tuple[Message, Member]:
+        member, sealed = secure_sum.share(
+            self._roster(record), self._member(record), request.adverts, secrets.token_bytes
+        )
+        return SharesReply(**self._about(request), sealed={name: data.hex() for name, data in sealed.items()}), member
+
+    def _masked(self, request: MaskedRequest) -> Message:
+        record = self.session.read()
+        name = request.sum_of
+        whole = pack(request.model_copy(update={"piece": 0})).digest
+        key = answer_key(request.phase, name)
+        if key not in record.answers:
+            self._write_vector(record, request, key, whole)
+        elif record.answers[key].request != whole:
+            raise SecurityError(f"a second, different request for the sum of {name} came")
+        path, words = self.session.masked(name), request.piece_bytes // 8
+        if not path.exists():
+            raise RefusalError(
+                f"{path}: the masked vector was removed; it cannot be made again", reason="the sum is over at this silo"
+            )
+        found = read_masked(path, request.piece * words, words)
+        if not found.size:
+            raise FederationError(f"piece {request.piece} was asked for; there are fewer", reason="no such piece")
+        return MaskedReply(**self._about(request), sum_of=name, piece=request.piece, arrays={"masked": found})
+
+    def _write_vector(self, record: Record, request: MaskedRequest, key: str, whole: str) -> None:
+        """Mask this silo's vector once and for all; from here on it is read from disk."""
+        member, name, roster = self._member(record), request.sum_of, self._roster(record)
+        if name == "statistics":
+            sealed = {peer: bytes.fromhex(data) for peer, data in request.sealed.items()}
+            member = secure_sum.receive(roster, member, sealed)
+            if self.state.origin().start != record.start:
+                raise SecurityError("the statistics start from another model than the keys were made for")
+        else:
+            if self.plan.privacy.metrics != "sum":
+                raise SecurityError("a sum of metrics was asked for; the plan has none")
+            if request.candidates != self.plan.privacy.candidates or set(self._measured()) != set(request.candidates):
+                raise SecurityError("a sum of metrics was asked for, of other models than were measured here")
+        check_space(self.silo, 8 * self._entries(name))
+        with self.state.attempts.attempt(request, key, whole, anew=True):
+            member, masks = secure_sum.contribute(roster, member, name, whole, self._context(name))
+            path = self.session.masked(name)
+            if name == "statistics":
+                origin = self.state.origin()
+                record = record.model_copy(update={"data": origin.data, "rows": origin.rows})
+                blocks = statistics_blocks(self.silo, self.plan, self.layout, self.state.contribution())
+                write_masked(path, blocks, len(roster.keys), masks)
+            else:
+                words = [word for candidate in request.candidates for word in self._measured()[candidate].words]
+                write_masked_words(path, np.array(words, np.uint64), masks)
+        answers = {**record.answers, key: Answer(request=whole)}
+        self.session.write(record.model_copy(update={"member": member, "answers": answers}))
+
+    def _measured(self) -> Mapping[str, Measurement]:
+        return self.state.measurements.of(self.state.round)
+
+    def _entries(self, name: Sum) -> int:
+        """Return how many words a vector has."""
+        return (
+            self.layout.sum_entries if name == "statistics" else sum(len(of.words) for of in self._measured().values())
+        )
+
+    def _context(self, name: Sum) -> str:
+        """Return what a sum is about, as this silo knows it."""
+        if name == "statistics":
+            return self.layout.digest
+        measured = self._measured()
+        return metrics_context({candidate: measured[candidate].model for candidate in self.plan.privacy.candidates})
+
+    def _survivors(self, record: Record, request: SurvivorsRequest) -> tuple[Message, Member]:
+        name = request.sum_of
+        member, signature = secure_sum.sign(
+            self._roster(record), self._member(record), self.silo.identity(), name, request.survivors
+        )
+        contributed = self._including(record, request)
+        content = pack(request).digest
+        with self.state.attempts.attempt(request, answer_key("survivors", name), content, anew=True):
+            if contributed.data != record.data:
+                raise DataError(
+                    "a sum of other data of this silo was signed under this plan before, and the difference of the two "
+                    "would show what changed; put the data back as they were, or agree on a new plan"
+                )
+            self._release(record, request)
+            self.state.contribute(contributed)
+        return SurvivorsReply(**self._about(request), sum_of=name, signature=signature.hex()), member
+
+    def _including(self, record: Record, request: SurvivorsRequest) -> Contributed:
+        """Return what this silo contributed to under the plan, with this sum.
+
+        Raises:
+            SecurityError: if another set was signed under this plan, in whichever round: the difference of two sums is
+                somebody's input.
+        """
+        name = request.sum_of
+        contributed = self.state.contributed() or Contributed(data=record.data)
+        if contributed.survivors.get(name, request.survivors) != request.survivors:
+            raise SecurityError(
+                f"a sum of {name} over other silos was signed under this plan before, and the difference of the two "
+                "would show single silos' part"
+            )
+        survivors = {**contributed.survivors, name: request.survivors}
+        contributed = contributed.including(self.state.round, self.session.directory.name, record.start)
+        return contributed.model_copy(update={"survivors": survivors})
+
+    def _release(self, record: Record, request: SurvivorsRequest) -> None:
+        """Note that a sum over these survivors may become known, before anything is signed.
+
+        Raises:
+            RefusalError: if its difference from an earlier sum would be the part of a few silos.
+        """
+        rows = record.rows if request.sum_of == "statistics" else self.state.measurements.held_out().rows
+        release = Release(
+            round=self.state.round,
+            session=request.session,
+            sum_of=request.sum_of,
+            cohort=Cohort.of(self.plan, self.silo.name, request.survivors),
+            rows=rows,
+        )
+        if not self.silo.file.limits.differing_survivors:
+            self.releases.check(release)
+        self.releases.add(release)
+
+    def _unmask(self, record: Record, request: UnmaskRequest) -> tuple[Message, Member | None]:
+        member, name = self._member(record), request.sum_of
+        signatures = {peer: bytes.fromhex(signature) for peer, signature in request.signatures.items()}
+        shares = secure_sum.release(self._roster(record), member, name, signatures)
+        reply = UnmaskReply(
+            **self._about(request), sum_of=name, shares={peer: share.hex() for peer, share in shares.items()}
+        )
+        last = name == "metrics" or self.plan.privacy.metrics != "sum"
+        return reply, None if last else secure_sum.forget(member, name)
+
+    def _read(self, request: SecureRequest) -> Record:
+        """Return what is kept of the session; from the keys on, it is bound to what the statistics start from."""
+        record = self.session.read()
+        if not isinstance(request, KeysRequest) or record.answers:
+            return record
+        if not self.state.trained:
+            raise FederationError("keys were asked for before training", reason="not trained")
+        return record.model_copy(update={"start": self.state.origin().start})
+
+    def _roster(self, record: Record) -> Roster:
+        return replace(self.plan.roster, plan=round_digest(self.plan.digest, record.round, record.start))
+
+    def _member(self, record: Record) -> Member:
+        if record.member is None:
+            raise SecurityError("a message of a secure phase came before the keys, or after the last sum was opened")
+        return record.member
+
+    def _about(self, request: Message) -> dict[str, Any]:
+        return {**request.about, "silo": self.silo.name}
+
+
+def statistics_blocks(
+    silo: Silo, plan: Plan, layout: Layout, contribution: Contribution
+) -> Iterator[tuple[str, NDArray[np.float64], Scale]]:
+    """Yield what a silo adds to the sum of statistics: name, values and scale of each block."""
+    import torch  # nothing else in the secure phases needs it, and it takes seconds to load
+
+    from gramfuse_model.normal_equations import summands
+
+    if silo.file.threads:
+        torch.set_num_threads(silo.file.threads)
+    merge = plan.merge
+    if merge.weighting == "examples" and contribution.examples > MOST_EXAMPLES:
+        raise ContributionError(
+            f"{contribution.examples} examples are more than the {MOST_EXAMPLES} that a secure sum can weigh; "
+            "agree on merge.weighting = 'uniform'"
+        )
+    values = summands(layout, contribution, alpha=merge.alpha, weighting=merge.weighting, silo=silo.name)
+    for (block, array), (_, scale) in zip(values, scales(layout, len(plan.silo), merge.weighting), strict=True):
+        yield block.name, array, scale
+
+
+def check_range(silo: Silo, plan: Plan, layout: Layout, contribution: Contribution) -> None:
+    """Raise ContributionError if statistics have no place in a secure sum, before they are kept.
+
+    Later, a silo that cannot mask its vector would have the others' masks opened.
+    """
+    for name, values, scale in statistics_blocks(silo, plan, layout, contribution):
+        encode(values, scale, len(plan.silo), name, lambda count: np.empty(count, np.uint64))

@@ -1,0 +1,1 @@
+"""What a silo measures of a fine-tuned model."""

@@ -1,0 +1,1 @@
+"""What a silo keeps on its disk between messages."""

@@ -1,0 +1,291 @@
+"""What a silo keeps on its disk between messages: the plan it joined, its statistics, how far it is.
+
+Plan, sessions and what was contributed are kept once for a plan, in a directory of its digest; statistics and the model
+that they start from once for each round, for those after the first in `round-<n>` under it. Every message may reach a
+new process, so everything that must last is here. Files are written under a temporary name and renamed; directories are
+0700 and files 0600, since fine-tuned weights remember their data.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from gramfuse_client.state.attempts import Attempts
+from gramfuse_client.state.measurements import Measurements
+from gramfuse_client.state.session import Session
+from gramfuse_protocol.contract.layout import Layout, Slice, delta_block
+from gramfuse_protocol.contract.plan import Plan
+from gramfuse_protocol.errors import FederationError
+from gramfuse_protocol.files import make_private_directory, replacing, write_private
+from gramfuse_protocol.secure_sum.statements import Sum
+from gramfuse_protocol.statistics.contribution import Statistics
+
+PROGRESS_SECONDS = 0.5
+HEAD = "head.safetensors"
+
+log = logging.getLogger(__name__)
+
+
+class Contributed(BaseModel):
+    """What this silo gave under a plan: in which sessions, in sums over whom, and of which data.
+
+    Args:
+        sessions: by round.
+        starts: digest of the model that a round started from, by round; empty for the first.
+        survivors, data: in all rounds the same, since much of a contribution does not change from round to round
+            (counts, and the Gram matrix of whatever follows frozen layers): two sums over other silos, or over other
+            data, would tell what one of them holds and the other does not.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    sessions: Mapping[int, tuple[str, ...]] = {}
+    starts: Mapping[int, str] = {}
+    survivors: Mapping[Sum, tuple[str, ...]] = {}
+    data: str
+
+    def including(self, number: int, session: str, start: str) -> Contributed:
+        """Return this with a session of a round noted."""
+        sessions = tuple(dict.fromkeys((*self.sessions.get(number, ()), session)))
+        changes = {"sessions": {**self.sessions, number: sessions}, "starts": {**self.starts, number: start}}
+        return self.model_copy(update=changes)
+
+
+class Origin(NamedTuple):
+    """What statistics were measured on.
+
+    Args:
+        data: digest of the training data.
+        start: digest of the model that training started from; empty in the first round, which starts from the base.
+        rows: what the rows of the training data are kept by (`gramfuse_client.guard.releases.Releases.keep_rows`).
+    """
+
+    data: str
+    start: str
+    rows: str = ""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Statistics on disk: a `gramfuse_protocol.statistics.contribution.Contribution`.
+
+    Args:
+        start: a model whose differences from the base are added to the statistics' own, if any.
+    """
+
+    path: Path
+    examples: int
+    tokens: Mapping[str, int]
+    start: Path | None = None
+
+    def block(self, name: str) -> NDArray[np.float32]:
+        """Read one block."""
+        block = _read_tensor(self.path, name)
+        if self.start is None or not name.startswith(delta_block("")):
+            return block
+        return (_read_tensor(self.start, name).astype(np.float64) + block).astype(np.float32)
+
+
+class State:
+    """The state of one silo in one round of a plan.
+
+    Args:
+        root: the silo's state directory.
+        number: of the round, from 1 on.
+    """
+
+    def __init__(self, root: Path, plan_digest: str, number: int = 1) -> None:
+        self.directory = root / plan_digest
+        self.round = number
+        self._of_round = self.directory if number == 1 else self.directory / f"round-{number}"
+        self._reported = 0.0
+
+    def join(self, plan_text: str, layout: Layout) -> None:
+        """Keep the plan and the layout."""
+        make_private_directory(self.directory)
+        self._write("plan.toml", plan_text.encode())
+        self._write("layout.json", layout.to_json().encode())
+
+    def joined(self) -> tuple[Plan, Layout]:
+        """Return the plan and the layout that were joined.
+
+        Raises:
+            FederationError: if this silo did not join under this plan.
+        """
+        if not (self.directory / "layout.json").exists():
+            raise FederationError("a message came for a plan that this silo did not join", reason="not joined")
+        return Plan.read(self.directory / "plan.toml"), Layout.read(self.directory / "layout.json")
+
+    @property
+    def attempts(self) -> Attempts:
+        """What this silo was asked under the plan that had it touch its data."""
+        return Attempts(self.directory / "attempts.json")
+
+    @property
+    def measurements(self) -> Measurements:
+        """What it measured under the plan."""
+        return Measurements(self.directory / "measured.json")
+
+    def save(self, statistics: Statistics, origin: Origin, start: Mapping[str, NDArray[np.float32]]) -> None:
+        """Keep statistics, what they were measured on, and the model that training started from.
+
+        Args:
+            start: differences from the base by block name; empty in the first round.
+        """
+        make_private_directory(self._of_round)
+        if start:
+            _save_tensors(self._start, start, {})
+        about = {"examples": statistics.examples, "tokens": dict(statistics.tokens), **origin._asdict()}
+        _save_tensors(self._statistics, statistics.blocks, {"about": json.dumps(about)})
+
+    def save_head(self, parameters: Mapping[str, NDArray[np.float32]]) -> None:
+        """Keep what this silo trained and does not share: its own head."""
+        make_private_directory(self._of_round)
+        _save_tensors(self._of_round / HEAD, parameters, {})
+
+    def head(self, *, before: bool = False) -> dict[str, NDArray[np.float32]]:
+        """Return what this silo trained in this round, or in the one before, and does not share.
+
+        Raises:
+            FederationError: if it trained nothing then.
+        """
+        path = (State(self.directory.parent, self.directory.name, self.round - 1) if before else self)._of_round / HEAD
+        if not path.exists():
+            raise FederationError("this silo's own head was needed before training", reason="not trained")
+        with safe_open(path, "numpy") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
+
+    @property
+    def model(self) -> Path:
+        """Where this silo keeps its finished model, under a plan that has it keep its head."""
+        return self.directory / "model"
+
+    @property
+    def trained(self) -> bool:
+        """Whether there are statistics."""
+        return self._statistics.exists()
+
+    def check_trained(self) -> None:
+        """Raise FederationError if there are no statistics."""
+        self._about()
+
+    def contribution(self, *, from_base: bool = False) -> Kept:
+        """Return the kept statistics, to be read block by block.
+
+        Args:
+            from_base: have differences from the base, and not from the model that the round started from.
+
+        Raises:
+            FederationError: if there are none.
+        """
+        about = self._about()
+        start = self._start if from_base and about["start"] else None
+        return Kept(self._statistics, about["examples"], about["tokens"], start)
+
+    def origin(self) -> Origin:
+        """Return what the kept statistics were measured on; raises as `contribution`."""
+        about = self._about()
+        return Origin(about["data"], about["start"], about["rows"])
+
+    def session(self, nonce: str) -> Session:
+        """Return a session of this round."""
+        return Session(self.directory / "sessions" / nonce, self.round)
+
+    def join_session(self, nonce: str) -> None:
+        """Begin a session, or go on with it; all others under this plan are over, and their secrets wiped."""
+        session = self.session(nonce)
+        for other in session.directory.parent.glob("*"):
+            if other.name != nonce:
+                self.session(other.name).end("another session began")
+        session.begin()
+
+    def contributed(self) -> Contributed | None:
+        """Return what was contributed to under this plan, if anything."""
+        try:
+            return Contributed.model_validate_json((self.directory / "contributed.json").read_bytes())
+        except FileNotFoundError:
+            return None
+
+    def contribute(self, contributed: Contributed) -> None:
+        """Keep what was contributed to."""
+        self._write("contributed.json", contributed.model_dump_json().encode(), durable=True)
+
+    def contribute_openly(self, session: str) -> None:
+        """Note that the kept statistics leave in the clear in this session."""
+        data, start, _ = self.origin()
+        contributed = self.contributed() or Contributed(data=data)
+        if session not in contributed.sessions.get(self.round, ()):
+            self.contribute(contributed.including(self.round, session, start))
+
+    def slices(self, slices: tuple[Slice, ...]) -> dict[str, NDArray[np.float32]]:
+        """Read slices of the kept statistics.
+
+        Raises:
+            FederationError: if there are none.
+        """
+        contribution = self.contribution()
+        arrays = {}
+        for piece in slices:
+            block = contribution.block(piece.block.name)
+            whole = piece.name == piece.block.name
+            arrays[piece.name] = block if whole else block.reshape(-1)[piece.start : piece.stop]
+        return arrays
+
+    def progress(self, phase: str, done: int, total: int) -> None:
+        """Note how far a phase is, for whoever watches this silo: on disk twice a second, in the log every tenth."""
+        if done * 10 // total != (done - 1) * 10 // total:
+            log.info("%s: %d of %d", phase, done, total)
+        now = time.monotonic()
+        if now - self._reported >= PROGRESS_SECONDS or done == total:
+            self._reported = now
+            self._write("progress.json", json.dumps({"phase": phase, "done": done, "total": total}).encode())
+
+    @property
+    def _statistics(self) -> Path:
+        return self._of_round / "statistics.safetensors"
+
+    @property
+    def _start(self) -> Path:
+        return self._of_round / "start.safetensors"
+
+    def _about(self) -> dict[str, Any]:
+        if not self.trained:
+            raise FederationError("statistics were asked for before training", reason="not trained")
+        with safe_open(self._statistics, "numpy") as file:
+            about: dict[str, Any] = json.loads(file.metadata()["about"])
+        return about
+
+    def _write(self, name: str, content: bytes, *, durable: bool = False) -> None:
+        write_private(self.directory / name, content, durable=durable)
+
+
+def _read_tensor(path: Path, name: str) -> NDArray[np.float32]:
+    with safe_open(path, "numpy") as file:
+        tensor: NDArray[np.float32] = file.get_tensor(name)
+    return tensor
+
+
+def _save_tensors(path: Path, tensors: Mapping[str, NDArray[np.float32]], metadata: dict[str, str]) -> None:
+    with replacing(path, private=True) as temporary:
+        save_file(dict(tensors), temporary, metadata=metadata)
+
+
+def read_progress(root: Path, plan_digest: str) -> dict[str, Any] | None:
+    """Return the last note of a silo's progress (phase, done, total), or None."""
+    try:
+        progress: dict[str, Any] = json.loads((root / plan_digest / "progress.json").read_bytes())
+    except (OSError, ValueError):
+        return None
+    return progress

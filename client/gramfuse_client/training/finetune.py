@@ -1,0 +1,145 @@
+"""Local fine-tuning: AdamW, linear warm-up and decay, by the transformers Trainer."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn.modules.batchnorm import _BatchNorm
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.utils import logging
+
+from gramfuse_client.data.batches import Encoded
+from gramfuse_client.training.outputs import inputs_of
+from gramfuse_model.buffers import as_in_training
+from gramfuse_model.heads import answers
+from gramfuse_protocol.contract.plan import Training
+from gramfuse_protocol.errors import DataError, PlanError
+
+Progress = Callable[[int, int], None]
+"""Called with (steps done, steps in all)."""
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device that a silo file names; `auto` takes CUDA, then MPS, then the CPU.
+
+    Raises:
+        PlanError: if the one that is named is not there.
+    """
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(device for device, available in there.items() if available)
+    elif not there[name]:
+        raise PlanError(f"device = {name!r} in the silo file: torch finds none here; use 'auto' or 'cpu'")
+    return torch.device(name)
+
+
+def finetune(
+    model: PreTrainedModel,
+    encoded: Encoded,
+    training: Training,
+    device: torch.device,
+    progress: Progress | None = None,
+    whose: str = "this silo",
+) -> None:
+    """Fine-tune `model` in place for the examples' task; frozen parameters stay as they are.
+
+    The result is a function of the arguments, the device and the number of CPU threads, and of nothing else.
+
+    Args:
+        whose: examples they are, for errors.
+
+    Raises:
+        DataError: if there is nothing to learn from an example, or from a batch of one.
+    """
+    encoded.check_learnable()
+    check_batches(model, encoded, training.batch_size, whose)
+    steps = -(-len(encoded) // training.batch_size) * training.epochs
+    with tempfile.TemporaryDirectory(prefix="gramfuse-") as scratch, torch.random.fork_rng():
+        arguments = TrainingArguments(
+            output_dir=scratch,
+            per_device_train_batch_size=training.batch_size,
+            num_train_epochs=training.epochs,
+            learning_rate=training.learning_rate,
+            weight_decay=training.weight_decay,
+            warmup_steps=round(training.warmup * steps),
+            lr_scheduler_type="linear",
+            optim="adamw_torch_fused",
+            bf16=training.precision == "bfloat16",
+            seed=training.seed,
+            data_seed=training.seed,
+            use_cpu=device.type == "cpu",
+            dataloader_pin_memory=device.type == "cuda",
+            report_to=[],
+            save_strategy="no",
+            logging_strategy="no",
+            train_sampling_strategy="random" if encoded.rows is None else "group_by_length",
+            disable_tqdm=not sys.stderr.isatty(),
+        )
+        level = logging.get_verbosity()
+        logging.set_verbosity_error()
+        try:
+            trainer = Trainer(
+                model=model,
+                args=arguments,
+                train_dataset=encoded,
+                data_collator=encoded.collate,
+                compute_loss_func=encoded.kind.loss(encoded.task),
+                callbacks=[] if progress is None else [_Report(progress)],
+            )
+            trainer.remove_callback(PrinterCallback)  # it writes to standard output, which is the command's
+            trainer.train()
+        finally:
+            logging.set_verbosity(level)
+    model.eval()
+
+
+def check_batches(model: PreTrainedModel, encoded: Encoded, size: int, whose: str) -> None:
+    """Try a batch of one example, if there would be one and the model has batch normalisation.
+
+    Over a single value there is nothing to normalise by. Where a layer has several for each example, as those of
+    images mostly do, one example is enough. The model is as it was before afterwards.
+
+    Args:
+        size: examples of a batch.
+        whose: examples they are, for the error.
+
+    Raises:
+        DataError: naming how many there are, and sizes of batches that will do.
+    """
+    count = len(encoded)
+    if count % size != 1 % size or not any(isinstance(module, _BatchNorm) for module in model.modules()):
+        return
+    shortest = min(range(count), key=encoded.lengths().__getitem__)
+    batch = encoded.collate([encoded[shortest]])
+    given = batch if answers(model) else inputs_of(batch)
+    device = next(model.parameters()).device
+    with as_in_training(model), torch.random.fork_rng(), torch.no_grad():
+        try:
+            model(**{key: value.to(device) for key, value in given.items()})
+        except ValueError as error:  # of torch's batch_norm
+            alone = f"each batch has one of the {count:,} examples" if size == 1 else "the last batch has one example"
+            fitting = [n for n in range(2, size + count + 2) if count % n != 1]
+            near = sorted(sorted(fitting, key=lambda n: abs(n - size))[:2])
+            remedy = f"use training.batch-size = {' or '.join(map(str, near))}" if near else "it needs two at least"
+            raise DataError(
+                f"{whose} has {count:,} examples, and with training.batch-size = {size} {alone}, which "
+                f"{type(model).__name__} cannot be trained on: batch normalisation needs several ({error}); {remedy}"
+            ) from None
+
+
+class _Report(TrainerCallback):
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.progress(state.global_step, state.max_steps)
