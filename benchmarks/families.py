@@ -53,7 +53,7 @@ from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.errors import ModelError
 from gramfuse_protocol.statistics.file import write_statistics
-from gramfuse_server.merging import Settings, merge_files
+from gramfuse_server.merging.files import Settings, merge_files
 
 CPU = torch.device("cpu")
 EXAMPLES = 40

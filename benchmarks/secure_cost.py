@@ -77,9 +77,9 @@ from gramfuse_protocol.secure_sum.fixed_point import encode
 from gramfuse_protocol.secure_sum.keys import Identity
 from gramfuse_protocol.secure_sum.member import Member, Signed
 from gramfuse_protocol.secure_sum.scales import Scale, scales
-from gramfuse_server.accumulator import Accumulator
-from gramfuse_server.secure import add_up
-from gramfuse_server.spool import Spool
+from gramfuse_server.merging.accumulator import Accumulator
+from gramfuse_server.run.secure_sums import add_up
+from gramfuse_server.run.spool import Spool
 
 Figures = dict[str, Any]
 Floats = NDArray[np.float64]

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from gramfuse_server.report_part import Part
-from gramfuse_server.report_schema import OPTIONAL, REQUIRED, SCHEMA, Report
+from gramfuse_server.report.part import Part
+from gramfuse_server.report.schema import OPTIONAL, REQUIRED, SCHEMA, Report
 
 NAMES = {str: "text", int: "whole number", float: "number", bool: "true or false", types.NoneType: "null"}
 

@@ -38,8 +38,8 @@ if TYPE_CHECKING:
         read_statistics,
         write_statistics,
     )
-    from gramfuse_server.accumulator import Merged
-    from gramfuse_server.merging import merge
+    from gramfuse_server.merging.accumulator import Merged
+    from gramfuse_server.merging.files import merge
     from gramfuse_server.strategy import RegMean
 
     __version__: str
@@ -51,8 +51,8 @@ _HOMES = {
     "trainable": "gramfuse_model.loading.base_model",
     "collect_statistics": "gramfuse_client.measuring.collect",
     "Statistics": "gramfuse_protocol.statistics.contribution",
-    "merge": "gramfuse_server.merging",
-    "Merged": "gramfuse_server.accumulator",
+    "merge": "gramfuse_server.merging.files",
+    "Merged": "gramfuse_server.merging.accumulator",
     "add_differences": "gramfuse_model.differences",
     "statistics_record": "gramfuse_client.measuring.flower_record",
     "RegMean": "gramfuse_server.strategy",

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from command import simulate
 from gramfuse_protocol.contract.layout import Layout
-from gramfuse_server.report_schema import Measured
+from gramfuse_server.report.schema import Measured
 from projects import write
 from sets import Source
 from settings import EXPERIMENTS

@@ -28,12 +28,12 @@ from gramfuse_model.probing.public_batch import public_batch
 from gramfuse_protocol.contract.layout import Layout, delta_block, gram_block
 from gramfuse_protocol.held_out.metrics import Sums
 from gramfuse_protocol.statistics.contribution import Contribution, Statistics
-from gramfuse_server.accumulator import Accumulator, Merged
-from gramfuse_server.evaluation import described
-from gramfuse_server.methods.fisher import fisher_mean, normalised
-from gramfuse_server.methods.task_arithmetic import task_arithmetic
-from gramfuse_server.methods.ties import ties
-from gramfuse_server.methods.transport import feed_forward_pairs, transport_mean
+from gramfuse_server.merging.accumulator import Accumulator, Merged
+from gramfuse_server.merging.methods.fisher import fisher_mean, normalised
+from gramfuse_server.merging.methods.task_arithmetic import task_arithmetic
+from gramfuse_server.merging.methods.ties import ties
+from gramfuse_server.merging.methods.transport import feed_forward_pairs, transport_mean
+from gramfuse_server.run.evaluation import described
 
 Row = dict[str, Any]
 Silos = tuple[str, ...]

@@ -20,7 +20,7 @@ from experiment import Between, Derived, cut
 from gramfuse_cli.laboratory import Deltas, Laboratory, Part
 from gramfuse_protocol.contract.layout import Layout
 from gramfuse_protocol.statistics.contribution import Contribution
-from gramfuse_server.evaluation import described, ranked_by
+from gramfuse_server.run.evaluation import described, ranked_by
 from projects import Setting
 from sets import Source
 from settings import EXPERIMENTS

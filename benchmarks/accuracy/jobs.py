@@ -75,7 +75,7 @@ def do(job: Job) -> None:
     """Train the silos of an experiment, unless they are in the cache, and measure what was not measured before."""
     from bases import there
     from experiment import Experiment, Store, machine, run
-    from gramfuse_server.evaluation import ranked_by
+    from gramfuse_server.run.evaluation import ranked_by
     from sets import Source
     from silos import laboratory
 

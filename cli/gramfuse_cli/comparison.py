@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from gramfuse_cli.laboratory import Deltas, Laboratory
 from gramfuse_cli.terms import Term
 from gramfuse_protocol.held_out.metrics import Sums
-from gramfuse_server.evaluation import described, ranked_by
-from gramfuse_server.methods import registry
+from gramfuse_server.merging.methods import registry
+from gramfuse_server.run.evaluation import described, ranked_by
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from gramfuse_model.loading.base_model import Base
     from gramfuse_protocol.contract.layout import Layout
     from gramfuse_protocol.contract.plan import Plan
-    from gramfuse_server.conductor import Observer
-    from gramfuse_server.report_schema import Measured
+    from gramfuse_server.report.schema import Measured
+    from gramfuse_server.run.conductor import Observer
 
 
 class Comparison:
@@ -50,7 +50,7 @@ class Comparison:
 
 
 class SimulatedSilos:
-    """What methods ask of silos (`gramfuse_server.methods.registry.Silos`), answered by a laboratory.
+    """What methods ask of silos (`gramfuse_server.merging.methods.registry.Silos`), answered by a laboratory.
 
     Args:
         observer: as `Comparison` has it.

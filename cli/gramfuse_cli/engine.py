@@ -28,11 +28,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from gramfuse_cli.laboratory import Laboratory
-    from gramfuse_server.accumulator import Merged
-    from gramfuse_server.conductor import Observer
-    from gramfuse_server.exchange import Study
-    from gramfuse_server.report_schema import Report
-    from gramfuse_server.studied import Studied
+    from gramfuse_server.merging.accumulator import Merged
+    from gramfuse_server.report.schema import Report
+    from gramfuse_server.report.studies import Studied
+    from gramfuse_server.run.conductor import Observer
+    from gramfuse_server.run.exchange import Study
 
 
 LOG = "silo.log"
@@ -161,7 +161,7 @@ def study_of(spec: dict[str, Any], plan: Plan, layout: Layout) -> Study | None:
     from gramfuse_cli.comparison import Comparison
     from gramfuse_cli.terms import parse_terms
     from gramfuse_cli.tuning import Wanted, tune
-    from gramfuse_server.studied import Studied
+    from gramfuse_server.report.studies import Studied
 
     def study(survivors: tuple[str, ...], merged: Merged, observer: Observer) -> tuple[Merged, Studied]:
         laboratory = laboratory_of(spec, plan, layout, plan.merge.rounds, survivors)

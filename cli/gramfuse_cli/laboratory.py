@@ -92,7 +92,7 @@ class Bench:
         import torch
 
         from gramfuse_model.differences import applied
-        from gramfuse_server.accumulator import rounded
+        from gramfuse_server.merging.accumulator import rounded
 
         if self.silo.file.threads:
             torch.set_num_threads(self.silo.file.threads)

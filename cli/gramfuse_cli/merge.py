@@ -10,7 +10,7 @@ from gramfuse_cli.options import as_json as json_option
 from gramfuse_cli.report import check_sound, show_checks, show_steps
 from gramfuse_cli.terminal import say, show_json
 from gramfuse_protocol.contract.coverage import told
-from gramfuse_server.pages.added import tell_added
+from gramfuse_server.report.page.added_tokens import tell_added
 
 
 @click.command()
@@ -71,7 +71,7 @@ def merge(
     import torch
     from transformers.utils.logging import disable_progress_bar
 
-    from gramfuse_server.merging import Settings, merge_files
+    from gramfuse_server.merging.files import Settings, merge_files
 
     if threads:
         torch.set_num_threads(threads)

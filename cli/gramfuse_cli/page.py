@@ -21,7 +21,7 @@ def report(run: Path, as_json: bool) -> None:
     The page is one static file: it loads nothing, runs nothing, and can be mailed or printed. Its line of
     RUN/SHA256SUMS follows.
     """
-    from gramfuse_server.run import PAGE, rewrite
+    from gramfuse_server.run_directory import PAGE, rewrite
 
     rewrite(run, PAGE, _page_of(run))
     place = run / PAGE
@@ -39,9 +39,9 @@ def _page_of(run: Path) -> str:
         PlanError: if its plan is.
     """
     from gramfuse_protocol.contract.plan import Plan
-    from gramfuse_server.pages.page import page
-    from gramfuse_server.pages.reading import damaged, read_report
-    from gramfuse_server.run import PLAN, REPORT, check_unchanged, failed_of
+    from gramfuse_server.report.page.page import page
+    from gramfuse_server.report.page.view import damaged, read_report
+    from gramfuse_server.run_directory import PLAN, REPORT, check_unchanged, failed_of
 
     file = run / REPORT
     if not file.is_file():

@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import Any
 
 from gramfuse_cli.terminal import bars, say
-from gramfuse_server.pages.wording import PHASES
+from gramfuse_server.report.page.words import PHASES
 
 
 class RunProgress:

@@ -8,7 +8,7 @@ from pathlib import Path
 from gramfuse_cli.terminal import Table, say, say_text, show_json
 from gramfuse_protocol.contract import who_sees_what
 from gramfuse_protocol.errors import MergeError
-from gramfuse_server.pages.wording import (
+from gramfuse_server.report.page.words import (
     MERGES,
     columns,
     explain,
@@ -18,9 +18,9 @@ from gramfuse_server.pages.wording import (
     off_by,
     ranked_by,
 )
-from gramfuse_server.report_schema import Measured, Report, Step
-from gramfuse_server.run import PAGE, REPORT
-from gramfuse_server.verdicts import told, worst
+from gramfuse_server.report.schema import Measured, Report, Step
+from gramfuse_server.report.verdicts import told, worst
+from gramfuse_server.run_directory import PAGE, REPORT
 
 
 def show_report(report: Report, run: Path, as_json: bool) -> None:

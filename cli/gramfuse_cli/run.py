@@ -27,10 +27,10 @@ from gramfuse_cli.terminal import say
 from gramfuse_protocol.contract.layout import Layout
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.errors import FederationError, PlanError, RunDirectoryError, error_types
-from gramfuse_server.pages.reading import read_report
-from gramfuse_server.patience import Patience
-from gramfuse_server.report_schema import Report
-from gramfuse_server.run import REPORT
+from gramfuse_server.report.page.view import read_report
+from gramfuse_server.report.schema import Report
+from gramfuse_server.run.patience import Patience
+from gramfuse_server.run_directory import REPORT
 
 DEFAULT = Patience()
 AWAY_SECONDS = 300.0
@@ -105,7 +105,7 @@ def run(
     --resume: no silo trains again.
     """
     from gramfuse_model.loading.source import source_of
-    from gramfuse_server.run import check_free, read_checkpoint
+    from gramfuse_server.run_directory import check_free, read_checkpoint
 
     if out is not None and resume is not None:
         raise click.UsageError("--resume goes on in the directory of the interrupted run; leave out --out")
@@ -217,7 +217,7 @@ def _kept(project: Project, link: Link, out: Path, seconds: float = 0.0) -> str:
     Args:
         seconds: how long its ServerApp may take to end.
     """
-    from gramfuse_server.run import RESUMABLE, discard, read_checkpoint
+    from gramfuse_server.run_directory import RESUMABLE, discard, read_checkpoint
 
     try:
         if RESUMABLE in read_checkpoint(out):

@@ -31,7 +31,7 @@ from gramfuse_cli.tuning import Wanted
 from gramfuse_protocol.errors import FederationError, GramfuseError, ModelError, RefusalError, error_types
 from gramfuse_protocol.files import write_private
 from gramfuse_protocol.secure_sum.keys import KEY_BYTES, Identity
-from gramfuse_server.report_schema import Report
+from gramfuse_server.report.schema import Report
 
 LOG_LINES = 30
 
@@ -104,7 +104,7 @@ def run_simulation(
     from gramfuse_client.state.state import read_progress
     from gramfuse_client.tasks.registry import at_silo
     from gramfuse_model.loading.source import source_of
-    from gramfuse_server.run import check_free, discard
+    from gramfuse_server.run_directory import check_free, discard
 
     check_terms(compare, project.plan)
     check_free(out)
@@ -240,7 +240,7 @@ def _keep_logs(out: Path, logs: Mapping[str, str], *, new: bool) -> str:
     Args:
         new: whether there is no report of this run.
     """
-    from gramfuse_server.run import failed_of, forget
+    from gramfuse_server.run_directory import failed_of, forget
 
     failed, said = failed_of(out), ""
     try:

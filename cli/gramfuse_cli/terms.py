@@ -1,6 +1,6 @@
 """What `gramfuse simulate --compare` can be asked for, and which of it a plan allows.
 
-What there is, `gramfuse_server.methods` has.
+What there is, `gramfuse_server.merging.methods` has.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import click
 
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.errors import PlanError
-from gramfuse_server.methods.registry import METHODS, Method, refused
+from gramfuse_server.merging.methods.registry import METHODS, Method, refused
 
 
 @dataclass(frozen=True)

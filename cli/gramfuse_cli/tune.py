@@ -17,7 +17,7 @@ from gramfuse_cli.terms import Term, compare_option
 from gramfuse_cli.tuning import Data, Wanted, tune_files
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.errors import PlanError
-from gramfuse_server.report_schema import Tuning
+from gramfuse_server.report.schema import Tuning
 
 GRID = ",".join(f"{n / 10:g}" for n in range(11))
 

@@ -17,12 +17,12 @@ from gramfuse_protocol.text import listed
 
 if TYPE_CHECKING:
     from gramfuse_cli.laboratory import Bench, Deltas, Laboratory, Part
-    from gramfuse_server.accumulator import Merged
-    from gramfuse_server.conductor import Observer
-    from gramfuse_server.merging import Collection, Weighting
-    from gramfuse_server.report_schema import Report, TriedOrder, Tuning
-    from gramfuse_server.search import Judgement, Trial, Trials
-    from gramfuse_server.studied import Studied
+    from gramfuse_server.merging.accumulator import Merged
+    from gramfuse_server.merging.files import Collection, Weighting
+    from gramfuse_server.merging.search import Judgement, Trial, Trials
+    from gramfuse_server.report.schema import Report, TriedOrder, Tuning
+    from gramfuse_server.report.studies import Studied
+    from gramfuse_server.run.conductor import Observer
 
 Measure = Callable[["Deltas", "Part"], Mapping[str, Sums]]
 """Measures a merge, by its differences from the base, on a part of the held-out data; sums by silo."""
@@ -51,9 +51,9 @@ def tune(laboratory: Laboratory, wanted: Wanted, merged: Merged, observer: Obser
     Args:
         merged: with the plan's α and weights; its mean stays what `simple` means in the report.
     """
-    from gramfuse_server.evaluation import described
-    from gramfuse_server.search import Trials
-    from gramfuse_server.studied import Studied
+    from gramfuse_server.merging.search import Trials
+    from gramfuse_server.report.studies import Studied
+    from gramfuse_server.run.evaluation import described
 
     plan, measure = laboratory.plan, laboratory.measure
     trials = Trials(
@@ -102,14 +102,14 @@ def tune_files(
 
     Raises:
         PlanError: if the files are to keep heads of their own, so that no one model comes of them.
-        GramfuseError: as `gramfuse_server.merging.merge_files` and `gramfuse_client.data.examples.load` raise.
+        GramfuseError: as `gramfuse_server.merging.files.merge_files` and `gramfuse_client.data.examples.load` raise.
     """
     from gramfuse_protocol.statistics.file import read_statistics
-    from gramfuse_server.evaluation import described
-    from gramfuse_server.merging import Collection, Settings, merge_files
-    from gramfuse_server.run import check_free
-    from gramfuse_server.search import Trials
-    from gramfuse_server.studied import Studied
+    from gramfuse_server.merging.files import Collection, Settings, merge_files
+    from gramfuse_server.merging.search import Trials
+    from gramfuse_server.report.studies import Studied
+    from gramfuse_server.run.evaluation import described
+    from gramfuse_server.run_directory import check_free
 
     check_free(out)
     collection = Collection([read_statistics(path) for path in paths])
@@ -203,9 +203,9 @@ def search(
         plan: says by which metric merges are ranked.
         own: the α that is chosen among equals, if not the plan's.
     """
-    from gramfuse_server.evaluation import ranked_by
-    from gramfuse_server.report_schema import Chosen, Influence, ReportedOn, TriedAlpha, TriedWeights, Tuning
-    from gramfuse_server.search import best, given_order, greedy_order, leave_one_out, search_weights, sweep
+    from gramfuse_server.merging.search import best, given_order, greedy_order, leave_one_out, search_weights, sweep
+    from gramfuse_server.report.schema import Chosen, Influence, ReportedOn, TriedAlpha, TriedWeights, Tuning
+    from gramfuse_server.run.evaluation import ranked_by
 
     curve = sweep(trials, wanted.alphas)
     chosen = best(curve, own=plan.merge.alpha if own is None else own)
@@ -252,7 +252,7 @@ def _sizes(sums: Mapping[str, Sums]) -> dict[str, int]:
 
 
 def _order(steps: Iterable[Trial]) -> tuple[TriedOrder, ...]:
-    from gramfuse_server.report_schema import TriedOrder
+    from gramfuse_server.report.schema import TriedOrder
 
     silos: list[str] = []
     found = []
@@ -288,8 +288,8 @@ def joint(plan: Plan, sums: Mapping[str, Sums]) -> Judgement:
     Args:
         sums: by silo; if they are none, as those of a model that says NaN, neither are the metrics.
     """
-    from gramfuse_server.evaluation import described, ranked_by
-    from gramfuse_server.search import Judgement
+    from gramfuse_server.merging.search import Judgement
+    from gramfuse_server.run.evaluation import described, ranked_by
 
     if not all(are_sums(plan.task_of(silo), found) for silo, found in sums.items()):
         return Judgement(math.nan, {})

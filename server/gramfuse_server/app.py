@@ -2,7 +2,7 @@
 
 The run's configuration holds `plan` (TOML text), `layout` (JSON text), `directory` (where relative paths of the
 plan start), `run-directory` (where the result goes; must not exist), `resume` (go on with what an interrupted run left
-there), and the fields of `gramfuse_server.patience.Patience`. `gramfuse run` fills it in.
+there), and the fields of `gramfuse_server.run.patience.Patience`. `gramfuse run` fills it in.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from gramfuse_model.loading.base_model import load_base
 from gramfuse_protocol.contract.layout import Layout
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.errors import GramfuseError, PlanError
-from gramfuse_server.conductor import Observer
-from gramfuse_server.exchange import Exchange, Finish, Simulated, Study, needed_bytes
-from gramfuse_server.patience import Patience
-from gramfuse_server.report_schema import Report
-from gramfuse_server.run import RunDirectory
+from gramfuse_server.report.schema import Report
+from gramfuse_server.run.conductor import Observer
+from gramfuse_server.run.exchange import Exchange, Finish, Simulated, Study, needed_bytes
+from gramfuse_server.run.patience import Patience
+from gramfuse_server.run_directory import RunDirectory
 
 
 def coordinate(
@@ -45,7 +45,7 @@ def coordinate(
     Args:
         directory: where relative paths of the plan start.
         out: the run directory.
-        simulated, study, own_heads, observer, patience: as `gramfuse_server.exchange.Exchange` has them.
+        simulated, study, own_heads, observer, patience: as `gramfuse_server.run.exchange.Exchange` has them.
         resume: go on with what an interrupted run left there.
         resumable: whether anybody could do that, so that something is left for it.
 

@@ -8,7 +8,7 @@
     return Message(statistics_record(statistics, layout), reply_to=message)
 
 It is FedAvg but for what the clients send and how it is put together. The planned exchange of the gramfuse app,
-with pieces, spool and checks against a locked plan, is `gramfuse_server.exchange`.
+with pieces, spool and checks against a locked plan, is `gramfuse_server.run.exchange`.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from gramfuse_protocol.messages.phases import StatisticsBody
 from gramfuse_protocol.messages.wire import unpack
 from gramfuse_protocol.statistics.contribution import Statistics, check_counts, check_slices
 from gramfuse_protocol.text import SAID, one_line
-from gramfuse_server.accumulator import Accumulator
-from gramfuse_server.report_schema import Step
+from gramfuse_server.merging.accumulator import Accumulator
+from gramfuse_server.report.schema import Step
 
 
 class RegMean(FedAvg):

@@ -27,7 +27,7 @@ from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.errors import ModelError
 from gramfuse_protocol.statistics.contribution import Statistics
 from gramfuse_protocol.statistics.file import Origin, write_statistics
-from gramfuse_server.merging import Settings, merge_files
+from gramfuse_server.merging.files import Settings, merge_files
 
 ROOT = Path(__file__).parents[2]
 TASK = Task(task="classification", labels=("no", "yes"))
@@ -163,7 +163,7 @@ def test_a_file_from_a_stranger_does_not_say_what_is_loaded(
     hostile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, command: str
 ) -> None:
     """It names a model of the stranger's, and waits for `gramfuse merge` to load that."""
-    for loader in ("gramfuse_server.merging.load_base", "gramfuse_server.merging.load_zero_headed"):
+    for loader in ("gramfuse_server.merging.files.load_base", "gramfuse_server.merging.files.load_zero_headed"):
         monkeypatch.setattr(loader, lambda *_, **__: pytest.fail("the stranger's model was loaded"))
     monkeypatch.chdir(tmp_path)
     blocks = {block.name: torch.ones(block.shape).numpy() for block in LAYOUT.blocks}

@@ -46,9 +46,9 @@ from gramfuse_protocol.messages.wire import Frame, pack, unpack
 from gramfuse_protocol.statistics.file import About, Origin
 from gramfuse_protocol.text import SAID, printable
 from gramfuse_server.app import coordinate
-from gramfuse_server.model import card, front_matter
-from gramfuse_server.pages.page import page
-from gramfuse_server.report_schema import Measured, Report
+from gramfuse_server.report.merged_model import card, front_matter
+from gramfuse_server.report.page.page import page
+from gramfuse_server.report.schema import Measured, Report
 from tests.simulation.conftest import InProcessGrid
 from tests.unit.test_page import open_run
 

@@ -38,12 +38,12 @@ from gramfuse_protocol.secure_sum.keys import FIELD, Identity
 from gramfuse_protocol.secure_sum.member import advertise, check_advert
 from gramfuse_protocol.secure_sum.statements import Advert, advert_statement
 from gramfuse_protocol.statistics.contribution import Statistics
-from gramfuse_server import exchange as exchange_module
-from gramfuse_server import post
-from gramfuse_server.exchange import Exchange
-from gramfuse_server.patience import Patience
-from gramfuse_server.run import RunDirectory, partial_of
-from gramfuse_server.spool import Spool
+from gramfuse_server.run import delivery
+from gramfuse_server.run import exchange as exchange_module
+from gramfuse_server.run.exchange import Exchange
+from gramfuse_server.run.patience import Patience
+from gramfuse_server.run.spool import Spool
+from gramfuse_server.run_directory import RunDirectory, partial_of
 from tests.simulation.conftest import InProcessGrid, _task_identity  # noqa: F401  # the second is a fixture
 
 A, B, C, D = NAMES = tuple(f"silo-{letter}" for letter in "abcd")
@@ -91,7 +91,7 @@ def federation(_made: list[Federation], pico_project: Any, monkeypatch: pytest.M
     monkeypatch.setattr(local_model, "load_base", lambda *_, **__: copy.deepcopy(federation.base))
     monkeypatch.setattr(local_model, "plan_layout", lambda *_: federation.layout)
     monkeypatch.setattr(exchange_module, "write_model", write_model)
-    monkeypatch.setattr(post.time, "sleep", lambda _: None)
+    monkeypatch.setattr(delivery.time, "sleep", lambda _: None)
     return federation
 
 
@@ -365,7 +365,7 @@ def test_whatever_a_silo_answers_the_post_says_that_it_is_no_answer(
     request = MaskedRequest(plan="0" * 64, session="f" * 32, sum_of="statistics", piece=0, piece_bytes=320)
     grid = InProcessGrid({D: node})
     noted: list[dict[str, Any]] = []
-    office = post.Post(grid, noted.append)
+    office = delivery.Post(grid, noted.append)
     began = time.process_time()
     ((silo, _, found),) = office.exchange({D: grid.number(D)}, {D: [request]}, 1)
     assert (silo, type(found)) == (D, FederationError)
@@ -378,7 +378,7 @@ def test_whatever_a_silo_answers_the_post_says_that_it_is_no_answer(
 def test_the_honest_answer_is_one(federation: Federation) -> None:
     grid = InProcessGrid({D: lambda message, _: Message(to_record(pack(MASKED)), reply_to=message)})
     request = MaskedRequest(plan="0" * 64, session="f" * 32, sum_of="statistics", piece=0, piece_bytes=320)
-    ((_, _, found),) = post.Post(grid, lambda entry: None).exchange({D: grid.number(D)}, {D: [request]}, 1)
+    ((_, _, found),) = delivery.Post(grid, lambda entry: None).exchange({D: grid.number(D)}, {D: [request]}, 1)
     assert isinstance(found, MaskedReply)
 
 

@@ -31,12 +31,12 @@ from gramfuse_protocol.messages import phases as m
 from gramfuse_protocol.secure_sum.fixed_point import encode
 from gramfuse_protocol.secure_sum.scales import scales
 from gramfuse_protocol.statistics.contribution import Statistics
-from gramfuse_server import post
-from gramfuse_server.accumulator import Accumulator, Merged
-from gramfuse_server.checks import check_merge, check_model
-from gramfuse_server.exchange import Exchange
-from gramfuse_server.report_schema import Check, Report
-from gramfuse_server.run import RunDirectory
+from gramfuse_server.merging.accumulator import Accumulator, Merged
+from gramfuse_server.merging.checks import check_merge, check_model
+from gramfuse_server.report.schema import Check, Report
+from gramfuse_server.run import delivery
+from gramfuse_server.run.exchange import Exchange
+from gramfuse_server.run_directory import RunDirectory
 from tests.adversarial.conftest import Liar
 from tests.simulation.conftest import InProcessGrid, _task_identity  # noqa: F401  # a fixture
 
@@ -283,7 +283,7 @@ def test_silos_are_not_given_a_replaced_model_and_the_run_says_so(
         return Silo(found.path, found.file.model_copy(update={"approved": (plan.digest,), "limits": limits}))
 
     monkeypatch.setattr(sums, "summands", summands)
-    monkeypatch.setattr(post.time, "sleep", lambda _: None)
+    monkeypatch.setattr(delivery.time, "sleep", lambda _: None)
     grid = InProcessGrid({name: SiloApp(lambda _, name=name: silo(name)) for name in plan.names})
     out = tmp_path / "run"
     with RunDirectory(out, 0) as run:

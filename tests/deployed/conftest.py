@@ -32,8 +32,8 @@ from gramfuse_model.normal_equations import summands
 from gramfuse_protocol.contract.layout import Layout
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.secure_sum.scales import scales
-from gramfuse_server.accumulator import Accumulator
-from gramfuse_server.model import write_model
+from gramfuse_server.merging.accumulator import Accumulator
+from gramfuse_server.report.merged_model import write_model
 
 GRAMFUSE = str(BIN / "gramfuse")
 CHANGED = Path(__file__).parent / "changed"

@@ -19,7 +19,7 @@ from gramfuse_client.state.state import State
 from gramfuse_model.loading.base_model import load_base
 from gramfuse_protocol.contract.layout import Layout
 from gramfuse_protocol.contract.plan import Plan
-from gramfuse_server.accumulator import Accumulator
+from gramfuse_server.merging.accumulator import Accumulator
 from loopback import BIN, CONNECTION, deployment
 
 LOST, LEFT = "silo-e", ("silo-a", "silo-b", "silo-c", "silo-d")

@@ -25,7 +25,7 @@ from gramfuse_model.derive_layout import plan_layout
 from gramfuse_model.loading.base_model import load_base
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.held_out.metrics import metrics
-from gramfuse_server.accumulator import Accumulator
+from gramfuse_server.merging.accumulator import Accumulator
 from loopback import BIN, CONNECTION, deployment
 
 

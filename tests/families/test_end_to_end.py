@@ -28,8 +28,8 @@ from gramfuse_model.loading.base_model import load_base, trainable
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.held_out.metrics import metrics, primary
-from gramfuse_server.accumulator import Accumulator
-from gramfuse_server.model import write_model
+from gramfuse_server.merging.accumulator import Accumulator
+from gramfuse_server.report.merged_model import write_model
 
 CPU = torch.device("cpu")
 TOPICS = (

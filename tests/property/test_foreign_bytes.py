@@ -42,7 +42,7 @@ from gramfuse_protocol.secure_sum.member import Member
 from gramfuse_protocol.secure_sum.statements import Advert
 from gramfuse_protocol.statistics.contribution import Statistics
 from gramfuse_protocol.statistics.file import Origin, read_statistics, write_statistics
-from gramfuse_server.run import checkpoint_text, partial_of, read_checkpoint
+from gramfuse_server.run_directory import checkpoint_text, partial_of, read_checkpoint
 
 CASES = {
     "requests": 3000,

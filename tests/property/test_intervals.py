@@ -21,8 +21,8 @@ from gramfuse_protocol.tasks.multi_label import label_rows
 from gramfuse_protocol.tasks.regression import moment_rows
 from gramfuse_protocol.tasks.sequence_to_sequence import generation_rows
 from gramfuse_protocol.tasks.token_classification import entity_rows
-from gramfuse_server.intervals import with_intervals
-from gramfuse_server.report_schema import Measured
+from gramfuse_server.report.intervals import with_intervals
+from gramfuse_server.report.schema import Measured
 
 TYPES = ("PER", "LOC", "ORG", "MISC")
 TAGS = ["O", *(f"{place}-{kind}" for kind in TYPES for place in "BI")]
@@ -93,7 +93,7 @@ CASES: dict[str, Callable[[np.random.Generator], Made]] = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_exact_metric_lies_in_its_interval_in_93_of_100_draws(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gramfuse_server.intervals.DRAWS", 400)  # which is quicker, and makes intervals no wider
+    monkeypatch.setattr("gramfuse_server.report.intervals.DRAWS", 400)  # which is quicker, and makes intervals no wider
     rng = np.random.default_rng(20)
     plan, make = CASES[name](rng)
     task = plan.task_of("a")

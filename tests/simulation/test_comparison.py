@@ -31,13 +31,13 @@ from gramfuse_protocol.contract.layout import delta_block
 from gramfuse_protocol.contract.plan import Privacy
 from gramfuse_protocol.errors import PlanError
 from gramfuse_protocol.held_out.metrics import metrics
-from gramfuse_server import post
 from gramfuse_server.app import coordinate
-from gramfuse_server.evaluation import described
-from gramfuse_server.methods.arithmetic import weighted_mean
-from gramfuse_server.methods.registry import METHODS, Merged, Options, Silos, method
-from gramfuse_server.pages.page import page
-from gramfuse_server.report_schema import Report
+from gramfuse_server.merging.methods.arithmetic import weighted_mean
+from gramfuse_server.merging.methods.registry import METHODS, Merged, Options, Silos, method
+from gramfuse_server.report.page.page import page
+from gramfuse_server.report.schema import Report
+from gramfuse_server.run import delivery
+from gramfuse_server.run.evaluation import described
 from tests.unit.test_report import read_back
 
 ANIMALS, WEATHER, FILLERS = ["cat", "dog", "horse", "sheep"], ["rain", "snow", "wind", "sun"], ["the", "a", "of"]
@@ -45,7 +45,7 @@ ANIMALS, WEATHER, FILLERS = ["cat", "dog", "horse", "sheep"], ["rain", "snow", "
 
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(post.time, "sleep", lambda _: None)
+    monkeypatch.setattr(delivery.time, "sleep", lambda _: None)
 
 
 @dataclass(frozen=True, repr=False)

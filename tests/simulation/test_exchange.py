@@ -50,14 +50,14 @@ from gramfuse_protocol.messages.phases import (
 )
 from gramfuse_protocol.messages.wire import pack, unpack
 from gramfuse_protocol.statistics.contribution import Statistics
-from gramfuse_server import post
 from gramfuse_server.app import coordinate
-from gramfuse_server.exchange import Exchange
-from gramfuse_server.pages.page import page
-from gramfuse_server.patience import Patience
-from gramfuse_server.report_schema import Report
-from gramfuse_server.run import RunDirectory, read_checkpoint
-from gramfuse_server.secure import UPLOADS
+from gramfuse_server.report.page.page import page
+from gramfuse_server.report.schema import Report
+from gramfuse_server.run import delivery
+from gramfuse_server.run.exchange import Exchange
+from gramfuse_server.run.patience import Patience
+from gramfuse_server.run.secure_sums import UPLOADS
+from gramfuse_server.run_directory import RunDirectory, read_checkpoint
 from tests.unit.test_report import read_back
 
 SILOS = ("silo-a", "silo-b", "silo-c")
@@ -229,7 +229,7 @@ def exchange(
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     """The coordinator looks for answers again at once."""
-    monkeypatch.setattr(post.time, "sleep", lambda _: None)
+    monkeypatch.setattr(delivery.time, "sleep", lambda _: None)
 
 
 def weights_of(out: Path) -> Arrays:
@@ -579,7 +579,7 @@ def test_three_losses_in_a_row_end_the_run(
 
     grid = in_process_grid(honest.scripted(), fault=fault)
     message = (unmeasured if phase == "evaluate" else failure_of(FederationError))(grid, honest, place)
-    assert grid.sent.count(("silo-b", phase)) == post.ATTEMPTS == 3
+    assert grid.sent.count(("silo-b", phase)) == delivery.ATTEMPTS == 3
     for part in (repr(phase), f"error {code}", "it is gone"):
         assert part in message
     # Before it has joined, a silo is known by its node alone.
@@ -595,7 +595,7 @@ def test_a_request_that_flower_does_not_take_is_sent_again(
     assert_identical(weights_of(place / "run"), honest.weights)
 
     grid = in_process_grid(honest.scripted())
-    grid.untaken["silo-b", "train"] = post.ATTEMPTS
+    grid.untaken["silo-b", "train"] = delivery.ATTEMPTS
     message = failure(FederationError, grid, honest, tmp_path)
     assert "silo 'silo-b' gave no answer in phase 'train' after 3 tries: Flower does not take the request" in message
 
@@ -822,7 +822,7 @@ def test_a_message_from_one_silos_connection_in_anothers_name_is_refused(
 def test_a_silo_that_went_away_is_waited_for(
     honest: Honest, in_process_grid: Any, place: Path, back: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(post, "REMINDER_SECONDS", 0.1)
+    monkeypatch.setattr(delivery, "REMINDER_SECONDS", 0.1)
     events: list[dict[str, Any]] = []
 
     def fault(visit: Any, deliver: Callable[[], RecordDict]) -> RecordDict | Error:
@@ -854,7 +854,7 @@ def test_a_node_that_was_started_anew_is_asked_again(
     honest: Honest, in_process_grid: Any, place: Path, tries: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Flower drops what a node had fetched when it ended, and tells only whoever asks before it is back.
-    monkeypatch.setattr(post, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(delivery, "LOOK_SECONDS", 0.05)
 
     def fault(visit: Any, deliver: Callable[[], RecordDict]) -> RecordDict | None:
         if (visit.node, visit.phase) != ("silo-b", "upload") or visit.number >= tries:

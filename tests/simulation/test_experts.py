@@ -22,9 +22,9 @@ from gramfuse_client.data.examples import load
 from gramfuse_client.measuring.checkpoint import measure, open_checkpoint
 from gramfuse_model.heads import head_parameters
 from gramfuse_protocol.statistics.file import write_statistics
-from gramfuse_server import post
 from gramfuse_server.app import coordinate
-from gramfuse_server.merging import Settings, merge_files
+from gramfuse_server.merging.files import Settings, merge_files
+from gramfuse_server.run import delivery
 from tests.conftest import PicoProject
 from tests.unit.test_report import read_back
 
@@ -36,7 +36,7 @@ TENSORS = [f"model.layers.{layer}.mlp.experts.{name}" for layer in (0, 1) for na
 
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(post.time, "sleep", lambda _: None)
+    monkeypatch.setattr(delivery.time, "sleep", lambda _: None)
 
 
 @pytest.fixture

@@ -20,8 +20,8 @@ from gramfuse_client.data.batches import Encoded, batches
 from gramfuse_client.data.examples import Examples
 from gramfuse_client.training.evaluate import outputs
 from gramfuse_protocol.errors import ModelError
-from gramfuse_server import post
 from gramfuse_server.app import coordinate
+from gramfuse_server.run import delivery
 
 SILOS = ("north", "south")
 FORCING = {
@@ -39,7 +39,7 @@ FORCING = {
 
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(post.time, "sleep", lambda _: None)
+    monkeypatch.setattr(delivery.time, "sleep", lambda _: None)
 
 
 def project(directory: Path, tokenizer: Any, settings: dict[str, Any], more: str = "") -> Path:

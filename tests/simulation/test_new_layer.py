@@ -17,8 +17,8 @@ from gramfuse_cli.plan import _preview
 from gramfuse_cli.project import Project
 from gramfuse_client.app import SiloApp
 from gramfuse_model.layers import KINDS, register_layer
-from gramfuse_server import post
 from gramfuse_server.app import coordinate
+from gramfuse_server.run import delivery
 
 WEIGHT = "bert.encoder.layer.0.intermediate.dense.weight"
 
@@ -45,7 +45,7 @@ def _doubled(monkeypatch: pytest.MonkeyPatch) -> None:
         self.dense = Doubled(config.hidden_size, config.intermediate_size)
 
     monkeypatch.setattr(modeling_bert.BertIntermediate, "__init__", __init__)
-    monkeypatch.setattr(post.time, "sleep", lambda _: None)
+    monkeypatch.setattr(delivery.time, "sleep", lambda _: None)
 
 
 @pytest.fixture

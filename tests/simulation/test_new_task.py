@@ -36,9 +36,9 @@ from gramfuse_protocol.tasks.classification import Classification
 from gramfuse_protocol.tasks.registry import KINDS, Measure, register
 from gramfuse_protocol.tasks.rows import Group, Vector, added
 from gramfuse_protocol.tasks.scores import Sums, examples_in, share
-from gramfuse_server import post
 from gramfuse_server.app import coordinate
-from gramfuse_server.report_schema import Report
+from gramfuse_server.report.schema import Report
+from gramfuse_server.run import delivery
 from tests.unit.test_report import read_back
 
 NEARLY = "how many examples are at most one grade off, and how many more"
@@ -83,7 +83,7 @@ class OrdinalAtSilo(ClassificationAtSilo):
 
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(post.time, "sleep", lambda _: None)
+    monkeypatch.setattr(delivery.time, "sleep", lambda _: None)
 
 
 @pytest.fixture

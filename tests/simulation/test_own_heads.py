@@ -32,9 +32,9 @@ from gramfuse_model.loading.auto_classes import FORMS
 from gramfuse_model.loading.base_model import load_base, own_head
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.held_out.metrics import metrics
-from gramfuse_server import post
 from gramfuse_server.app import coordinate
-from gramfuse_server.report_schema import Report
+from gramfuse_server.report.schema import Report
+from gramfuse_server.run import delivery
 
 CPU = torch.device("cpu")
 ANIMALS, WEATHER = ["cat", "dog", "horse", "sheep"], ["rain", "snow", "wind", "sun"]
@@ -97,7 +97,7 @@ def write_silo(directory: Path, name: str, train: str, held_out: str) -> None:
 
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(post.time, "sleep", lambda _: None)
+    monkeypatch.setattr(delivery.time, "sleep", lambda _: None)
 
 
 @pytest.fixture

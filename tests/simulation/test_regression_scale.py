@@ -34,9 +34,9 @@ from gramfuse_model.rescaling import fold
 from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.errors import DataError, ModelError
 from gramfuse_protocol.secure_sum.keys import Identity
-from gramfuse_server import post
 from gramfuse_server.app import coordinate
-from gramfuse_server.merging import Settings, merge_files
+from gramfuse_server.merging.files import Settings, merge_files
+from gramfuse_server.run import delivery
 
 SILOS = ("north", "south", "east")
 ANIMALS, OTHERS = ["cat", "dog", "horse", "sheep"], ["rain", "snow", "the", "a", "of", "and"]
@@ -46,7 +46,7 @@ SIZES = {"small": (3e-5, 1e-4), "usual": (0.0, 1.0), "large": (-4e6, 1e5)}
 
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(post.time, "sleep", lambda _: None)
+    monkeypatch.setattr(delivery.time, "sleep", lambda _: None)
 
 
 @pytest.fixture(scope="module")

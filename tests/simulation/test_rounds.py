@@ -47,12 +47,12 @@ from gramfuse_protocol.messages.phases import (
 )
 from gramfuse_protocol.messages.wire import pack, unpack
 from gramfuse_protocol.secure_sum import member as secure_sum
-from gramfuse_server import post
-from gramfuse_server.accumulator import Accumulator
 from gramfuse_server.app import coordinate
-from gramfuse_server.conductor import Conductor
-from gramfuse_server.report_schema import Measured, Report
-from gramfuse_server.run import checkpoint_text, read_checkpoint
+from gramfuse_server.merging.accumulator import Accumulator
+from gramfuse_server.report.schema import Measured, Report
+from gramfuse_server.run import delivery
+from gramfuse_server.run.conductor import Conductor
+from gramfuse_server.run_directory import checkpoint_text, read_checkpoint
 from tests.unit.test_report import read_back
 
 Arrays = Mapping[str, np.ndarray]
@@ -69,7 +69,7 @@ class Stopped(BaseException):
 
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(post.time, "sleep", lambda _: None)
+    monkeypatch.setattr(delivery.time, "sleep", lambda _: None)
 
 
 @pytest.fixture(autouse=True)
@@ -416,7 +416,9 @@ def test_a_coordinator_that_does_not_check_keys_gets_no_shares_for_different_mod
 ) -> None:
     here = site(silos=4, secure=True)
     unchecked = dict.fromkeys(("check_advert", "check_adverts"), lambda *_: None)
-    monkeypatch.setattr("gramfuse_server.secure.secure_sum", SimpleNamespace(**{**vars(secure_sum), **unchecked}))
+    monkeypatch.setattr(
+        "gramfuse_server.run.secure_sums.secure_sum", SimpleNamespace(**{**vars(secure_sum), **unchecked})
+    )
 
     def change(name: str, request: Any) -> Any:
         if name != "silo-a" and goes_on_from(request):

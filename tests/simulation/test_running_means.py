@@ -37,10 +37,10 @@ from gramfuse_model.loading.base_model import load_base
 from gramfuse_protocol.contract.layout import delta_block
 from gramfuse_protocol.errors import ContributionError, DataError, ModelError
 from gramfuse_protocol.held_out.metrics import metrics
-from gramfuse_server import post
-from gramfuse_server.accumulator import Accumulator
 from gramfuse_server.app import coordinate
-from gramfuse_server.merging import Settings, merge_files
+from gramfuse_server.merging.accumulator import Accumulator
+from gramfuse_server.merging.files import Settings, merge_files
+from gramfuse_server.run import delivery
 
 CPU = torch.device("cpu")
 SILOS = ("north", "south", "east")
@@ -64,7 +64,7 @@ MODELS = {
 
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(post.time, "sleep", lambda _: None)
+    monkeypatch.setattr(delivery.time, "sleep", lambda _: None)
 
 
 def picture(label: int, brightness: float, rng: random.Random) -> bytes:

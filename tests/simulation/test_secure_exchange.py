@@ -65,11 +65,11 @@ from gramfuse_protocol.secure_sum.member import Signed
 from gramfuse_protocol.secure_sum.scales import scales
 from gramfuse_protocol.secure_sum.statements import advert_statement, metrics_context
 from gramfuse_protocol.statistics.contribution import Statistics
-from gramfuse_server import exchange as exchange_module
-from gramfuse_server import post
-from gramfuse_server.accumulator import Accumulator, rounded
-from gramfuse_server.exchange import Exchange
-from gramfuse_server.run import RunDirectory
+from gramfuse_server.merging.accumulator import Accumulator, rounded
+from gramfuse_server.run import delivery
+from gramfuse_server.run import exchange as exchange_module
+from gramfuse_server.run.exchange import Exchange
+from gramfuse_server.run_directory import RunDirectory
 from tests.unit.test_report import read_back
 
 PIECE_BYTES = 16384
@@ -193,7 +193,7 @@ def watched(site: Site, monkeypatch: pytest.MonkeyPatch) -> Watched:
     monkeypatch.setattr(secure_phases, "write_masked", counted)
     monkeypatch.setattr(Session, "write", spied)
     monkeypatch.setattr(exchange_module, "write_model", write_model)
-    monkeypatch.setattr(post.time, "sleep", lambda _: None)
+    monkeypatch.setattr(delivery.time, "sleep", lambda _: None)
     return seen
 
 

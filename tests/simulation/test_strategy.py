@@ -23,7 +23,7 @@ from gramfuse_protocol.contract.layout import Layout
 from gramfuse_protocol.contract.plan import Merge
 from gramfuse_protocol.errors import ContributionError, GramfuseError
 from gramfuse_protocol.statistics.contribution import Statistics
-from gramfuse_server.accumulator import Accumulator
+from gramfuse_server.merging.accumulator import Accumulator
 from gramfuse_server.strategy import RegMean
 
 CLIENTS = ("a", "b", "c")

@@ -24,8 +24,8 @@ from gramfuse_client.state.state import State
 from gramfuse_model.loading.base_model import load_base
 from gramfuse_protocol.contract.layout import Layout
 from gramfuse_protocol.contract.plan import Plan
-from gramfuse_server.accumulator import Accumulator
 from gramfuse_server.app import coordinate
+from gramfuse_server.merging.accumulator import Accumulator
 from tests.unit.test_report import read_back
 
 WANTED = Wanted(alphas=(0.0, 0.5, 0.9, 1.0), weights=True, order="greedy", influence=True)

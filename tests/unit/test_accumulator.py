@@ -14,7 +14,7 @@ from gramfuse_protocol.errors import ContributionError
 from gramfuse_protocol.secure_sum.fixed_point import encode
 from gramfuse_protocol.secure_sum.scales import scales
 from gramfuse_protocol.statistics.contribution import Statistics
-from gramfuse_server.accumulator import Accumulator, Merged
+from gramfuse_server.merging.accumulator import Accumulator, Merged
 
 D, OUTS = 12, (5, 3)
 

@@ -7,10 +7,10 @@ import math
 import numpy as np
 import pytest
 
-from gramfuse_server.methods.arithmetic import weighted_mean
-from gramfuse_server.methods.fisher import fisher_mean, normalised
-from gramfuse_server.methods.task_arithmetic import task_arithmetic
-from gramfuse_server.methods.ties import ties
+from gramfuse_server.merging.methods.arithmetic import weighted_mean
+from gramfuse_server.merging.methods.fisher import fisher_mean, normalised
+from gramfuse_server.merging.methods.task_arithmetic import task_arithmetic
+from gramfuse_server.merging.methods.ties import ties
 
 RNG = np.random.default_rng(3)
 SHAPES = {"w": (4, 5), "b": (4,)}

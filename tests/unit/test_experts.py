@@ -25,8 +25,8 @@ from gramfuse_protocol.errors import ModelError
 from gramfuse_protocol.secure_sum.fixed_point import encode
 from gramfuse_protocol.secure_sum.scales import scales
 from gramfuse_protocol.statistics.contribution import Statistics
-from gramfuse_server.accumulator import Accumulator
-from gramfuse_server.pages.wording import explain
+from gramfuse_server.merging.accumulator import Accumulator
+from gramfuse_server.report.page.words import explain
 
 Batch = dict[str, torch.Tensor]
 UNLIMITED = 10**9

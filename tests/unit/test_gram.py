@@ -23,7 +23,7 @@ from gramfuse_protocol.contract.layout import Group, Layout, Linear, Rows, Tenso
 from gramfuse_protocol.contract.plan import Merge, Plan
 from gramfuse_protocol.errors import ContributionError, ModelError
 from gramfuse_protocol.statistics.contribution import Statistics
-from gramfuse_server.accumulator import Accumulator
+from gramfuse_server.merging.accumulator import Accumulator
 
 Batch = dict[str, torch.Tensor]
 UNLIMITED = 10**9

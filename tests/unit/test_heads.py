@@ -18,7 +18,7 @@ from gramfuse_protocol.errors import ModelError
 from gramfuse_protocol.secure_sum.fixed_point import encode
 from gramfuse_protocol.secure_sum.scales import scales
 from gramfuse_protocol.statistics.contribution import Statistics
-from gramfuse_server.accumulator import Accumulator
+from gramfuse_server.merging.accumulator import Accumulator
 
 SILOS = ("north", "east", "west")
 HOLDERS = {0: ("north", "east"), 1: SILOS, 2: ("north", "east"), 3: ("west",)}

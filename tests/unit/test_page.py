@@ -20,11 +20,11 @@ from hypothesis import strategies as st
 from gramfuse_cli import report as terminal
 from gramfuse_cli.main import main
 from gramfuse_protocol.contract.plan import Plan
-from gramfuse_server import model as written
-from gramfuse_server.pages import drawing
-from gramfuse_server.pages import page as pages
-from gramfuse_server.report_schema import SCHEMA, Measured, Report
-from gramfuse_server.verdicts import check_of
+from gramfuse_server.report import merged_model as written
+from gramfuse_server.report.page import charts
+from gramfuse_server.report.page import page as pages
+from gramfuse_server.report.schema import SCHEMA, Measured, Report
+from gramfuse_server.report.verdicts import check_of
 
 SILOS = ["hospital", "bank", "telephone"]
 LABELS = [f"label-{number}" for number in range(64)]
@@ -299,7 +299,7 @@ def test_every_silo_model_and_number_is_on_the_page_and_the_page_is_the_same_eve
         ]
         numbers += [of["f1"] for labels in model.get("labels", {}).values() for of in labels.values()]
         for value in numbers:
-            assert drawing.score(value) in shown or f"{value:.0f} " in shown, (model["name"], value)
+            assert charts.score(value) in shown or f"{value:.0f} " in shown, (model["name"], value)
         for labels in model.get("labels", {}).values():
             assert all(label in shown for label in labels)
     for lost in report.get("lost", []):
@@ -426,14 +426,14 @@ ANY = st.floats() | st.sampled_from([0.0, -1.0, 1.0, 1e308, -1e308, 1e-320])
 def test_whatever_numbers_come_nothing_is_drawn_outside_its_room(
     values: list[float | None], points: list[tuple[float, float]]
 ) -> None:
-    for value, bar in zip(values, drawing.bars(values, strong=[0], most=1.0), strict=True):
-        assert drawing.score(value)
+    for value, bar in zip(values, charts.bars(values, strong=[0], most=1.0), strict=True):
+        assert charts.score(value)
         if bar is not None:
             assert 0 <= bar.start <= bar.start + bar.length <= 100.02
-    curve = drawing.curve("title", "α", points, points[0][0] if points else None, "accuracy")
+    curve = charts.curve("title", "α", points, points[0][0] if points else None, "accuracy")
     for dot in curve.dots if curve else ():
         assert 0 <= dot.x <= 100
-        assert drawing.TOP - 0.1 <= dot.y <= drawing.TOP + drawing.HEIGHT + 0.1
+        assert charts.TOP - 0.1 <= dot.y <= charts.TOP + charts.HEIGHT + 0.1
     assert curve is None or 2 <= len(curve.ticks) < 8
 
 
@@ -518,4 +518,4 @@ def test_metrics_that_are_no_numbers_do_not_keep_a_page_from_being_made() -> Non
     report, plan = secure_run()
     for model in report["models"]:
         model["metrics"] |= {"accuracy": math.nan, "mcc": math.inf}
-    assert drawing.NONE in Checked(page(report, plan)).text
+    assert charts.NONE in Checked(page(report, plan)).text

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from gramfuse_protocol.errors import RunDirectoryError
-from gramfuse_server.pages.reading import read_report
-from gramfuse_server.report_part import Part
-from gramfuse_server.report_schema import OPTIONAL, REQUIRED, Report
+from gramfuse_server.report.page.view import read_report
+from gramfuse_server.report.part import Part
+from gramfuse_server.report.schema import OPTIONAL, REQUIRED, Report
 from tests.unit.test_page import RUNS
 
 DOCS = Path(__file__).parents[2] / "docs"

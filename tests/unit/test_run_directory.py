@@ -23,8 +23,8 @@ from gramfuse_protocol.errors import (
     RunDirectoryError,
     SecurityError,
 )
-from gramfuse_server.run import RunDirectory, checkpoint_text, discard, rewrite
-from gramfuse_server.spool import Spool
+from gramfuse_server.run.spool import Spool
+from gramfuse_server.run_directory import RunDirectory, checkpoint_text, discard, rewrite
 
 
 def test_a_finished_run_has_its_name_and_sums_that_verify(tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ from gramfuse_protocol.contract.layout import Group, Layout, Linear, Tensor
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.errors import ContributionError
 from gramfuse_protocol.statistics.contribution import Statistics
-from gramfuse_server.accumulator import Accumulator, Deltas
-from gramfuse_server.search import (
+from gramfuse_server.merging.accumulator import Accumulator, Deltas
+from gramfuse_server.merging.search import (
     Judgement,
     Trials,
     best,

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gramfuse_protocol.contract.layout import Group, Linear
-from gramfuse_server.solve import Step, solve
+from gramfuse_server.merging.solve import Step, solve
 
 OUT = 3
 

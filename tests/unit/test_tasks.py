@@ -14,7 +14,7 @@ from gramfuse_model.loading.base_model import load_base
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.contract.task import MaskedTask, Task
 from gramfuse_protocol.errors import PlanError
-from gramfuse_server.model import card
+from gramfuse_server.report.merged_model import card
 
 NER = 'task = "token-classification"\nlabels = ["O", "B-X", "I-X"]'
 TOPIC = 'task = "classification"\nlabels = ["a", "b"]'

@@ -11,7 +11,7 @@ from gramfuse_cli.terms import check_terms, parse_terms
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.documents import build
 from gramfuse_protocol.errors import PlanError
-from gramfuse_server.methods.registry import METHODS
+from gramfuse_server.merging.methods.registry import METHODS
 
 CLASSES = {"task": "classification", "labels": ["x", "y"]}
 

@@ -27,8 +27,8 @@ OWN = {
     "gramfuse_client.guard.releases",
     "gramfuse_client.state.session",
     "gramfuse_client.state.state",
-    "gramfuse_server.report_part",
-    "gramfuse_server.report_schema",
+    "gramfuse_server.report.part",
+    "gramfuse_server.report.schema",
 }
 """Modules whose models a side writes for itself, of digests, numbers and names that were checked.
 

@@ -14,7 +14,7 @@ from scipy.optimize import linear_sum_assignment
 
 from gramfuse_model.loading.base_model import trainable
 from gramfuse_protocol.errors import PlanError
-from gramfuse_server.methods.transport import feed_forward_pairs, match, transport_mean
+from gramfuse_server.merging.methods.transport import feed_forward_pairs, match, transport_mean
 
 SIZE = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 IDS = torch.arange(24).reshape(3, 8) + 3

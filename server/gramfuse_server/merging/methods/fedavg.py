@@ -1,0 +1,52 @@
+"""Federated averaging: silos train, are averaged, and go on from the average, round after round."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from gramfuse_server.merging.methods.registry import Measured, Refusal, Silos, method, number
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from gramfuse_protocol.held_out.metrics import Sums
+    from gramfuse_server.merging.methods.arithmetic import Differences
+
+REFUSALS = (
+    Refusal(
+        lambda plan: plan.model.head == "own",
+        "Flower's FedAvg averages whole models, and here heads stay at their silos; leave it out",
+    ),
+    Refusal(
+        lambda plan: any(silo.labels for silo in plan.silo),
+        "silos annotate different labels ('labels' of a [[silo]]), and Flower's FedAvg would average the outputs for "
+        "labels that a silo does not annotate; leave it out",
+    ),
+)
+
+
+@method(
+    name="fedavg",
+    label="fedavg",
+    words="federated averaging: silos train, are averaged, and go on from the average, round after round",
+    paper="McMahan et al., AISTATS 2017",
+    options=number(
+        "rounds", 5, 1000, "by Flower's FedAvg, with 5 rounds by default, each with all of the plan's local training"
+    ),
+    needs=("data",),
+    refusals=REFUSALS,
+)
+def fedavg(silos: Silos, rounds: int) -> Measured:
+    """Run FedAvg, and measure the average after each round."""
+    found: list[Mapping[str, Sums]] = []
+
+    def after(number: int, deltas: Differences) -> None:
+        found.append(silos.measure(deltas))
+        silos.tell(f"fedavg, round {number} of {rounds}")
+
+    sent = silos.federate(rounds, after)
+    by_round = tuple(silos.metrics(sums) for sums in found)
+    ranked = silos.ranked_by
+    note = f"{ranked} after each round: {', '.join(f'{metrics[ranked]:.3f}' for metrics in by_round)}"
+    about = f"{rounds} round{'s' if rounds > 1 else ''}"
+    return Measured(found[-1], (about,), {"rounds": by_round, "bytes": sent, "note": note})

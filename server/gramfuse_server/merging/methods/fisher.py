@@ -1,0 +1,100 @@
+"""The mean of the silos' parameters, weighted by their Fisher information."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from gramfuse_server.merging.methods.arithmetic import Differences, Float64, Weights, averaged
+from gramfuse_server.merging.methods.registry import Merged, Options, Silos, method
+
+Norm = Literal["per tensor", "per model", "none"]
+
+EXAMPLES = 256
+VARIANTS = ("hard", "soft", "empirical")
+NORMS: dict[str, Norm] = {"tensor": "per tensor", "model": "per model", "none": "none"}
+
+FISHER_FLOOR = 1e-6
+"""What is added to every Fisher value, relative to the mean of its tensor over the silos: where all are zero, the
+result is the mean."""
+
+
+def _options(values: Sequence[str]) -> dict[str, Any]:
+    options: dict[str, Any] = {"variant": None, "norm": "per tensor", "examples": EXAMPLES}
+    given: dict[str, str] = {}
+    for value in values:
+        if value in VARIANTS:
+            key, options["variant"] = "variant", value
+        elif value in NORMS:
+            key, options["norm"] = "norm", NORMS[value]
+        elif value.isascii() and value.isdigit() and int(value):
+            key, options["examples"] = "number of examples", int(value)
+        else:
+            raise ValueError(f"{value!r} is neither a variant, nor a norm, nor a number of examples")
+        if key in given:
+            raise ValueError(f"{given[key]!r} and {value!r} are both a {key}")
+        given[key] = value
+    return options
+
+
+@method(
+    name="fisher",
+    label="fisher",
+    words="the mean of the silos' parameters, weighted by their Fisher information",
+    paper="Matena and Raffel, NeurIPS 2022",
+    options=Options(
+        "[:hard|soft|empirical][:tensor|model|none][:EXAMPLES]",
+        "of the likeliest label, of all, or of the true one; normalised per tensor, per model, or not at all; over "
+        f"{EXAMPLES} examples of each silo by default",
+        _options,
+    ),
+    needs=("fisher",),
+)
+def fisher(silos: Silos, variant: str | None, norm: Norm, examples: int) -> Merged:
+    """Measure each silo's Fisher information, normalise it, and return the mean that it weighs."""
+    found = [silos.fisher(name, variant, examples) for name in silos.names]
+    differences, weights = silos.parents()
+    about = [*dict.fromkeys(chosen for chosen, _ in found), "not normalised" if norm == "none" else norm]
+    if examples != EXAMPLES:
+        about.append(f"{examples} examples")
+    return Merged(fisher_mean(differences, [normalised(values, norm) for _, values in found], weights), about)
+
+
+def normalised(fisher: Differences, norm: Norm) -> dict[str, Float64]:
+    """Return a silo's Fisher values divided by their Euclidean norm, so that no silo counts for its gradients' size.
+
+    Args:
+        norm: over each tensor, over the whole model, or not at all; what is all zero stays so.
+
+    Source: the code of Jin et al., "Dataless Knowledge Fusion by Merging Weights of Language Models", ICLR 2023.
+    """
+    exact = {name: np.asarray(values, np.float64) for name, values in fisher.items()}
+    if norm == "none":
+        return exact
+    norms = {name: float(np.linalg.norm(values)) for name, values in exact.items()}
+    whole = float(np.linalg.norm(list(norms.values())))
+    return {name: values / ((whole if norm == "per model" else norms[name]) or 1.0) for name, values in exact.items()}
+
+
+def fisher_mean(
+    differences: Sequence[Differences], fishers: Sequence[Differences], weights: Sequence[Weights]
+) -> dict[str, Float64]:
+    """Return Σ cᵢ Fᵢ Δᵢ / Σ cᵢ Fᵢ, element by element.
+
+    Args:
+        fishers: each silo's diagonal Fisher information, ≥ 0, in the shapes of the differences; what has none, as
+            buffers have, gets the mean.
+
+    Source: Matena and Raffel, "Merging Models with Fisher-Weighted Averaging", NeurIPS 2022, equation 4, written for
+    the differences from a common base. FISHER_FLOOR stands for what they add to avoid a division by zero.
+    """
+    merged = {}
+    for name in differences[0]:
+        values = [np.asarray(fisher.get(name, 0.0), np.float64) for fisher in fishers]
+        floor = FISHER_FLOOR * float(np.mean([value.mean() for value in values])) or 1.0
+        merged[name] = averaged(
+            [d[name] for d in differences], [w[name] * (f + floor) for w, f in zip(weights, values, strict=True)]
+        )
+    return merged

@@ -1,0 +1,24 @@
+"""One model fine-tuned on the data of all silos, as if they could be pooled."""
+
+from __future__ import annotations
+
+from gramfuse_protocol.tasks.registry import kind_of
+from gramfuse_server.merging.methods.registry import DIFFERENT_TASKS, Measured, Refusal, Silos, method
+
+MASKED = Refusal(
+    lambda plan: any(silo.labels and kind_of(plan.task_of(silo.name)).exclusive for silo in plan.silo),
+    "silos annotate different classes ('labels' of a [[silo]]), so a label of one silo does not say that another's "
+    "class is absent; leave it out",
+)
+
+
+@method(
+    name="joint",
+    label="joint",
+    words="fine-tuned on the pooled examples of all silos, which silos that keep their data cannot do",
+    needs=("data",),
+    refusals=(DIFFERENT_TASKS, MASKED),
+)
+def joint(silos: Silos) -> Measured:
+    """Measure the base model fine-tuned on all silos' data."""
+    return Measured(silos.train_jointly())

@@ -1,0 +1,18 @@
+"""The weighted mean of the silos' models, which every run measures."""
+
+from __future__ import annotations
+
+from gramfuse_server.merging.methods.arithmetic import weighted_mean
+from gramfuse_server.merging.methods.registry import Merged, Silos, method
+
+
+@method(
+    name="simple",
+    label="simple average",
+    words="the mean of the silos' parameters",
+    paper="McMahan et al., AISTATS 2017, with one round",
+    always=True,
+)
+def simple(silos: Silos) -> Merged:
+    """Return the weighted mean."""
+    return Merged(weighted_mean(*silos.parents()))

@@ -1,0 +1,38 @@
+"""The base plus the scaled sum of the silos' differences from it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from gramfuse_server.merging.methods.arithmetic import Differences, Float64, added, apart
+from gramfuse_server.merging.methods.registry import Merged, Silos, method, number
+
+SCALE = 0.3
+"""λ that Ilharco et al. found to do well for any number of tasks, where it cannot be chosen on held-out data."""
+
+
+@method(
+    name="task-arithmetic",
+    label="task arithmetic",
+    words="the base model plus the scaled sum of the silos' differences from it",
+    paper="Ilharco et al., ICLR 2023",
+    options=number("scale", SCALE, 100, f"times {SCALE:g} by default"),
+    needs=("models",),
+)
+def scaled_sum(silos: Silos, scale: float) -> Merged:
+    """Return the scaled sum of what parameters changed by, and the mean of what buffers did."""
+    differences, buffers = apart(silos)
+    return Merged(task_arithmetic(differences, scale) | buffers, (f"scale {scale:g}",))
+
+
+def task_arithmetic(differences: Sequence[Differences], scale: float = SCALE) -> dict[str, Float64]:
+    """Return λ Σ Δᵢ.
+
+    Args:
+        scale: λ.
+
+    Source: Ilharco et al., "Editing Models with Task Arithmetic", ICLR 2023, section 2: θ_new = θ_pre + λ Σ τᵢ.
+    """
+    return {name: np.asarray(scale * added([d[name] for d in differences])) for name in differences[0]}

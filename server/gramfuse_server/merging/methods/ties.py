@@ -1,0 +1,58 @@
+"""Differences from the base, trimmed, and added where silos agree on the sign."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from gramfuse_server.merging.methods.arithmetic import Differences, Float64, added, apart
+from gramfuse_server.merging.methods.registry import Merged, Silos, method, number
+
+DENSITY = 0.2
+"""Share of each silo's differences that is kept, of the largest magnitude; Yadav et al., section 4."""
+
+
+@method(
+    name="ties",
+    label="ties",
+    words="differences from the base, trimmed, and added where silos agree on the sign",
+    paper="Yadav et al., NeurIPS 2023",
+    options=number("density", DENSITY, 1, f"the largest {DENSITY:g} of each silo's by default"),
+    needs=("models",),
+)
+def trimmed(silos: Silos, density: float) -> Merged:
+    """Return TIES of what parameters changed by, and the mean of what buffers did."""
+    differences, buffers = apart(silos)
+    return Merged(ties(differences, density) | buffers, (f"density {density:g}",))
+
+
+def ties(differences: Sequence[Differences], density: float = DENSITY, scale: float = 1.0) -> dict[str, Float64]:
+    """Trim each silo's differences, elect a sign for each element, and return λ times the mean of those that have it.
+
+    Args:
+        density: share of a silo's differences, over its whole model, that is kept, in (0, 1].
+        scale: λ.
+
+    Source: Yadav et al., "TIES-Merging: Resolving Interference When Merging Models", NeurIPS 2023, algorithm 1.
+    """
+    thresholds = [_threshold(d, density) for d in differences]
+    merged = {}
+    for name in differences[0]:
+        kept = [
+            np.where(np.abs(d[name]) >= least, d[name], 0.0).astype(np.float64)
+            for d, least in zip(differences, thresholds, strict=True)
+        ]
+        elected = np.sign(added(kept))
+        agreeing = [(np.sign(values) == elected) & (values != 0) for values in kept]
+        count = added([np.asarray(agrees, np.float64) for agrees in agreeing])
+        total = added([values * agrees for values, agrees in zip(kept, agreeing, strict=True)])
+        merged[name] = scale * total / np.maximum(count, 1.0)
+    return merged
+
+
+def _threshold(difference: Differences, density: float) -> float:
+    """Return the magnitude from which on an element is among the largest of a silo's whole model."""
+    magnitudes = np.concatenate([np.abs(values).ravel() for values in difference.values()])
+    kept = max(1, round(density * magnitudes.size))
+    return float(np.partition(magnitudes, magnitudes.size - kept)[magnitudes.size - kept])

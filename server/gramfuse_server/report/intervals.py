@@ -1,0 +1,100 @@
+"""What can be said of metrics that left with noise: each with the interval in which the exact one lies.
+
+The noise's distribution is public, so vectors are drawn that the exact one could be: what arrived, less noise. What a
+metric is on those says how far it may be off, and, where it is not linear, in which direction (a bias). An interval is
+the hull of the middle of the draws and of their mirror image about what was measured, wider by the bias on either side;
+over draws of the noise, the exact metric lies in it in 95 of 100 cases or more. Where that would promise more than is
+known, it is the whole range of the metric. What clipping does to an example is not in it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gramfuse_protocol.contract.plan import Plan
+from gramfuse_protocol.contract.task import Task
+from gramfuse_protocol.held_out.noise import DELTA, deviations, spent
+from gramfuse_protocol.held_out.sums import SHARE, Vector, figures, label_counts, label_figures, range_of
+from gramfuse_protocol.tasks.registry import kind_of
+from gramfuse_server.report.schema import LabelFigures, Measured, Privacy, PrivacyTotal
+
+COVERAGE = 0.98
+"""Share of the draws that an interval is of: more than 95%, so that what it neglects does not take it below."""
+DRAWS = 1000
+UNCLEAR = 1 / 4
+"""Where more than this share of labels is as rare as the noise is strong, their mean F1 says nothing."""
+
+
+def with_intervals(plan: Plan, name: str, task: Task, vector: Vector, silos: int) -> Measured:
+    """Return what a report says of a model whose sum was made with noise.
+
+    Args:
+        name: of the model, and its kind.
+        vector: the sum (`gramfuse_protocol.held_out.sums`).
+        silos: how many are in it.
+
+    Returns:
+        Its `metrics`, each with one of the `intervals`; `labels`, each F1 with its `interval`; and `privacy`. The same
+        sum always gives the same.
+    """
+    noise = deviations(plan, task, silos)
+    seed = int.from_bytes(hashlib.sha256(plan.digest.encode() + vector.tobytes()).digest(), "big")
+    draws = vector - np.random.default_rng(seed).normal(0.0, 1.0, (DRAWS, vector.size)) * noise
+    found = figures(task, vector)
+    drawn = [figures(task, draw) for draw in draws]
+    intervals = {
+        metric: _interval(value, np.array([each[metric] for each in drawn]), range_of(task, metric))
+        for metric, value in found.items()
+    }
+    if "macro-f1" in found and _unclear(task, vector, noise):
+        intervals["macro-f1"] = SHARE
+    spent_in_all = spent(plan)
+    assert plan.epsilon is not None and spent_in_all is not None  # noqa: S101, PT018
+    total = PrivacyTotal(epsilon=spent_in_all, releases=plan.releases)
+    privacy = Privacy(epsilon=plan.epsilon, delta=DELTA, total=total)
+    model = Measured(name=name, kind=name, metrics=found, intervals=intervals, privacy=privacy)
+    if labels := label_figures(task, vector):
+        return model.updated(labels={"": _labels(task, vector, draws, noise, labels)})
+    return model
+
+
+def _interval(value: float, drawn: NDArray[np.float64], limits: tuple[float, float]) -> tuple[float, float]:
+    """Return the interval of one metric, within its limits."""
+    low, high = np.quantile(drawn, [(1 - COVERAGE) / 2, (1 + COVERAGE) / 2])
+    bias = abs(value - float(drawn.mean()))
+    ends = min(low, 2 * value - high) - bias, max(high, 2 * value - low) + bias
+    least, most = (min(max(float(end), limits[0]), limits[1]) for end in ends)
+    return least, most
+
+
+def _unclear(task: Task, vector: Vector, noise: Vector) -> bool:
+    """Whether too many labels are so rare that nobody can tell whether they occur at all."""
+    return float((_strength(task, vector, noise) < 1).mean()) > UNCLEAR
+
+
+def _strength(task: Task, vector: Vector, noise: Vector) -> NDArray[np.float64]:
+    """Return how large the denominator of each label's F1 is, in standard deviations of its noise."""
+    parts = np.array([2.0, 1.0, 1.0])
+    spread = np.sqrt((label_counts(task, noise) ** 2) @ parts**2)
+    strength: NDArray[np.float64] = (label_counts(task, vector) @ parts) / spread
+    return strength
+
+
+def _labels(
+    task: Task, vector: Vector, draws: Vector, noise: Vector, found: Mapping[str, Mapping[str, float]]
+) -> dict[str, LabelFigures]:
+    """Return what is known of each label, with the interval of its F1."""
+    counts = label_counts(task, draws)
+    sizes = counts @ np.array([2.0, 1.0, 1.0])
+    drawn = np.clip(2 * counts[..., 0] / np.where(sizes > 0, sizes, np.inf), 0.0, 1.0)
+    names = kind_of(task).names(task)
+    clear = dict(zip(names, _strength(task, vector, noise) > 2, strict=True))
+    columns = dict(zip(names, drawn.T, strict=True))
+    return {
+        name: LabelFigures(**of, interval=_interval(of["f1"], columns[name], SHARE) if clear[name] else SHARE)
+        for name, of in found.items()
+    }

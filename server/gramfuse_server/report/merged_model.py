@@ -1,0 +1,198 @@
+"""Writes the merged model as an ordinary Hugging Face model with tokenizer and card."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from numpy.typing import NDArray
+
+from gramfuse_model.differences import add_differences
+from gramfuse_model.loading.auto_classes import Form, merged_form
+from gramfuse_model.loading.base_model import Base
+from gramfuse_model.loading.source import BUNDLED
+from gramfuse_model.rescaling import fold
+from gramfuse_protocol.contract.coverage import Covered, coverage, told, unused
+from gramfuse_protocol.contract.layout import Layout
+from gramfuse_protocol.contract.plan import Plan
+from gramfuse_protocol.contract.who_sees_what import seen
+from gramfuse_server.report.schema import Chosen, Measured, Step
+
+
+def write_model(
+    directory: Path,
+    base: Base,
+    deltas: Mapping[str, NDArray[Any]],
+    plan: Plan,
+    silos: Sequence[str],
+    measured: Measured | None,
+    chosen: Chosen | None = None,
+    doubt: str = "",
+    layout: Layout | None = None,
+    steps: Sequence[Step] = (),
+) -> None:
+    """Write base + deltas; the base model in memory becomes the merged one.
+
+    Where silos keep their heads, what is written has none, nor labels. A regression gives targets as the data have them
+    (`gramfuse_model.rescaling`).
+
+    Args:
+        directory: made if it is not there.
+        silos: whose contributions are in it.
+        measured: what the report says of the model, for the card, if it was measured.
+        chosen: the merge that it is, if that was chosen on held-out data.
+        doubt: why it must not be used, if a check of the merge is bad.
+        layout: of the merge, for the card to say how much of the model is merged in closed form.
+        steps: how its groups were solved, for the card to say to which experts no measured token was routed.
+    """
+    add_differences(base.model, deltas)
+    model = base.model
+    if plan.model.head == "own":
+        model = model.base_model
+        for key in ("id2label", "label2id", "problem_type"):
+            model.config.__dict__.pop(key, None)
+    else:
+        fold(model, next(iter(plan.tasks.values())))
+    model.save_pretrained(directory)
+    base.tokenizer.save_pretrained(directory)
+    (directory / "README.md").write_text(card(plan, silos, measured, chosen, doubt, layout, steps), encoding="utf-8")
+
+
+def card(
+    plan: Plan,
+    silos: Sequence[str],
+    measured: Measured | None,
+    chosen: Chosen | None = None,
+    doubt: str = "",
+    layout: Layout | None = None,
+    steps: Sequence[Step] = (),
+) -> str:
+    """Return the model card, made from the plan; arguments as `write_model` has them."""
+    form = merged_form(plan)
+    exchanges = "one exchange" if plan.merge.rounds == 1 else f"{plan.merge.rounds} exchanges"
+    lines = [*front_matter(plan.model.base, form), "", f"# {plan.plan.name}", ""]
+    if doubt:
+        lines += [f"**Do not use this model: {doubt}.**", ""]
+    lines += [
+        f"{code(plan.model.base)}, fine-tuned separately at {len(silos)} silos ({', '.join(silos)}) and merged "
+        f"in {exchanges} by RegMean (Jin et al., ICLR 2023) with gramfuse: {_settings(plan, chosen)}. "
+        f"The silos' data was not pooled; {seen('secure' if plan.privacy.secure_aggregation else 'open', past=True)}.",
+        "",
+        *_kept_heads(plan),
+        f"Plan digest: `{plan.digest}`",
+        "",
+        *(extent(coverage(layout, steps), steps) if layout else ()),
+        *usage(form),
+    ]
+    if measured:
+        lines += [*_results(measured.known), *_generation(plan)]
+    lines += ["The plan:", "", *fenced("toml", plan.to_toml().strip()), ""]
+    return "\n".join(lines)
+
+
+def _results(model: Measured) -> list[str]:
+    """Return what was measured, and, where it left with noise, in which interval the exact value lies."""
+    privacy = model.privacy
+    head = ["| metric | value | 95% interval |", "|---|---|---|"] if privacy else ["| metric | value |", "|---|---|"]
+    lines = ["On the silos' held-out examples together:", "", *head]
+    for name, value in model.metrics.items():
+        between = " to ".join(f"{end:.4g}" for end in model.intervals.get(name, ()))
+        lines.append(f"| {name} | {value:.4g} |" + (f" {between} |" if privacy else ""))
+    if privacy:
+        total = privacy.total
+        lines += [
+            "",
+            f"Held-out counts left the silos with noise: of one example, each of {total.releases} sums tells "
+            f"ε = {privacy.epsilon:g}, and all of them ε = {total.epsilon:.2f}, at δ = {privacy.delta:g}.",
+        ]
+    return [*lines, ""]
+
+
+def _generation(plan: Plan) -> list[str]:
+    found = [task.generation for task in plan.tasks.values() if task.generation]
+    if not found:
+        return []
+    first = f", beginning with {code(found[0]['first-token'])}" if found[0]["first-token"] else ""
+    return [
+        f"Texts were generated greedily, of at most {found[0]['max-new-tokens']} tokens{first}. Settings in "
+        "`generation_config.json` are those of the base model and had no part in it.",
+        "",
+    ]
+
+
+def _settings(plan: Plan, chosen: Chosen | None) -> str:
+    if chosen is None:
+        return f"alpha {plan.merge.alpha}, {plan.merge.weighting} weighting"
+    weights = ", ".join(f"{silo} × {weight:g}" for silo, weight in chosen.weights.items())
+    return (
+        f"alpha {chosen.alpha}, {plan.merge.weighting} weighting with {weights}, chosen on held-out examples that "
+        "are not those of the metrics"
+    )
+
+
+def usage(form: Form) -> list[str]:
+    """Return how to load a model, as lines of Markdown."""
+    name = "processor" if form.processor == "AutoImageProcessor" else "tokenizer"
+    text = (
+        f"from transformers import {form.auto}, {form.processor}\n\n"
+        f'model = {form.auto}.from_pretrained("path/to/this/directory")\n'
+        f'{name} = {form.processor}.from_pretrained("path/to/this/directory")'
+    )
+    return [*fenced("python", text), ""]
+
+
+def extent(found: Covered, steps: Iterable[Step]) -> list[str]:
+    """Return how much of a model is merged in closed form, as lines of Markdown.
+
+    Args:
+        found: a report, or what `gramfuse_protocol.contract.coverage` returns.
+        steps: how groups were solved.
+    """
+    return [" ".join([*told(found, code), *unused(steps, code)]), ""]
+
+
+def code(text: str) -> str:
+    """Return a text as a code span of Markdown, which it cannot leave."""
+    fence = _fence(text, 1)
+    room = " " if text.startswith(("`", " ")) or text.endswith(("`", " ")) else ""
+    return f"{fence}{room}{text}{room}{fence}"
+
+
+def fenced(language: str, text: str) -> list[str]:
+    """Return lines of code as a block of Markdown, which they cannot leave."""
+    fence = _fence(text, 3)
+    return [f"{fence}{language}", text, fence]
+
+
+def _fence(text: str, least: int) -> str:
+    """Return more backticks than stand in a row in a text."""
+    return "`" * max([least, *(len(run) + 1 for run in re.findall("`+", text))])
+
+
+def _kept_heads(plan: Plan) -> list[str]:
+    if plan.model.head != "own":
+        return []
+    return ["This is the body that all silos share. Each has a head of its own for it, which it kept to itself.", ""]
+
+
+def front_matter(base: str, form: Form) -> list[str]:
+    """Return the card's metadata: a document of YAML between its marks, as lines.
+
+    Args:
+        base: as a plan names it.
+        form: what the model is.
+    """
+    hub_id = BUNDLED[base].hub_id if base in BUNDLED else base
+    # A directory of whoever merged says nothing to others.
+    public = base in BUNDLED or not base.startswith((".", "/", "~"))
+    metadata = {
+        **({"base_model": hub_id} if public else {}),
+        "library_name": "transformers",
+        "pipeline_tag": form.pipeline,
+        "tags": ["gramfuse", "regmean", "merge", "federated-learning"],
+    }
+    text = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True, width=float("inf"))
+    return ["---", *text.strip().split("\n"), "---"]

@@ -1,0 +1,233 @@
+"""How a run went: the sections of a page on failures, losses, solves, checks, bytes and seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from markupsafe import Markup
+
+from gramfuse_server.report.page import charts
+from gramfuse_server.report.page.blocks import (
+    Block,
+    Cell,
+    Code,
+    Column,
+    Facts,
+    Folded,
+    Notice,
+    Row,
+    Section,
+    Table,
+    Text,
+)
+from gramfuse_server.report.page.charts import count
+from gramfuse_server.report.page.view import Reading
+from gramfuse_server.report.page.words import CHECKS, PHASES, VERDICTS, bounds, explain
+from gramfuse_server.report.verdicts import worst
+
+
+def failure(reading: Reading) -> Section:
+    """What went wrong, where, and what to do."""
+    failure = reading.failure
+    assert failure is not None  # noqa: S101
+    code, phase = failure.exit_code, PHASES.get(failure.phase, failure.phase)
+    named = [silo for silo in reading.silos if f"'{silo}'" in failure.message] or [name for _, name, _ in reading.lost]
+    rounds = reading.plan.merge.rounds if reading.plan else 1
+    entries: list[tuple[str, str | Markup]] = [("What happened", failure.message)]
+    entries.append(("Phase", f"{phase}, round {failure.round} of {rounds}" if rounds > 1 else phase))
+    if named:
+        entries.append(("Silos concerned", ", ".join(dict.fromkeys(named))))
+    entries.append(("Error", f"{failure.error}, exit code {code}"))
+    entries.append(("Causes, and what to do", Markup("<code>gramfuse explain {}</code>").format(code)))
+    blocks: list[Block] = [
+        Notice("Failed", f"The run ended in the phase “{phase}”. There is no merged model.", grave=True),
+        Facts(entries),
+    ]
+    if failure.resumable:
+        blocks += [
+            Text(
+                "What was done is kept, and no silo trains again. Once the cause is gone, go on in the directory that "
+                "this one is in, with DIR and CONNECTION as before:"
+            ),
+            Code("Command to resume the run", f"gramfuse run DIR CONNECTION --resume {reading.report.run}"),
+        ]
+    else:
+        blocks.append(Text("Nothing of the run is kept but this report. Once the cause is gone, start it again."))
+    return Section("result", "What failed", blocks)
+
+
+def losses(reading: Reading) -> Section | None:
+    """Silos that dropped out or refused."""
+    report = reading.report
+    blocks: list[Block] = []
+    if reading.lost:
+        merged = {silo.name for silo in report.silos if silo.state == "merged"}
+        several = len({number for number, _, _ in reading.lost}) > 1 or reading.last > 1
+        rows = []
+        for number, name, reason in reading.lost:
+            inside = "" if reading.failure else "in the merge" if name in merged else "not in the merge"
+            note = ", ".join([*([f"round {number}"] if several else []), *([inside] if inside else [])])
+            rows.append(Row(name, [Cell(reason)], note=note))
+        silos = count(len({name for _, name, _ in reading.lost}), "silos")
+        blocks.append(Notice("Note", f"{silos} dropped out or refused."))
+        blocks.append(Table("Silos that were lost", [Column("Silo"), Column("What happened", number=False)], rows))
+    if report.unmeasured and reading.models:
+        blocks.append(Notice("Note", f"Metrics are missing: {report.unmeasured}"))
+    return Section("lost", "Drop-outs and refusals", blocks) if blocks else None
+
+
+def solve(reading: Reading) -> Section | None:
+    """How each group of weights was solved."""
+    steps = reading.report.solve
+    if not steps:
+        return None
+    odd = reading.unsolved
+    blocks: list[Block] = []
+    if odd:
+        blocks.append(
+            Notice(
+                "Note",
+                f"{len(odd)} of {count(len(steps), 'groups')} of weights were not solved as they stand. They took the "
+                "simple average, or were drawn towards it; the model is whole.",
+            )
+        )
+        blocks.append(
+            Table(
+                "Groups that were not solved as they stand",
+                [Column("Group"), Column("How it was solved", number=False)],
+                [Row(step.group, [Cell(explain(step))]) for step in odd],
+            )
+        )
+    worst = min(steps, key=lambda step: (step.smallest_eigenvalue, step.group))
+    dead = sum(step.dead_features for step in steps)
+    unused = f" {count(dead, 'features')} were zero at every silo; their rows took the simple average." if dead else ""
+    clean = f"All {count(len(steps), 'groups')} of weights were solved as they stand. " if not odd else ""
+    blocks.append(
+        Text(
+            f"{clean}The least well-conditioned is {worst.group}, with a smallest eigenvalue of "
+            f"{worst.smallest_eigenvalue:.2g}; 1 is perfect, and below about 1e-6 the statistics say nothing in "
+            f"some direction.{unused}"
+        )
+    )
+    rows = [
+        Row(
+            step.group,
+            [Cell(step.outcome), Cell(f"{step.smallest_eigenvalue:.2g}"), Cell(f"{step.dead_features:,}")],
+        )
+        for step in steps
+    ]
+    titles = [Column("Group"), Column("Outcome", number=False), Column("Smallest eigenvalue"), Column("Zero features")]
+    blocks.append(Folded(f"All {count(len(steps), 'groups')}", [Table("How each group was solved", titles, rows)]))
+    return Section("solve", "Quality of the solve", blocks)
+
+
+def checks(reading: Reading) -> Section | None:
+    """What can be seen of the merge from the sum alone."""
+    listed = [
+        (check, of.round)
+        for of in reading.rounds
+        for check in of.checks
+        if of.round < reading.last and check.verdict != "ok"
+    ]
+    listed += [(check, reading.last) for check in reading.report.checks]
+    if not listed:
+        return None
+    found = worst(check for check, _ in listed)
+    blocks: list[Block] = []
+    if found != "ok":
+        blocks.append(
+            Notice("Look" if found == "look" else "Bad", f"At least one check: {VERDICTS[found]}.", found == "bad")
+        )
+    rows = [
+        Row(
+            check.name,
+            [
+                Cell(check.verdict),
+                Cell(check.where),
+                Cell(f"{check.value:.4g}"),
+                Cell(bounds(check.usual)),
+                Cell(bounds(check.possible)),
+            ],
+            note=f"round {number}" if reading.last > 1 else "",
+            strong=check.verdict != "ok",
+        )
+        for check, number in listed
+    ]
+    titles = [
+        Column("Check"),
+        Column("Verdict", number=False),
+        Column("Where", number=False),
+        Column("Value"),
+        Column("Usual"),
+        Column("Possible"),
+    ]
+    blocks.append(Table("Of each check, the place that is furthest from usual", titles, rows))
+    blocks.append(Folded("What these checks and verdicts are", [Facts([*CHECKS.items(), *VERDICTS.items()])]))
+    blocks.append(
+        Text("Nothing shows which silo it is. A silo that bends the merge and stays within these ranges is not seen.")
+    )
+    return Section("checks", "Checks of the merge", blocks)
+
+
+def traffic(reading: Reading) -> Section | None:
+    """Bytes and seconds."""
+    report = reading.report
+    seconds = report.seconds
+    if isinstance(seconds, int | float):
+        return Section("traffic", "Time", [Text(f"The merge took {charts.duration(seconds)}.")])
+    sent, received = report.bytes, report.bytes_to_silos
+    phases = list(dict.fromkeys([*seconds, *(phase for of in (*sent.values(), *received.values()) for phase in of)]))
+    blocks: list[Block] = []
+    silos = list(dict.fromkeys([*sent, *received]))
+    if silos:
+        ways = [[float(sum(of.get(silo, {}).values())) for silo in silos] for of in (sent, received)]
+        drawn = charts.bars([*ways[0], *ways[1]])
+        rows = [
+            Row(
+                silo,
+                [
+                    Cell(charts.size(ways[0][place]), drawn[place]),
+                    Cell(charts.size(ways[1][place]), drawn[place + len(silos)]),
+                ],
+            )
+            for place, silo in enumerate(silos)
+        ]
+        total = f"Bytes of each silo: {charts.size(sum(ways[0]))} from all, {charts.size(sum(ways[1]))} to all"
+        blocks.append(Table(total, [Column("Silo"), Column("From it"), Column("To it")], rows))
+    if phases:
+        drawn = charts.bars([seconds.get(phase) for phase in phases])
+        rows = [
+            Row(
+                PHASES.get(phase, phase),
+                [
+                    Cell(charts.duration(seconds[phase]) if phase in seconds else charts.NONE, bar),
+                    Cell(_in_phase(sent, phase)),
+                    Cell(_in_phase(received, phase)),
+                ],
+            )
+            for phase, bar in zip(phases, drawn, strict=True)
+        ]
+        titles = [Column("Phase"), Column("Time"), Column("From silos"), Column("To silos")]
+        blocks.append(Table(f"Phases: {charts.duration(sum(seconds.values()))} in all", titles, rows))
+    for way, of in (("from", sent), ("to", received)):
+        if of:
+            blocks.append(Folded(f"Bytes {way} each silo by phase", [_by_phase(way, of, phases)]))
+    return Section("traffic", "Bytes and time", blocks) if blocks else None
+
+
+def _in_phase(traffic: Mapping[str, Mapping[str, int]], phase: str) -> str:
+    total = sum(of.get(phase, 0) for of in traffic.values())
+    return charts.size(total) if total else charts.NONE
+
+
+def _by_phase(way: str, traffic: Mapping[str, Mapping[str, int]], phases: Iterable[str]) -> Table:
+    silos = list(traffic)
+    rows = [
+        Row(
+            PHASES.get(phase, phase),
+            [Cell(charts.size(traffic[silo][phase]) if phase in traffic[silo] else charts.NONE) for silo in silos],
+        )
+        for phase in phases
+        if any(phase in of for of in traffic.values())
+    ]
+    return Table(f"Bytes {way} each silo by phase", [Column("Phase"), *map(Column, silos)], rows)

@@ -1,0 +1,53 @@
+"""The page of a run's report: one static file for people, which loads nothing and runs nothing."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from markupsafe import Markup
+
+from gramfuse_protocol.contract.plan import Plan
+from gramfuse_protocol.text import lines_of
+from gramfuse_server.report.page.sections import heading, sections
+from gramfuse_server.report.schema import Report
+
+
+def page(report: Report, plan: Plan | None) -> str:
+    """Return the page of a report, as HTML; the same report always gives the same text.
+
+    Args:
+        report: of a run that is complete, of one that failed, or of a merge of files.
+        plan: that of the run, or None for files.
+
+    Raises:
+        KeyError, ValueError, ArithmeticError: if its parts do not fit each other, or the plan.
+    """
+    title, told = heading(report, plan)
+    return _template().render(
+        title=title,
+        told=told,
+        failed=report.failure is not None,
+        sections=sections(report, plan),
+        version=report.versions["gramfuse"],
+    )
+
+
+def _shown(value: Any) -> Any:
+    """Return what stands in the page for a value: its text may be of silos, or of whoever gave the report."""
+    return lines_of(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(
+        loader=PackageLoader("gramfuse_server.report.page"),
+        autoescape=True,
+        finalize=_shown,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template("report.html")

@@ -1,0 +1,247 @@
+"""What the page of a report says, section by section. What the report does not know has no section."""
+
+from __future__ import annotations
+
+from markupsafe import Markup
+
+from gramfuse_protocol.contract.plan import Plan
+from gramfuse_protocol.contract.who_sees_what import EXAMPLES, seen
+from gramfuse_protocol.tasks.registry import kind_of
+from gramfuse_protocol.text import one_line
+from gramfuse_server.report.page import charts, who_saw_what
+from gramfuse_server.report.page.added_tokens import tell_added
+from gramfuse_server.report.page.blocks import Block, Cell, Code, Column, Facts, Row, Section, Sides, Table, Text
+from gramfuse_server.report.page.charts import count
+from gramfuse_server.report.page.history import checks, failure, losses, solve, traffic
+from gramfuse_server.report.page.results import by_label, by_silo, models, result, search
+from gramfuse_server.report.page.view import Reading
+from gramfuse_server.report.schema import Report
+
+STATES = {
+    "merged": "in the merge",
+    "trained": "had trained",
+    "joined": "had joined",
+    "connected": "was connected",
+    "lost": "was lost on the way",
+    "absent": "did not come",
+}
+
+
+def sections(report: Report, plan: Plan | None) -> list[Section]:
+    """Return the sections of a report that have something to say.
+
+    Args:
+        report: of a run that is complete or that failed, or of a merge of files.
+        plan: that of the run, or None.
+    """
+    reading = Reading(report, plan)
+    made = [
+        failure(reading) if reading.failure else result(reading),
+        losses(reading),
+        *([checks(reading)] if reading.unsound else []),
+        _merged(reading),
+        _sight(reading),
+        models(reading),
+        by_silo(reading),
+        by_label(reading),
+        search(reading),
+        solve(reading),
+        *([] if reading.unsound else [checks(reading)]),
+        traffic(reading),
+        _load(reading),
+        _check(reading),
+    ]
+    return [section for section in made if section is not None]
+
+
+def heading(report: Report, plan: Plan | None) -> tuple[str, str]:
+    """Return the heading of the page, and what stands under it."""
+    reading = Reading(report, plan)
+    if reading.failure is not None:
+        return f"{reading.title}: the run failed", f"Run {report.run}, a report of how far it came."
+    silos, examples = count(len(reading.silos), "silos"), count(report.examples, "examples")
+    all_silos = len(plan.silo) if plan is not None else len(reading.silos)
+    where = silos if all_silos == len(reading.silos) else f"{len(reading.silos)} of {all_silos} silos"
+    if report.mode == "files":
+        way = "from files of statistics"
+    else:
+        way = f"in {len(reading.rounds)} rounds" if len(reading.rounds) > 1 else "in one exchange"
+    title = f"{reading.title}: one {'body' if reading.own else 'model'} of {silos}"
+    return title, f"Run {report.run}: {examples} at {where}, merged {way}, without pooling them."
+
+
+def _merged(reading: Reading) -> Section:
+    """What was merged, from whom, under which plan."""
+    title = "What was to be merged" if reading.failure else "What was merged"
+    added = [Text(said) for said in tell_added(reading.report)]
+    return Section("merged", title, [Facts(_terms(reading)), _roster(reading), *added])
+
+
+def _terms(reading: Reading) -> list[tuple[str, str | Markup]]:
+    report, plan = reading.report, reading.plan
+    base, tuned = report.base, None if reading.tuning is None else reading.tuning.chosen
+    entries: list[tuple[str, str | Markup]] = []
+    if plan is not None:
+        entries.append(("Plan", f"{plan.plan.name}, version {plan.plan.version}"))
+    if report.plan_digest:
+        entries.append(("Plan digest", _digest(report.plan_digest)))
+    entries += [("Base model", base.name), ("Base model's SHA-256", _digest(base.sha256))]
+    entries += [(f"Task “{name}”" if name else "Task", _task(reading, name)) for name in reading.tasks]
+    heads = {"same": "merged, from one start", "different": "merged, each from a start of its own", "own": "not merged"}
+    head = report.heads if report.mode == "files" else report.head
+    entries.append(("Heads", heads.get(head, "merged") + (": each silo keeps its own" if head == "own" else "")))
+    alpha = plan.merge.alpha if plan is not None else report.alpha
+    if tuned:
+        before = f" instead of the plan's {alpha:g}" if plan is not None and alpha != tuned.alpha else ""
+        entries.append(("α", f"{tuned.alpha:g}, chosen by the search{before}"))
+    elif alpha is not None:
+        entries.append(("α", f"{alpha:g}, the share of each Gram matrix off its diagonal that is kept"))
+    entries.append(("Weighting", _weighting(reading)))
+    if plan is not None:
+        gram = plan.merge.gram
+        shapes = (f"{structure} for {pattern}" for pattern, structure in gram.items())
+        entries.append(("Gram matrices", gram["*"] if list(gram) == ["*"] else ", ".join(shapes)))
+        entries.append(("Token rows", f"at most {plan.merge.tokens:,} for each Gram matrix and silo"))
+        training = plan.training
+        entries.append(
+            (
+                "Training",
+                f"{count(training.epochs, 'epochs')}, learning rate {training.learning_rate:g}, seed {training.seed}",
+            )
+        )
+        entries.append(("Frozen", ", ".join(training.freeze) or "nothing"))
+        if plan.merge.rounds > 1:
+            entries.append(("Rounds", str(plan.merge.rounds)))
+    entries.append(("Mode", f"{report.mode}: {seen(report.mode)}"))
+    if plan is not None and report.mode == "secure":
+        dropouts = len(plan.silo) - plan.minimum_survivors
+        entries.append(
+            (
+                "Secure sum",
+                f"{count(len(plan.silo), 'silos')}, threshold {plan.threshold}; {dropouts} may drop out, "
+                f"{plan.privacy.colluding} may collude with the coordinator",
+            )
+        )
+        entries.append(("Silos' keys", report.identities or ""))
+    return entries
+
+
+def _digest(text: str) -> Markup:
+    return Markup('<code class="digest">{}</code>').format(one_line(text))
+
+
+def _task(reading: Reading, name: str) -> str:
+    kind = str(reading.tasks[name])
+    task = reading.plan.tasks.get(name) if reading.plan is not None and reading.plan.tasks else None
+    generation = reading.report.generation.get(name)
+    if generation is not None:
+        first = f", beginning with “{generation.first_token}”" if generation.first_token else ""
+        return f"{kind}; texts were generated greedily, of at most {generation.max_new_tokens} tokens{first}"
+    if task is None or not task.labels:
+        return kind
+    names, (one, several) = kind_of(task).names(task), kind_of(task).unit
+    return f"{kind} with {len(names):,} {one if len(names) == 1 else several}"
+
+
+def _weighting(reading: Reading) -> str:
+    plan, report = reading.plan, reading.report
+    weighting = plan.merge.weighting if plan is not None else report.weighting
+    told = {"uniform": "every silo counts the same", "examples": "by number of examples"}[weighting]
+    given = {silo.name: silo.weight for silo in report.silos}
+    weights = given if reading.tuning is None else reading.tuning.chosen.weights
+    if len(set(weights.values())) > 1:
+        told += "; times " + ", ".join(f"{weight:g} for {silo}" for silo, weight in weights.items())
+    return told
+
+
+def _roster(reading: Reading) -> Table:
+    """The silos, with what the report has of them."""
+    silos, plan = reading.report.silos, reading.plan
+    failed = any(silo.has("state") for silo in silos)
+    tasks = {silo.name: silo.task or "" for silo in plan.silo} if plan is not None and plan.task else {}
+    known = [silo for silo in silos if silo.examples is not None]
+    most = [float(silo.examples) if silo.examples is not None else None for silo in silos]
+    drawn = charts.bars(most)
+    titles = [
+        Column("Silo"),
+        *([Column("How far it came", number=False)] if failed else []),
+        *([Column("Task", number=False)] if tasks else []),
+        *([Column("Examples")] if known else []),
+        *([Column("SHA-256 of its file", number=False)] if any(silo.has("sha256") for silo in silos) else []),
+    ]
+    rows = []
+    for silo, bar in zip(silos, drawn, strict=True):
+        cells = [Cell(STATES[silo.state])] if failed else []
+        cells += [Cell(tasks.get(silo.name, ""))] if tasks else []
+        examples = silo.examples
+        cells += [Cell(charts.NONE if examples is None else f"{examples:,}", bar)] if known else []
+        cells += [Cell(silo.sha256 or "")] if silo.has("sha256") else []
+        rows.append(Row(silo.name, cells))
+    total = reading.report.examples
+    told = f", {total:,} examples in all" if total else ""
+    hidden = "; how many each has is known to itself only" if total and not known else ""
+    return Table(f"Silos{told}{hidden}", titles, rows)
+
+
+def _sight(reading: Reading) -> Section:
+    """Who could see what."""
+    report = reading.report
+    blocks: list[Block] = []
+    if report.simulated:
+        blocks.append(Text(who_saw_what.SIMULATED))
+    early = " The run ended early; what stands here is the most that was seen." if reading.failure else ""
+    blocks.append(Text(f"{EXAMPLES.capitalize()} left no silo.{early}"))
+    blocks.append(Sides(who_saw_what.sides(report, reading.plan)))
+    blocks.append(Text(Markup("Assumptions, and what is not covered: <code>docs/threat-model.md</code>.")))
+    return Section("sight", "Who could see what", blocks)
+
+
+def _load(reading: Reading) -> Section | None:
+    """How to load the model."""
+    report = reading.report
+    if reading.failure is not None:
+        return None
+    if report.mode == "files" and reading.own:
+        blocks: list[Block] = [
+            Text("Each silo's model, the merged body under its own head, is in a directory of its name:")
+        ]
+        blocks += [Code(f"Loading {silo.name}", _loading(silo.auto_class or "", silo.name)) for silo in report.silos]
+        return Section("load", "Load the model", blocks)
+    files = report.mode == "files"
+    auto, place = (report.silos[0].auto_class or "", ".") if files else (report.auto_class, "model")
+    blocks = [
+        Text("In the directory of this report:"),
+        Code("Loading the model", _loading(auto, place)),
+    ]
+    if reading.own:
+        where = "here in models/" if report.simulated else "there, in model/ beside its statistics"
+        blocks.append(Text(f"This is the body that all silos share. Each silo's model, with its own head, is {where}."))
+    return Section("load", "Load the model", blocks)
+
+
+def _loading(auto: str, place: str) -> str:
+    return f'from transformers import {auto}\nmodel = {auto}.from_pretrained("{place}")'
+
+
+def _check(reading: Reading) -> Section:
+    """What can be checked, and with which versions it was made."""
+    report = reading.report
+    blocks: list[Block] = []
+    if reading.failure is None:
+        blocks += [
+            Text("Whether the files of this directory are as they were written:"),
+            Code("Checking the files", "sha256sum -c SHA256SUMS"),
+        ]
+    if report.plan_digest:
+        blocks.append(
+            Text(
+                Markup(
+                    "The plan digest above is what silos approve: it is the same in their files, under "
+                    "<code>approved</code>, and in what <code>gramfuse plan show</code> prints."
+                )
+            )
+        )
+    blocks.append(Text(Markup("All numbers of this page are in <code>report.json</code> beside it.")))
+    entries: list[tuple[str, str | Markup]] = [("Layout digest", _digest(report.layout_digest))]
+    blocks.append(Facts([*entries, *((f"Version of {name}", number) for name, number in report.versions.items())]))
+    return Section("check", "Check it", blocks)

@@ -1,0 +1,131 @@
+"""A report as the sections of its page read it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from gramfuse_protocol.contract.plan import Plan
+from gramfuse_protocol.documents import explain
+from gramfuse_protocol.errors import RunDirectoryError
+from gramfuse_protocol.held_out.metrics import primary
+from gramfuse_server.report.page.words import ranked_by
+from gramfuse_server.report.schema import Loss, Measured, Report, Step
+from gramfuse_server.report.verdicts import worst
+
+MOST_PROBLEMS = 5
+"""Most problems of one file that an error lists."""
+
+
+def read_report(path: Path) -> Report:
+    """Return the report in a file.
+
+    Raises:
+        RunDirectoryError: if it cannot be read or is none; the message names the file and each key that is wrong.
+    """
+    try:
+        return Report.model_validate_json(path.read_text(encoding="utf-8"), by_alias=True, by_name=False)
+    except OSError as error:
+        raise RunDirectoryError(f"{path}: cannot be read: {error}") from None
+    except ValidationError as error:
+        problems = error.errors(include_url=False)
+        lines = [explain(problem) for problem in problems[:MOST_PROBLEMS]]
+        if problems[MOST_PROBLEMS:]:
+            lines.append(f"{len(problems) - MOST_PROBLEMS:,} more problems")
+        raise damaged(path, "; ".join(lines)) from None
+    except ValueError as error:
+        raise damaged(path, str(error)) from None
+
+
+def damaged(path: Path, what: str) -> RunDirectoryError:
+    """Return the error for a file that holds no report."""
+    return RunDirectoryError(
+        f"{path}: is damaged, or no report of this version of gramfuse ({what}); take it from where it was copied"
+    )
+
+
+class Reading:
+    """A report with what the sections ask of it.
+
+    Args:
+        report: of a run, or of a merge of files.
+        plan: that of the run, or None.
+    """
+
+    def __init__(self, report: Report, plan: Plan | None) -> None:
+        self.report = report
+        self.plan = plan
+        self.failure = report.failure
+        self.models = [model.known for model in report.models]
+        self.tasks = report.tasks
+        self.rounds = report.rounds
+        self.tuning = report.tuning
+        self.own = "own" in (report.head, report.heads)
+
+    @property
+    def title(self) -> str:
+        """What the run is called."""
+        return self.report.name or self.report.run
+
+    @cached_property
+    def ranked(self) -> str:
+        """By which metric models are ranked."""
+        return ranked_by(self.tasks)
+
+    @cached_property
+    def silos(self) -> list[str]:
+        """The silos that the report names."""
+        return [silo.name for silo in self.report.silos]
+
+    @cached_property
+    def lost(self) -> list[tuple[int, str, str]]:
+        """Round, silo and reason of each that was lost, once each."""
+        found: dict[tuple[str, str], int] = {}
+        by_round: list[tuple[int, tuple[Loss, ...]]] = [(of.round, of.lost) for of in self.rounds]
+        for number, losses in [*by_round, (self.last, self.report.lost)]:
+            for lost in losses:
+                found.setdefault((lost.name, lost.reason), number)
+        return [(number, name, reason) for (name, reason), number in found.items()]
+
+    @property
+    def last(self) -> int:
+        """The number of the last round."""
+        if self.failure is not None:
+            return int(self.failure.round)
+        return int(self.rounds[-1].round) if self.rounds else 1
+
+    def of_kind(self, *kinds: str) -> list[Measured]:
+        """Return the measured models of some kinds."""
+        return [model for model in self.models if model.kind in kinds]
+
+    def one(self, kind: str) -> Measured | None:
+        """Return the measured model of a kind, if there is one."""
+        return next(iter(self.of_kind(kind)), None)
+
+    @cached_property
+    def alone(self) -> Measured | None:
+        """The best that silos have without the others: each its own model where heads are theirs, else one silo's."""
+        return self.one("alone") or max(self.of_kind("silo"), key=self.value, default=None)
+
+    def value(self, model: Measured) -> float:
+        """Return the metric that a model is ranked by."""
+        return float(model.metrics[self.ranked])
+
+    @cached_property
+    def unsolved(self) -> list[Step]:
+        """The groups that were not solved as they stand."""
+        return [step for step in self.report.solve if step.outcome != "clean"]
+
+    @property
+    def unsound(self) -> bool:
+        """Whether a check of the merge is bad."""
+        return worst(self.report.checks) == "bad"
+
+    def primary(self, silo: str, metrics: Mapping[str, float]) -> str:
+        """Return which of a silo's metrics ranks models there."""
+        if self.plan is not None and silo in self.plan.names:
+            return primary(self.plan.task_of(silo).task)
+        return next(metric for metric in map(primary, self.tasks.values()) if metric in metrics)

@@ -1,0 +1,126 @@
+"""Who could see what in a run, in words; docs/threat-model.md has the reasons and the assumptions."""
+
+from __future__ import annotations
+
+from gramfuse_protocol.contract.plan import Plan
+from gramfuse_protocol.contract.who_sees_what import (
+    ADDED,
+    EXAMPLES,
+    MODEL_SAYS,
+    STATISTICS,
+    STATISTICS_SAY,
+    SUM_SAYS,
+    holds,
+    results,
+)
+from gramfuse_server.report.page.blocks import Side
+from gramfuse_server.report.schema import Report
+
+SIMULATED = (
+    "This was a simulation: all silos ran on one machine, and whoever ran it had all of their data. Between real silos "
+    "each side sees what stands here."
+)
+
+UNOPENED = ("start", "join", "train", "keys", "shares", "masked", "survivors", "unmask")
+"""Phases of the first round in which no sum was opened yet."""
+UNMEASURED = (*UNOPENED, "upload", "merge", "study")
+"""Those in which no model was sent to silos yet, and no result came back."""
+
+
+def sides(report: Report, plan: Plan | None) -> list[Side]:
+    """Return all sides of a run.
+
+    Args:
+        plan: that of the run, or None for files that were measured without one.
+    """
+    if report.mode == "files" or plan is None:
+        return [_silo_of_files(), _merger(report), _reader()]
+    failure = report.failure
+    if failure is None:
+        return [_silo(plan, simulated=report.simulated), _coordinator(plan, _summed(report)), _reader()]
+    phase = None if failure.round > 1 else failure.phase
+    return [
+        _silo(plan, simulated=report.simulated, measured=phase not in UNMEASURED),
+        _coordinator(plan, 0, opened=phase not in UNOPENED, measured=phase not in UNMEASURED),
+    ]
+
+
+def _silo_of_files() -> Side:
+    return Side(
+        "Each silo",
+        "Its own data and model; of the others nothing, unless it was handed their files or the merged model.",
+        f"Other silos' {EXAMPLES}.",
+    )
+
+
+def _merger(report: Report) -> Side:
+    kept = ", and its head" if report.heads == "own" else ""
+    if report.added_tokens:
+        kept += f"; {ADDED}"
+    return Side(
+        "Whoever had the files",
+        f"Of each silo: {STATISTICS}{kept}; so its fine-tuned model. {STATISTICS_SAY}",
+        f"{EXAMPLES.capitalize()}.",
+    )
+
+
+def _reader() -> Side:
+    return Side(
+        "Whoever gets the merged model",
+        f"What the model says: it can be attacked like any model. {MODEL_SAYS}",
+        "Which silo a piece of what it learned came from.",
+    )
+
+
+def _silo(plan: Plan, *, simulated: bool, measured: bool = True) -> Side:
+    keys = "their public keys and which of them are in the sum; " if plan.privacy.secure_aggregation else ""
+    if not measured:
+        models = "no model"
+    elif plan.privacy.metrics != "none":
+        both = "the simple average and the merged model" if "simple" in plan.privacy.candidates else "the merged model"
+        models = f"{both}, which it measured on its held-out examples"
+    elif plan.model.head == "own" or plan.merge.rounds > 1:
+        models = "the merged model"
+    else:
+        models = "no model"
+    shown = (
+        " In this simulation each silo's own model was measured at all silos too; a real silo is not shown another's."
+        if simulated and measured and plan.privacy.metrics != "none"
+        else ""
+    )
+    return Side(
+        "Each silo",
+        f"Its own data, model and statistics; of the others {keys}{models}.{shown}",
+        "Other silos' texts, labels, statistics, models, results, or how many examples they have.",
+    )
+
+
+def _coordinator(plan: Plan, survivors: int, *, opened: bool = True, measured: bool = True) -> Side:
+    own = "; the silos' heads" if plan.model.head == "own" else ""
+    secure, noise = plan.privacy.secure_aggregation, plan.epsilon is not None
+    shown = results(plan.privacy.metrics if measured else "none", secure=secure, noise=noise)
+    if not secure:
+        return Side(
+            "The coordinator",
+            f"Of each silo by itself: {STATISTICS}. {STATISTICS_SAY} {shown}",
+            f"{EXAMPLES.capitalize()}{own}.",
+        )
+    who = "Who took part, when, and how many bytes each sent; "
+    if not opened:
+        seen = "public keys, and masked vectors, which are random words while no sum is opened. No sum was opened."
+        return Side(
+            "The coordinator", who + seen, f"Any sum, or any silo's statistics, model, or numbers of examples{own}."
+        )
+    over = f"{survivors} silos" if survivors else f"at least {plan.minimum_survivors} silos"
+    each = ", once for each round" if plan.merge.rounds > 1 else ""
+    return Side(
+        "The coordinator",
+        f"{who}the sum over {over}{each} of their Gram matrices, weight differences, products of both, and counts. "
+        f"{shown} {SUM_SAYS}",
+        f"Any one silo's statistics, model, or numbers of examples{own}. {holds(plan.privacy.colluding)}",
+    )
+
+
+def _summed(report: Report) -> int:
+    """Return how many silos are in the merge; 0 if there is none."""
+    return sum(1 for silo in report.silos if silo.state == "merged")

@@ -1,0 +1,1 @@
+"""A run between silos, from the first message to the merged model."""

@@ -1,0 +1,285 @@
+"""Carries requests to silos and their replies back, a bounded number at a time."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+from flwr.app import Message as FlowerMessage
+from flwr.app import RecordDict
+from flwr.serverapp import Grid
+
+from gramfuse_protocol.errors import FederationError, GramfuseError
+from gramfuse_protocol.messages.flower_records import from_record, to_record
+from gramfuse_protocol.messages.phases import REPLIES, Message, message_type
+from gramfuse_protocol.messages.wire import Frame, pack, unpack
+from gramfuse_protocol.text import SAID, one_line
+from gramfuse_server.run.patience import Patience
+
+M = TypeVar("M", bound=Message)
+
+Check = Callable[[str, M, Message], None]
+"""Takes a silo, a request and its reply, and raises if the reply is not what it must be."""
+
+log = logging.getLogger(__name__)
+
+LOST = (3, 5, 8)
+"""Flower's error codes for a reply that got lost, a node that is away, and a ClientApp that was killed."""
+
+ATTEMPTS = 3
+LOOK_SECONDS = 5.0
+"""How often to look whether a node that is waited for was started anew."""
+
+REMINDER_SECONDS = 60.0
+
+LONG = 7 * 24 * 3600.0
+"""Seconds for which Flower keeps a message: fine-tuning may take days."""
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A silo that has not answered yet.
+
+    Args:
+        seconds: for how long.
+        away: whether its node is not connected.
+    """
+
+    silo: str
+    phase: str
+    seconds: float
+    away: bool
+
+
+@dataclass(eq=False)
+class _Sent(Generic[M]):
+    """A request that is under way, or waits for its node, and those of the same silo that are still to be sent.
+
+    Args:
+        ids: Flower's ids of the messages that it went out in; any may be answered. None: Flower did not take it.
+        activated: when the node was started, as far as it is known.
+    """
+
+    silo: str
+    remaining: Iterator[M]
+    request: M
+    attempt: int = 1
+    ids: list[str] = field(default_factory=list)
+    activated: str | None = None
+    since: float = field(default_factory=time.monotonic)
+    reminded: float = 0.0
+
+    def again(self) -> _Sent[M]:
+        """Return it as one that waits to be sent once more."""
+        return _Sent(self.silo, self.remaining, self.request, self.attempt + 1)
+
+    def no_answer(self, why: str) -> FederationError:
+        """Return that all tries were for nothing."""
+        return FederationError(
+            f"silo {self.silo!r} gave no answer in phase {self.request.phase!r} after {self.attempt} "
+            f"{'try' if self.attempt == 1 else 'tries'}: {why}"
+        )
+
+    def given_up(
+        self, patience: Patience, waiting_for: Callable[[Pending], None], *, away: bool
+    ) -> FederationError | None:
+        """Return why the silo is given up, or None as long as it is not."""
+        phase, waited = self.request.phase, time.monotonic() - self.since
+        after = patience.allowed(away=away)
+        if after is not None and waited > after:
+            if away:
+                return FederationError(
+                    f"silo {self.silo!r} went away in phase {phase!r} and was not back within {after:.0f} s"
+                )
+            return FederationError(f"silo {self.silo!r} gave no answer in phase {phase!r} within {after:.0f} s")
+        if waited > max(REMINDER_SECONDS, 2 * self.reminded):
+            self.reminded = waited
+            waiting_for(Pending(self.silo, phase, waited, away))
+        return None
+
+
+class Post:
+    """One coordinator's post.
+
+    Args:
+        grid: Flower's grid.
+        record: takes one transcript entry for every message.
+
+    Attributes:
+        received: bytes that came from each silo, by phase.
+        sent: bytes that went to each silo, by phase.
+    """
+
+    def __init__(self, grid: Grid, record: Callable[[dict[str, Any]], None]) -> None:
+        self.grid = grid
+        self.record = record
+        self.received: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+        self.sent: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+        self._packed: tuple[Message, Frame, RecordDict] | None = None
+
+    def exchange(
+        self,
+        nodes: Mapping[str, int],
+        requests: Mapping[str, Iterable[M]],
+        in_flight: int,
+        *,
+        check: Check[M] = lambda silo, request, reply: None,
+        patience: Patience = Patience(),  # noqa: B008 - frozen
+        waiting_for: Callable[[Pending], None] = lambda pending: None,
+    ) -> Iterator[tuple[str, M, Message | GramfuseError]]:
+        """Send every silo its requests, one after the other, and yield (silo, request, reply) as replies come.
+
+        A silo's requests follow each other before the next silo's begin, where `in_flight` is the narrower.
+        A reply that Flower lost is asked for again, once the silo's node is connected; silos answer the same request
+        with the same reply. So is a reply of a node that was started anew: Flower says that a request is lost only to
+        whoever asks while the node is away, and not once it is back. A silo that does not answer, or whose answer
+        cannot be read or does not pass the check, is given up: the error comes instead of its reply, and its other
+        requests are not sent.
+
+        Args:
+            nodes: Flower's node id of each silo.
+            in_flight: most requests under way at a time, ≥ 1.
+            check: whatever it raises is the silo's loss, whether it was raised on purpose or not.
+            patience: when a silo that does not answer is given up.
+            waiting_for: is told of a silo that has not answered yet, after REMINDER_SECONDS, twice that, and so on.
+        """
+        waiting = deque((silo, iter(requests[silo])) for silo in requests)
+        active: list[_Sent[M]] = []
+        lost: list[_Sent[M]] = []
+        activated, looked = self._activated(), time.monotonic()
+        pause = 0.02
+        while waiting or active or lost:
+            while waiting and len(active) < in_flight:
+                silo, remaining = waiting.popleft()
+                request = next(remaining, None)
+                if request is not None:
+                    active.append(self._send(_Sent(silo, remaining, request), nodes, activated))
+            progress = False
+            for sent in [sent for sent in active if not sent.ids]:  # of a node that was revoked, say
+                active.remove(sent)
+                progress = True
+                if sent.attempt < ATTEMPTS:
+                    lost.append(sent.again())
+                else:
+                    yield sent.silo, sent.request, sent.no_answer("Flower does not take the request; its log has why")
+            for sent in list(active):
+                answer = self._pull(sent)
+                if answer is not None:
+                    active.remove(sent)
+                    progress = True
+                    if _is_lost(answer) and sent.attempt < ATTEMPTS:
+                        lost.append(sent.again())
+                        continue
+                    reply = self._receive(sent, answer, check)
+                    if not isinstance(reply, GramfuseError):
+                        waiting.appendleft((sent.silo, sent.remaining))
+                    yield sent.silo, sent.request, reply
+                elif given_up := sent.given_up(patience, waiting_for, away=False):
+                    active.remove(sent)
+                    yield sent.silo, sent.request, given_up
+            if active and time.monotonic() > looked + LOOK_SECONDS:
+                activated, looked = self._activated(), time.monotonic()
+                for sent in list(active):
+                    if activated.get(nodes[sent.silo], sent.activated) == sent.activated:
+                        continue
+                    if sent.attempt < ATTEMPTS:
+                        sent.attempt += 1
+                        self._send(sent, nodes, activated)
+                    else:
+                        active.remove(sent)
+                        yield sent.silo, sent.request, sent.no_answer("its node was started anew each time")
+            if lost:
+                activated = self._activated()
+            for sent in list(lost):
+                given_up = None
+                if nodes[sent.silo] in activated:
+                    sent.since, sent.reminded = time.monotonic(), 0.0
+                    active.append(self._send(sent, nodes, activated))
+                elif (given_up := sent.given_up(patience, waiting_for, away=True)) is None:
+                    continue
+                lost.remove(sent)
+                progress = True
+                if given_up is not None:
+                    yield sent.silo, sent.request, given_up
+            # Each look costs a request to the SuperLink, so look less often while nothing comes.
+            pause = 0.02 if progress else min(1.0, pause * 1.5)
+            if (active or lost) and not progress:
+                time.sleep(pause)
+
+    def rename(self, label: str, silo: str) -> None:
+        """Count what a node sent and received so far as a silo's, now that it said which one it is."""
+        for traffic in (self.received, self.sent):
+            traffic[silo] = traffic.pop(label)
+
+    def _send(self, sent: _Sent[M], nodes: Mapping[str, int], activated: Mapping[int, str]) -> _Sent[M]:
+        request, node = sent.request, nodes[sent.silo]
+        if self._packed is None or self._packed[0] is not request:
+            frame = pack(request)
+            self._packed = request, frame, to_record(frame)
+        _, frame, content = self._packed
+        message = FlowerMessage(content=content, dst_node_id=node, message_type=message_type(request.phase), ttl=LONG)
+        self.sent[sent.silo][request.phase] += frame.nbytes
+        self._note("to", sent.silo, request.phase, frame)
+        sent.ids += [str(found) for found in self.grid.push_messages([message]) if found]
+        sent.activated = activated.get(node)
+        return sent
+
+    def _pull(self, sent: _Sent[M]) -> FlowerMessage | Exception | None:
+        """Return an answer, or why Flower could not put it together.
+
+        That a message was lost is an answer only if no other can be answered.
+        """
+        for message_id in list(sent.ids):
+            try:
+                answers = list(self.grid.pull_messages([message_id]))
+            except Exception as error:  # noqa: BLE001  # Flower takes apart here what the silo's node sent
+                self._activated()  # if it is the SuperLink that does not answer, this says so
+                return error
+            for answer in answers:
+                sent.ids.remove(message_id)
+                if not (sent.ids and _is_lost(answer)):
+                    return answer
+        return None
+
+    def _activated(self) -> dict[int, str]:
+        """Return the nodes that are connected, and when each was started, in Flower's words."""
+        return {node.node_id: node.last_activated_at for node in self.grid.get_nodes()}
+
+    def _receive(self, sent: _Sent[M], answer: FlowerMessage | Exception, check: Check[M]) -> Message | GramfuseError:
+        """Return the reply that an answer is, or why it is none.
+
+        Here, and nowhere else, what a silo sent is decoded, read and checked; nothing in the `try` touches the disk or
+        the network, so whatever is raised there is due to the silo.
+        """
+        silo, phase = sent.silo, sent.request.phase
+        reply: Message | None = None
+        found: Message | GramfuseError
+        try:
+            if isinstance(answer, Exception):
+                raise answer
+            if answer.has_error():
+                return sent.no_answer(f"Flower error {answer.error.code}, {one_line(answer.error.reason, SAID)}")
+            frame = from_record(answer.content)
+            found = reply = unpack(frame, REPLIES)
+            check(silo, sent.request, reply)
+        except Exception as error:
+            if not isinstance(error, GramfuseError):
+                log.exception("silo %s, phase %s: its answer broke what reads it", silo, phase)
+                error = FederationError(f"a message cannot be read: {type(error).__name__}")
+            found = error if reply else FederationError(f"silo {silo!r}: {one_line(str(error), SAID)}")
+        if reply is not None:
+            self.received[silo][reply.phase] += frame.nbytes
+            self._note("from", silo, reply.phase, frame)
+        return found
+
+    def _note(self, direction: str, silo: str, phase: str, frame: Frame) -> None:
+        self.record({direction: silo, "phase": phase, "bytes": frame.nbytes, "sha256": frame.digest})
+
+
+def _is_lost(answer: FlowerMessage | Exception) -> bool:
+    """Whether an answer is Flower's word that there will be none."""
+    return not isinstance(answer, Exception) and answer.has_error() and answer.error.code in LOST

@@ -1,0 +1,353 @@
+"""One run, from the first message to the merged model: one exchange, or, in a plan with rounds, several."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+from flwr.serverapp import Grid
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from gramfuse_model.loading.auto_classes import merged_form
+from gramfuse_model.loading.base_model import Base
+from gramfuse_protocol.contract.layout import ITEM_BYTES, PIECE_BYTES, Layout, delta_block
+from gramfuse_protocol.contract.plan import Plan
+from gramfuse_protocol.errors import GramfuseError, MergeError, RunDirectoryError
+from gramfuse_protocol.files import replacing
+from gramfuse_protocol.held_out.metrics import Sums
+from gramfuse_protocol.messages.phases import MERGED
+from gramfuse_server.merging.accumulator import Merged, rounded
+from gramfuse_server.report.merged_model import write_model
+from gramfuse_server.report.page.page import page
+from gramfuse_server.report.schema import (
+    SCHEMA,
+    BaseOfReport,
+    ExactFigures,
+    Failure,
+    Generation,
+    Measured,
+    Report,
+    RoundOfReport,
+    SiloOfReport,
+)
+from gramfuse_server.report.studies import Studied
+from gramfuse_server.report.verdicts import told
+from gramfuse_server.run.conductor import Conductor, Observer
+from gramfuse_server.run.evaluation import Candidate, described, of_silos
+from gramfuse_server.run.patience import Patience
+from gramfuse_server.run.round import Round
+from gramfuse_server.run_directory import PAGE, PLAN, REPORT, START, RunDirectory, of_round
+
+OUTCOME = "outcome"
+"""Under what the report of a round that is over is kept."""
+
+N = TypeVar("N", int, float)
+
+
+class Laboratory(Protocol):
+    """All silos of one round in one place, without a message in between: only whoever simulates them has that."""
+
+    def deltas(self, silo: str) -> Mapping[str, NDArray[Any]]:
+        """Return a silo's own model: its differences from the base by parameter name, in the parameter's shape."""
+
+    def measure(self, deltas: Mapping[str, NDArray[Any]]) -> Mapping[str, Sums]:
+        """Return each silo's held-out sums of the base model with differences added, exactly, by silo."""
+
+
+Simulated = Callable[[int, tuple[str, ...]], Laboratory]
+"""Returns the laboratory of a round, by its number, and of the silos that are in its merge."""
+
+Study = Callable[[tuple[str, ...], Merged, Observer], tuple[Merged, Studied]]
+"""Looks at the merge of the last round before it is measured and written: for whoever has all silos' statistics and
+data.
+
+It is given the survivors, the merge as differences from the base, and whom to tell how far it is. It returns the merge
+that is to be measured and written, and what to add to the report.
+"""
+
+
+Finish = Callable[[str, Mapping[str, NDArray[np.float32]], Path], None]
+"""Writes a silo's finished model: given its name, the merged body's differences from the base by block name, and the
+directory to make."""
+
+
+class Exchange:
+    """The coordinator's side of one run.
+
+    Args:
+        grid: Flower's grid.
+        plan: locked.
+        layout: the plan's.
+        base: the plan's base model; it becomes the merged model.
+        run: the run directory, entered.
+        simulated: if given, each silo's own model is measured too, at all silos, and beside every metric that leaves
+            with noise stands the exact one; for simulations only. No message is sent for it.
+        study: if given, looks at the merge; for simulations only.
+        own_heads: if given, and if silos keep their heads, writes each silo's finished model into the run directory;
+            for simulations only.
+        piece_bytes: most bytes of a contribution in one message; a multiple of 16.
+        patience: how long it waits for silos.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        plan: Plan,
+        layout: Layout,
+        base: Base,
+        run: RunDirectory,
+        *,
+        simulated: Simulated | None = None,
+        study: Study | None = None,
+        own_heads: Finish | None = None,
+        observer: Observer = lambda event: None,
+        piece_bytes: int = PIECE_BYTES,
+        patience: Patience = Patience(),  # noqa: B008 - frozen
+    ) -> None:
+        self.plan = plan
+        self.layout = layout
+        self.base = base
+        self.run = run
+        self.simulated = simulated
+        self.study = study
+        self.own_heads = own_heads
+        self.piece_bytes = piece_bytes
+        self._conductor = partial(
+            Conductor,
+            grid,
+            plan,
+            run,
+            observer,
+            patience=patience,
+        )
+        self._rounds: list[Round] = []
+
+    def start(self) -> Report:
+        """Run all rounds and write the run directory, but for its checksums and its final name.
+
+        Returns:
+            The report, as it stands in report.json.
+
+        Raises:
+            GramfuseError: of the kind that fits; the message names the silo. The run directory knows then what there
+                is to say of the run.
+        """
+        self.run.write(PLAN, self.plan.to_toml())
+        self.run.write("layout.json", self.layout.to_json())
+        last = self.plan.merge.rounds
+        for number in range(1, last):
+            if of_round(OUTCOME, number) not in self.run.done:
+                self._pass_on(self._begin(number))
+        report = self._conclude(self._begin(last), self._earlier(last))
+        self.run.write(REPORT, report.text)
+        self.run.write(PAGE, page(report, self.plan))
+        return report
+
+    def finish(self) -> None:
+        """Have the silos wipe what they keep of the run; call it once the run directory is complete."""
+        conductors = [current.conductor for current in self._rounds]
+        last = {silo: conductor for conductor in conductors for silo in conductor.joined}
+        for conductor in conductors:
+            if silos := [silo for silo in conductor.joined if last[silo] is conductor]:
+                conductor.finish(silos)
+
+    def _begin(self, number: int) -> Round:
+        """Return a round in which nothing was done, or what a run that was interrupted had done."""
+        start = {} if number == 1 else self._read_start(number)
+        current = Round(self._conductor(number=number), self.layout, start, self.piece_bytes)
+        self._rounds.append(current)
+        self.run.account = partial(self._failed, current)
+        return current
+
+    def _pass_on(self, current: Round) -> None:
+        """Do a round that is not the last, and keep what the next one starts from."""
+        merged = current.merge()
+        current.check(self.base.model, merged)
+        if not current.sound:
+            raise MergeError(
+                f"round {current.conductor.round}: {told(current.checks)}. The run does not go on from this merge"
+            )
+        self._measure(current, merged)
+        path = self._start(current.conductor.round + 1)
+        with self.run.writing(), replacing(path, private=True) as temporary:
+            save_file({delta_block(name): delta for name, delta in merged.rounded().items()}, temporary)
+        current.conductor.keep("lost", current.lost)
+        current.conductor.keep(OUTCOME, current.report().document())
+        for spool in ("spool", "spool-metrics"):
+            shutil.rmtree(current.conductor.place(spool), ignore_errors=True)
+
+    def _earlier(self, number: int) -> list[RoundOfReport]:
+        """Return what was kept of the rounds before one."""
+        return [RoundOfReport.read(self.run.done[of_round(OUTCOME, each)]) for each in range(1, number)]
+
+    def _conclude(self, current: Round, earlier: list[RoundOfReport]) -> Report:
+        """Do the last round, write the model, and return the report."""
+        conductor, merged = current.conductor, current.merge()
+        studied = Studied()
+        if self.study is not None:
+            with conductor.phase("study"):
+                merged, studied = self.study(current.survivors, merged, conductor.observer)
+            current.merged = merged
+        current.check(self.base.model, merged)
+        self._measure(current, merged)
+        current.models += studied.models
+        with conductor.phase("write"):
+            measured = next((model for model in current.models if model.kind == MERGED), None)
+            with self.run.writing():
+                chosen = None if studied.tuning is None else studied.tuning.chosen
+                place = self.run.partial / "model"
+                doubt = "" if current.sound else told(current.checks)
+                about = (current.survivors, measured, chosen, doubt, self.layout, merged.steps)
+                deltas = merged.rounded()
+                write_model(place, self.base, deltas, self.plan, *about)
+                if self.own_heads is not None and self.plan.model.head == "own":
+                    arrays = {delta_block(name): delta for name, delta in deltas.items()}
+                    for silo in current.survivors:
+                        self.own_heads(silo, arrays, self.run.partial / "models" / silo)
+        report = self._report(current, earlier)
+        return report if studied.tuning is None else report.updated(tuning=studied.tuning)
+
+    def _measure(self, current: Round, merged: Merged) -> None:
+        """Have the survivors measure the plan's candidates, and the laboratory, if there is one, all models."""
+        candidates = self._candidates(merged)
+        current.measure(
+            Candidate(name, {delta_block(block): d for block, d in deltas.items()}) for name, deltas in candidates
+        )
+        if self.simulated is None or current.unmeasured is not None:
+            return
+        conductor, silos = current.conductor, current.measured
+        with conductor.phase("exact"):
+            laboratory = self.simulated(conductor.round, current.survivors)
+
+            def measure(name: str, deltas: Mapping[str, NDArray[Any]]) -> dict[str, Sums]:
+                found = laboratory.measure(deltas)
+                conductor.tell("exact", "measured", name=name)
+                return {silo: found[silo] for silo in silos}
+
+            own = {silo: measure(silo, laboratory.deltas(silo)) for silo in silos}
+            noisy = {model.name for model in current.models if model.privacy is not None}
+            exact = {
+                name: _figures(described(self.plan, name, name, measure(name, deltas)))
+                for name, deltas in self._candidates(merged)
+                if name in noisy
+            }
+        models = [model.updated(exact=exact[model.name]) if model.name in exact else model for model in current.models]
+        current.models = of_silos(self.plan, own) + models
+
+    def _candidates(self, merged: Merged) -> Iterator[tuple[str, dict[str, NDArray[np.float32]]]]:
+        """Yield the models that silos measure, by name, as differences by parameter name; the merge is the last."""
+        deltas = {"simple": merged.mean, MERGED: merged.deltas}
+        for name in sorted(self.plan.privacy.candidates, key=MERGED.__eq__):
+            yield name, rounded(deltas[name])
+
+    def _report(self, current: Round, earlier: list[RoundOfReport]) -> Report:
+        """Return the report: of the last round, but for what all of them took."""
+        rounds = (*earlier, current.report())
+        silos = tuple(SiloOfReport(name=name, examples=current.trained[name]["examples"]) for name in current.survivors)
+        return Report(**self._about(), **self._came(current, rounds), silos=silos, rounds=rounds)
+
+    def _failed(self, current: Round, error: GramfuseError, resumable: bool) -> dict[str, str]:
+        """Return what stays of a run that failed: its page, its report, as far as it came, and the plan."""
+        number = current.conductor.round
+        earlier = self._earlier(number)
+        failure = Failure(
+            error=type(error).__name__,
+            message=str(error),
+            phase=current.conductor.at,
+            round=number,
+            exit_code=error.exit_code,
+            resumable=resumable,
+        )
+        report = Report(
+            **self._about(),
+            **self._came(current, (*earlier, current.report())),
+            silos=current.silos,
+            rounds=tuple(earlier),
+            failure=failure,
+        )
+        return {PAGE: page(report, self.plan), REPORT: report.text, PLAN: self.plan.to_toml()}
+
+    def _about(self) -> dict[str, Any]:
+        """Return what a report says of the run before anything happened in it."""
+        names = ("gramfuse", "flwr", "torch", "transformers")
+        generation = {name: task.generation for name, task in self.plan.tasks.items()}
+        return {
+            "schema": SCHEMA,
+            "run": self.run.path.name,
+            "name": self.plan.plan.name,
+            "plan_digest": self.plan.digest,
+            "layout_digest": self.layout.digest,
+            "base": BaseOfReport.read({"name": self.plan.model.base, "sha256": self.base.pins.sha256}),
+            "auto_class": merged_form(self.plan).auto,
+            "head": self.plan.model.head,
+            "tasks": {name: task.task for name, task in self.plan.tasks.items()},
+            "generation": {name: Generation.read(of) for name, of in generation.items() if of},
+            "mode": "secure" if self.plan.privacy.secure_aggregation else "open",
+            "identities": "made for this run" if self.simulated else "those of the plan",
+            "versions": {name: importlib.metadata.version(name) for name in names},
+        }
+
+    def _came(self, current: Round, rounds: Sequence[RoundOfReport]) -> dict[str, Any]:
+        """Return what came of the rounds; of a run that failed, what is there of it."""
+        came = {"examples": current.accumulator.examples} if current.merged is not None else {}
+        return {
+            **came,
+            **{
+                key: getattr(rounds[-1], key)
+                for key in ("lost", "models", "unmeasured", "solve", "checks")
+                if rounds[-1].has(key)
+            },
+            "bytes": _total(of.bytes for of in rounds),
+            "bytes_to_silos": _total(of.bytes_to_silos for of in rounds),
+            "seconds": {phase: round(took, 3) for phase, took in _sum(of.seconds for of in rounds).items()},
+        }
+
+    def _start(self, number: int) -> Path:
+        """Return where the model that a round starts from is kept until the run is over."""
+        return self.run.partial / f"{of_round(START, number)}.safetensors"
+
+    def _read_start(self, number: int) -> Mapping[str, NDArray[np.float32]]:
+        path = self._start(number)
+        try:
+            start: Mapping[str, NDArray[np.float32]] = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise RunDirectoryError(
+                f"{path}: cannot be read: {error}; remove {self.run.partial} and start the run anew"
+            ) from None
+        return start
+
+
+def _figures(model: Measured) -> ExactFigures:
+    figures = ExactFigures(metrics=model.metrics)
+    return figures.updated(labels=model.labels) if model.labels else figures
+
+
+def _sum(counts: Iterable[Mapping[str, N]]) -> dict[str, N]:
+    """Return the sum of counts by name."""
+    total: dict[str, N] = {}
+    for of in counts:
+        for name, count in of.items():
+            total[name] = total[name] + count if name in total else count
+    return total
+
+
+def _total(traffic: Iterable[Mapping[str, Mapping[str, int]]]) -> dict[str, dict[str, int]]:
+    """Return the sum of traffic by silo and phase."""
+    by_round = list(traffic)
+    silos = dict.fromkeys(silo for of in by_round for silo in of)
+    return {silo: _sum(of.get(silo, {}) for of in by_round) for silo in silos}
+
+
+def needed_bytes(plan: Plan, layout: Layout, model_bytes: int) -> int:
+    """Bytes that a run writes at most: all contributions of a round, what rounds start from, models, some room."""
+    each = layout.upload_bytes(masked=plan.privacy.secure_aggregation)
+    starts = (plan.merge.rounds - 1) * ITEM_BYTES * sum(piece.block.entries for piece in layout.deltas)
+    models = 2 + (len(plan.silo) if plan.model.head == "own" else 0)
+    return len(plan.silo) * each + starts + models * model_bytes + 50 * 2**20

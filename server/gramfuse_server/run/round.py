@@ -1,0 +1,254 @@
+"""One round of a run: silos train, their statistics are summed and merged, models are measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from gramfuse_protocol.contract.layout import Layout
+from gramfuse_protocol.errors import FederationError, GramfuseError, RefusalError
+from gramfuse_protocol.messages.phases import TrainReply, TrainRequest, UploadReply, UploadRequest
+from gramfuse_protocol.secure_sum.statements import model_digest
+from gramfuse_protocol.statistics.contribution import check_counts, check_slices
+from gramfuse_server.merging.accumulator import Accumulator, Merged
+from gramfuse_server.merging.checks import check_merge, check_model, check_shares
+from gramfuse_server.report.schema import Check, Loss, Measured, RoundOfReport, SiloOfReport
+from gramfuse_server.report.verdicts import worst
+from gramfuse_server.run.conductor import Conductor
+from gramfuse_server.run.evaluation import Candidate, Evaluation
+from gramfuse_server.run.secure_sums import UPLOADS, SecureSums
+from gramfuse_server.run.spool import Spool, Spooled
+
+Arrays = Mapping[str, NDArray[np.float32]]
+Traffic = dict[str, dict[str, int]]
+
+
+class Round:
+    """The coordinator's side of one round.
+
+    Args:
+        conductor: leads the silos; of this round.
+        layout: the plan's.
+        start: what silos go on from, as differences from the base by block name; empty in the first round.
+        piece_bytes: most bytes of a contribution in one message; a multiple of 16.
+
+    Attributes:
+        trained: `examples` and `tokens` of each silo that trained, in roster order.
+        survivors: the silos whose contributions are in the merge, in roster order.
+        merged: the merge, as differences from the base, once it is there; what is measured and reported.
+        checks: what can be seen of the merge, once it is there.
+        models: what was measured, as `gramfuse_server.run.evaluation` returns it.
+        measured: the silos whose held-out examples it was measured on, in roster order.
+        unmeasured: why nothing was, or None.
+    """
+
+    def __init__(self, conductor: Conductor, layout: Layout, start: Arrays, piece_bytes: int) -> None:
+        self.conductor = conductor
+        self.plan = conductor.plan
+        self.layout = layout
+        self.start = start
+        self.piece_bytes = piece_bytes
+        self.secure: SecureSums | None = None
+        if self.plan.privacy.secure_aggregation:
+            digest = model_digest(start[piece.name] for piece in layout.deltas) if start else ""
+            self.secure = SecureSums(conductor, piece_bytes, digest)
+        self.accumulator = Accumulator(layout, alpha=self.plan.merge.alpha, weighting=self.plan.merge.weighting)
+        self.trained: Mapping[str, Mapping[str, Any]] = {}
+        self.survivors: tuple[str, ...] = ()
+        self.merged: Merged | None = None
+        self.checks: list[Check] = []
+        self.models: list[Measured] = []
+        self.measured: tuple[str, ...] = ()
+        self.unmeasured: str | None = None
+
+    def merge(self) -> Merged:
+        """Have the silos train, collect what they measured, and merge it.
+
+        Returns:
+            Differences from the base, not from what the round started from.
+
+        Raises:
+            GramfuseError: of the kind that fits; the message names the silo.
+        """
+        conductor = self.conductor
+        try:
+            with conductor.phase("join"):
+                conductor.join(self.layout)
+            self.trained = conductor.step("train", self._train)
+            self.survivors = self._sum_open() if self.secure is None else self._sum_masked(self.secure)
+        except (FederationError, RefusalError) as error:
+            if not conductor.only:
+                raise
+            raise type(error)(
+                f"{error}\nWith secure aggregation, round {conductor.round} must be over the silos of the first: "
+                f"{', '.join(conductor.only)}. Bring back those that are lost, and resume the run"
+            ) from None
+        with conductor.phase("merge"):
+            merged = self.accumulator.merge()
+            self.checks = check_merge(self.accumulator, merged, self.plan, self.survivors)
+            if self.secure is None:
+                examples = {silo: self.trained[silo]["examples"] for silo in self.survivors}
+                self.checks += check_shares(examples, self.plan.merge.weighting)
+            self.merged = merged.after(self.start)
+        return self.merged
+
+    def check(self, model: nn.Module, merged: Merged) -> None:
+        """Look at the model that the round ends with too.
+
+        Args:
+            model: the base.
+            merged: differences from it, of the model that is measured and written.
+        """
+        self.checks += check_model(model, merged, self.plan.merge.maximum_change)
+
+    @property
+    def sound(self) -> bool:
+        """Whether no check of the merge is bad."""
+        return worst(self.checks) != "bad"
+
+    def measure(self, candidates: Iterable[Candidate]) -> None:
+        """Have the survivors measure models.
+
+        Silos that keep their heads, or go on in another round, are given the merged model, the last candidate, even
+        if no metrics may leave. None is given a merge that is not sound.
+
+        The merge is done by now, so whatever goes wrong here costs the metrics and not the model.
+        """
+        if not self.sound:
+            self.unmeasured = "a check of the merge is bad, so no silo was given it"
+            return
+        self.conductor.keep_only(self.survivors)
+        if self.secure is not None:
+            self.secure.have_released(self.survivors)
+        evaluation = Evaluation(self.conductor, self.layout, self.secure)
+        try:
+            if self.plan.privacy.metrics == "none":
+                self.unmeasured = "the plan lets no metrics leave"
+                if self.plan.model.head == "own" or self.conductor.round < self.plan.merge.rounds:
+                    *_, merged = candidates
+                    evaluation.hand_over(merged)
+            else:
+                self.models = evaluation.measure(candidates, self.survivors)
+                self.measured = evaluation.silos
+        except GramfuseError as error:
+            self.unmeasured = str(error)
+
+    @property
+    def lost(self) -> dict[str, str]:
+        """Why silos are not among those of the merge, or were lost since."""
+        conductor = self.conductor
+        before = {name: reason for name, reason in conductor.lost_before.items() if name not in self.survivors}
+        return before | {name: str(error) for name, error in conductor.lost.items()}
+
+    @property
+    def silos(self) -> tuple[SiloOfReport, ...]:
+        """How far each silo of the roster came, for the report of a failed run."""
+        return tuple(
+            SiloOfReport.read({"name": name, "state": self._state(name), **self._examples(name)})
+            for name in self.plan.names
+        )
+
+    def report(self) -> RoundOfReport:
+        """Return what report.json says of this round; of one that failed, as far as it came."""
+        conductor = self.conductor
+        report = RoundOfReport(
+            round=conductor.round,
+            lost=tuple(Loss(name=name, reason=reason) for name, reason in self.lost.items()),
+            bytes=self._of_silos(conductor.post.received),
+            bytes_to_silos=self._of_silos(conductor.post.sent),
+            seconds={phase: round(seconds, 3) for phase, seconds in conductor.seconds.items()},
+        )
+        if self.merged is not None:
+            report = report.updated(survivors=self.survivors, solve=self.merged.steps, checks=tuple(self.checks))
+        if self.models or self.unmeasured:
+            report = report.updated(models=tuple(self.models), unmeasured=self.unmeasured)
+        return report
+
+    def _state(self, silo: str) -> str:
+        if self.merged is not None and silo in self.survivors:
+            return "merged"
+        came = self.conductor.came.get(silo, "absent")
+        if silo in self.conductor.lost_before or (silo in self.conductor.lost and came != "absent"):
+            return "lost"
+        return "trained" if silo in self.trained else came
+
+    def _examples(self, silo: str) -> dict[str, int]:
+        examples = self.trained.get(silo, {}).get("examples")
+        return {} if examples is None else {"examples": examples}
+
+    def _train(self) -> dict[str, dict[str, Any]]:
+        trained: dict[str, dict[str, Any]] = {}
+        self.trained = trained  # also of a run that fails before all have
+        request = TrainRequest(**self.conductor.about, arrays=self.start)
+        open_mode = self.secure is None
+
+        def check(silo: str, _: TrainRequest, reply: TrainReply) -> None:
+            if open_mode:
+                check_counts(self.layout, reply.examples or 0, reply.tokens, f"silo {silo!r}")
+            elif reply.examples is not None or reply.tokens:
+                raise FederationError(f"silo {silo!r} reports counts, which secure aggregation keeps from everyone")
+
+        for silo, _, reply in self.conductor.ask(
+            TrainReply,
+            {name: [request] for name in self.conductor.nodes},
+            needed=self.conductor.needed,
+            long_work=True,
+            check=check,
+        ):
+            trained[silo] = {"examples": reply.examples, "tokens": dict(reply.tokens)}
+            self.conductor.tell("train", "silo", silo=silo, examples=reply.examples)
+        return {name: trained[name] for name in self.plan.names if name in trained}
+
+    def _sum_open(self) -> tuple[str, ...]:
+        """Collect every silo's statistics and fold them in, in roster order."""
+        spool, pieces = Spool(self.conductor.place("spool")), self.layout.pieces(self.piece_bytes)
+        survivors = tuple(self.conductor.step("upload", lambda: self._upload(spool, tuple(self.trained))))
+        if not all(spool.has(name, number) for name in survivors for number in range(len(pieces))):
+            survivors = tuple(self._upload(spool, survivors))  # of an interrupted run, whose disk lost some
+            self.conductor.keep("upload", list(survivors))
+        for name in survivors:
+            about = self.trained[name]
+            contribution = Spooled(spool, name, pieces, about["examples"], about["tokens"])
+            self.accumulator.fold(contribution, f"silo {name!r}", silo=name)
+        return survivors
+
+    def _upload(self, spool: Spool, silos: tuple[str, ...]) -> list[str]:
+        pieces = self.layout.pieces(self.piece_bytes)
+        requests = {
+            name: [
+                UploadRequest(**self.conductor.about, piece=number, piece_bytes=self.piece_bytes)
+                for number in range(len(pieces))
+                if not spool.has(name, number)
+            ]
+            for name in silos
+            if name in self.conductor.nodes
+        }
+
+        def check(silo: str, request: UploadRequest, reply: UploadReply) -> None:
+            if reply.piece != request.piece:
+                raise FederationError(f"silo {silo!r} sent piece {reply.piece}; piece {request.piece} was asked for")
+            check_slices(pieces[reply.piece], reply.arrays, f"silo {silo!r}")
+
+        complete = [name for name in silos if name not in requests and spool.has(name, len(pieces) - 1)]
+        for silo, _, reply in self.conductor.ask(
+            UploadReply, requests, in_flight=UPLOADS, needed=self.conductor.needed - len(complete), check=check
+        ):
+            with self.conductor.run.writing():
+                spool.save(silo, reply.piece, reply.arrays)
+            self.conductor.tell("upload", "silo", silo=silo, piece=reply.piece + 1, pieces=len(pieces))
+        return [name for name in silos if all(spool.has(name, number) for number in range(len(pieces)))]
+
+    def _sum_masked(self, secure: SecureSums) -> tuple[str, ...]:
+        """Have the silos' statistics added under masks."""
+        secure.prepare()
+        words, survivors = secure.statistics(self.layout.sum_entries, self.layout.digest)
+        self.accumulator.load(words, len(self.plan.silo))
+        return survivors
+
+    def _of_silos(self, traffic: Mapping[str, Mapping[str, int]]) -> Traffic:
+        """Return traffic by silo, without that of nodes which did not join as one."""
+        return {name: dict(traffic[name]) for name in self.plan.names if name in traffic}
