@@ -11,7 +11,7 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from gramfuse_cli.processes import contained
+from gramfuse_deployment.processes import contained
 
 BIN = Path(sys.executable).parent
 CONNECTION = "loopback"

@@ -30,8 +30,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from gramfuse_cli.init import DESK
-from gramfuse_cli.project import Project
+from gramfuse_cli.commands.init import DESK
 from gramfuse_client.data.batches import Encoded
 from gramfuse_client.data.examples import Examples, load
 from gramfuse_client.exchange.local_model import train
@@ -40,6 +39,7 @@ from gramfuse_client.training.outputs import Batch
 from gramfuse_model.derive_layout import plan_layout
 from gramfuse_model.differences import add_differences
 from gramfuse_model.loading.base_model import load_base
+from gramfuse_model.project import Project
 from gramfuse_protocol.contract.layout import Layout
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.contract.task import Task

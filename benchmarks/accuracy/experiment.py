@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from gramfuse_simulation.all_silos import Bench, Deltas, Laboratory, Part
+from gramfuse_simulation.fedavg import federated_average
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from gramfuse_cli.averaging import federated_average
-from gramfuse_cli.laboratory import Bench, Deltas, Laboratory, Part
 from gramfuse_client.data.batches import batches
 from gramfuse_client.measuring.collect import collect_statistics
 from gramfuse_client.training.fisher import choose_variant

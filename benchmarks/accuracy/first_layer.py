@@ -16,8 +16,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from gramfuse_simulation.all_silos import Deltas, Laboratory, Part
+
 from experiment import Between, Derived, cut
-from gramfuse_cli.laboratory import Deltas, Laboratory, Part
 from gramfuse_protocol.contract.layout import Layout
 from gramfuse_protocol.statistics.contribution import Contribution
 from gramfuse_server.run.evaluation import described, ranked_by

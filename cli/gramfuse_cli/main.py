@@ -10,9 +10,23 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import click
+from gramfuse_deployment.terminal import say, show_json
 
-from gramfuse_cli import demo, explain, init, measure, merge, page, pki, plan, run, server, silo, simulate, tune
-from gramfuse_cli.terminal import say, show_json
+from gramfuse_cli.commands import (
+    demo,
+    explain,
+    init,
+    measure,
+    merge,
+    pki,
+    plan,
+    report,
+    run,
+    server,
+    silo,
+    simulate,
+    tune,
+)
 from gramfuse_protocol.errors import GramfuseError
 
 INTERRUPTED = 130
@@ -49,7 +63,7 @@ cli.add_command(measure.measure)
 cli.add_command(merge.merge)
 cli.add_command(pki.pki)
 cli.add_command(plan.plan)
-cli.add_command(page.report)
+cli.add_command(report.report)
 cli.add_command(run.run)
 cli.add_command(server.server)
 cli.add_command(silo.silo)

@@ -147,7 +147,7 @@ def liar(pico_project: Callable[..., Any], tmp_path: Path) -> Callable[..., Liar
 
     `change(project)` may change files before the plan is locked; settings are those of the plan.
     """
-    from gramfuse_cli.project import Project
+    from gramfuse_model.project import Project
 
     def make(
         *settings: str,

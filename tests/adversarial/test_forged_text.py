@@ -29,12 +29,12 @@ from pydantic import ValidationError
 
 from gramfuse_cli import main as cli_main
 from gramfuse_cli.main import cli
-from gramfuse_cli.progress import RunProgress
-from gramfuse_cli.project import Project
+from gramfuse_cli.show.progress import RunProgress
 from gramfuse_client.app import _Formatter
 from gramfuse_client.guard.ledger import Entry
 from gramfuse_client.silo_file import SiloFile
 from gramfuse_model.loading.auto_classes import merged_form
+from gramfuse_model.project import Project
 from gramfuse_protocol.canonical import canonical_json
 from gramfuse_protocol.contract.layout import Layout
 from gramfuse_protocol.contract.plan import Plan

@@ -22,12 +22,12 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat,
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from safetensors.numpy import save, save_file
 
-from gramfuse_cli.project import Project
 from gramfuse_client.app import SiloApp
 from gramfuse_client.data.examples import load
 from gramfuse_client.exchange import local_model
 from gramfuse_client.silo_file import Silo
 from gramfuse_model.loading.base_model import Base, load_base
+from gramfuse_model.project import Project
 from gramfuse_protocol.contract.node_key import generate
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.errors import ContributionError, FederationError, SecurityError

@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gramfuse_cli.project import Project
-from gramfuse_cli.report import show_report
+from gramfuse_cli.show.results import show_report
 from gramfuse_client.app import SiloApp
 from gramfuse_client.data.examples import load
 from gramfuse_client.exchange import local_model
@@ -24,6 +23,7 @@ from gramfuse_client.silo_file import Silo, read_silos
 from gramfuse_client.state.state import State
 from gramfuse_model import normal_equations as sums
 from gramfuse_model.loading.base_model import Base, load_base
+from gramfuse_model.project import Project
 from gramfuse_protocol.contract.layout import Block, Layout, delta_block
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.errors import MergeError

@@ -18,12 +18,12 @@ import pytest
 import torch
 import transformers
 
-from gramfuse_cli.project import Project
 from gramfuse_client.dry_run.findings import Findings
 from gramfuse_client.dry_run.of_inputs import check_base
 from gramfuse_client.exchange.participant import Participant
 from gramfuse_client.silo_file import Silo
 from gramfuse_model.loading.base_model import load_base
+from gramfuse_model.project import Project
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.errors import ModelError, PlanError
 from gramfuse_protocol.messages.phases import JoinReply, JoinRequest, Message, Refusal

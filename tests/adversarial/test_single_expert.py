@@ -14,12 +14,12 @@ import pytest
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM, MixtralModel
 
-from gramfuse_cli.project import Project
 from gramfuse_client.guard.policy import check_plan
 from gramfuse_client.measuring.collect import collect_statistics
 from gramfuse_client.silo_file import Silo
 from gramfuse_model.derive_layout import derive_layout
 from gramfuse_model.loading.base_model import trainable
+from gramfuse_model.project import Project
 from gramfuse_protocol.contract.plan import Merge
 from gramfuse_protocol.errors import RefusalError
 from tests.conftest import PicoProject

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from gramfuse_cli.project import Project
 from gramfuse_client.guard.releases import Releases
 from gramfuse_client.silo_file import write_identity
+from gramfuse_model.project import Project
 from gramfuse_protocol.messages import phases as m
 from gramfuse_protocol.secure_sum.keys import Identity
 from tests.adversarial.conftest import METRICS, SPYING, STATISTICS, Liar

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from gramfuse_deployment.processes import BIN, marked
+from gramfuse_deployment.superlink import Link
+from gramfuse_deployment.supervisor import mark_of
 
-from gramfuse_cli.link import Link
-from gramfuse_cli.processes import BIN, marked
-from gramfuse_cli.supervisor import mark_of
 from gramfuse_client.data.examples import load
 from gramfuse_client.exchange.local_model import train
 from gramfuse_client.guard.ledger import Ledger

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gramfuse_deployment.processes import BIN
 
-from gramfuse_cli.processes import BIN
 from gramfuse_client.guard.ledger import Ledger
 from gramfuse_client.silo_file import Silo
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gramfuse_deployment.endpoint import free_port
+from gramfuse_deployment.processes import BIN, contained
+from gramfuse_deployment.superlink import Link
 
-from gramfuse_cli.endpoint import free_port
-from gramfuse_cli.link import Link
-from gramfuse_cli.processes import BIN, contained
 from gramfuse_client.guard.ledger import Ledger
 from gramfuse_client.silo_file import Silo
 

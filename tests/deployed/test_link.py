@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gramfuse_deployment.superlink import Link
 
-from gramfuse_cli.link import Link
-from gramfuse_cli.project import Project
-from gramfuse_cli.run import check_roster
+from gramfuse_cli.commands.run import check_roster
+from gramfuse_model.project import Project
 from gramfuse_protocol.contract import node_key
 from gramfuse_protocol.errors import FederationError, PlanError
 

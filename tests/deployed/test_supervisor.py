@@ -12,9 +12,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+from gramfuse_deployment import processes, supervisor
+from gramfuse_deployment.supervisor import Service, mark_of, reason, supervised
 
-from gramfuse_cli import processes, supervisor
-from gramfuse_cli.supervisor import Service, mark_of, reason, supervised
 from gramfuse_protocol.errors import FederationError, PlanError
 
 
@@ -148,7 +148,7 @@ import signal, sys, time
 from contextlib import suppress
 from pathlib import Path
 from gramfuse_cli.main import _interrupt
-from gramfuse_cli.supervisor import Service, supervised
+from gramfuse_deployment.supervisor import Service, supervised
 for stop in (signal.SIGTERM, signal.SIGHUP):
     signal.signal(stop, _interrupt)
 here = Path({str(tmp_path)!r})

@@ -21,9 +21,9 @@ import click
 import pytest
 import tomlkit
 
-from gramfuse_cli import simulate as simulate_module
+from gramfuse_cli.commands import simulate as simulate_module
 from gramfuse_cli.main import cli, main
-from gramfuse_cli.project import Project
+from gramfuse_model.project import Project
 from gramfuse_protocol.contract.layout import Layout
 from gramfuse_protocol.contract.node_key import public_of
 from gramfuse_protocol.contract.plan import Plan

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from gramfuse_cli.commands.tune import show_tuning
 from gramfuse_cli.main import cli
-from gramfuse_cli.tune import show_tuning
 from gramfuse_protocol.errors import DataError, GramfuseError, PlanError
 from gramfuse_server.report.schema import Tuning
 from loopback import BIN

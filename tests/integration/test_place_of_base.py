@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from gramfuse_simulation.engine import simulated_silo
 
-from gramfuse_cli.engine import simulated_silo
 from gramfuse_cli.main import cli
-from gramfuse_cli.project import Project
 from gramfuse_client.dry_run.findings import Findings
 from gramfuse_client.dry_run.of_inputs import check_base
 from gramfuse_client.exchange.participant import Participant
 from gramfuse_client.silo_file import Silo
+from gramfuse_model.project import Project
 from gramfuse_protocol.errors import GramfuseError, ModelError
 from gramfuse_protocol.messages.phases import JoinReply, JoinRequest, Message, Refusal
 
@@ -74,8 +74,8 @@ def test_a_place_that_is_not_there_is_found_out_before_flower_starts(
     def started(*_: object, **__: object) -> None:
         raise AssertionError("Flower was started")
 
-    monkeypatch.setattr("gramfuse_cli.simulate.contained", started)
-    monkeypatch.setattr("gramfuse_cli.run.Link.find", started)
+    monkeypatch.setattr("gramfuse_cli.commands.simulate.contained", started)
+    monkeypatch.setattr("gramfuse_cli.commands.run.Link.find", started)
     project.replace(project.silo("silo-b"), "[data]", 'base = "./nowhere"\n\n[data]')
     refused(f"{project.silo('silo-b')}: base", "simulate", project.directory, "--out", tmp_path / "out")
     project.replace(project.silo("silo-b"), 'base = "./nowhere"\n', "")

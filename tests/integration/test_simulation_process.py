@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 import pytest
 
-from gramfuse_cli import simulate
+from gramfuse_cli.commands import simulate
 from gramfuse_protocol.errors import FederationError
 from loopback import BIN
 
@@ -213,7 +213,7 @@ def test_a_simulation_whose_ray_cannot_start_ends_and_says_why(
     (tmp_path / "changed" / "sitecustomize.py").write_text(
         """
 import sys
-if "gramfuse_cli.engine" in sys.orig_argv:
+if "gramfuse_simulation.engine" in sys.orig_argv:
     import ray
     def init(*_, **__):
         raise OSError("no room for sockets")
@@ -242,7 +242,7 @@ def test_ray_that_never_starts_ends_the_simulation_and_ray_that_did_does_not(tmp
 import sys, time, types
 from pathlib import Path
 sys.modules["ray"] = types.SimpleNamespace(is_initialized=lambda: {started})
-from gramfuse_cli import engine
+from gramfuse_simulation import engine
 engine.RAY_SECONDS = 0.2
 engine._end_without_ray(Path({str(outcome)!r}))
 time.sleep(2)

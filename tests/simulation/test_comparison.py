@@ -13,20 +13,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gramfuse_simulation.all_silos import Laboratory
+from gramfuse_simulation.engine import laboratory_of, simulated_silo, study_of
+from gramfuse_simulation.fedavg import federated_average
+from gramfuse_simulation.terms import check_terms, parse_terms
 from transformers import T5Config, T5ForConditionalGeneration
 
-from gramfuse_cli.averaging import federated_average
-from gramfuse_cli.engine import laboratory_of, simulated_silo, study_of
-from gramfuse_cli.laboratory import Laboratory
-from gramfuse_cli.project import Project
-from gramfuse_cli.report import show_report
-from gramfuse_cli.terms import check_terms, parse_terms
+from gramfuse_cli.show.results import show_report
 from gramfuse_client.app import SiloApp
 from gramfuse_client.data.batches import Encoded, batches
 from gramfuse_client.data.examples import Examples, load
 from gramfuse_client.training.finetune import finetune
 from gramfuse_model.digests import weights_digest
 from gramfuse_model.loading.base_model import load_base
+from gramfuse_model.project import Project
 from gramfuse_protocol.contract.layout import delta_block
 from gramfuse_protocol.contract.plan import Privacy
 from gramfuse_protocol.errors import PlanError

@@ -19,15 +19,15 @@ import pytest
 import torch
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_public_key
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
+from gramfuse_simulation.engine import laboratory_of, simulated_silo
 from safetensors.numpy import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import gramfuse_client.exchange.local_model
-from gramfuse_cli.engine import laboratory_of, simulated_silo
-from gramfuse_cli.project import Project
 from gramfuse_client.app import SiloApp
 from gramfuse_client.silo_file import Silo
 from gramfuse_model.loading.base_model import Base, load_base
+from gramfuse_model.project import Project
 from gramfuse_protocol.contract.layout import PIECE_BYTES as ONE_PIECE
 from gramfuse_protocol.contract.layout import Layout
 from gramfuse_protocol.contract.node_key import generate

@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from gramfuse_simulation.engine import laboratory_of, simulated_silo
 from transformers import MixtralConfig, MixtralModel
 
-from gramfuse_cli.engine import laboratory_of, simulated_silo
-from gramfuse_cli.plan import _preview
-from gramfuse_cli.project import Project
+from gramfuse_cli.commands.plan import _preview
 from gramfuse_client.app import SiloApp
 from gramfuse_client.data.examples import load
 from gramfuse_client.measuring.checkpoint import measure, open_checkpoint
 from gramfuse_model.heads import head_parameters
+from gramfuse_model.project import Project
 from gramfuse_protocol.statistics.file import write_statistics
 from gramfuse_server.app import coordinate
 from gramfuse_server.merging.files import Settings, merge_files

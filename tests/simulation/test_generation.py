@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from gramfuse_simulation.engine import laboratory_of, simulated_silo
 from transformers import T5Config, T5ForConditionalGeneration
 
-from gramfuse_cli.engine import laboratory_of, simulated_silo
-from gramfuse_cli.project import Project
 from gramfuse_client.app import SiloApp
 from gramfuse_client.data.batches import Encoded, batches
 from gramfuse_client.data.examples import Examples
 from gramfuse_client.training.evaluate import outputs
+from gramfuse_model.project import Project
 from gramfuse_protocol.errors import ModelError
 from gramfuse_server.app import coordinate
 from gramfuse_server.run import delivery

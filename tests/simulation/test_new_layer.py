@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from gramfuse_simulation.engine import laboratory_of, simulated_silo
 from torch import nn
 from transformers.models.bert import modeling_bert
 
-from gramfuse_cli.engine import laboratory_of, simulated_silo
-from gramfuse_cli.plan import _preview
-from gramfuse_cli.project import Project
+from gramfuse_cli.commands.plan import _preview
 from gramfuse_client.app import SiloApp
 from gramfuse_model.layers import KINDS, register_layer
+from gramfuse_model.project import Project
 from gramfuse_server.app import coordinate
 from gramfuse_server.run import delivery
 

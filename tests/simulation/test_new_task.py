@@ -12,10 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gramfuse_simulation.engine import laboratory_of, simulated_silo, study_of
 
-from gramfuse_cli.engine import laboratory_of, simulated_silo, study_of
-from gramfuse_cli.project import Project
-from gramfuse_cli.report import show_report
+from gramfuse_cli.show.results import show_report
 from gramfuse_client.app import SiloApp
 from gramfuse_client.dry_run import of_inputs
 from gramfuse_client.dry_run.findings import Findings
@@ -26,6 +25,7 @@ from gramfuse_client.tasks.registry import AT_SILO
 from gramfuse_client.tasks.registry import register as register_at_silo
 from gramfuse_client.training.fisher import choose_variant
 from gramfuse_model.loading.auto_classes import FORMS, head_settings
+from gramfuse_model.project import Project
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.errors import ModelError, PlanError

@@ -14,11 +14,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from gramfuse_simulation.engine import laboratory_of, simulated_silo
 from safetensors.numpy import load_file
 
-from gramfuse_cli.engine import laboratory_of, simulated_silo
-from gramfuse_cli.project import Project
-from gramfuse_cli.report import show_report
+from gramfuse_cli.show.results import show_report
 from gramfuse_client.app import SiloApp
 from gramfuse_client.data.batches import Encoded, batches
 from gramfuse_client.data.examples import load
@@ -30,6 +29,7 @@ from gramfuse_client.training.evaluate import evaluate
 from gramfuse_model.heads import head_parameters
 from gramfuse_model.loading.auto_classes import FORMS
 from gramfuse_model.loading.base_model import load_base, own_head
+from gramfuse_model.project import Project
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.held_out.metrics import metrics
 from gramfuse_server.app import coordinate

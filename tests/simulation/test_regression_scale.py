@@ -14,12 +14,11 @@ import pytest
 import torch
 import transformers
 from click.testing import CliRunner
+from gramfuse_simulation.engine import simulated_silo
 from transformers import BertConfig, BertModel, GPT2Config, GPT2ForSequenceClassification
 
-from gramfuse_cli.engine import simulated_silo
+from gramfuse_cli.commands.simulate import run_simulation
 from gramfuse_cli.main import cli
-from gramfuse_cli.project import Project
-from gramfuse_cli.simulate import run_simulation
 from gramfuse_client.app import SiloApp
 from gramfuse_client.data.examples import load
 from gramfuse_client.data.targets import propose
@@ -30,6 +29,7 @@ from gramfuse_client.silo_file import write_identity
 from gramfuse_client.state.state import State
 from gramfuse_model.loading.base_model import load_base
 from gramfuse_model.probing.suitable import check_suitable
+from gramfuse_model.project import Project
 from gramfuse_model.rescaling import fold
 from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.errors import DataError, ModelError

@@ -14,12 +14,11 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import Context, Error, Message, RecordDict
+from gramfuse_simulation.all_silos import Laboratory
+from gramfuse_simulation.engine import laboratory_of, simulated_silo
 from safetensors.numpy import load_file, save_file
 
-from gramfuse_cli.engine import laboratory_of, simulated_silo
-from gramfuse_cli.laboratory import Laboratory
-from gramfuse_cli.project import Project
-from gramfuse_cli.report import show_report
+from gramfuse_cli.show.results import show_report
 from gramfuse_client.app import SiloApp
 from gramfuse_client.data.batches import Encoded, batches
 from gramfuse_client.data.examples import load
@@ -30,6 +29,7 @@ from gramfuse_client.silo_file import Silo
 from gramfuse_client.state.state import State
 from gramfuse_client.training.finetune import finetune
 from gramfuse_model.loading.base_model import load_base, trainable
+from gramfuse_model.project import Project
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.errors import FederationError, GramfuseError, RefusalError
 from gramfuse_protocol.messages.flower_records import from_record, to_record

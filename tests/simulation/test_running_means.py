@@ -15,15 +15,14 @@ import pytest
 import torch
 import transformers
 from click.testing import CliRunner
+from gramfuse_simulation.all_silos import Bench, Laboratory
+from gramfuse_simulation.comparison import Comparison
+from gramfuse_simulation.engine import laboratory_of, simulated_silo
+from gramfuse_simulation.terms import parse_terms
 from PIL import Image
 from transformers import LevitConfig, LevitForImageClassification, ResNetConfig, ResNetForImageClassification
 
-from gramfuse_cli.comparison import Comparison
-from gramfuse_cli.engine import laboratory_of, simulated_silo
-from gramfuse_cli.laboratory import Bench, Laboratory
 from gramfuse_cli.main import cli
-from gramfuse_cli.project import Project
-from gramfuse_cli.terms import parse_terms
 from gramfuse_client.app import SiloApp
 from gramfuse_client.data.batches import Encoded, batches
 from gramfuse_client.data.examples import load
@@ -34,6 +33,7 @@ from gramfuse_client.training.evaluate import evaluate
 from gramfuse_model.buffers import saved_buffers
 from gramfuse_model.differences import add_differences
 from gramfuse_model.loading.base_model import load_base
+from gramfuse_model.project import Project
 from gramfuse_protocol.contract.layout import delta_block
 from gramfuse_protocol.errors import ContributionError, DataError, ModelError
 from gramfuse_protocol.held_out.metrics import metrics

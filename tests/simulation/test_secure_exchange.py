@@ -26,7 +26,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from gramfuse_cli.project import Project
 from gramfuse_client.app import SiloApp
 from gramfuse_client.data.examples import load
 from gramfuse_client.exchange import local_model, secure_phases
@@ -36,6 +35,7 @@ from gramfuse_client.state.session import Session
 from gramfuse_client.state.state import State
 from gramfuse_model.loading.base_model import Base, load_base
 from gramfuse_model.normal_equations import summands
+from gramfuse_model.project import Project
 from gramfuse_protocol.contract.layout import Layout
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.errors import FederationError, GramfuseError, RefusalError, RunDirectoryError

@@ -17,17 +17,17 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from gramfuse_simulation.engine import simulated_silo
 from safetensors import safe_open
 from safetensors.numpy import load_file
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-from gramfuse_cli.engine import simulated_silo
 from gramfuse_cli.main import cli
-from gramfuse_cli.project import Project
 from gramfuse_client.app import SiloApp
 from gramfuse_client.guard.ledger import Ledger
 from gramfuse_client.silo_file import Silo
 from gramfuse_client.state.state import State
+from gramfuse_model.project import Project
 from gramfuse_protocol.errors import DataError, GramfuseError
 from gramfuse_server.app import coordinate
 from tests.unit.test_report import read_back

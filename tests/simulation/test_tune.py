@@ -11,17 +11,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gramfuse_simulation import all_silos as laboratory_module
+from gramfuse_simulation.engine import laboratory_of, simulated_silo, study_of
+from gramfuse_simulation.tuning import Wanted
 from safetensors.numpy import load_file
 
-from gramfuse_cli import laboratory as laboratory_module
-from gramfuse_cli.engine import laboratory_of, simulated_silo, study_of
-from gramfuse_cli.project import Project
-from gramfuse_cli.tuning import Wanted
 from gramfuse_client.app import SiloApp
 from gramfuse_client.data.examples import load, load_validation
 from gramfuse_client.silo_file import Silo
 from gramfuse_client.state.state import State
 from gramfuse_model.loading.base_model import load_base
+from gramfuse_model.project import Project
 from gramfuse_protocol.contract.layout import Layout
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_server.app import coordinate

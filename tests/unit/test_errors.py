@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from gramfuse_cli import explain
+from gramfuse_cli.commands import explain
 from gramfuse_cli.main import cli
 from gramfuse_protocol import errors
 from gramfuse_protocol.errors import ContributionError, GramfuseError, RefusalError, SecurityError, error_types

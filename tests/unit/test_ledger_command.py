@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from gramfuse_cli import ledger as command
+from gramfuse_cli.commands import silo_ledger as command
 from gramfuse_cli.main import main
 from gramfuse_client.guard.ledger import NO_LINE, Entry, Item, Ledger
 from gramfuse_client.silo_file import Silo

@@ -17,8 +17,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gramfuse_cli import report as terminal
 from gramfuse_cli.main import main
+from gramfuse_cli.show import results as terminal
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_server.report import merged_model as written
 from gramfuse_server.report.page import charts

@@ -10,15 +10,15 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("protocol", "model", "client", "server", "cli")
-TERMINAL = "cli/gramfuse_cli/terminal.py"
+TERMINAL = "deployment/gramfuse_deployment/terminal.py"
 
 CLICK = {"echo", "secho", "echo_via_pager", "prompt", "confirm", "progressbar", "pause", "launch", "getchar"}
 BUILTINS = {"print", "input", "breakpoint"}
 LOGGING = {"basicConfig", "Formatter", "StreamHandler", "lastResort", "config"}
 
 ALLOWED = {
-    "cli/gramfuse_cli/engine.py: logging.basicConfig",  # into the simulation's log, whose end is said line by line
-    "cli/gramfuse_cli/engine.py: traceback.print_exc",  # there too
+    "simulation/gramfuse_simulation/engine.py: logging.basicConfig",  # into the simulation's log, whose end is said line by line
+    "simulation/gramfuse_simulation/engine.py: traceback.print_exc",  # there too
     "client/gramfuse_client/app.py: logging.Formatter",  # the base of the one that escapes
     "client/gramfuse_client/app.py: logging.StreamHandler",  # writes with it
     "server/gramfuse_server/app.py: print",  # events in JSON, which is ASCII

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gramfuse_simulation.tuning import Wanted, joint, search
 
-from gramfuse_cli.tuning import Wanted, joint, search
 from gramfuse_protocol.contract.layout import Group, Layout, Linear, Tensor
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.errors import ContributionError

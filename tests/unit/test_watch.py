@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from gramfuse_cli import node
-from gramfuse_cli.node import FORSAKEN_SECONDS, WORKER_SECONDS, Watch
+from gramfuse_cli.commands import silo_start
+from gramfuse_cli.commands.silo_start import FORSAKEN_SECONDS, WORKER_SECONDS, Watch
 
 RECEIVED = ["[RUN 7]", "Receiving: query.join message (ID: a)", "Received successfully"]
 ANSWERED = ["[RUN 7]", "Sending: query.join message (ID: b)", "Sent successfully"]
@@ -29,7 +29,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     found = Clock()
-    monkeypatch.setattr(node, "time", found)
+    monkeypatch.setattr(silo_start, "time", found)
     return found
 
 

@@ -1,0 +1,36 @@
+"""`gramfuse demo`: see it work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+from gramfuse_deployment.terminal import say
+
+from gramfuse_cli import options
+from gramfuse_cli.commands.init import DESK
+from gramfuse_cli.commands.simulate import run_simulation
+from gramfuse_cli.options import as_json as json_option
+from gramfuse_cli.options import settings as settings_options
+from gramfuse_cli.show.results import show_report
+from gramfuse_model.project import Project
+
+
+@click.command()
+@settings_options
+@json_option
+def demo(settings: tuple[str, ...], seed: int | None, out: Path | None, as_json: bool) -> None:
+    """Merge four front desks: a hospital, a bank, a telephone company and a town hall, simulated on this machine.
+
+    All four sort incoming messages by what the writer wants, with the same eight labels, but each sees mostly two of
+    them. MiniLM (22 million parameters) is fine-tuned at each, on about 300 messages, and merged in one exchange.
+    """
+    project = Project.read(DESK, options.all_settings(settings, seed))
+    say(
+        "Four silos, about 300 messages each, eight labels of which each silo sees mostly two.",
+        "MiniLM is fine-tuned at each; the models are merged in one exchange.",
+        "",
+        err=True,
+    )
+    run = options.run_path(out, project.plan)
+    show_report(run_simulation(project, run), run, as_json)

@@ -1,0 +1,352 @@
+"""`gramfuse pki`: keys and certificates for the connections between silos and coordinator."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from cryptography import x509
+from gramfuse_deployment.certificates import (
+    CERTIFICATE_FILE,
+    KEY_FILE,
+    LEAST_PASSPHRASE,
+    Authority,
+    certificate_pem,
+    fingerprint,
+    key_pem,
+    new_key,
+    server_names,
+)
+from gramfuse_deployment.terminal import ask_secret, say, show_json
+
+from gramfuse_cli.options import as_json as json_option
+from gramfuse_protocol.contract import node_key
+from gramfuse_protocol.documents import read_text
+from gramfuse_protocol.errors import PlanError
+
+if TYPE_CHECKING:
+    from gramfuse_client.silo_file import Silo
+
+MOST_DAYS = 36500
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a new file holds and who may read it."""
+
+    data: bytes
+    mode: int = 0o600
+
+
+def write_new(files: Mapping[Path, Content], advice: str, *, renew: bool = False) -> list[Path]:
+    """Write files, all of them whole or none of them. Directories that are missing are made for the owner only.
+
+    Args:
+        files: a private file is never readable by others, not for a moment.
+        advice: what to do if one of them is there already.
+        renew: replace those that are there, and keep each under its name with '.old' after it.
+
+    Returns:
+        The old files that were kept.
+
+    Raises:
+        PlanError: if a file would be overwritten, or cannot be written.
+    """
+    old = {path: path.with_name(f"{path.name}.old") for path in files if renew and os.path.lexists(path)}
+    for path in files:
+        if not renew and os.path.lexists(path):
+            raise PlanError(f"{path} exists already; {advice}")
+        if path in old and os.path.lexists(old[path]):
+            raise PlanError(f"{old[path]} exists already, from an earlier --renew; move it away first")
+    try:
+        with ExitStack() as temporary, ExitStack() as undo:
+            written = {path: _write_beside(path, content, temporary) for path, content in files.items()}
+            for path, new in written.items():
+                if path in old:
+                    os.link(path, old[path])
+                    undo.callback(_put_back, old[path], path)
+                    os.replace(new, path)
+                else:
+                    os.link(new, path)  # unlike a rename it never replaces what another process made meanwhile
+                    undo.callback(path.unlink)
+            undo.pop_all()
+    except OSError as error:
+        raise PlanError(f"{', '.join(map(str, files))}: cannot be written: {error}") from None
+    return list(old.values())
+
+
+def _write_beside(path: Path, content: Content, cleanup: ExitStack) -> Path:
+    from gramfuse_protocol.files import make_private_directory, open_private
+
+    make_private_directory(path.parent)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    cleanup.callback(temporary.unlink, missing_ok=True)
+    with os.fdopen(open_private(temporary, os.O_EXCL), "wb") as file:
+        file.write(content.data)
+        os.fchmod(file.fileno(), content.mode)
+        file.flush()
+        os.fsync(file.fileno())
+    return temporary
+
+
+def _put_back(old: Path, path: Path) -> None:
+    os.replace(old, path)
+    old.unlink(missing_ok=True)  # if both were names of one file still, replacing did nothing
+
+
+def make_node_key(silo: Silo, *, renew: bool = False) -> tuple[str, list[Path]]:
+    """Make a silo's node key in the file that its silo file names.
+
+    Returns:
+        The public line, and the old key's file if one was kept.
+
+    Raises:
+        PlanError: if the key is there already (and not to be renewed), or cannot be written.
+    """
+    private, public = node_key.generate()
+    advice = f"a silo keeps its key, since plans name it. To replace it: gramfuse pki silo {silo.path} --renew"
+    return public, write_new({silo.node_key_path: Content(private.encode("ascii"))}, advice, renew=renew)
+
+
+def _name(_: click.Context, __: click.Parameter, value: str) -> str:
+    if not 0 < len(value) <= 64 or not value.isprintable():
+        raise click.BadParameter(f"{value!r} has not 1 to 64 printable characters")
+    return value
+
+
+def _hosts(_: click.Context, __: click.Parameter, value: tuple[str, ...]) -> list[x509.GeneralName]:
+    try:
+        return server_names(value) if value else []
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+
+
+passphrase_file = click.option(
+    "--passphrase-file",
+    metavar="FILE",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="The passphrase of ca.key is the first line of this file.",
+)
+
+
+def _read_passphrase(path: Path) -> bytes:
+    """Return the passphrase in a file.
+
+    Raises:
+        PlanError: if it cannot be read, or others can read it too, or it is too short.
+    """
+    lines = read_text(path).splitlines()
+    if path.stat().st_mode & 0o077:
+        raise PlanError(f"{path}: others on this machine can read it; run: chmod 600 {path}")
+    return _long_enough(lines[0] if lines else "", str(path))
+
+
+def _long_enough(text: str, where: str) -> bytes:
+    if len(text) < LEAST_PASSPHRASE:
+        raise PlanError(
+            f"{where}: the passphrase has {len(text)} characters and needs {LEAST_PASSPHRASE} at least; six words "
+            "drawn by dice are a good one"
+        )
+    return text.encode("utf-8")
+
+
+def _asked(path: Path | None) -> Callable[[], bytes] | None:
+    """Return how to learn the passphrase of an authority's key; None if there is no way."""
+    if path is not None:
+        return lambda: _read_passphrase(path)
+    if sys.stdin.isatty():
+        return lambda: ask_secret("Passphrase of the authority's key").encode("utf-8")
+    return None
+
+
+@click.group()
+def pki() -> None:
+    """A private certificate authority, for those who have none.
+
+    \b
+    Once, where the authority is kept:  gramfuse pki init DIR --host merge.example.org
+    For the coordinator's SuperLink:    gramfuse pki server DIR
+    At each silo:                       gramfuse silo keygen silo.toml
+
+    Silos connect to the coordinator's SuperLink by TLS. They know it by a certificate that an authority signed, and it
+    knows each of them by its node key. Whoever has a certificate already, from a public authority or their
+    organisation's, needs 'gramfuse silo keygen' only.
+    """
+
+
+@pki.command()
+@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path, file_okay=False))
+@click.option(
+    "--host",
+    "hosts",
+    multiple=True,
+    required=True,
+    metavar="HOST",
+    callback=_hosts,
+    help="A name or IP address that silos dial the coordinator by, now or later. Can be repeated.",
+)
+@click.option(
+    "--name",
+    default="gramfuse CA",
+    show_default=True,
+    callback=_name,
+    help="What the certificate calls the authority.",
+)
+@click.option(
+    "--days",
+    default=3650,
+    show_default=True,
+    type=click.IntRange(1, MOST_DAYS),
+    help="How long the authority lasts.",
+)
+@click.option("--passphrase", is_flag=True, help="Ask for a passphrase, and encrypt ca.key with it.")
+@passphrase_file
+@json_option
+def init(
+    directory: Path,
+    hosts: list[x509.GeneralName],
+    name: str,
+    days: int,
+    passphrase: bool,
+    passphrase_file: Path | None,
+    as_json: bool,
+) -> None:
+    """Make an authority in DIR: its key DIR/ca.key and its certificate DIR/ca.crt.
+
+    The authority vouches for every --host and for names under it, for localhost, and for nothing else, as its
+    certificate says: give all that silos will ever dial. Another host needs another authority.
+
+    DIR/ca.key is for its owner only. Whoever has it can pose as the coordinator to every silo, so keep it away from the
+    coordinator's machine; with a passphrase, a copy of the file alone is not enough. DIR/ca.crt goes to the coordinator
+    and to every silo ('--root-certificates' of flower-supernode), and is no secret; let each silo compare its SHA-256,
+    which is printed, over another way.
+    """
+    secret = _read_passphrase(passphrase_file) if passphrase_file is not None else None
+    if secret is None and passphrase:
+        secret = _long_enough(ask_secret("Passphrase of the authority's key", twice=True), "--passphrase")
+    authority = Authority.create(name, hosts, datetime.now(UTC), days)
+    key, certificate = directory / KEY_FILE, directory / CERTIFICATE_FILE
+    write_new(
+        {
+            key: Content(key_pem(authority.key, secret)),
+            certificate: Content(certificate_pem(authority.certificate), 0o644),
+        },
+        "every silo trusts that authority; to make another one, take another directory",
+    )
+    end, digest = authority.certificate.not_valid_after_utc, fingerprint(authority.certificate)
+    names = [str(host.value) for host in hosts]
+    if as_json:
+        _echo(key=key, certificate=certificate, name=name, hosts=names, valid_until=end, sha256=digest)
+        return
+    say(f"private key written to {key}{', encrypted' if secret else ''}", err=True)
+    say(f"certificate  {certificate}", f"valid until  {end:%Y-%m-%d}", f"for          {', '.join(names)} only")
+    say(f"SHA-256      {digest}", copied=True)
+
+
+@pki.command()
+@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path, file_okay=False))
+@click.option(
+    "--host",
+    "names",
+    multiple=True,
+    metavar="HOST",
+    callback=_hosts,
+    help="A name or IP address that silos dial the coordinator by. Can be repeated.  [default: all of the authority's]",
+)
+@click.option(
+    "--days",
+    default=397,
+    show_default=True,
+    type=click.IntRange(1, MOST_DAYS),
+    help="How long the certificate lasts; never longer than the authority.",
+)
+@click.option("--renew", is_flag=True, help="Replace server.key and server.crt, and keep the old ones as .old.")
+@passphrase_file
+@json_option
+def server(
+    directory: Path,
+    names: list[x509.GeneralName],
+    days: int,
+    renew: bool,
+    passphrase_file: Path | None,
+    as_json: bool,
+) -> None:
+    """Make the coordinator's key DIR/server.key and its certificate DIR/server.crt, signed by the authority in DIR.
+
+    The certificate names the authority's hosts, or of them each --host, and localhost, since what a SuperLink starts
+    dials it there. A silo that dials another name is refused. Both files go to the coordinator's machine, with
+    DIR/ca.crt:
+
+    \b
+    flower-superlink --ssl-ca-certfile ca.crt --ssl-certfile server.crt --ssl-keyfile server.key
+
+    Silos notice nothing of a renewal, as long as the authority is the same.
+    """
+    now = datetime.now(UTC)
+    authority = Authority.read(directory, now, _asked(passphrase_file))
+    private = new_key()
+    names = names or authority.hosts
+    made = authority.certify(private.public_key(), names, now, days)
+    key, certificate = directory / "server.key", directory / "server.crt"
+    kept = write_new(
+        {key: Content(key_pem(private)), certificate: Content(certificate_pem(made), 0o644)},
+        f"to replace it: gramfuse pki server {directory} --renew",
+        renew=renew,
+    )
+    hosts, end = [str(name.value) for name in names], made.not_valid_after_utc
+    if as_json:
+        _echo(key=key, certificate=certificate, hosts=hosts, valid_until=end, kept=kept)
+        return
+    _say_kept(kept)
+    say(f"private key written to {key}", err=True)
+    say(f"certificate  {certificate}", f"valid until  {end:%Y-%m-%d}", f"hosts        {', '.join(hosts)}")
+
+
+@pki.command()
+@click.argument("file", metavar="SILO_TOML", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.option("--renew", is_flag=True, help="Replace the node key, and keep the old one as .old.")
+@json_option
+def silo(file: Path, renew: bool, as_json: bool) -> None:
+    """Make a silo's node key only, the one that Flower asks for, and print the public half.
+
+    'gramfuse silo keygen' makes it too, with the silo's identity. The private half goes into the file that SILO_TOML
+    names as 'node-key' of [coordinator] (by default, for north.toml, north.key beside it), readable by its owner only
+    ('--auth-supernode-private-key' of flower-supernode). The public half goes into the plan, as 'node-key' of this
+    silo's [[silo]]. After --renew the plan needs the new one: lock it again, and have each silo approve it.
+    """
+    from gramfuse_client.silo_file import Silo
+
+    silo = Silo.read(file)
+    public, kept = make_node_key(silo, renew=renew)
+    if as_json:
+        _echo(name=silo.name, node_key_file=silo.node_key_path, node_key=public, kept=kept)
+        return
+    _say_kept(kept)
+    say(f"private key written to {silo.node_key_path}", err=True)
+    say(f'node-key = "{public}"', copied=True)
+
+
+def _say_kept(kept: list[Path]) -> None:
+    for path in kept:
+        say(f"the old one is kept as {path}", err=True)
+
+
+def _echo(**values: Any) -> None:
+    """Print one JSON object; paths as text, times in ISO 8601."""
+    show_json({name: _plain(value) for name, value in values.items()})
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if isinstance(value, datetime):
+        return value.isoformat()
+    return value if isinstance(value, bool | None) else str(value)

@@ -1,0 +1,276 @@
+"""`gramfuse run`: an exchange between real silos."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import click
+import tomlkit
+from gramfuse_deployment.superlink import Link
+from gramfuse_deployment.terminal import say
+
+from gramfuse_cli import options
+from gramfuse_cli.commands.server import listening, serving
+from gramfuse_cli.options import as_json as json_option
+from gramfuse_cli.options import project_directory
+from gramfuse_cli.show.progress import RunProgress
+from gramfuse_cli.show.results import show_report
+from gramfuse_model.project import Project
+from gramfuse_protocol.contract.layout import Layout
+from gramfuse_protocol.contract.plan import Plan
+from gramfuse_protocol.errors import FederationError, PlanError, RunDirectoryError, error_types
+from gramfuse_server.report.page.view import read_report
+from gramfuse_server.report.schema import Report
+from gramfuse_server.run.patience import Patience
+from gramfuse_server.run_directory import REPORT
+
+DEFAULT = Patience()
+AWAY_SECONDS = 300.0
+"""How long a SuperLink may be away that somebody starts again."""
+STOP_SECONDS = 30.0
+"""How long a ServerApp may take to end that was told to."""
+
+
+@click.command()
+@project_directory
+@click.argument("connection", metavar="[CONNECTION]", required=False)
+@click.option("--out", type=click.Path(path_type=Path), help="Run directory to make.  [default: runs/<plan>-<time>]")
+@click.option(
+    "--resume",
+    metavar="RUN",
+    type=click.Path(path_type=Path),
+    help="Go on with an interrupted run, given by the run directory that it was to make.",
+)
+@click.option(
+    "--wait",
+    type=click.FloatRange(min=0),
+    default=DEFAULT.wait,
+    show_default=True,
+    help="Seconds to wait for all silos; then the run goes on without the missing ones, if the plan allows it.",
+)
+@click.option(
+    "--grace",
+    type=click.FloatRange(min=0),
+    default=DEFAULT.grace,
+    show_default=True,
+    help="Seconds to wait for a silo that went away in the middle, before the run goes on without it.",
+)
+@click.option(
+    "--patience",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    help="Seconds to wait for the answer of a silo that is connected, except while it trains or measures.  "
+    "[default: without end]",
+)
+@click.option(
+    "--serve",
+    is_flag=True,
+    help="Start the coordinator's side in CONNECTION for this run, as 'gramfuse server start' does, and stop it then.",
+)
+@listening
+@json_option
+def run(
+    directory: Path,
+    connection: str | None,
+    out: Path | None,
+    resume: Path | None,
+    wait: float,
+    grace: float,
+    patience: float,
+    serve: bool,
+    host: str | None,
+    port: int,
+    as_json: bool,
+) -> None:
+    """Run the locked plan in DIR between real silos.
+
+    CONNECTION is the directory of 'gramfuse server start', on whose machine this runs: the ServerApp writes the run
+    directory there. It can also be the name of a SuperLink in Flower's configuration ($FLWR_HOME/config.toml, by
+    default ~/.flwr/config.toml), where each has an address and its certificates; without it, Flower's default is taken.
+
+    Each silo runs 'gramfuse silo start SILO_TOML' and has the plan's digest among 'approved'. The node keys of the
+    plan's roster are registered at the SuperLink first, so that these silos may connect; over TLS a silo without one
+    could not.
+
+    A silo that goes away and is not back in time is left out, as long as the plan's minimum-survivors are there. A run
+    that was interrupted after the silos had trained (Ctrl-C, a full disk, too many silos went away) can go on with
+    --resume: no silo trains again.
+    """
+    from gramfuse_model.loading.source import source_of
+    from gramfuse_server.run_directory import check_free, read_checkpoint
+
+    if out is not None and resume is not None:
+        raise click.UsageError("--resume goes on in the directory of the interrupted run; leave out --out")
+    project = Project.read(directory)
+    layout = project.locked_layout()
+    source_of(project.plan, project.directory)
+    path = options.run_path(out or resume, project.plan)
+    if resume is None:
+        check_free(path)
+    else:
+        path = path.with_name(path.name.removesuffix(".partial"))
+        read_checkpoint(path)
+    if serve and connection is None:
+        raise click.UsageError("--serve needs CONNECTION, the directory with ca.crt, server.crt and server.key")
+    with serving(Path(str(connection)), host, port) if serve else nullcontext() as server:
+        link = Link.find(connection)
+        check_roster(project, link)
+        with tempfile.TemporaryDirectory(prefix="gramfuse-") as scratch, server.kept() if server else nullcontext():
+            app = Path(scratch) / "app"
+            write_app(app, project.plan, layout)
+            link.admit(project.plan)
+            patient = Patience(wait, patience, grace, authenticated=not link.insecure)
+            report = _follow(app, link, project, path, {"resume": resume is not None, **patient.to_config()})
+    show_report(report, path, as_json)
+
+
+def write_app(directory: Path, plan: Plan, layout: Layout) -> None:
+    """Write the Flower app that is sent around: configuration only, no code.
+
+    Both components are modules of the installed gramfuse; the same plan always gives the same bundle.
+    """
+    directory.mkdir()
+    document = {
+        "project": {
+            "name": f"gramfuse-{plan.plan.name}"[:32].rstrip("-"),
+            "version": f"{plan.plan.version}.0.0",
+            "description": f"One gramfuse exchange, plan {plan.digest}",
+            "license": "Apache-2.0",
+        },
+        "tool": {
+            "flwr": {
+                "app": {
+                    "publisher": "gramfuse",
+                    "components": {"serverapp": "gramfuse_server.app:app", "clientapp": "gramfuse_client.app:app"},
+                    "config": {
+                        "plan": plan.to_toml(),
+                        "layout": layout.to_json(),
+                        "directory": "",
+                        "run-directory": "",
+                        "resume": False,
+                        **DEFAULT.to_config(),
+                    },
+                }
+            }
+        },
+    }
+    (directory / "pyproject.toml").write_text(tomlkit.dumps(document), encoding="utf-8")
+
+
+def check_roster(project: Project, link: Link) -> None:
+    """Raise PlanError if a silo of the roster could not connect, since the SuperLink asks for a key that it lacks."""
+    lacking = [] if link.insecure else [silo.name for silo in project.plan.silo if silo.node_key is None]
+    if lacking:
+        raise PlanError(
+            f"{project.plan_path}: has no node-key for {', '.join(lacking)}, and the SuperLink at {link.address} lets "
+            "nobody connect without one; have each print it with gramfuse silo keygen, write it into its [[silo]], and "
+            f"run: gramfuse plan lock {project.directory}"
+        )
+
+
+def _follow(app: Path, link: Link, project: Project, out: Path, how: dict[str, Any]) -> Report:
+    settings = tomlkit.dumps({"directory": str(project.directory), "run-directory": str(out), **how})
+    overrides = app.parent / "run.toml"
+    overrides.write_text(settings, encoding="utf-8")
+    started = link.flwr("run", str(app), link.name, "--run-config", str(overrides))
+    run_id = str(started["run-id"])
+    failures: list[dict[str, Any]] = []
+    try:
+        with RunProgress(project.plan.names, lambda name: None) as progress:
+
+            def take(event: dict[str, Any]) -> None:
+                if event["state"] == "failed":
+                    failures.append(event)
+                else:
+                    progress.take(event)
+
+            status = _watch(run_id, link, take)
+    except KeyboardInterrupt:
+        link.flwr("stop", run_id, link.name)
+        say(_kept(project, link, out, STOP_SECONDS) or "nothing of the run is kept", err=True)
+        raise
+    go_on = f"\n{_kept(project, link, out)}".rstrip()
+    if failures:
+        failed = failures[-1]
+        error = error_types().get(failed["error"], FederationError)(failed["message"] + go_on)
+        error.report = Path(failed["report"]) if failed["report"] else None
+        raise error
+    if status["status"] != "finished:completed" or not out.exists():
+        raise FederationError(
+            f"Flower run {run_id} ended as {status['status']} ({status.get('status-details') or 'no details'}); "
+            f"see: FLWR_HOME={link.home} flwr log {run_id} {link.name} --show{go_on}"
+        )
+    return read_report(out / REPORT)
+
+
+def _kept(project: Project, link: Link, out: Path, seconds: float = 0.0) -> str:
+    """Say how to go on with a run that was interrupted after the silos had trained; of any other, keep nothing for it.
+
+    Args:
+        seconds: how long its ServerApp may take to end.
+    """
+    from gramfuse_server.run_directory import RESUMABLE, discard, read_checkpoint
+
+    try:
+        if RESUMABLE in read_checkpoint(out):
+            command = ["gramfuse", "run", str(project.directory), link.given, "--resume", str(out)]
+            return f"what was done is kept; go on with: {shlex.join(command)}"
+    except RunDirectoryError:
+        pass
+    discard(out, seconds)
+    return ""
+
+
+def _watch(run_id: str, link: Link, take: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Hand on the events of a run until it is finished, and return what Flower says of it then.
+
+    The SuperLink may go away meanwhile and come back, and the run goes on; its log is read again from the beginning.
+
+    Raises:
+        FederationError: if the SuperLink stays away for AWAY_SECONDS.
+    """
+    done, answered = 0, time.monotonic()
+    while True:
+        with subprocess.Popen(  # noqa: S603
+            link.command("log", run_id, link.name, "--stream"),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env={**link.environment, "PYTHONUNBUFFERED": "1"},  # into a pipe, Flower's command writes in blocks
+        ) as log:
+            try:
+                for number, line in enumerate(log.stdout or (), 1):
+                    if number > done and line.endswith("\n"):
+                        done, event = number, _event(line)
+                        if event is not None:
+                            take(event)
+            finally:
+                log.terminate()
+        try:
+            (run,) = link.flwr("list", link.name, "--run-id", run_id)["runs"]
+        except FederationError:
+            if time.monotonic() > answered + AWAY_SECONDS:
+                raise
+        else:
+            answered = time.monotonic()
+            if str(run["status"]).startswith("finished"):
+                return dict(run)
+        time.sleep(1)
+
+
+def _event(line: str) -> dict[str, Any] | None:
+    """Return the event that a line of the ServerApp's log is, or None."""
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return None
+    return event if isinstance(event, dict) and {"phase", "state"} <= event.keys() else None

@@ -1,0 +1,80 @@
+"""`gramfuse silo`: what a silo's operator does."""
+
+from __future__ import annotations
+
+import secrets
+from pathlib import Path
+
+import click
+from gramfuse_deployment.terminal import say, show_json
+
+from gramfuse_cli.commands import silo_check, silo_clear, silo_ledger, silo_start
+from gramfuse_cli.commands.pki import make_node_key
+from gramfuse_cli.options import as_json as json_option
+from gramfuse_protocol.contract.node_key import fingerprint
+from gramfuse_protocol.secure_sum.keys import KEY_BYTES, Identity
+
+
+@click.group()
+def silo() -> None:
+    """Take part as a silo: make its keys, check it, start it, see what left it.
+
+    \b
+    Once, the silo's keys:    gramfuse silo keygen silo.toml
+    Before approving a plan:  gramfuse silo check silo.toml --plan plan.toml
+    To take part:             gramfuse silo start silo.toml
+    What left, at any time:   gramfuse silo ledger show silo.toml
+    After a failure:          gramfuse silo clear silo.toml --plan DIGEST
+
+    A silo file (silo.toml) says what a silo brings and what it allows. It is private to the silo. 'check' is a dry run,
+    and sends nothing of the silo's; do it again before a run. 'start' answers a coordinator for plans that the file
+    approves, until it is stopped. Each message that leaves has a line in the ledger before it leaves.
+    """
+
+
+silo.add_command(silo_check.check)
+silo.add_command(silo_clear.clear)
+silo.add_command(silo_ledger.ledger)
+silo.add_command(silo_start.start)
+
+
+@silo.command()
+@click.argument("file", metavar="SILO_TOML", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@json_option
+def keygen(file: Path, as_json: bool) -> None:
+    """Make the keys by which others know this silo, and print their public halves.
+
+    There are two: the identity, by which other silos know this one, and the node key, by which the coordinator's Flower
+    does. The private halves go into the files that SILO_TOML names as 'identity' and as 'node-key' of [coordinator] (by
+    default, for north.toml, north.pem and north.key beside it), readable by their owner only. A key that is there
+    already is left alone, since plans name it, and its public half is printed all the same. The public halves go into
+    the plan, as 'public-key' and 'node-key' of this silo's [[silo]]. Hand them over in a way that nobody can tamper
+    with: whoever can put keys of their own into the plan is that silo.
+    """
+    from gramfuse_client.silo_file import Silo, write_identity
+
+    silo = Silo.read(file)
+    has_identity, has_node_key = silo.identity_path.exists(), silo.node_key_path.exists()
+    # The one that is there is read before the other is made, so that nothing is written if it is of no use.
+    identity = silo.identity() if has_identity else Identity(secrets.token_bytes(KEY_BYTES))
+    node_key = silo.node_key() if has_node_key else make_node_key(silo)[0]
+    if not has_identity:
+        write_identity(silo.identity_path, identity)
+    public = identity.public.hex()
+    if as_json:
+        show_json(
+            {
+                "name": silo.name,
+                "identity": str(silo.identity_path),
+                "node_key_file": str(silo.node_key_path),
+                "public_key": public,
+                "node_key": node_key,
+                "fingerprint": fingerprint(node_key),
+            }
+        )
+        return
+    for path, was_there in ((silo.identity_path, has_identity), (silo.node_key_path, has_node_key)):
+        say(f"private key {'was there already:' if was_there else 'written to'} {path}", err=True)
+    say(f"fingerprint of the node key: {fingerprint(node_key)}", err=True)
+    lines = (f'name = "{silo.name}"', f'public-key = "{public}"', f'node-key = "{node_key}"')
+    say("[[silo]]", *lines, copied=True)

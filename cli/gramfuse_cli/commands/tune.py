@@ -1,0 +1,185 @@
+"""`gramfuse tune`: α, silo weights, order and influence, chosen on held-out data that are not those of the report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+from gramfuse_deployment.terminal import Table, say, show_json
+from gramfuse_simulation.labelled_rows import row_options
+from gramfuse_simulation.terms import Term, compare_option
+from gramfuse_simulation.tuning import Data, Wanted, tune_files
+
+from gramfuse_cli import options
+from gramfuse_cli.commands.simulate import run_simulation
+from gramfuse_cli.show.results import check_sound, show_checks, show_models, show_report, show_steps
+from gramfuse_model.project import Project
+from gramfuse_protocol.contract.plan import Plan
+from gramfuse_protocol.errors import PlanError
+from gramfuse_server.report.schema import Tuning
+
+GRID = ",".join(f"{n / 10:g}" for n in range(11))
+
+OF_FILES = ("base", "validation", "test", "text", "text_pair", "image", "label", "labels", "skip_bad")
+OF_PROJECTS = ("compare", "opened", "settings", "seed")
+
+
+def _grid(_: click.Context, __: click.Parameter, text: str) -> tuple[float, ...]:
+    try:
+        values = tuple(float(value) for value in text.split(","))
+    except ValueError:
+        raise click.BadParameter(f"expected numbers such as {GRID} (got {text!r})") from None
+    if not all(0 <= value <= 1 for value in values):
+        raise click.BadParameter(f"every value lies between 0 and 1 (got {text!r})")
+    return tuple(dict.fromkeys(values))
+
+
+@click.command()
+@click.argument(
+    "sources", metavar="DIR | STATS...", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True)
+)
+@click.option(
+    "--alpha",
+    "alphas",
+    metavar="α,α,…",
+    default=GRID,
+    show_default=True,
+    callback=_grid,
+    help="Values to try, each from 0 to 1.",
+)
+@click.option("--weights", is_flag=True, help="Search silo weights too, by doubling and halving one at a time.")
+@click.option(
+    "--order",
+    type=click.Choice(["given", "greedy"]),
+    help="Try merges of the first 1, 2, … silos: in roster order (files: by their names), or each time with the one "
+    "that helps most.",
+)
+@click.option("--influence", is_flag=True, help="Try the merge without each silo.")
+@click.option("--base", metavar="BASE", help="Files: the base model, where it is here. Always needed.")
+@click.option("--validation", metavar="DATA", help="Files: examples to choose by.")
+@click.option("--test", metavar="DATA", help="Files: examples to report on.")
+@options.columns
+@row_options("Files: ")
+@compare_option
+@options.open_mode
+@options.settings
+@options.as_json
+@click.pass_context
+def tune(
+    context: click.Context,
+    /,
+    sources: tuple[Path, ...],
+    alphas: tuple[float, ...],
+    weights: bool,
+    order: Any,
+    influence: bool,
+    base: str | None,
+    validation: str | None,
+    test: str | None,
+    labels: str | None,
+    skip_bad: int,
+    compare: tuple[Term, ...],
+    opened: bool,
+    settings: tuple[str, ...],
+    seed: int | None,
+    out: Path | None,
+    as_json: bool,
+    **columns: str | None,
+) -> None:
+    """Choose α, and with --weights the silos' weights, by held-out data that are not those of the report.
+
+    \b
+    gramfuse tune DIR --open
+    gramfuse tune mine.safetensors yours.safetensors --validation DATA --test DATA -o merged
+
+    The first form simulates all silos of DIR/plan.toml; they train once. Merges are ranked on data.validation of each
+    silo file, or, if there is none, on one half of the silo's held-out examples; the report is on the others only, and
+    so are the models of --compare. Needs open mode: a secure sum is of one α.
+
+    The second is for STATS, files of gramfuse measure. DATA are as in a silo file: .jsonl, .json, .csv, .tsv, .parquet,
+    or hf:NAME[:config][#split].
+
+    The merge that is chosen is written as the model, and all that was tried is in report.json under "tuning". Orders
+    and influences are for you to read: no silo is left out by itself.
+    """
+    wanted = Wanted(alphas, weights, order, influence)
+    of_project = len(sources) == 1 and (sources[0].is_dir() or sources[0].name == "plan.toml")
+    for name in OF_FILES if of_project else OF_PROJECTS:
+        if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
+            spelled = {"opened": "open", "settings": "set"}.get(name, name.replace("_", "-"))
+            what = "statistics files" if of_project else "a project directory"
+            raise click.UsageError(f"--{spelled} is for {what}")
+    if of_project:
+        project = Project.read(sources[0], options.all_settings(settings, seed, opened=opened))
+        check_tunable(project.plan)
+        run = options.run_path(out, project.plan)
+        report = run_simulation(project, run, tune=wanted, compare=compare, opened=opened)
+        if not as_json and report.tuning is not None:
+            show_tuning(report.tuning)
+        show_report(report, run, as_json)
+        return
+    if validation is None or test is None or out is None:
+        raise click.UsageError("files need --validation DATA, --test DATA and -o MODEL")
+    report = tune_files(sources, base, Data(validation, test, columns, labels, skip_bad), wanted, out.absolute(), _say)
+    if as_json:
+        check_sound(report, out.absolute())
+        show_json({**report.document(), "run": str(out.absolute())})
+        return
+    if report.left_out:
+        say(f"{len(report.left_out)} bad rows are left out:", *report.left_out, err=True)
+    if report.tuning is not None:
+        show_tuning(report.tuning)
+    show_models(report, "test examples")
+    show_steps(report.solve)
+    show_checks(report)
+    say("", str(out))
+    check_sound(report, out.absolute())
+
+
+def _say(line: str) -> None:
+    say(f"  {line}", err=True)
+
+
+def check_tunable(plan: Plan) -> None:
+    """Raise PlanError, saying what to do, if merges of a plan cannot be compared with one another."""
+    if plan.privacy.secure_aggregation:
+        raise PlanError(
+            "tune needs each silo's statistics; with privacy.secure-aggregation the coordinator has one sum, of one α "
+            "and one set of weights. Agree on merge.alpha before the run; or, if all of the data may be seen on this "
+            "machine, tune in the clear with --open, and write the α that it finds into the plan"
+        )
+    if plan.privacy.metrics == "none":
+        raise PlanError(
+            'tune compares merges by held-out metrics, and privacy.metrics = "none" lets none leave; '
+            "use --set privacy.metrics=sum"
+        )
+    if plan.merge.rounds > 1:
+        raise PlanError("tune looks at one exchange; use --set merge.rounds=1, and then the α that it finds")
+
+
+def show_tuning(tuning: Tuning) -> None:
+    """Print what was tried, with the chosen merge marked."""
+    metric, chosen = tuning.metric, tuning.chosen
+    examples = sum(tuning.examples.values())
+    say(f"Chosen on {examples:,} validation examples, none of which is reported on:")
+    table = Table(plain=False)
+    table.column("merge", fold=True)
+    table.column(metric, justify="right", fold=True)
+    for trial in tuning.alpha:
+        mark = trial.alpha == chosen.alpha and not tuning.weights
+        _row(table, f"α = {trial.alpha:g}", trial.score, mark)
+    for weighted in tuning.weights:
+        text = f"α = {chosen.alpha:g}, " + ", ".join(f"{silo} × {w:g}" for silo, w in weighted.weights.items())
+        _row(table, text, weighted.score, weighted.weights == chosen.weights)
+    for step in tuning.order:
+        *_, last = step.silos
+        _row(table, f"{len(step.silos)} silos, with {last}" if len(step.silos) > 1 else last, step.score)
+    for entry in tuning.influence:
+        _row(table, f"without {entry.silo}", entry.without)
+    table.show()
+
+
+def _row(table: Table, what: str, score: float | None, chosen: bool = False) -> None:
+    shown = "-" if score is None else f"{score:.3f}"
+    table.row(f"{what}, chosen" if chosen else what, shown, style="bold" if chosen else "")

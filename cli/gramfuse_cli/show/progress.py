@@ -1,0 +1,86 @@
+"""What a run looks like on a terminal, and as plain lines where there is none. All of it on standard error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any
+
+from gramfuse_deployment.terminal import bars, say
+
+from gramfuse_server.report.page.words import PHASES
+
+
+class RunProgress:
+    """Shows phases as they come, and each silo's training steps while they last.
+
+    Args:
+        silos: names, in roster order.
+        poll: returns the last note of a silo's progress (phase, done, total), or None; only asked while training.
+    """
+
+    def __init__(self, silos: tuple[str, ...], poll: Callable[[str], Mapping[str, Any] | None]) -> None:
+        self.silos = silos
+        self.poll = poll
+        self.phase = ""
+        self._progress = bars("  {task.description:<12}", "{task.fields[doing]:<8}")
+        self._bars: dict[str, Any] = {}
+
+    def __enter__(self) -> RunProgress:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self._progress.stop()
+
+    def take(self, event: Mapping[str, Any]) -> None:
+        """Show one event of the exchange."""
+        phase = event["phase"]
+        match event["state"]:
+            case "start":
+                self.phase = phase
+                which = f" (round {event['round']} of {event['rounds']})" if "round" in event else ""
+                self._say(f"{PHASES[phase]}{which}", "bold")
+                if phase == "train":
+                    self._bars = {s: self._progress.add_task(s, total=None, doing="") for s in self.silos}
+            case "silo":
+                self._silo(event)
+            case "wait":
+                self._say(f"  {event['connected']} of {event['needed']} silos are connected")
+            case "waiting":
+                doing = "away" if event["away"] else "no answer yet"
+                self._say(f"  {event['silo']:<12} {doing}, {event['seconds'] // 60} min", "dim")
+            case "lost":
+                self._say(f"  {event['silo']:<12} lost: {event['reason']}", "yellow")
+            case "try":
+                self._say(f"  {event['name']:<12} …", "dim")
+            case "measured":
+                self._say(f"  {event['name']:<12} measured")
+            case "end":
+                self._say(f"  {event['seconds']:.1f} s", "dim")
+
+    def refresh(self) -> None:
+        """Look how far the silos are."""
+        if self.phase != "train" or not self._progress.console.is_terminal:
+            return
+        for silo, bar in self._bars.items():
+            note = self.poll(silo)
+            if note is not None:
+                doing = {"train": "training", "measure": "measuring"}.get(note["phase"], note["phase"])
+                self._progress.update(bar, completed=note["done"], total=note["total"], doing=doing)
+
+    def _silo(self, event: Mapping[str, Any]) -> None:
+        silo = event["silo"]
+        match event["phase"]:
+            case "train":
+                if silo in self._bars:
+                    self._progress.remove_task(self._bars.pop(silo))
+                self._say(f"  {silo:<12} ready" + (f", {event['examples']} examples" if event["examples"] else ""))
+            case "upload" | "masked":
+                if event["piece"] == event["pieces"]:
+                    self._say(f"  {silo:<12} complete")
+            case _:
+                self._say(f"  {silo:<12} ok")
+
+    def _say(self, line: str, style: str = "") -> None:
+        say(line, style=style, on=self._progress.console)

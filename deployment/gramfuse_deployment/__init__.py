@@ -1,0 +1,1 @@
+"""The processes of a real deployment, at the coordinator and at silos."""

@@ -1,0 +1,1 @@
+"""All silos in one process: simulations, comparisons, tuning."""

@@ -1,0 +1,120 @@
+"""The other models that `gramfuse simulate --compare` measures beside the merge."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from gramfuse_protocol.held_out.metrics import Sums
+from gramfuse_server.merging.methods import registry
+from gramfuse_server.run.evaluation import described, ranked_by
+from gramfuse_simulation.all_silos import Deltas, Laboratory
+from gramfuse_simulation.terms import Term
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from gramfuse_model.loading.base_model import Base
+    from gramfuse_protocol.contract.layout import Layout
+    from gramfuse_protocol.contract.plan import Plan
+    from gramfuse_server.report.schema import Measured
+    from gramfuse_server.run.conductor import Observer
+
+
+class Comparison:
+    """Makes models and measures them on the held-out examples of all silos.
+
+    Args:
+        observer: is told when a model is begun and when it was measured.
+    """
+
+    def __init__(self, laboratory: Laboratory, observer: Observer) -> None:
+        self.silos = SimulatedSilos(laboratory, observer)
+        self.observer = observer
+
+    def models(self, terms: tuple[Term, ...]) -> list[Measured]:
+        """Return what a report says of each model: as of the exchange's own, with seconds and notes."""
+        return [self._measured(term) for term in terms]
+
+    def _measured(self, term: Term) -> Measured:
+        self.observer({"phase": "study", "state": "try", "name": term.text})
+        start = time.monotonic()
+        made = term.method.make(self.silos, **term.options)
+        sums = made.sums if isinstance(made, registry.Measured) else self.silos.measure(made.deltas)
+        seconds = round(time.monotonic() - start, 3)
+        name = term.method.label + (f" ({', '.join(made.about)})" if made.about else "")
+        self.silos.tell(name)
+        return described(self.silos.plan, name, term.kind, sums).updated(seconds=seconds, **made.more)
+
+
+class SimulatedSilos:
+    """What methods ask of silos (`gramfuse_server.merging.methods.registry.Silos`), answered by a laboratory.
+
+    Args:
+        observer: as `Comparison` has it.
+    """
+
+    def __init__(self, laboratory: Laboratory, observer: Observer) -> None:
+        self.laboratory = laboratory
+        self.observer = observer
+        self.plan: Plan = laboratory.plan
+        self.layout: Layout = laboratory.layout
+        self.names: Sequence[str] = tuple(laboratory.contributions)
+
+    @property
+    def base(self) -> Base:
+        """The base model with the head of the first silo's task."""
+        return next(iter(self.laboratory.benches.values())).base
+
+    @property
+    def ranked_by(self) -> str:
+        """Which metric ranks models: the higher, the better."""
+        return ranked_by(self.plan)
+
+    def start(self) -> Mapping[str, NDArray[np.float32]]:
+        """Return the base model's parameters and buffers that are merged, by name."""
+        return self.laboratory.start()
+
+    def deltas(self, silo: str) -> Deltas:
+        """Return how a silo's own model differs from the base."""
+        return self.laboratory.deltas(silo)
+
+    def parents(self) -> tuple[list[Deltas], list[dict[str, NDArray[np.float64]]]]:
+        """Return the differences of all silos, zero where they count for nothing, and what they count for."""
+        return self.laboratory.parents()
+
+    def fisher(self, silo: str, variant: Any, examples: int) -> tuple[str, Deltas]:
+        """Return the variant, by default the one that fits the silo's task, and the diagonal Fisher information."""
+        from gramfuse_client.training.fisher import choose_variant
+
+        bench = self.laboratory.benches[silo]
+        chosen = choose_variant(bench.task, variant)
+        return chosen, bench.fisher(self.deltas(silo), chosen, examples)
+
+    def measure(self, deltas: Deltas) -> Mapping[str, Sums]:
+        """Return the held-out sums of the base with differences added, by silo."""
+        return self.laboratory.measure(deltas)
+
+    def metrics(self, sums: Mapping[str, Sums]) -> Mapping[str, float]:
+        """Return the metrics of all silos together."""
+        return described(self.plan, "", "", sums).metrics
+
+    def ask_together(self) -> Mapping[str, Sums]:
+        """Return the held-out sums of all silos' own models asked together, by silo."""
+        return self.laboratory.measure_ensemble()
+
+    def train_jointly(self) -> Mapping[str, Sums]:
+        """Return the held-out sums of the base fine-tuned on all silos' data, by silo."""
+        return self.laboratory.measure_joint()
+
+    def federate(self, rounds: int, after: Callable[[int, Deltas], None]) -> Mapping[str, int]:
+        """Run FedAvg, with a call after each round, and return the bytes that each silo sent."""
+        from gramfuse_simulation.fedavg import federated_average
+
+        return federated_average(self.laboratory, rounds, after)
+
+    def tell(self, name: str) -> None:
+        """Tell whoever watches that something was measured."""
+        self.observer({"phase": "study", "state": "measured", "name": name})

@@ -1,0 +1,118 @@
+"""FedAvg by Flower's own strategy, with silos that answer in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAvg
+
+from gramfuse_simulation.all_silos import Bench, Deltas, Laboratory
+
+WEIGHT = "weight"
+"""What a reply's arrays are weighed by."""
+
+
+class LocalGrid(Grid):
+    """A grid whose nodes are ClientApps in this process; they answer one after the other, in order.
+
+    Args:
+        apps: one for each node; the n-th has the node id n + 1.
+    """
+
+    def __init__(self, apps: Sequence[ClientApp]) -> None:
+        self._nodes = {number: (app, Context(0, number, {}, RecordDict(), {})) for number, app in enumerate(apps, 1)}
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Return all nodes."""
+        return list(self._nodes)
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        """Have each node answer; whatever it raises is raised here."""
+        replies = []
+        for message in sorted(messages, key=lambda message: message.metadata.dst_node_id):
+            app, context = self._nodes[message.metadata.dst_node_id]
+            replies.append(app(message, context))
+        return replies
+
+    def set_run(self, run: Any) -> None:
+        """Not needed here."""
+        raise NotImplementedError
+
+    @property
+    def run(self) -> Any:
+        """Not needed here."""
+        raise NotImplementedError
+
+    def create_message(self, *args: Any, **more: Any) -> Message:
+        """Not needed here: the strategy makes its messages itself."""
+        raise NotImplementedError
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Not needed here: the strategy sends and receives at once."""
+        raise NotImplementedError
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Not needed here: the strategy sends and receives at once."""
+        raise NotImplementedError
+
+
+def silo_app(bench: Bench, start: Mapping[str, np.ndarray[Any, Any]], own: Deltas, weight: float) -> ClientApp:
+    """Return a ClientApp that fine-tunes what it is sent on a silo's data, and sends it back.
+
+    Args:
+        start: the base model's parameters that are averaged, by name.
+        own: the silo's own model, which is what it has after the first round.
+        weight: what the silo counts for in the mean.
+    """
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, _: Context) -> Message:
+        received = {name: array.numpy() for name, array in message.content.array_records["arrays"].items()}
+        number = int(message.content.config_records["config"]["server-round"])
+        if number == 1:
+            tuned = {name: np.add(array, own[name], dtype=np.float32) for name, array in received.items()}
+        else:
+            tuned = bench.finetune({name: array - start[name] for name, array in received.items()}, number)
+        arrays = ArrayRecord({name: Array(np.asarray(tuned[name])) for name in received})
+        metrics = MetricRecord({WEIGHT: weight})
+        return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
+
+    return app
+
+
+def federated_average(laboratory: Laboratory, rounds: int, after: Callable[[int, Deltas], None]) -> dict[str, int]:
+    """Run FedAvg, each round with as much local training as the plan has in all.
+
+    The first round is that which the silos have behind them.
+
+    Args:
+        after: called after each round with its number and the averaged model, as differences from the base.
+
+    Returns:
+        The bytes that each silo sent: its model's arrays, once a round.
+
+    Source: McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data", AISTATS 2017,
+    algorithm 1, as `flwr.serverapp.strategy.FedAvg` has it.
+    """
+    start = laboratory.start()
+
+    def measure(number: int, arrays: ArrayRecord) -> None:
+        if number:  # before the first round there is nothing to measure
+            after(number, {name: array.numpy().astype(np.float64) - start[name] for name, array in arrays.items()})
+
+    benches = laboratory.benches
+    grid = LocalGrid(
+        [silo_app(bench, start, laboratory.deltas(name), laboratory.weight(name)) for name, bench in benches.items()]
+    )
+    count = len(benches)
+    strategy = FedAvg(fraction_evaluate=0.0, min_train_nodes=count, min_available_nodes=count, weighted_by_key=WEIGHT)
+    initial = ArrayRecord({name: Array(array) for name, array in start.items()})
+    strategy.start(grid=grid, initial_arrays=initial, num_rounds=rounds, evaluate_fn=measure)
+    sent = rounds * sum(array.nbytes for array in start.values())
+    return dict.fromkeys(benches, sent)
