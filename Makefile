@@ -9,6 +9,7 @@ READY := $(VENV)/.ready
 # In containers it runs as whoever calls make, but not as root.
 USER_ID = $(shell id -u | sed 's/^0$$/1000/')
 GROUP_ID = $(shell id -g | sed 's/^0$$/1000/')
+QUICK = $(addprefix tests/,protocol model server deployment vectors repository)
 TABLES = glue emotion ner sent intents skew tasks generation desk
 COMPOSE = GRAMFUSE_UID=$(USER_ID) GRAMFUSE_GID=$(GROUP_ID) docker compose --file docker/compose.yaml
 
@@ -34,7 +35,7 @@ check: $(READY) ## Format, lint, dependency rule, types, unit tests (under a min
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
 	$(BIN)/mypy
-	$(BIN)/pytest -q -n 2 tests/unit
+	$(BIN)/pytest -q -n 2 $(QUICK)
 
 bench-quick: $(READY) ## Every table and chart of accuracy, small, in 17 minutes: make bench-quick DATA=PATH/TO/SETS
 	@test -n "$(DATA)" || { echo "give the folder of the sets: make bench-quick DATA=PATH/TO/SETS" >&2; exit 2; }

@@ -21,8 +21,6 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import BertConfig, BertModel, GPT2Config, GPT2Model, PreTrainedTokenizerFast
 
-import gramfuse_client.exchange.local_model  # noqa: F401  # with all that the two import
-import gramfuse_client.training.finetune
 from gramfuse_client.silo_file import write_identity
 from gramfuse_model.probing.public_text import PUBLIC_TEXT
 from gramfuse_protocol.secure_sum.keys import Identity

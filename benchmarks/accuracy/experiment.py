@@ -15,8 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from gramfuse_simulation.all_silos import Bench, Deltas, Laboratory, Part
-from gramfuse_simulation.fedavg import federated_average
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
@@ -34,6 +32,8 @@ from gramfuse_server.merging.methods.task_arithmetic import task_arithmetic
 from gramfuse_server.merging.methods.ties import ties
 from gramfuse_server.merging.methods.transport import feed_forward_pairs, transport_mean
 from gramfuse_server.run.evaluation import described
+from gramfuse_simulation.all_silos import Bench, Deltas, Laboratory, Part
+from gramfuse_simulation.fedavg import federated_average
 
 Row = dict[str, Any]
 Silos = tuple[str, ...]

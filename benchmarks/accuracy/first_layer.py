@@ -16,12 +16,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gramfuse_simulation.all_silos import Deltas, Laboratory, Part
-
 from experiment import Between, Derived, cut
 from gramfuse_protocol.contract.layout import Layout
 from gramfuse_protocol.statistics.contribution import Contribution
 from gramfuse_server.run.evaluation import described, ranked_by
+from gramfuse_simulation.all_silos import Deltas, Laboratory, Part
 from projects import Setting
 from sets import Source
 from settings import EXPERIMENTS

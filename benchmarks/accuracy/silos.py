@@ -9,9 +9,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from gramfuse_simulation.all_silos import Laboratory
-from gramfuse_simulation.engine import simulated_silo
-
 from gramfuse_client.exchange.offline import contribute
 from gramfuse_client.silo_file import read_silos
 from gramfuse_client.state.state import State
@@ -19,6 +16,8 @@ from gramfuse_model.project import Project
 from gramfuse_protocol.contract.layout import Layout
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.statistics.file import StatisticsFile, read_statistics
+from gramfuse_simulation.all_silos import Laboratory
+from gramfuse_simulation.engine import simulated_silo
 from projects import Setting, write
 
 

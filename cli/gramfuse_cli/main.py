@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import click
-from gramfuse_deployment.terminal import say, show_json
 
 from gramfuse_cli.commands import (
     demo,
@@ -27,6 +26,7 @@ from gramfuse_cli.commands import (
     simulate,
     tune,
 )
+from gramfuse_deployment.terminal import say, show_json
 from gramfuse_protocol.errors import GramfuseError
 
 INTERRUPTED = 130

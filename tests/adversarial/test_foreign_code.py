@@ -186,7 +186,19 @@ def test_a_file_from_a_stranger_does_not_say_what_is_loaded(
 
 SOURCES = [
     path
-    for package in ("cli", "client", "model", "protocol", "server", "benchmarks", "examples", "docs", "docker")
+    for package in (
+        "cli",
+        "client",
+        "deployment",
+        "model",
+        "protocol",
+        "server",
+        "simulation",
+        "benchmarks",
+        "examples",
+        "docs",
+        "docker",
+    )
     for path in sorted((ROOT / package).rglob("*.py"))
 ]
 OPENERS = {"torch.load", "pickle.load", "pickle.loads", "pickle.Unpickler", "joblib.load", "pandas.read_pickle"}

@@ -49,8 +49,8 @@ from gramfuse_server.app import coordinate
 from gramfuse_server.report.merged_model import card, front_matter
 from gramfuse_server.report.page.page import page
 from gramfuse_server.report.schema import Measured, Report
-from tests.simulation.conftest import InProcessGrid
-from tests.unit.test_page import open_run
+from tests.grid import InProcessGrid
+from tests.server.test_page import open_run
 
 FAKE_KEY = "ab" * 32
 SCREEN = {

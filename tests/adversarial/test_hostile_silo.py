@@ -44,7 +44,7 @@ from gramfuse_server.run.exchange import Exchange
 from gramfuse_server.run.patience import Patience
 from gramfuse_server.run.spool import Spool
 from gramfuse_server.run_directory import RunDirectory, partial_of
-from tests.simulation.conftest import InProcessGrid, _task_identity  # noqa: F401  # the second is a fixture
+from tests.grid import InProcessGrid, _task_identity  # noqa: F401  # the second is a fixture
 
 A, B, C, D = NAMES = tuple(f"silo-{letter}" for letter in "abcd")
 PIECE_BYTES = 16384

@@ -38,7 +38,7 @@ from gramfuse_server.run import delivery
 from gramfuse_server.run.exchange import Exchange
 from gramfuse_server.run_directory import RunDirectory
 from tests.adversarial.conftest import Liar
-from tests.simulation.conftest import InProcessGrid, _task_identity  # noqa: F401  # a fixture
+from tests.grid import InProcessGrid, _task_identity  # noqa: F401  # a fixture
 
 honest = sums.summands
 

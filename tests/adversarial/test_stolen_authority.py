@@ -18,6 +18,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from cryptography.x509.verification import PolicyBuilder, Store, VerificationError
+
 from gramfuse_deployment.certificates import Authority, certificate_pem, key_pem, new_key, server_names
 
 NOW = datetime.now(UTC)

@@ -18,15 +18,15 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from gramfuse_deployment.processes import BIN, marked
-from gramfuse_deployment.superlink import Link
-from gramfuse_deployment.supervisor import mark_of
 
 from gramfuse_client.data.examples import load
 from gramfuse_client.exchange.local_model import train
 from gramfuse_client.guard.ledger import Ledger
 from gramfuse_client.silo_file import Silo
 from gramfuse_client.state.masked_vector import write_masked
+from gramfuse_deployment.processes import BIN, marked
+from gramfuse_deployment.superlink import Link
+from gramfuse_deployment.supervisor import mark_of
 from gramfuse_model.loading.base_model import load_base
 from gramfuse_model.normal_equations import summands
 from gramfuse_protocol.contract.layout import Layout

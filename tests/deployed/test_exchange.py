@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gramfuse_deployment.processes import BIN
 
 from gramfuse_client.guard.ledger import Ledger
 from gramfuse_client.silo_file import Silo
+from gramfuse_deployment.processes import BIN
 
 Run = Callable[..., Any]
 

@@ -19,6 +19,7 @@ from flwr.app import Array, ArrayRecord, RecordDict
 from flwr.proto.message_pb2 import PushObjectRequest
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
+
 from gramfuse_deployment.nginx import ADDRESS_AT_ONCE, ALL_AT_ONCE, BODY_BYTES, HEADER_SECONDS, STALL_SECONDS
 from gramfuse_deployment.processes import CHUNK_BYTES
 

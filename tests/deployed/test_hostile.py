@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gramfuse_deployment.endpoint import free_port
-from gramfuse_deployment.processes import BIN, contained
-from gramfuse_deployment.superlink import Link
 
 from gramfuse_client.guard.ledger import Ledger
 from gramfuse_client.silo_file import Silo
+from gramfuse_deployment.endpoint import free_port
+from gramfuse_deployment.processes import BIN, contained
+from gramfuse_deployment.superlink import Link
 
 SECRET = "a patient's letter that never leaves the silo"
 

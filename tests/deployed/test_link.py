@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gramfuse_deployment.superlink import Link
 
 from gramfuse_cli.commands.run import check_roster
+from gramfuse_deployment.superlink import Link
 from gramfuse_model.project import Project
 from gramfuse_protocol.contract import node_key
 from gramfuse_protocol.errors import FederationError, PlanError

@@ -18,14 +18,14 @@ from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor, SuperExec
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_TYPES
 from flwr.supercore.runtime import RuntimeHttpClient
-from gramfuse_deployment.endpoint import free_port
-from gramfuse_deployment.nginx import BODY_BYTES, find_nginx, write_configuration
-from gramfuse_deployment.processes import BIN
-from gramfuse_deployment.superlink import Link
 from httpx import HTTPStatusError
 
 from gramfuse_cli.commands.run import run
 from gramfuse_cli.commands.server import server
+from gramfuse_deployment.endpoint import free_port
+from gramfuse_deployment.nginx import BODY_BYTES, find_nginx, write_configuration
+from gramfuse_deployment.processes import BIN
+from gramfuse_deployment.superlink import Link
 from gramfuse_protocol.contract import node_key
 from gramfuse_protocol.errors import FederationError, PlanError
 

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from gramfuse_cli.commands.server import check_certificate
 from gramfuse_deployment.certificates import Authority, certificate_pem, key_pem, new_key, server_names
 from gramfuse_deployment.endpoint import check_free, healthy
 from gramfuse_deployment.superlink import Link
-
-from gramfuse_cli.commands.server import check_certificate
 from gramfuse_protocol.contract import node_key
 from gramfuse_protocol.errors import FederationError, PlanError
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+
 from gramfuse_deployment import processes, supervisor
 from gramfuse_deployment.supervisor import Service, mark_of, reason, supervised
-
 from gramfuse_protocol.errors import FederationError, PlanError
 
 

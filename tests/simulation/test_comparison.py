@@ -13,10 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gramfuse_simulation.all_silos import Laboratory
-from gramfuse_simulation.engine import laboratory_of, simulated_silo, study_of
-from gramfuse_simulation.fedavg import federated_average
-from gramfuse_simulation.terms import check_terms, parse_terms
 from transformers import T5Config, T5ForConditionalGeneration
 
 from gramfuse_cli.show.results import show_report
@@ -38,7 +34,11 @@ from gramfuse_server.report.page.page import page
 from gramfuse_server.report.schema import Report
 from gramfuse_server.run import delivery
 from gramfuse_server.run.evaluation import described
-from tests.unit.test_report import read_back
+from gramfuse_simulation.all_silos import Laboratory
+from gramfuse_simulation.engine import laboratory_of, simulated_silo, study_of
+from gramfuse_simulation.fedavg import federated_average
+from gramfuse_simulation.terms import check_terms, parse_terms
+from tests.server.test_report import read_back
 
 ANIMALS, WEATHER, FILLERS = ["cat", "dog", "horse", "sheep"], ["rain", "snow", "wind", "sun"], ["the", "a", "of"]
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from gramfuse_simulation.engine import laboratory_of, simulated_silo
 from torch import nn
 from transformers.models.bert import modeling_bert
 
@@ -19,6 +18,7 @@ from gramfuse_model.layers import KINDS, register_layer
 from gramfuse_model.project import Project
 from gramfuse_server.app import coordinate
 from gramfuse_server.run import delivery
+from gramfuse_simulation.engine import laboratory_of, simulated_silo
 
 WEIGHT = "bert.encoder.layer.0.intermediate.dense.weight"
 

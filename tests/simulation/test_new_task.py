@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gramfuse_simulation.engine import laboratory_of, simulated_silo, study_of
 
 from gramfuse_cli.show.results import show_report
 from gramfuse_client.app import SiloApp
@@ -39,7 +38,8 @@ from gramfuse_protocol.tasks.scores import Sums, examples_in, share
 from gramfuse_server.app import coordinate
 from gramfuse_server.report.schema import Report
 from gramfuse_server.run import delivery
-from tests.unit.test_report import read_back
+from gramfuse_simulation.engine import laboratory_of, simulated_silo, study_of
+from tests.server.test_report import read_back
 
 NEARLY = "how many examples are at most one grade off, and how many more"
 NEAR = "share of examples at most one label off"

@@ -11,9 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gramfuse_simulation import all_silos as laboratory_module
-from gramfuse_simulation.engine import laboratory_of, simulated_silo, study_of
-from gramfuse_simulation.tuning import Wanted
 from safetensors.numpy import load_file
 
 from gramfuse_client.app import SiloApp
@@ -26,7 +23,10 @@ from gramfuse_protocol.contract.layout import Layout
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_server.app import coordinate
 from gramfuse_server.merging.accumulator import Accumulator
-from tests.unit.test_report import read_back
+from gramfuse_simulation import all_silos as laboratory_module
+from gramfuse_simulation.engine import laboratory_of, simulated_silo, study_of
+from gramfuse_simulation.tuning import Wanted
+from tests.server.test_report import read_back
 
 WANTED = Wanted(alphas=(0.0, 0.5, 0.9, 1.0), weights=True, order="greedy", influence=True)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-from gramfuse_deployment.terminal import say
 
 from gramfuse_cli import options
 from gramfuse_cli.commands.init import DESK
@@ -13,6 +12,7 @@ from gramfuse_cli.commands.simulate import run_simulation
 from gramfuse_cli.options import as_json as json_option
 from gramfuse_cli.options import settings as settings_options
 from gramfuse_cli.show.results import show_report
+from gramfuse_deployment.terminal import say
 from gramfuse_model.project import Project
 
 

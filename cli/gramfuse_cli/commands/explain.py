@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-from gramfuse_deployment.terminal import say_text, show_json
 
 from gramfuse_cli.options import as_json as json_option
+from gramfuse_deployment.terminal import say_text, show_json
 
-PLACES = (Path(__file__).parent / "exit_codes", Path(__file__).parents[2] / "docs" / "exit-codes")
+PLACES = (Path(__file__).parents[1] / "exit_codes", Path(__file__).parents[3] / "docs" / "exit-codes")
 """Where the pages are: in the package that was installed, or in the sources."""
 
 ALL = "README"

@@ -7,9 +7,9 @@ import shutil
 from pathlib import Path
 
 import click
-from gramfuse_deployment.terminal import say, show_json
 
 from gramfuse_cli.options import as_json as json_option
+from gramfuse_deployment.terminal import say, show_json
 from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.errors import DataError, PlanError
 

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from gramfuse_deployment.terminal import bars, say, show_json
-from gramfuse_simulation.labelled_rows import COLUMNS, label_names, row_options
 
 from gramfuse_cli.options import as_json as json_option
 from gramfuse_cli.options import columns as column_options
+from gramfuse_deployment.terminal import bars, say, show_json
 from gramfuse_model.project import Project
 from gramfuse_protocol.contract.coverage import Coverage, coverage, told
 from gramfuse_protocol.contract.layout import Layout
@@ -22,6 +21,7 @@ from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.errors import PlanError, RunDirectoryError
 from gramfuse_protocol.tasks.registry import KINDS
 from gramfuse_protocol.text import listed
+from gramfuse_simulation.labelled_rows import COLUMNS, label_names, row_options
 
 if TYPE_CHECKING:
     from gramfuse_client.measuring.checkpoint import Checkpoint

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-from gramfuse_deployment.terminal import say, show_json
 
 from gramfuse_cli.options import as_json as json_option
 from gramfuse_cli.show.results import check_sound, show_checks, show_steps
+from gramfuse_deployment.terminal import say, show_json
 from gramfuse_protocol.contract.coverage import told
 from gramfuse_server.report.page.added_tokens import tell_added
 

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 from cryptography import x509
+
+from gramfuse_cli.options import as_json as json_option
 from gramfuse_deployment.certificates import (
     CERTIFICATE_FILE,
     KEY_FILE,
@@ -26,8 +28,6 @@ from gramfuse_deployment.certificates import (
     server_names,
 )
 from gramfuse_deployment.terminal import ask_secret, say, show_json
-
-from gramfuse_cli.options import as_json as json_option
 from gramfuse_protocol.contract import node_key
 from gramfuse_protocol.documents import read_text
 from gramfuse_protocol.errors import PlanError

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import click
-from gramfuse_deployment.terminal import Table, say, show_json
 
 from gramfuse_cli.options import as_json as json_option
 from gramfuse_cli.options import project_directory
+from gramfuse_deployment.terminal import Table, say, show_json
 from gramfuse_model.project import Project
 from gramfuse_protocol.contract.coverage import Coverage, coverage, families, told
 from gramfuse_protocol.contract.layout import ITEM_BYTES, Layout

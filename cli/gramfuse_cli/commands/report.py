@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-from gramfuse_deployment.terminal import say, show_json
 
 from gramfuse_cli.options import as_json as json_option
+from gramfuse_deployment.terminal import say, show_json
 from gramfuse_protocol.errors import RunDirectoryError
 
 

@@ -14,8 +14,6 @@ from typing import Any
 
 import click
 import tomlkit
-from gramfuse_deployment.superlink import Link
-from gramfuse_deployment.terminal import say
 
 from gramfuse_cli import options
 from gramfuse_cli.commands.server import listening, serving
@@ -23,6 +21,8 @@ from gramfuse_cli.options import as_json as json_option
 from gramfuse_cli.options import project_directory
 from gramfuse_cli.show.progress import RunProgress
 from gramfuse_cli.show.results import show_report
+from gramfuse_deployment.superlink import Link
+from gramfuse_deployment.terminal import say
 from gramfuse_model.project import Project
 from gramfuse_protocol.contract.layout import Layout
 from gramfuse_protocol.contract.plan import Plan

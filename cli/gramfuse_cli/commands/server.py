@@ -18,6 +18,8 @@ from typing import Any, TypeVar
 import click
 import tomlkit
 from cryptography import x509
+
+from gramfuse_cli.options import as_json as json_option
 from gramfuse_deployment import terminal
 from gramfuse_deployment.certificates import LOCAL_HOSTS
 from gramfuse_deployment.endpoint import (
@@ -34,8 +36,6 @@ from gramfuse_deployment.nginx import find_nginx, write_configuration
 from gramfuse_deployment.processes import BIN, GIVE_BACK
 from gramfuse_deployment.superlink import SERVER, UNREGISTERED, Link, home_of
 from gramfuse_deployment.supervisor import POLL_SECONDS, Service, Supervisor, say, supervised
-
-from gramfuse_cli.options import as_json as json_option
 from gramfuse_model.project import Project
 from gramfuse_protocol.errors import FederationError, PlanError
 from gramfuse_protocol.files import write_private

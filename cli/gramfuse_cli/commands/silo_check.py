@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from gramfuse_deployment.terminal import Table, console, say, say_list, show_json
 
 from gramfuse_cli.options import as_json as json_option
+from gramfuse_deployment.terminal import Table, console, say, say_list, show_json
 from gramfuse_protocol.contract.coverage import family
 from gramfuse_protocol.errors import CheckError
 

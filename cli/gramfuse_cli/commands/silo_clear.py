@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 
 import click
-from gramfuse_deployment.terminal import say, show_json
 
 from gramfuse_cli.options import as_json as json_option
+from gramfuse_deployment.terminal import say, show_json
 from gramfuse_protocol.errors import PlanError
 
 

@@ -16,15 +16,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import click
+from pydantic import ValidationError
+
+from gramfuse_cli.options import as_json as json_option
+from gramfuse_client.dry_run.of_coordinator import obstacle
 from gramfuse_deployment.endpoint import free_port, host_of, is_loopback
 from gramfuse_deployment.processes import BIN, GIVE_BACK
 from gramfuse_deployment.supervisor import POLL_SECONDS, Service, Supervisor, say, supervised
 from gramfuse_deployment.tail import Growing
 from gramfuse_deployment.terminal import show_json
-from pydantic import ValidationError
-
-from gramfuse_cli.options import as_json as json_option
-from gramfuse_client.dry_run.of_coordinator import obstacle
 from gramfuse_protocol.errors import PlanError
 from gramfuse_protocol.files import write_private
 

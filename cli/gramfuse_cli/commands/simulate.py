@@ -14,12 +14,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import click
-from gramfuse_deployment.processes import contained
-from gramfuse_deployment.tail import Growing
-from gramfuse_deployment.terminal import say, uncoloured
-from gramfuse_simulation.engine import LOG
-from gramfuse_simulation.terms import Term, check_terms, compare_option
-from gramfuse_simulation.tuning import Wanted
 
 from gramfuse_cli import options
 from gramfuse_cli.options import as_json as json_option
@@ -27,11 +21,17 @@ from gramfuse_cli.options import project_directory
 from gramfuse_cli.options import settings as settings_options
 from gramfuse_cli.show.progress import RunProgress
 from gramfuse_cli.show.results import show_report
+from gramfuse_deployment.processes import contained
+from gramfuse_deployment.tail import Growing
+from gramfuse_deployment.terminal import say, uncoloured
 from gramfuse_model.project import Project
 from gramfuse_protocol.errors import FederationError, GramfuseError, ModelError, RefusalError, error_types
 from gramfuse_protocol.files import write_private
 from gramfuse_protocol.secure_sum.keys import KEY_BYTES, Identity
 from gramfuse_server.report.schema import Report
+from gramfuse_simulation.engine import LOG
+from gramfuse_simulation.terms import Term, check_terms, compare_option
+from gramfuse_simulation.tuning import Wanted
 
 LOG_LINES = 30
 
@@ -97,8 +97,6 @@ def run_simulation(
         GramfuseError: of the kind that fits; then nothing is left but silos' data as they were, and the report of a
             run that failed on its way.
     """
-    from gramfuse_simulation.engine import simulated_silo
-
     from gramfuse_client.data.examples import left_out, load, load_validation
     from gramfuse_client.guard.policy import check_examples, check_plan
     from gramfuse_client.silo_file import read_silos, write_identity
@@ -106,6 +104,7 @@ def run_simulation(
     from gramfuse_client.tasks.registry import at_silo
     from gramfuse_model.loading.source import source_of
     from gramfuse_server.run_directory import check_free, discard
+    from gramfuse_simulation.engine import simulated_silo
 
     check_terms(compare, project.plan)
     check_free(out)

@@ -6,18 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import click
-from gramfuse_deployment.terminal import Table, say, show_json
-from gramfuse_simulation.labelled_rows import row_options
-from gramfuse_simulation.terms import Term, compare_option
-from gramfuse_simulation.tuning import Data, Wanted, tune_files
 
 from gramfuse_cli import options
 from gramfuse_cli.commands.simulate import run_simulation
 from gramfuse_cli.show.results import check_sound, show_checks, show_models, show_report, show_steps
+from gramfuse_deployment.terminal import Table, say, show_json
 from gramfuse_model.project import Project
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.errors import PlanError
 from gramfuse_server.report.schema import Tuning
+from gramfuse_simulation.labelled_rows import row_options
+from gramfuse_simulation.terms import Term, compare_option
+from gramfuse_simulation.tuning import Data, Wanted, tune_files
 
 GRID = ",".join(f"{n / 10:g}" for n in range(11))
 

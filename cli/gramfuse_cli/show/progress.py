@@ -7,7 +7,6 @@ from types import TracebackType
 from typing import Any
 
 from gramfuse_deployment.terminal import bars, say
-
 from gramfuse_server.report.page.words import PHASES
 
 

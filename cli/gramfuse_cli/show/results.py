@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gramfuse_deployment.terminal import Table, say, say_text, show_json
-
 from gramfuse_protocol.contract import who_sees_what
 from gramfuse_protocol.errors import MergeError
 from gramfuse_server.report.page.words import (

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from gramfuse_simulation.engine import simulated_silo
 
 from gramfuse_cli.main import cli
 from gramfuse_client.dry_run.findings import Findings
@@ -20,6 +19,7 @@ from gramfuse_client.silo_file import Silo
 from gramfuse_model.project import Project
 from gramfuse_protocol.errors import GramfuseError, ModelError
 from gramfuse_protocol.messages.phases import JoinReply, JoinRequest, Message, Refusal
+from gramfuse_simulation.engine import simulated_silo
 
 
 def gramfuse(*arguments: Any) -> None:

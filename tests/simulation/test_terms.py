@@ -6,12 +6,12 @@ import sys
 from typing import Any
 
 import pytest
-from gramfuse_simulation.terms import check_terms, parse_terms
 
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.documents import build
 from gramfuse_protocol.errors import PlanError
 from gramfuse_server.merging.methods.registry import METHODS
+from gramfuse_simulation.terms import check_terms, parse_terms
 
 CLASSES = {"task": "classification", "labels": ["x", "y"]}
 

@@ -19,7 +19,6 @@ import pytest
 import torch
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_public_key
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
-from gramfuse_simulation.engine import laboratory_of, simulated_silo
 from safetensors.numpy import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -58,7 +57,8 @@ from gramfuse_server.run.exchange import Exchange
 from gramfuse_server.run.patience import Patience
 from gramfuse_server.run.secure_sums import UPLOADS
 from gramfuse_server.run_directory import RunDirectory, read_checkpoint
-from tests.unit.test_report import read_back
+from gramfuse_simulation.engine import laboratory_of, simulated_silo
+from tests.server.test_report import read_back
 
 SILOS = ("silo-a", "silo-b", "silo-c")
 PIECE_BYTES = 1000

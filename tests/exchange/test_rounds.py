@@ -14,8 +14,6 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import Context, Error, Message, RecordDict
-from gramfuse_simulation.all_silos import Laboratory
-from gramfuse_simulation.engine import laboratory_of, simulated_silo
 from safetensors.numpy import load_file, save_file
 
 from gramfuse_cli.show.results import show_report
@@ -53,7 +51,9 @@ from gramfuse_server.report.schema import Measured, Report
 from gramfuse_server.run import delivery
 from gramfuse_server.run.conductor import Conductor
 from gramfuse_server.run_directory import checkpoint_text, read_checkpoint
-from tests.unit.test_report import read_back
+from gramfuse_simulation.all_silos import Laboratory
+from gramfuse_simulation.engine import laboratory_of, simulated_silo
+from tests.server.test_report import read_back
 
 Arrays = Mapping[str, np.ndarray]
 Answer = Callable[[], RecordDict]

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gramfuse_simulation.tuning import Wanted, joint, search
 
 from gramfuse_protocol.contract.layout import Group, Layout, Linear, Tensor
 from gramfuse_protocol.contract.plan import Plan
@@ -27,6 +26,7 @@ from gramfuse_server.merging.search import (
     search_weights,
     sweep,
 )
+from gramfuse_simulation.tuning import Wanted, joint, search
 
 ALPHAS = tuple(n / 10 for n in range(11))
 NAMES = ("north", "east", "south", "west")

@@ -15,10 +15,6 @@ import pytest
 import torch
 import transformers
 from click.testing import CliRunner
-from gramfuse_simulation.all_silos import Bench, Laboratory
-from gramfuse_simulation.comparison import Comparison
-from gramfuse_simulation.engine import laboratory_of, simulated_silo
-from gramfuse_simulation.terms import parse_terms
 from PIL import Image
 from transformers import LevitConfig, LevitForImageClassification, ResNetConfig, ResNetForImageClassification
 
@@ -41,6 +37,10 @@ from gramfuse_server.app import coordinate
 from gramfuse_server.merging.accumulator import Accumulator
 from gramfuse_server.merging.files import Settings, merge_files
 from gramfuse_server.run import delivery
+from gramfuse_simulation.all_silos import Bench, Laboratory
+from gramfuse_simulation.comparison import Comparison
+from gramfuse_simulation.engine import laboratory_of, simulated_silo
+from gramfuse_simulation.terms import parse_terms
 
 CPU = torch.device("cpu")
 SILOS = ("north", "south", "east")

@@ -22,7 +22,6 @@ import numpy as np
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.hashes import SHA256
-from gramfuse_deployment.certificates import Authority, certificate_pem, key_pem, new_key, server_names
 from tokenizers.normalizers import BertNormalizer
 
 from gramfuse_cli.commands import silo_check as cli_check
@@ -37,6 +36,7 @@ from gramfuse_client.guard.disclosure import leaves
 from gramfuse_client.guard.ledger import Entry, Ledger
 from gramfuse_client.silo_file import Data, Silo, SiloFile, write_identity
 from gramfuse_client.state.state import Contributed, State
+from gramfuse_deployment.certificates import Authority, certificate_pem, key_pem, new_key, server_names
 from gramfuse_model.loading.base_model import load_base
 from gramfuse_model.project import Project
 from gramfuse_protocol.contract import node_key

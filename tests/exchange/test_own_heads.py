@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from gramfuse_simulation.engine import laboratory_of, simulated_silo
 from safetensors.numpy import load_file
 
 from gramfuse_cli.show.results import show_report
@@ -35,6 +34,7 @@ from gramfuse_protocol.held_out.metrics import metrics
 from gramfuse_server.app import coordinate
 from gramfuse_server.report.schema import Report
 from gramfuse_server.run import delivery
+from gramfuse_simulation.engine import laboratory_of, simulated_silo
 
 CPU = torch.device("cpu")
 ANIMALS, WEATHER = ["cat", "dog", "horse", "sheep"], ["rain", "snow", "wind", "sun"]

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import tomlkit
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
-from gramfuse_simulation.engine import simulated_silo
 
 from gramfuse_cli.commands.run import write_app
 from gramfuse_client.app import SiloApp
@@ -44,6 +43,7 @@ from gramfuse_protocol.messages.phases import Message as Said
 from gramfuse_protocol.messages.wire import pack, unpack
 from gramfuse_protocol.secure_sum.keys import Identity
 from gramfuse_server.app import coordinate
+from gramfuse_simulation.engine import simulated_silo
 
 ROW = "zzyzx, a word of one row that nobody may ever read"
 SESSION = "a" * 32

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from gramfuse_simulation.engine import laboratory_of, simulated_silo
 from transformers import T5Config, T5ForConditionalGeneration
 
 from gramfuse_client.app import SiloApp
@@ -22,6 +21,7 @@ from gramfuse_model.project import Project
 from gramfuse_protocol.errors import ModelError
 from gramfuse_server.app import coordinate
 from gramfuse_server.run import delivery
+from gramfuse_simulation.engine import laboratory_of, simulated_silo
 
 SILOS = ("north", "south")
 FORCING = {

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("protocol", "model", "client", "server", "cli")
+PACKAGES = ("protocol", "model", "client", "server", "simulation", "deployment", "cli")
 TERMINAL = "deployment/gramfuse_deployment/terminal.py"
 
 CLICK = {"echo", "secho", "echo_via_pager", "prompt", "confirm", "progressbar", "pause", "launch", "getchar"}

@@ -14,7 +14,6 @@ import pytest
 import torch
 import transformers
 from click.testing import CliRunner
-from gramfuse_simulation.engine import simulated_silo
 from transformers import BertConfig, BertModel, GPT2Config, GPT2ForSequenceClassification
 
 from gramfuse_cli.commands.simulate import run_simulation
@@ -37,6 +36,7 @@ from gramfuse_protocol.secure_sum.keys import Identity
 from gramfuse_server.app import coordinate
 from gramfuse_server.merging.files import Settings, merge_files
 from gramfuse_server.run import delivery
+from gramfuse_simulation.engine import simulated_silo
 
 SILOS = ("north", "south", "east")
 ANIMALS, OTHERS = ["cat", "dog", "horse", "sheep"], ["rain", "snow", "the", "a", "of", "and"]

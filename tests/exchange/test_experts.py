@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from gramfuse_simulation.engine import laboratory_of, simulated_silo
 from transformers import MixtralConfig, MixtralModel
 
 from gramfuse_cli.commands.plan import _preview
@@ -25,8 +24,9 @@ from gramfuse_protocol.statistics.file import write_statistics
 from gramfuse_server.app import coordinate
 from gramfuse_server.merging.files import Settings, merge_files
 from gramfuse_server.run import delivery
+from gramfuse_simulation.engine import laboratory_of, simulated_silo
 from tests.conftest import PicoProject
-from tests.unit.test_report import read_back
+from tests.server.test_report import read_back
 
 ROUTER = (1.0, -1.0, 2.0, -2.0, 0.0)
 """Multiples of one direction: a router that chooses two never chooses the last."""

@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from gramfuse_simulation.engine import simulated_silo
 from safetensors import safe_open
 from safetensors.numpy import load_file
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
@@ -30,7 +29,8 @@ from gramfuse_client.state.state import State
 from gramfuse_model.project import Project
 from gramfuse_protocol.errors import DataError, GramfuseError
 from gramfuse_server.app import coordinate
-from tests.unit.test_report import read_back
+from gramfuse_simulation.engine import simulated_silo
+from tests.server.test_report import read_back
 
 
 def gramfuse(*arguments: Any) -> dict[str, Any]:

@@ -26,10 +26,10 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from flwr.cli.supernode.register import try_load_public_key
 from flwr.supernode.cli.flower_supernode import _try_setup_client_authentication
-from gramfuse_deployment.certificates import Authority, certificate_pem, key_pem, new_key, server_names
 
 from gramfuse_cli.commands.pki import pki
 from gramfuse_cli.commands.silo import silo as silo_commands
+from gramfuse_deployment.certificates import Authority, certificate_pem, key_pem, new_key, server_names
 from gramfuse_protocol.contract import node_key
 from gramfuse_protocol.documents import Section, parse
 from gramfuse_protocol.errors import PlanError

@@ -32,7 +32,7 @@ OWN = {
 }
 """Modules whose models a side writes for itself, of digests, numbers and names that were checked.
 
-A report also holds what others said, which terminal and page escape when they show it (tests/unit/test_page.py).
+A report also holds what others said, which terminal and page escape when they show it (tests/server/test_page.py).
 """
 
 
