@@ -31,8 +31,8 @@ class Data(Section):
     """`[data]`: where the examples are and which columns count.
 
     A source is a path to a .jsonl, .ndjson, .json, .csv or .tsv file, packed with gzip or not, or to a .parquet file;
-    or it is `hf:<hub id or folder>[:config][#split]` (`gramfuse_client.data.formats`). What a column must hold depends on
-    the plan's task (`gramfuse_client.data.examples`).
+    or it is `hf:<hub id or folder>[:config][#split]` (`gramfuse_client.data.formats`). What a column must hold depends
+    on the plan's task (`gramfuse_client.data.examples`).
     """
 
     train: Annotated[str, Field(min_length=1)]

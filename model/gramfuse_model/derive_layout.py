@@ -92,10 +92,10 @@ def derive_layout(
     have the same Gram structure. Each tensor of experts (`gramfuse_model.experts`) is a group of its own. Modules that
     the model does not call, and experts that compute something else, keep the mean. A module that is called several
     times with different inputs, as ALBERT's layers are, has one Gram matrix over all of them. Modules that see tokens
-    without context (`gramfuse_model.probing.context_free`) are averaged, unless `merge.context_free` says otherwise, and so are
-    those of whose input it cannot be told which rows are tokens (`gramfuse_model.probing.rows`). Buffers that training changes
-    (`gramfuse_model.buffers`) are averaged, and counters summed, whatever is frozen. A model in half precision is in
-    float32 meanwhile, and as it was afterwards.
+    without context (`gramfuse_model.probing.context_free`) are averaged, unless `merge.context_free` says otherwise,
+    and so are those of whose input it cannot be told which rows are tokens (`gramfuse_model.probing.rows`). Buffers
+    that training changes (`gramfuse_model.buffers`) are averaged, and counters summed, whatever is frozen. A model in
+    half precision is in float32 meanwhile, and as it was afterwards.
 
     Args:
         batch: keyword arguments of the model's forward: texts of different words and lengths, padded, or images. For a

@@ -1,8 +1,8 @@
 """What a silo does in the phases of the secure sum: keys, shares, masked, survivors, unmask.
 
-The cryptography is `gramfuse_protocol.secure_sum.member`; here is what it is fed with, and what is kept on disk. A message
-that breaks the protocol raises SecurityError; `Participant` then ends the session: its secrets are wiped and nothing
-more leaves.
+The cryptography is `gramfuse_protocol.secure_sum.member`; here is what it is fed with, and what is kept on disk. A
+message that breaks the protocol raises SecurityError; `Participant` then ends the session: its secrets are wiped and
+nothing more leaves.
 """
 
 from __future__ import annotations

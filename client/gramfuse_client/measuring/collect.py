@@ -40,11 +40,11 @@ def collect_statistics(
 
     Args:
         model: the fine-tuned model.
-        batches: its training data as keyword arguments of forward (see `gramfuse_client.measuring.gram.collect_grams`), in an
-            order that was drawn: beyond the limit, nothing counts.
+        batches: its training data as keyword arguments of forward (see `gramfuse_client.measuring.gram.collect_grams`),
+            in an order that was drawn: beyond the limit, nothing counts.
         layout: from `gramfuse_model.derive_layout`, made on the base model.
-        base: of the base model, by name, float32, what training may change (`gramfuse_model.loading.base_model.trainable`); what is
-            not in the layout is left out.
+        base: of the base model, by name, float32, what training may change
+            (`gramfuse_model.loading.base_model.trainable`); what is not in the layout is left out.
         examples: how many examples the model was fine-tuned on, ≥ 1.
         limit: most token rows for one Gram matrix.
 

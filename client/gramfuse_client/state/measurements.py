@@ -38,7 +38,8 @@ class HeldOut(_Frozen):
 
     Args:
         data: digest of the held-out examples; empty before the first measurement.
-        rows: what their rows are kept by (`gramfuse_client.guard.releases.Releases.keep_rows`); empty without a secure sum.
+        rows: what their rows are kept by (`gramfuse_client.guard.releases.Releases.keep_rows`); empty without a secure
+            sum.
     """
 
     data: str = ""

@@ -88,8 +88,9 @@ def load_base(
         whole: whether it is a fine-tuned model, whose files must have its head too.
 
     Raises:
-        ModelError: if it cannot be loaded, its files are not those of such a model (`gramfuse_model.loading.checkpoint_keys`),
-            a weight is NaN or infinite, or it is not what the plan is locked to.
+        ModelError: if it cannot be loaded, its files are not those of such a model
+            (`gramfuse_model.loading.checkpoint_keys`), a weight is NaN or infinite, or it is not what the plan is
+            locked to.
     """
     task = next(iter(plan.tasks.values())) if silo is None else plan.task_of(silo)
     source = _find(plan, directory, override)

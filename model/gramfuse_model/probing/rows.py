@@ -3,8 +3,8 @@
 Shapes do not tell it. Longformer and LED pad a text inside to a multiple of their window, XLNet has the batch in the
 second dimension, Funnel halves a text on its way, and a table of positions may be as long as the longest text. What is
 true of a row that counts is that it has one value, whatever stands beside its example. So a few examples run as a
-padded batch, and each alone without padding; a reading of the rows (`gramfuse_model.probing.hooks.rows_of`) is taken only
-if it finds in the batch what the examples have alone. A layer without such a reading is not merged in closed form.
+padded batch, and each alone without padding; a reading of the rows (`gramfuse_model.probing.hooks.rows_of`) is taken
+only if it finds in the batch what the examples have alone. A layer without such a reading is not merged in closed form.
 
 What a model puts out is read in the same way. If it is not the same in a batch as alone, padding enters what the model
 computes, and nothing that is measured in batches would be right.

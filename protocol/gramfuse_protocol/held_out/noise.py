@@ -1,8 +1,8 @@
 """Differential privacy of what leaves of held-out results: Gaussian noise that all silos make together.
 
-Each silo adds integers from the discrete Gaussian distribution to its vector (`gramfuse_protocol.held_out.sums`) before it
-masks it. With M the fewest survivors of a plan and c the silos that may collude, each adds, to the entries of a group
-of sensitivity Δ and share s, noise of variance
+Each silo adds integers from the discrete Gaussian distribution to its vector (`gramfuse_protocol.held_out.sums`) before
+it masks it. With M the fewest survivors of a plan and c the silos that may collude, each adds, to the entries of a
+group of sensitivity Δ and share s, noise of variance
 
     z² · (Δ·2^f + √d)² / (s · (M − c))      in units of the fixed-point scale 2^f, d entries in the group
 

@@ -12,8 +12,8 @@ noise be smaller by √2, and give away more than ε where an example is changed
 
 Which groups a kind of task has, of which entries, sensitivity and share of the privacy budget, and why these are the
 sensitivities, its file in `gramfuse_protocol.tasks` says. Rounding moves each entry of a row by at most half a unit, so
-the difference of two rows by at most 1 unit in each of d entries: √d units in L2, which `gramfuse_protocol.held_out.noise` adds
-to Δ.
+the difference of two rows by at most 1 unit in each of d entries: √d units in L2, which
+`gramfuse_protocol.held_out.noise` adds to Δ.
 
 Examples are measured one by one: in a batch, the padding of one would depend on the length of another, and a crafted
 model can make something of that.

@@ -267,7 +267,8 @@ class EvaluateRequest(Message):
 
 
 class EvaluateReply(Message):
-    """`arrays` holds `sums`, float64 (`gramfuse_protocol.held_out.metrics`); nothing if they leave through a secure sum."""
+    """`arrays` holds `sums`, float64 (`gramfuse_protocol.held_out.metrics`); nothing if they leave through a secure
+    sum."""
 
     phase = "evaluate"
     carries: ClassVar[Mapping[str, str]] = {"sums": "float64"}

@@ -1,8 +1,8 @@
 """The fixed-point scale of everything that is summed over silos.
 
 What a feature's amplitude is on public text, 2^e, is in the layout (`Group.exponents`). With K bits for one silo's
-integer (`gramfuse_protocol.secure_sum.fixed_point.capacity`), w bits for its weight c, and 10 bits by which an amplitude may exceed
-that on public text, an element is multiplied by 2^f with
+integer (`gramfuse_protocol.secure_sum.fixed_point.capacity`), w bits for its weight c, and 10 bits by which an
+amplitude may exceed that on public text, an element is multiplied by 2^f with
 
     s, features j and k    f = K − w − 20 − e_j − e_k
     t, row j               f = K − w − 20 − e_j − g      g: the smallest with 4^g ≥ Σ 4^e over the group's features

@@ -79,8 +79,8 @@ class Accumulator:
 
         S = Σ cᵢ Ĝᵢ    T = Σ cᵢ Ĝᵢ Δᵢ    M = Σ cᵢ Δᵢ    C = Σ cᵢ    with Ĝ = α G + (1 − α) diag(G)
 
-    S and T belong to groups, M to every tensor (`gramfuse_model.normal_equations`). Open contributions are folded in one by
-    one; a secure sum is loaded once, as it was decoded.
+    S and T belong to groups, M to every tensor (`gramfuse_model.normal_equations`). Open contributions are folded in
+    one by one; a secure sum is loaded once, as it was decoded.
     """
 
     def __init__(self, layout: Layout, *, alpha: float, weighting: Literal["uniform", "examples"] = "uniform") -> None:

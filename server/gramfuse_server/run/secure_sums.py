@@ -56,7 +56,8 @@ class SecureSums:
     Args:
         conductor: leads the silos.
         piece_bytes: most bytes of a vector in one message.
-        start: `gramfuse_protocol.secure_sum.statements.model_digest` of what silos started from; empty in the first round.
+        start: `gramfuse_protocol.secure_sum.statements.model_digest` of what silos started from; empty in the first
+            round.
     """
 
     def __init__(self, conductor: Conductor, piece_bytes: int, start: str) -> None:
