@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 import click
 
 from gramfuse_protocol.contract.plan import Plan
+from gramfuse_server.merging.methods.registry import METHODS
+from gramfuse_simulation.terms import Term, explained, parse_terms
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -80,3 +82,22 @@ def all_settings(settings: tuple[str, ...], seed: int | None, *, opened: bool = 
 def run_path(out: Path | None, plan: Plan) -> Path:
     """Return the run directory: as asked for, or a new one under ./runs."""
     return (out or Path("runs") / f"{plan.plan.name}-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
+
+
+def compare_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --compare."""
+
+    def parse(_: click.Context, __: click.Parameter, text: str | None) -> tuple[Term, ...]:
+        try:
+            return () if text is None else parse_terms(text)
+        except ValueError as error:
+            raise click.BadParameter(str(error)) from None
+
+    methods = "\n\n".join(map(explained, METHODS.values()))
+    return click.option(
+        "--compare",
+        callback=parse,
+        metavar="TERM,…",
+        help="Measure other models on the same held-out examples, for instance fisher:soft,ensemble,fedavg:5. All but "
+        f"simple need open mode (see --open).\n\n{methods}",
+    )(command)

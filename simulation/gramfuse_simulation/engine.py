@@ -1,7 +1,7 @@
 """The process that runs one simulation on Flower's simulation engine (Ray).
 
 It is a process of its own so that whatever Ray starts can be ended with it, and so that its exit status is true.
-Called with a file that `gramfuse_cli.commands.simulate` writes; leaves the report, or the error, in a file of its own.
+Called with a file that `gramfuse_simulation.simulate` writes; leaves the report, or the error, in a file of its own.
 """
 
 from __future__ import annotations

@@ -5,11 +5,9 @@ What there is, `gramfuse_server.merging.methods` has.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-
-import click
 
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.errors import PlanError
@@ -56,29 +54,10 @@ def _parse(text: str) -> Term:
         raise ValueError(f"{text!r}: {error}; expected {name}{method.options.written}") from None
 
 
-def _explained(method: Method) -> str:
+def explained(method: Method) -> str:
     """Return what --help says of a method."""
     words = "; ".join(filter(None, [method.words, method.options.words, "always measured" if method.always else ""]))
     return f"{method.name}{method.options.written}: {words}{f' ({method.paper})' if method.paper else ''}."
-
-
-def compare_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add --compare."""
-
-    def parse(_: click.Context, __: click.Parameter, text: str | None) -> tuple[Term, ...]:
-        try:
-            return () if text is None else parse_terms(text)
-        except ValueError as error:
-            raise click.BadParameter(str(error)) from None
-
-    explained = "\n\n".join(map(_explained, METHODS.values()))
-    return click.option(
-        "--compare",
-        callback=parse,
-        metavar="TERM,…",
-        help="Measure other models on the same held-out examples, for instance fisher:soft,ensemble,fedavg:5. All but "
-        f"simple need open mode (see --open).\n\n{explained}",
-    )(command)
 
 
 def check_terms(terms: tuple[Term, ...], plan: Plan) -> None:

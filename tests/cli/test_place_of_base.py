@@ -74,7 +74,7 @@ def test_a_place_that_is_not_there_is_found_out_before_flower_starts(
     def started(*_: object, **__: object) -> None:
         raise AssertionError("Flower was started")
 
-    monkeypatch.setattr("gramfuse_cli.commands.simulate.contained", started)
+    monkeypatch.setattr("gramfuse_simulation.simulate.contained", started)
     monkeypatch.setattr("gramfuse_cli.commands.run.Link.find", started)
     project.replace(project.silo("silo-b"), "[data]", 'base = "./nowhere"\n\n[data]')
     refused(f"{project.silo('silo-b')}: base", "simulate", project.directory, "--out", tmp_path / "out")

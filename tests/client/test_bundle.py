@@ -11,7 +11,7 @@ from typing import Any
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 
-from gramfuse_cli.commands.run import write_app
+from gramfuse_deployment.flower_run import write_app
 from gramfuse_model.project import Project
 from gramfuse_protocol.contract.layout import Layout
 from gramfuse_protocol.contract.plan import Plan

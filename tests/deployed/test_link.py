@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from gramfuse_cli.commands.run import check_roster
+from gramfuse_deployment.flower_run import check_roster
 from gramfuse_deployment.superlink import Link
 from gramfuse_model.project import Project
 from gramfuse_protocol.contract import node_key

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from gramfuse_cli.commands.server import check_certificate
 from gramfuse_deployment.certificates import Authority, certificate_pem, key_pem, new_key, server_names
+from gramfuse_deployment.coordinator import check_certificate
 from gramfuse_deployment.endpoint import check_free, healthy
 from gramfuse_deployment.superlink import Link
 from gramfuse_protocol.contract import node_key

@@ -16,10 +16,10 @@ from flwr.proto.runtime_pb2 import AcquireTaskResponse
 from flwr.proto.task_pb2 import Task
 from flwr.supercore.constant import TaskType
 
-from gramfuse_cli.commands.silo_start import node_config
 from gramfuse_client.silo_file import Silo
 from gramfuse_deployment import endpoint
 from gramfuse_deployment.processes import contained
+from gramfuse_deployment.silo_node import node_config
 from gramfuse_deployment.tail import Growing
 from gramfuse_protocol.errors import PlanError
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from gramfuse_cli.commands import silo_start
-from gramfuse_cli.commands.silo_start import FORSAKEN_SECONDS, WORKER_SECONDS, Watch
+from gramfuse_deployment.silo_watch import FORSAKEN_SECONDS, WORKER_SECONDS, Watch
 
 RECEIVED = ["[RUN 7]", "Receiving: query.join message (ID: a)", "Received successfully"]
 ANSWERED = ["[RUN 7]", "Sending: query.join message (ID: b)", "Sent successfully"]

@@ -17,13 +17,13 @@ import pytest
 import tomlkit
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 
-from gramfuse_cli.commands.run import write_app
 from gramfuse_client.app import SiloApp
 from gramfuse_client.guard.disclosure import leaves
 from gramfuse_client.guard.egress import Egress
 from gramfuse_client.guard.ledger import REASON, Ledger, Line
 from gramfuse_client.silo_file import Silo, write_identity
 from gramfuse_client.state.session import Record
+from gramfuse_deployment.flower_run import write_app
 from gramfuse_model.project import Project
 from gramfuse_protocol.contract.layout import Layout
 from gramfuse_protocol.contract.plan import Plan

@@ -16,8 +16,8 @@ import transformers
 from click.testing import CliRunner
 from transformers import BertConfig, BertModel, GPT2Config, GPT2ForSequenceClassification
 
-from gramfuse_cli.commands.simulate import run_simulation
 from gramfuse_cli.main import cli
+from gramfuse_cli.show.progress import RunProgress
 from gramfuse_client.app import SiloApp
 from gramfuse_client.data.examples import load
 from gramfuse_client.data.targets import propose
@@ -37,6 +37,7 @@ from gramfuse_server.app import coordinate
 from gramfuse_server.merging.files import Settings, merge_files
 from gramfuse_server.run import delivery
 from gramfuse_simulation.engine import simulated_silo
+from gramfuse_simulation.simulate import run_simulation
 
 SILOS = ("north", "south", "east")
 ANIMALS, OTHERS = ["cat", "dog", "horse", "sheep"], ["rain", "snow", "the", "a", "of", "and"]
@@ -191,7 +192,7 @@ def test_a_plan_whose_scale_does_not_fit_is_refused_where_the_data_are_and_what_
     wide = f"range = [{centre - 5 * scale}, {centre + 5 * scale}]"
     directory = project(tmp_path / "numbers", base, size, wide)
     with pytest.raises(DataError, match="centre = ") as caught:
-        run_simulation(Project.read(directory), tmp_path / "run")
+        run_simulation(Project.read(directory), tmp_path / "run", RunProgress)
     assert "north.toml" in str(caught.value)
     assert not (tmp_path / "run").exists()
     check = CliRunner().invoke(
@@ -252,7 +253,7 @@ def test_targets_that_no_model_would_tell_apart_are_refused_with_what_to_do(
     directory = project(tmp_path / "numbers", base, "usual", f"{settings}\nrange = [-1e300, 1e300]")
     with_targets(directory, change)
     with pytest.raises(DataError) as caught:
-        run_simulation(Project.read(directory), tmp_path / "run")
+        run_simulation(Project.read(directory), tmp_path / "run", RunProgress)
     for words in ["north.toml", *said]:
         assert words in str(caught.value)
 
@@ -270,7 +271,7 @@ def test_targets_on_a_scale_that_fits_badly_are_told_before_and_while_a_silo_tak
     with monkeypatch.context() as patch:
         patch.setattr(Project, "locked", lambda _: (_ for _ in ()).throw(ModelError("no further")))
         with pytest.raises(ModelError, match="no further"):
-            run_simulation(Project.read(directory), tmp_path / "run")
+            run_simulation(Project.read(directory), tmp_path / "run", RunProgress)
     said = capsys.readouterr().err.replace("\n", " ")
     assert all(f"{silo}: targets from " in said for silo in SILOS)
     assert said.count(advice) == len(SILOS)
@@ -329,7 +330,7 @@ def test_without_a_range_a_secure_plan_has_one_scale_on_each_side_of_the_centre(
     directory = project(tmp_path / "numbers", base, "large", "centre = 5\nscale = 2")
     assert Project.read(directory).plan.task_of("north").range == (3.0, 7.0)
     with pytest.raises(DataError, match="range of 3 to 7"):
-        run_simulation(Project.read(directory), tmp_path / "run")
+        run_simulation(Project.read(directory), tmp_path / "run", RunProgress)
 
 
 def test_a_head_that_cannot_give_targets_is_refused_before_a_plan_is_locked(

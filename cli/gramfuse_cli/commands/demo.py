@@ -8,12 +8,13 @@ import click
 
 from gramfuse_cli import options
 from gramfuse_cli.commands.init import DESK
-from gramfuse_cli.commands.simulate import run_simulation
 from gramfuse_cli.options import as_json as json_option
 from gramfuse_cli.options import settings as settings_options
+from gramfuse_cli.show.progress import RunProgress
 from gramfuse_cli.show.results import show_report
 from gramfuse_deployment.terminal import say
 from gramfuse_model.project import Project
+from gramfuse_simulation.simulate import run_simulation
 
 
 @click.command()
@@ -33,4 +34,4 @@ def demo(settings: tuple[str, ...], seed: int | None, out: Path | None, as_json:
         err=True,
     )
     run = options.run_path(out, project.plan)
-    show_report(run_simulation(project, run), run, as_json)
+    show_report(run_simulation(project, run, RunProgress), run, as_json)

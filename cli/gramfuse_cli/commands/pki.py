@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import secrets
 import sys
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,93 +23,15 @@ from gramfuse_deployment.certificates import (
     new_key,
     server_names,
 )
+from gramfuse_deployment.key_files import Content, make_node_key, write_new
 from gramfuse_deployment.terminal import ask_secret, say, show_json
-from gramfuse_protocol.contract import node_key
 from gramfuse_protocol.documents import read_text
 from gramfuse_protocol.errors import PlanError
 
 if TYPE_CHECKING:
-    from gramfuse_client.silo_file import Silo
+    pass
 
 MOST_DAYS = 36500
-
-
-@dataclass(frozen=True)
-class Content:
-    """What a new file holds and who may read it."""
-
-    data: bytes
-    mode: int = 0o600
-
-
-def write_new(files: Mapping[Path, Content], advice: str, *, renew: bool = False) -> list[Path]:
-    """Write files, all of them whole or none of them. Directories that are missing are made for the owner only.
-
-    Args:
-        files: a private file is never readable by others, not for a moment.
-        advice: what to do if one of them is there already.
-        renew: replace those that are there, and keep each under its name with '.old' after it.
-
-    Returns:
-        The old files that were kept.
-
-    Raises:
-        PlanError: if a file would be overwritten, or cannot be written.
-    """
-    old = {path: path.with_name(f"{path.name}.old") for path in files if renew and os.path.lexists(path)}
-    for path in files:
-        if not renew and os.path.lexists(path):
-            raise PlanError(f"{path} exists already; {advice}")
-        if path in old and os.path.lexists(old[path]):
-            raise PlanError(f"{old[path]} exists already, from an earlier --renew; move it away first")
-    try:
-        with ExitStack() as temporary, ExitStack() as undo:
-            written = {path: _write_beside(path, content, temporary) for path, content in files.items()}
-            for path, new in written.items():
-                if path in old:
-                    os.link(path, old[path])
-                    undo.callback(_put_back, old[path], path)
-                    os.replace(new, path)
-                else:
-                    os.link(new, path)  # unlike a rename it never replaces what another process made meanwhile
-                    undo.callback(path.unlink)
-            undo.pop_all()
-    except OSError as error:
-        raise PlanError(f"{', '.join(map(str, files))}: cannot be written: {error}") from None
-    return list(old.values())
-
-
-def _write_beside(path: Path, content: Content, cleanup: ExitStack) -> Path:
-    from gramfuse_protocol.files import make_private_directory, open_private
-
-    make_private_directory(path.parent)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    cleanup.callback(temporary.unlink, missing_ok=True)
-    with os.fdopen(open_private(temporary, os.O_EXCL), "wb") as file:
-        file.write(content.data)
-        os.fchmod(file.fileno(), content.mode)
-        file.flush()
-        os.fsync(file.fileno())
-    return temporary
-
-
-def _put_back(old: Path, path: Path) -> None:
-    os.replace(old, path)
-    old.unlink(missing_ok=True)  # if both were names of one file still, replacing did nothing
-
-
-def make_node_key(silo: Silo, *, renew: bool = False) -> tuple[str, list[Path]]:
-    """Make a silo's node key in the file that its silo file names.
-
-    Returns:
-        The public line, and the old key's file if one was kept.
-
-    Raises:
-        PlanError: if the key is there already (and not to be renewed), or cannot be written.
-    """
-    private, public = node_key.generate()
-    advice = f"a silo keeps its key, since plans name it. To replace it: gramfuse pki silo {silo.path} --renew"
-    return public, write_new({silo.node_key_path: Content(private.encode("ascii"))}, advice, renew=renew)
 
 
 def _name(_: click.Context, __: click.Parameter, value: str) -> str:

@@ -8,8 +8,8 @@ from pathlib import Path
 import click
 
 from gramfuse_cli.commands import silo_check, silo_clear, silo_ledger, silo_start
-from gramfuse_cli.commands.pki import make_node_key
 from gramfuse_cli.options import as_json as json_option
+from gramfuse_deployment.key_files import make_node_key
 from gramfuse_deployment.terminal import say, show_json
 from gramfuse_protocol.contract.node_key import fingerprint
 from gramfuse_protocol.secure_sum.keys import KEY_BYTES, Identity

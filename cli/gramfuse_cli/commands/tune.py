@@ -8,7 +8,8 @@ from typing import Any
 import click
 
 from gramfuse_cli import options
-from gramfuse_cli.commands.simulate import run_simulation
+from gramfuse_cli.options import compare_option
+from gramfuse_cli.show.progress import RunProgress
 from gramfuse_cli.show.results import check_sound, show_checks, show_models, show_report, show_steps
 from gramfuse_deployment.terminal import Table, say, show_json
 from gramfuse_model.project import Project
@@ -16,7 +17,8 @@ from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.errors import PlanError
 from gramfuse_server.report.schema import Tuning
 from gramfuse_simulation.labelled_rows import row_options
-from gramfuse_simulation.terms import Term, compare_option
+from gramfuse_simulation.simulate import run_simulation
+from gramfuse_simulation.terms import Term
 from gramfuse_simulation.tuning import Data, Wanted, tune_files
 
 GRID = ",".join(f"{n / 10:g}" for n in range(11))
@@ -114,7 +116,7 @@ def tune(
         project = Project.read(sources[0], options.all_settings(settings, seed, opened=opened))
         check_tunable(project.plan)
         run = options.run_path(out, project.plan)
-        report = run_simulation(project, run, tune=wanted, compare=compare, opened=opened)
+        report = run_simulation(project, run, RunProgress, tune=wanted, compare=compare, opened=opened)
         if not as_json and report.tuning is not None:
             show_tuning(report.tuning)
         show_report(report, run, as_json)

@@ -1,0 +1,291 @@
+"""Runs a simulation in a process of its own, and returns its report."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from gramfuse_deployment.processes import contained
+from gramfuse_deployment.tail import Growing
+from gramfuse_deployment.terminal import say, uncoloured
+from gramfuse_model.project import Project
+from gramfuse_protocol.errors import FederationError, GramfuseError, ModelError, RefusalError, error_types
+from gramfuse_protocol.files import write_private
+from gramfuse_protocol.secure_sum.keys import KEY_BYTES, Identity
+from gramfuse_server.report.schema import Report
+from gramfuse_simulation.engine import LOG
+from gramfuse_simulation.terms import Term, check_terms
+from gramfuse_simulation.tuning import Wanted
+
+if TYPE_CHECKING:
+    from gramfuse_client.silo_file import Silo
+    from gramfuse_protocol.contract.plan import Plan
+
+LOG_LINES = 30
+
+OF_A_SILO = re.compile(r"silo \S+, phase \w+: \w+Error: .*")
+"""The line of a silo's log that says why it refused or failed (`gramfuse_client.exchange.participant`)."""
+
+SHORT = ("/tmp", "/var/tmp")  # noqa: S108  # a private directory is made in one of them
+"""Where Ray's sockets are if the path of the usual place for temporary files is too long for them."""
+
+SOCKET_PATH = 103 if sys.platform == "darwin" else 107
+"""Most bytes of a socket's path."""
+
+RAY_PATH = len("/gf-xxxxxxxx/ray/session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store")
+"""What is added to the path of that place."""
+
+FLOWER_LOG = "flower.log"
+"""What Flower's log is called, also beside the report of a run that failed."""
+
+
+class RunView(AbstractContextManager["RunView"], Protocol):
+    """Shows a run as it goes; whoever starts a simulation brings one."""
+
+    def take(self, event: Mapping[str, Any]) -> None:
+        """Show one event of the exchange."""
+
+    def refresh(self) -> None:
+        """Show how far the silos are."""
+
+
+View = Callable[[tuple[str, ...], Callable[[str], Mapping[str, Any] | None]], RunView]
+"""Makes a view from the silos' names and a function that returns the last progress (phase, done, total) of a silo."""
+
+
+def run_simulation(
+    project: Project,
+    out: Path,
+    view: View,
+    *,
+    tune: Wanted | None = None,
+    compare: tuple[Term, ...] = (),
+    opened: bool = False,
+) -> Report:
+    """Simulate one exchange and return its report.
+
+    Args:
+        out: the run directory to make.
+        view: shows the run.
+        tune: what is searched by held-out data before the merge is written, if anything.
+        compare: other models to measure.
+        opened: whether silos allow open uploads, whatever their files say.
+
+    Raises:
+        GramfuseError: of the kind that fits; then nothing is left but silos' data as they were, and the report of a
+            run that failed on its way.
+    """
+    from gramfuse_client.silo_file import read_silos
+    from gramfuse_server.run_directory import check_free, discard
+
+    check_terms(compare, project.plan)
+    check_free(out)
+    sockets = place_of_sockets()
+    say("read the silos' data and the base model", err=True)
+    silos = read_silos(project.directory, project.plan.names)
+    for silo in silos.values():
+        _check_silo(project, silo, tuned=tune is not None)
+    plan, layout = project.locked()
+    identities = {name: Identity(secrets.token_bytes(KEY_BYTES)) for name in silos}
+    if plan.privacy.secure_aggregation:
+        plan = plan.with_keys({name: identity.public.hex() for name, identity in identities.items()})
+    with (
+        tempfile.TemporaryDirectory(prefix="gf-", ignore_cleanup_errors=True) as made,
+        tempfile.TemporaryDirectory(prefix="gf-", dir=sockets, ignore_cleanup_errors=True) as private,
+    ):
+        scratch = Path(made)
+        _write_states(scratch / "silos", plan, silos.values(), identities, opened=opened)
+        spec = {
+            "plan": plan.to_toml(),
+            "layout": layout.to_json(),
+            "directory": str(project.directory),
+            "out": str(out),
+            "silos": [str(silo.path) for silo in silos.values()],
+            "state": str(scratch / "silos"),
+            "ray": str(Path(private) / "ray"),  # which Ray lets everybody write to
+            "events": str(scratch / "events.jsonl"),
+            "outcome": str(scratch / "outcome.json"),
+            "gpus_per_silo": _gpus_per_silo(len(silos)),
+            "tune": None if tune is None else asdict(tune),
+            "compare": ",".join(term.text for term in compare if not term.method.always),
+            "opened": opened,
+        }
+        (scratch / "spec.json").write_text(json.dumps(spec), encoding="utf-8")
+        try:
+            code = _engine(scratch, plan, view)
+            return _outcome(scratch, code, plan.names, out)
+        finally:
+            discard(out)
+
+
+def _check_silo(project: Project, silo: Silo, *, tuned: bool) -> None:
+    """Say now what a silo would refuse later, with the details that only the silo may see.
+
+    Args:
+        tuned: whether examples to choose by are needed.
+
+    Raises:
+        GramfuseError: of the kind that fits.
+    """
+    from gramfuse_client.data.examples import left_out, load, load_validation
+    from gramfuse_client.guard.policy import check_examples
+    from gramfuse_client.tasks.registry import at_silo
+    from gramfuse_model.loading.source import source_of
+
+    task = project.plan.task_of(silo.name)
+    examples, held_out = load(silo, task)
+    if bad := left_out(examples, held_out):
+        say(f"{silo.name}: {len(bad)} bad rows are left out:", *bad, err=True)
+    check_examples(silo, len(examples))
+    kind = at_silo(task)
+    kind.check_labels(silo.path, task, examples.labels)
+    if misfit := kind.misfit(examples, task):
+        say(f"{silo.name}: {misfit}", style="yellow", err=True)
+    if tuned:
+        load_validation(silo, task)
+    if silo.base is not None:
+        try:
+            source_of(project.plan, project.directory, silo.base)
+        except ModelError as error:
+            raise ModelError(f"{silo.path}: {error}") from None
+
+
+def _write_states(
+    state: Path, plan: Plan, silos: Iterable[Silo], identities: Mapping[str, Identity], *, opened: bool
+) -> None:
+    """Write each silo's identity where its state will be, and check that its file allows the plan.
+
+    Raises:
+        RefusalError: if it does not.
+    """
+    from gramfuse_client.guard.policy import check_plan
+    from gramfuse_client.silo_file import write_identity
+    from gramfuse_simulation.engine import simulated_silo
+
+    for name, identity in identities.items():
+        write_identity(state / name / "identity.pem", identity)
+    for silo in silos:
+        check_plan(simulated_silo(str(silo.path), str(state), plan.digest, opened=opened), plan)
+
+
+def _engine(scratch: Path, plan: Plan, view: View) -> int:
+    """Run the simulation's process to its end, show its events, and return its exit status.
+
+    Args:
+        scratch: where it works, with its `spec.json`.
+    """
+    from gramfuse_client.state.state import read_progress
+
+    # A silo that is ended in the middle of its work cleans nothing up; what it leaves goes with the scratch.
+    environment: dict[str, str | None] = {"FLWR_HOME": str(scratch / "flwr"), "TMPDIR": str(scratch / "tmp")}
+    environment["RAY_ADDRESS"] = None  # of a cluster of somebody's; a simulation stays on this machine
+    (scratch / "tmp").mkdir()
+    command = [sys.executable, "-m", "gramfuse_simulation.engine", str(scratch / "spec.json")]
+    events = Growing(scratch / "events.jsonl")  # before anything is written to it
+    with (
+        view(plan.names, lambda silo: read_progress(scratch / "silos" / silo, plan.digest)) as shown,
+        contained(command, scratch / FLOWER_LOG, environment) as process,
+    ):
+        shown.take({"phase": "start", "state": "start"})
+        while process.poll() is None:
+            for line in events.lines():
+                shown.take(json.loads(line))
+            shown.refresh()
+            time.sleep(0.1)
+        for line in events.lines():
+            shown.take(json.loads(line))
+    return int(process.returncode)
+
+
+def place_of_sockets() -> str:
+    """Return where a directory for Ray's sockets can be made: the usual place, or one with a shorter path.
+
+    Raises:
+        FederationError: if there is none.
+    """
+    longest = SOCKET_PATH - RAY_PATH
+    for place in (tempfile.gettempdir(), *SHORT):
+        if len(os.fsencode(place)) <= longest and os.access(place, os.W_OK | os.X_OK):
+            return place
+    raise FederationError(
+        f"{tempfile.gettempdir()}: Ray makes sockets, whose paths may have {SOCKET_PATH} bytes, so this path is too "
+        f"long, and nothing can be written to {' or '.join(SHORT)}; set TMPDIR to a directory whose path has at most "
+        f"{longest} bytes"
+    )
+
+
+def _outcome(scratch: Path, code: int, silos: Sequence[str], out: Path) -> Report:
+    """Return the report, or raise the error that the simulation ended with.
+
+    Args:
+        scratch: where it worked.
+        code: its exit status.
+        silos: their names.
+        out: the run directory that it was to make.
+    """
+    try:
+        outcome = json.loads((scratch / "outcome.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        outcome = {"error": "FederationError", "message": f"the simulation's process ended with status {code}"}
+    if "report" in outcome:
+        return Report.read(outcome["report"])
+    kind: type[GramfuseError] = error_types().get(outcome["error"], FederationError)
+    left = Path(outcome["left"]) if outcome.get("left") else None
+    message = outcome["message"]
+    if kind in (FederationError, RefusalError):  # others say all that there is to say
+        logs = {silo: _read(scratch / "silos" / silo / LOG) for silo in silos}
+        reasons = {silo: list(dict.fromkeys(OF_A_SILO.findall(text))) for silo, text in logs.items()}
+        if any(reasons.values()):
+            own = (f"  {line}" for lines in reasons.values() for line in lines)
+            say("The silos' own logs say:", *own, "", err=True)
+        kept = {f"silo-{silo}.log": logs[silo] for silo in silos if reasons[silo]}
+        message += _keep_logs(out, kept | {FLOWER_LOG: uncoloured(_read(scratch / FLOWER_LOG))}, new=left is None)
+    error = kind(message)
+    error.report = left
+    raise error
+
+
+def _keep_logs(out: Path, logs: Mapping[str, str], *, new: bool) -> str:
+    """Put logs where the report of a run is that failed, and return the lines that say so.
+
+    If they cannot be kept, Flower's last lines are shown on the terminal.
+
+    Args:
+        new: whether there is no report of this run.
+    """
+    from gramfuse_server.run_directory import failed_of, forget
+
+    failed, said = failed_of(out), ""
+    try:
+        if new:
+            forget(failed)
+            failed.mkdir(mode=0o700, parents=True)
+        for name, text in logs.items():
+            write_private(failed / name, text.encode())
+            silo = name.removeprefix("silo-").removesuffix(".log")
+            whose = "Flower's log" if name == FLOWER_LOG else f"The log of silo {silo!r}"
+            said += f"\n{whose} is {failed / name}"
+    except OSError:
+        lines = logs[FLOWER_LOG].split("\n")
+        say("The last lines of Flower's log:", *(f"  {line}" for line in lines[-LOG_LINES:]), "", err=True)
+    return said
+
+
+def _read(log: Path) -> str:
+    return log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+
+
+def _gpus_per_silo(silos: int) -> float:
+    import torch
+
+    return min(1.0, torch.cuda.device_count() / silos)
