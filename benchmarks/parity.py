@@ -44,7 +44,7 @@ from gramfuse_protocol.contract.layout import Layout
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.statistics.contribution import Statistics
-from gramfuse_server.merging.files import merge
+from gramfuse_server.merging.regmean import merge
 
 SILOS = ("bank", "hospital")
 SETTINGS = (

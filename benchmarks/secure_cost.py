@@ -73,6 +73,7 @@ from gramfuse_protocol.messages.phases import MaskedReply
 from gramfuse_protocol.messages.wire import pack
 from gramfuse_protocol.secure_sum import masks
 from gramfuse_protocol.secure_sum import member as secure_sum
+from gramfuse_protocol.secure_sum import unmasking as unmask
 from gramfuse_protocol.secure_sum.fixed_point import encode
 from gramfuse_protocol.secure_sum.keys import Identity
 from gramfuse_protocol.secure_sum.member import Member, Signed
@@ -414,7 +415,7 @@ def coordinator(elements: int, silos: int, dead: int, folder: Path) -> Figures:
     with unmasking:
         masks.apply(
             words,
-            secure_sum.unmasking(session.roster, session.nonce, adverts, "statistics", members, signed, released),
+            unmask.unmasking(session.roster, session.nonce, adverts, "statistics", members, signed, released),
         )
     summed = {index: part.copy() for index, part in spots(layout, words)}
     with decoding:

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
         write_statistics,
     )
     from gramfuse_server.merging.accumulator import Merged
-    from gramfuse_server.merging.files import merge
+    from gramfuse_server.merging.regmean import merge
     from gramfuse_server.strategy import RegMean
 
     __version__: str
@@ -51,7 +51,7 @@ _HOMES = {
     "trainable": "gramfuse_model.loading.base_model",
     "collect_statistics": "gramfuse_client.measuring.collect",
     "Statistics": "gramfuse_protocol.statistics.contribution",
-    "merge": "gramfuse_server.merging.files",
+    "merge": "gramfuse_server.merging.regmean",
     "Merged": "gramfuse_server.merging.accumulator",
     "add_differences": "gramfuse_model.differences",
     "statistics_record": "gramfuse_client.measuring.flower_record",

@@ -165,7 +165,7 @@ class Watch:
             say(f"a worker failed: {line}; the rest is in {self.worker_log.path}")
 
     def _left(self, text: str) -> None:
-        from gramfuse_client.guard.ledger import Line
+        from gramfuse_client.guard.ledger_lines import Line
 
         try:
             entry = Line.model_validate_json(text).entry

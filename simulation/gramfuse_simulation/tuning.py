@@ -17,7 +17,8 @@ from gramfuse_simulation.labelled_rows import COLUMNS, label_names
 
 if TYPE_CHECKING:
     from gramfuse_server.merging.accumulator import Merged
-    from gramfuse_server.merging.files import Collection, Weighting
+    from gramfuse_server.merging.files import Collection
+    from gramfuse_server.merging.regmean import Weighting
     from gramfuse_server.merging.search import Judgement, Trial, Trials
     from gramfuse_server.report.schema import Report, TriedOrder, Tuning
     from gramfuse_server.report.studies import Studied

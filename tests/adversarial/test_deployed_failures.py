@@ -24,6 +24,7 @@ from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.contract.roster import Roster
 from gramfuse_protocol.errors import ContributionError, PlanError, SecurityError
 from gramfuse_protocol.secure_sum import member as secure_sum
+from gramfuse_protocol.secure_sum import unmasking as unmask
 from gramfuse_protocol.secure_sum.fixed_point import capacity, decode, encode
 from gramfuse_protocol.secure_sum.keys import Identity, Label, agree, derive, public_of
 from gramfuse_protocol.secure_sum.masks import Mask, apply
@@ -603,7 +604,7 @@ def test_twelve_silos_sum_values_of_full_width(twelve: list[Federation]) -> None
     shares = {name: secure_sum.release(fed.roster, states[name], "statistics", signatures) for name in alive[2:]}
     adverts = states[alive[0]].adverts
     signed = Signed(survivors=alive, context=CONTEXT["statistics"])
-    apply(total, secure_sum.unmasking(fed.roster, fed.nonce, adverts, "statistics", fed.names, signed, shares))
+    apply(total, unmask.unmasking(fed.roster, fed.nonce, adverts, "statistics", fed.names, signed, shares))
     assert total.view(np.int64).tolist() == [sum(plain[name][n] for name in alive) for n in range(64)]
 
 

@@ -23,7 +23,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 
-from gramfuse_client.guard.ledger import Entry, Item, Ledger
+from gramfuse_client.guard.ledger import Ledger
+from gramfuse_client.guard.ledger_lines import Entry, Item
 from gramfuse_client.silo_file import Silo
 from gramfuse_protocol.bounds import LAYOUT_CHARACTERS
 from gramfuse_protocol.canonical import canonical_json

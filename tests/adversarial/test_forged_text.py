@@ -31,7 +31,7 @@ from gramfuse_cli import main as cli_main
 from gramfuse_cli.main import cli
 from gramfuse_cli.show.progress import RunProgress
 from gramfuse_client.app import _Formatter
-from gramfuse_client.guard.ledger import Entry
+from gramfuse_client.guard.ledger_lines import Entry
 from gramfuse_client.silo_file import SiloFile
 from gramfuse_model.loading.auto_classes import merged_form
 from gramfuse_model.project import Project

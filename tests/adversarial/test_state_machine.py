@@ -17,6 +17,7 @@ import pytest
 from gramfuse_protocol.contract.roster import Roster
 from gramfuse_protocol.errors import SecurityError
 from gramfuse_protocol.secure_sum import member as secure_sum
+from gramfuse_protocol.secure_sum import unmasking as unmask
 from gramfuse_protocol.secure_sum.keys import Identity, Label, agree, derive, framed
 from gramfuse_protocol.secure_sum.masks import Mask, apply
 from gramfuse_protocol.secure_sum.member import SEALED_BYTES, Member, Signed
@@ -574,7 +575,7 @@ def test_after_all_lies_the_same_states_finish_an_honest_session(at: Stage, else
 
 def unmasking(at: Stage, shares: Mapping[str, Mapping[str, bytes]]) -> list[Mask]:
     signed = Signed(survivors=at.survivors, context=CONTEXT["statistics"])
-    return secure_sum.unmasking(at.roster, at.nonce, list(at.adverts.values()), "statistics", NAMES, signed, shares)
+    return unmask.unmasking(at.roster, at.nonce, list(at.adverts.values()), "statistics", NAMES, signed, shares)
 
 
 @pytest.mark.parametrize(

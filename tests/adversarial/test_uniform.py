@@ -15,6 +15,7 @@ from gramfuse_model.normal_equations import summands
 from gramfuse_protocol.contract.layout import Group, Layout, Linear, Tensor
 from gramfuse_protocol.contract.roster import Roster
 from gramfuse_protocol.secure_sum import member as secure_sum
+from gramfuse_protocol.secure_sum import unmasking as unmask
 from gramfuse_protocol.secure_sum.fixed_point import decode, encode
 from gramfuse_protocol.secure_sum.keys import Identity
 from gramfuse_protocol.secure_sum.masks import apply
@@ -92,7 +93,7 @@ class Recorded:
         total = sum((self.masked[name] for name in silos), np.zeros(self.layout.sum_entries, np.uint64))
         adverts = next(iter(self.states.values())).adverts
         signed = Signed(survivors=self.alive, context=self.layout.digest)
-        apply(total, secure_sum.unmasking(self.roster, NONCE, adverts, "statistics", NAMES, signed, self.shares))
+        apply(total, unmask.unmasking(self.roster, NONCE, adverts, "statistics", NAMES, signed, self.shares))
         return total
 
 

@@ -16,7 +16,8 @@ import pytest
 
 from gramfuse_cli.commands import silo_ledger as command
 from gramfuse_cli.main import main
-from gramfuse_client.guard.ledger import NO_LINE, Entry, Item, Ledger
+from gramfuse_client.guard.ledger import Ledger
+from gramfuse_client.guard.ledger_lines import NO_LINE, Entry, Item
 from gramfuse_client.silo_file import Silo
 
 PLANS = ("a" * 64, "b" * 64)
@@ -176,7 +177,7 @@ def test_damage_is_named_with_file_and_line(
     out = ("--out", str(tmp_path / "copy")) if name == "export" else ()
     outcome = run(name, *out, *as_json)
     assert outcome.code == 18
-    assert f"{ledger.path}:2: line 2 was changed" in outcome.err
+    assert f"{ledger.path}:3: line 3 does not follow line 2" in outcome.err
     if as_json:
         assert json.loads(outcome.out)["error"]["type"] == "LedgerError"
     assert not [path for path in tmp_path.iterdir() if "copy" in path.name]

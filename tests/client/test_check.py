@@ -33,7 +33,8 @@ from gramfuse_client.dry_run.check import Report, check
 from gramfuse_client.dry_run.findings import Findings
 from gramfuse_client.guard import disclosure, policy
 from gramfuse_client.guard.disclosure import leaves
-from gramfuse_client.guard.ledger import Entry, Ledger
+from gramfuse_client.guard.ledger import Ledger
+from gramfuse_client.guard.ledger_lines import Entry
 from gramfuse_client.silo_file import Data, Silo, SiloFile, write_identity
 from gramfuse_client.state.state import Contributed, State
 from gramfuse_deployment.certificates import Authority, certificate_pem, key_pem, new_key, server_names

@@ -29,7 +29,7 @@ from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.errors import ContributionError, GramfuseError, ModelError, PlanError, RunDirectoryError
 from gramfuse_protocol.statistics.file import read_statistics
-from gramfuse_server.merging.files import merge
+from gramfuse_server.merging.regmean import merge
 
 LABELS = ["animals", "weather", "kitchen"]
 ROWS = [

@@ -18,7 +18,8 @@ from pathlib import Path
 import pytest
 
 import gramfuse_client.guard.ledger as ledger_module
-from gramfuse_client.guard.ledger import NO_LINE, REASON, Entry, Head, Item, Ledger
+from gramfuse_client.guard.ledger import REASON, Ledger
+from gramfuse_client.guard.ledger_lines import NO_LINE, Entry, Head, Item
 from gramfuse_protocol.errors import LedgerError
 
 NOON = datetime(2026, 1, 31, 12, tzinfo=UTC)
@@ -273,17 +274,17 @@ def test_nothing_leaves_after_damage_at_the_end(ledger: Ledger) -> None:
 
 
 DAMAGE: dict[str, Callable[[list[bytes]], list[bytes]]] = {
-    "3: line 3 was changed": lambda r: [*r[:2], r[2].replace(b"12:02", b"12:03"), *r[3:]],
-    "3: line 3 was changed: it has number 7": lambda r: [*r[:2], r[2].replace(b'"number":3', b'"number":7'), *r[3:]],
+    "4: line 4 does not follow line 3": lambda r: [*r[:2], r[2].replace(b"12:02", b"12:03"), *r[3:]],
+    "3: line 3 has number 7 instead of 3": lambda r: [*r[:2], r[2].replace(b'"number":3', b'"number":7'), *r[3:]],
     "5: the last line, 5, was changed": lambda r: [*r[:4], r[4].replace(b"12:04", b"12:05")],
-    "1: line 1 is missing before line 2": lambda r: r[1:],
-    "3: line 3 is missing after line 2": lambda r: [*r[:2], *r[3:]],
-    "2: lines 2 to 4 are missing after line 1": lambda r: [r[0], r[4]],
+    "1: line 1 has number 2 instead of 1": lambda r: r[1:],
+    "3: line 3 has number 4 instead of 3": lambda r: [*r[:2], *r[3:]],
+    "2: line 2 has number 5 instead of 2": lambda r: [r[0], r[4]],
     "3: the last 2 lines are missing": lambda r: r[:3],
-    "4: line 4 was inserted: it repeats line 3": lambda r: [*r[:3], *r[2:]],
-    "4: line 4 was inserted": lambda r: [*r[:3], r[0], *r[3:]],
-    "2: lines 2 and 3 were reordered": lambda r: [r[0], r[2], r[1], *r[3:]],
-    "1: lines were reordered": lambda r: [r[4], *r[1:4], r[0]],
+    "4: line 4 has number 3 instead of 4": lambda r: [*r[:3], *r[2:]],
+    "4: line 4 has number 1 instead of 4": lambda r: [*r[:3], r[0], *r[3:]],
+    "2: line 2 has number 3 instead of 2": lambda r: [r[0], r[2], r[1], *r[3:]],
+    "1: line 1 has number 5 instead of 1": lambda r: [r[4], *r[1:4], r[0]],
     "2: line 2 is not JSON": lambda r: [r[0], r[1].replace(b"{", b"", 1), *r[2:]],
     "2: line 2 is not a line of a ledger: more: ": lambda r: [r[0], r[1].replace(b"{", b'{"more":1,', 1), *r[2:]],
     "2: line 2 was changed: it is not in canonical form": lambda r: [r[0], r[1].replace(b":", b": ", 1), *r[2:]],
@@ -293,7 +294,7 @@ DAMAGE: dict[str, Callable[[list[bytes]], list[bytes]]] = {
 
 
 @pytest.mark.parametrize("says", DAMAGE)
-def test_damage_is_called_by_its_name(ledger: Ledger, says: str) -> None:
+def test_damage_is_found_and_its_line_named(ledger: Ledger, says: str) -> None:
     for n in range(5):
         ledger.append(ENTRY, NOON + timedelta(minutes=n))
     ledger.path.write_bytes(b"".join(DAMAGE[says](ledger.path.read_bytes().splitlines(keepends=True))))
@@ -305,7 +306,7 @@ def test_a_forged_line_that_fits_is_found_by_the_line_after_it(ledger: Ledger) -
     lines = [ledger.append(ENTRY) for _ in range(4)]
     forged = lines[2].model_copy(update={"entry": REFUSAL})
     ledger.path.write_bytes(b"".join(line.serialised() for line in [*lines[:2], forged, *lines[2:]]))
-    with pytest.raises(LedgerError, match=":3: line 3 was inserted: line 4 is the one that follows line 2"):
+    with pytest.raises(LedgerError, match=":4: line 4 has number 3 instead of 4"):
         ledger.verify()
 
 

@@ -20,7 +20,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricR
 from gramfuse_client.app import SiloApp
 from gramfuse_client.guard.disclosure import leaves
 from gramfuse_client.guard.egress import Egress
-from gramfuse_client.guard.ledger import REASON, Ledger, Line
+from gramfuse_client.guard.ledger import REASON, Ledger
+from gramfuse_client.guard.ledger_lines import Line
 from gramfuse_client.silo_file import Silo, write_identity
 from gramfuse_client.state.session import Record
 from gramfuse_deployment.flower_run import write_app

@@ -57,7 +57,6 @@ from gramfuse_protocol.messages.phases import (
     refusal,
 )
 from gramfuse_protocol.messages.wire import pack, unpack
-from gramfuse_protocol.secure_sum import member as secure_sum
 from gramfuse_protocol.secure_sum.fixed_point import encode
 from gramfuse_protocol.secure_sum.keys import Identity
 from gramfuse_protocol.secure_sum.masks import apply
@@ -1002,7 +1001,7 @@ def test_what_one_silo_measured_apart_stays_masked_though_the_others_agree(scrip
         opened = total.copy()
         apply(
             opened,
-            secure_sum.unmasking(c.plan.roster, str(c.about["session"]), c.adverts, "metrics", NAMES, signed, shares),
+            unmask.unmasking(c.plan.roster, str(c.about["session"]), c.adverts, "metrics", NAMES, signed, shares),
         )
         assert not np.isin(opened, counts).any()
         assert (np.abs(opened.view(np.int64)) > 2**36).any(), "words of a sum of counts are small"

@@ -40,6 +40,7 @@ from gramfuse_protocol.messages.phases import (
 )
 from gramfuse_protocol.secure_sum import masks
 from gramfuse_protocol.secure_sum import member as secure_sum
+from gramfuse_protocol.secure_sum import unmasking as unmask
 from gramfuse_protocol.secure_sum.fixed_point import capacity, decode, encode
 from gramfuse_protocol.secure_sum.keys import Identity, Label, agree, derive, framed
 from gramfuse_protocol.secure_sum.scales import METRICS_SCALE, scales
@@ -455,7 +456,7 @@ class Session:
         given = {silo: signatures[silo] for silo in signing}
         released = {silo: secure_sum.release(self.roster, self.members[silo], name, given) for silo in signing}
         signed = secure_sum.Signed(survivors=tuple(survivors), context=about["context"])
-        off = secure_sum.unmasking(self.roster, self.nonce, self.adverts, name, members, signed, released)
+        off = unmask.unmasking(self.roster, self.nonce, self.adverts, name, members, signed, released)
         total = np.zeros(len(scale), np.uint64)
         for silo in survivors:
             total += masked[silo]

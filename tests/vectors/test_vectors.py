@@ -29,6 +29,7 @@ from gramfuse_protocol.messages import phases as messages_module
 from gramfuse_protocol.messages.phases import REPLIES, REQUESTS
 from gramfuse_protocol.secure_sum import masks
 from gramfuse_protocol.secure_sum import member as secure_sum
+from gramfuse_protocol.secure_sum import unmasking as unmask
 from gramfuse_protocol.secure_sum.fixed_point import capacity, decode, encode
 from gramfuse_protocol.secure_sum.keys import Identity, Label, derive, framed
 from gramfuse_protocol.secure_sum.scales import scales
@@ -172,7 +173,7 @@ class Ours:
         shares = {by: {o: bytes.fromhex(share) for o, share in given.items()} for by, given in released.items()}
         signed = secure_sum.Signed(survivors=tuple(about["survivors"]), context=about["context"])
         roster, name, members = Ours.roster_of(session), about["name"], about["members"]
-        off = secure_sum.unmasking(roster, session["nonce"], adverts, name, members, signed, shares)
+        off = unmask.unmasking(roster, session["nonce"], adverts, name, members, signed, shares)
         total = np.zeros_like(_words(next(iter(masked.values()))))
         for data in masked.values():
             total += _words(data)

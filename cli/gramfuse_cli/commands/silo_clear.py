@@ -34,7 +34,8 @@ def clear(file: Path, plan: str | None, number: int | None, releases: bool, as_j
 
     Both leave a line in the ledger.
     """
-    from gramfuse_client.guard.ledger import Entry, Ledger
+    from gramfuse_client.guard.ledger import Ledger
+    from gramfuse_client.guard.ledger_lines import Entry
     from gramfuse_client.guard.releases import Releases
     from gramfuse_client.silo_file import Silo
     from gramfuse_client.state.state import State

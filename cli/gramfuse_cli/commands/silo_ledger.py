@@ -18,7 +18,8 @@ from gramfuse_deployment.terminal import Table, say, show_json
 from gramfuse_protocol.errors import LedgerError
 
 if TYPE_CHECKING:
-    from gramfuse_client.guard.ledger import Item, Ledger, Line
+    from gramfuse_client.guard.ledger import Ledger
+    from gramfuse_client.guard.ledger_lines import Item, Line
 
 COLUMNS = (
     "number", "time", "silo", "plan", "session", "round", "run", "phase", "kind", "form", "note",

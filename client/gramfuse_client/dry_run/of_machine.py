@@ -12,7 +12,8 @@ import psutil
 from gramfuse_client.data.columns import Input
 from gramfuse_client.data.examples import Examples
 from gramfuse_client.dry_run.findings import Findings
-from gramfuse_client.guard.ledger import Head, Ledger
+from gramfuse_client.guard.ledger import Ledger
+from gramfuse_client.guard.ledger_lines import Head
 from gramfuse_client.silo_file import Silo
 from gramfuse_client.tasks.registry import at_silo
 from gramfuse_protocol.contract.layout import ITEM_BYTES, Layout

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from gramfuse_client.data.examples import load
 from gramfuse_client.exchange.local_model import Workbench
-from gramfuse_client.guard.ledger import Entry, Item, Ledger
+from gramfuse_client.guard.ledger import Ledger
+from gramfuse_client.guard.ledger_lines import Entry, Item
 from gramfuse_client.guard.policy import check_bytes, check_data, check_hours, check_plan, check_repeat
 from gramfuse_client.silo_file import Silo
 from gramfuse_client.state.state import Origin, State

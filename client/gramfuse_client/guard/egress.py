@@ -13,7 +13,8 @@ from flwr.app import Context, Error, Message
 from flwr.clientapp.typing import ClientAppCallable
 
 from gramfuse_client.guard.disclosure import form_of
-from gramfuse_client.guard.ledger import Entry, Item, Ledger
+from gramfuse_client.guard.ledger import Ledger
+from gramfuse_client.guard.ledger_lines import Entry, Item
 from gramfuse_client.silo_file import Silo
 from gramfuse_protocol.errors import FederationError, GramfuseError, LedgerError
 from gramfuse_protocol.messages import phases

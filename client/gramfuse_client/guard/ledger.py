@@ -12,162 +12,26 @@ All of this finds accidents and careless hands. Who can write the silo's files c
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Annotated, Literal
+from typing import IO
 
-from pydantic import BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, ValidationInfo
+from pydantic import ValidationError
 
-from gramfuse_protocol.bounds import HEADER_CHARACTERS, check_size
+from gramfuse_client.guard.ledger_lines import NO_LINE, Entry, Head, Line, Mark, ReadLine, digest, parse
+from gramfuse_protocol.bounds import HEADER_CHARACTERS
 from gramfuse_protocol.canonical import canonical_json
 from gramfuse_protocol.errors import LedgerError
 from gramfuse_protocol.files import make_private_directory, sync, write_private
-from gramfuse_protocol.text import Legible, one_line
 
 BLOCK_BYTES = 65536
-NO_LINE = "0" * 64
 REASON = "this silo cannot write its ledger, so nothing leaves"
 
 log = logging.getLogger(__name__)
-
-
-def _from_text(value: object, info: ValidationInfo) -> object:
-    return int(value) if info.mode == "json" and isinstance(value, str) and value.isascii() else value
-
-
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Count = Annotated[int, Field(ge=0, lt=2**53)]
-# Flower's run ids have 64 bits, more than canonical JSON has for a number, so they are written as text.
-RunId = Annotated[int, Field(ge=0, lt=2**64), BeforeValidator(_from_text), PlainSerializer(str, when_used="json")]
-
-
-class _Frozen(Legible):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, hide_input_in_errors=True)
-
-
-class Item(_Frozen):
-    """One array or value that left.
-
-    Args:
-        dtype: numpy's name; "json" or "text" for what is no array, which has the shape ().
-        bytes: how many.
-        sha256: digest of those bytes.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[Count, ...]
-    bytes: Count
-    sha256: Sha256
-
-
-class Entry(_Frozen):
-    """What is recorded about one message, or, of kind "clear", about what the silo's owner cleared.
-
-    Args:
-        plan: digest of the plan; empty if it is not known.
-        session: nonce of the session; empty if it is not known.
-        round: of the plan; 0 if it is not known.
-        run: Flower's run id; 0 if it is not known.
-        phase: of the request that the message answers.
-        form: in a word, how the content can be read: "open", "masked", "sealed" and the like.
-        note: a refusal's reason, or the like.
-        items: all that the message carries.
-    """
-
-    plan: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")] = ""
-    session: Annotated[str, Field(pattern=r"^([0-9a-f]{32})?$")] = ""
-    round: Annotated[int, Field(ge=0, lt=2**53)] = 0
-    run: RunId = 0
-    phase: str
-    kind: Literal["reply", "refusal", "error", "clear"]
-    form: Annotated[str, Field(max_length=40)]
-    note: Annotated[str, Field(max_length=2000)] = ""
-    items: tuple[Item, ...] = ()
-
-    @property
-    def bytes(self) -> int:
-        """How many bytes all items have together."""
-        return sum(item.bytes for item in self.items)
-
-
-class Line(_Frozen):
-    """One line of the ledger.
-
-    Args:
-        number: 1 for the first.
-        time: UTC, as 2026-01-31T12:00:00Z. Clocks may be set back, so times may go down.
-        silo: the name of the silo whose ledger it is.
-        previous: digest of the line before it; zeros for the first.
-    """
-
-    number: Annotated[int, Field(ge=1, lt=2**53)]
-    time: Annotated[str, Field(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z$")]
-    silo: str
-    previous: Sha256
-    entry: Entry
-
-    def serialised(self) -> bytes:
-        """Return the line as it stands in the file, with its newline."""
-        return canonical_json(self.model_dump(mode="json")) + b"\n"
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of the line without its newline."""
-        return _digest(self.serialised())
-
-
-@dataclass(frozen=True)
-class Head:
-    """Where a ledger ends.
-
-    Args:
-        number: of the last line; 0 if there is none.
-        digest: of the last line; zeros if there is none. Noted elsewhere, it holds all lines up to it.
-        bytes: of all items of all lines.
-        first: time of the first line, or empty.
-        last: time of the last line, or empty.
-    """
-
-    number: int = 0
-    digest: str = NO_LINE
-    bytes: int = 0
-    first: str = ""
-    last: str = ""
-
-    def after(self, line: Line) -> Head:
-        """Return where the ledger ends with one more line."""
-        bytes_ = self.bytes + line.entry.bytes
-        return Head(line.number, line.digest, bytes_, self.first or line.time, line.time)
-
-
-class _Mark(_Frozen):
-    """A line by number and digest: what `ledger.head` holds, and what the next line has to follow."""
-
-    number: Count = 0
-    digest: Sha256 = NO_LINE
-
-
-@dataclass(frozen=True)
-class _Read:
-    """A line that was read, and where it stands."""
-
-    position: int
-    line: Line
-    digest: str
-
-    @property
-    def mark(self) -> _Mark:
-        return _Mark(number=self.line.number, digest=self.digest)
-
-    def follows(self, mark: _Mark) -> bool:
-        return self.line.number == mark.number + 1 and self.line.previous == mark.digest
 
 
 class Ledger:
@@ -274,7 +138,7 @@ class Ledger:
         if end < size:
             log.warning("%s: cut off an incomplete line at the end; its message never left", self.path)
             os.ftruncate(file, end)
-        mark = last.mark if last else _Mark()
+        mark = last.mark if last else Mark()
         if not last:
             sync(self.path.parent)
         elif head != mark:  # with the head two lines behind, the next crash would look like damage
@@ -284,19 +148,19 @@ class Ledger:
             self._write_head(mark)
         line = Line(number=mark.number + 1, time=time, silo=self.silo, previous=mark.digest, entry=entry)
         _write(file, line.serialised(), end)
-        self._write_head(_Mark(number=line.number, digest=line.digest))
+        self._write_head(Mark(number=line.number, digest=line.digest))
         return line
 
-    def _last(self, raw: bytes) -> _Read | None:
+    def _last(self, raw: bytes) -> ReadLine | None:
         if not raw:
             return None
         try:
-            line = _parse(raw, self.silo)
+            line = parse(raw, self.silo)
         except ValueError as problem:
             raise self._unusable(f"the last line {problem}") from None
-        return _Read(line.number, line, _digest(raw))
+        return ReadLine(line.number, line, digest(raw))
 
-    def _check_last(self, last: _Read | None) -> _Mark | None:
+    def _check_last(self, last: ReadLine | None) -> Mark | None:
         """Return what the head names, or raise LedgerError if the last line does not go with it."""
         try:
             head = self._head()
@@ -308,28 +172,28 @@ class Ledger:
     def _unusable(self, problem: str) -> LedgerError:
         return LedgerError(f"{self.path}: {problem}; {_KEEP}; until then nothing leaves this silo", reason=REASON)
 
-    def _head(self) -> _Mark | None:
+    def _head(self) -> Mark | None:
         try:
-            return _Mark.model_validate_json(self._head_path.read_bytes()[:1024])
+            return Mark.model_validate_json(self._head_path.read_bytes()[:1024])
         except FileNotFoundError:
             return None
         except ValidationError:
             raise LedgerError(f"{self._head_path}: is damaged") from None
 
-    def _write_head(self, mark: _Mark) -> None:
+    def _write_head(self, mark: Mark) -> None:
         write_private(self._head_path, canonical_json(mark.model_dump()) + b"\n", durable=True)
 
     def _damage(self, position: int, problem: str) -> LedgerError:
         return LedgerError(f"{self.path}:{position}: {problem}")
 
-    def _snapshot(self) -> tuple[IO[bytes] | None, int, _Mark | None]:
+    def _snapshot(self) -> tuple[IO[bytes] | None, int, Mark | None]:
         """Return the file, how much of it to read, and the head: as they are between two lines being written."""
         with suppress(FileNotFoundError), _closing(os.open(self._lock_path, os.O_RDONLY)) as lock:
             fcntl.flock(lock, fcntl.LOCK_SH)
             return self._unlocked_snapshot()
         return self._unlocked_snapshot()
 
-    def _unlocked_snapshot(self) -> tuple[IO[bytes] | None, int, _Mark | None]:
+    def _unlocked_snapshot(self) -> tuple[IO[bytes] | None, int, Mark | None]:
         head = self._head()
         try:
             file = self.path.open("rb")
@@ -337,8 +201,8 @@ class Ledger:
             return None, 0, head
         return file, os.fstat(file.fileno()).st_size, head
 
-    def _verified(self, raws: Iterator[bytes], head: _Mark | None) -> Iterator[Line]:
-        before, last = _Mark(), None  # last: read, but nothing bore it out yet; before: the line in front of it
+    def _verified(self, raws: Iterator[bytes], head: Mark | None) -> Iterator[Line]:
+        last: ReadLine | None = None  # read, but nothing bore it out yet
         raw, position = next(raws, b""), 0
         while raw:
             position += 1
@@ -354,29 +218,32 @@ class Ledger:
                     "the line is cut off before the next one is written",
                 )
             try:
-                found = _Read(position, _parse(raw, self.silo), _digest(raw))
+                found = ReadLine(position, parse(raw, self.silo), digest(raw))
             except ValueError as problem:
                 raise self._damage(position, f"line {position} {problem}") from None
             raw = next(raws, b"")
-            if not found.follows(last.mark if last else before):
-                raise self._damage(*_diagnosis(before, last, found, self._peek(raw, position + 1), head))
+            self._check_follows(found, last.mark if last else Mark())
             if last:
                 yield last.line
-                before = last.mark
             last = found
         self._check_end(last, head)
         if last:
             yield last.line
 
-    def _peek(self, raw: bytes, position: int) -> _Read | None:
-        try:
-            return _Read(position, _parse(raw, self.silo), _digest(raw))
-        except ValueError:
-            return None
+    def _check_follows(self, found: ReadLine, mark: Mark) -> None:
+        """Raise LedgerError unless a line has the number and the digest that the line before it asks for."""
+        here, number = found.position, found.line.number
+        if number != mark.number + 1:
+            raise self._damage(
+                here,
+                f"line {here} has number {number} instead of {mark.number + 1}: lines were removed, added or moved",
+            )
+        if not found.follows(mark):
+            raise self._damage(here, f"line {here} does not follow line {here - 1}: one of the two was changed")
 
-    def _check_end(self, last: _Read | None, head: _Mark | None) -> None:
+    def _check_end(self, last: ReadLine | None, head: Mark | None) -> None:
         """Raise LedgerError unless the head names the last line, or, as after a crash, the one before it."""
-        mark, position = (last.mark, last.position) if last else (_Mark(), 0)
+        mark, position = (last.mark, last.position) if last else (Mark(), 0)
         if head is None or head == mark or (last and last.follows(head)):
             return
         named = f"{self._head_path.name} names line {head.number}"
@@ -394,69 +261,6 @@ class Ledger:
 _KEEP = (
     "move the ledger and its .head away, keep both, and find out why; a new ledger then begins with the next message"
 )
-
-
-def _diagnosis(
-    before: _Mark, last: _Read | None, found: _Read, following: _Read | None, head: _Mark | None
-) -> tuple[int, str]:
-    """Return where damage is and what it looks like, for a line that does not follow the last one.
-
-    Args:
-        before: the line before the last.
-        following: the line after it, or None if there is none that can be read.
-        head: of the ledger.
-    """
-    here, number, mark = found.position, found.line.number, last.mark if last else before
-    if following:
-        borne_out = following.follows(found.mark)
-    else:
-        borne_out = head is not None and (found.mark == head or found.follows(head))
-    if last and found.digest == last.digest:
-        return here, f"line {here} was inserted: it repeats line {here - 1}"
-    if following and following.follows(mark):
-        if found.follows(following.mark):
-            return here, f"lines {here} and {here + 1} were reordered: line {here} has number {number}"
-        return here, f"line {here} was inserted: line {here + 1} is the one that follows line {here - 1}"
-    if last and found.follows(before):
-        if borne_out and head != before:
-            return here - 1, f"line {here - 1} was inserted: line {here} is the one that follows line {here - 2}"
-        return here, f"line {here - 1} or {here} was inserted: both have the number {number}"
-    if found.line.previous == mark.digest:
-        return here, f"line {here} was changed: it has number {number}"
-    if number == mark.number + 1:
-        if last and borne_out:
-            return here - 1, f"line {here - 1} was changed: line {here} has another digest of it"
-        if last and following is None and head is None:
-            return here, f"line {here - 1} or {here} was changed: line {here} has another digest of line {here - 1}"
-        return here, f"line {here} was changed: it has another digest of the line before it"
-    if number <= mark.number:
-        return here, f"lines were reordered or inserted: number {number} comes after number {mark.number}"
-    if following and following.line.number < number:
-        return here, f"lines were reordered: number {number} comes before number {following.line.number}"
-    missing = f"line {here} is" if number == here + 1 else f"lines {here} to {number - 1} are"
-    return here, f"{missing} missing " + (f"after line {here - 1}" if last else f"before line {number}")
-
-
-def _parse(raw: bytes, silo: str) -> Line:
-    """Return a line, or raise ValueError with what is wrong with it."""
-    try:
-        check_size(raw, HEADER_CHARACTERS)
-        line = Line.model_validate_json(raw[:-1])
-    except ValidationError as error:
-        problem = error.errors(include_url=False, include_input=False)[0]
-        if problem["type"] == "json_invalid":
-            raise ValueError("is not JSON") from None
-        key = ".".join(str(part) for part in problem["loc"]) or "it"
-        raise ValueError(one_line(f"is not a line of a ledger: {key}: {problem['msg']}", 1000)) from None
-    if line.serialised() != raw:
-        raise ValueError("was changed: it is not in canonical form")
-    if line.silo != silo:
-        raise ValueError(f"is of the silo {line.silo!r}, and this is the ledger of {silo!r}")
-    return line
-
-
-def _digest(raw: bytes) -> str:
-    return hashlib.sha256(raw.removesuffix(b"\n")).hexdigest()
 
 
 def _last_line(file: int, size: int) -> tuple[bytes, int]:

@@ -35,7 +35,7 @@ from gramfuse_protocol.secure_sum.keys import (
     verify,
 )
 from gramfuse_protocol.secure_sum.masks import Mask
-from gramfuse_protocol.secure_sum.shares import SHARE_BYTES, check_share, combine, split
+from gramfuse_protocol.secure_sum.shares import SHARE_BYTES, check_share, split
 from gramfuse_protocol.secure_sum.statements import (
     SUMS,
     Advert,
@@ -316,11 +316,11 @@ def contribute(roster: Roster, member: Member, name: Sum, digest: str, context: 
         raise SecurityError(f"the sum of {name} was asked for twice, with different contents")
     session = session_id(roster.plan, member.nonce, member.adverts)
     seed, private = bytes.fromhex(member.secrets.seed[name]), bytes.fromhex(member.secrets.mask[name])
-    found = [_self_mask(seed, session, name, context, member.name)]
+    found = [self_mask(seed, session, name, context, member.name)]
     for advert in member.adverts:
         if advert.silo in members and advert.silo != member.name:
             secret = agree(private, bytes.fromhex(advert.masks[name]), advert.silo)
-            found.append(_pair_mask(roster, secret, session, name, context, member.name, advert.silo))
+            found.append(pair_mask(roster, secret, session, name, context, member.name, advert.silo))
     return member.with_(uploaded={**member.uploaded, name: uploaded}), found
 
 
@@ -407,64 +407,6 @@ def forget(member: Member, name: Sum) -> Member:
     return member.with_(secrets=secrets, own=rest(member.own), held=held)
 
 
-def unmasking(
-    roster: Roster,
-    nonce: str,
-    adverts: Sequence[Advert],
-    name: Sum,
-    members: Sequence[str],
-    signed: Signed,
-    shares: Mapping[str, Mapping[str, bytes]],
-) -> list[Mask]:
-    """Return what takes the masks off the sum of the survivors' vectors. This is the coordinator's last step.
-
-    Args:
-        adverts: of all silos that are in, in roster order.
-        signed: what the survivors signed.
-        shares: by the silo that released them, then by the silo that they belong to.
-
-    Raises:
-        SecurityError: if there are too few shares, or a secret is not what its owner committed to.
-    """
-    session, survivors, context = session_id(roster.plan, nonce, adverts), signed.survivors, signed.context
-    present = {advert.silo: advert for advert in adverts}
-    if len(shares) < roster.threshold:
-        raise SecurityError(f"{len(shares)} silos released shares; the threshold is {roster.threshold}")
-    for silo, released in shares.items():
-        if silo not in survivors:
-            raise SecurityError(f"shares came from {silo!r}, which is no survivor")
-        if set(released) != set(members):
-            raise SecurityError(f"silo {silo!r} did not release exactly one share for each member of the sum")
-
-    def secret(owner: str) -> bytes:
-        try:
-            return combine({roster.index(silo): released[owner] for silo, released in shares.items()}, roster.threshold)
-        except SecurityError:
-            raise SecurityError(_not_committed(owner, shares)) from None
-
-    found = []
-    for owner in members:
-        value, advert = secret(owner), present[owner]
-        if owner in survivors:
-            if commitment(value) != advert.commitments[name]:
-                raise SecurityError(_not_committed(owner, shares))
-            found.append(_self_mask(value, session, name, context, owner).inverse)
-        else:
-            if public_of(value).hex() != advert.masks[name]:
-                raise SecurityError(_not_committed(owner, shares))
-            for survivor in survivors:
-                agreed = agree(value, bytes.fromhex(present[survivor].masks[name]), survivor)
-                found.append(_pair_mask(roster, agreed, session, name, context, survivor, owner).inverse)
-    return found
-
-
-def _not_committed(owner: str, shares: Mapping[str, Mapping[str, bytes]]) -> str:
-    return (
-        f"the shares do not give back what silo {owner!r} committed to; one of {', '.join(shares)} released a wrong "
-        f"share, or {owner!r} dealt wrong ones"
-    )
-
-
 def _members(member: Member, name: Sum) -> tuple[str, ...]:
     if name not in member.members:
         raise SecurityError(f"the sum of {name} was asked for before its members are known")
@@ -477,11 +419,12 @@ def _channel(member: Member, session: bytes, peer: Advert, sender: str, receiver
     return derive(secret, Label.CHANNEL, session, sender, receiver)
 
 
-def _self_mask(seed: bytes, session: bytes, name: Sum, context: str, owner: str) -> Mask:
+def self_mask(seed: bytes, session: bytes, name: Sum, context: str, owner: str) -> Mask:
+    """Return a silo's own mask, which the other silos' shares of its seed give back."""
     return Mask(derive(seed, Label.SELF, session, name, bytes.fromhex(context), owner), 1)
 
 
-def _pair_mask(roster: Roster, secret: bytes, session: bytes, name: Sum, context: str, own: str, peer: str) -> Mask:
+def pair_mask(roster: Roster, secret: bytes, session: bytes, name: Sum, context: str, own: str, peer: str) -> Mask:
     """Return the mask between two silos as `own` applies it."""
     first, second = sorted((own, peer), key=roster.index)
     key = derive(secret, Label.PAIR, session, name, bytes.fromhex(context), first, second)

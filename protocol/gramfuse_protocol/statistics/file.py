@@ -325,31 +325,41 @@ def write_statistics(
     kept = {own_block(parameter): array for parameter, array in (own or {}).items()}
     kept |= {added_block(parameter): array for parameter, array in (added.rows if added else {}).items()}
     text = about.model_dump_json(by_alias=True)
-
-    def tensors() -> Iterator[NDArray[np.float32]]:
-        for block in about.blocks:
-            array = kept[block.name] if block.name in kept else statistics.block(block.name)
-            if array.dtype != np.float32 or array.shape != block.shape:
-                raise ContributionError(
-                    f"{path}: tensor {block.name!r} is {array.dtype} {array.shape}, expected float32 {block.shape}"
-                )
-            _check_finite(path, block, array.size - int(np.count_nonzero(np.isfinite(array))))
-            yield np.ascontiguousarray(array, "<f4")
-
     hasher = hashlib.sha256(text.encode())
-    for array in tensors():
+    for array in _tensors(path, about, statistics, kept):
         hasher.update(array.data)
     sha256 = hasher.hexdigest()
     header = _header(text, sha256, about.blocks)
     try:
         with replacing(path, private=True) as temporary, temporary.open("wb") as file:
             file.write(len(header).to_bytes(8, "little") + header)
-            for array in tensors():
+            for array in _tensors(path, about, statistics, kept):
                 file.write(array.data)
     except OSError as error:
         what = "no space left on the disk; make room" if disk_is_full(error) else str(error)
         raise RunDirectoryError(f"{path}: cannot be written: {what}") from None
     return sha256
+
+
+def _tensors(
+    path: Path, about: About, statistics: Contribution, kept: Mapping[str, NDArray[Any]]
+) -> Iterator[NDArray[np.float32]]:
+    """Yield a file's tensors in its order, each checked.
+
+    Args:
+        kept: those that are not statistics, by block.
+
+    Raises:
+        ContributionError: naming the tensor, if one does not fit the layout or is not finite.
+    """
+    for block in about.blocks:
+        array = kept[block.name] if block.name in kept else statistics.block(block.name)
+        if array.dtype != np.float32 or array.shape != block.shape:
+            raise ContributionError(
+                f"{path}: tensor {block.name!r} is {array.dtype} {array.shape}, expected float32 {block.shape}"
+            )
+        _check_finite(path, block, array.size - int(np.count_nonzero(np.isfinite(array))))
+        yield np.ascontiguousarray(array, "<f4")
 
 
 def _described(path: Path, added: AddedTokens | None) -> Added | None:

@@ -20,15 +20,15 @@ from gramfuse_model.loading.base_model import Base, load_base
 from gramfuse_model.loading.zero_head import load_zero_headed, plan_for
 from gramfuse_model.rescaling import fold
 from gramfuse_protocol.contract.coverage import coverage
-from gramfuse_protocol.contract.layout import ITEM_BYTES, Layout, Slice, delta_block
+from gramfuse_protocol.contract.layout import ITEM_BYTES, Layout, delta_block
 from gramfuse_protocol.contract.plan import Merge, Plan
 from gramfuse_protocol.errors import ContributionError, ModelError
-from gramfuse_protocol.statistics.contribution import Contribution, check_slices
 from gramfuse_protocol.statistics.file import StatisticsFile, read_statistics
 from gramfuse_protocol.text import listed, quoted
 from gramfuse_server.merging.accumulator import Accumulator, Merged
 from gramfuse_server.merging.added_tokens import Additions
 from gramfuse_server.merging.checks import check_model, check_shares, check_sums
+from gramfuse_server.merging.regmean import Weighting
 from gramfuse_server.report.merged_model import code, extent, front_matter, usage
 from gramfuse_server.report.page.added_tokens import tell_added
 from gramfuse_server.report.page.page import page
@@ -37,64 +37,12 @@ from gramfuse_server.report.studies import Studied
 from gramfuse_server.report.verdicts import told, worst
 from gramfuse_server.run_directory import PAGE, REPORT, RunDirectory
 
-Weighting = Literal["uniform", "examples"]
 Heads = Literal["merged", "own"]
 
 PINNED = {"config": "configurations", "processor": "tokenizers or image processors"}
 """Digests of a base beside those of its weights, and of what they are."""
 
 UNSTUDIED = Studied()
-
-
-def merge(
-    statistics: Iterable[Contribution] | Mapping[str, Contribution],
-    layout: Layout,
-    *,
-    alpha: float = 0.9,
-    weighting: Weighting = "uniform",
-) -> Merged:
-    """Merge what several silos measured, by the RegMean closed form (Jin et al., ICLR 2023).
-
-    Example:
-        >>> statistics = gramfuse.collect_statistics(tuned, [batch], layout, base=start, examples=2)
-        >>> merged = gramfuse.merge([statistics, statistics], layout)
-        >>> float(abs(merged.deltas["classifier.weight"] - statistics.block("delta:classifier.weight")).max()) < 1e-6
-        True
-
-    Args:
-        statistics: of each silo, as `collect_statistics` or `read_statistics` return them; by its name, if the layout
-            has labels that only some silos annotate. The order decides the last bits of the result.
-        layout: what all of them were measured by.
-        alpha: share of the off-diagonal of each Gram matrix that is kept, in [0, 1].
-        weighting: `uniform`, or `examples` to weigh each silo by its number of examples.
-
-    Returns:
-        The merged differences from the base (`deltas`), those of the simple average (`mean`), and how each group was
-        solved (`steps`).
-
-    Raises:
-        ContributionError: naming the tensor, if statistics do not fit the layout, hold NaN or Inf, or give a merge
-            beyond float32.
-        ValueError: if there are no statistics, or α or the weighting is none.
-    """
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha must lie in [0, 1], not {alpha}")
-    if weighting not in ("uniform", "examples"):
-        raise ValueError(f"weighting must be 'uniform' or 'examples', not {weighting!r}")
-    accumulator = Accumulator(layout, alpha=alpha, weighting=weighting)
-    named = statistics.items() if isinstance(statistics, Mapping) else ((None, one) for one in statistics)
-    number = 0
-    for number, (silo, contribution) in enumerate(named, 1):
-        source = f"statistics {number}" if silo is None else f"statistics of {silo!r}"
-        check_slices(
-            (Slice(block, 0, block.entries) for block in layout.blocks),
-            {block.name: contribution.block(block.name) for block in layout.blocks},
-            source,
-        )
-        accumulator.fold(contribution, source, silo=silo)
-    if not number:
-        raise ValueError("there are no statistics to merge")
-    return accumulator.merge()
 
 
 @dataclass(frozen=True)

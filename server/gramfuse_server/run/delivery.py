@@ -147,67 +147,14 @@ class Post:
             patience: when a silo that does not answer is given up.
             waiting_for: is told of a silo that has not answered yet, after REMINDER_SECONDS, twice that, and so on.
         """
-        waiting = deque((silo, iter(requests[silo])) for silo in requests)
-        active: list[_Sent[M]] = []
-        lost: list[_Sent[M]] = []
-        activated, looked = self._activated(), time.monotonic()
+        under_way = _UnderWay(self, nodes, requests, in_flight, check, patience, waiting_for)
         pause = 0.02
-        while waiting or active or lost:
-            while waiting and len(active) < in_flight:
-                silo, remaining = waiting.popleft()
-                request = next(remaining, None)
-                if request is not None:
-                    active.append(self._send(_Sent(silo, remaining, request), nodes, activated))
-            progress = False
-            for sent in [sent for sent in active if not sent.ids]:  # of a node that was revoked, say
-                active.remove(sent)
-                progress = True
-                if sent.attempt < ATTEMPTS:
-                    lost.append(sent.again())
-                else:
-                    yield sent.silo, sent.request, sent.no_answer("Flower does not take the request; its log has why")
-            for sent in list(active):
-                answer = self._pull(sent)
-                if answer is not None:
-                    active.remove(sent)
-                    progress = True
-                    if _is_lost(answer) and sent.attempt < ATTEMPTS:
-                        lost.append(sent.again())
-                        continue
-                    reply = self._receive(sent, answer, check)
-                    if not isinstance(reply, GramfuseError):
-                        waiting.appendleft((sent.silo, sent.remaining))
-                    yield sent.silo, sent.request, reply
-                elif given_up := sent.given_up(patience, waiting_for, away=False):
-                    active.remove(sent)
-                    yield sent.silo, sent.request, given_up
-            if active and time.monotonic() > looked + LOOK_SECONDS:
-                activated, looked = self._activated(), time.monotonic()
-                for sent in list(active):
-                    if activated.get(nodes[sent.silo], sent.activated) == sent.activated:
-                        continue
-                    if sent.attempt < ATTEMPTS:
-                        sent.attempt += 1
-                        self._send(sent, nodes, activated)
-                    else:
-                        active.remove(sent)
-                        yield sent.silo, sent.request, sent.no_answer("its node was started anew each time")
-            if lost:
-                activated = self._activated()
-            for sent in list(lost):
-                given_up = None
-                if nodes[sent.silo] in activated:
-                    sent.since, sent.reminded = time.monotonic(), 0.0
-                    active.append(self._send(sent, nodes, activated))
-                elif (given_up := sent.given_up(patience, waiting_for, away=True)) is None:
-                    continue
-                lost.remove(sent)
-                progress = True
-                if given_up is not None:
-                    yield sent.silo, sent.request, given_up
+        while under_way:
+            under_way.progress = False
+            yield from under_way.step()
             # Each look costs a request to the SuperLink, so look less often while nothing comes.
-            pause = 0.02 if progress else min(1.0, pause * 1.5)
-            if (active or lost) and not progress:
+            pause = 0.02 if under_way.progress else min(1.0, pause * 1.5)
+            if under_way and not under_way.progress:
                 time.sleep(pause)
 
     def rename(self, label: str, silo: str) -> None:
@@ -215,7 +162,8 @@ class Post:
         for traffic in (self.received, self.sent):
             traffic[silo] = traffic.pop(label)
 
-    def _send(self, sent: _Sent[M], nodes: Mapping[str, int], activated: Mapping[int, str]) -> _Sent[M]:
+    def send(self, sent: _Sent[M], nodes: Mapping[str, int], activated: Mapping[int, str]) -> None:
+        """Send a request, or send it once more."""
         request, node = sent.request, nodes[sent.silo]
         if self._packed is None or self._packed[0] is not request:
             frame = pack(request)
@@ -226,9 +174,8 @@ class Post:
         self._note("to", sent.silo, request.phase, frame)
         sent.ids += [str(found) for found in self.grid.push_messages([message]) if found]
         sent.activated = activated.get(node)
-        return sent
 
-    def _pull(self, sent: _Sent[M]) -> FlowerMessage | Exception | None:
+    def pull(self, sent: _Sent[M]) -> FlowerMessage | Exception | None:
         """Return an answer, or why Flower could not put it together.
 
         That a message was lost is an answer only if no other can be answered.
@@ -237,7 +184,7 @@ class Post:
             try:
                 answers = list(self.grid.pull_messages([message_id]))
             except Exception as error:  # noqa: BLE001  # Flower takes apart here what the silo's node sent
-                self._activated()  # if it is the SuperLink that does not answer, this says so
+                self.activated()  # if it is the SuperLink that does not answer, this says so
                 return error
             for answer in answers:
                 sent.ids.remove(message_id)
@@ -245,11 +192,11 @@ class Post:
                     return answer
         return None
 
-    def _activated(self) -> dict[int, str]:
+    def activated(self) -> dict[int, str]:
         """Return the nodes that are connected, and when each was started, in Flower's words."""
         return {node.node_id: node.last_activated_at for node in self.grid.get_nodes()}
 
-    def _receive(self, sent: _Sent[M], answer: FlowerMessage | Exception, check: Check[M]) -> Message | GramfuseError:
+    def receive(self, sent: _Sent[M], answer: FlowerMessage | Exception, check: Check[M]) -> Message | GramfuseError:
         """Return the reply that an answer is, or why it is none.
 
         Here, and nowhere else, what a silo sent is decoded, read and checked; nothing in the `try` touches the disk or
@@ -278,6 +225,118 @@ class Post:
 
     def _note(self, direction: str, silo: str, phase: str, frame: Frame) -> None:
         self.record({direction: silo, "phase": phase, "bytes": frame.nbytes, "sha256": frame.digest})
+
+
+class _UnderWay(Generic[M]):
+    """The requests of one `Post.exchange`: those that wait for their turn, are under way, or got lost.
+
+    Args:
+        post, nodes, requests, in_flight, check, patience, waiting_for: as `Post.exchange` has them.
+
+    Attributes:
+        progress: whether anything happened in the last step.
+    """
+
+    def __init__(
+        self,
+        post: Post,
+        nodes: Mapping[str, int],
+        requests: Mapping[str, Iterable[M]],
+        in_flight: int,
+        check: Check[M],
+        patience: Patience,
+        waiting_for: Callable[[Pending], None],
+    ) -> None:
+        self.post = post
+        self.nodes = nodes
+        self.in_flight = in_flight
+        self.check = check
+        self.patience = patience
+        self.waiting_for = waiting_for
+        self.progress = False
+        self._waiting = deque((silo, iter(requests[silo])) for silo in requests)
+        self._active: list[_Sent[M]] = []
+        self._lost: list[_Sent[M]] = []
+        self._look()
+
+    def __bool__(self) -> bool:
+        return bool(self._waiting or self._active or self._lost)
+
+    def step(self) -> Iterator[tuple[str, M, Message | GramfuseError]]:
+        """Send what may be sent, and yield (silo, request, reply) of what is over."""
+        while self._waiting and len(self._active) < self.in_flight:
+            silo, remaining = self._waiting.popleft()
+            request = next(remaining, None)
+            if request is not None:
+                self._send(_Sent(silo, remaining, request))
+        yield from self._not_taken()
+        yield from self._answered()
+        yield from self._started_anew()
+        yield from self._back_or_given_up()
+
+    def _not_taken(self) -> Iterator[tuple[str, M, GramfuseError]]:
+        """See to requests that Flower did not take: of a node that was revoked, say."""
+        for sent in [sent for sent in self._active if not sent.ids]:
+            self._active.remove(sent)
+            self.progress = True
+            if sent.attempt < ATTEMPTS:
+                self._lost.append(sent.again())
+            else:
+                yield sent.silo, sent.request, sent.no_answer("Flower does not take the request; its log has why")
+
+    def _answered(self) -> Iterator[tuple[str, M, Message | GramfuseError]]:
+        for sent in list(self._active):
+            answer = self.post.pull(sent)
+            if answer is not None:
+                self._active.remove(sent)
+                self.progress = True
+                if _is_lost(answer) and sent.attempt < ATTEMPTS:
+                    self._lost.append(sent.again())
+                    continue
+                reply = self.post.receive(sent, answer, self.check)
+                if not isinstance(reply, GramfuseError):
+                    self._waiting.appendleft((sent.silo, sent.remaining))
+                yield sent.silo, sent.request, reply
+            elif given_up := sent.given_up(self.patience, self.waiting_for, away=False):
+                self._active.remove(sent)
+                yield sent.silo, sent.request, given_up
+
+    def _started_anew(self) -> Iterator[tuple[str, M, GramfuseError]]:
+        """Ask nodes again that were started anew since they were asked."""
+        if not self._active or time.monotonic() <= self._looked + LOOK_SECONDS:
+            return
+        self._look()
+        for sent in list(self._active):
+            if self._activated.get(self.nodes[sent.silo], sent.activated) == sent.activated:
+                continue
+            self._active.remove(sent)
+            if sent.attempt < ATTEMPTS:
+                sent.attempt += 1
+                self._send(sent)
+            else:
+                yield sent.silo, sent.request, sent.no_answer("its node was started anew each time")
+
+    def _back_or_given_up(self) -> Iterator[tuple[str, M, GramfuseError]]:
+        """Ask again whose request or reply got lost, once their nodes are back."""
+        if self._lost:
+            self._activated = self.post.activated()
+        for sent in list(self._lost):
+            if self.nodes[sent.silo] in self._activated:
+                sent.since, sent.reminded = time.monotonic(), 0.0
+                self._send(sent)
+            elif given_up := sent.given_up(self.patience, self.waiting_for, away=True):
+                yield sent.silo, sent.request, given_up
+            else:
+                continue
+            self._lost.remove(sent)
+            self.progress = True
+
+    def _send(self, sent: _Sent[M]) -> None:
+        self.post.send(sent, self.nodes, self._activated)
+        self._active.append(sent)
+
+    def _look(self) -> None:
+        self._activated, self._looked = self.post.activated(), time.monotonic()
 
 
 def _is_lost(answer: FlowerMessage | Exception) -> bool:

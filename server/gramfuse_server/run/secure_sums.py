@@ -25,6 +25,7 @@ from gramfuse_protocol.messages.phases import (
 )
 from gramfuse_protocol.secure_sum import masks
 from gramfuse_protocol.secure_sum import member as secure_sum
+from gramfuse_protocol.secure_sum import unmasking as unmask
 from gramfuse_protocol.secure_sum.masks import Mask
 from gramfuse_protocol.secure_sum.member import Signed
 from gramfuse_protocol.secure_sum.statements import Advert, Sum, round_digest, session_id
@@ -185,7 +186,7 @@ class SecureSums:
         """
 
         def unmasking(shares: Mapping[str, Mapping[str, bytes]]) -> list[Mask]:
-            return secure_sum.unmasking(self.roster, self.conductor.nonce, self.adverts, name, members, signed, shares)
+            return unmask.unmasking(self.roster, self.conductor.nonce, self.adverts, name, members, signed, shares)
 
         try:
             return unmasking(released)

@@ -1,0 +1,63 @@
+"""RegMean over statistics in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Literal
+
+from gramfuse_protocol.contract.layout import Layout, Slice
+from gramfuse_protocol.statistics.contribution import Contribution, check_slices
+from gramfuse_server.merging.accumulator import Accumulator, Merged
+
+Weighting = Literal["uniform", "examples"]
+
+
+def merge(
+    statistics: Iterable[Contribution] | Mapping[str, Contribution],
+    layout: Layout,
+    *,
+    alpha: float = 0.9,
+    weighting: Weighting = "uniform",
+) -> Merged:
+    """Merge what several silos measured, by the RegMean closed form (Jin et al., ICLR 2023).
+
+    Example:
+        >>> statistics = gramfuse.collect_statistics(tuned, [batch], layout, base=start, examples=2)
+        >>> merged = gramfuse.merge([statistics, statistics], layout)
+        >>> float(abs(merged.deltas["classifier.weight"] - statistics.block("delta:classifier.weight")).max()) < 1e-6
+        True
+
+    Args:
+        statistics: of each silo, as `collect_statistics` or `read_statistics` return them; by its name, if the layout
+            has labels that only some silos annotate. The order decides the last bits of the result.
+        layout: what all of them were measured by.
+        alpha: share of the off-diagonal of each Gram matrix that is kept, in [0, 1].
+        weighting: `uniform`, or `examples` to weigh each silo by its number of examples.
+
+    Returns:
+        The merged differences from the base (`deltas`), those of the simple average (`mean`), and how each group was
+        solved (`steps`).
+
+    Raises:
+        ContributionError: naming the tensor, if statistics do not fit the layout, hold NaN or Inf, or give a merge
+            beyond float32.
+        ValueError: if there are no statistics, or α or the weighting is none.
+    """
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha must lie in [0, 1], not {alpha}")
+    if weighting not in ("uniform", "examples"):
+        raise ValueError(f"weighting must be 'uniform' or 'examples', not {weighting!r}")
+    accumulator = Accumulator(layout, alpha=alpha, weighting=weighting)
+    named = statistics.items() if isinstance(statistics, Mapping) else ((None, one) for one in statistics)
+    number = 0
+    for number, (silo, contribution) in enumerate(named, 1):
+        source = f"statistics {number}" if silo is None else f"statistics of {silo!r}"
+        check_slices(
+            (Slice(block, 0, block.entries) for block in layout.blocks),
+            {block.name: contribution.block(block.name) for block in layout.blocks},
+            source,
+        )
+        accumulator.fold(contribution, source, silo=silo)
+    if not number:
+        raise ValueError("there are no statistics to merge")
+    return accumulator.merge()
