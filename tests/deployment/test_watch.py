@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from gramfuse_cli.commands import silo_start
+from gramfuse_deployment import silo_watch
 from gramfuse_deployment.silo_watch import FORSAKEN_SECONDS, WORKER_SECONDS, Watch
 
 RECEIVED = ["[RUN 7]", "Receiving: query.join message (ID: a)", "Received successfully"]
@@ -29,7 +29,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     found = Clock()
-    monkeypatch.setattr(silo_start, "time", found)
+    monkeypatch.setattr(silo_watch, "time", found)
     return found
 
 
