@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from gramfuse_model.digests import config_digest, processor_digest, tensor_digests
     from gramfuse_model.loading.base_model import trainable
     from gramfuse_protocol.contract.layout import Layout
-    from gramfuse_protocol.contract.plan import Merge
+    from gramfuse_protocol.contract.plan_sections import Merge
     from gramfuse_protocol.contract.task import Task
     from gramfuse_protocol.errors import (
         ContributionError,
@@ -28,16 +28,9 @@ if TYPE_CHECKING:
         PlanError,
         RunDirectoryError,
     )
+    from gramfuse_protocol.statistics.about import About, Added, AddedTokens, Origin
     from gramfuse_protocol.statistics.contribution import Statistics
-    from gramfuse_protocol.statistics.file import (
-        About,
-        Added,
-        AddedTokens,
-        Origin,
-        StatisticsFile,
-        read_statistics,
-        write_statistics,
-    )
+    from gramfuse_protocol.statistics.file import StatisticsFile, read_statistics, write_statistics
     from gramfuse_server.merging.accumulator import Merged
     from gramfuse_server.merging.regmean import merge
     from gramfuse_server.strategy import RegMean
@@ -59,10 +52,10 @@ _HOMES = {
     "write_statistics": "gramfuse_protocol.statistics.file",
     "read_statistics": "gramfuse_protocol.statistics.file",
     "StatisticsFile": "gramfuse_protocol.statistics.file",
-    "About": "gramfuse_protocol.statistics.file",
-    "AddedTokens": "gramfuse_protocol.statistics.file",
-    "Added": "gramfuse_protocol.statistics.file",
-    "Origin": "gramfuse_protocol.statistics.file",
+    "About": "gramfuse_protocol.statistics.about",
+    "AddedTokens": "gramfuse_protocol.statistics.about",
+    "Added": "gramfuse_protocol.statistics.about",
+    "Origin": "gramfuse_protocol.statistics.about",
     "Task": "gramfuse_protocol.contract.task",
     "tensor_digests": "gramfuse_model.digests",
     "config_digest": "gramfuse_model.digests",

@@ -25,7 +25,7 @@ from transformers import (
 from gramfuse_client.data.batches import Encoded
 from gramfuse_client.data.examples import Examples
 from gramfuse_client.training.finetune import choose_device, finetune
-from gramfuse_protocol.contract.plan import Training
+from gramfuse_protocol.contract.plan_sections import Training
 from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.files import exclusive
 from sets import Source

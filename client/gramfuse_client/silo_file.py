@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
 from gramfuse_client.data.setting_names import OF_FILES, Words
 from gramfuse_protocol.contract.node_key import public_of
-from gramfuse_protocol.contract.plan import ContextFree, Experts, Name, Sha256
+from gramfuse_protocol.contract.plan_sections import ContextFree, Experts, Name, Sha256
 from gramfuse_protocol.documents import Section, parse, read_text
 from gramfuse_protocol.errors import PlanError
 from gramfuse_protocol.files import open_private

@@ -24,7 +24,7 @@ from gramfuse_model.loading.base_model import Base
 from gramfuse_model.loading.same_inputs import new_tokens, other_inputs
 from gramfuse_model.loading.vocabulary import check_files_of, token_table
 from gramfuse_protocol.errors import ModelError
-from gramfuse_protocol.statistics.file import AddedTokens
+from gramfuse_protocol.statistics.about import AddedTokens
 
 
 @dataclass(frozen=True)

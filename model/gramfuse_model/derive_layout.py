@@ -21,7 +21,8 @@ from gramfuse_model.probing.public_batch import check_long_texts, public_batch, 
 from gramfuse_model.probing.rows import find_rows
 from gramfuse_protocol.contract.gram_structure import parse_structure
 from gramfuse_protocol.contract.layout import EXPONENT, Group, Layout, Linear, Part, Rows, Tensor
-from gramfuse_protocol.contract.plan import Merge, Plan
+from gramfuse_protocol.contract.plan import Plan
+from gramfuse_protocol.contract.plan_sections import Merge
 from gramfuse_protocol.errors import ModelError
 
 QUIETEST = 8

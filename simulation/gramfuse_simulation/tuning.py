@@ -160,7 +160,7 @@ def tune_files(
 
 def _agreed(collection: Collection) -> tuple[float, Weighting]:
     """Return the α and the weighting that files are merged with where nothing is searched."""
-    from gramfuse_protocol.contract.plan import Merge
+    from gramfuse_protocol.contract.plan_sections import Merge
 
     merge = collection.plan.merge if collection.plan else Merge()
     return merge.alpha, merge.weighting

@@ -33,7 +33,7 @@ from gramfuse_model.derive_layout import derive_layout
 from gramfuse_model.loading.base_model import freeze, trainable
 from gramfuse_model.normal_equations import summands
 from gramfuse_protocol.contract.layout import Layout
-from gramfuse_protocol.contract.plan import ContextFree, Merge, Training
+from gramfuse_protocol.contract.plan_sections import ContextFree, Merge, Training
 from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.secure_sum.fixed_point import decode, encode
 from gramfuse_protocol.secure_sum.scales import scales

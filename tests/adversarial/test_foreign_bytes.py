@@ -41,8 +41,9 @@ from gramfuse_protocol.secure_sum import member as secure_sum
 from gramfuse_protocol.secure_sum.keys import Identity
 from gramfuse_protocol.secure_sum.member import Member
 from gramfuse_protocol.secure_sum.statements import Advert
+from gramfuse_protocol.statistics.about import Origin
 from gramfuse_protocol.statistics.contribution import Statistics
-from gramfuse_protocol.statistics.file import Origin, read_statistics, write_statistics
+from gramfuse_protocol.statistics.file import read_statistics, write_statistics
 from gramfuse_server.run_directory import checkpoint_text, partial_of, read_checkpoint
 
 CASES = {

@@ -25,8 +25,9 @@ from gramfuse_model.loading.zero_head import plan_for
 from gramfuse_protocol.contract.layout import Group, Layout, Linear, Tensor
 from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.errors import ModelError
+from gramfuse_protocol.statistics.about import Origin
 from gramfuse_protocol.statistics.contribution import Statistics
-from gramfuse_protocol.statistics.file import Origin, write_statistics
+from gramfuse_protocol.statistics.file import write_statistics
 from gramfuse_server.merging.files import Settings, merge_files
 
 ROOT = Path(__file__).parents[2]

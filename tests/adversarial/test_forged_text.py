@@ -43,7 +43,7 @@ from gramfuse_protocol.documents import parse
 from gramfuse_protocol.errors import FederationError, GramfuseError, PlanError
 from gramfuse_protocol.messages import phases as m
 from gramfuse_protocol.messages.wire import Frame, pack, unpack
-from gramfuse_protocol.statistics.file import About, Origin
+from gramfuse_protocol.statistics.about import About, Origin
 from gramfuse_protocol.text import SAID, printable
 from gramfuse_server.app import coordinate
 from gramfuse_server.report.merged_model import card, front_matter

@@ -25,7 +25,8 @@ from gramfuse_client.training.finetune import finetune
 from gramfuse_client.training.outputs import Outputs, inputs_of
 from gramfuse_model.loading.base_model import load_base
 from gramfuse_model.probing.batch import IGNORED
-from gramfuse_protocol.contract.plan import Plan, Training
+from gramfuse_protocol.contract.plan import Plan
+from gramfuse_protocol.contract.plan_sections import Training
 from gramfuse_protocol.contract.task import MaskedTask, Task
 from gramfuse_protocol.errors import DataError, ModelError
 from gramfuse_protocol.held_out.metrics import metrics

@@ -20,7 +20,8 @@ from gramfuse_model.derive_layout import derive_layout
 from gramfuse_model.loading.base_model import load_base, trainable
 from gramfuse_model.probing.hooks import rows_of
 from gramfuse_protocol.contract.layout import Group, Layout, Linear, Rows, Tensor
-from gramfuse_protocol.contract.plan import Merge, Plan
+from gramfuse_protocol.contract.plan import Plan
+from gramfuse_protocol.contract.plan_sections import Merge
 from gramfuse_protocol.errors import ContributionError, ModelError
 from gramfuse_protocol.statistics.contribution import Statistics
 from gramfuse_server.merging.accumulator import Accumulator

@@ -30,7 +30,8 @@ from gramfuse_model.derive_layout import plan_layout
 from gramfuse_model.loading.base_model import load_base
 from gramfuse_protocol.contract.layout import Layout
 from gramfuse_protocol.contract.node_key import generate
-from gramfuse_protocol.contract.plan import Pins, Plan
+from gramfuse_protocol.contract.plan import Plan
+from gramfuse_protocol.contract.plan_sections import Pins
 from gramfuse_protocol.errors import FailureError, FederationError, ModelError, RefusalError, error_types
 from gramfuse_protocol.files import exclusive
 from gramfuse_protocol.messages.flower_records import from_record, to_record

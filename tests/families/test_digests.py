@@ -16,7 +16,8 @@ import transformers
 
 from gramfuse_model.digests import config_digest, processor_digest
 from gramfuse_model.loading.base_model import Base, load_base
-from gramfuse_protocol.contract.plan import Pins, Plan
+from gramfuse_protocol.contract.plan import Plan
+from gramfuse_protocol.contract.plan_sections import Pins
 from gramfuse_protocol.errors import ModelError
 
 Pico = Callable[[str], Path]

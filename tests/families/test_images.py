@@ -21,7 +21,8 @@ from gramfuse_model.derive_layout import derive_layout, plan_layout
 from gramfuse_model.loading.base_model import Base, load_base
 from gramfuse_model.loading.zero_head import plan_for
 from gramfuse_protocol.contract.layout import Layout
-from gramfuse_protocol.contract.plan import Merge, Plan
+from gramfuse_protocol.contract.plan import Plan
+from gramfuse_protocol.contract.plan_sections import Merge
 from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.errors import ModelError
 

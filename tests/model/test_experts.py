@@ -20,7 +20,7 @@ from gramfuse_model.loading.base_model import trainable
 from gramfuse_model.normal_equations import summands
 from gramfuse_protocol.contract.coverage import coverage, unused
 from gramfuse_protocol.contract.layout import Group, Layout
-from gramfuse_protocol.contract.plan import Merge
+from gramfuse_protocol.contract.plan_sections import Merge
 from gramfuse_protocol.errors import ModelError
 from gramfuse_protocol.secure_sum.fixed_point import encode
 from gramfuse_protocol.secure_sum.scales import scales

@@ -21,7 +21,7 @@ from gramfuse_model.layers import ALIKE, kind_of
 from gramfuse_model.probing.batch import alone, masks_of
 from gramfuse_model.probing.rows import find_rows
 from gramfuse_protocol.contract.layout import Layout
-from gramfuse_protocol.contract.plan import Merge
+from gramfuse_protocol.contract.plan_sections import Merge
 from gramfuse_protocol.errors import ModelError
 
 WINDOW = 8

@@ -17,7 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gramfuse_protocol.canonical import canonical_json, digest
-from gramfuse_protocol.contract.plan import Pins, Plan
+from gramfuse_protocol.contract.plan import Plan
+from gramfuse_protocol.contract.plan_sections import Pins
 from gramfuse_protocol.errors import PlanError
 
 SMALL = """

@@ -17,8 +17,9 @@ from safetensors import safe_open
 from gramfuse_protocol.contract.layout import Group, Layout, Linear, Tensor
 from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.errors import ContributionError, RunDirectoryError
+from gramfuse_protocol.statistics.about import AddedTokens, Origin
 from gramfuse_protocol.statistics.contribution import Statistics
-from gramfuse_protocol.statistics.file import AddedTokens, Origin, read_statistics, write_statistics
+from gramfuse_protocol.statistics.file import read_statistics, write_statistics
 
 LAYOUT = Layout(
     groups=(

@@ -24,7 +24,7 @@ from gramfuse_model.digests import weights_digest
 from gramfuse_model.loading.base_model import load_base
 from gramfuse_model.project import Project
 from gramfuse_protocol.contract.layout import delta_block
-from gramfuse_protocol.contract.plan import Privacy
+from gramfuse_protocol.contract.plan_sections import Privacy
 from gramfuse_protocol.errors import PlanError
 from gramfuse_protocol.held_out.metrics import metrics
 from gramfuse_server.app import coordinate

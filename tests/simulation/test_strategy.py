@@ -20,7 +20,7 @@ from gramfuse_client.measuring.flower_record import statistics_record
 from gramfuse_model.derive_layout import derive_layout
 from gramfuse_model.loading.base_model import trainable
 from gramfuse_protocol.contract.layout import Layout
-from gramfuse_protocol.contract.plan import Merge
+from gramfuse_protocol.contract.plan_sections import Merge
 from gramfuse_protocol.errors import ContributionError, GramfuseError
 from gramfuse_protocol.statistics.contribution import Statistics
 from gramfuse_server.merging.accumulator import Accumulator

@@ -16,7 +16,7 @@ from gramfuse_deployment.terminal import bars, say, show_json
 from gramfuse_model.project import Project
 from gramfuse_protocol.contract.coverage import Coverage, coverage, told
 from gramfuse_protocol.contract.layout import Layout
-from gramfuse_protocol.contract.plan import Merge
+from gramfuse_protocol.contract.plan_sections import Merge
 from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.errors import PlanError, RunDirectoryError
 from gramfuse_protocol.tasks.registry import KINDS

@@ -26,7 +26,8 @@ from gramfuse_protocol.contract.layout import Layout
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.errors import PlanError, RefusalError, RunDirectoryError
 from gramfuse_protocol.files import exclusive, make_private_directory
-from gramfuse_protocol.statistics.file import own_block, write_statistics
+from gramfuse_protocol.statistics.about import own_block
+from gramfuse_protocol.statistics.file import write_statistics
 from gramfuse_protocol.text import one_line
 
 SESSION = "file"

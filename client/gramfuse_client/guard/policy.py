@@ -13,7 +13,8 @@ from gramfuse_client.silo_file import Silo
 from gramfuse_client.state.state import State
 from gramfuse_client.tasks.registry import at_silo
 from gramfuse_protocol.contract.layout import Layout
-from gramfuse_protocol.contract.plan import ContextFree, Plan
+from gramfuse_protocol.contract.plan import Plan
+from gramfuse_protocol.contract.plan_sections import ContextFree
 from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.errors import GramfuseError, PlanError, RefusalError
 

@@ -24,7 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 
-from gramfuse_protocol.contract.plan import Name, Plan, Sha256
+from gramfuse_protocol.contract.plan import Plan
+from gramfuse_protocol.contract.plan_sections import Name, Sha256
 from gramfuse_protocol.errors import RefusalError
 from gramfuse_protocol.files import make_private_directory, write_private
 from gramfuse_protocol.secure_sum.statements import Nonce, Sum

@@ -27,12 +27,12 @@ from gramfuse_model.loading.zero_head import load_zero_headed, plan_for
 from gramfuse_model.probing.lengths import check_lengths, room_of
 from gramfuse_model.probing.suitable import check_suitable
 from gramfuse_protocol.contract.layout import Layout, delta_block
-from gramfuse_protocol.contract.plan import Training
+from gramfuse_protocol.contract.plan_sections import Training
 from gramfuse_protocol.contract.task import Kind, Task
 from gramfuse_protocol.documents import build
 from gramfuse_protocol.errors import GramfuseError, ModelError
+from gramfuse_protocol.statistics.about import AddedTokens
 from gramfuse_protocol.statistics.contribution import Statistics
-from gramfuse_protocol.statistics.file import AddedTokens
 from gramfuse_protocol.tasks.registry import KINDS
 from gramfuse_protocol.text import one_line, quoted
 

@@ -12,7 +12,7 @@ from torch import nn
 from gramfuse_client.measuring.gram import collect_grams
 from gramfuse_model.loading.base_model import trainable
 from gramfuse_protocol.contract.layout import Layout, Slice, delta_block, gram_block
-from gramfuse_protocol.contract.plan import Merge
+from gramfuse_protocol.contract.plan_sections import Merge
 from gramfuse_protocol.errors import ContributionError
 from gramfuse_protocol.statistics.contribution import Statistics, check_counts, check_slices
 

@@ -17,7 +17,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from gramfuse_protocol.contract.plan import Sha256
+from gramfuse_protocol.contract.plan_sections import Sha256
 from gramfuse_protocol.errors import FailureError, SecurityError, disk_is_full
 from gramfuse_protocol.files import write_private
 from gramfuse_protocol.messages.phases import Message

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from gramfuse_protocol.contract.plan import Sha256
+from gramfuse_protocol.contract.plan_sections import Sha256
 from gramfuse_protocol.files import write_private
 
 

@@ -22,7 +22,7 @@ from gramfuse_client.data.batches import Encoded
 from gramfuse_client.training.outputs import inputs_of
 from gramfuse_model.buffers import as_in_training
 from gramfuse_model.heads import answers
-from gramfuse_protocol.contract.plan import Training
+from gramfuse_protocol.contract.plan_sections import Training
 from gramfuse_protocol.errors import DataError, PlanError
 
 Progress = Callable[[int, int], None]

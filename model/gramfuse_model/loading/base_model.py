@@ -27,10 +27,11 @@ from gramfuse_model.loading.source import BUNDLED, Source, source_of
 from gramfuse_model.loading.vocabulary import check_files_of, check_tokenizer, pad
 from gramfuse_model.rescaling import unfold
 from gramfuse_protocol.canonical import digest
-from gramfuse_protocol.contract.plan import EMBEDDINGS, Pins, Plan
+from gramfuse_protocol.contract.plan import Plan
+from gramfuse_protocol.contract.plan_sections import EMBEDDINGS, Pins
 from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.errors import GramfuseError, ModelError
-from gramfuse_protocol.statistics.file import Origin
+from gramfuse_protocol.statistics.about import Origin
 from gramfuse_protocol.text import one_line
 
 MOST = 400

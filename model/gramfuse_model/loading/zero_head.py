@@ -13,7 +13,8 @@ import torch
 
 from gramfuse_model.heads import head_parameters
 from gramfuse_model.loading.base_model import Base, load_base
-from gramfuse_protocol.contract.plan import Header, Merge, Model, Plan, Privacy, Silo, Training
+from gramfuse_protocol.contract.plan import Plan
+from gramfuse_protocol.contract.plan_sections import Header, Merge, Model, Privacy, Silo, Training
 from gramfuse_protocol.contract.task import Task, TaskSettings
 
 

@@ -25,7 +25,7 @@ from gramfuse_protocol.bounds import (
     Title,
 )
 from gramfuse_protocol.contract.layout import PIECE_BYTES
-from gramfuse_protocol.contract.plan import LARGEST, Name, Sha256
+from gramfuse_protocol.contract.plan_sections import LARGEST, Name, Sha256
 from gramfuse_protocol.errors import FailureError, FederationError, GramfuseError, RefusalError
 from gramfuse_protocol.secure_sum.member import SEALED_BYTES
 from gramfuse_protocol.secure_sum.shares import SHARE_BYTES

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ConfigDict, Field, model_validator
 
-from gramfuse_protocol.contract.plan import Name, Sha256
+from gramfuse_protocol.contract.plan_sections import Name, Sha256
 from gramfuse_protocol.secure_sum.keys import Label, framed
 from gramfuse_protocol.text import Legible
 

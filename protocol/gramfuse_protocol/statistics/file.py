@@ -13,177 +13,43 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic import ValidationError
 
 from gramfuse_protocol.bounds import (
     FEATURES,
     HEADER_CHARACTERS,
     LAYOUT_CHARACTERS,
     PLAN_CHARACTERS,
-    TENSORS,
-    VALUES,
-    Many,
-    Title,
     check_keys,
     parse_json,
 )
-from gramfuse_protocol.contract.layout import ITEM_BYTES, Block, Layout, Positive, Shape
-from gramfuse_protocol.contract.plan import BaseName, Commit, Name, Sha256
+from gramfuse_protocol.contract.layout import ITEM_BYTES, Block, Layout
 from gramfuse_protocol.contract.task import Task
-from gramfuse_protocol.documents import Section
 from gramfuse_protocol.errors import ContributionError, RunDirectoryError, disk_is_full
 from gramfuse_protocol.files import replacing
+from gramfuse_protocol.statistics.about import (
+    About,
+    Added,
+    AddedTokens,
+    Origin,
+    added_block,
+    escaped,
+    own_block,
+)
 from gramfuse_protocol.statistics.contribution import Contribution, check_counts
-from gramfuse_protocol.text import Word, one_line, quoted
+from gramfuse_protocol.text import one_line, quoted
 
 HEADER_LIMIT = 2 * (LAYOUT_CHARACTERS + PLAN_CHARACTERS + HEADER_CHARACTERS)
 """Most bytes of a header, and of the document in it: a layout, a plan, and two lines for each tensor."""
 
-TOKEN = 4096
-"""Most characters of an added token, as the document has it."""
 
 CHUNK = 2**20
 """Elements that are read at a time."""
-
-
-class Origin(Section):
-    """The base model that differences are taken from.
-
-    Example:
-        >>> digests = gramfuse.config_digest(base), gramfuse.processor_digest(tokenizer)
-        >>> weights = gramfuse.tensor_digests(base)
-        >>> gramfuse.Origin(name="./bert", weights=weights, config=digests[0], processor=digests[1]).revision is None
-        True
-
-    Args:
-        name: hub id, bundled name, or `./<last part>` of a directory.
-        revision: commit of the hub repository that it was loaded from; None if it was a directory.
-        weights: SHA-256 of each parameter and persistent buffer, as
-            `gramfuse_model.digests.tensor_digests` has them.
-        config: `gramfuse_model.digests.config_digest`.
-        processor: `gramfuse_model.digests.processor_digest` of its tokenizer or image processor.
-    """
-
-    name: BaseName
-    revision: Commit | None = None
-    weights: Annotated[Mapping[Word, Sha256], Field(min_length=1, max_length=2 * TENSORS)]
-    config: Sha256
-    processor: Sha256
-
-
-def _escaped(token: str) -> str:
-    """Return a token as JSON has it in ASCII, without the quotes."""
-    return json.dumps(token)[1:-1]
-
-
-def _is_escaped(text: str) -> str:
-    token = json.loads(f'"{text}"')
-    if not token or _escaped(token) != text or any("\ud800" <= character <= "\udfff" for character in token):
-        raise ValueError(f"{quoted(text)} is no token as JSON has it in ASCII")
-    return text
-
-
-class Added(Section):
-    """Tokens that were added to a model, and the shapes of their rows.
-
-    Example:
-        >>> gramfuse.Added(tokens=("<ticket>",), rows={"bert.embeddings.word_embeddings.weight": (1, 8)}).tokens
-        ('<ticket>',)
-
-    Args:
-        tokens: as JSON has them in ASCII, without the quotes: a token may be a line's end.
-        rows: of each tensor that has rows for tokens; its first dimension is the tokens.
-    """
-
-    tokens: Annotated[
-        Many[Annotated[str, Field(max_length=TOKEN), AfterValidator(_is_escaped)]],
-        Field(min_length=1, max_length=VALUES),
-    ]
-    rows: Annotated[Mapping[Word, Shape], Field(min_length=1, max_length=TENSORS)]
-
-    @model_validator(mode="after")
-    def _one_row_for_each_token(self) -> Added:
-        if len(set(self.tokens)) != len(self.tokens):
-            raise ValueError("an added token comes twice")
-        odd = next((name for name, shape in self.rows.items() if shape[:1] != (len(self.tokens),)), None)
-        if odd is not None:
-            raise ValueError(f"{odd!r} has not one row for each of {len(self.tokens):,} added tokens")
-        return self
-
-
-@dataclass(frozen=True)
-class AddedTokens:
-    """Tokens that a model has and its base has not.
-
-    Example:
-        >>> rows = {"bert.embeddings.word_embeddings.weight": np.zeros((2, 8), np.float32)}
-        >>> gramfuse.AddedTokens(tokens=("<ticket>", "<name>"), rows=rows).tokens
-        ('<ticket>', '<name>')
-
-    Args:
-        tokens: different ones.
-        rows: their values, not differences, by parameter or buffer: float32, (tokens, …) with the dimension of tokens
-            first.
-    """
-
-    tokens: tuple[str, ...]
-    rows: Mapping[str, NDArray[np.float32]]
-
-
-class About(Section):
-    """What a statistics file says beside its tensors.
-
-    Example:
-        >>> gramfuse.read_statistics("hospital.safetensors").about.task.labels
-        ('no', 'yes')
-
-    Args:
-        name: of the silo or model.
-        base: what differences are taken from.
-        task: what the model was fine-tuned for.
-        layout: of the tensors.
-        examples: training examples, ≥ 1.
-        tokens: token rows by group.
-        head: names of the parameters that belong to the task and not to the body, whether they are merged or not.
-        own: shapes of the parameters that are the silo's own and are not merged.
-        added: tokens that the model has beside those of the base; None if there are none.
-        plan: text of the plan that the silo followed; empty if there is none.
-        made_by: version of gramfuse.
-    """
-
-    documents = frozenset({"plan"})
-
-    version: Literal[1] = 1
-    name: Name
-    base: Origin
-    task: Task
-    layout: Layout
-    examples: Positive
-    tokens: Annotated[Mapping[Word, Annotated[int, Field(ge=0, le=2**53 - 1)]], Field(max_length=TENSORS)]
-    head: Annotated[Many[Word], Field(max_length=TENSORS)] = ()
-    own: Annotated[Mapping[Word, Shape], Field(max_length=TENSORS)] = {}
-    added: Added | None = None
-    plan: Annotated[str, Field(max_length=PLAN_CHARACTERS)] = ""
-    made_by: Title
-
-    @cached_property
-    def blocks(self) -> tuple[Block, ...]:
-        """All tensors of the file, in its order: by the bytes of their names."""
-        own = (Block(own_block(name), shape) for name, shape in self.own.items())
-        added = (Block(added_block(name), shape) for name, shape in (self.added.rows if self.added else {}).items())
-        return tuple(sorted((*self.layout.blocks, *own, *added), key=lambda block: block.name.encode()))
-
-    @cached_property
-    def places(self) -> Mapping[str, tuple[int, Block]]:
-        """Where each tensor begins, in bytes after the header, and its block; by its name."""
-        begins = accumulate((ITEM_BYTES * block.entries for block in self.blocks), initial=0)
-        return {block.name: (begin, block) for begin, block in zip(begins, self.blocks, strict=False)}
 
 
 @dataclass(frozen=True)
@@ -247,16 +113,6 @@ class StatisticsFile:
         """Read the rows of added tokens that a parameter or buffer has, float32 (tokens, …); None if it has none."""
         there = self.about.added is not None and parameter in self.about.added.rows
         return self.block(added_block(parameter)) if there else None
-
-
-def own_block(parameter: str) -> str:
-    """Name of the tensor that holds a parameter that is not merged."""
-    return f"own:{parameter}"
-
-
-def added_block(parameter: str) -> str:
-    """Name of the tensor that holds the rows of added tokens that a parameter has."""
-    return f"added:{parameter}"
 
 
 def write_statistics(
@@ -367,7 +223,7 @@ def _described(path: Path, added: AddedTokens | None) -> Added | None:
         return None
     shapes = {parameter: array.shape for parameter, array in added.rows.items()}
     try:
-        return Added(tokens=tuple(map(_escaped, added.tokens)), rows=shapes)
+        return Added(tokens=tuple(map(escaped, added.tokens)), rows=shapes)
     except ValidationError as error:
         problem = error.errors(include_url=False, include_input=False)[0]
         raise ContributionError(f"{path}: added tokens cannot be written: {one_line(problem['msg'], 1000)}") from None

@@ -21,7 +21,8 @@ from gramfuse_model.loading.zero_head import load_zero_headed, plan_for
 from gramfuse_model.rescaling import fold
 from gramfuse_protocol.contract.coverage import coverage
 from gramfuse_protocol.contract.layout import ITEM_BYTES, Layout, delta_block
-from gramfuse_protocol.contract.plan import Merge, Plan
+from gramfuse_protocol.contract.plan import Plan
+from gramfuse_protocol.contract.plan_sections import Merge
 from gramfuse_protocol.errors import ContributionError, ModelError
 from gramfuse_protocol.statistics.file import StatisticsFile, read_statistics
 from gramfuse_protocol.text import listed, quoted
