@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from gramfuse_protocol.contract.task import Kind
+from gramfuse_protocol.contract.task import TaskKind
 
 
 class Architecture(NamedTuple):
@@ -17,18 +17,18 @@ class Architecture(NamedTuple):
         of: name of its class, where transformers has several for the task.
     """
 
-    task: Kind
+    task: TaskKind
     settings: dict[str, Any]
     side: str = "right"
     type: str = ""
     of: str = ""
 
 
-LABEL: Kind = "classification"
-TAG: Kind = "token-classification"
-ANSWER: Kind = "sequence-to-sequence"
-WRITE: Kind = "causal-lm"
-SEE: Kind = "image-classification"
+LABEL: TaskKind = "classification"
+TAG: TaskKind = "token-classification"
+ANSWER: TaskKind = "sequence-to-sequence"
+WRITE: TaskKind = "causal-lm"
+SEE: TaskKind = "image-classification"
 
 PLACES = 48
 """Length of a table of positions."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from gramfuse_server.report.part import Part
+from gramfuse_server.report.part import ReportPart
 from gramfuse_server.report.schema import OPTIONAL, REQUIRED, SCHEMA, Report
 
 NAMES = {str: "text", int: "whole number", float: "number", bool: "true or false", types.NoneType: "null"}
@@ -38,7 +38,7 @@ def document() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _rows(part: type[Part]) -> Iterator[tuple[str, str, str, str]]:
+def _rows(part: type[ReportPart]) -> Iterator[tuple[str, str, str, str]]:
     """Yield the name, the key, the value and the description of each field."""
     for name, field in part.model_fields.items():
         told = " ".join((field.description or "").split()).replace("|", "\\|")
@@ -66,14 +66,14 @@ def _value(annotation: Any) -> str:
         return f"[{', '.join(_value(one) for one in of)}]"
     if isinstance(origin, type) and issubclass(origin, Mapping):
         return f"{{name: {_value(of[1])}}}"
-    if isinstance(annotation, type) and issubclass(annotation, Part):
+    if isinstance(annotation, type) and issubclass(annotation, ReportPart):
         return f"[{_title(annotation)}](#{_title(annotation).lower()})"
     return NAMES[annotation]
 
 
-def _parts(annotation: Any) -> Iterator[type[Part]]:
+def _parts(annotation: Any) -> Iterator[type[ReportPart]]:
     """Yield the parts that a field, or a part, consists of, each before its own."""
-    if isinstance(annotation, type) and issubclass(annotation, Part):
+    if isinstance(annotation, type) and issubclass(annotation, ReportPart):
         if annotation is not Report:
             yield annotation
         for field in annotation.model_fields.values():
@@ -83,7 +83,7 @@ def _parts(annotation: Any) -> Iterator[type[Part]]:
             yield from _parts(one)
 
 
-def _title(part: type[Part]) -> str:
+def _title(part: type[ReportPart]) -> str:
     return part.__name__.removesuffix("OfReport")
 
 

@@ -32,7 +32,7 @@ from gramfuse_server.merging.methods.task_arithmetic import task_arithmetic
 from gramfuse_server.merging.methods.ties import ties
 from gramfuse_server.merging.methods.transport import feed_forward_pairs, transport_mean
 from gramfuse_server.run.evaluation import described
-from gramfuse_simulation.all_silos import Bench, Deltas, Laboratory, Part
+from gramfuse_simulation.all_silos import AllSilos, Bench, Deltas, Split
 from gramfuse_simulation.fedavg import federated_average
 
 Row = dict[str, Any]
@@ -126,7 +126,7 @@ class Experiment:
     """
 
     def __init__(
-        self, laboratory: Laboratory, store: Store, ranked: str, tell: Callable[[Row], None], *, quick: bool = False
+        self, laboratory: AllSilos, store: Store, ranked: str, tell: Callable[[Row], None], *, quick: bool = False
     ) -> None:
         self.laboratory = laboratory
         self.plan = laboratory.plan
@@ -169,7 +169,7 @@ class Experiment:
             judged |= {"out": self._metrics(others), "all": self._metrics(sums)}
         return judged
 
-    def measure(self, deltas: Deltas, silos: Silos, part: Part = "held-out") -> dict[str, Sums]:
+    def measure(self, deltas: Deltas, silos: Silos, part: Split = "held-out") -> dict[str, Sums]:
         """Return sums by silo: of the silos that are in a merge, and, unless heads are their own, of all others."""
         where = silos if self.plan.model.head == "own" or part == "validation" else self.everyone
         return {name: self.laboratory.benches[name].measure(deltas, part) for name in where}

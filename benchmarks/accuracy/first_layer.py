@@ -20,7 +20,7 @@ from experiment import Between, Derived, cut
 from gramfuse_protocol.contract.layout import Layout
 from gramfuse_protocol.statistics.contribution import Contribution
 from gramfuse_server.run.evaluation import described, ranked_by
-from gramfuse_simulation.all_silos import Deltas, Laboratory, Part
+from gramfuse_simulation.all_silos import AllSilos, Deltas, Split
 from projects import Setting
 from sets import Source
 from settings import EXPERIMENTS
@@ -99,8 +99,8 @@ def _cut(layout: Layout, other: Layout, whole: Contribution) -> Derived:
     return replace(cut(kept, other, whole), tokens={name: whole.tokens[name] for name in names})
 
 
-def _figures(found: Laboratory, deltas: Deltas, metric: str) -> str:
-    def figure(part: Part) -> float:
+def _figures(found: AllSilos, deltas: Deltas, metric: str) -> str:
+    def figure(part: Split) -> float:
         sums = {name: bench.measure(deltas, part) for name, bench in found.benches.items()}
         return float(described(found.plan, "", "", sums).metrics[metric])
 

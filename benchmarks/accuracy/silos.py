@@ -16,12 +16,12 @@ from gramfuse_model.project import Project
 from gramfuse_protocol.contract.layout import Layout
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.statistics.file import StatisticsFile, read_statistics
-from gramfuse_simulation.all_silos import Laboratory
+from gramfuse_simulation.all_silos import AllSilos
 from gramfuse_simulation.engine import simulated_silo
 from projects import Setting, write
 
 
-def laboratory(setting: Setting, name: str, cache: Path, settings: Sequence[str] = ()) -> tuple[Laboratory, float]:
+def laboratory(setting: Setting, name: str, cache: Path, settings: Sequence[str] = ()) -> tuple[AllSilos, float]:
     """Return all silos of a setting, trained, in one laboratory, and the seconds that training took, now or before.
 
     Every silo fine-tunes and measures by the code of `gramfuse measure --plan`, which gives the statistics of a run bit
@@ -43,7 +43,7 @@ def laboratory(setting: Setting, name: str, cache: Path, settings: Sequence[str]
         for name, silo in read_silos(project.directory, plan.names).items()
     }
     heads = {name: file.own() for name, file in files.items()} if plan.model.head == "own" else {}
-    return Laboratory(plan, layout, project.directory, silos, files, heads), seconds
+    return AllSilos(plan, layout, project.directory, silos, files, heads), seconds
 
 
 def _written(setting: Setting, name: str, cache: Path) -> Path:

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
-from gramfuse_client.data.setting_names import OF_FILES, Words
+from gramfuse_client.data.setting_names import OF_FILES, SettingNames
 from gramfuse_protocol.contract.node_key import public_of
 from gramfuse_protocol.contract.plan_sections import ContextFree, Experts, Name, Sha256
 from gramfuse_protocol.documents import Section, parse, read_text
@@ -222,7 +222,7 @@ class Silo:
         words: what errors of data call settings.
     """
 
-    def __init__(self, path: Path, file: SiloFile, project: Path | None = None, words: Words = OF_FILES) -> None:
+    def __init__(self, path: Path, file: SiloFile, project: Path | None = None, words: SettingNames = OF_FILES) -> None:
         self.path = path
         self.file = file
         self.directory = path.parent.resolve()

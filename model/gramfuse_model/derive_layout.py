@@ -20,7 +20,7 @@ from gramfuse_model.probing.context_free import context_free
 from gramfuse_model.probing.public_batch import check_long_texts, public_batch, trying
 from gramfuse_model.probing.rows import find_rows
 from gramfuse_protocol.contract.gram_structure import parse_structure
-from gramfuse_protocol.contract.layout import EXPONENT, Group, Layout, Linear, Part, Rows, Tensor
+from gramfuse_protocol.contract.layout import EXPONENT, Group, Layout, Linear, Rows, SharedOutputs, Tensor
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.contract.plan_sections import Merge
 from gramfuse_protocol.errors import ModelError
@@ -62,14 +62,14 @@ def plan_layout(plan: Plan, base: Base, given: Layout | None = None) -> Layout:
     return layout
 
 
-def _parts(plan: Plan) -> tuple[Part, ...]:
+def _parts(plan: Plan) -> tuple[SharedOutputs, ...]:
     """Return the labels by the silos that annotate them; nothing if all silos annotate all, or keep their heads."""
     outputs: dict[tuple[str, ...], list[int]] = {}
     for output, label in enumerate(plan.model.labels):
         outputs.setdefault(plan.holders(label), []).append(output)
     if plan.model.head == "own" or set(outputs) <= {plan.names}:
         return ()
-    return tuple(Part(silos=silos, outputs=tuple(labels)) for silos, labels in outputs.items())
+    return tuple(SharedOutputs(silos=silos, outputs=tuple(labels)) for silos, labels in outputs.items())
 
 
 def derive_layout(
@@ -79,7 +79,7 @@ def derive_layout(
     *,
     scaled: bool = False,
     shared: Collection[str] | None = None,
-    parts: tuple[Part, ...] = (),
+    parts: tuple[SharedOutputs, ...] = (),
     parted: Collection[str] = (),
 ) -> Layout:
     """Run a model once on a public batch and find its groups.
@@ -206,7 +206,7 @@ def _look(model: nn.Module, batch: Mapping[str, Any], merge: Merge, trained: Map
     )
 
 
-def _groups(seen: _Seen, parts: tuple[Part, ...], parted: Collection[str], *, scaled: bool) -> Iterator[Group]:
+def _groups(seen: _Seen, parts: tuple[SharedOutputs, ...], parted: Collection[str], *, scaled: bool) -> Iterator[Group]:
     members: dict[tuple[Any, ...], list[str]] = {}
     for weight, found in seen.calls.items():
         alone = weight if seen.candidates[weight].experts else None

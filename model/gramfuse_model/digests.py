@@ -21,7 +21,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.image_processing_base import ImageProcessingMixin
 
-from gramfuse_model.heads import answers
+from gramfuse_model.heads import is_encoder_decoder
 from gramfuse_protocol.canonical import canonical_json, digest
 from gramfuse_protocol.errors import ModelError
 
@@ -97,7 +97,7 @@ def config_document(model: PreTrainedModel) -> dict[str, Any]:
         a decoder) generates; None for others, which generate nothing in a run.
     """
     config = _used(model.config.to_dict())
-    generation = _used(model.generation_config.to_dict()) if answers(model) else None
+    generation = _used(model.generation_config.to_dict()) if is_encoder_decoder(model) else None
     return {
         "config": {key: value for key, value in config.items() if key not in HEAD_SETTINGS},
         "generation": generation,

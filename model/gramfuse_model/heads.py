@@ -14,7 +14,7 @@ def generates(model: PreTrainedModel) -> bool:
     return model.get_output_embeddings() is not None
 
 
-def answers(model: nn.Module) -> bool:
+def is_encoder_decoder(model: nn.Module) -> bool:
     """Whether a model generates a target from an input, by an encoder and a decoder."""
     return isinstance(model, PreTrainedModel) and bool(model.config.is_encoder_decoder) and generates(model)
 

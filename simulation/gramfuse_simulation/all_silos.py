@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from gramfuse_client.training.outputs import Batch
     from gramfuse_model.loading.base_model import Base
 
-Part = Literal["held-out", "validation"]
+Split = Literal["held-out", "validation"]
 """Which of a silo's examples: those that are reported, or those that something is chosen by."""
 
 Deltas = Mapping[str, NDArray[Any]]
@@ -58,7 +58,7 @@ class Bench:
         self.head = head
         self.names = names
         self.device = choose_device(silo.file.device)
-        self.parts: Mapping[Part, Encoded] = _Made(self._part)
+        self.parts: Mapping[Split, Encoded] = _Made(self._part)
 
     @cached_property
     def examples(self) -> tuple[Examples, Examples]:
@@ -67,7 +67,7 @@ class Bench:
 
         return load(self.silo, self.task, self.names)
 
-    def _part(self, part: Part) -> Encoded:
+    def _part(self, part: Split) -> Encoded:
         from gramfuse_client.data.examples import load_validation
 
         if part == "held-out":
@@ -100,18 +100,18 @@ class Bench:
         with applied(model, rounded(deltas), self.head if head is None else head):
             yield model
 
-    def measure(self, deltas: Deltas, part: Part) -> Sums:
+    def measure(self, deltas: Deltas, part: Split) -> Sums:
         """Return the sums of the base model with differences added."""
         with self.model(deltas) as model:
             return self.evaluate(model, part)
 
-    def evaluate(self, model: PreTrainedModel, part: Part) -> Sums:
+    def evaluate(self, model: PreTrainedModel, part: Split) -> Sums:
         """Return the sums of a model that is on the silo's device."""
         from gramfuse_client.training.evaluate import evaluate
 
         return evaluate(model, self.batches(part), self.task, self.base.tokenizer)
 
-    def batches(self, part: Part) -> Iterator[Batch]:
+    def batches(self, part: Split) -> Iterator[Batch]:
         """Yield the batches of a part, as an exchange has them."""
         from gramfuse_client.data.batches import batches
         from gramfuse_client.exchange.local_model import EVALUATION_BATCH
@@ -180,7 +180,7 @@ class Bench:
         return {name: values.numpy() for name, values in found.items()}
 
 
-class Laboratory:
+class AllSilos:
     """Measures models as the silos would, without a message in between.
 
     Args:
@@ -255,7 +255,7 @@ class Laboratory:
         start = trainable(base.model)
         return {tensor.name: start[tensor.name] for tensor in self.layout.tensors}
 
-    def measure(self, deltas: Deltas, part: Part = "held-out") -> dict[str, Sums]:
+    def measure(self, deltas: Deltas, part: Split = "held-out") -> dict[str, Sums]:
         """Return each silo's sums of the base model with differences added, by silo.
 
         Args:

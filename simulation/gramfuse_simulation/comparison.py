@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from gramfuse_protocol.held_out.metrics import Sums
 from gramfuse_server.merging.methods import registry
 from gramfuse_server.run.evaluation import described, ranked_by
-from gramfuse_simulation.all_silos import Deltas, Laboratory
+from gramfuse_simulation.all_silos import AllSilos, Deltas
 from gramfuse_simulation.terms import Term
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class Comparison:
         observer: is told when a model is begun and when it was measured.
     """
 
-    def __init__(self, laboratory: Laboratory, observer: Observer) -> None:
+    def __init__(self, laboratory: AllSilos, observer: Observer) -> None:
         self.silos = SimulatedSilos(laboratory, observer)
         self.observer = observer
 
@@ -42,7 +42,7 @@ class Comparison:
         self.observer({"phase": "study", "state": "try", "name": term.text})
         start = time.monotonic()
         made = term.method.make(self.silos, **term.options)
-        sums = made.sums if isinstance(made, registry.Measured) else self.silos.measure(made.deltas)
+        sums = made.sums if isinstance(made, registry.CandidateSums) else self.silos.measure(made.deltas)
         seconds = round(time.monotonic() - start, 3)
         name = term.method.label + (f" ({', '.join(made.about)})" if made.about else "")
         self.silos.tell(name)
@@ -56,7 +56,7 @@ class SimulatedSilos:
         observer: as `Comparison` has it.
     """
 
-    def __init__(self, laboratory: Laboratory, observer: Observer) -> None:
+    def __init__(self, laboratory: AllSilos, observer: Observer) -> None:
         self.laboratory = laboratory
         self.observer = observer
         self.plan: Plan = laboratory.plan

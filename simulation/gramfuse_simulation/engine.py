@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from gramfuse_server.report.studies import Studied
     from gramfuse_server.run.conductor import Observer
     from gramfuse_server.run.exchange import Study
-    from gramfuse_simulation.all_silos import Laboratory
+    from gramfuse_simulation.all_silos import AllSilos
 
 
 LOG = "silo.log"
@@ -42,7 +42,7 @@ RAY_SECONDS = 300.0
 """How long Ray may take to start; 10 to 30 s are usual."""
 
 
-class SimulatedSilos:
+class SiloOfNode:
     """Finds the silo of a simulated node: the n-th of the roster for the n-th partition."""
 
     def __init__(
@@ -135,7 +135,7 @@ def simulate(spec: dict[str, Any]) -> Report:
     run_simulation(
         server_app=server,
         client_app=SiloApp(
-            SimulatedSilos(spec["silos"], spec["state"], plan.digest, tuned=bool(spec["tune"]), opened=spec["opened"])
+            SiloOfNode(spec["silos"], spec["state"], plan.digest, tuned=bool(spec["tune"]), opened=spec["opened"])
         ),
         num_supernodes=len(plan.silo),
         backend_config={
@@ -178,10 +178,10 @@ def study_of(spec: dict[str, Any], plan: Plan, layout: Layout) -> Study | None:
 
 def laboratory_of(
     spec: dict[str, Any], plan: Plan, layout: Layout, number: int, survivors: tuple[str, ...]
-) -> Laboratory:
+) -> AllSilos:
     """Return the laboratory of a round and of the silos that are in its merge, with what they keep on their disks."""
     from gramfuse_client.state.state import State
-    from gramfuse_simulation.all_silos import Laboratory
+    from gramfuse_simulation.all_silos import AllSilos
 
     files = dict(zip(plan.names, spec["silos"], strict=True))
     tuned = bool(spec["tune"])
@@ -189,7 +189,7 @@ def laboratory_of(
     states = {name: State(silos[name].state, plan.digest, number) for name in survivors}
     contributions = {name: state.contribution(from_base=True) for name, state in states.items()}
     heads = {name: state.head() for name, state in states.items()} if plan.model.head == "own" else {}
-    return Laboratory(plan, layout, Path(spec["directory"]), silos, contributions, heads)
+    return AllSilos(plan, layout, Path(spec["directory"]), silos, contributions, heads)
 
 
 def _end_with_parent() -> None:

@@ -11,7 +11,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
-from gramfuse_simulation.all_silos import Bench, Deltas, Laboratory
+from gramfuse_simulation.all_silos import AllSilos, Bench, Deltas
 
 WEIGHT = "weight"
 """What a reply's arrays are weighed by."""
@@ -86,7 +86,7 @@ def silo_app(bench: Bench, start: Mapping[str, np.ndarray[Any, Any]], own: Delta
     return app
 
 
-def federated_average(laboratory: Laboratory, rounds: int, after: Callable[[int, Deltas], None]) -> dict[str, int]:
+def federated_average(laboratory: AllSilos, rounds: int, after: Callable[[int, Deltas], None]) -> dict[str, int]:
     """Run FedAvg, each round with as much local training as the plan has in all.
 
     The first round is that which the silos have behind them.

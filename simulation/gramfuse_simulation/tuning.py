@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from gramfuse_server.report.schema import Report, TriedOrder, Tuning
     from gramfuse_server.report.studies import Studied
     from gramfuse_server.run.conductor import Observer
-    from gramfuse_simulation.all_silos import Bench, Deltas, Laboratory, Part
+    from gramfuse_simulation.all_silos import AllSilos, Bench, Deltas, Split
 
-Measure = Callable[["Deltas", "Part"], Mapping[str, Sums]]
+Measure = Callable[["Deltas", "Split"], Mapping[str, Sums]]
 """Measures a merge, by its differences from the base, on a part of the held-out data; sums by silo."""
 
 
@@ -46,7 +46,7 @@ class Wanted:
     influence: bool = False
 
 
-def tune(laboratory: Laboratory, wanted: Wanted, merged: Merged, observer: Observer) -> tuple[Merged, Studied]:
+def tune(laboratory: AllSilos, wanted: Wanted, merged: Merged, observer: Observer) -> tuple[Merged, Studied]:
     """Search, and return the chosen merge and what is added to the report: a study of an exchange.
 
     Args:
@@ -73,7 +73,7 @@ def tune(laboratory: Laboratory, wanted: Wanted, merged: Merged, observer: Obser
 
 
 @dataclass(frozen=True)
-class Data:
+class TuningData:
     """Where examples are for merges of files.
 
     Args:
@@ -91,7 +91,7 @@ class Data:
 
 
 def tune_files(
-    paths: Sequence[Path], base: str | None, data: Data, wanted: Wanted, out: Path, tell: Callable[[str], None]
+    paths: Sequence[Path], base: str | None, data: TuningData, wanted: Wanted, out: Path, tell: Callable[[str], None]
 ) -> Report:
     """Search over merges of statistics files, write the one that is chosen, and return its report.
 
@@ -127,7 +127,7 @@ def tune_files(
     alpha, weighting = _agreed(collection)
     bench = _bench(collection, base, data)
 
-    def measure(deltas: Deltas, part: Part) -> Mapping[str, Sums]:
+    def measure(deltas: Deltas, part: Split) -> Mapping[str, Sums]:
         return {bench.silo.name: bench.measure(deltas, part)}
 
     trials = Trials(
@@ -166,7 +166,7 @@ def _agreed(collection: Collection) -> tuple[float, Weighting]:
     return merge.alpha, merge.weighting
 
 
-def _bench(collection: Collection, base: str | None, data: Data) -> Bench:
+def _bench(collection: Collection, base: str | None, data: TuningData) -> Bench:
     """Return what merges of files are measured on.
 
     The examples to be reported are both the training and the held-out examples of a silo, so that those to choose by
@@ -177,7 +177,7 @@ def _bench(collection: Collection, base: str | None, data: Data) -> Bench:
     from gramfuse_client.silo_file import Data as Sources
     from gramfuse_client.silo_file import Silo, SiloFile
     from gramfuse_model.loading.zero_head import plan_for
-    from gramfuse_simulation.all_silos import Bench, Part
+    from gramfuse_simulation.all_silos import Bench, Split
 
     first = collection.files[0]
     model = collection.load_base(first, base, Path.cwd())
@@ -188,7 +188,7 @@ def _bench(collection: Collection, base: str | None, data: Data) -> Bench:
     silo = Silo(Path.cwd() / "--validation", file, words=of_options(COLUMNS))
     names = outputs(task, label_names(data.labels, task))
     bench = Bench(silo, plan_for(first.name, str(base), task), model, {}, names)
-    for part in get_args(Part):
+    for part in get_args(Split):
         bench.parts[part]
     return bench
 

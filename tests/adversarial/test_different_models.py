@@ -19,7 +19,7 @@ from gramfuse_protocol.errors import SecurityError
 from gramfuse_protocol.secure_sum import member as secure_sum
 from gramfuse_protocol.secure_sum.keys import Identity
 from gramfuse_protocol.secure_sum.masks import apply
-from gramfuse_protocol.secure_sum.member import KINDS, Kind, Member
+from gramfuse_protocol.secure_sum.member import KINDS, Member, SecretKind
 from gramfuse_protocol.secure_sum.shares import combine
 from gramfuse_protocol.secure_sum.statements import metrics_context, session_id, survivors_statement
 
@@ -88,9 +88,9 @@ class Attack:
                 )
         return {name: secure_sum.release(self.roster, state, "metrics", signatures) for name, state in states.items()}
 
-    def known(self) -> set[tuple[str, Kind]]:
+    def known(self) -> set[tuple[str, SecretKind]]:
         """The secrets that the coordinator can put together, with all shares that the colluding silo holds."""
-        found: set[tuple[str, Kind]] = {(COLLUDING, "mask"), (COLLUDING, "seed")}
+        found: set[tuple[str, SecretKind]] = {(COLLUDING, "mask"), (COLLUDING, "seed")}
         for owner, kind in itertools.product(HONEST, KINDS):
             pool = {COLLUDING: bytes.fromhex(self.states[COLLUDING].held[owner]["metrics"][kind])}
             if kind == ("seed" if owner in self.alive else "mask"):
@@ -105,7 +105,7 @@ class Attack:
         """Each upload without those of its masks for which the coordinator knows either end's key."""
         known, left = self.known(), {}
         for name in NAMES:
-            ends: list[list[tuple[str, Kind]]] = [[(name, "seed")]]
+            ends: list[list[tuple[str, SecretKind]]] = [[(name, "seed")]]
             ends += [[(name, "mask"), (peer, "mask")] for peer in NAMES if peer != name]
             gone = [mask.inverse for mask, of in zip(self.masks[name], ends, strict=True) if known & set(of)]
             left[name] = self.uploads[name].copy()

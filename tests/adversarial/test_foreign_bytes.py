@@ -28,7 +28,7 @@ from gramfuse_client.guard.ledger_lines import Entry, Item
 from gramfuse_client.silo_file import Silo
 from gramfuse_protocol.bounds import LAYOUT_CHARACTERS
 from gramfuse_protocol.canonical import canonical_json
-from gramfuse_protocol.contract.layout import Group, Layout, Linear, Part, Tensor
+from gramfuse_protocol.contract.layout import Group, Layout, Linear, SharedOutputs, Tensor
 from gramfuse_protocol.contract.node_key import generate
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.contract.roster import Roster
@@ -94,7 +94,7 @@ LAYOUT = Layout(
         Tensor(name="a.bias", shape=(2,), merge="mean"),
     ),
     frozen=("e",),
-    parts=(Part(silos=("a", "b"), outputs=(0,)), Part(silos=("b", "c"), outputs=(1, 2))),
+    parts=(SharedOutputs(silos=("a", "b"), outputs=(0,)), SharedOutputs(silos=("b", "c"), outputs=(1, 2))),
 )
 NAMES = ("north", "south", "east")
 IDENTITIES = {name: Identity(hashlib.sha256(name.encode()).digest()) for name in NAMES}

@@ -29,7 +29,7 @@ from gramfuse_cli.main import main
 from gramfuse_client.data.examples import Examples, load
 from gramfuse_client.dry_run import of_coordinator as connection
 from gramfuse_client.dry_run import of_inputs, of_machine
-from gramfuse_client.dry_run.check import Report, check
+from gramfuse_client.dry_run.check import DryRun, check
 from gramfuse_client.dry_run.findings import Findings
 from gramfuse_client.guard import disclosure, policy
 from gramfuse_client.guard.disclosure import leaves
@@ -145,7 +145,7 @@ class Site:
         self.edit(self.plan.digest, plan.digest)
         self.plan = plan
 
-    def check(self, **options: Any) -> Report:
+    def check(self, **options: Any) -> DryRun:
         return check(self.silo, self.project.directory, **options)
 
 
@@ -207,14 +207,14 @@ def tree(directory: Path) -> dict[str, tuple[float, bytes | None]]:
     }
 
 
-def problems(report: Report) -> dict[str, str]:
+def problems(report: DryRun) -> dict[str, str]:
     """What stands in the way, by subject: what was found, and what to do."""
     found = report.findings.problems
     assert all(finding.remedy for finding in found)
     return {finding.subject: f"{finding.what}\n{finding.remedy}" for finding in found}
 
 
-def finding(report: Report, subject: str) -> Any:
+def finding(report: DryRun, subject: str) -> Any:
     (found,) = [finding for finding in report.findings if finding.subject == subject]
     return found
 

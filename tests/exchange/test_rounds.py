@@ -51,7 +51,7 @@ from gramfuse_server.report.schema import Measured, Report
 from gramfuse_server.run import delivery
 from gramfuse_server.run.conductor import Conductor
 from gramfuse_server.run_directory import checkpoint_text, read_checkpoint
-from gramfuse_simulation.all_silos import Laboratory
+from gramfuse_simulation.all_silos import AllSilos
 from gramfuse_simulation.engine import laboratory_of, simulated_silo
 from tests.server.test_report import read_back
 
@@ -141,7 +141,7 @@ class Site:
             self.grid, self.plan, self.layout, self.project.directory, self.out, observer=observe, **more
         ).document()
 
-    def laboratory(self, number: int, survivors: tuple[str, ...]) -> Laboratory:
+    def laboratory(self, number: int, survivors: tuple[str, ...]) -> AllSilos:
         files = [str(self.project.silo(name)) for name in self.plan.names]
         spec = {"silos": files, "state": str(self.state), "directory": str(self.project.directory), "tune": None}
         return laboratory_of(spec, self.plan, self.layout, number, survivors)

@@ -37,7 +37,7 @@ from gramfuse_server.app import coordinate
 from gramfuse_server.merging.accumulator import Accumulator
 from gramfuse_server.merging.files import Settings, merge_files
 from gramfuse_server.run import delivery
-from gramfuse_simulation.all_silos import Bench, Laboratory
+from gramfuse_simulation.all_silos import AllSilos, Bench
 from gramfuse_simulation.comparison import Comparison
 from gramfuse_simulation.engine import laboratory_of, simulated_silo
 from gramfuse_simulation.terms import parse_terms
@@ -230,7 +230,7 @@ def test_what_a_merge_is_compared_with_has_the_mean_of_the_running_means_too(tmp
         base = load_base(plan, directory)
         statistics[name] = train(silos[name], plan, layout, base, load(silos[name], task)[0])
         tuned[name] = {name: b.double().numpy() for name, b in saved_buffers(base.model).items()}
-    laboratory = Laboratory(plan, layout, directory, silos, statistics)
+    laboratory = AllSilos(plan, layout, directory, silos, statistics)
     measured: list[Any] = []
     measure = laboratory.measure
     laboratory.measure = lambda deltas, *part: measured.append(deltas) or measure(deltas, *part)  # type: ignore[method-assign]

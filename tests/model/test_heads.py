@@ -12,7 +12,7 @@ from gramfuse_model.derive_layout import plan_layout
 from gramfuse_model.heads import head_parameters
 from gramfuse_model.loading.base_model import Base, load_base
 from gramfuse_model.normal_equations import summands
-from gramfuse_protocol.contract.layout import Group, Layout, Linear, Part, Tensor
+from gramfuse_protocol.contract.layout import Group, Layout, Linear, SharedOutputs, Tensor
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.errors import ModelError
 from gramfuse_protocol.secure_sum.fixed_point import encode
@@ -25,9 +25,9 @@ HOLDERS = {0: ("north", "east"), 1: SILOS, 2: ("north", "east"), 3: ("west",)}
 """Who annotates each of four labels."""
 
 PARTS = (
-    Part(silos=("north", "east"), outputs=(0, 2)),
-    Part(silos=SILOS, outputs=(1,)),
-    Part(silos=("west",), outputs=(3,)),
+    SharedOutputs(silos=("north", "east"), outputs=(0, 2)),
+    SharedOutputs(silos=SILOS, outputs=(1,)),
+    SharedOutputs(silos=("west",), outputs=(3,)),
 )
 D = 5
 
@@ -203,9 +203,9 @@ def test_a_plan_in_which_silos_annotate_different_labels_splits_the_last_layer_o
     _, (layout, *others) = layouts(plan)
     assert all(other == layout for other in others)
     assert layout.parts == (
-        Part(silos=("one", "three"), outputs=(0,)),
-        Part(silos=("two", "three"), outputs=(1,)),
-        Part(silos=("one", "two", "three"), outputs=(2,)),
+        SharedOutputs(silos=("one", "three"), outputs=(0,)),
+        SharedOutputs(silos=("two", "three"), outputs=(1,)),
+        SharedOutputs(silos=("one", "two", "three"), outputs=(2,)),
     )
     assert [(g.name, g.part, g.d_out) for g in layout.groups[-4:]] == [
         ("bert.pooler.dense", None, 16),

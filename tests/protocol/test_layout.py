@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gramfuse_protocol.contract.layout import Group, Layout, Linear, Part, Tensor
+from gramfuse_protocol.contract.layout import Group, Layout, Linear, SharedOutputs, Tensor
 from gramfuse_protocol.errors import ContributionError, PlanError
 
 
@@ -196,7 +196,7 @@ def _parted() -> Layout:
             Tensor(name="head.bias", shape=(3,), merge="mean", parted=True),
         ),
         frozen=(),
-        parts=(Part(silos=("a", "b"), outputs=(0, 2)), Part(silos=("a", "b", "c"), outputs=(1,))),
+        parts=(SharedOutputs(silos=("a", "b"), outputs=(0, 2)), SharedOutputs(silos=("a", "b", "c"), outputs=(1,))),
     )
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from gramfuse_protocol.errors import RunDirectoryError
 from gramfuse_server.report.page.view import read_report
-from gramfuse_server.report.part import Part
+from gramfuse_server.report.part import ReportPart
 from gramfuse_server.report.schema import OPTIONAL, REQUIRED, Report
 from tests.server.test_page import RUNS
 
@@ -80,7 +80,7 @@ def test_a_key_of_another_kind_of_report_and_another_version_are_refused_by_name
 def test_every_key_has_its_place_and_says_what_it_is() -> None:
     placed = {key for keys in (*REQUIRED.values(), *OPTIONAL.values()) for key in keys}
     assert placed == {field.alias or name for name, field in Report.model_fields.items()}
-    for part in Part.__subclasses__():
+    for part in ReportPart.__subclasses__():
         assert all(field.description for field in part.model_fields.values()), part
 
 

@@ -29,12 +29,12 @@ from gramfuse_protocol.errors import PlanError
 from gramfuse_protocol.held_out.metrics import metrics
 from gramfuse_server.app import coordinate
 from gramfuse_server.merging.methods.arithmetic import weighted_mean
-from gramfuse_server.merging.methods.registry import METHODS, Merged, Options, Silos, method
+from gramfuse_server.merging.methods.registry import METHODS, Candidate, Options, Silos, method
 from gramfuse_server.report.page.page import page
 from gramfuse_server.report.schema import Report
 from gramfuse_server.run import delivery
 from gramfuse_server.run.evaluation import described
-from gramfuse_simulation.all_silos import Laboratory
+from gramfuse_simulation.all_silos import AllSilos
 from gramfuse_simulation.engine import laboratory_of, simulated_silo, study_of
 from gramfuse_simulation.fedavg import federated_average
 from gramfuse_simulation.terms import check_terms, parse_terms
@@ -55,7 +55,7 @@ class Compared:
     report: dict[str, Any]
     out: Path
     events: list[dict[str, Any]]
-    laboratory: Laboratory
+    laboratory: AllSilos
 
     def of(self, kind: str) -> dict[str, Any]:
         (model,) = (model for model in self.report["models"] if model["kind"] == kind)
@@ -197,10 +197,10 @@ def test_a_method_of_another_package_is_measured_and_shown_by_its_label(
             needs=("models",),
             options=Options("[:TIMES]", "once", lambda values: {"times": float((*values, 1)[0])}),
         )
-        def toy(silos: Silos, times: float) -> Merged:
+        def toy(silos: Silos, times: float) -> Candidate:
             differences, _ = silos.parents()
             merged = {name: times * np.median([d[name] for d in differences], axis=0) for name in differences[0]}
-            return Merged(merged, (f"times {times:g}",), {"note": "as robust as it gets"})
+            return Candidate(merged, (f"times {times:g}",), {"note": "as robust as it gets"})
 
         run = compare(pico_project(silos=3, examples=30).directory, "toy:0.5")
         secure = run.laboratory.plan.model_copy(update={"privacy": Privacy()})

@@ -33,7 +33,7 @@ from gramfuse_protocol.held_out.sums import figures, is_sum
 from gramfuse_protocol.secure_sum.keys import Identity
 from gramfuse_protocol.tasks.classification import Classification
 from gramfuse_protocol.tasks.registry import KINDS, Measure, register
-from gramfuse_protocol.tasks.rows import Group, Vector, added
+from gramfuse_protocol.tasks.rows import RowGroup, Vector, added
 from gramfuse_protocol.tasks.scores import Sums, examples_in, share
 from gramfuse_server.app import coordinate
 from gramfuse_server.report.schema import Report
@@ -60,9 +60,9 @@ class Ordinal(Classification):
         near = sum(float(np.trace(sums, offset)) for offset in (-1, 0, 1))
         return super().metrics(task, sums) | {"within-one": share(near, examples_in(sums))}
 
-    def groups(self, task: Task) -> tuple[Group, ...]:
+    def groups(self, task: Task) -> tuple[RowGroup, ...]:
         outcome, labels = super().groups(task)
-        near = Group("near", 2, math.sqrt(2), 1 / 4, NEARLY)
+        near = RowGroup("near", 2, math.sqrt(2), 1 / 4, NEARLY)
         return near, outcome._replace(share=1 / 4), labels
 
     def rows(self, task: Task, *facts: Any) -> Vector:

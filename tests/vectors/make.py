@@ -26,7 +26,7 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
 from gramfuse_model.normal_equations import summands
 from gramfuse_protocol.canonical import canonical_json, digest
-from gramfuse_protocol.contract.layout import Group, Layout, Linear, Part, Tensor
+from gramfuse_protocol.contract.layout import Group, Layout, Linear, SharedOutputs, Tensor
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.contract.roster import smallest_threshold
 from gramfuse_protocol.messages import npy, wire
@@ -170,7 +170,10 @@ def second_layout() -> Layout:
 
 def third_layout() -> Layout:
     """A head of three labels, of which the first and the last are north's and east's alone, and a normalisation."""
-    parts = (Part(silos=("north", "east"), outputs=(0, 2)), Part(silos=("north", "east", "west"), outputs=(1,)))
+    parts = (
+        SharedOutputs(silos=("north", "east"), outputs=(0, 2)),
+        SharedOutputs(silos=("north", "east", "west"), outputs=(1,)),
+    )
     groups = tuple(
         Group(
             name=f"head[{n}]",

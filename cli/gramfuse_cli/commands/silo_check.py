@@ -16,9 +16,9 @@ from gramfuse_protocol.contract.coverage import family
 from gramfuse_protocol.errors import CheckError
 
 if TYPE_CHECKING:
-    from gramfuse_client.dry_run.check import Report
+    from gramfuse_client.dry_run.check import DryRun
     from gramfuse_client.dry_run.findings import Finding
-    from gramfuse_client.guard.disclosure import Departure, Leaving, Part
+    from gramfuse_client.guard.disclosure import Departure, Leaving, SentArray
 
 MOST_LINES = 60
 """Lines of one contribution's table that are still read; with more, those that differ in a number only become one."""
@@ -88,7 +88,7 @@ def check(file: Path, plan: Path | None, offline: bool, skip_bad: int | None, co
         click.get_current_context().exit(CheckError.exit_code)
 
 
-def _document(report: Report, error: CheckError | None) -> dict[str, Any]:
+def _document(report: DryRun, error: CheckError | None) -> dict[str, Any]:
     """Return all of a report; `error` is there as for any command that fails."""
     leaving = report.leaving
     document: dict[str, Any] = {
@@ -104,7 +104,7 @@ def _document(report: Report, error: CheckError | None) -> dict[str, Any]:
     return document
 
 
-def _print(report: Report, complete: bool) -> None:
+def _print(report: DryRun, complete: bool) -> None:
     say("What was looked at", style="bold")
     width = max(len(finding.subject) for finding in report.findings)
     for finding in report.findings:
@@ -176,9 +176,9 @@ def _print_parts(departure: Departure, complete: bool) -> None:
     table.show()
 
 
-def _alike(parts: Iterable[Part]) -> list[tuple[str, Part, int]]:
+def _alike(parts: Iterable[SentArray]) -> list[tuple[str, SentArray, int]]:
     """Return a line for all parts that are the same but for numbers in their names: `layer.*.weight`, and how many."""
-    groups: dict[tuple[Any, ...], list[Part]] = {}
+    groups: dict[tuple[Any, ...], list[SentArray]] = {}
     for part in parts:
         groups.setdefault((family(part.name), part.dtype, part.shape, part.what), []).append(part)
     return [(key[0] if len(of) > 1 else of[0].name, of[0], len(of)) for key, of in groups.items()]

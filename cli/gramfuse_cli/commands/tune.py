@@ -19,7 +19,7 @@ from gramfuse_server.report.schema import Tuning
 from gramfuse_simulation.labelled_rows import row_options
 from gramfuse_simulation.simulate import run_simulation
 from gramfuse_simulation.terms import Term
-from gramfuse_simulation.tuning import Data, Wanted, tune_files
+from gramfuse_simulation.tuning import TuningData, Wanted, tune_files
 
 GRID = ",".join(f"{n / 10:g}" for n in range(11))
 
@@ -123,7 +123,9 @@ def tune(
         return
     if validation is None or test is None or out is None:
         raise click.UsageError("files need --validation DATA, --test DATA and -o MODEL")
-    report = tune_files(sources, base, Data(validation, test, columns, labels, skip_bad), wanted, out.absolute(), _say)
+    report = tune_files(
+        sources, base, TuningData(validation, test, columns, labels, skip_bad), wanted, out.absolute(), _say
+    )
     if as_json:
         check_sound(report, out.absolute())
         show_json({**report.document(), "run": str(out.absolute())})

@@ -64,7 +64,7 @@ class Encoded(Dataset[dict[str, Any]]):
         """
         batch = self.kind.inputs([{k: v for k, v in row.items() if k not in ANSWERS} for row in rows], self.tokenizer)
         labels = [row["labels"] for row in rows]
-        return batch if labels[0] is None else batch | self.kind.answers(batch, labels)
+        return batch if labels[0] is None else batch | self.kind.label_tensors(batch, labels)
 
 
 def pooled(parts: Sequence[Encoded]) -> Encoded:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gramfuse_client.data.formats import Row
-from gramfuse_client.data.setting_names import Words
+from gramfuse_client.data.setting_names import SettingNames
 from gramfuse_client.silo_file import Data
 from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.errors import DataError
@@ -47,7 +47,7 @@ class Reader:
     task: Task
     known: Mapping[str, int]
     folder: Path
-    words: Words
+    words: SettingNames
     labelled: bool
 
     def value(self, row: Row, column: str, where: str) -> Any:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from gramfuse_client.data.columns import Input, Label, Reader
 from gramfuse_client.data.formats import HUB, Dataset, Row, rows
-from gramfuse_client.data.setting_names import Words
+from gramfuse_client.data.setting_names import SettingNames
 from gramfuse_client.silo_file import Data, Silo
 from gramfuse_client.tasks.registry import at_silo
 from gramfuse_protocol.contract.task import Task
@@ -253,7 +253,7 @@ def _folder(source: str, directory: Path) -> Path:
     return (directory / source).resolve().parent
 
 
-def _complaint(place: str, bad: Sequence[str], count: int, rows: int, allowed: int, words: Words) -> str:
+def _complaint(place: str, bad: Sequence[str], count: int, rows: int, allowed: int, words: SettingNames) -> str:
     """Say what is wrong with rows: all of it of a single one, and of several what is wrong with the first.
 
     Args:

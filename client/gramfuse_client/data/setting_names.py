@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Words:
+class SettingNames:
     """Names of settings, and what to do about data that do not fit them.
 
     Args:
@@ -37,7 +37,7 @@ class Words:
     validation: str
 
 
-OF_FILES = Words(
+OF_FILES = SettingNames(
     columns="Name yours in [data] of the silo file (text, text-pair, image, label)",
     pair="{path}: the plan is about text pairs (model.pair); name the second column in data.text-pair",
     labels="the plan's labels",
@@ -55,7 +55,7 @@ OF_FILES = Words(
 """Where there are a plan and a silo file."""
 
 
-def of_options(columns: Sequence[str], *, skip: bool = True, unlabelled: bool = False) -> Words:
+def of_options(columns: Sequence[str], *, skip: bool = True, unlabelled: bool = False) -> SettingNames:
     """Return the words for a command that has neither plan nor silo file.
 
     Args:
@@ -65,7 +65,7 @@ def of_options(columns: Sequence[str], *, skip: bool = True, unlabelled: bool = 
     """
     without = "; rows without a label are taken too" if unlabelled else ""
     leave = "leave it out with --skip-bad" if skip else "leave it out"
-    return Words(
+    return SettingNames(
         columns=f"Name yours with {' or '.join(columns)}",
         pair="the model takes pairs of texts; name the second column with --text-pair",
         labels="the model's labels",

@@ -23,7 +23,7 @@ Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Report:
+class DryRun:
     """What a check came to.
 
     Args:
@@ -48,7 +48,7 @@ def check(
     skip_bad: int | None = None,
     now: datetime | None = None,
     progress: Progress = lambda line: None,
-) -> Report:
+) -> DryRun:
     """Look at all that a silo needs for a plan.
 
     Args:
@@ -63,7 +63,7 @@ def check(
         silo = Silo.read(path)
     except PlanError as error:
         found.problem("silo file", str(error), f"correct {path}")
-        return Report(str(path), "", {}, found, None)
+        return DryRun(str(path), "", {}, found, None)
     found.ok("silo file", f"{path}, of silo {silo.name}")
     moment = now or datetime.now().astimezone()
     available = of_machine.available_memory()  # before a base model takes some of it
@@ -98,4 +98,4 @@ def check(
     if not offline:
         progress("connecting to the coordinator")
     of_coordinator.check_coordinator(found, silo, offline=offline)
-    return Report(str(path), silo.name, {} if given is None else given.about, found, leaving)
+    return DryRun(str(path), silo.name, {} if given is None else given.about, found, leaving)

@@ -16,7 +16,7 @@ from gramfuse_protocol.contract.layout import Layout
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.errors import DataError, ModelError, PlanError, RefusalError
-from gramfuse_protocol.secure_sum.scales import MOST_EXAMPLES
+from gramfuse_protocol.secure_sum.scales import MOST_WEIGHED
 
 if TYPE_CHECKING:
     from gramfuse_model.loading.base_model import Base
@@ -68,10 +68,10 @@ def check_data(
             "other data were contributed under this plan before; the difference of the sums would show what changed",
             "put the data back as they were; a new plan must end with the same silos over these rows",
         )
-    elif weighed and len(train) > MOST_EXAMPLES:
+    elif weighed and len(train) > MOST_WEIGHED:
         found.problem(
             "data",
-            f"{len(train):,} training examples are more than the {MOST_EXAMPLES:,} that a secure sum can weigh",
+            f"{len(train):,} training examples are more than the {MOST_WEIGHED:,} that a secure sum can weigh",
             "agree on a plan with merge.weighting = 'uniform'",
         )
     else:

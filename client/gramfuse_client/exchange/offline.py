@@ -19,7 +19,7 @@ from gramfuse_client.guard.ledger import Ledger
 from gramfuse_client.guard.ledger_lines import Entry, Item
 from gramfuse_client.guard.policy import check_bytes, check_data, check_hours, check_plan, check_repeat
 from gramfuse_client.silo_file import Silo
-from gramfuse_client.state.state import Origin, State
+from gramfuse_client.state.state import MeasuredOn, State
 from gramfuse_model.heads import head_parameters
 from gramfuse_model.loading.base_model import load_base
 from gramfuse_protocol.contract.layout import Layout
@@ -72,7 +72,7 @@ def contribute(silo: Silo, plan: Plan, layout: Layout, path: Path, state: State)
                 f"{silo.path}: other data were contributed under this plan before; the difference of the two merges "
                 "would show what changed. Put the data back as they were"
             )
-        measured_on = Origin(examples.digest, start="")
+        measured_on = MeasuredOn(examples.digest, start="")
         if not state.trained or state.origin() != measured_on:
             check_hours(silo, datetime.now())
             workbench = Workbench(silo, plan)

@@ -16,7 +16,7 @@ from gramfuse_client.guard.policy import check_bytes, check_data, check_disk, ch
 from gramfuse_client.guard.releases import Releases
 from gramfuse_client.silo_file import Silo
 from gramfuse_client.state.measurements import HeldOut, Measurement
-from gramfuse_client.state.state import Origin, State
+from gramfuse_client.state.state import MeasuredOn, State
 from gramfuse_protocol.canonical import text_digest
 from gramfuse_protocol.contract.layout import Layout
 from gramfuse_protocol.contract.plan import Plan
@@ -180,7 +180,7 @@ class Participant:
         statistics = self._workbench(plan).measure(layout, examples, state, request.arrays)
         if plan.privacy.secure_aggregation:
             check_range(self.silo, plan, layout, statistics)
-        state.save(statistics, Origin(examples.digest, start, rows), request.arrays)
+        state.save(statistics, MeasuredOn(examples.digest, start, rows), request.arrays)
 
     def _check_start(self, state: State, layout: Layout, request: TrainRequest, *, secure: bool) -> str:
         """Return the digest of the model that a round starts from; empty in the first, which starts from the base.

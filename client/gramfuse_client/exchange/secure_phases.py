@@ -43,7 +43,7 @@ from gramfuse_protocol.messages.wire import pack
 from gramfuse_protocol.secure_sum import member as secure_sum
 from gramfuse_protocol.secure_sum.fixed_point import encode
 from gramfuse_protocol.secure_sum.member import Member
-from gramfuse_protocol.secure_sum.scales import MOST_EXAMPLES, Scale, scales
+from gramfuse_protocol.secure_sum.scales import MOST_WEIGHED, Scale, scales
 from gramfuse_protocol.secure_sum.statements import Sum, metrics_context, round_digest
 from gramfuse_protocol.statistics.contribution import Contribution
 
@@ -270,9 +270,9 @@ def statistics_blocks(
     if silo.file.threads:
         torch.set_num_threads(silo.file.threads)
     merge = plan.merge
-    if merge.weighting == "examples" and contribution.examples > MOST_EXAMPLES:
+    if merge.weighting == "examples" and contribution.examples > MOST_WEIGHED:
         raise ContributionError(
-            f"{contribution.examples} examples are more than the {MOST_EXAMPLES} that a secure sum can weigh; "
+            f"{contribution.examples} examples are more than the {MOST_WEIGHED} that a secure sum can weigh; "
             "agree on merge.weighting = 'uniform'"
         )
     values = summands(layout, contribution, alpha=merge.alpha, weighting=merge.weighting, silo=silo.name)

@@ -52,7 +52,7 @@ from gramfuse_protocol.secure_sum.shares import SHARE_BYTES
 from gramfuse_protocol.secure_sum.statements import SUMS, Advert, Sum
 from gramfuse_protocol.tasks.registry import kind_of
 
-MOST_EXAMPLES = 10**12
+LARGEST_COUNT = 10**12
 """More than a silo has; what leaves in the clear is said to have room for so many."""
 
 FORMS = {
@@ -75,7 +75,7 @@ WORDS = {
 
 
 @dataclass(frozen=True)
-class Part:
+class SentArray:
     """One array of a message, or, where one masked vector holds them all, of what was masked.
 
     Args:
@@ -110,7 +110,7 @@ class Departure:
     bytes: int | None
     to: str = COORDINATOR
     readers: str = COORDINATOR
-    parts: tuple[Part, ...] = ()
+    parts: tuple[SentArray, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -219,7 +219,7 @@ def _masked_run(about: Mapping[str, Any], plan: Plan, layout: Layout) -> Iterato
 
 
 def _masked_sum(
-    name: Sum, what: str, about: Mapping[str, Any], plan: Plan, parts: tuple[Part, ...], added: str = ", masks"
+    name: Sum, what: str, about: Mapping[str, Any], plan: Plan, parts: tuple[SentArray, ...], added: str = ", masks"
 ) -> Iterator[Departure]:
     """Yield what leaves for one of the two sums: the vector, a signature, and what opens the sum.
 
@@ -255,7 +255,7 @@ def _open_run(about: Mapping[str, Any], plan: Plan, layout: Layout) -> Iterator[
     tokens = {group.name: plan.merge.tokens for group in layout.groups}
     yield _departure(
         "how many training examples it has, and how many tokens are behind each Gram matrix",
-        TrainReply(**about, examples=MOST_EXAMPLES, tokens=tokens),
+        TrainReply(**about, examples=LARGEST_COUNT, tokens=tokens),
     )
     replies = []
     for piece, slices in enumerate(layout.pieces()):
@@ -298,7 +298,7 @@ def _models(plan: Plan) -> str:
 
 
 def _departure(
-    what: str, *replies: Message, to: str = COORDINATOR, readers: str = COORDINATOR, parts: tuple[Part, ...] = ()
+    what: str, *replies: Message, to: str = COORDINATOR, readers: str = COORDINATOR, parts: tuple[SentArray, ...] = ()
 ) -> Departure:
     """Return what is to be said of replies of one kind."""
     size = sum(map(_size, replies))
@@ -317,11 +317,11 @@ def _blank(dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
     return np.broadcast_to(np.zeros((), dtype), shape)
 
 
-def _parts(blocks: tuple[Block, ...], dtype: str, layout: Layout) -> tuple[Part, ...]:
+def _parts(blocks: tuple[Block, ...], dtype: str, layout: Layout) -> tuple[SentArray, ...]:
     return tuple(_array(block.name, dtype, block.shape, _says(block, layout)) for block in blocks)
 
 
-def _vector_parts(plan: Plan, silo: str) -> tuple[Part, ...]:
+def _vector_parts(plan: Plan, silo: str) -> tuple[SentArray, ...]:
     """Return what a silo's held-out results are in a secure sum: a group of numbers each."""
     task = plan.task_of(silo)
     return tuple(
@@ -331,8 +331,8 @@ def _vector_parts(plan: Plan, silo: str) -> tuple[Part, ...]:
     )
 
 
-def _array(name: str, dtype: str, shape: tuple[int, ...], what: str) -> Part:
-    return Part(name, dtype, shape, np.dtype(dtype).itemsize * math.prod(shape), what)
+def _array(name: str, dtype: str, shape: tuple[int, ...], what: str) -> SentArray:
+    return SentArray(name, dtype, shape, np.dtype(dtype).itemsize * math.prod(shape), what)
 
 
 def _says(block: Block, layout: Layout) -> str:

@@ -28,7 +28,7 @@ from gramfuse_model.probing.lengths import check_lengths, room_of
 from gramfuse_model.probing.suitable import check_suitable
 from gramfuse_protocol.contract.layout import Layout, delta_block
 from gramfuse_protocol.contract.plan_sections import Training
-from gramfuse_protocol.contract.task import Kind, Task
+from gramfuse_protocol.contract.task import Task, TaskKind
 from gramfuse_protocol.documents import build
 from gramfuse_protocol.errors import GramfuseError, ModelError
 from gramfuse_protocol.statistics.about import AddedTokens
@@ -65,7 +65,7 @@ class Checkpoint:
         return None if self.growth is None else self.growth.added(self.tuned.model)
 
 
-def task_of_model(model: str, directory: Path, given: Kind | None = None, **settings: Any) -> Task:
+def task_of_model(model: str, directory: Path, given: TaskKind | None = None, **settings: Any) -> Task:
     """Return what a model was fine-tuned for, by its configuration: kind and labels.
 
     Args:

@@ -14,7 +14,7 @@ from torch import nn
 
 from gramfuse_client.training.outputs import inputs_of
 from gramfuse_model.experts import received
-from gramfuse_model.heads import answers
+from gramfuse_model.heads import is_encoder_decoder
 from gramfuse_model.layers import LinearModule, experts_of, linear_modules
 from gramfuse_model.probing.batch import masks_of
 from gramfuse_model.probing.hooks import Hook, observing, rows_of
@@ -145,7 +145,7 @@ def _run(
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Return what of a batch goes into the model, and masks of its real input and target tokens as far as known."""
     inputs = inputs_of(batch)
-    if answers(model) and "decoder_input_ids" not in batch:
+    if is_encoder_decoder(model) and "decoder_input_ids" not in batch:
         if "labels" not in batch:
             raise ContributionError("a batch has no targets ('labels'), and the model's decoder needs them")
         inputs["labels"] = batch["labels"]

@@ -63,7 +63,7 @@ class Contributed(BaseModel):
         return self.model_copy(update=changes)
 
 
-class Origin(NamedTuple):
+class MeasuredOn(NamedTuple):
     """What statistics were measured on.
 
     Args:
@@ -138,7 +138,7 @@ class State:
         """What it measured under the plan."""
         return Measurements(self.directory / "measured.json")
 
-    def save(self, statistics: Statistics, origin: Origin, start: Mapping[str, NDArray[np.float32]]) -> None:
+    def save(self, statistics: Statistics, origin: MeasuredOn, start: Mapping[str, NDArray[np.float32]]) -> None:
         """Keep statistics, what they were measured on, and the model that training started from.
 
         Args:
@@ -194,10 +194,10 @@ class State:
         start = self._start if from_base and about["start"] else None
         return Kept(self._statistics, about["examples"], about["tokens"], start)
 
-    def origin(self) -> Origin:
+    def origin(self) -> MeasuredOn:
         """Return what the kept statistics were measured on; raises as `contribution`."""
         about = self._about()
-        return Origin(about["data"], about["start"], about["rows"])
+        return MeasuredOn(about["data"], about["start"], about["rows"])
 
     def session(self, nonce: str) -> Session:
         """Return a session of this round."""

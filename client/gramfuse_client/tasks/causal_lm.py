@@ -44,7 +44,7 @@ class CausalLMAtSilo(TaskAtSilo):
     def unlearnable(self, rows: Sequence[Mapping[str, Any]]) -> int:
         return sum(len(row["input_ids"]) < 2 for row in rows)
 
-    def answers(self, batch: Batch, labels: Sequence[Any]) -> Batch:
+    def label_tensors(self, batch: Batch, labels: Sequence[Any]) -> Batch:
         from gramfuse_client.training.outputs import at_tokens
 
         return at_tokens(batch, labels)

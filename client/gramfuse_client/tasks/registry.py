@@ -125,7 +125,7 @@ class TaskAtSilo(ABC):
         """Return the inputs of rows as one batch."""
         return dict(tokenizer.pad(rows, return_attention_mask=True, return_tensors="pt"))
 
-    def answers(self, batch: Batch, labels: Sequence[Any]) -> Batch:
+    def label_tensors(self, batch: Batch, labels: Sequence[Any]) -> Batch:
         """Return `labels` of a batch, and what else follows from them."""
         import torch
 

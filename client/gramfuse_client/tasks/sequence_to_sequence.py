@@ -41,7 +41,7 @@ class SequenceToSequenceAtSilo(TaskAtSilo):
         )["input_ids"]
         return found
 
-    def answers(self, batch: Batch, labels: Sequence[Any]) -> Batch:
+    def label_tensors(self, batch: Batch, labels: Sequence[Any]) -> Batch:
         """Return `labels`, padded at their end, and a `decoder_attention_mask`."""
         import torch
         from torch.nn.utils.rnn import pad_sequence

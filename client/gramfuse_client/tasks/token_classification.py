@@ -105,7 +105,7 @@ class TokenClassificationAtSilo(TaskAtSilo):
     def unlearnable(self, rows: Sequence[Mapping[str, Any]]) -> int:
         return sum(not any(seen for seen, _ in row["words"]) for row in rows)
 
-    def answers(self, batch: Batch, labels: Sequence[Any]) -> Batch:
+    def label_tensors(self, batch: Batch, labels: Sequence[Any]) -> Batch:
         from gramfuse_client.training.outputs import at_tokens
 
         return at_tokens(batch, labels)

@@ -21,7 +21,7 @@ from transformers.utils import logging
 from gramfuse_client.data.batches import Encoded
 from gramfuse_client.training.outputs import inputs_of
 from gramfuse_model.buffers import as_in_training
-from gramfuse_model.heads import answers
+from gramfuse_model.heads import is_encoder_decoder
 from gramfuse_protocol.contract.plan_sections import Training
 from gramfuse_protocol.errors import DataError, PlanError
 
@@ -121,7 +121,7 @@ def check_batches(model: PreTrainedModel, encoded: Encoded, size: int, whose: st
         return
     shortest = min(range(count), key=encoded.lengths().__getitem__)
     batch = encoded.collate([encoded[shortest]])
-    given = batch if answers(model) else inputs_of(batch)
+    given = batch if is_encoder_decoder(model) else inputs_of(batch)
     device = next(model.parameters()).device
     with as_in_training(model), torch.random.fork_rng(), torch.no_grad():
         try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from gramfuse_protocol.contract.plan import Plan
-from gramfuse_protocol.contract.task import Kind, Task
+from gramfuse_protocol.contract.task import Task, TaskKind
 from gramfuse_protocol.errors import ModelError
 
 
@@ -31,8 +31,8 @@ class Form(NamedTuple):
     """What the names of model classes end with that mean this kind, for a checkpoint whose task nobody named."""
 
 
-class _Forms(dict[Kind, Form]):
-    def __missing__(self, kind: Kind) -> Form:
+class _Forms(dict[TaskKind, Form]):
+    def __missing__(self, kind: TaskKind) -> Form:
         raise ModelError(
             f"a model for task {kind!r} is of no known class; whatever adds that kind must add it to FORMS"
         )
@@ -105,7 +105,7 @@ def head_settings(task: Task) -> dict[str, Any]:
     return settings
 
 
-def kind_of_checkpoint(config: Any) -> Kind | None:
+def kind_of_checkpoint(config: Any) -> TaskKind | None:
     """Return the kind of task that a model was fine-tuned for, by its configuration; None if it does not say."""
     architecture = next(iter(config.architectures or ()), "")
     fitting = [kind for kind, form in FORMS.items() if form.classes and architecture.endswith(form.classes)]

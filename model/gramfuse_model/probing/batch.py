@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gramfuse_model.heads import answers
+from gramfuse_model.heads import is_encoder_decoder
 from gramfuse_protocol.errors import ModelError
 
 Batch = dict[str, torch.Tensor]
@@ -57,7 +57,7 @@ def masks_of(model: nn.Module, batch: Mapping[str, Any]) -> Batch:
         if given is not None:
             _check_unpadded(model, batch)
             masks["input"] = torch.ones(given.shape[:2], dtype=torch.bool, device=given.device)
-    if answers(model):
+    if is_encoder_decoder(model):
         if "decoder_attention_mask" in batch:
             masks["target"] = batch["decoder_attention_mask"].bool()
         elif "labels" in batch:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gramfuse_model.heads import answers
+from gramfuse_model.heads import is_encoder_decoder
 from gramfuse_model.probing.batch import TOKENS, alone, masks_of
 from gramfuse_model.probing.hooks import Hook, observing, run
 from gramfuse_protocol.errors import ModelError
@@ -89,7 +89,7 @@ def _probes(model: nn.Module, batch: Mapping[str, Any]) -> tuple[dict[str, torch
         masks = masks_of(model, batch)
         given = alone(batch, masks, int(masks["input"].sum(dim=1).argmax()))
         keys = [tokens]
-        if answers(model):
+        if is_encoder_decoder(model):
             keys += [key for key in ("decoder_input_ids", "labels") if key in batch][:1]
         changed = {key: _others(batch, key, given[key]) for key in keys}
         total, places = 0, {}

@@ -12,7 +12,7 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
-from gramfuse_model.heads import answers
+from gramfuse_model.heads import is_encoder_decoder
 from gramfuse_model.loading.base_model import Base
 from gramfuse_model.probing.hooks import MOST, observing
 from gramfuse_model.probing.public_text import PUBLIC_TEXT
@@ -231,7 +231,7 @@ class _Lookups(TorchFunctionMode):
 def _row(base: Base, text: str, tokens: int, targets: int, *, second: str | None = None) -> Row:
     """Return one public text, or a pair, of so many tokens at most, as keyword arguments of forward."""
     row = dict(base.tokenizer(text, second, truncation=True, max_length=tokens, return_tensors="pt"))
-    if answers(base.model):
+    if is_encoder_decoder(base.model):
         target = base.tokenizer(text_target=text, truncation=True, max_length=targets, return_tensors="pt")
         row["labels"] = target["input_ids"]
     return row

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from gramfuse_model.heads import answers
+from gramfuse_model.heads import is_encoder_decoder
 from gramfuse_model.loading.base_model import Base
 from gramfuse_model.probing.batch import IGNORED
 from gramfuse_model.probing.lengths import room_of
@@ -35,7 +35,7 @@ def public_batch(base: Base) -> dict[str, torch.Tensor]:
         return {"pixel_values": public_images(base.tokenizer)}
     texts = list(PUBLIC_TEXT)
     batch = dict(base.tokenizer(texts, padding=True, return_attention_mask=True, return_tensors="pt"))
-    if answers(base.model):
+    if is_encoder_decoder(base.model):
         batch |= _targets(base, texts[1:] + texts[:1])  # of other lengths than the inputs, to tell their rows apart
     return batch
 
@@ -55,7 +55,7 @@ def check_long_texts(plan: Plan, base: Base) -> None:
     batch = dict(base.tokenizer(texts, others, padding=True, **settings))
     if others is None and bool(batch["attention_mask"].all()):
         return  # examples are so short that there is no difference
-    if answers(base.model):
+    if is_encoder_decoder(base.model):
         batch |= _targets(base, PUBLIC_TEXT[1:3])
     try:
         find_rows(base.model, batch, {})

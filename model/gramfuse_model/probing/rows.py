@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from gramfuse_model.heads import answers, head_parameters
+from gramfuse_model.heads import head_parameters, is_encoder_decoder
 from gramfuse_model.layers import linear_modules
 from gramfuse_model.probing.batch import PLACED, TARGETS, Batch, alone, chosen, has_places, masks_of, with_shorter
 from gramfuse_model.probing.hooks import Hook, by_example, observing, rows_of, run
@@ -106,7 +106,7 @@ def _telling(model: nn.Module, batch: Batch, masks: Batch) -> list[int]:
             f"all texts of the batch that a layout is made on have {int(lengths[0])} tokens, so that it cannot be seen "
             "which rows of a layer are tokens; take longer ones"
         )
-    if answers(model) and "target" not in masks:
+    if is_encoder_decoder(model) and "target" not in masks:
         raise ModelError("the batch that a layout is made on has no targets ('labels'); the model's decoder needs them")
     if "target" in masks and torch.equal(lengths[few], masks["target"].sum(dim=1)[few]):
         raise ModelError(

@@ -120,7 +120,7 @@ class Group(_Frozen):
         return sum(weight.d_out for weight in self.weights)
 
 
-class Part(_Frozen):
+class SharedOutputs(_Frozen):
     """Outputs of the last layer that the same silos train: labels that only these annotate."""
 
     silos: Annotated[Many[Word], Field(min_length=1, max_length=SILOS)]
@@ -194,7 +194,7 @@ class Layout(_Frozen):
     groups: Annotated[Many[Group], Field(max_length=TENSORS)]
     tensors: Annotated[Many[Tensor], Field(min_length=1, max_length=TENSORS)]
     frozen: Annotated[Many[Word], Field(max_length=TENSORS)]
-    parts: Annotated[Many[Part], Field(max_length=SILOS)] = ()
+    parts: Annotated[Many[SharedOutputs], Field(max_length=SILOS)] = ()
 
     @model_validator(mode="after")
     def _holds_together(self) -> Layout:

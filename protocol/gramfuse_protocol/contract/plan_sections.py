@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field, model_validator
 from gramfuse_protocol.bounds import SILOS, Many
 from gramfuse_protocol.contract.gram_structure import parse_structure
 from gramfuse_protocol.contract.node_key import PublicNodeKey
-from gramfuse_protocol.contract.task import Kind, Labels, Task, TaskSettings
+from gramfuse_protocol.contract.task import Labels, Task, TaskKind, TaskSettings
 from gramfuse_protocol.documents import Section
 from gramfuse_protocol.secure_sum.keys import check_identity_key
 from gramfuse_protocol.text import Word
@@ -78,7 +78,7 @@ class _Start(Section):
     """Digest of the whole configuration, with how texts are generated; filled by `plan lock`."""
     processor: Sha256 | None = None
     """Digest of the whole tokenizer or image processor; filled by `plan lock`."""
-    task: Kind | None = None
+    task: TaskKind | None = None
     head: Literal["same", "different", "own"] = "same"
     """Whether silos start from one head or each from a head of its own, or keep their heads, which are not merged."""
 

@@ -11,7 +11,7 @@ from gramfuse_protocol.bounds import VALUES, Many
 from gramfuse_protocol.documents import Section
 from gramfuse_protocol.tasks.registry import check_kind, kind_of
 
-Kind = Annotated[str, AfterValidator(check_kind)]
+TaskKind = Annotated[str, AfterValidator(check_kind)]
 """Name of a kind of task (`gramfuse_protocol.tasks`)."""
 
 Label = Annotated[str, Field(min_length=1, max_length=200)]
@@ -74,7 +74,7 @@ class Task(TaskSettings):
         128
     """
 
-    task: Kind
+    task: TaskKind
 
     @property
     def annotated(self) -> tuple[int, ...]:

@@ -17,9 +17,9 @@ from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.tasks.registry import KINDS, kind_of
 from gramfuse_protocol.tasks.scores import Sums, examples_in
 
-__all__ = ["MOST_EXAMPLES", "Sums", "are_sums", "by_label", "examples_in", "metrics", "primary", "sums_shape"]
+__all__ = ["MOST_HELD_OUT", "Sums", "are_sums", "by_label", "examples_in", "metrics", "primary", "sums_shape"]
 
-MOST_EXAMPLES = 2**30
+MOST_HELD_OUT = 2**30
 """More held-out examples than this are none: what a sum opens to whose masks do not cancel is far beyond."""
 
 
@@ -34,10 +34,10 @@ def sums_shape(task: Task) -> tuple[int, ...]:
 
 
 def are_sums(task: Task, sums: NDArray[Any]) -> bool:
-    """Whether an array can be the sums of 1 to MOST_EXAMPLES examples: shape, dtype, and values in their range."""
+    """Whether an array can be the sums of 1 to MOST_HELD_OUT examples: shape, dtype, and values in their range."""
     if sums.dtype != np.float64 or sums.shape != sums_shape(task) or not np.isfinite(sums).all():
         return False
-    return bool(kind_of(task).counts(sums).min() >= 0) and 1 <= examples_in(sums) <= MOST_EXAMPLES
+    return bool(kind_of(task).counts(sums).min() >= 0) and 1 <= examples_in(sums) <= MOST_HELD_OUT
 
 
 def metrics(task: Task, sums: Sums) -> dict[str, float]:

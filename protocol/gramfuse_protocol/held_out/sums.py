@@ -28,14 +28,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gramfuse_protocol.contract.task import Task
-from gramfuse_protocol.held_out.metrics import MOST_EXAMPLES
+from gramfuse_protocol.held_out.metrics import MOST_HELD_OUT
 from gramfuse_protocol.tasks.registry import SHARE, kind_of
-from gramfuse_protocol.tasks.rows import LOSS, Group, Vector
+from gramfuse_protocol.tasks.rows import LOSS, RowGroup, Vector
 
 __all__ = [
     "LOSS",
     "SHARE",
-    "Group",
+    "RowGroup",
     "Vector",
     "figures",
     "groups",
@@ -47,7 +47,7 @@ __all__ = [
 ]
 
 
-def groups(task: Task) -> tuple[Group, ...]:
+def groups(task: Task) -> tuple[RowGroup, ...]:
     """Return the groups of a task's vector, in order."""
     return kind_of(task).groups(task)
 
@@ -63,11 +63,11 @@ def range_of(task: Task, metric: str) -> tuple[float, float]:
 
 
 def is_sum(task: Task, vector: Vector) -> bool:
-    """Whether a vector can be the sum of rows of at most MOST_EXAMPLES examples, and noise.
+    """Whether a vector can be the sum of rows of at most MOST_HELD_OUT examples, and noise.
 
     What a sum opens to whose masks do not cancel is far beyond; a negative count is not.
     """
-    most = MOST_EXAMPLES * max(1.0, *(group.sensitivity for group in groups(task)))
+    most = MOST_HELD_OUT * max(1.0, *(group.sensitivity for group in groups(task)))
     return vector.shape == (size(task),) and bool(np.isfinite(vector).all() and np.abs(vector).max() <= most)
 
 

@@ -14,13 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gramfuse_protocol.errors import ContributionError
+from gramfuse_protocol.secure_sum.masks import Words
 
 SUM_BITS = 62
 
 PART = 2**16
 """Values that are worked on at a time, so that they stay in the processor's cache."""
 
-Words = NDArray[np.uint64]
 Floats = NDArray[np.float64]
 
 

@@ -48,8 +48,8 @@ from gramfuse_protocol.secure_sum.statements import (
     survivors_statement,
 )
 
-Kind = Literal["mask", "seed"]
-KINDS: tuple[Kind, ...] = ("mask", "seed")
+SecretKind = Literal["mask", "seed"]
+KINDS: tuple[SecretKind, ...] = ("mask", "seed")
 """The two secrets behind a sum: the private mask key, opened for the dead, and the self-mask seed, for survivors."""
 
 SEALED_BYTES = len(SUMS) * len(KINDS) * SHARE_BYTES + 16
@@ -88,7 +88,7 @@ class Signed(_Frozen):
     context: Hex32
 
 
-Shares = Mapping[Sum, Mapping[Kind, str]]
+Shares = Mapping[Sum, Mapping[SecretKind, str]]
 
 
 class Member(_Frozen):

@@ -30,7 +30,7 @@ AMPLITUDE_BITS = 10
 DELTA_BITS = 8
 BUFFER_BITS = 24
 WEIGHT_BITS = {"uniform": 0, "examples": 18}
-MOST_EXAMPLES = 2 ** WEIGHT_BITS["examples"]
+MOST_WEIGHED = 2 ** WEIGHT_BITS["examples"]
 
 METRICS_SCALE = 2.0**20
 """Scale of what leaves of held-out results (`gramfuse_protocol.held_out.sums`): fine enough for noise and losses."""

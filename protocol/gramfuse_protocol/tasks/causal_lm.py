@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gramfuse_protocol.tasks.registry import Measure, TaskKind, register
-from gramfuse_protocol.tasks.rows import EXAMPLES, LOSS, Group, Vector, added, shares
+from gramfuse_protocol.tasks.rows import EXAMPLES, LOSS, RowGroup, Vector, added, shares
 from gramfuse_protocol.tasks.scores import PERPLEXITY, Sums, perplexity, share
 
 if TYPE_CHECKING:
@@ -58,10 +58,10 @@ class CausalLM(TaskKind):
         _, tokens, nll, correct = (float(value) for value in sums)
         return {"perplexity": perplexity(nll, tokens), "token-accuracy": share(correct, max(tokens, 1.0))}
 
-    def groups(self, task: Task) -> tuple[Group, ...]:
+    def groups(self, task: Task) -> tuple[RowGroup, ...]:
         tokens = "tokens predicted rightly and wrongly, as shares added up"
         loss = "log-likelihood of the tokens, each one's clipped, added up"
-        return EXAMPLES, Group("tokens", 2, math.sqrt(2), 1 / 2, tokens), Group("loss", 1, 1.0, 2 / 5, loss)
+        return EXAMPLES, RowGroup("tokens", 2, math.sqrt(2), 1 / 2, tokens), RowGroup("loss", 1, 1.0, 2 / 5, loss)
 
     def rows(self, task: Task, *facts: Any) -> Vector:
         (tokens,) = facts

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gramfuse_protocol.tasks.registry import Measure, TaskKind, register
-from gramfuse_protocol.tasks.rows import OF_LABELS, Group, Vector, added, counts_of
+from gramfuse_protocol.tasks.rows import OF_LABELS, RowGroup, Vector, added, counts_of
 from gramfuse_protocol.tasks.scores import MACRO_F1, Sums, examples_in, mean, of_names, share
 
 if TYPE_CHECKING:
@@ -63,11 +63,11 @@ class Classification(TaskKind):
     def by_label(self, task: Task, sums: Sums) -> dict[str, dict[str, float]]:
         return of_names(task.labels, _of_confusion(sums))
 
-    def groups(self, task: Task) -> tuple[Group, ...]:
+    def groups(self, task: Task) -> tuple[RowGroup, ...]:
         outcome = "how many held-out examples the model is right about, and how many wrong"
         return (
-            Group("outcome", 2, math.sqrt(2), 1 / 2, outcome),
-            Group("labels", 3 * len(task.labels), 2.0, 1 / 2, OF_LABELS),
+            RowGroup("outcome", 2, math.sqrt(2), 1 / 2, outcome),
+            RowGroup("labels", 3 * len(task.labels), 2.0, 1 / 2, OF_LABELS),
         )
 
     def rows(self, task: Task, *facts: Any) -> Vector:

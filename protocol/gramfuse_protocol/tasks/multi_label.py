@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gramfuse_protocol.tasks.registry import Measure, TaskKind, register
-from gramfuse_protocol.tasks.rows import EXAMPLES, OF_LABELS, Group, Vector, added
+from gramfuse_protocol.tasks.rows import EXAMPLES, OF_LABELS, RowGroup, Vector, added
 from gramfuse_protocol.tasks.scores import MACRO_F1, Sums, f1_of, mean, of_names
 
 if TYPE_CHECKING:
@@ -59,9 +59,9 @@ class MultiLabel(TaskKind):
     def by_label(self, task: Task, sums: Sums) -> dict[str, dict[str, float]]:
         return of_names(task.labels, _decisions(sums))
 
-    def groups(self, task: Task) -> tuple[Group, ...]:
+    def groups(self, task: Task) -> tuple[RowGroup, ...]:
         labels = len(task.labels)
-        return EXAMPLES, Group("labels", 3 * labels, math.sqrt(2 * labels), 9 / 10, OF_LABELS)
+        return EXAMPLES, RowGroup("labels", 3 * labels, math.sqrt(2 * labels), 9 / 10, OF_LABELS)
 
     def rows(self, task: Task, *facts: Any) -> Vector:
         return label_rows(task, *facts)

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from numpy.typing import NDArray
 
-from gramfuse_protocol.tasks.rows import Group, Vector
+from gramfuse_protocol.tasks.rows import RowGroup, Vector
 from gramfuse_protocol.tasks.scores import Sums
 from gramfuse_protocol.text import quoted
 
@@ -114,7 +114,7 @@ class TaskKind(ABC):
         return {}
 
     @abstractmethod
-    def groups(self, task: Task) -> tuple[Group, ...]:
+    def groups(self, task: Task) -> tuple[RowGroup, ...]:
         """Return the groups of a row, in order; their shares add up to 1."""
 
     @abstractmethod

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gramfuse_protocol.tasks.registry import Measure, TaskKind, register
-from gramfuse_protocol.tasks.rows import EXAMPLES, Group, Vector, added
+from gramfuse_protocol.tasks.rows import EXAMPLES, RowGroup, Vector, added
 from gramfuse_protocol.tasks.scores import Sums
 
 if TYPE_CHECKING:
@@ -64,14 +64,14 @@ class Regression(TaskKind):
     def metrics(self, task: Task, sums: Sums) -> dict[str, float]:
         return _of_moments(sums)
 
-    def groups(self, task: Task) -> tuple[Group, ...]:
+    def groups(self, task: Task) -> tuple[RowGroup, ...]:
         diagonal = 2 * math.sqrt(2)
         means = "truth and prediction, added up, each moved from the plan's range to -1 to 1"
         return (
             EXAMPLES,
-            Group("means", 2, diagonal, 1 / 5, means),
-            Group("squares", 3, diagonal, 3 / 5, "their squares and their product, added up"),
-            Group("error", 1, 1.0, 1 / 10, "how far they are from each other, added up"),
+            RowGroup("means", 2, diagonal, 1 / 5, means),
+            RowGroup("squares", 3, diagonal, 3 / 5, "their squares and their product, added up"),
+            RowGroup("error", 1, 1.0, 1 / 10, "how far they are from each other, added up"),
         )
 
     def rows(self, task: Task, *facts: Any) -> Vector:

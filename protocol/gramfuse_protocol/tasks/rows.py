@@ -16,7 +16,7 @@ LOSS = 16.0
 """What the negative log-likelihood of one token is clipped to; e^16 is more than any vocabulary has tokens."""
 
 
-class Group(NamedTuple):
+class RowGroup(NamedTuple):
     """Entries of the vector that share a sensitivity.
 
     Args:
@@ -33,7 +33,7 @@ class Group(NamedTuple):
     words: str
 
 
-EXAMPLES = Group("examples", 1, 1.0, 1 / 10, "how many held-out examples there are")
+EXAMPLES = RowGroup("examples", 1, 1.0, 1 / 10, "how many held-out examples there are")
 
 OF_LABELS = "for each label, how many held-out examples got it rightly, wrongly, or lack it"
 

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gramfuse_protocol.tasks.registry import Measure, TaskKind, register
-from gramfuse_protocol.tasks.rows import LOSS, Group, Vector, added, shares
+from gramfuse_protocol.tasks.rows import LOSS, RowGroup, Vector, added, shares
 from gramfuse_protocol.tasks.scores import PERPLEXITY, Sums, perplexity, share
 
 if TYPE_CHECKING:
@@ -66,13 +66,13 @@ class SequenceToSequence(TaskKind):
         shares = {"exact-match": share(exact, count), "token-f1": share(f1, count)}
         return shares | {"perplexity": perplexity(nll, tokens)}
 
-    def groups(self, task: Task) -> tuple[Group, ...]:
+    def groups(self, task: Task) -> tuple[RowGroup, ...]:
         root = math.sqrt(2)
         overlap = "words in common with the target, and those that are not, as shares added up"
         return (
-            Group("overlap", 2, root, 1 / 2, overlap),
-            Group("exact", 1, 1.0, 1 / 4, "how many targets were met"),
-            Group("tokens", 2, root, 1 / 4, "target tokens and their log-likelihood, as shares added up"),
+            RowGroup("overlap", 2, root, 1 / 2, overlap),
+            RowGroup("exact", 1, 1.0, 1 / 4, "how many targets were met"),
+            RowGroup("tokens", 2, root, 1 / 4, "target tokens and their log-likelihood, as shares added up"),
         )
 
     def rows(self, task: Task, *facts: Any) -> Vector:

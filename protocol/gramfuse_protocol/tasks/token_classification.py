@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gramfuse_protocol.tasks.registry import Measure, TaskKind, register
-from gramfuse_protocol.tasks.rows import EXAMPLES, Group, Vector, added, counts_of
+from gramfuse_protocol.tasks.rows import EXAMPLES, RowGroup, Vector, added, counts_of
 from gramfuse_protocol.tasks.scores import MACRO_F1, Sums, f1_of, mean, of_names, share
 
 if TYPE_CHECKING:
@@ -86,13 +86,13 @@ class TokenClassification(TaskKind):
     def by_label(self, task: Task, sums: Sums) -> dict[str, dict[str, float]]:
         return of_names(task.entities, sums[1:].reshape(-1, 3))
 
-    def groups(self, task: Task) -> tuple[Group, ...]:
+    def groups(self, task: Task) -> tuple[RowGroup, ...]:
         sensitivity = math.sqrt(2) * bound(task)
         entities = "how many entities were found, predicted too much, and missed, each example's clipped"
         return (
             EXAMPLES,
-            Group("entities", 3, sensitivity, 1 / 2, entities),
-            Group("types", 3 * len(task.entities), sensitivity, 2 / 5, "the same for each type of entity"),
+            RowGroup("entities", 3, sensitivity, 1 / 2, entities),
+            RowGroup("types", 3 * len(task.entities), sensitivity, 2 / 5, "the same for each type of entity"),
         )
 
     def rows(self, task: Task, *facts: Any) -> Vector:

@@ -18,7 +18,7 @@ from gramfuse_model.loading.base_model import Base
 from gramfuse_protocol.errors import ContributionError
 from gramfuse_protocol.statistics.file import StatisticsFile
 from gramfuse_protocol.text import listed, quoted
-from gramfuse_server.report.schema import AddedToken, AddedTokens
+from gramfuse_server.report.schema import AddedToken, AddedTokensOfReport
 
 
 @dataclass(frozen=True)
@@ -63,14 +63,14 @@ class Additions:
             )
         return Additions(files, weights, tokenizer, tokens)
 
-    def told(self) -> AddedTokens:
+    def told(self) -> AddedTokensOfReport:
         """Return what the report says: each added token, and the models that have it."""
         had: dict[str, list[str]] = {token: [] for token in self.tokens}
         for file in self.files:
             for token in file.added:
                 had.setdefault(token, []).append(file.name)
         entries = [AddedToken(token=token, silos=tuple(silos)) for token, silos in had.items()]
-        return AddedTokens(
+        return AddedTokensOfReport(
             kept=tuple(entry for entry in entries if entry.token in self.tokens),
             left_out=tuple(entry for entry in entries if entry.token not in self.tokens),
         )

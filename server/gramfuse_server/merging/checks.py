@@ -15,7 +15,7 @@ from gramfuse_model.change import changes
 from gramfuse_model.normal_equations import side_by_side
 from gramfuse_protocol.contract.layout import Group, Layout
 from gramfuse_protocol.contract.plan import Plan
-from gramfuse_protocol.secure_sum.scales import MOST_EXAMPLES
+from gramfuse_protocol.secure_sum.scales import MOST_WEIGHED
 from gramfuse_server.merging.accumulator import Accumulator, Deltas, Float64, Merged
 from gramfuse_server.report.schema import Bounds, Check, CheckName, Step
 from gramfuse_server.report.verdicts import VERDICTS, check_of
@@ -121,8 +121,8 @@ def _counts(accumulator: Accumulator, plan: Plan, survivors: Sequence[str]) -> I
     rows, parts = rest[: len(layout.groups)], rest[len(layout.groups) :]
     holders = [sum(silo in part.silos for silo in survivors) for part in layout.parts]
     by_examples = merge.weighting == "examples"
-    each = MOST_EXAMPLES if by_examples else 1
-    yield _count("examples", examples, len(survivors), MOST_EXAMPLES * len(survivors) if by_examples else None)
+    each = MOST_WEIGHED if by_examples else 1
+    yield _count("examples", examples, len(survivors), MOST_WEIGHED * len(survivors) if by_examples else None)
     expected = examples if by_examples else len(survivors)
     yield _count("weight", weight, expected, expected)
     for silos, value in zip(holders, parts, strict=True):

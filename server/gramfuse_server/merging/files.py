@@ -166,7 +166,7 @@ class Collection:
             {t.name: t.shape for t in file.about.layout.tensors if t.name not in file.about.head} for file in self.files
         ]
         names = {name for name, shape in shapes[0].items() if all(other.get(name) == shape for other in shapes)}
-        layouts = [_part_of(file.about.layout, names) for file in self.files]
+        layouts = [_excerpt_of(file.about.layout, names) for file in self.files]
         for file, layout in zip(self.files, layouts, strict=True):
             if layout is None:
                 raise ContributionError("the files have no parameter in common outside of their heads")
@@ -258,7 +258,9 @@ def merge_files(
     with RunDirectory(out, models * (model_bytes + 20 * 2**20)) as run:
         accumulator = Accumulator(collection.layout, alpha=alpha, weighting=weighting)
         for file in collection.files:
-            accumulator.fold(_Part(file, collection.layout), str(file.path), silo=file.name, share=weights[file.name])
+            accumulator.fold(
+                _Excerpt(file, collection.layout), str(file.path), silo=file.name, share=weights[file.name]
+            )
         merged = accumulator.merge()
         maximum = (agreed or Merge()).maximum_change
         checks = [
@@ -319,7 +321,7 @@ def _described(
 
 
 @dataclass(frozen=True)
-class _Part:
+class _Excerpt:
     """Of a file, what a layout has that is part of the file's own."""
 
     file: StatisticsFile
@@ -337,7 +339,7 @@ class _Part:
         return self.file.block(name)
 
 
-def _part_of(layout: Layout, names: set[str]) -> Layout | None:
+def _excerpt_of(layout: Layout, names: set[str]) -> Layout | None:
     """Return a layout without all tensors but these; None if it has none of them."""
     groups = []
     for group in layout.groups:

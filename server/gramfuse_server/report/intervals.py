@@ -20,7 +20,7 @@ from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.held_out.noise import DELTA, deviations, spent
 from gramfuse_protocol.held_out.sums import SHARE, Vector, figures, label_counts, label_figures, range_of
 from gramfuse_protocol.tasks.registry import kind_of
-from gramfuse_server.report.schema import LabelFigures, Measured, Privacy, PrivacyTotal
+from gramfuse_server.report.schema import LabelFigures, Measured, PrivacyOfReport, PrivacyTotal
 
 COVERAGE = 0.98
 """Share of the draws that an interval is of: more than 95%, so that what it neglects does not take it below."""
@@ -55,7 +55,7 @@ def with_intervals(plan: Plan, name: str, task: Task, vector: Vector, silos: int
     spent_in_all = spent(plan)
     assert plan.epsilon is not None and spent_in_all is not None  # noqa: S101, PT018
     total = PrivacyTotal(epsilon=spent_in_all, releases=plan.releases)
-    privacy = Privacy(epsilon=plan.epsilon, delta=DELTA, total=total)
+    privacy = PrivacyOfReport(epsilon=plan.epsilon, delta=DELTA, total=total)
     model = Measured(name=name, kind=name, metrics=found, intervals=intervals, privacy=privacy)
     if labels := label_figures(task, vector):
         return model.updated(labels={"": _labels(task, vector, draws, noise, labels)})

@@ -1,7 +1,7 @@
 """What all parts of report.json have in common, and the whole of it: how they are read, written and changed.
 
-A key is in the file if whoever wrote the report gave it a value, which may be null: `Part.document` leaves out all
-others.
+A key is in the file if whoever wrote the report gave it a value, which may be null: `ReportPart.document` leaves out
+all others.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict
 
 
-class Part(BaseModel):
+class ReportPart(BaseModel):
     """A frozen part of a report; unknown keys are refused, and types are strict."""
 
     model_config = ConfigDict(

@@ -11,8 +11,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from gramfuse_protocol.contract.task import Kind
-from gramfuse_server.report.part import Part
+from gramfuse_protocol.contract.task import TaskKind
+from gramfuse_server.report.part import ReportPart
 
 SCHEMA: Literal["gramfuse.report/1"] = "gramfuse.report/1"
 """Name and version of this format."""
@@ -32,7 +32,7 @@ Outcome = Literal["clean", "jitter", "mean", "unused", "empty"]
 CheckName = Literal["counts", "share", "power", "eigenvalue", "ratio", "average", "change"]
 
 
-class BaseOfReport(Part):
+class BaseOfReport(ReportPart):
     """The base model."""
 
     name: str
@@ -41,7 +41,7 @@ class BaseOfReport(Part):
     """SHA-256 of its weights, hexadecimal."""
 
 
-class Generation(Part):
+class Generation(ReportPart):
     """How texts are generated when models are measured."""
 
     strategy: Literal["greedy"]
@@ -52,7 +52,7 @@ class Generation(Part):
     """The token that every text begins with; null if none is forced."""
 
 
-class SiloOfReport(Part):
+class SiloOfReport(ReportPart):
     """A silo: of a run that is complete, one of those in the merge; of one that failed, any of the roster."""
 
     name: str
@@ -69,7 +69,7 @@ class SiloOfReport(Part):
     """Files: the class of transformers that loads its model."""
 
 
-class Loss(Part):
+class Loss(ReportPart):
     """A silo that dropped out or refused."""
 
     name: str
@@ -78,7 +78,7 @@ class Loss(Part):
     """What happened, for people."""
 
 
-class LabelFigures(Part):
+class LabelFigures(ReportPart):
     """What held-out examples say of a label, or of a type of entity."""
 
     examples: float
@@ -97,7 +97,7 @@ Labels = Mapping[str, Mapping[str, LabelFigures]]
 """Figures by task and label."""
 
 
-class PrivacyTotal(Part):
+class PrivacyTotal(ReportPart):
     """What all releases of a run together say of one held-out example."""
 
     epsilon: float
@@ -106,7 +106,7 @@ class PrivacyTotal(Part):
     """How many sums the plan asks for."""
 
 
-class Privacy(Part):
+class PrivacyOfReport(ReportPart):
     """Differential privacy of one held-out example."""
 
     epsilon: float
@@ -117,7 +117,7 @@ class Privacy(Part):
     """For the whole run."""
 
 
-class ExactFigures(Part):
+class ExactFigures(ReportPart):
     """The figures without noise, which only a simulation knows."""
 
     metrics: Metrics
@@ -126,7 +126,7 @@ class ExactFigures(Part):
     """As those of the model."""
 
 
-class Measured(Part):
+class Measured(ReportPart):
     """A model and what the silos' held-out examples say of it."""
 
     name: str
@@ -144,7 +144,7 @@ class Measured(Part):
     """Metrics by silo, on its own held-out examples, if the plan shows metrics silo by silo."""
     intervals: Mapping[str, tuple[float, float]] = Field(default={})
     """Metrics with noise: lowest and highest value that the exact one may have, 95% of the time or more."""
-    privacy: Privacy | None = None
+    privacy: PrivacyOfReport | None = None
     """Metrics with noise: what they cost."""
     exact: ExactFigures | None = None
     """Metrics with noise, in a simulation: those without."""
@@ -171,7 +171,7 @@ class Measured(Part):
         return Measured(**{name: getattr(self, name) for name in kept} | figures)
 
 
-class Step(Part):
+class Step(ReportPart):
     """How a group of weights was solved."""
 
     group: str
@@ -196,7 +196,7 @@ class Step(Part):
     are no experts."""
 
 
-class Check(Part):
+class Check(ReportPart):
     """Something that can be seen of a merge, at one place."""
 
     name: CheckName
@@ -213,7 +213,7 @@ class Check(Part):
     """`ok`: within `usual`; `look`: within `possible`; `bad`: beyond both."""
 
 
-class RoundOfReport(Part):
+class RoundOfReport(ReportPart):
     """One round of a run; of one that failed, as far as it came."""
 
     round: Count
@@ -238,7 +238,7 @@ class RoundOfReport(Part):
     """Seconds by phase."""
 
 
-class Tried(Part):
+class Tried(ReportPart):
     """What a merge that was tried is worth on the validation examples."""
 
     score: float | None
@@ -272,7 +272,7 @@ class Chosen(TriedAlpha, TriedWeights):
     """The merge that was chosen."""
 
 
-class Influence(Part):
+class Influence(ReportPart):
     """The merge without a silo."""
 
     silo: str
@@ -285,7 +285,7 @@ class Influence(Part):
     """The same difference in each metric on the reported examples."""
 
 
-class ReportedOn(Part):
+class ReportedOn(ReportPart):
     """The examples that the chosen merge is reported on; they chose nothing."""
 
     part: Literal["held-out"]
@@ -294,7 +294,7 @@ class ReportedOn(Part):
     """How many, by silo."""
 
 
-class Tuning(Part):
+class Tuning(ReportPart):
     """What `gramfuse tune` tried."""
 
     metric: str
@@ -317,7 +317,7 @@ class Tuning(Part):
     """The merge that was written."""
 
 
-class AddedToken(Part):
+class AddedToken(ReportPart):
     """A token that was added to models that are merged."""
 
     token: str
@@ -326,7 +326,7 @@ class AddedToken(Part):
     """Whose models have it."""
 
 
-class AddedTokens(Part):
+class AddedTokensOfReport(ReportPart):
     """What became of the tokens that were added to models that are merged."""
 
     kept: tuple[AddedToken, ...]
@@ -335,7 +335,7 @@ class AddedTokens(Part):
     """Those that it does not have."""
 
 
-class Failure(Part):
+class Failure(ReportPart):
     """Why a run failed."""
 
     error: str
@@ -370,7 +370,7 @@ OPTIONAL = {"complete": ("tuning",), "failed": OF_MERGES, "files": ("tasks", "mo
 """Keys that it may have beside those."""
 
 
-class Report(Part):
+class Report(ReportPart):
     """A whole report.json."""
 
     schema_id: Literal["gramfuse.report/1"] = Field(alias="schema")
@@ -394,7 +394,7 @@ class Report(Part):
     """Runs: whether heads were merged from one start, merged from different starts, or kept by the silos."""
     heads: Literal["merged", "own"] = "merged"
     """Files: whether heads were merged, or each file kept its own."""
-    tasks: Mapping[str, Kind] = Field(default={})
+    tasks: Mapping[str, TaskKind] = Field(default={})
     """Kind of each task by name; a plan with one task calls it ""."""
     generation: Mapping[str, Generation] = Field(default={})
     """How texts are generated, by task, for tasks that generate any."""
@@ -408,7 +408,7 @@ class Report(Part):
     """Silos in the merge, in roster order; of a failed run, all of the roster."""
     examples: Count = 0
     """Training examples of all silos in the merge together."""
-    added_tokens: AddedTokens | None = None
+    added_tokens: AddedTokensOfReport | None = None
     """Files: what became of tokens that were added to models."""
     closed: float | None = None
     """Files: share of the trained parameters that are merged in closed form, 0 to 1; the others are averaged."""

@@ -22,7 +22,7 @@ from gramfuse_server.run.patience import Patience
 
 M = TypeVar("M", bound=Message)
 
-Check = Callable[[str, M, Message], None]
+CheckReply = Callable[[str, M, Message], None]
 """Takes a silo, a request and its reply, and raises if the reply is not what it must be."""
 
 log = logging.getLogger(__name__)
@@ -127,7 +127,7 @@ class Post:
         requests: Mapping[str, Iterable[M]],
         in_flight: int,
         *,
-        check: Check[M] = lambda silo, request, reply: None,
+        check: CheckReply[M] = lambda silo, request, reply: None,
         patience: Patience = Patience(),  # noqa: B008 - frozen
         waiting_for: Callable[[Pending], None] = lambda pending: None,
     ) -> Iterator[tuple[str, M, Message | GramfuseError]]:
@@ -196,7 +196,9 @@ class Post:
         """Return the nodes that are connected, and when each was started, in Flower's words."""
         return {node.node_id: node.last_activated_at for node in self.grid.get_nodes()}
 
-    def receive(self, sent: _Sent[M], answer: FlowerMessage | Exception, check: Check[M]) -> Message | GramfuseError:
+    def receive(
+        self, sent: _Sent[M], answer: FlowerMessage | Exception, check: CheckReply[M]
+    ) -> Message | GramfuseError:
         """Return the reply that an answer is, or why it is none.
 
         Here, and nowhere else, what a silo sent is decoded, read and checked; nothing in the `try` touches the disk or
@@ -243,7 +245,7 @@ class _UnderWay(Generic[M]):
         nodes: Mapping[str, int],
         requests: Mapping[str, Iterable[M]],
         in_flight: int,
-        check: Check[M],
+        check: CheckReply[M],
         patience: Patience,
         waiting_for: Callable[[Pending], None],
     ) -> None:

@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from gramfuse_protocol.errors import ContributionError, FederationError, GramfuseError, RefusalError, SecurityError
 from gramfuse_protocol.messages.phases import (
@@ -26,13 +25,11 @@ from gramfuse_protocol.messages.phases import (
 from gramfuse_protocol.secure_sum import masks
 from gramfuse_protocol.secure_sum import member as secure_sum
 from gramfuse_protocol.secure_sum import unmasking as unmask
-from gramfuse_protocol.secure_sum.masks import Mask
+from gramfuse_protocol.secure_sum.masks import Mask, Words
 from gramfuse_protocol.secure_sum.member import Signed
 from gramfuse_protocol.secure_sum.statements import Advert, Sum, round_digest, session_id
 from gramfuse_server.run.conductor import Conductor, Q, R
 from gramfuse_server.run.spool import Spool
-
-Words = NDArray[np.uint64]
 
 UPLOADS = 2
 """Silos that upload at the same time."""

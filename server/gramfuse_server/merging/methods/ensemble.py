@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gramfuse_server.merging.methods.registry import DIFFERENT_TASKS, Measured, Silos, method
+from gramfuse_server.merging.methods.registry import DIFFERENT_TASKS, CandidateSums, Silos, method
 
 
 @method(
@@ -12,6 +12,6 @@ from gramfuse_server.merging.methods.registry import DIFFERENT_TASKS, Measured, 
     needs=("models",),
     refusals=(DIFFERENT_TASKS,),
 )
-def ensemble(silos: Silos) -> Measured:
+def ensemble(silos: Silos) -> CandidateSums:
     """Measure the mean of all models' logits, and the majority vote on what they generate."""
-    return Measured(silos.ask_together())
+    return CandidateSums(silos.ask_together())

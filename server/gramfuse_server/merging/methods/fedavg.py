@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from gramfuse_server.merging.methods.registry import Measured, Refusal, Silos, method, number
+from gramfuse_server.merging.methods.registry import CandidateSums, NotAllowed, Silos, method, number
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from gramfuse_server.merging.methods.arithmetic import Differences
 
 REFUSALS = (
-    Refusal(
+    NotAllowed(
         lambda plan: plan.model.head == "own",
         "Flower's FedAvg averages whole models, and here heads stay at their silos; leave it out",
     ),
-    Refusal(
+    NotAllowed(
         lambda plan: any(silo.labels for silo in plan.silo),
         "silos annotate different labels ('labels' of a [[silo]]), and Flower's FedAvg would average the outputs for "
         "labels that a silo does not annotate; leave it out",
@@ -36,7 +36,7 @@ REFUSALS = (
     needs=("data",),
     refusals=REFUSALS,
 )
-def fedavg(silos: Silos, rounds: int) -> Measured:
+def fedavg(silos: Silos, rounds: int) -> CandidateSums:
     """Run FedAvg, and measure the average after each round."""
     found: list[Mapping[str, Sums]] = []
 
@@ -49,4 +49,4 @@ def fedavg(silos: Silos, rounds: int) -> Measured:
     ranked = silos.ranked_by
     note = f"{ranked} after each round: {', '.join(f'{metrics[ranked]:.3f}' for metrics in by_round)}"
     about = f"{rounds} round{'s' if rounds > 1 else ''}"
-    return Measured(found[-1], (about,), {"rounds": by_round, "bytes": sent, "note": note})
+    return CandidateSums(found[-1], (about,), {"rounds": by_round, "bytes": sent, "note": note})

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from gramfuse_server.merging.methods.arithmetic import Differences, Float64, Weights, averaged
-from gramfuse_server.merging.methods.registry import Merged, Options, Silos, method
+from gramfuse_server.merging.methods.registry import Candidate, Options, Silos, method
 
 Norm = Literal["per tensor", "per model", "none"]
 
@@ -52,14 +52,14 @@ def _options(values: Sequence[str]) -> dict[str, Any]:
     ),
     needs=("fisher",),
 )
-def fisher(silos: Silos, variant: str | None, norm: Norm, examples: int) -> Merged:
+def fisher(silos: Silos, variant: str | None, norm: Norm, examples: int) -> Candidate:
     """Measure each silo's Fisher information, normalise it, and return the mean that it weighs."""
     found = [silos.fisher(name, variant, examples) for name in silos.names]
     differences, weights = silos.parents()
     about = [*dict.fromkeys(chosen for chosen, _ in found), "not normalised" if norm == "none" else norm]
     if examples != EXAMPLES:
         about.append(f"{examples} examples")
-    return Merged(fisher_mean(differences, [normalised(values, norm) for _, values in found], weights), about)
+    return Candidate(fisher_mean(differences, [normalised(values, norm) for _, values in found], weights), about)
 
 
 def normalised(fisher: Differences, norm: Norm) -> dict[str, Float64]:

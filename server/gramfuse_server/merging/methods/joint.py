@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from gramfuse_protocol.tasks.registry import kind_of
-from gramfuse_server.merging.methods.registry import DIFFERENT_TASKS, Measured, Refusal, Silos, method
+from gramfuse_server.merging.methods.registry import DIFFERENT_TASKS, CandidateSums, NotAllowed, Silos, method
 
-MASKED = Refusal(
+MASKED = NotAllowed(
     lambda plan: any(silo.labels and kind_of(plan.task_of(silo.name)).exclusive for silo in plan.silo),
     "silos annotate different classes ('labels' of a [[silo]]), so a label of one silo does not say that another's "
     "class is absent; leave it out",
@@ -19,6 +19,6 @@ MASKED = Refusal(
     needs=("data",),
     refusals=(DIFFERENT_TASKS, MASKED),
 )
-def joint(silos: Silos) -> Measured:
+def joint(silos: Silos) -> CandidateSums:
     """Measure the base model fine-tuned on all silos' data."""
-    return Measured(silos.train_jointly())
+    return CandidateSums(silos.train_jointly())

@@ -9,9 +9,9 @@ To add one, write a file in this folder:
         paper="Yin et al., ICML 2018",
         needs=("models",),
     )
-    def median(silos: Silos) -> Merged:
+    def median(silos: Silos) -> Candidate:
         differences, _ = silos.parents()
-        return Merged({name: np.median([d[name] for d in differences], axis=0) for name in differences[0]})
+        return Candidate({name: np.median([d[name] for d in differences], axis=0) for name in differences[0]})
 
 `gramfuse simulate --compare median` then measures it, and tables show it as "median". Another package can do the same
 before it calls gramfuse. A file must not load torch when it is imported: the command line reads it for `--help`.
@@ -94,7 +94,7 @@ class Silos(Protocol):
 
 
 @dataclass(frozen=True)
-class Merged:
+class Candidate:
     """One model that a method made, to be measured.
 
     Args:
@@ -110,12 +110,12 @@ class Merged:
 
 
 @dataclass(frozen=True)
-class Measured:
+class CandidateSums:
     """What a method measured itself, where there is not one model that could be.
 
     Args:
         sums: held-out sums by silo.
-        about, more: as `Merged` has them.
+        about, more: as `Candidate` has them.
     """
 
     sums: Mapping[str, Sums]
@@ -123,7 +123,7 @@ class Measured:
     more: Mapping[str, Any] = field(default_factory=dict)
 
 
-class Refusal(NamedTuple):
+class NotAllowed(NamedTuple):
     """A plan under which a method cannot be had.
 
     Args:
@@ -198,11 +198,11 @@ class Method:
     name: str
     label: str
     words: str
-    make: Callable[..., Merged | Measured]
+    make: Callable[..., Candidate | CandidateSums]
     paper: str = ""
     options: Options = NOTHING
     needs: Sequence[Need] = ()
-    refusals: Sequence[Refusal] = ()
+    refusals: Sequence[NotAllowed] = ()
     ready: Callable[[], Any] = lambda: None
     always: bool = False
 
@@ -210,7 +210,7 @@ class Method:
 METHODS: dict[str, Method] = {}
 """All methods by name."""
 
-Make = Callable[..., Merged | Measured]
+Make = Callable[..., Candidate | CandidateSums]
 
 
 def method(**about: Any) -> Callable[[Make], Make]:
@@ -230,15 +230,15 @@ def method(**about: Any) -> Callable[[Make], Make]:
     return register
 
 
-DIFFERENT_TASKS = Refusal(
+DIFFERENT_TASKS = NotAllowed(
     lambda plan: bool(plan.task),
     "the silos have different tasks, so neither their outputs nor their data can be put together; leave it out",
 )
 
-OF_NEEDS: tuple[tuple[frozenset[Need], Refusal], ...] = (
+OF_NEEDS: tuple[tuple[frozenset[Need], NotAllowed], ...] = (
     (
         frozenset(("models", "data", "fisher")),
-        Refusal(
+        NotAllowed(
             lambda plan: plan.privacy.secure_aggregation,
             "needs each silo's own model or data, and with privacy.secure-aggregation all that is seen is their sum. "
             "If all silos' data may be seen on this machine, simulate in open mode with --open; or compare with simple "
@@ -247,14 +247,14 @@ OF_NEEDS: tuple[tuple[frozenset[Need], Refusal], ...] = (
     ),
     (
         frozenset(("models", "data", "fisher")),
-        Refusal(
+        NotAllowed(
             lambda plan: plan.privacy.metrics == "none",
             'privacy.metrics = "none" lets no metrics leave; use --set privacy.metrics=sum',
         ),
     ),
     (
         frozenset(("models", "fisher")),
-        Refusal(
+        NotAllowed(
             lambda plan: plan.merge.rounds > 1,
             "is of the models that silos have after one exchange; use --set merge.rounds=1",
         ),
@@ -263,6 +263,6 @@ OF_NEEDS: tuple[tuple[frozenset[Need], Refusal], ...] = (
 """Plans under which no method can be had that needs any of these."""
 
 
-def refused(method: Method) -> tuple[Refusal, ...]:
+def refused(method: Method) -> tuple[NotAllowed, ...]:
     """Return all plans under which a method cannot be had."""
     return (*(refusal for needs, refusal in OF_NEEDS if needs & set(method.needs)), *method.refusals)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from gramfuse_server.merging.methods.arithmetic import Differences, Float64, added, apart
-from gramfuse_server.merging.methods.registry import Merged, Silos, method, number
+from gramfuse_server.merging.methods.registry import Candidate, Silos, method, number
 
 SCALE = 0.3
 """λ that Ilharco et al. found to do well for any number of tasks, where it cannot be chosen on held-out data."""
@@ -21,10 +21,10 @@ SCALE = 0.3
     options=number("scale", SCALE, 100, f"times {SCALE:g} by default"),
     needs=("models",),
 )
-def scaled_sum(silos: Silos, scale: float) -> Merged:
+def scaled_sum(silos: Silos, scale: float) -> Candidate:
     """Return the scaled sum of what parameters changed by, and the mean of what buffers did."""
     differences, buffers = apart(silos)
-    return Merged(task_arithmetic(differences, scale) | buffers, (f"scale {scale:g}",))
+    return Candidate(task_arithmetic(differences, scale) | buffers, (f"scale {scale:g}",))
 
 
 def task_arithmetic(differences: Sequence[Differences], scale: float = SCALE) -> dict[str, Float64]:

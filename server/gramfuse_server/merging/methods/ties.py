@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from gramfuse_server.merging.methods.arithmetic import Differences, Float64, added, apart
-from gramfuse_server.merging.methods.registry import Merged, Silos, method, number
+from gramfuse_server.merging.methods.registry import Candidate, Silos, method, number
 
 DENSITY = 0.2
 """Share of each silo's differences that is kept, of the largest magnitude; Yadav et al., section 4."""
@@ -21,10 +21,10 @@ DENSITY = 0.2
     options=number("density", DENSITY, 1, f"the largest {DENSITY:g} of each silo's by default"),
     needs=("models",),
 )
-def trimmed(silos: Silos, density: float) -> Merged:
+def trimmed(silos: Silos, density: float) -> Candidate:
     """Return TIES of what parameters changed by, and the mean of what buffers did."""
     differences, buffers = apart(silos)
-    return Merged(ties(differences, density) | buffers, (f"density {density:g}",))
+    return Candidate(ties(differences, density) | buffers, (f"density {density:g}",))
 
 
 def ties(differences: Sequence[Differences], density: float = DENSITY, scale: float = 1.0) -> dict[str, Float64]:

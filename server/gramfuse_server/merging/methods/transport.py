@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from gramfuse_protocol.errors import PlanError
 from gramfuse_server.merging.methods.arithmetic import Differences, Float64, Weights, weighted_mean
-from gramfuse_server.merging.methods.registry import Merged, Refusal, Silos, method
+from gramfuse_server.merging.methods.registry import Candidate, NotAllowed, Silos, method
 
 if TYPE_CHECKING:
     import torch
@@ -51,14 +51,14 @@ def load_pot() -> Any:
     paper="Singh and Jaggi, NeurIPS 2020",
     needs=("models",),
     refusals=(
-        Refusal(
+        NotAllowed(
             lambda plan: len(plan.silo) != 2,
             "the hidden units of two models are matched, so the plan must have two silos; leave it out",
         ),
     ),
     ready=load_pot,
 )
-def transport(silos: Silos) -> Merged:
+def transport(silos: Silos) -> Candidate:
     """Match the units of two silos' models, and return the mean.
 
     Raises:
@@ -78,7 +78,7 @@ def transport(silos: Silos) -> Merged:
     more: dict[str, Any] = {"pairs": len(pairs)}
     if others:
         more["note"] = f"averaged without matching their units: {', '.join(others)}"
-    return Merged(transport_mean(pairs, silos.start(), *silos.parents()), more=more)
+    return Candidate(transport_mean(pairs, silos.start(), *silos.parents()), more=more)
 
 
 class Pair(NamedTuple):

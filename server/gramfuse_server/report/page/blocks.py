@@ -186,7 +186,7 @@ Block = Table | Facts | Text | Code | Curve | Folded | Tiles | Sides | Notice
 
 
 @dataclass(frozen=True)
-class Section:
+class PageSection:
     """A part of the page under a heading of its own; `name` is what links go to."""
 
     name: str

@@ -15,8 +15,8 @@ from gramfuse_server.report.page.blocks import (
     Facts,
     Folded,
     Notice,
+    PageSection,
     Row,
-    Section,
     Table,
     Text,
 )
@@ -26,7 +26,7 @@ from gramfuse_server.report.page.words import CHECKS, PHASES, VERDICTS, bounds, 
 from gramfuse_server.report.verdicts import worst
 
 
-def failure(reading: Reading) -> Section:
+def failure(reading: Reading) -> PageSection:
     """What went wrong, where, and what to do."""
     failure = reading.failure
     assert failure is not None  # noqa: S101
@@ -53,10 +53,10 @@ def failure(reading: Reading) -> Section:
         ]
     else:
         blocks.append(Text("Nothing of the run is kept but this report. Once the cause is gone, start it again."))
-    return Section("result", "What failed", blocks)
+    return PageSection("result", "What failed", blocks)
 
 
-def losses(reading: Reading) -> Section | None:
+def losses(reading: Reading) -> PageSection | None:
     """Silos that dropped out or refused."""
     report = reading.report
     blocks: list[Block] = []
@@ -73,10 +73,10 @@ def losses(reading: Reading) -> Section | None:
         blocks.append(Table("Silos that were lost", [Column("Silo"), Column("What happened", number=False)], rows))
     if report.unmeasured and reading.models:
         blocks.append(Notice("Note", f"Metrics are missing: {report.unmeasured}"))
-    return Section("lost", "Drop-outs and refusals", blocks) if blocks else None
+    return PageSection("lost", "Drop-outs and refusals", blocks) if blocks else None
 
 
-def solve(reading: Reading) -> Section | None:
+def solve(reading: Reading) -> PageSection | None:
     """How each group of weights was solved."""
     steps = reading.report.solve
     if not steps:
@@ -118,10 +118,10 @@ def solve(reading: Reading) -> Section | None:
     ]
     titles = [Column("Group"), Column("Outcome", number=False), Column("Smallest eigenvalue"), Column("Zero features")]
     blocks.append(Folded(f"All {count(len(steps), 'groups')}", [Table("How each group was solved", titles, rows)]))
-    return Section("solve", "Quality of the solve", blocks)
+    return PageSection("solve", "Quality of the solve", blocks)
 
 
-def checks(reading: Reading) -> Section | None:
+def checks(reading: Reading) -> PageSection | None:
     """What can be seen of the merge from the sum alone."""
     listed = [
         (check, of.round)
@@ -166,15 +166,15 @@ def checks(reading: Reading) -> Section | None:
     blocks.append(
         Text("Nothing shows which silo it is. A silo that bends the merge and stays within these ranges is not seen.")
     )
-    return Section("checks", "Checks of the merge", blocks)
+    return PageSection("checks", "Checks of the merge", blocks)
 
 
-def traffic(reading: Reading) -> Section | None:
+def traffic(reading: Reading) -> PageSection | None:
     """Bytes and seconds."""
     report = reading.report
     seconds = report.seconds
     if isinstance(seconds, int | float):
-        return Section("traffic", "Time", [Text(f"The merge took {charts.duration(seconds)}.")])
+        return PageSection("traffic", "Time", [Text(f"The merge took {charts.duration(seconds)}.")])
     sent, received = report.bytes, report.bytes_to_silos
     phases = list(dict.fromkeys([*seconds, *(phase for of in (*sent.values(), *received.values()) for phase in of)]))
     blocks: list[Block] = []
@@ -212,7 +212,7 @@ def traffic(reading: Reading) -> Section | None:
     for way, of in (("from", sent), ("to", received)):
         if of:
             blocks.append(Folded(f"Bytes {way} each silo by phase", [_by_phase(way, of, phases)]))
-    return Section("traffic", "Bytes and time", blocks) if blocks else None
+    return PageSection("traffic", "Bytes and time", blocks) if blocks else None
 
 
 def _in_phase(traffic: Mapping[str, Mapping[str, int]], phase: str) -> str:

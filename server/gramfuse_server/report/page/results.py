@@ -14,8 +14,8 @@ from gramfuse_server.report.page.blocks import (
     Facts,
     Folded,
     Notice,
+    PageSection,
     Row,
-    Section,
     Table,
     Text,
     Tile,
@@ -35,7 +35,7 @@ At = Callable[[Mapping[str, Metrics] | None, str], float | None]
 """Returns the metric that ranks models at a silo, from metrics by silo."""
 
 
-def result(reading: Reading) -> Section:
+def result(reading: Reading) -> PageSection:
     """The merged model beside what there is without it."""
     merged = reading.one("regmean")
     if merged is None:
@@ -46,7 +46,7 @@ def result(reading: Reading) -> Section:
             else "Nothing was measured: files of statistics hold no held-out examples. gramfuse tune measures merges "
             "of files on data of your own."
         )
-        return Section("result", "Result", [Notice("Not measured", text)])
+        return PageSection("result", "Result", [Notice("Not measured", text)])
     others = [
         ("Best silo alone" if reading.alone and reading.alone.kind == "silo" else "Silos alone", reading.alone),
         ("Simple average", reading.one("simple")),
@@ -80,7 +80,7 @@ def result(reading: Reading) -> Section:
         blocks.append(
             Notice("Note", f"{groups} of weights were not solved as they stand; see the quality of the solve.")
         )
-    return Section("result", "Result", blocks)
+    return PageSection("result", "Result", blocks)
 
 
 def _said(model: Measured, metric: str, value: float | None) -> str:
@@ -96,7 +96,7 @@ def _beside(reading: Reading, model: Measured, ahead: float) -> str:
     return f"{model.name}; {told}" if model.kind == "silo" else told
 
 
-def models(reading: Reading) -> Section | None:
+def models(reading: Reading) -> PageSection | None:
     """All models and metrics."""
     earlier = reading.rounds if reading.failure is not None else reading.rounds[:-1]
     listed = [(m.known, of.round) for of in earlier for m in of.models if m.kind in MERGES]
@@ -138,7 +138,7 @@ def models(reading: Reading) -> Section | None:
     ]
     glossary += [(word, about) for word in dict.fromkeys(words) if (about := words_of_metric(word)) is not None]
     blocks.append(Folded("What these models and metrics are", [Facts(glossary)]))
-    return Section("models", "Models", blocks)
+    return PageSection("models", "Models", blocks)
 
 
 def _of_task(reading: Reading, task: str) -> Table:
@@ -162,7 +162,7 @@ def _of_task(reading: Reading, task: str) -> Table:
     return Table(f"Task “{task}”, on {examples}", [Column("Model"), *(Column(title) for title in titles)], rows)
 
 
-def by_silo(reading: Reading) -> Section | None:
+def by_silo(reading: Reading) -> PageSection | None:
     """The models at each silo, where the report has that."""
     measured = [model for model in reading.models if model.silos]
     merged = next((model for model in measured if model.kind == "regmean"), None)
@@ -202,7 +202,7 @@ def by_silo(reading: Reading) -> Section | None:
         Folded("All models at all silos", [_matrix(reading, measured, silos, at)]),
         Folded("All metrics of the merged model at each silo", [_metrics_by_silo(merged)]),
     ]
-    return Section("silos", "By silo", blocks)
+    return PageSection("silos", "By silo", blocks)
 
 
 def _matrix(reading: Reading, measured: Sequence[Measured], silos: Sequence[str], at: At) -> Table:
@@ -228,13 +228,13 @@ def _metrics_by_silo(merged: Measured) -> Table:
     return Table("The merged model at each silo", [Column("Silo"), Column("examples"), *map(Column, titles)], rows)
 
 
-def by_label(reading: Reading) -> Section | None:
+def by_label(reading: Reading) -> PageSection | None:
     """F1 of each label, where the report has that."""
     merged = reading.one("regmean")
     blocks: list[Block] = []
     for task, labels in (merged.labels if merged is not None else {}).items():
         blocks += _labels_of(reading, task, labels)
-    return Section("labels", "By label", blocks) if blocks else None
+    return PageSection("labels", "By label", blocks) if blocks else None
 
 
 def _labels_of(reading: Reading, task: str, merged: Mapping[str, LabelFigures]) -> list[Block]:
@@ -286,7 +286,7 @@ def _between(interval: Sequence[float] | None) -> str:
     return "" if interval is None else f" [{score(interval[0])}, {score(interval[1])}]"
 
 
-def search(reading: Reading) -> Section | None:
+def search(reading: Reading) -> PageSection | None:
     """What `gramfuse tune` tried."""
     tuning = reading.tuning
     if tuning is None:
@@ -325,7 +325,7 @@ def search(reading: Reading) -> Section | None:
         blocks.append(_trials("Silos added one after the other", "Merge", trials, ranked))
     if tuning.influence:
         blocks.append(_influence(tuning, ranked))
-    return Section("search", "Search", blocks)
+    return PageSection("search", "Search", blocks)
 
 
 def _trials(

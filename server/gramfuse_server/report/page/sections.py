@@ -10,7 +10,7 @@ from gramfuse_protocol.tasks.registry import kind_of
 from gramfuse_protocol.text import one_line
 from gramfuse_server.report.page import charts, who_saw_what
 from gramfuse_server.report.page.added_tokens import tell_added
-from gramfuse_server.report.page.blocks import Block, Cell, Code, Column, Facts, Row, Section, Sides, Table, Text
+from gramfuse_server.report.page.blocks import Block, Cell, Code, Column, Facts, PageSection, Row, Sides, Table, Text
 from gramfuse_server.report.page.charts import count
 from gramfuse_server.report.page.history import checks, failure, losses, solve, traffic
 from gramfuse_server.report.page.results import by_label, by_silo, models, result, search
@@ -27,7 +27,7 @@ STATES = {
 }
 
 
-def sections(report: Report, plan: Plan | None) -> list[Section]:
+def sections(report: Report, plan: Plan | None) -> list[PageSection]:
     """Return the sections of a report that have something to say.
 
     Args:
@@ -70,11 +70,11 @@ def heading(report: Report, plan: Plan | None) -> tuple[str, str]:
     return title, f"Run {report.run}: {examples} at {where}, merged {way}, without pooling them."
 
 
-def _merged(reading: Reading) -> Section:
+def _merged(reading: Reading) -> PageSection:
     """What was merged, from whom, under which plan."""
     title = "What was to be merged" if reading.failure else "What was merged"
     added = [Text(said) for said in tell_added(reading.report)]
-    return Section("merged", title, [Facts(_terms(reading)), _roster(reading), *added])
+    return PageSection("merged", title, [Facts(_terms(reading)), _roster(reading), *added])
 
 
 def _terms(reading: Reading) -> list[tuple[str, str | Markup]]:
@@ -183,7 +183,7 @@ def _roster(reading: Reading) -> Table:
     return Table(f"Silos{told}{hidden}", titles, rows)
 
 
-def _sight(reading: Reading) -> Section:
+def _sight(reading: Reading) -> PageSection:
     """Who could see what."""
     report = reading.report
     blocks: list[Block] = []
@@ -193,10 +193,10 @@ def _sight(reading: Reading) -> Section:
     blocks.append(Text(f"{EXAMPLES.capitalize()} left no silo.{early}"))
     blocks.append(Sides(who_saw_what.sides(report, reading.plan)))
     blocks.append(Text(Markup("Assumptions, and what is not covered: <code>docs/threat-model.md</code>.")))
-    return Section("sight", "Who could see what", blocks)
+    return PageSection("sight", "Who could see what", blocks)
 
 
-def _load(reading: Reading) -> Section | None:
+def _load(reading: Reading) -> PageSection | None:
     """How to load the model."""
     report = reading.report
     if reading.failure is not None:
@@ -206,7 +206,7 @@ def _load(reading: Reading) -> Section | None:
             Text("Each silo's model, the merged body under its own head, is in a directory of its name:")
         ]
         blocks += [Code(f"Loading {silo.name}", _loading(silo.auto_class or "", silo.name)) for silo in report.silos]
-        return Section("load", "Load the model", blocks)
+        return PageSection("load", "Load the model", blocks)
     files = report.mode == "files"
     auto, place = (report.silos[0].auto_class or "", ".") if files else (report.auto_class, "model")
     blocks = [
@@ -216,14 +216,14 @@ def _load(reading: Reading) -> Section | None:
     if reading.own:
         where = "here in models/" if report.simulated else "there, in model/ beside its statistics"
         blocks.append(Text(f"This is the body that all silos share. Each silo's model, with its own head, is {where}."))
-    return Section("load", "Load the model", blocks)
+    return PageSection("load", "Load the model", blocks)
 
 
 def _loading(auto: str, place: str) -> str:
     return f'from transformers import {auto}\nmodel = {auto}.from_pretrained("{place}")'
 
 
-def _check(reading: Reading) -> Section:
+def _check(reading: Reading) -> PageSection:
     """What can be checked, and with which versions it was made."""
     report = reading.report
     blocks: list[Block] = []
@@ -244,4 +244,4 @@ def _check(reading: Reading) -> Section:
     blocks.append(Text(Markup("All numbers of this page are in <code>report.json</code> beside it.")))
     entries: list[tuple[str, str | Markup]] = [("Layout digest", _digest(report.layout_digest))]
     blocks.append(Facts([*entries, *((f"Version of {name}", number) for name, number in report.versions.items())]))
-    return Section("check", "Check it", blocks)
+    return PageSection("check", "Check it", blocks)

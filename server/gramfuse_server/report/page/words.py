@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from gramfuse_protocol.contract.coverage import experts
-from gramfuse_protocol.contract.task import Kind
+from gramfuse_protocol.contract.task import TaskKind
 from gramfuse_protocol.held_out.metrics import primary
 from gramfuse_protocol.messages.phases import MERGED
 from gramfuse_protocol.tasks.registry import KINDS as TASKS
@@ -122,7 +122,7 @@ def noise(report: Report, ranked: str) -> str | None:
     )
 
 
-def columns(model: Measured, tasks: Mapping[str, Kind]) -> dict[str, float]:
+def columns(model: Measured, tasks: Mapping[str, TaskKind]) -> dict[str, float]:
     """Return what a table says of a model: all metrics, or, of several tasks, of each the one that ranks them."""
     found = {name: value for name, value in model.metrics.items() if name != "examples"}
     for name, metrics in model.tasks.items():
@@ -131,7 +131,7 @@ def columns(model: Measured, tasks: Mapping[str, Kind]) -> dict[str, float]:
     return found
 
 
-def ranked_by(tasks: Mapping[str, Kind]) -> str:
+def ranked_by(tasks: Mapping[str, TaskKind]) -> str:
     """Return which metric ranks the models of a report: the higher, the better."""
     return primary(tasks[""]) if "" in tasks else "mean-score"
 
