@@ -250,6 +250,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "dinov2_with_registers": Architecture(SEE, VIT),
     "vit_msn": Architecture(SEE, VIT),
     "ijepa": Architecture(SEE, VIT),
+    "clip": Architecture(SEE, {"vision_config": VIT}),
+    "siglip": Architecture(SEE, {"vision_config": VIT}),
     "swin": Architecture(SEE, SWIN | {"image_size": 16}),
     "swin, padded inside": Architecture(SEE, SWIN | {"image_size": 18}, type="swin"),
     "swinv2": Architecture(SEE, SWIN | {"image_size": 16}),
@@ -275,6 +277,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "bit": Architecture(SEE, STAGES | {"embedding_size": 8, "num_groups": 2}),
     "mobilenet_v1": Architecture(SEE, {"image_size": 32, "depth_multiplier": 0.1}),
     "mobilenet_v2": Architecture(SEE, {"image_size": 32, "depth_multiplier": 0.1}),
+    "pp_lcnet": Architecture(SEE, {"image_size": 32, "scale": 0.25, "stem_channels": 8, "class_expand": 32}),
     "mobilevitv2": Architecture(SEE, {"image_size": 64, "width_multiplier": 0.25}),
 }
 """What can be in docs/tasks.md, in its order."""

@@ -47,7 +47,7 @@ from gramfuse_model.heads import head_parameters
 from gramfuse_model.loading.auto_classes import FORMS
 from gramfuse_model.loading.base_model import Base, load_base
 from gramfuse_model.probing.public_text import PUBLIC_TEXT
-from gramfuse_protocol.contract.coverage import families
+from gramfuse_protocol.contract.coverage import coverage, families
 from gramfuse_protocol.contract.layout import Layout
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.contract.task import Task
@@ -119,7 +119,8 @@ class Workplace:
     @property
     def image_size(self) -> int:
         """Height and width of its images."""
-        size = self.architecture.settings["image_size"]
+        settings = self.architecture.settings
+        size = settings.get("vision_config", settings)["image_size"]
         return size if isinstance(size, int) else size[0]
 
     def plan(self, base: Path) -> Plan:
@@ -242,7 +243,7 @@ def tried(name: str) -> Row:
         one, sixteen = (grams(base, given, place.task, layout, size) for size in (1, 16))
         itself, outputs = merged_with_itself(place, home, model, given)
         row = Row(
-            closed=layout.closed,
+            closed=coverage(layout).closed,
             sizes=furthest(one, sixteen),
             other=None if place.task.task == "image-classification" else on_the_other_side(plan, base, given, sixteen),
             itself=itself,
@@ -325,8 +326,14 @@ def merged_with_itself(place: Workplace, home: Path, model: PreTrainedModel, giv
     encoded = Encoded(given, checkpoint.base.tokenizer, place.task)
     batch = next(iter(batches(encoded, 16, CPU)))
     with torch.no_grad():
-        said, expected = (one.eval()(**batch).logits.double().numpy() for one in (merged, model))
+        said, expected = (outputs_of(one.eval()(**batch)).double().numpy() for one in (merged, model))
     return furthest(weights, own), furthest({"": said}, {"": expected})
+
+
+def outputs_of(found: Any) -> torch.Tensor:
+    """Return a model's logits, which PP-LCNet calls its last hidden state."""
+    outputs: torch.Tensor = found["logits" if "logits" in found else "last_hidden_state"]
+    return outputs
 
 
 def named(model: PreTrainedModel) -> Iterator[tuple[str, np.ndarray]]:

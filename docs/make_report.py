@@ -16,8 +16,8 @@ HEAD = f"""# report.json, key by key
 
 What a run, a merge of files or `gramfuse tune` leaves in `report.json`; its format is `{SCHEMA}`. Made from
 the schema by `make api`; do not edit. A file with another key, or without one that it must have, is no report:
-`gramfuse report` refuses it and names the key. Numbers may be `NaN` or `Infinity`, which Python reads and strict JSON
-does not have.
+`gramfuse report` refuses it and names the key; so it does with a figure outside the range that this page gives. Numbers
+may be `NaN` or `Infinity` where the range allows it, which Python reads and strict JSON does not have.
 
 There are three kinds: of a run that is complete (*complete*), of one that failed (*failed*), and of a merge of
 statistics files (*files*). The table says in which of them a key always is, and in brackets in which it may be.

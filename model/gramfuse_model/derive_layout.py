@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from difflib import SequenceMatcher
 from fnmatch import fnmatchcase
+from types import NoneType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -19,6 +21,8 @@ from gramfuse_model.probing.calls import Calls, calls_of
 from gramfuse_model.probing.context_free import context_free
 from gramfuse_model.probing.public_batch import check_long_texts, public_batch, trying
 from gramfuse_model.probing.rows import find_rows
+from gramfuse_protocol.arguments import check_argument
+from gramfuse_protocol.contract.coverage import family
 from gramfuse_protocol.contract.gram_structure import parse_structure
 from gramfuse_protocol.contract.layout import EXPONENT, Group, Layout, Linear, Rows, SharedOutputs, Tensor
 from gramfuse_protocol.contract.plan import Plan
@@ -27,6 +31,9 @@ from gramfuse_protocol.errors import ModelError
 
 QUIETEST = 8
 """Powers of two by which a feature's scale may lie below that of the loudest in its group."""
+
+NAMED = 3
+"""Weights that an error names where a pattern fits none."""
 
 
 def plan_layout(plan: Plan, base: Base, given: Layout | None = None) -> Layout:
@@ -109,11 +116,14 @@ def derive_layout(
         parted: names of that layer's weight and bias.
 
     Raises:
-        ModelError: if a pattern fits nothing or asks for what `merge.context_free` does not give, if nothing is left to
-            merge, if the model's outputs for an example depend on padding or on the rest of its batch, if the batch
-            does not show what must be seen (lengths that differ, and more than one token), or if training changes a
-            buffer that cannot be merged, or if the model fails, with what it said.
+        ModelError: naming an argument of a wrong type; if a pattern fits nothing or asks for what `merge.context_free`
+            does not give, if nothing is left to merge, if the model's outputs for an example depend on padding or on
+            the rest of its batch, if the batch does not show what must be seen (lengths that differ, and more than one
+            token), or if training changes a buffer that cannot be merged, or if the model fails, with what it said.
     """
+    check_argument("derive_layout: model", model, nn.Module, "a torch.nn.Module", ModelError)
+    check_argument("derive_layout: batch", batch, Mapping, "one batch, the arguments of forward by name", ModelError)
+    check_argument("derive_layout: merge", merge, (Merge, NoneType), "a gramfuse.Merge", ModelError)
     merge = merge or Merge()
     parameters = {name: p for name, p in model.named_parameters() if shared is None or name in shared}
     if not any(parameter.requires_grad for parameter in parameters.values()):
@@ -152,8 +162,31 @@ def derive_layout(
 def _check_patterns(merge: Merge, linears: Sequence[LinearModule]) -> None:
     for key, patterns in (("gram", tuple(merge.gram)), ("exclude", merge.exclude)):
         for pattern in patterns:
-            if not any(fnmatchcase(linear.weight, pattern) for linear in linears):
-                raise ModelError(f"merge.{key}: pattern {pattern!r} fits no linear weight of the base model")
+            fitting = [linear for linear in linears if fnmatchcase(linear.weight, pattern)]
+            if not fitting:
+                raise ModelError(
+                    f"merge.{key}: pattern {pattern!r} fits no linear weight of the base model; it has, for instance, "
+                    f"{', '.join(_closest(pattern, [linear.weight for linear in linears]))}"
+                )
+            averaged = merge.experts_in(secure=False) == "mean" and all(linear.experts for linear in fitting)
+            if key == "gram" and pattern != "*" and averaged:
+                raise ModelError(
+                    f"merge.gram: pattern {pattern!r} fits only experts of a mixture, {fitting[0].weight!r} for one, "
+                    "which are averaged, so that it has no effect; take it out, or, only if all silos accept it, use "
+                    'merge.experts = "full"'
+                )
+
+
+def _closest(pattern: str, weights: Sequence[str]) -> list[str]:
+    """Return the weights that are most like a pattern, one of each family, the most similar first."""
+    of_families = {family(weight): weight for weight in reversed(weights)}
+    likeness = SequenceMatcher(None, "", pattern.strip("*"))
+
+    def alike(weight: str) -> int:
+        likeness.set_seq1(weight)
+        return sum(block.size for block in likeness.get_matching_blocks())
+
+    return sorted(of_families.values(), key=alike, reverse=True)[:NAMED]
 
 
 class _Seen(NamedTuple):

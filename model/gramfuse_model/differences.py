@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from gramfuse_model.buffers import learned
+from gramfuse_protocol.arguments import check_argument
+from gramfuse_protocol.errors import ModelError
 
 
 def add_differences(model: nn.Module, deltas: Mapping[str, NDArray[Any]]) -> None:
@@ -28,8 +30,11 @@ def add_differences(model: nn.Module, deltas: Mapping[str, NDArray[Any]]) -> Non
         deltas: by name of a parameter or buffer, any real dtype, in its shape.
 
     Raises:
+        ModelError: if the model is no torch module, or the differences are no mapping.
         KeyError: if the model has no tensor of a name.
     """
+    check_argument("add_differences: model", model, nn.Module, "a torch.nn.Module", ModelError)
+    check_argument("add_differences: deltas", deltas, Mapping, "arrays by the name of a parameter", ModelError)
     tensors = model.state_dict()
     for name, delta in deltas.items():
         _add(tensors[name], delta)

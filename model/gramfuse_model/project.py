@@ -54,13 +54,14 @@ class Project:
         from gramfuse_model.derive_layout import plan_layout
         from gramfuse_model.loading.base_model import load_base
         from gramfuse_model.probing.lengths import check_lengths
-        from gramfuse_model.probing.suitable import check_suitable
+        from gramfuse_model.probing.suitable import check_answers, check_suitable
 
         base = load_base(self.plan, self.directory)
         check_lengths(base, self.plan.tasks.values(), trains=True)
         for silo in {entry.task: entry.name for entry in self.plan.silo}.values():
             own = load_base(self.plan, self.directory, silo=silo) if self.plan.task else base
             check_suitable(own, self.plan.task_of(silo))
+            check_answers(own)
         given = Layout.read(self.layout_path) if self.plan.locked and self.layout_path.exists() else None
         layout = plan_layout(self.plan, base, given)
         return self.plan if self.plan.locked else self.plan.pinned(base.pins, layout.digest), layout

@@ -106,6 +106,15 @@ def test_a_model_that_sees_the_words_it_is_to_predict_is_locked_and_measured_by_
             refused()
 
 
+def test_a_task_that_is_not_the_models_is_named_where_weights_are_missing(bases: Bases) -> None:
+    base, tuned = bases.make("bert", "AutoModelForSequenceClassification", **BERT)
+    both = (
+        r"cls\.predictions.* BertForSequenceClassification.* BertLMHeadModel.*--task.*get the files again.*config\.json"
+    )
+    with pytest.raises(ModelError, match=both):
+        bases.measure(tuned, base, "--task", "causal-lm")
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "bert"])
 def test_a_decoder_and_an_encoder_that_was_made_one_are_locked_and_measured(kind: str, bases: Bases) -> None:
     settings = BERT | {"is_decoder": True} if kind == "bert" else {"n_embd": 16, "n_layer": 1, "n_head": 2}

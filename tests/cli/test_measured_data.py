@@ -36,6 +36,16 @@ def model(tmp_path_factory: pytest.TempPathFactory, pico_bert: Path) -> Path:
     return directory
 
 
+def copied(model: Path, to: Path) -> Path:
+    """Copy a model, with another table of tokens."""
+    tuned = AutoModelForSequenceClassification.from_pretrained(model)
+    with torch.no_grad():
+        tuned.get_input_embeddings().weight += 0.01
+    tuned.save_pretrained(to)
+    AutoTokenizer.from_pretrained(model).save_pretrained(to)
+    return to
+
+
 def rows(count: int) -> list[dict[str, Any]]:
     """Texts about one topic after the other, as in a file that is sorted by label; the last topic's are longest."""
     rng = random.Random(3)
@@ -142,7 +152,14 @@ def test_bad_rows_are_left_out_as_many_as_one_says(tmp_path: Path, model: Path, 
     assert [line.split(": ")[0] for line in said["left_out"]] == [f"{tmp_path / 'bad.jsonl'}:{n}" for n in (8, 32)]
     with pytest.raises(DataError, match="2 of 32 rows cannot be used"):
         measure(model, pico_bert, tmp_path / "bad.jsonl", "--skip-bad", 1)
-    assert not (tmp_path / "bad.safetensors").exists()
+    with pytest.raises(
+        DataError, match=r"none\.jsonl: 3 of 3 rows cannot be used:\n.*:1: (?s:.*):3: (?s:.*)--labels"
+    ) as none:
+        measure(model, pico_bert, write(tmp_path / "none.jsonl", [bad[-1]] * 3), "--skip-bad", 3)
+    assert "With --skip-bad" not in str(none.value)
+    with pytest.raises(DataError, match=r"none\.jsonl:1: (?s:.*)unknown label 'pets'"):
+        measure(model, pico_bert, write(tmp_path / "none.jsonl", [bad[-1]]), "--skip-bad", 1)
+    assert not list(tmp_path.glob("bad.safetensors")) + list(tmp_path.glob("none.safetensors"))
 
 
 def test_files_are_tuned_on_data_with_labels_of_its_own_and_bad_rows(
@@ -218,6 +235,20 @@ def test_what_is_wrong_with_targets_of_a_new_project_is_said_in_the_commands_own
     assert not [
         words for words in (*OF_A_PLAN, "--skip-bad") if words in str(made.exception).replace(str(tmp_path), "")
     ]
+
+
+def test_what_fine_tuning_left_as_it_was_does_not_count_as_trained(
+    tmp_path: Path, model: Path, pico_bert: Path
+) -> None:
+    data = write(tmp_path / "train.jsonl", rows(9))
+    _, frozen = measure(model, pico_bert, data, "--freeze", "embeddings")
+    _, more = measure(copied(model, tmp_path / "trained"), pico_bert, data)
+    _, said = measure(model, pico_bert, data)
+    assert said["closed"] == frozen["closed"] > more["closed"]
+    arguments = ["merge", data.with_suffix(".safetensors"), "-o", tmp_path / "merged", "--base", pico_bert]
+    result = CliRunner().invoke(cli, list(map(str, arguments)), catch_exceptions=False)
+    assert f"{frozen['closed']:.1%} of the trained parameters" in result.output
+    assert json.loads((tmp_path / "merged" / "report.json").read_text())["closed"] == frozen["closed"]
 
 
 def test_one_file_alone_is_said_to_become_its_own_model(tmp_path: Path, model: Path, pico_bert: Path) -> None:

@@ -330,10 +330,11 @@ def test_the_same_vocabulary_by_other_rules_is_another_tokenizer_on_every_way(
 ) -> None:
     other, tuned = models.copy(models.base, change), models.copy(models.model, change)
     refused(f"tokenizers {part}", lambda: models.measure(base=other))
-    refused(f"tokenizers {part}", lambda: models.measure(tuned))
+    refused(f"tokenizers {part} save the base's fine-tune again", lambda: models.measure(tuned))
     mine, theirs = models.measure()["file"], models.measure(tuned, other, "--name", "theirs")["file"]
     out = ("-o", tmp_path / "merged", "--base")
-    refused("bases different tokenizers", lambda: gramfuse("merge", mine, theirs, *out, models.base), ContributionError)
+    bases = "bases different tokenizers measure all with the same --base"
+    refused(bases, lambda: gramfuse("merge", mine, theirs, *out, models.base), ContributionError)
     refused("not the base tokenizers", lambda: gramfuse("merge", mine, *out, other))
     project = models.project(models.base)
     gramfuse("plan", "lock", project)

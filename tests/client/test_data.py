@@ -467,9 +467,12 @@ def test_as_many_bad_rows_are_left_out_as_the_silo_allows(tmp_path: Path) -> Non
     assert left_out(train, held_out) == examples.left_out, "rows of one source are told once"
 
 
-def test_a_file_of_bad_rows_only_holds_no_examples(tmp_path: Path) -> None:
+def test_of_a_file_of_bad_rows_only_it_is_said_what_is_wrong_with_them(tmp_path: Path) -> None:
     source = as_jsonl(tmp_path, [{"text": "a cat", "label": "pets"}] * 3)
-    assert "holds no examples" in failure(tmp_path, source, skip_bad=9)
+    message = failure(tmp_path, source, skip_bad=9)
+    assert "3 of 3 rows cannot be used" in message
+    assert "unknown label 'pets'" in message
+    assert "allows" not in message
 
 
 def test_a_field_may_be_longer_than_131072_characters(tmp_path: Path) -> None:
@@ -900,6 +903,11 @@ BAD_ROWS: dict[str, tuple[Task, dict[str, Any], list[str]]] = {
     "a target that is a number": (WRITE, {"text": "x", "label": 7}, ["'label'", "7"]),
     "a text that is none": (SPEAK, {"text": None}, ["'text'"]),
     "an image that is not there": (LOOK, {"image": "nowhere.png", "label": "red"}, ["'image'", "no such file"]),
+    "an image of a long path": (
+        LOOK,
+        {"image": "a" * 5000, "label": "red"},
+        ["'image'", "no such file", "characters more"],
+    ),
     "an image that is none": (LOOK, {"image": "rows.jsonl", "label": "red"}, ["'image'", "not a readable image"]),
     "no image": (LOOK, {"picture": "1.png", "label": "red"}, ["'image'", "'picture'", "[data]"]),
     "an image that is a number": (LOOK, {"image": 7, "label": "red"}, ["'image'", "path", "7"]),

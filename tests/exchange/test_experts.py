@@ -15,11 +15,13 @@ import transformers
 from transformers import MixtralConfig, MixtralModel
 
 from gramfuse_cli.commands.plan import _preview
+from gramfuse_cli.commands.plan import _privacy as privacy_of
 from gramfuse_client.app import SiloApp
 from gramfuse_client.data.examples import load
 from gramfuse_client.measuring.checkpoint import measure, open_checkpoint
 from gramfuse_model.heads import head_parameters
 from gramfuse_model.project import Project
+from gramfuse_protocol.errors import ModelError
 from gramfuse_protocol.statistics.file import write_statistics
 from gramfuse_server.app import coordinate
 from gramfuse_server.merging.files import Settings, merge_files
@@ -62,6 +64,21 @@ def project(make: Callable[..., PicoProject], base: Path, *, secure: bool) -> Pi
         for name in made.names:
             made.replace(made.silo(name), "open-uploads", 'experts = "full"\nopen-uploads')
     return made
+
+
+def test_what_a_secure_plan_says_of_experts_has_an_effect_and_names_what_silos_must_allow(
+    pico_project: Callable[..., PicoProject], pico_mixtral: Path
+) -> None:
+    made = project(pico_project, pico_mixtral, secure=True)
+    made.replace(made.plan, '"*" = "full"', '"*" = "full", "*.experts.*" = "block:8"')
+    plan, layout = Project.read(made.directory).locked()
+    assert {group.structure for group in layout.groups if group.experts} == {"block:8"}
+    said = " ".join(privacy_of(plan))
+    assert all(words in said for words in ('merge.experts = "full"', "refuses", "limits.experts"))
+    made.replace(made.plan, 'experts = "full"', "")
+    assert "limits.experts" not in " ".join(privacy_of(Project.read(made.directory).plan))
+    with pytest.raises(ModelError, match=r"'\*\.experts\.\*'.*'model\.layers\.0\.mlp\.experts\..*merge\.experts"):
+        Project.read(made.directory).locked()
 
 
 @pytest.mark.parametrize("secure", [False, True], ids=["open", "secure"])

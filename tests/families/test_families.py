@@ -7,14 +7,17 @@ from pathlib import Path
 import pytest
 
 from architectures import ARCHITECTURES
-from families import line
+from families import Workplace, line, make
+from gramfuse_model.loading.base_model import load_base
+from gramfuse_model.probing.suitable import check_answers
+from gramfuse_protocol.errors import ModelError
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "tasks.md").read_text(encoding="utf-8")
 TABLE = DOCUMENT.partition("<!-- table families -->")[2].partition("<!-- end -->")[0]
 ROWS = [row for row in TABLE.splitlines() if row.startswith("| ") and "| `" in row]
 SAMPLE = (
     *("bert", "deberta", "deberta-v3", "longformer", "xlnet", "funnel", "led", "bart-classifier", "falcon", "mixtral"),
-    *("qwen2", "swin, padded inside", "resnet", "fnet", "reformer"),
+    *("qwen2", "swin, padded inside", "resnet", "fnet", "reformer", "siglip"),
 )
 
 
@@ -30,3 +33,14 @@ def test_the_table_has_a_row_for_each_architecture_that_the_script_tries() -> No
 @pytest.mark.parametrize("name", SAMPLE)
 def test_an_architecture_does_what_the_table_says(name: str) -> None:
     assert line(name)[0] in ROWS
+
+
+def test_a_base_that_gives_no_logits_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    for name in ("clip", "pp_lcnet"):
+        place = Workplace(tmp_path / name, ARCHITECTURES[name])
+        base = load_base(place.plan(place.save("base", make(name))), tmp_path)
+        if name == "clip":
+            check_answers(base)
+            continue
+        with pytest.raises(ModelError, match=r"PPLCNetForImageClassification gives last_hidden_state and no logits"):
+            check_answers(base)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -215,7 +216,8 @@ def test_experts_that_nobody_uses_are_averaged_and_named_and_others_are_those_of
         np.testing.assert_allclose(found[5], other[5], atol=1e-4)
         assert "expert 4" in explain(step)
     taken = 2 * (2 * INNER * HIDDEN + HIDDEN * INNER)  # of both layers, the expert that nobody uses
-    assert coverage(layout).closed - coverage(layout, merged.steps).closed == pytest.approx(taken / layout.trained)
+    trained = sum(math.prod(tensor.shape) for tensor in layout.tensors)
+    assert coverage(layout).closed - coverage(layout, merged.steps).closed == pytest.approx(taken / trained)
     (line,) = unused(merged.steps)
     assert all(f"{group.name}: expert 4" in line for group in groups_of(layout))
 

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gramfuse_protocol.contract.coverage import coverage
 from gramfuse_protocol.contract.layout import Group, Layout, Linear, SharedOutputs, Tensor
 from gramfuse_protocol.errors import ContributionError, PlanError
 
@@ -267,7 +268,7 @@ def test_experts_have_a_gram_matrix_each_and_products_one_below_the_other() -> N
     sizes = {"gram:up": (3 * (3 + 3 + 1),), "delta:up": (3, 4, 5)}
     assert {block.name: block.shape for block in layout.blocks} == sizes
     assert {block.name: block.shape for block in layout.sums}["t:up"] == (15, 4)
-    assert layout.closed == 1
+    assert coverage(layout).closed == 1
     assert Layout.parse(layout.to_json()) == layout
 
 

@@ -57,6 +57,37 @@ def test_every_public_name_opens_with_an_example_that_runs(
         assert runner.run(test).failed == 0
 
 
+WRONG = {
+    "derive_layout: model": "gramfuse.derive_layout('bert', batch)",
+    "derive_layout: batch": "gramfuse.derive_layout(base, [batch])",
+    "derive_layout: merge": "gramfuse.derive_layout(base, batch, {'*': 'full'})",
+    "trainable: model": "gramfuse.trainable('bert')",
+    "add_differences: model": "gramfuse.add_differences('bert', {})",
+    "add_differences: deltas": "gramfuse.add_differences(base, gramfuse.merge([measured, measured], layout))",
+    "collect_statistics: model": "gramfuse.collect_statistics(None, [batch], layout, base=start, examples=2)",
+    "collect_statistics: batches": "gramfuse.collect_statistics(tuned, batch, layout, base=start, examples=2)",
+    "collect_statistics: layout": "gramfuse.collect_statistics(tuned, [batch], '{}', base=start, examples=2)",
+    "collect_statistics: base": "gramfuse.collect_statistics(tuned, [batch], layout, base=base, examples=2)",
+    "collect_statistics: examples": "gramfuse.collect_statistics(tuned, [batch], layout, base=start, examples='2')",
+    "merge: statistics": "gramfuse.merge(measured, layout)",
+    "merge: statistics 2": "gramfuse.merge([measured, 'two.safetensors'], layout)",
+    "merge: layout": "gramfuse.merge([measured], None)",
+    "merge: alpha": "gramfuse.merge([measured], layout, alpha='0.9')",
+    "read_statistics: path": "gramfuse.read_statistics(7)",
+    "write_statistics: path": "gramfuse.write_statistics(None, measured, name='a', base=None, task=None, layout=None)",
+    "write_statistics: base": "gramfuse.write_statistics('a', measured, name='a', base=base, task=None, layout=layout)",
+}
+
+
+def test_an_argument_of_a_wrong_type_is_refused_by_name(maker: ModuleType) -> None:
+    names = set_up(maker)
+    exec("measured = gramfuse.collect_statistics(tuned, [batch], layout, base=start, examples=2)", names)
+    for name, call in WRONG.items():
+        with pytest.raises(gramfuse.GramfuseError, match=f"^{name} is .*, expected ") as caught:
+            eval(call, names)
+        assert caught.value.exit_code > 1, "the root is never raised itself"
+
+
 def test_import_gramfuse_loads_neither_torch_nor_flower() -> None:
     code = (
         "import sys, gramfuse; gramfuse.read_statistics, gramfuse.__version__; "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,39 @@ def test_a_key_of_another_kind_of_report_and_another_version_are_refused_by_name
         with pytest.raises(RunDirectoryError) as caught:
             read_report(lay(tmp_path, {**document, key: value}) / "report.json")
         assert f"'{key}'" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "named"),
+    [
+        (("models", 0, "metrics", "accuracy"), 7.0, "accuracy"),
+        (("models", 0, "metrics", "mcc"), -1.5, "mcc"),
+        (("models", 0, "metrics", "examples"), -1.0, "examples"),
+        (("models", 0, "silos", "bank", "macro-f1"), math.inf, "macro-f1"),
+        (("models", 0, "labels", "", "label-0", "recall"), 1.5, "models.0.labels..label-0.recall"),
+        (("models", 0, "labels", "", "label-0", "examples"), -1.0, "models.0.labels..label-0.examples"),
+        (("models", 0, "intervals"), {"accuracy": [0.9, 0.1]}, "models.0.intervals"),
+        (("rounds", 0, "round"), 0, "rounds.0.round"),
+        (("rounds", 0, "solve", 0, "smallest_eigenvalue"), 2.0, "rounds.0.solve.0.smallest_eigenvalue"),
+        (("solve", 0, "jitter"), -1e-6, "solve.0.jitter"),
+        (("tuning", "alpha", 0, "alpha"), 1.5, "tuning.alpha.0.alpha"),
+        (("tuning", "alpha", 0, "metrics", "accuracy"), 1.5, "accuracy"),
+        (("tuning", "chosen", "weights", "bank"), 0.0, "tuning.chosen.weights.bank"),
+        (("silos", 0, "examples"), -1, "silos.0.examples"),
+        (("examples",), -300, "examples"),
+    ],
+)
+def test_a_figure_that_nothing_can_have_is_refused_by_name(
+    path: tuple[Any, ...], value: Any, named: str, tmp_path: Path
+) -> None:
+    document, _ = RUNS[0]()
+    place: Any = document
+    for step in path[:-1]:
+        place = place[step]
+    place[path[-1]] = value
+    with pytest.raises(RunDirectoryError, match=r"report\.json") as caught:
+        read_report(lay(tmp_path, document) / "report.json")
+    assert f"'{named}'" in str(caught.value)
 
 
 def test_every_key_has_its_place_and_says_what_it_is() -> None:

@@ -14,7 +14,7 @@ from gramfuse_cli.options import as_json as json_option
 from gramfuse_cli.options import columns as column_options
 from gramfuse_deployment.terminal import bars, say, show_json
 from gramfuse_model.project import Project
-from gramfuse_protocol.contract.coverage import Coverage, coverage, told
+from gramfuse_protocol.contract.coverage import Coverage, coverage, told, unchanged
 from gramfuse_protocol.contract.layout import Layout
 from gramfuse_protocol.contract.plan_sections import Merge
 from gramfuse_protocol.contract.task import Task
@@ -26,6 +26,7 @@ from gramfuse_simulation.labelled_rows import COLUMNS, label_names, row_options
 if TYPE_CHECKING:
     from gramfuse_client.measuring.checkpoint import Checkpoint
     from gramfuse_client.state.state import State
+    from gramfuse_protocol.statistics.contribution import Contribution
 
 LENGTH = Task.model_fields["max_length"].default
 """Most tokens of an example, where nothing is said."""
@@ -230,7 +231,7 @@ def _checkpoint(model: str, out: Path, options: dict[str, Any], *, labelled: boo
         added=added,
     )
     return {
-        **_report(out, name, len(examples), sha256, checkpoint.layout),
+        **_report(out, name, len(examples), sha256, checkpoint.layout, statistics),
         "left_out": list(examples.left_out),
         "added_tokens": list(added.tokens if added else ()),
     }
@@ -266,8 +267,11 @@ def _silo(directory: Path, name: str, out: Path) -> dict[str, Any]:
     plan = project.plan
     with _progress() as show:
         sha256 = contribute(silo, plan, layout, out, _shown(State(silo.state, plan.digest), show))
-    examples = State(silo.state, plan.digest).contribution().examples
-    return {**_report(out, silo.name, examples, sha256, layout), "plan_digest": plan.digest}
+    statistics = State(silo.state, plan.digest).contribution()
+    return {
+        **_report(out, silo.name, statistics.examples, sha256, layout, statistics),
+        "plan_digest": plan.digest,
+    }
 
 
 def _shown(state: State, show: Any) -> State:
@@ -308,14 +312,16 @@ def _structures(settings: tuple[str, ...]) -> dict[str, str]:
     return structures
 
 
-def _report(out: Path, name: str, examples: int, sha256: str, layout: Layout) -> dict[str, Any]:
+def _report(
+    out: Path, name: str, examples: int, sha256: str, layout: Layout, statistics: Contribution
+) -> dict[str, Any]:
     return {
         "file": str(out.absolute()),
         "name": name,
         "examples": examples,
         "bytes": out.stat().st_size,
         "sha256": sha256,
-        **coverage(layout)._asdict(),
+        **coverage(layout, same=unchanged(layout, [statistics]))._asdict(),
     }
 
 

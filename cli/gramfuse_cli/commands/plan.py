@@ -147,6 +147,12 @@ CONTEXT_FREE = {
 }
 """What becomes of weights whose layers see tokens without context."""
 
+SINGLE_EXPERTS = (
+    '  merge.experts = "full": each silo refuses, unless its silo file has limits.experts = "full"; of an expert that '
+    "only one silo uses, the sum is that silo's own"
+)
+"""What a secure plan asks of silos that has Gram matrices of experts."""
+
 HEADS = {
     "same": "all silos start from one head, and it is merged",
     "different": "each silo starts from a head of its own, and they are merged",
@@ -205,6 +211,7 @@ def _privacy(plan: Plan) -> list[str]:
         f"  may collude with a coordinator that lies  {withstands['colluding']} (the plan asks for "
         f"{plan.privacy.colluding})",
         *([f"  no public key yet: {', '.join(missing)}; they run: gramfuse silo keygen"] if missing else []),
+        *([SINGLE_EXPERTS] if plan.merge.experts == "full" else []),
     ]
 
 

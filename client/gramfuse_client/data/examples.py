@@ -219,7 +219,7 @@ def _read(
             if count - len(good) <= max(columns.skip_bad, SHOWN):
                 bad.append(str(error))
     place = source if source.startswith(HUB) else str(silo.directory / source)
-    if count - len(good) > columns.skip_bad:
+    if count - len(good) > columns.skip_bad or (count and not good):
         raise DataError(_complaint(place, bad, count - len(good), count, columns.skip_bad, silo.words))
     if not good:
         raise DataError(f"{place}: holds no examples; expected at least one")
@@ -266,8 +266,9 @@ def _complaint(place: str, bad: Sequence[str], count: int, rows: int, allowed: i
     remedy = bad[0].partition("; ")[2] or "correct them"
     shown = [one.partition("; ")[0] for one in bad[:SHOWN]]
     more = [f"and {count - SHOWN:,} more"] if count > SHOWN else []
-    allowance = f", and {words.skip_bad} allows {allowed:,}" if words.skipping else ""
-    skipping = f". {words.skipping.format(count=count)}" if words.skipping else ""
+    left = words.skipping if count < rows else ""
+    allowance = f", and {words.skip_bad} allows {allowed:,}" if left else ""
+    skipping = f". {left.format(count=count)}" if left else ""
     return (
         f"{place}: {count:,} of {rows:,} rows cannot be used{allowance}:\n"
         + "\n".join((*shown, *more))

@@ -197,7 +197,8 @@ def _growth(model: str, base: str, tuned: Base, origin: Base) -> Growth | None:
         raise ModelError(
             f"model {model!r} and base {base!r} have different tokenizers or image processors ({other}), so their "
             "inputs are not the same; only models with that of their base can be merged, or with tokens that were "
-            "added to it"
+            "added to it. If fine-tuning did not use another, save the base's beside the model's weights; if it did, "
+            "fine-tune again with the base's"
         )
     new = new_tokens(tuned.tokenizer, origin.tokenizer)
     rowless = next((token for token in new if growth is None or token not in growth.tokens), None)

@@ -11,6 +11,7 @@ from torch import nn
 
 from gramfuse_client.measuring.gram import collect_grams
 from gramfuse_model.loading.base_model import trainable
+from gramfuse_protocol.arguments import check_argument, wrong_argument
 from gramfuse_protocol.contract.layout import Layout, Slice, delta_block, gram_block
 from gramfuse_protocol.contract.plan_sections import Merge
 from gramfuse_protocol.errors import ContributionError
@@ -49,9 +50,17 @@ def collect_statistics(
         limit: most token rows for one Gram matrix.
 
     Raises:
-        ContributionError: naming the tensor, if the model does not fit the layout or a value is NaN or infinite; if
-            there are no batches, or they have no token.
+        ContributionError: naming an argument of a wrong type; naming the tensor, if the model does not fit the layout
+            or a value is NaN or infinite; if there are no batches, or they have no token.
     """
+    check_argument("collect_statistics: model", model, nn.Module, "a torch.nn.Module", ContributionError)
+    if isinstance(batches, Mapping) or not isinstance(batches, Iterable):
+        raise wrong_argument("collect_statistics: batches", batches, "several batches, as [batch]", ContributionError)
+    check_argument("collect_statistics: layout", layout, Layout, "a gramfuse.Layout", ContributionError)
+    check_argument(
+        "collect_statistics: base", base, Mapping, "arrays by name, of gramfuse.trainable", ContributionError
+    )
+    check_argument("collect_statistics: examples", examples, int, "a whole number", ContributionError)
     grams = collect_grams(model, batches, layout, limit=limit, progress=progress)
     if grams and not any(gram.tokens for gram in grams.values()):
         raise ContributionError(

@@ -48,8 +48,8 @@ class ImageClassificationAtSilo(ClassificationAtSilo):
         if not isinstance(value, str | bytes) or not value:
             raise DataError(f"{where}: column {column!r} must hold the path of an image, found {quoted(value)}")
         image = reader.folder / value if isinstance(value, str) else value
-        if isinstance(image, Path) and not image.is_file():
-            raise DataError(f"{where}: column {column!r}: no such file {image}")
+        if isinstance(image, Path) and not _is_file(image):
+            raise DataError(f"{where}: column {column!r}: no such file {quoted(str(image))}")
         check_image(image, f"{where}: column {column!r}")
         return image
 
@@ -76,3 +76,11 @@ class ImageClassificationAtSilo(ClassificationAtSilo):
         """Return the number of patches."""
         size, patch = (getattr(base.model.config, key, None) for key in ("image_size", "patch_size"))
         return (size // patch) ** 2 + 1 if isinstance(size, int) and isinstance(patch, int) else ROWS
+
+
+def _is_file(path: Path) -> bool:
+    """Whether there is a file of this path; there is none of a path that is too long or that nobody may look at."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False

@@ -26,6 +26,7 @@ from gramfuse_model.loading.checkpoint_keys import Keys, check_keys
 from gramfuse_model.loading.source import BUNDLED, Source, source_of
 from gramfuse_model.loading.vocabulary import check_files_of, check_tokenizer, pad
 from gramfuse_model.rescaling import unfold
+from gramfuse_protocol.arguments import check_argument
 from gramfuse_protocol.canonical import digest
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.contract.plan_sections import EMBEDDINGS, Pins
@@ -375,7 +376,11 @@ def trainable(model: nn.Module) -> dict[str, NDArray[np.float32]]:
         array([0., 0.], dtype=float32)
 
     They are float32 on the CPU, whatever dtype the model has.
+
+    Raises:
+        ModelError: if the model is no torch module.
     """
+    check_argument("trainable: model", model, nn.Module, "a torch.nn.Module", ModelError)
     return {name: tensor.detach().cpu().float().numpy().copy() for name, tensor in learned(model).items()}
 
 

@@ -116,9 +116,16 @@ def _missing(model: PreTrainedModel, missing: list[str], unexpected: Collection[
             f"not, so that {missing[0]!r}{_more(missing)} would be random numbers; {remedy}"
         )
     what = "MODEL must be the whole fine-tuned model, head included" if whole else "only the head of a base may be new"
+    saved, needed = model.config.architectures or (), type(model).__name__
+    remedy = "Get the files again, or correct config.json"
+    if whole and needed not in saved:
+        remedy = (
+            f"It was saved as a {', '.join(saved) or 'model without a head'}, and this task needs a {needed}: see to "
+            "--task. If that is right, get the files again, or correct config.json"
+        )
     return (
         f"its files have no {missing[0]!r}{_more(missing)}; transformers would put random numbers in its place, and "
-        f"{what}. Get the files again, or correct config.json"
+        f"{what}. {remedy}"
     )
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import NamedTuple, Protocol
 
-from gramfuse_protocol.contract.layout import Layout
+from gramfuse_protocol.contract.layout import Layout, delta_block
+from gramfuse_protocol.statistics.contribution import Contribution
 
 HALF = 0.5
 """A smaller share is warned of."""
@@ -46,11 +48,12 @@ class Solved(Protocol):
         """Experts to which no measured token of any silo was routed."""
 
 
-def coverage(layout: Layout, steps: Iterable[Solved] = ()) -> Coverage:
+def coverage(layout: Layout, steps: Iterable[Solved] = (), same: Collection[str] = ()) -> Coverage:
     """Return what a report says of it.
 
     Args:
         steps: how groups were solved, once they are; experts that took the mean do not count as merged in closed form.
+        same: tensors that are as they are in the base, in all models; they do not count as trained.
     """
     unused = {step.group: len(step.unused) for step in steps}
     averaged = sum(
@@ -58,9 +61,18 @@ def coverage(layout: Layout, steps: Iterable[Solved] = ()) -> Coverage:
         for group in layout.groups
         if unused.get(group.name)
         for weight in group.weights
+        if weight.weight not in same
     )
-    closed = layout.closed - averaged / max(1, layout.trained)
-    return Coverage(closed, tuple(tensor.name for tensor in layout.tensors if tensor.unmatched))
+    trained = [tensor for tensor in layout.tensors if not tensor.buffer and tensor.name not in same]
+    closed = sum(math.prod(tensor.shape) for tensor in trained if tensor.merge == "regmean") - averaged
+    share = closed / max(1, sum(math.prod(tensor.shape) for tensor in trained))
+    return Coverage(share, tuple(tensor.name for tensor in layout.tensors if tensor.unmatched))
+
+
+def unchanged(layout: Layout, contributions: Sequence[Contribution]) -> frozenset[str]:
+    """Return the names of the tensors that are those of the base in all contributions, bit for bit."""
+    names = (tensor.name for tensor in layout.tensors)
+    return frozenset(name for name in names if not any(one.block(delta_block(name)).any() for one in contributions))
 
 
 def told(found: Covered, quoted: Callable[[str], str] = str) -> list[str]:

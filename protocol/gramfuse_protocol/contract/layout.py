@@ -291,17 +291,6 @@ class Layout(_Frozen):
         return sum(block.entries for block in self.sums)
 
     @property
-    def closed(self) -> float:
-        """Share of the trained and merged parameters that are merged in closed form, from 0 to 1."""
-        merged = sum(math.prod(tensor.shape) for tensor in self.tensors if tensor.merge == "regmean")
-        return merged / max(1, self.trained)
-
-    @property
-    def trained(self) -> int:
-        """Number of the trained and merged parameters."""
-        return sum(math.prod(tensor.shape) for tensor in self.tensors if not tensor.buffer)
-
-    @property
     def deltas(self) -> tuple[Slice, ...]:
         """The blocks that a whole model is sent as: each tensor's difference from the base."""
         return tuple(Slice(block, 0, block.entries) for block in self.blocks[len(self.groups) :])

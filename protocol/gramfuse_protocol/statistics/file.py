@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
+from gramfuse_protocol.arguments import check_argument, check_contribution, check_path
 from gramfuse_protocol.bounds import (
     FEATURES,
     HEADER_CHARACTERS,
@@ -158,9 +159,14 @@ def write_statistics(
         The file's digest.
 
     Raises:
-        ContributionError: naming the tensor, if one does not fit the layout or is not finite.
+        ContributionError: naming an argument of a wrong type; naming the tensor, if one does not fit the layout or is
+            not finite.
         RunDirectoryError: if the file exists already, or cannot be written.
     """
+    check_path("write_statistics: path", path)
+    for key, value, kind in (("base", base, Origin), ("task", task, Task), ("layout", layout, Layout)):
+        check_argument(f"write_statistics: {key}", value, kind, f"a gramfuse.{kind.__name__}", ContributionError)
+    check_contribution("write_statistics: statistics", statistics)
     path = Path(path)
     if path.exists():
         raise RunDirectoryError(f"{path} exists already; choose another name, or remove it")
@@ -238,8 +244,9 @@ def read_statistics(path: Path | str) -> StatisticsFile:
 
     Raises:
         ContributionError: naming the file, and the tensor where there is one, if it is not exactly what
-            `write_statistics` makes.
+            `write_statistics` makes; naming the argument, if it is no path.
     """
+    check_path("read_statistics: path", path)
     path = Path(path)
     try:
         with path.open("rb") as file:

@@ -118,7 +118,7 @@ def of_classes(right: float, n: float, counts: Sums) -> dict[str, float]:
     f1 = np.clip(2 * hits[seen] / (truth + predicted)[seen], 0.0, 1.0)
     squares = n * n - truth @ truth, n * n - predicted @ predicted
     mcc = (right * n - truth @ predicted) / math.sqrt(squares[0] * squares[1]) if min(squares) > 0 else 0.0
-    return {"accuracy": share(right, n), "macro-f1": mean(f1.tolist()), "mcc": float(mcc)}
+    return {"accuracy": share(right, n), "macro-f1": mean(f1.tolist()), "mcc": min(1.0, max(-1.0, float(mcc)))}
 
 
 def _of_confusion(sums: Sums) -> Sums:

@@ -44,7 +44,7 @@ def of_names(names: Sequence[str], counts: Sums) -> dict[str, dict[str, float]]:
     """
     return {
         name: {
-            "examples": float(truth),
+            "examples": max(0.0, float(truth)),
             "precision": share(found, predicted),
             "recall": share(found, truth),
             "f1": f1_of(found, predicted, truth),

@@ -19,7 +19,7 @@ from gramfuse_model.loading.auto_classes import FORMS
 from gramfuse_model.loading.base_model import Base, load_base
 from gramfuse_model.loading.zero_head import load_zero_headed, plan_for
 from gramfuse_model.rescaling import fold
-from gramfuse_protocol.contract.coverage import coverage
+from gramfuse_protocol.contract.coverage import coverage, unchanged
 from gramfuse_protocol.contract.layout import ITEM_BYTES, Layout, delta_block
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.contract.plan_sections import Merge
@@ -126,7 +126,8 @@ class Collection:
             if getattr(one.base, key) != getattr(other.base, key):
                 raise ContributionError(
                     f"{both} have bases with different {what}, so the same weights do not mean the same in both; only "
-                    "models that were fine-tuned from one base can be merged"
+                    "models that were fine-tuned from one base can be merged. If these were, measure all with the same "
+                    "--base, its tokenizer among its files; else, fine-tune again from one"
                 )
         task, same = (one.task.task, one.task.labels), (other.task.task, other.task.labels)
         if self.heads == "merged" and task != same:
@@ -276,7 +277,7 @@ def merge_files(
             **_described(collection, alpha, weighting, weights),
             examples=accumulator.examples,
             added_tokens=added.told(),
-            **coverage(collection.layout, merged.steps)._asdict(),
+            **coverage(collection.layout, merged.steps, unchanged(collection.layout, collection.files))._asdict(),
             solve=merged.steps,
             checks=tuple(checks),
             seconds=0.0,

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from numbers import Real
 from typing import Literal
 
+from gramfuse_protocol.arguments import check_argument, check_contribution, wrong_argument
 from gramfuse_protocol.contract.layout import Layout, Slice
+from gramfuse_protocol.errors import ContributionError
 from gramfuse_protocol.statistics.contribution import Contribution, check_slices
 from gramfuse_server.merging.accumulator import Accumulator, Merged
 
@@ -39,10 +42,14 @@ def merge(
         solved (`steps`).
 
     Raises:
-        ContributionError: naming the tensor, if statistics do not fit the layout, hold NaN or Inf, or give a merge
-            beyond float32.
+        ContributionError: naming an argument of a wrong type; naming the tensor, if statistics do not fit the layout,
+            hold NaN or Inf, or give a merge beyond float32.
         ValueError: if there are no statistics, or α or the weighting is none.
     """
+    if isinstance(statistics, str) or not isinstance(statistics, Iterable):
+        raise wrong_argument("merge: statistics", statistics, "several statistics, as a list", ContributionError)
+    check_argument("merge: layout", layout, Layout, "a gramfuse.Layout", ContributionError)
+    check_argument("merge: alpha", alpha, Real, "a number from 0 to 1", ContributionError)
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must lie in [0, 1], not {alpha}")
     if weighting not in ("uniform", "examples"):
@@ -52,6 +59,7 @@ def merge(
     number = 0
     for number, (silo, contribution) in enumerate(named, 1):
         source = f"statistics {number}" if silo is None else f"statistics of {silo!r}"
+        check_contribution(f"merge: {source}", contribution)
         check_slices(
             (Slice(block, 0, block.entries) for block in layout.blocks),
             {block.name: contribution.block(block.name) for block in layout.blocks},

@@ -7,20 +7,28 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
 from gramfuse_protocol.contract.task import TaskKind
 from gramfuse_server.report.part import ReportPart
+from gramfuse_server.report.ranges import (
+    Amount,
+    Count,
+    Intervals,
+    Metrics,
+    MetricsOfTasks,
+    Number,
+    Positive,
+    Seconds,
+    Share,
+    ShareInterval,
+)
 
 SCHEMA: Literal["gramfuse.report/1"] = "gramfuse.report/1"
 """Name and version of this format."""
 
-Count = Annotated[int, Field(ge=0)]
-Seconds = Annotated[float, Field(ge=0)]
-Metrics = Mapping[str, float]
-"""Metrics by name; `examples` among them is the number of held-out examples, 0 or more."""
 Traffic = Mapping[str, Mapping[str, Count]]
 """Bytes by silo and phase."""
 Bounds = tuple[float | None, float | None]
@@ -61,7 +69,7 @@ class SiloOfReport(ReportPart):
     """Training examples; null with secure aggregation, where only the silo knows."""
     state: Literal["merged", "lost", "trained", "joined", "connected", "absent"] = "merged"
     """Failed runs: how far it came. `connected` means that its key is known and that it was not asked yet."""
-    weight: float = 1.0
+    weight: Positive = 1.0
     """Files: the factor on its weight in the sums, above 0."""
     sha256: str | None = None
     """Files: SHA-256 of its statistics file, hexadecimal."""
@@ -81,15 +89,15 @@ class Loss(ReportPart):
 class LabelFigures(ReportPart):
     """What held-out examples say of a label, or of a type of entity."""
 
-    examples: float
+    examples: Amount
     """How often it is in the truth, 0 or more; not whole if it left with noise."""
-    precision: float
+    precision: Share
     """Share of what was predicted that is right, 0 to 1; 0 if it was never predicted."""
-    recall: float
+    recall: Share
     """Share of what is true that was found, 0 to 1; 0 if it is never true."""
-    f1: float
+    f1: Share
     """Harmonic mean of both, 0 to 1."""
-    interval: tuple[float, float] | None = None
+    interval: ShareInterval | None = None
     """Figures with noise: lowest and highest value that the exact F1 may have, 95% of the time or more."""
 
 
@@ -100,7 +108,7 @@ Labels = Mapping[str, Mapping[str, LabelFigures]]
 class PrivacyTotal(ReportPart):
     """What all releases of a run together say of one held-out example."""
 
-    epsilon: float
+    epsilon: Positive
     """ε of all releases, above 0."""
     releases: Count
     """How many sums the plan asks for."""
@@ -109,9 +117,9 @@ class PrivacyTotal(ReportPart):
 class PrivacyOfReport(ReportPart):
     """Differential privacy of one held-out example."""
 
-    epsilon: float
+    epsilon: Positive
     """ε of this one sum, above 0."""
-    delta: float
+    delta: Share
     """δ, 0 to 1, for `epsilon` and for `total`."""
     total: PrivacyTotal
     """For the whole run."""
@@ -142,7 +150,7 @@ class Measured(ReportPart):
     """Figures by task and label; a plan with one task calls it "". Labels neither true nor predicted are left out."""
     silos: Mapping[str, Metrics] = Field(default={})
     """Metrics by silo, on its own held-out examples, if the plan shows metrics silo by silo."""
-    intervals: Mapping[str, tuple[float, float]] = Field(default={})
+    intervals: Intervals = Field(default={})
     """Metrics with noise: lowest and highest value that the exact one may have, 95% of the time or more."""
     privacy: PrivacyOfReport | None = None
     """Metrics with noise: what they cost."""
@@ -180,9 +188,9 @@ class Step(ReportPart):
     """`clean`; `jitter` if at least one block needed a ridge; `mean` if at least one block could not be solved and took
     the mean; `unused` if all blocks could be solved but those of experts that no measured token went to, which took the
     mean; `empty` if nothing but zeros ever came there, so that all of it took the mean."""
-    jitter: float
+    jitter: Amount
     """Largest relative ridge that a solved block needed, 0 or more."""
-    smallest_eigenvalue: float
+    smallest_eigenvalue: Share
     """Estimate, over all blocks, of S scaled to a unit diagonal, before any ridge: 0 to 1. 1 is perfect; below about
     1e-6 the float32 statistics hold no information in some direction; 0 if Cholesky failed."""
     dead_features: Count
@@ -216,7 +224,7 @@ class Check(ReportPart):
 class RoundOfReport(ReportPart):
     """One round of a run; of one that failed, as far as it came."""
 
-    round: Count
+    round: Number
     """Its number, from 1 on."""
     survivors: tuple[str, ...] = ()
     """Silos whose contributions are in its merge, in roster order, once there is one."""
@@ -243,21 +251,21 @@ class Tried(ReportPart):
 
     score: float | None
     """The metric that merges are ranked by, higher is better; null if it could not be measured."""
-    metrics: Mapping[str, float | Mapping[str, Metrics]]
+    metrics: MetricsOfTasks
     """All metrics; with several tasks, `tasks` has those of each. Empty if they could not be measured."""
 
 
 class TriedAlpha(Tried):
     """A value of α that was tried."""
 
-    alpha: float
+    alpha: Share
     """Share of each Gram matrix off its diagonal that was kept, 0 to 1."""
 
 
 class TriedWeights(Tried):
     """Weights of silos that were tried."""
 
-    weights: Mapping[str, float]
+    weights: Mapping[str, Positive]
     """By silo, the factor on its weight in the sums, above 0."""
 
 
@@ -281,7 +289,7 @@ class Influence(ReportPart):
     """Score of the merge without it on validation examples; null if it could not be measured."""
     difference: float | None
     """`without` less the score of the merge with all; null if it could not be measured."""
-    reported: Metrics
+    reported: Mapping[str, float]
     """The same difference in each metric on the reported examples."""
 
 
@@ -344,7 +352,7 @@ class Failure(ReportPart):
     """What happened, for people."""
     phase: str
     """Phase in which it ended."""
-    round: Count
+    round: Number
     """Round in which it ended, from 1 on."""
     exit_code: Count
     """Exit code of the command; `gramfuse explain` says more."""
@@ -400,7 +408,7 @@ class Report(ReportPart):
     """How texts are generated, by task, for tasks that generate any."""
     identities: Literal["made for this run", "those of the plan"] | None = None
     """Whose keys the silos had; those of a simulation are made for it."""
-    alpha: float | None = None
+    alpha: Share | None = None
     """Files: share of each Gram matrix off its diagonal that was kept, 0 to 1."""
     weighting: Literal["uniform", "examples"] = "uniform"
     """Files: whether every silo counts the same, or by its number of examples."""
@@ -410,7 +418,7 @@ class Report(ReportPart):
     """Training examples of all silos in the merge together."""
     added_tokens: AddedTokensOfReport | None = None
     """Files: what became of tokens that were added to models."""
-    closed: float | None = None
+    closed: Share | None = None
     """Files: share of the trained parameters that are merged in closed form, 0 to 1; the others are averaged."""
     unmatched: tuple[str, ...] = ()
     """Files: weights of linear layers that are averaged since it cannot be told which rows of their inputs are tokens.

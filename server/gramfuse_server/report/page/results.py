@@ -24,7 +24,8 @@ from gramfuse_server.report.page.blocks import (
 from gramfuse_server.report.page.charts import count, score
 from gramfuse_server.report.page.view import Reading
 from gramfuse_server.report.page.words import MERGES, columns, name_of, noise, off_by, words_of, words_of_metric
-from gramfuse_server.report.schema import LabelFigures, Measured, Metrics, Tried, Tuning
+from gramfuse_server.report.ranges import Metrics
+from gramfuse_server.report.schema import LabelFigures, Measured, Tried, Tuning
 
 OPENLY = 24
 """Most labels that are all shown at once."""
