@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from gramfuse_protocol.contract.layout import Group, Layout, Linear, Tensor
 from gramfuse_protocol.statistics.contribution import Statistics
-from gramfuse_server.merging import files
 from gramfuse_server.merging.accumulator import Accumulator, Merged
+from gramfuse_server.merging import regmean as public
 
 FEW = settings(max_examples=60, deadline=None, derandomize=True)
 MANY = settings(max_examples=150, deadline=None, derandomize=True)
@@ -252,4 +252,4 @@ def test_whatever_the_inputs_a_diagonal_merge_stays_between_the_silos(case: Case
 
 def test_no_statistics_are_no_merge() -> None:
     with pytest.raises(ValueError, match="no statistics"):
-        files.merge([], Layout(groups=(), tensors=(Tensor(name="w", shape=(2,), merge="mean"),), frozen=()))
+        public.merge([], Layout(groups=(), tensors=(Tensor(name="w", shape=(2,), merge="mean"),), frozen=()))
