@@ -91,7 +91,7 @@ FACTS: Mapping[str, Fact] = {
         "public keys for one session, signed with the silo's own key", {"secure": Read("keys", SILOS)}, (SOFTWARE, KEYS)
     ),
     "shares": Fact(
-        "shares of the secrets behind its masks, sealed for one other silo each",
+        "shares of the secrets behind its masks, each encrypted for one other silo",
         {"secure": Read("shares", "the silo that the share is for")},
         MASKS,
     ),
