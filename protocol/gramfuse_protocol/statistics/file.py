@@ -253,8 +253,8 @@ def read_statistics(path: Path | str) -> StatisticsFile:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or not 2 <= length <= min(HEADER_LIMIT, size - 8):
                 raise ContributionError(
-                    f"{path}: is not a statistics file, or is truncated: its header would have {length:,} of "
-                    f"{size:,} bytes"
+                    f"{path}: is not a statistics file, or is truncated: its header claims {length:,} bytes, but the "
+                    f"file has {size:,}"
                 )
             header = file.read(length)
             text, sha256 = _metadata(path, header)
@@ -342,14 +342,14 @@ def _check_header(path: Path, header: bytes, text: str, sha256: str, blocks: tup
     for name in sorted(actual.keys() | wanted.keys()):
         if actual.get(name) != wanted.get(name):
             raise ContributionError(
-                f"{path}: tensor {quoted(name)} is {_entry_text(actual.get(name))}, but the layout in the file expects "
-                f"{_entry_text(wanted.get(name))}; measure again"
+                f"{path}: tensor {quoted(name)} is {_entry_text(actual.get(name), 'missing')}, but the layout in the "
+                f"file expects {_entry_text(wanted.get(name), 'no such tensor')}; measure again"
             )
     raise ContributionError(f"{path}: its header differs from what gramfuse writes; do not edit it; measure again")
 
 
-def _entry_text(entry: Any) -> str:
-    return "missing" if entry is None else json.dumps(entry)[:200]
+def _entry_text(entry: Any, absent: str) -> str:
+    return absent if entry is None else json.dumps(entry)[:200]
 
 
 def _check_finite(path: Path, block: Block, bad: int) -> None:
