@@ -25,7 +25,7 @@ from gramfuse_deployment import terminal
 from gramfuse_deployment.processes import FLOWER_OFF, MARK, end, kill_marked, kill_session
 from gramfuse_protocol.errors import FederationError, PlanError
 from gramfuse_protocol.files import open_private
-from gramfuse_protocol.text import SAID, one_line
+from gramfuse_protocol.text import QUOTE_LIMIT, one_line
 
 START_SECONDS = 120.0
 POLL_SECONDS = 0.2
@@ -94,7 +94,7 @@ class _Running:
         code = self.process.returncode
         if code < 0:
             return f"was ended by signal {-code}" + (" (somebody's, or for want of memory)" if code == -9 else "")
-        return ": ".join(filter(None, [f"ended with status {code}", one_line(reason(self.written()), SAID)]))
+        return ": ".join(filter(None, [f"ended with status {code}", one_line(reason(self.written()), QUOTE_LIMIT)]))
 
 
 class Supervisor:

@@ -1,1 +1,1 @@
-"""The base model as both sides see it: how it is loaded, which of its weights are linear, how a layout is made."""
+"""The base model on both sides: loading, linear weights, layout derivation."""

@@ -1,7 +1,7 @@
-"""Buffers that a model is saved with: running means that training changes, counters, and constants.
+"""Persistent buffers of a model: running statistics that training changes, counters, and constants.
 
-They are no parameters, but a model computes with them. Which of them training changes is found by running the base
-model once as in training, and not by the types of its modules.
+They are not parameters, but the model computes with them. Running the base model once in training mode, not the types
+of its modules, decides which of them training changes.
 """
 
 from __future__ import annotations
@@ -18,31 +18,31 @@ from gramfuse_protocol.errors import ModelError
 
 
 def saved_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the buffers that a model is saved with, by name: the model's own tensors, not copies."""
+    """Return a model's persistent buffers by name: the model's own tensors, not copies."""
     saved = model.state_dict().keys()
     return {name: buffer for name, buffer in model.named_buffers() if name in saved}
 
 
 def learned(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return all that training may change and a merge can put together, by name: the model's own tensors.
+    """Return all tensors that training may change and a merge can combine, by name: the model's own tensors.
 
-    These are the parameters that are trained, and of the saved buffers those that hold real numbers, or one integer.
+    These are the trainable parameters and the persistent buffers that are floating-point or a single integer.
     """
     buffers = {name: b for name, b in saved_buffers(model).items() if b.is_floating_point() or _is_count(b)}
     return {name: p for name, p in model.named_parameters() if p.requires_grad} | buffers
 
 
 def changed_by_training(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Literal["mean", "sum"]]:
-    """Return the saved buffers that one step of training changes, and how they are merged.
+    """Return the persistent buffers that a training step changes, and how they are merged.
 
-    Real numbers have a mean. One integer that grows counts something, and is summed.
+    Floating-point buffers are averaged. A single integer that grows is a counter and is summed.
 
     Args:
-        model: is as it was before afterwards.
+        model: restored afterwards.
         batch: keyword arguments of its forward.
 
     Raises:
-        ModelError: naming the buffer, if it changes and is of another kind.
+        ModelError: if a buffer of another kind changes; names it.
     """
     if not saved_buffers(model):
         return {}
@@ -50,24 +50,24 @@ def changed_by_training(model: nn.Module, batch: Mapping[str, Any]) -> dict[str,
     with as_in_training(model), torch.random.fork_rng(), torch.no_grad():
         run(model, batch)
         after = {name: buffer.clone() for name, buffer in saved_buffers(model).items()}
-    found: dict[str, Literal["mean", "sum"]] = {}
+    changed: dict[str, Literal["mean", "sum"]] = {}
     for name, buffer in before.items():
         if torch.equal(buffer, after[name]):
             continue
         if buffer.is_floating_point():
-            found[name] = "mean"
+            changed[name] = "mean"
         elif _is_count(buffer) and after[name] > buffer:
-            found[name] = "sum"
+            changed[name] = "sum"
         else:
             raise ModelError(
-                f"training changes the buffer {name!r}, {buffer.dtype} {tuple(buffer.shape)}, which is neither of real "
-                "numbers nor a counter, so there is no telling how to merge it; choose another base model"
+                f"training changes the buffer {name!r}, {buffer.dtype} {tuple(buffer.shape)}, which is neither "
+                "floating-point nor a counter, so gramfuse cannot merge it; choose another base model"
             )
-    return found
+    return changed
 
 
 def first_difference(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> str | None:
-    """Return the name of the first of some buffers that is not the same among others, or None."""
+    """Return the name of the first buffer in `one` that differs in `other`, or None."""
     return next((name for name in sorted(one) if not torch.equal(one[name].cpu(), other[name].cpu())), None)
 
 
@@ -77,7 +77,7 @@ def _is_count(buffer: torch.Tensor) -> bool:
 
 @contextmanager
 def as_in_training(model: nn.Module) -> Iterator[None]:
-    """Have a model in training mode; modes and buffers, those that are not saved too, are as before afterwards."""
+    """Put a model in training mode; on exit, modes and all buffers, also non-persistent ones, are restored."""
     modes = [(module, module.training) for module in model.modules()]
     kept = [(module, name, b, b.clone()) for module in model.modules() for name, b in _own_buffers(module)]
     model.train()

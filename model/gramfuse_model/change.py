@@ -1,7 +1,7 @@
-"""How much a model changes: the size of its differences from the base, beside the base itself.
+"""How much a model changed: the size of its differences relative to the base.
 
-Coordinator and silos call the same function, so that a silo finds for itself what the report of an honest coordinator
-would say of the model that it is given.
+Coordinator and silos call the same function, so each silo computes for itself what an honest coordinator's report would
+say about the model.
 """
 
 from __future__ import annotations
@@ -17,63 +17,63 @@ from gramfuse_protocol.contract.layout import Layout, delta_block
 from gramfuse_protocol.errors import RefusalError
 
 QUIETEST = 0.02
-"""Root mean square that a tensor of the base counts as having at least: that of weights which transformers draws anew.
+"""Lower bound on the root mean square of a base tensor: that of weights newly initialised by transformers.
 
-A bias that starts at zero would change by infinitely much otherwise.
+Otherwise the relative change of a bias that starts at zero would be infinite.
 """
 
 QUIETEST_BUFFER = 1.0
-"""The same of a buffer: that of running variances which are drawn anew."""
+"""The same for a buffer: that of newly initialised running variances."""
 
 
 def changes(model: nn.Module, differences: Mapping[str, NDArray[Any]]) -> dict[str, float]:
-    """Return for each parameter how much it changes: the norm of its difference over that of the base's tensor.
+    """Return the relative change of each tensor: the norm of its difference over the norm of the base's tensor.
 
     Args:
         model: the base.
-        differences: from the base, by name of a parameter or buffer, in its own shape.
+        differences: differences from the base by name of a parameter or buffer, in its shape.
 
     Returns:
-        Of each difference its root mean square, divided by that of the base's tensor or by QUIETEST, whichever is more;
-        NaN or infinity if the difference holds that. Counters are left out: how far they count says nothing.
+        The root mean square of each difference, divided by the larger of QUIETEST and that of the base's tensor; NaN or
+        infinity if the difference contains either. Counters are omitted.
     """
     tensors, buffers = model.state_dict(), dict(model.named_buffers())
-    found = {}
+    relative = {}
     for name, difference in differences.items():
         base, quietest = tensors[name].cpu().numpy(), QUIETEST_BUFFER if name in buffers else QUIETEST
         if np.issubdtype(base.dtype, np.floating):
-            found[name] = _root_mean_square(difference) / max(_root_mean_square(base), quietest)
-    return found
+            relative[name] = _root_mean_square(difference) / max(_root_mean_square(base), quietest)
+    return relative
 
 
 def check_changes(model: nn.Module, layout: Layout, arrays: Mapping[str, NDArray[Any]], limit: float) -> None:
-    """Refuse a model that differs from the base by more than silos agreed on.
+    """Refuse a model that differs from the base by more than the plan allows.
 
-    Base, plan and what the coordinator sent decide it, and no data do, so the reason may travel.
+    The result depends on the base, the plan and the coordinator's message, not on data, so the reason may be sent.
 
     Args:
         model: the base.
-        layout: the plan's.
-        arrays: the other model's differences from the base, `delta:<parameter>`.
-        limit: `merge.maximum-change` of the plan.
+        layout: the plan's layout.
+        arrays: the received model's differences from the base, `delta:<parameter>`.
+        limit: the plan's `merge.maximum-change`.
 
     Raises:
-        RefusalError: naming the tensor that changes most.
+        RefusalError: if a tensor changes more than that; names the one that changes most.
     """
-    found = changes(model, {tensor.name: arrays[delta_block(tensor.name)] for tensor in layout.tensors})
-    worst = max(found, key=lambda name: np.nan_to_num(found[name], nan=np.inf))
-    if not found[worst] <= limit:
-        told = (
-            f"the model that came changes tensor {worst!r} by {found[worst]:.3g} times the base's norm; the plan "
+    relative = changes(model, {tensor.name: arrays[delta_block(tensor.name)] for tensor in layout.tensors})
+    worst = max(relative, key=lambda name: np.nan_to_num(relative[name], nan=np.inf))
+    if not relative[worst] <= limit:
+        reason = (
+            f"the received model changes tensor {worst!r} by {relative[worst]:.3g} times the base's norm; the plan "
             f"allows {limit:g} (merge.maximum-change)"
         )
         raise RefusalError(
-            f"{told}. A silo's training diverged, or a silo or the coordinator did not send what it measured: do not "
+            f"{reason}. A silo's training diverged, or a silo or the coordinator did not send what it measured: do not "
             "use this model",
-            reason=told,
+            reason=reason,
         )
 
 
 def _root_mean_square(values: NDArray[Any]) -> float:
-    with np.errstate(over="ignore", invalid="ignore"):  # what is no number is told as such
+    with np.errstate(over="ignore", invalid="ignore"):  # NaN and infinity are results
         return float(np.sqrt(np.mean(np.square(values, dtype=np.float64))))

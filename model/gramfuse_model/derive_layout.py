@@ -1,4 +1,4 @@
-"""Makes the layout: which linear weights share an input, found by running the base model once."""
+"""Derives the layout: runs the base model once to find which linear weights share an input."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ from gramfuse_protocol.contract.plan_sections import Merge
 from gramfuse_protocol.errors import ModelError
 
 QUIETEST = 8
-"""Powers of two by which a feature's scale may lie below that of the loudest in its group."""
+"""Maximum number of powers of two by which a feature's scale may be below the largest in its group."""
 
-NAMED = 3
-"""Weights that an error names where a pattern fits none."""
+SUGGESTIONS = 3
+"""Number of weights that an error suggests if a pattern matches none."""
 
 
 def plan_layout(plan: Plan, base: Base, given: Layout | None = None) -> Layout:
-    """Return the layout of a plan over its base model, and check it against a locked plan.
+    """Derive the layout of a plan over its base model, and check it against a locked plan.
 
     Args:
-        given: the layout that came with a locked plan. It is taken if it has the plan's digest and differs from the
-            one derived here by no more than what rounding on another machine may do to its exponents.
+        given: the layout that came with a locked plan. It is used if it has the plan's digest and differs from the
+            derived one only in exponents, by as much as rounding on another machine explains.
 
     Raises:
-        ModelError: if the plan is locked to another layout.
+        ModelError: if the plan is locked to a different layout.
     """
     parts = _parts(plan)
     check_long_texts(plan, base)
@@ -63,14 +63,14 @@ def plan_layout(plan: Plan, base: Base, given: Layout | None = None) -> Layout:
         return given
     if plan.merge.layout is not None and layout.digest != plan.merge.layout:
         raise ModelError(
-            f"the layout derived here has digest {layout.digest}, the plan is locked to {plan.merge.layout}; "
+            f"the layout derived here has digest {layout.digest}, but the plan is locked to {plan.merge.layout}; "
             "both sides must run the same versions of gramfuse and transformers"
         )
     return layout
 
 
 def _parts(plan: Plan) -> tuple[SharedOutputs, ...]:
-    """Return the labels by the silos that annotate them; nothing if all silos annotate all, or keep their heads."""
+    """Partition the labels by which silos annotate them; empty if all silos annotate all, or keep their heads."""
     outputs: dict[tuple[str, ...], list[int]] = {}
     for output, label in enumerate(plan.model.labels):
         outputs.setdefault(plan.holders(label), []).append(output)
@@ -89,37 +89,38 @@ def derive_layout(
     parts: tuple[SharedOutputs, ...] = (),
     parted: Collection[str] = (),
 ) -> Layout:
-    """Run a model once on a public batch and find its groups.
+    """Run a model on a public batch to find the groups of its layout.
 
     Example:
         >>> layout = gramfuse.derive_layout(base, batch)
         >>> [weight.weight for weight in layout.groups[-1].weights]
         ['classifier.weight']
 
-    Linear modules belong to one group if every one of their calls received the identical tensor, and if they
-    have the same Gram structure. Each tensor of experts (`gramfuse_model.experts`) is a group of its own. Modules that
-    the model does not call, and experts that compute something else, keep the mean. A module that is called several
-    times with different inputs, as ALBERT's layers are, has one Gram matrix over all of them. Modules that see tokens
-    without context (`gramfuse_model.probing.context_free`) are averaged, unless `merge.context_free` says otherwise,
-    and so are those of whose input it cannot be told which rows are tokens (`gramfuse_model.probing.rows`). Buffers
-    that training changes (`gramfuse_model.buffers`) are averaged, and counters summed, whatever is frozen. A model in
-    half precision is in float32 meanwhile, and as it was afterwards.
+    Linear modules form a group if all their calls receive identical tensors and they have the same Gram structure. Each
+    tensor of experts (`gramfuse_model.experts`) is its own group. A module that is called several times with different
+    inputs, like ALBERT's layers, has one Gram matrix over all of them.
+
+    These are averaged instead: modules that the model does not call; experts that do not compute the standard formula;
+    modules whose token rows cannot be identified (`gramfuse_model.probing.rows`); and, unless `merge.context_free` says
+    otherwise, context-free modules (`gramfuse_model.probing.context_free`). Buffers that training changes
+    (`gramfuse_model.buffers`) are averaged, and counters summed, whatever is frozen.
+
+    A model in half precision is converted to float32 and restored afterwards.
 
     Args:
-        batch: keyword arguments of the model's forward: texts of different words and lengths, padded, or images. For a
-            model with encoder and decoder, targets (`labels`, −100 where padded) must have other lengths than inputs.
+        batch: keyword arguments of the model's forward: padded texts with different words and lengths, or images. For
+            an encoder-decoder model, targets (`labels`, −100 where padded) must differ in length from inputs.
         merge: structures and exclusions; by default full Gram matrices for everything.
-        scaled: whether the layout says how large each feature is on this batch, which a secure sum needs; the batch
-            must then be public.
-        shared: names of the parameters and buffers that are merged; the others are in no layout. By default all.
-        parts: outputs of the last layer by the silos that have them.
+        scaled: record each feature's scale on this batch, which secure sums need; the batch must then be public.
+        shared: names of the parameters and buffers to merge; by default all.
+        parts: outputs of the last layer, partitioned by which silos train them.
         parted: names of that layer's weight and bias.
 
     Raises:
-        ModelError: naming an argument of a wrong type; if a pattern fits nothing or asks for what `merge.context_free`
-            does not give, if nothing is left to merge, if the model's outputs for an example depend on padding or on
-            the rest of its batch, if the batch does not show what must be seen (lengths that differ, and more than one
-            token), or if training changes a buffer that cannot be merged, or if the model fails, with what it said.
+        ModelError: if an argument has the wrong type; a pattern matches nothing or contradicts `merge.context_free`;
+            nothing is left to merge; the model's outputs for an example depend on padding or on the rest of its batch;
+            the batch is not varied enough (lengths that differ, at least two different tokens); training changes a
+            buffer that cannot be merged; or the model fails.
     """
     check_argument("derive_layout: model", model, nn.Module, "a torch.nn.Module", ModelError)
     check_argument("derive_layout: batch", batch, Mapping, "one batch, the arguments of forward by name", ModelError)
@@ -127,30 +128,31 @@ def derive_layout(
     merge = merge or Merge()
     parameters = {name: p for name, p in model.named_parameters() if shared is None or name in shared}
     if not any(parameter.requires_grad for parameter in parameters.values()):
-        raise ModelError("no parameter that is trained is shared by all silos, so there is nothing to merge")
+        raise ModelError("all silos share no trainable parameter, so there is nothing to merge")
     linears = [linear for linear in (*linear_modules(model), *experts_of(model)) if linear.weight in parameters]
     _check_patterns(merge, linears)
     with in_float32(model):
-        seen = _look(model, widened(batch), merge, {one.weight: one for one in linears if one.parameter.requires_grad})
+        trained = {linear.weight: linear for linear in linears if linear.parameter.requires_grad}
+        probed = _probe(model, widened(batch), merge, trained)
     buffers = dict(model.named_buffers())
     return Layout(
-        groups=tuple(_groups(seen, parts, parted, scaled=scaled)),
+        groups=tuple(_groups(probed, parts, parted, scaled=scaled)),
         tensors=(
             *(
                 Tensor(
                     name=name,
                     shape=tuple(p.shape),
-                    merge="regmean" if name in seen.calls else "mean",
+                    merge="regmean" if name in probed.calls else "mean",
                     parted=name in parted,
-                    context_free=name in seen.single,
-                    unmatched=name in seen.unmatched,
+                    context_free=name in probed.context_free,
+                    unmatched=name in probed.unmatched,
                 )
                 for name, p in parameters.items()
                 if p.requires_grad
             ),
             *(
                 Tensor(name=name, shape=tuple(buffers[name].shape), merge=how, buffer=True)
-                for name, how in seen.buffers.items()
+                for name, how in probed.buffers.items()
                 if shared is None or name in shared
             ),
         ),
@@ -162,47 +164,48 @@ def derive_layout(
 def _check_patterns(merge: Merge, linears: Sequence[LinearModule]) -> None:
     for key, patterns in (("gram", tuple(merge.gram)), ("exclude", merge.exclude)):
         for pattern in patterns:
-            fitting = [linear for linear in linears if fnmatchcase(linear.weight, pattern)]
-            if not fitting:
+            matches = [linear for linear in linears if fnmatchcase(linear.weight, pattern)]
+            if not matches:
                 raise ModelError(
-                    f"merge.{key}: pattern {pattern!r} fits no linear weight of the base model; it has, for instance, "
+                    f"merge.{key}: pattern {pattern!r} matches no linear weight of the base model, which has, for "
+                    "example, "
                     f"{', '.join(_closest(pattern, [linear.weight for linear in linears]))}"
                 )
-            averaged = merge.experts_in(secure=False) == "mean" and all(linear.experts for linear in fitting)
+            averaged = merge.experts_in(secure=False) == "mean" and all(linear.experts for linear in matches)
             if key == "gram" and pattern != "*" and averaged:
                 raise ModelError(
-                    f"merge.gram: pattern {pattern!r} fits only experts of a mixture, {fitting[0].weight!r} for one, "
-                    "which are averaged, so that it has no effect; take it out, or, only if all silos accept it, use "
+                    f"merge.gram: pattern {pattern!r} matches only experts of a mixture ({matches[0].weight!r}), which "
+                    "are averaged, so it has no effect; remove it or, only if all silos accept it, use "
                     'merge.experts = "full"'
                 )
 
 
 def _closest(pattern: str, weights: Sequence[str]) -> list[str]:
-    """Return the weights that are most like a pattern, one of each family, the most similar first."""
-    of_families = {family(weight): weight for weight in reversed(weights)}
-    likeness = SequenceMatcher(None, "", pattern.strip("*"))
+    """Return the weights most similar to a pattern, one of each family, the most similar first."""
+    representatives = {family(weight): weight for weight in reversed(weights)}
+    matcher = SequenceMatcher(None, "", pattern.strip("*"))
 
-    def alike(weight: str) -> int:
-        likeness.set_seq1(weight)
-        return sum(block.size for block in likeness.get_matching_blocks())
+    def similarity(weight: str) -> int:
+        matcher.set_seq1(weight)
+        return sum(block.size for block in matcher.get_matching_blocks())
 
-    return sorted(of_families.values(), key=alike, reverse=True)[:NAMED]
+    return sorted(representatives.values(), key=similarity, reverse=True)[:SUGGESTIONS]
 
 
-class _Seen(NamedTuple):
-    """What a model shows on a public batch. Weights are those of linear modules that are trained, by name.
+class _Probed(NamedTuple):
+    """What running a model on a public batch shows about the weights of its trained linear modules.
 
     Attributes:
-        single: whose layers see tokens without context.
-        structures: of their Gram matrices.
-        candidates: those that may have one.
-        rows: which rows of their inputs count.
-        unmatched: those that may have none, since it cannot be told which rows count.
-        calls: of candidates, in the order in which the model first calls them.
-        buffers: those that training changes, and how they are merged.
+        context_free: weights whose layers see tokens without context.
+        structures: structures of the Gram matrices.
+        candidates: weights that can have a Gram matrix.
+        rows: which rows of the candidates' inputs count.
+        unmatched: weights without a Gram matrix because their token rows cannot be identified.
+        calls: the candidates' calls, in the order in which the model first calls them.
+        buffers: buffers that training changes, and how they are merged.
     """
 
-    single: frozenset[str]
+    context_free: frozenset[str]
     structures: Mapping[str, str | None]
     candidates: Mapping[str, LinearModule]
     rows: Mapping[str, tuple[Rows, ...]]
@@ -211,25 +214,25 @@ class _Seen(NamedTuple):
     buffers: Mapping[str, Literal["mean", "sum"]]
 
 
-def _look(model: nn.Module, batch: Mapping[str, Any], merge: Merge, trained: Mapping[str, LinearModule]) -> _Seen:
+def _probe(model: nn.Module, batch: Mapping[str, Any], merge: Merge, trained: Mapping[str, LinearModule]) -> _Probed:
     modules = {weight: linear.module for weight, linear in trained.items()}
-    found = find_rows(model, batch, modules)
-    single = context_free(model, batch, modules)
+    readings = find_rows(model, batch, modules)
+    without_context = context_free(model, batch, modules)
     structures = {
-        weight: _structure(merge, weight, context_free=weight in single)
+        weight: _structure(merge, weight, context_free=weight in without_context)
         for weight in trained
         if not any(fnmatchcase(weight, pattern) for pattern in merge.exclude)
         and not (trained[weight].experts and merge.experts_in(secure=False) == "mean")
     }
-    wanted = [weight for weight, structure in structures.items() if structure is not None and weight in found]
+    wanted = [weight for weight, structure in structures.items() if structure is not None and weight in readings]
     rows = {
         weight: kinds
         for weight in wanted
-        if (kinds := found[weight]) is not None and not (trained[weight].experts and "table" in kinds)
+        if (kinds := readings[weight]) is not None and not (trained[weight].experts and "table" in kinds)
     }
     candidates = {weight: trained[weight] for weight in rows}
-    return _Seen(
-        single=single,
+    return _Probed(
+        context_free=without_context,
         structures=structures,
         candidates=candidates,
         rows=rows,
@@ -239,13 +242,15 @@ def _look(model: nn.Module, batch: Mapping[str, Any], merge: Merge, trained: Map
     )
 
 
-def _groups(seen: _Seen, parts: tuple[SharedOutputs, ...], parted: Collection[str], *, scaled: bool) -> Iterator[Group]:
+def _groups(
+    probed: _Probed, parts: tuple[SharedOutputs, ...], parted: Collection[str], *, scaled: bool
+) -> Iterator[Group]:
     members: dict[tuple[Any, ...], list[str]] = {}
-    for weight, found in seen.calls.items():
-        alone = weight if seen.candidates[weight].experts else None
-        members.setdefault((found.keys, seen.structures[weight], weight in parted, alone), []).append(weight)
+    for weight, calls in probed.calls.items():
+        alone = weight if probed.candidates[weight].experts else None
+        members.setdefault((calls.keys, probed.structures[weight], weight in parted, alone), []).append(weight)
     for (_, structure, split, _), weights in members.items():
-        first = seen.candidates[weights[0]]
+        first = probed.candidates[weights[0]]
         for part in range(len(parts)) if split else (None,):
             yield Group(
                 name=weights[0].removesuffix(".weight") + ("" if part is None else f"[{part}]"),
@@ -254,40 +259,40 @@ def _groups(seen: _Seen, parts: tuple[SharedOutputs, ...], parted: Collection[st
                 weights=tuple(
                     Linear(
                         weight=weight,
-                        d_out=seen.candidates[weight].d_out if part is None else len(parts[part].outputs),
-                        transposed=seen.candidates[weight].kind.transposed,
+                        d_out=probed.candidates[weight].d_out if part is None else len(parts[part].outputs),
+                        transposed=probed.candidates[weight].kind.transposed,
                     )
                     for weight in weights
                 ),
-                rows=seen.rows[weights[0]],
+                rows=probed.rows[weights[0]],
                 part=part,
                 experts=first.experts,
-                exponents=_exponents(seen.calls[weights[0]].power) if scaled else (),
+                exponents=_exponents(probed.calls[weights[0]].power) if scaled else (),
             )
 
 
 def _exponents(power: torch.Tensor) -> tuple[int, ...]:
-    """Return the smallest e with 2^e above each feature's root mean square, raised to QUIETEST below the highest."""
+    """Return each feature's smallest e with 2^e above its root mean square, but at least the largest e − QUIETEST."""
     amplitudes = power.sqrt().tolist()
-    found = [math.frexp(amplitude)[1] if amplitude else -EXPONENT for amplitude in amplitudes]
-    floor = max(found) - QUIETEST
-    return tuple(min(EXPONENT, max(-EXPONENT, floor, exponent)) for exponent in found)
+    exponents = [math.frexp(amplitude)[1] if amplitude else -EXPONENT for amplitude in amplitudes]
+    floor = max(exponents) - QUIETEST
+    return tuple(min(EXPONENT, max(-EXPONENT, floor, exponent)) for exponent in exponents)
 
 
 def _structure(merge: Merge, weight: str, *, context_free: bool) -> str | None:
-    """Return the structure of a weight's Gram matrix, or None if it has none since its layer sees no context."""
-    fitting = [pattern for pattern in merge.gram if fnmatchcase(weight, pattern)]
-    if not fitting:
-        raise ModelError(f'merge.gram: no pattern fits {weight!r}; add a pattern "*"')
-    pattern = max(fitting, key=lambda pattern: (len(pattern), pattern))
+    """Return the structure of a weight's Gram matrix; None if it has none because its layer is context-free."""
+    matches = [pattern for pattern in merge.gram if fnmatchcase(weight, pattern)]
+    if not matches:
+        raise ModelError(f'merge.gram: no pattern matches {weight!r}; add a pattern "*"')
+    pattern = max(matches, key=lambda pattern: (len(pattern), pattern))
     structure = merge.gram[pattern]
     if not context_free or merge.context_free == "full":
         return structure
     if pattern != "*" and parse_structure(structure) != 1:
         raise ModelError(
-            f"merge.gram: pattern {pattern!r} asks for {structure!r} of {weight!r}, whose layer sees tokens without "
-            "context, so that its Gram matrix would tell which tokens occur and how often. Add a longer pattern that "
-            f'fits such weights only, with "diagonal": merge.context-free = {merge.context_free!r} says what becomes '
-            'of them. Or, only if all silos accept it, use merge.context-free = "full"'
+            f"merge.gram: pattern {pattern!r} asks for {structure!r} for {weight!r}, whose layer sees tokens without "
+            "context, so its Gram matrix would reveal which tokens occur and how often. Add a longer pattern with "
+            f'"diagonal" that matches only such weights, which merge.context-free = {merge.context_free!r} then '
+            'governs. Or, only if all silos accept it, use merge.context-free = "full"'
         )
     return None if merge.context_free == "mean" else "diagonal"

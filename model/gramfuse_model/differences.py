@@ -1,4 +1,4 @@
-"""Adds differences to a model: the one way in which a merged model comes to be, at silos and at the coordinator."""
+"""Adds differences to a model: how silos and the coordinator build a merged model."""
 
 from __future__ import annotations
 
@@ -24,40 +24,40 @@ def add_differences(model: nn.Module, deltas: Mapping[str, NDArray[Any]]) -> Non
         >>> base.classifier.bias.tolist()
         [0.5, -0.5]
 
-    Each sum is taken in float64 and rounded once to the tensor's dtype; that of a counter to the nearest integer.
+    Sums are computed in float64 and rounded once to the tensor's dtype, for counters to the nearest integer.
 
     Args:
-        deltas: by name of a parameter or buffer, any real dtype, in its shape.
+        deltas: differences by name of a parameter or buffer, in its shape, any real dtype.
 
     Raises:
-        ModelError: if the model is no torch module, or the differences are no mapping.
-        KeyError: if the model has no tensor of a name.
+        ModelError: if the model is not a torch module, or the differences are not a mapping.
+        KeyError: if the model has no tensor with one of the names.
     """
     check_argument("add_differences: model", model, nn.Module, "a torch.nn.Module", ModelError)
     check_argument("add_differences: deltas", deltas, Mapping, "arrays by the name of a parameter", ModelError)
     tensors = model.state_dict()
     for name, delta in deltas.items():
         _add(tensors[name], delta)
-    forget(model)
+    clear_caches(model)
 
 
 def set_values(model: nn.Module, values: Mapping[str, NDArray[Any] | torch.Tensor]) -> None:
-    """Give parameters and buffers other values, in place, by name and in their shapes."""
+    """Set parameters and buffers to new values, in place, by name."""
     tensors = model.state_dict()
     for name, value in values.items():
         tensors[name].copy_(torch.as_tensor(value))
-    forget(model)
+    clear_caches(model)
 
 
 @contextmanager
 def applied(
     model: nn.Module, deltas: Mapping[str, NDArray[Any]], values: Mapping[str, NDArray[Any]] | None = None
 ) -> Iterator[None]:
-    """Add differences to a model for as long as the block runs; afterwards it is as it was, bit for bit.
+    """Add differences to a model temporarily; on exit it is restored bit for bit.
 
     Args:
-        deltas: as `add_differences` takes them; those of tensors that training cannot change are left out.
-        values: of tensors that differences are not added to.
+        deltas: differences as for `add_differences`; entries for tensors that training cannot change are ignored.
+        values: new values for tensors that get no difference.
     """
     values = values or {}
     tensors = learned(model)
@@ -69,16 +69,16 @@ def applied(
                 tensor.data.copy_(torch.from_numpy(np.array(values[name], np.float32)))
             elif name in deltas:
                 _add(tensor, deltas[name])
-        forget(model)
+        clear_caches(model)
         yield
     finally:
         for name, tensor in tensors.items():
             tensor.data = kept[name]
-        forget(model)
+        clear_caches(model)
 
 
-def forget(model: nn.Module) -> None:
-    """Have a model forget what it keeps of weights that it had: LeViT does, until it is in training mode again."""
+def clear_caches(model: nn.Module) -> None:
+    """Clear values that a model caches from earlier weights, by a switch to training mode and back: LeViT does."""
     modes = [(module, module.training) for module in model.modules()]
     model.train()
     for module, mode in modes:

@@ -1,8 +1,8 @@
-"""What a base model is known by: one digest each of its weights, its configuration and its processor.
+"""Digests that identify a base model: of its weights, its configuration and its processor.
 
-They are taken of what was loaded, in memory, and not of files: a file that nobody reads changes none, and one that is
-read changes one, whatever it is called. What no run uses stays out: names and paths, versions, the dtype of the files,
-how attention is computed (which changes rounding only), chat templates, and the head's labels, which the plan has.
+They cover what was loaded into memory, not files: an unused file changes no digest, and a used file changes one,
+whatever its name. They exclude whatever no run uses: names and paths, versions, the dtype of the files, the attention
+implementation (which affects rounding only), chat templates, and the head's labels, which are in the plan.
 """
 
 from __future__ import annotations
@@ -32,24 +32,27 @@ UNUSED_SETTINGS = frozenset(
 """Keys of configurations and image processors that no run uses."""
 
 HEAD_SETTINGS = frozenset({"id2label", "label2id", "num_labels", "problem_type"})
-"""Keys of a configuration that follow from the plan's task, whatever the base model's files say."""
+"""Keys of a configuration that the plan's task determines, whatever the base model's files say."""
 
 UNUSED_ATTRIBUTES = frozenset(
     {"name_or_path", "init_inputs", "init_kwargs", "files_loaded", "verbose", "deprecation_warnings"}
     | {"chat_template", "response_template", "chat_control_tokens", "total_vocab_size"}
 )
-"""Public attributes of a tokenizer that no run uses: what it was made of, how it would write a chat, and how many
-tokens it has, which the backend says."""
+"""Public attributes of a tokenizer that no run uses: its origin, chat templates, and the number of tokens, which is in
+the backend."""
 
 TOKENIZER_SETTINGS = ("pad_token_type_id", "add_bos_token", "add_eos_token", "src_lang", "tgt_lang")
-"""Properties of tokenizers that decide what they do, and do not show among the attributes."""
+"""Properties of tokenizers that affect their output and are not instance attributes."""
 
 
 def weights_digest(model: nn.Module, names: frozenset[str] | None = None) -> str:
-    """Return the SHA-256 over parameters and persistent buffers: those that are named, or all.
+    """Return the SHA-256 over parameters and persistent buffers.
 
-    The hash runs over each tensor in order of its name: name, dtype and shape as one line of text
-    (`encoder.weight float32 384,384` and a newline), then its little-endian bytes in C order.
+    Args:
+        names: the tensors to include; by default all.
+
+    For each tensor, sorted by name, the hash covers name, dtype and shape as one line of text
+    (`encoder.weight float32 384,384` and a newline), then the little-endian bytes in C order.
     """
     state = model.state_dict()
     hasher = hashlib.sha256()
@@ -65,8 +68,8 @@ def tensor_digests(model: nn.Module) -> dict[str, str]:
         >>> gramfuse.tensor_digests(base)["classifier.bias"][:16]
         'd0b8db157cced498'
 
-    The hash runs over dtype and shape as one line of text (`float32 384,384` and a newline), then the little-endian
-    bytes in C order.
+    The hash covers dtype and shape as one line of text (`float32 384,384` and a newline), then the little-endian bytes
+    in C order.
     """
     return {
         name: _update(hashlib.sha256(), "", tensor).hexdigest() for name, tensor in sorted(model.state_dict().items())
@@ -74,7 +77,7 @@ def tensor_digests(model: nn.Module) -> dict[str, str]:
 
 
 def config_digest(model: PreTrainedModel) -> str:
-    """Return the SHA-256 of `config_document`, as canonical JSON (RFC 8785).
+    """Return the SHA-256 of a model's configuration in canonical JSON (RFC 8785).
 
     Example:
         >>> base.config.label2id = {"no": 0, "yes": 1}  # labels belong to the task, not to the base
@@ -84,17 +87,17 @@ def config_digest(model: PreTrainedModel) -> str:
         False
 
     Raises:
-        ModelError: if the configuration holds what is no JSON.
+        ModelError: if the configuration contains a value that JSON cannot represent.
     """
     return digest(config_document(model))
 
 
 def config_document(model: PreTrainedModel) -> dict[str, Any]:
-    """Return all that a model's configuration says of what it computes, defaults of this transformers included.
+    """Return the settings in a model's configuration that affect its outputs, including transformers' defaults.
 
     Returns:
-        `config`, without UNUSED_SETTINGS and HEAD_SETTINGS, and `generation`: how a model that answers (an encoder with
-        a decoder) generates; None for others, which generate nothing in a run.
+        `config`, without UNUSED_SETTINGS and HEAD_SETTINGS, and `generation`: the generation settings of an
+        encoder-decoder model; None for other models, which generate nothing in a run.
     """
     config = _used(model.config.to_dict())
     generation = _used(model.generation_config.to_dict()) if is_encoder_decoder(model) else None
@@ -105,7 +108,7 @@ def config_document(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def processor_digest(processor: Any) -> str:
-    """Return the SHA-256 of `processor_document`, as canonical JSON (RFC 8785).
+    """Return the SHA-256 of a processor's state in canonical JSON (RFC 8785).
 
     Example:
         >>> before = gramfuse.processor_digest(tokenizer)
@@ -114,28 +117,28 @@ def processor_digest(processor: Any) -> str:
         False
 
     Args:
-        processor: a tokenizer or an image processor of transformers.
+        processor: a transformers tokenizer or image processor.
 
     Raises:
-        ModelError: if it is of a kind whose whole state cannot be had.
+        ModelError: if its complete state is not accessible.
     """
     return digest(processor_document(processor))
 
 
 def processor_document(processor: Any, without: Container[str] = ()) -> dict[str, Any]:
-    """Return all that decides which tensors a tokenizer or an image processor makes of an input.
+    """Return the state that determines which tensors a tokenizer or an image processor makes of an input.
 
     Args:
-        without: tokens to leave out, as if they had not been added to the tokenizer.
+        without: tokens to omit, as if they had not been added to the tokenizer.
 
     Returns:
-        `class`; `settings`; and for tokenizers `special`, the special tokens by role, and `backend`: as tokenizer.json
-        has it, with normalizer, pre-tokenizer, model, post-processor, decoder and added tokens. Truncation and padding
-        are not in it, since every call sets them. A tokenizer that is written in Python has its added tokens and the
-        SHA-256 of its vocabulary, by number, and of its vocabulary files in place of that.
+        `class`; `settings`; and for tokenizers `special`, the special tokens by role, and `backend`, as in
+        tokenizer.json: normalizer, pre-tokenizer, model, post-processor, decoder and added tokens. Truncation and
+        padding are omitted, since every call sets them. For a tokenizer written in Python, `backend` is its added
+        tokens and the SHA-256 of its vocabulary, sorted by id, and of its vocabulary files.
 
     Raises:
-        ModelError: if it is of a kind whose whole state cannot be had.
+        ModelError: if its complete state is not accessible.
     """
     kind = type(processor).__name__
     if isinstance(processor, ImageProcessingMixin):
@@ -164,18 +167,18 @@ def processor_document(processor: Any, without: Container[str] = ()) -> dict[str
 
 
 def tokenizer_backend(tokenizer: PreTrainedTokenizerBase, without: Container[str] = ()) -> dict[str, Any]:
-    """Return what a tokenizer makes of a text by itself, as `processor_document` has it.
+    """Return the `backend` of `processor_document`.
 
     Args:
-        without: as `processor_document` has it.
+        without: see `processor_document`.
 
     Raises:
-        ModelError: if it is of a kind whose whole state cannot be had.
+        ModelError: if its complete state is not accessible.
     """
     try:
         if tokenizer.is_fast:
             backend = json.loads(tokenizer.backend_tokenizer.to_str())
-            backend["added_tokens"] = [one for one in backend["added_tokens"] if one["content"] not in without]
+            backend["added_tokens"] = [token for token in backend["added_tokens"] if token["content"] not in without]
             return {key: _plain(backend[key]) for key in backend.keys() - {"version", "truncation", "padding"}}
         added = {
             str(index): token.__getstate__()
@@ -185,15 +188,15 @@ def tokenizer_backend(tokenizer: PreTrainedTokenizerBase, without: Container[str
         return {"vocabulary": _vocabulary(tokenizer, without), "added": added, "files": _vocabulary_files(tokenizer)}
     except (AttributeError, NotImplementedError, OSError) as error:
         raise ModelError(
-            f"a {type(tokenizer).__name__} does not give its whole state away, so a plan cannot pin it ({error}); save "
-            "the base model with a tokenizer that has a tokenizer.json"
+            f"the complete state of a {type(tokenizer).__name__} is not accessible, so a plan cannot pin it ({error}); "
+            "save the base model with a tokenizer that has a tokenizer.json"
         ) from None
 
 
 def _vocabulary(tokenizer: PreTrainedTokenizerBase, without: Container[str]) -> str:
-    """Return the SHA-256 of all tokens as JSON in ASCII; a token may be half a character, which no other JSON has."""
-    found = ((token, index) for token, index in tokenizer.get_vocab().items() if token not in without)
-    tokens = sorted(found, key=lambda entry: (entry[1], entry[0]))
+    """Return the SHA-256 of all tokens in ASCII JSON, which can represent a lone surrogate, unlike UTF-8."""
+    entries = ((token, index) for token, index in tokenizer.get_vocab().items() if token not in without)
+    tokens = sorted(entries, key=lambda entry: (entry[1], entry[0]))
     return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()
 
 
@@ -204,17 +207,17 @@ def _vocabulary_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
 
 
 def _used(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings without those that no run uses, in the configurations of parts too."""
+    """Return settings without those that no run uses, also in nested configurations."""
     used = {}
     for key, value in settings.items():
         if key not in UNUSED_SETTINGS:
-            part = isinstance(value, Mapping) and "model_type" in value
-            used[key] = _used(value) if part else _plain(value)
+            nested = isinstance(value, Mapping) and "model_type" in value
+            used[key] = _used(value) if nested else _plain(value)
     return used
 
 
 def _plain(value: Any) -> Any:
-    """Return a value as canonical JSON takes it: numbers that have no canonical form as strings."""
+    """Convert a value to canonical JSON types; numbers without a canonical form become strings."""
     match value:
         case Enum():
             return _plain(value.value)
@@ -232,7 +235,10 @@ def _plain(value: Any) -> Any:
             return sorted(map(_plain, value), key=canonical_json)
         case torch.dtype():
             return str(value)
-    raise ModelError(f"a {type(value).__name__} in the base model's settings is no JSON, so a plan cannot pin it")
+    raise ModelError(
+        f"the base model's settings contain a {type(value).__name__}, which JSON cannot represent, so a plan cannot "
+        "pin them"
+    )
 
 
 def _is_plain(value: Any) -> bool:
@@ -244,7 +250,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _update(hasher: Any, prefix: str, tensor: torch.Tensor) -> Any:
-    """Add a tensor to a hash: its dtype and shape as a line of text, and its bytes."""
+    """Add a tensor to a hash: its dtype and shape as a line of text, then its bytes."""
     tensor = tensor.detach().cpu().contiguous()
     dtype = str(tensor.dtype).removeprefix("torch.")
     hasher.update(f"{prefix}{dtype} {','.join(map(str, tensor.shape))}\n".encode())

@@ -1,12 +1,13 @@
-"""Experts that a module holds as two parameters, and what each of them receives.
+"""Experts that a module stores in two parameters, and the rows that each of them receives.
 
-transformers keeps the experts of a mixture in `gate_up_proj`, (experts, 2 · inner, hidden), and `down_proj`, (experts,
-hidden, inner). Such a module gets rows, (rows, hidden), the experts of each, and their weights; it is thought to return
+transformers stores the experts of a mixture in `gate_up_proj`, (experts, 2 · inner, hidden), and `down_proj`, (experts,
+hidden, inner). Such a module receives rows, (rows, hidden), the experts of each row, and their weights; it is expected
+to return
 
     y = Σₑ wₑ · down[e] · gate(gate_up[e] · x)
 
-over the experts of a row. Whether a module is of that kind is seen by its parameters, and whether it computes that is
-tried out: on rows of a public batch, with every expert.
+over the experts of a row. A module is recognised by its parameters; whether it computes this formula is tested on rows
+of a public batch, with every expert.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from torch.nn import functional
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
 
 TOLERANCE = 1e-4
-"""Share of its length by which a row may differ and be the same; rounding makes it 1e-6 or less."""
+"""Relative difference below which two rows count as equal; rounding causes 1e-6 or less."""
 
 LOUD = 64.0
-"""Rows are tried as they are, and so many times as large: what clamps large values computes something else."""
+"""Factor for a second test with larger rows, which detects modules that clamp large values."""
 
 
 def holds_experts(module: nn.Module) -> bool:
-    """Whether these two parameters are all that a module has, with shapes that fit."""
+    """Return whether a module has exactly these two parameters, with matching shapes."""
     parameters = dict(module.named_parameters())
     if parameters.keys() != {GATE_UP, DOWN} or any(parameter.dim() != 3 for parameter in parameters.values()):
         return False
@@ -37,13 +38,13 @@ def holds_experts(module: nn.Module) -> bool:
 
 
 def received(module: nn.Module, weight: str, rows: torch.Tensor, choices: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Yield for each expert in order the rows that its weight is multiplied with, (routed to it, d_in).
+    """Yield the rows that are multiplied with each expert's weight, in order of experts: (rows routed to it, d_in).
 
     Args:
-        module: of which `holds_experts` is true.
+        module: a module for which `holds_experts` is true.
         weight: `gate_up_proj` or `down_proj`.
         rows: (rows, hidden).
-        choices: indices of the experts of each row, (rows, any).
+        choices: indices of the experts of each row, (rows, experts per row).
     """
     for expert in range(len(module.down_proj)):  # type: ignore[arg-type]
         routed = rows[(choices == expert).any(dim=1)]
@@ -51,7 +52,7 @@ def received(module: nn.Module, weight: str, rows: torch.Tensor, choices: torch.
 
 
 def hidden_units(module: nn.Module, expert: int, rows: torch.Tensor) -> torch.Tensor:
-    """Return what comes out of an expert's gate, (rows, inner), whether these rows are routed to it or not."""
+    """Return the gated hidden units of an expert, (rows, inner), whether or not these rows are routed to it."""
     both = functional.linear(rows, module.gate_up_proj[expert])  # type: ignore[index]
     if hasattr(module, "_apply_gate"):
         gated: torch.Tensor = module._apply_gate(both)  # type: ignore[operator]
@@ -62,24 +63,24 @@ def hidden_units(module: nn.Module, expert: int, rows: torch.Tensor) -> torch.Te
 
 
 def is_understood(module: nn.Module, inputs: Sequence[Any]) -> bool:
-    """Whether a module of experts computes what is thought, on rows that it receives and with every expert.
+    """Return whether a module of experts computes the expected formula, on the rows it receives and with every expert.
 
     Args:
-        module: of which `holds_experts` is true.
-        inputs: what it is called with.
+        module: a module for which `holds_experts` is true.
+        inputs: the arguments of a call.
     """
-    if len(inputs) != 3 or not all(isinstance(one, torch.Tensor) and one.dim() == 2 for one in inputs):
+    if len(inputs) != 3 or not all(isinstance(x, torch.Tensor) and x.dim() == 2 for x in inputs):
         return False
     rows, choices, weights = inputs
     if not len(rows) == len(choices) == len(weights) or choices.shape != weights.shape or choices.is_floating_point():
         return False
     experts = len(module.down_proj)  # type: ignore[arg-type]
-    number = torch.arange(max(len(rows), experts), device=rows.device)
-    again = number % len(rows)
-    turns = (number.unsqueeze(1) + torch.arange(choices.shape[1], device=rows.device)) % experts
+    index = torch.arange(max(len(rows), experts), device=rows.device)
+    repeated = index % len(rows)  # rows are repeated if there are more experts
+    rotated = (index.unsqueeze(1) + torch.arange(choices.shape[1], device=rows.device)) % experts
     return all(
-        _is_same(module, factor * rows[again], chosen.to(choices.dtype), weights[again])
-        for chosen in (choices[again], turns)
+        _is_same(module, factor * rows[repeated], chosen.to(choices.dtype), weights[repeated])
+        for chosen in (choices[repeated], rotated)
         for factor in (1.0, LOUD)
     )
 
@@ -87,16 +88,16 @@ def is_understood(module: nn.Module, inputs: Sequence[Any]) -> bool:
 def _is_same(module: nn.Module, rows: torch.Tensor, choices: torch.Tensor, weights: torch.Tensor) -> bool:
     try:
         returned = module.forward(rows, choices, weights)
-        expected = _computed(module, rows, choices, weights)
+        expected = _expected(module, rows, choices, weights)
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
-        return False  # it takes something else
+        return False  # it takes other arguments
     if not isinstance(returned, torch.Tensor) or returned.shape != expected.shape:
         return False
     return bool(((returned - expected).norm(dim=1) <= TOLERANCE * expected.norm(dim=1)).all())
 
 
-def _computed(module: nn.Module, rows: torch.Tensor, choices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Return what the module is thought to, (rows, hidden)."""
+def _expected(module: nn.Module, rows: torch.Tensor, choices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Compute the expected formula, (rows, hidden)."""
     total = torch.zeros_like(rows)
     for expert, units in enumerate(received(module, DOWN, rows, choices)):
         chosen = choices == expert

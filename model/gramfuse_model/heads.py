@@ -1,4 +1,4 @@
-"""The head of a model: what a task adds to the pretrained body."""
+"""The head of a model: the parameters that a task adds to the pretrained body."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from gramfuse_protocol.errors import ModelError
 
 
 def generates(model: PreTrainedModel) -> bool:
-    """Whether a model predicts tokens of its vocabulary; its last layer is then pretrained, and it has no head."""
+    """Return whether a model predicts tokens of its vocabulary, so its last layer is pretrained and it has no head."""
     return model.get_output_embeddings() is not None
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:
-    """Whether a model generates a target from an input, by an encoder and a decoder."""
+    """Return whether a model is an encoder-decoder model that generates a target from an input."""
     return isinstance(model, PreTrainedModel) and bool(model.config.is_encoder_decoder) and generates(model)
 
 
 def head_parameters(model: PreTrainedModel) -> frozenset[str]:
-    """Return the names of the parameters, and of the buffers, that stand outside of the body, `model.base_model`.
+    """Return the names of the parameters and buffers outside the body (`model.base_model`).
 
-    A model that generates has none.
+    A model that generates tokens has none.
     """
     body = model.base_model
     if body is model or generates(model):
@@ -33,16 +33,16 @@ def head_parameters(model: PreTrainedModel) -> frozenset[str]:
 
 
 def last_linear(model: PreTrainedModel, outputs: int) -> LinearModule | None:
-    """Return the last linear module of the head with so many outputs, or None if it has none."""
+    """Return the head's last linear module with `outputs` outputs, or None."""
     head = head_parameters(model)
-    fitting = [linear for linear in linear_modules(model) if linear.weight in head and linear.d_out == outputs]
-    return fitting[-1] if fitting else None
+    matches = [linear for linear in linear_modules(model) if linear.weight in head and linear.d_out == outputs]
+    return matches[-1] if matches else None
 
 
 def pooler_parameters(model: PreTrainedModel) -> frozenset[str]:
-    """Return the names of the parameters of the body's pooler, which pre-training often does without.
+    """Return the names of the parameters of the body's pooler, which a base model's files often lack.
 
-    A model that was trained to fill in masked words is saved without one, and one for a task begins with a new one.
+    A masked language model is saved without a pooler; a model for a task then starts with a new one.
     """
     body, prefix = model.base_model, f"{model.base_model_prefix}.pooler."
     if body is model or generates(model):
@@ -51,7 +51,7 @@ def pooler_parameters(model: PreTrainedModel) -> frozenset[str]:
 
 
 def last_layer(model: PreTrainedModel, labels: int) -> frozenset[str]:
-    """Return the names of the parameters whose rows are one label each: weight and bias of the head's last layer.
+    """Return the names of the parameters with one row for each label: weight and bias of the head's last layer.
 
     Raises:
         ModelError: if the head has no linear layer with one output for each label.
@@ -60,7 +60,7 @@ def last_layer(model: PreTrainedModel, labels: int) -> frozenset[str]:
     if last is None or not last.kind.transposed:
         raise ModelError(
             f"the head of {type(model).__name__} has no linear layer with {labels} outputs, so it cannot be merged "
-            "label by label: leave out 'labels' of the [[silo]] sections, or use model.head = \"own\""
+            "label by label: omit 'labels' from the [[silo]] sections, or use model.head = \"own\""
         )
     prefix = last.weight.removesuffix("weight")
     return frozenset(name for name in head if name in (f"{prefix}weight", f"{prefix}bias"))

@@ -1,4 +1,4 @@
-"""Which parameters are linear, decided by what kind of module holds them and never by the number of dimensions."""
+"""The registry of linear layers. A parameter is linear by the type of its module, never by its number of dimensions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gramfuse_model.experts import DOWN, GATE_UP, holds_experts
 
 
 class LinearKind(NamedTuple):
-    """How a module type stores y = x W: `transposed` means that its weight is Wᵀ, (d_out, d_in)."""
+    """How a type of module stores W in y = x W: if `transposed`, its weight is Wᵀ, (d_out, d_in)."""
 
     d_in: Callable[[nn.Module], int]
     d_out: Callable[[nn.Module], int]
@@ -20,7 +20,7 @@ class LinearKind(NamedTuple):
 
 
 KINDS: dict[type[nn.Module], LinearKind] = {}
-"""The registry, by type. Subclasses count only if they are registered themselves: they may compute something else."""
+"""The registry by type. Subclasses must be registered themselves, since they can compute something else."""
 
 
 def register_layer(
@@ -30,30 +30,30 @@ def register_layer(
     d_out: Callable[[Any], int],
     transposed: bool,
 ) -> None:
-    """Have a type of module merged in closed form: one that computes x W (+ b) of its first input.
+    """Register a type of module to be merged in closed form; it must compute x W (+ b) from its first input.
 
-    Layouts, Gram matrices, merges and reports take it from here; nothing else is needed. Of a layer of your own:
+    Layouts, Gram matrices, merges and reports use this registry; nothing else is needed. For your own layer:
 
         register_layer(MyLinear, d_in=lambda m: m.inputs, d_out=lambda m: m.outputs, transposed=True)
 
     Args:
-        layer: its parameter `weight` has two dimensions; others, such as `bias`, are averaged.
-        d_in: returns the number of input features of a module; they are the last dimension of its input.
-        d_out: returns the number of its outputs.
-        transposed: whether `weight` is Wᵀ, (d_out, d_in), and not W.
+        layer: a module type whose parameter `weight` has two dimensions; its other parameters are averaged.
+        d_in: returns a module's number of input features, the last dimension of its input.
+        d_out: returns a module's number of outputs.
+        transposed: whether `weight` is Wᵀ, (d_out, d_in), instead of W, (d_in, d_out).
 
     Raises:
-        ValueError: if the type is registered already.
+        ValueError: if the type is already registered.
     """
     if layer in KINDS:
-        raise ValueError(f"{layer.__qualname__} is registered already")
+        raise ValueError(f"{layer.__qualname__} is already registered")
     KINDS[layer] = LinearKind(d_in, d_out, transposed)
 
 
 register_layer(nn.Linear, d_in=lambda m: m.in_features, d_out=lambda m: m.out_features, transposed=True)
 register_layer(Conv1D, d_in=lambda m: m.nx, d_out=lambda m: m.nf, transposed=False)
 
-OF_EXPERTS = {
+EXPERT_KINDS = {
     name: LinearKind(
         lambda m, name=name: m.get_parameter(name).shape[2],  # type: ignore[misc]
         lambda m, name=name: m.get_parameter(name).shape[1],  # type: ignore[misc]
@@ -61,20 +61,20 @@ OF_EXPERTS = {
     )
     for name in (GATE_UP, DOWN)
 }
-"""What each expert of a module computes with its part of a parameter (`gramfuse_model.experts`)."""
+"""How a module of experts stores each expert's W, by parameter (`gramfuse_model.experts`)."""
 
 ALIKE = {"transformers.models.falcon.modeling_falcon.FalconLinear": nn.Linear}
-"""Subclasses that compute what a registered type does, by their full names, so that no model is imported for them."""
+"""Subclasses that compute the same as a registered type, by full name, so that they need not be imported."""
 
 
 class LinearModule(NamedTuple):
-    """One module whose weight, or that of each of its experts, has a closed form."""
+    """A module whose weight, or whose experts' weights, can be merged in closed form."""
 
     weight: str
     module: nn.Module
     kind: LinearKind
     experts: int | None = None
-    """How many experts the weight is of, if it is of experts: (experts, d_out, d_in)."""
+    """Number of experts if the weight is (experts, d_out, d_in); None otherwise."""
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -93,16 +93,15 @@ class LinearModule(NamedTuple):
 
 
 def kind_of(module: nn.Module) -> LinearKind | None:
-    """Return how a module stores y = x W, or None if it is not known to be linear."""
-    own = type(module)
-    return KINDS.get(ALIKE.get(f"{own.__module__}.{own.__qualname__}", own))
+    """Return how a module stores W in y = x W, or None if it is not a registered linear layer."""
+    layer = type(module)
+    return KINDS.get(ALIKE.get(f"{layer.__module__}.{layer.__qualname__}", layer))
 
 
 def linear_modules(model: nn.Module) -> Iterator[LinearModule]:
-    """Yield the linear modules of a model whose weight is theirs alone.
+    """Yield the linear modules of a model that do not share their weight.
 
-    A weight that another module holds too (tied embeddings, say) is left out: the closed form of one use
-    would not be that of the other.
+    Shared weights, such as tied embeddings, are skipped: the closed form for one use does not hold for the other.
     """
     holders = _holders(model)
     for name, module in model.named_modules():
@@ -112,18 +111,18 @@ def linear_modules(model: nn.Module) -> Iterator[LinearModule]:
 
 
 def experts_of(model: nn.Module) -> Iterator[LinearModule]:
-    """Yield the weights of experts that are held as fused parameters, if these are their module's alone."""
+    """Yield the weights of experts in fused parameters that no other module shares."""
     holders = _holders(model)
     for name, module in model.named_modules():
         if holds_experts(module):
-            for weight, kind in OF_EXPERTS.items():
+            for weight, kind in EXPERT_KINDS.items():
                 linear = LinearModule(f"{name}.{weight}" if name else weight, module, kind)
                 if holders[id(linear.parameter)] == 1:
                     yield linear._replace(experts=len(linear.parameter))
 
 
 def _holders(model: nn.Module) -> dict[int, int]:
-    """Return how many modules hold a parameter, by its identity."""
+    """Count the modules that hold each parameter, by the parameter's id()."""
     holders: dict[int, int] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):

@@ -1,4 +1,4 @@
-"""What one silo adds to the sums of a merge, whether it does so itself or the coordinator does it for it."""
+"""One silo's summands of a merge, computed by the silo itself or by the coordinator."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def summands(
 ) -> Iterator[tuple[Block, Float64]]:
     """Yield the blocks of `layout.sums` for one silo, in order, float64 in the block's shape.
 
-    With c = 1 (`uniform`) or the number of examples (`examples`) and Ĝ = α G + (1 − α) diag(G), these are c, examples,
-    token rows, and c of each part; c·Ĝ; c·Ĝ·Δ; c·Δ, and Δ of counters. In a part that the silo does not have, c and
-    token rows are 0.
+    With c = 1 (`uniform`) or the number of examples (`examples`), and Ĝ = α G + (1 − α) diag(G), these are: c,
+    examples, token rows, and c for each part; c·Ĝ; c·Ĝ·Δ; c·Δ, or Δ for counters. In parts that the silo does not
+    train, c and token rows are 0.
 
     Args:
-        silo: whose contribution it is; needed if the layout has parts.
+        silo: the silo's name; required if the layout has parts.
 
     Source: Jin et al., "Dataless Knowledge Fusion by Merging Weights of Language Models", ICLR 2023, equation 2
     and section 3.3, written for the differences from a common base.
@@ -59,13 +59,13 @@ def summands(
 
 
 def tensor_weight(layout: Layout, tensor: Tensor, c: float, held: Sequence[float]) -> Float64:
-    """Return the weight of a silo, or of all, in a tensor's mean, in a shape that broadcasts to the tensor's.
+    """Return a silo's weight, or the total weight, in a tensor's mean, in a shape that broadcasts to the tensor.
 
-    Of a counter it is 1, whatever the weights: its mean is the sum.
+    For a counter it is 1: counters are summed.
 
     Args:
         c: the weight.
-        held: that in each part.
+        held: the weight in each part.
     """
     if not tensor.parted:
         return np.array(1.0 if tensor.merge == "sum" else c, np.float64)
@@ -73,33 +73,33 @@ def tensor_weight(layout: Layout, tensor: Tensor, c: float, held: Sequence[float
 
 
 def side_by_side(layout: Layout, group: Group, deltas: Mapping[str, NDArray[Any]]) -> torch.Tensor:
-    """Return the differences of a group's weights, those of its part only, as float64 (d_in, d_out).
+    """Concatenate the differences of a group's weights, restricted to its part: float64 (d_in, d_out).
 
-    Of experts, they stand one below the other: (experts · d_in, d_out).
+    Experts are stacked: (experts · d_in, d_out).
     """
     part = None if group.part is None else list(layout.parts[group.part].outputs)
-    return torch.cat([_inward(linear, deltas[linear.weight], part) for linear in group.weights], dim=1)
+    return torch.cat([_as_columns(linear, deltas[linear.weight], part) for linear in group.weights], dim=1)
 
 
 def one_by_one(group: Group, columns: torch.Tensor) -> dict[str, Float64]:
-    """Return the differences of each of a group's weights as it is stored: the inverse of `side_by_side`."""
-    found, start = {}, 0
+    """Split columns into the differences of a group's weights, as stored: the inverse of `side_by_side`."""
+    differences, start = {}, 0
     for weight in group.weights:
-        own = columns[:, start : start + weight.d_out]
+        values = columns[:, start : start + weight.d_out]
         if group.experts:
-            own = own.reshape(group.experts, group.d_in, weight.d_out)
-        found[weight.weight] = (own.mT if weight.transposed else own).contiguous().numpy()
+            values = values.reshape(group.experts, group.d_in, weight.d_out)
+        differences[weight.weight] = (values.mT if weight.transposed else values).contiguous().numpy()
         start += weight.d_out
-    return found
+    return differences
 
 
-def _inward(weight: Linear, array: NDArray[Any], part: list[int] | None) -> torch.Tensor:
+def _as_columns(weight: Linear, array: NDArray[Any], part: list[int] | None) -> torch.Tensor:
     tensor = torch.from_numpy(np.array(array if part is None else array[part], np.float64))
     return (tensor.mT if weight.transposed else tensor).flatten(0, -2)
 
 
 def _weighted(group: Group, contribution: Contribution, alpha: float, c: float) -> Iterator[torch.Tensor]:
-    """Yield c·Ĝ, one (count, width, width) for each part of the group's blocks."""
+    """Yield c·Ĝ, one array (count, width, width) for each part of the group's blocks."""
     for part in group.blocks.unpack(contribution.block(gram_block(group.name)).astype(np.float64)):
         gram = torch.from_numpy(part)
         diagonal = gram.diagonal(dim1=1, dim2=2).clone()

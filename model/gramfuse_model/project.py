@@ -1,4 +1,4 @@
-"""A directory with `plan.toml` and `silos/<name>.toml`: what most commands are given."""
+"""Project directories: `plan.toml` and `silos/<name>.toml`, the argument of most commands."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gramfuse_protocol.files import replacing
 
 @dataclass(frozen=True)
 class Project:
-    """A project directory and its plan, as written or with settings applied."""
+    """A project directory and its plan, with any `--set` settings applied."""
 
     directory: Path
     plan: Plan
@@ -27,29 +27,32 @@ class Project:
         """Read a project.
 
         Args:
-            directory: it, or the plan file in it.
+            directory: the project directory, or the plan file in it.
             settings: `section.key=value` overrides.
+
+        Raises:
+            PlanError: if the plan is missing or invalid.
         """
         path = directory / "plan.toml" if directory.is_dir() else directory
         if path.name != "plan.toml":
-            raise PlanError(f"{path}: expected a project directory, or the plan.toml in it")
+            raise PlanError(f"{path}: expected a project directory or its plan.toml")
         return Project(path.parent.resolve(), Plan.read(path).override(settings))
 
     @property
     def plan_path(self) -> Path:
-        """Where the plan is written."""
+        """Path of the plan."""
         return self.directory / "plan.toml"
 
     @property
     def layout_path(self) -> Path:
-        """Where the layout of a locked plan is written."""
+        """Path of a locked plan's layout."""
         return self.directory / "layout.json"
 
     def locked(self) -> tuple[Plan, Layout]:
-        """Return the plan, locked, and its layout, derived from the base model as it is here.
+        """Return the locked plan and its layout, derived from the local base model.
 
-        A plan that is locked already is checked against the base model; one that is not is locked in memory, and takes
-        the newest commit of a hub model if it names none.
+        A locked plan is checked against the base model. Any other plan is locked in memory, with the newest commit of a
+        hub model unless it names one.
         """
         from gramfuse_model.derive_layout import plan_layout
         from gramfuse_model.loading.base_model import load_base
@@ -59,15 +62,15 @@ class Project:
         base = load_base(self.plan, self.directory)
         check_lengths(base, self.plan.tasks.values(), trains=True)
         for silo in {entry.task: entry.name for entry in self.plan.silo}.values():
-            own = load_base(self.plan, self.directory, silo=silo) if self.plan.task else base
-            check_suitable(own, self.plan.task_of(silo))
-            check_answers(own)
+            silo_base = load_base(self.plan, self.directory, silo=silo) if self.plan.task else base
+            check_suitable(silo_base, self.plan.task_of(silo))
+            check_answers(silo_base)
         given = Layout.read(self.layout_path) if self.plan.locked and self.layout_path.exists() else None
         layout = plan_layout(self.plan, base, given)
         return self.plan if self.plan.locked else self.plan.pinned(base.pins, layout.digest), layout
 
     def write_lock(self, plan: Plan, layout: Layout) -> None:
-        """Write the digests into plan.toml, keeping its comments, and the layout beside it."""
+        """Write the digests into plan.toml, keeping its comments, and the layout next to it."""
         document = tomlkit.parse(read_text(self.plan_path))
         document["model"] |= {key: value for key, value in plan.pins._asdict().items() if value is not None}
         document.setdefault("merge", tomlkit.table())["layout"] = plan.merge.layout
@@ -76,7 +79,7 @@ class Project:
                 temporary.write_text(text, encoding="utf-8")
 
     def locked_layout(self) -> Layout:
-        """Return the layout of a locked plan as it was written beside it.
+        """Read the layout of a locked plan from its file.
 
         Raises:
             PlanError: if the plan is not locked, or the file is not the plan's layout.

@@ -1,1 +1,1 @@
-"""What a silo and the coordinator must agree on. Needs numpy and pydantic; knows neither torch nor Flower."""
+"""The protocol between silos and coordinator. Depends on numpy, pydantic and cryptography, not on torch."""

@@ -1,8 +1,8 @@
-"""How large a document that somebody else wrote may be, and how it is taken apart.
+"""Size limits for untrusted documents, and JSON parsing within them.
 
-A parser's time and memory follow from how many values a document holds and how deep they lie, not from its bytes alone:
-a megabyte of brackets takes hundreds of megabytes of objects, and each wrong value an error of a kilobyte. So all that
-is counted before anything is parsed, and whatever checks a list or a mapping stops at the first thing that is wrong.
+A parser's time and memory depend on the number of values and on their nesting, not only on bytes: a megabyte of
+brackets becomes hundreds of megabytes of objects, and each invalid value an error of a kilobyte. So values are counted
+before anything is parsed, and validation of a list or a mapping stops at the first error.
 """
 
 from __future__ import annotations
@@ -13,93 +13,93 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, FailFast, Field
 
 PLAN_CHARACTERS = 2**19
-"""Most of a plan or a silo file: a thousand silos with two keys each take two thirds of it."""
+"""Maximum length of a plan or silo file: a thousand silos with two keys each take two thirds of it."""
 
 LAYOUT_CHARACTERS = 2**22
-"""Most of a layout. Its exponents take the room: three characters for each feature of each group."""
+"""Maximum length of a layout; most of it are exponents, three characters for each feature of each group."""
 
 HEADER_CHARACTERS = 2**22
-"""Most of a message's header without a layout in it."""
+"""Maximum length of a message header that contains no layout."""
 
 VALUES = 2**17
-"""Most keys, and most items, of a document."""
+"""Maximum number of keys, and of items, in a document."""
 
 LISTS = 2**15
-"""Most lists and objects of a document."""
+"""Maximum number of lists and objects in a document."""
 
 KEYS = 2**14
-"""Most keys of one object, and of a whole plan or silo file: each that is wrong is an error of its own."""
+"""Maximum number of keys in one object, and in a whole plan or silo file: each invalid key yields an error."""
 
 FEATURES = 2**21
-"""Most items of a document that holds a layout."""
+"""Maximum number of items in a document that contains a layout."""
 
 SILOS = 1024
-"""Most silos of a plan: with secure aggregation, every message between two of them passes through the coordinator."""
+"""Maximum number of silos in a plan: the coordinator relays a message for each pair in secure aggregation."""
 
 TENSORS = 2**12
-"""Most tensors, and most groups, of a layout."""
+"""Maximum number of tensors, and of groups, in a layout."""
 
 EXPERTS = 2**12
-"""Most experts that one tensor holds."""
+"""Maximum number of experts in one tensor."""
 
 DIMENSIONS = 8
-"""Most dimensions of a tensor."""
+"""Maximum number of dimensions of a tensor."""
 
 ENTRIES = 2**40
-"""Most elements of a contribution: 4 TB."""
+"""Maximum number of elements in a contribution: 4 TB."""
 
 T = TypeVar("T")
 
 Many = Annotated[tuple[T, ...], FailFast()]
-"""A list that somebody else wrote; the first item that is wrong is the only one that is reported."""
+"""An untrusted list; validation stops at the first invalid item."""
 
 Title = Annotated[str, Field(max_length=512)]
-"""What somebody else calls something: a tensor, a group, a pattern."""
+"""An untrusted name of a tensor, group or pattern."""
 
 
 def check_size(text: str | bytes, characters: int, items: int = VALUES) -> None:
     """Raise ValueError if a JSON document is too large to be parsed.
 
     Args:
-        characters: most that it may have.
-        items: most items of its lists and objects together.
+        characters: maximum length.
+        items: maximum number of items in all lists and objects together.
     """
     if len(text) > characters:
-        raise ValueError(f"{len(text):,} characters are more than the {characters:,} that such a document may have")
-    for marks, most, what in (((":",), VALUES, "keys"), (("[", "{"), LISTS, "lists"), ((",",), items, "items")):
-        found = sum(text.count(mark) if isinstance(text, str) else text.count(mark.encode()) for mark in marks)
-        if found > most:
-            raise ValueError(f"about {found:,} {what} are more than the {most:,} that such a document may have")
+        raise ValueError(f"the document has {len(text):,} characters; the limit is {characters:,}")
+    for marks, most, noun in (((":",), VALUES, "keys"), (("[", "{"), LISTS, "lists"), ((",",), items, "items")):
+        count = sum(text.count(mark) if isinstance(text, str) else text.count(mark.encode()) for mark in marks)
+        if count > most:
+            raise ValueError(f"the document has about {count:,} {noun}; the limit is {most:,}")
 
 
 def parse_json(text: str | bytes, characters: int, items: int = VALUES) -> Any:
-    """Parse a JSON document that somebody else wrote.
+    """Parse an untrusted JSON document.
 
     Args:
-        text: if bytes, UTF-8.
-        characters, items: as `check_size` has them.
+        text: the document; bytes are UTF-8.
+        characters, items: see `check_size`.
 
     Raises:
-        ValueError: if it is too large, nested too deep, no JSON, gives a key twice, or has a number that is none.
+        ValueError: if it is too large, nested too deeply, not JSON, repeats a key, or contains NaN or Infinity.
     """
     check_size(text, characters, items)
     try:
         return json.loads(
             text.decode("utf-8") if isinstance(text, bytes) else text,
-            object_pairs_hook=_distinct,
-            parse_constant=_no_number,
+            object_pairs_hook=_without_duplicates,
+            parse_constant=_refuse_constant,
         )
     except RecursionError:
-        raise ValueError("lists or objects are nested too deep") from None
+        raise ValueError("lists or objects are nested too deeply") from None
 
 
 def check_keys(document: Any, model: type[BaseModel]) -> None:
-    """Raise ValueError unless a document has the keys of a model, and no others; of its values nothing is said.
+    """Raise ValueError unless a document has exactly the keys of a model; values are not checked.
 
-    For each key that is missing, pydantic makes an error with a copy of the whole document in it.
+    Pydantic would copy the whole document into an error for each missing key.
     """
     if not isinstance(document, dict):
-        raise ValueError("it is no object")
+        raise ValueError("expected a JSON object")
     fields = {field.alias or name: field for name, field in model.model_fields.items() if not field.exclude}
     if unknown := sorted(document.keys() - fields):
         raise ValueError(f"unknown key {unknown[0][:64]!r}")
@@ -107,14 +107,14 @@ def check_keys(document: Any, model: type[BaseModel]) -> None:
         raise ValueError(f"{missing[0]!r} is missing")
 
 
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(pairs) > KEYS:
-        raise ValueError(f"an object has {len(pairs):,} keys, more than the {KEYS:,} that it may have")
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a key comes twice")
-    return found
+        raise ValueError(f"an object has {len(pairs):,} keys; the limit is {KEYS:,}")
+    distinct = dict(pairs)
+    if len(distinct) != len(pairs):
+        raise ValueError("an object repeats a key")
+    return distinct
 
 
-def _no_number(constant: str) -> Any:
-    raise ValueError(f"{constant} is no number")
+def _refuse_constant(constant: str) -> Any:
+    raise ValueError(f"{constant} is not a JSON number")

@@ -1,8 +1,8 @@
-"""One byte string for one document: what digests and headers are made of.
+"""Canonical JSON: one byte string for each document, for digests and headers.
 
-The form is RFC 8785 (JSON Canonicalization Scheme) with one restriction that makes it easy to write
-again in any language: no JSON floats. A float is written as a string holding the shortest decimal
-that reads back to the same float64 (for instance "5e-05" or "0.9").
+The form is RFC 8785 (JSON Canonicalization Scheme) with one restriction that makes it easy to implement in any
+language: no JSON floats. A float is a string with the shortest decimal that parses to the same float64 (for instance
+"5e-05" or "0.9").
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def canonical_json(document: Any) -> bytes:
         document: keys must be strings; integers must lie within ±(2^53 - 1); floats must be finite.
 
     Raises:
-        ValueError: for anything that has no canonical form.
+        ValueError: if a value has no canonical form.
     """
     return json.dumps(_ordered(document), ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode("utf-8")
 
@@ -31,10 +31,10 @@ def digest(document: Any) -> str:
 
 
 def text_digest(text: str) -> str:
-    """Return what `digest` returns of the document that a text is the canonical form of, without parsing it.
+    """Return `digest` of the document whose canonical form is `text`, without parsing it.
 
     Raises:
-        ValueError: if the text has no UTF-8 form.
+        ValueError: if the text cannot be encoded as UTF-8.
     """
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
@@ -54,7 +54,7 @@ def _ordered(value: Any) -> Any:
         return [_ordered(item) for item in value]
     if isinstance(value, dict):
         if not all(isinstance(key, str) for key in value):
-            raise ValueError("a key that is not a string has no canonical form")
-        # RFC 8785 section 3.2.3 sorts by UTF-16 code units; big-endian bytes sort the same way.
+            raise ValueError("a key is not a string, so the document has no canonical form")
+        # RFC 8785, section 3.2.3, sorts by UTF-16 code units; their big-endian bytes sort the same way.
         return {key: _ordered(value[key]) for key in sorted(value, key=lambda k: k.encode("utf-16-be"))}
     raise ValueError(f"a {type(value).__name__} has no canonical form")

@@ -1,20 +1,20 @@
-"""Every error that gramfuse raises on purpose, and the exit code that each one ends a command with.
+"""The errors that gramfuse raises, and the exit code of each.
 
     GramfuseError                 1   the root; never raised itself
-    ├── PlanError                10   a plan or silo file that cannot be used as it is
+    ├── PlanError                10   a plan or silo file that is missing or invalid
     ├── DataError                11   a silo's data that does not fit the plan
-    ├── ModelError               12   a base model that cannot be had, or is not the plan's
+    ├── ModelError               12   a base model that cannot be loaded, or is not the plan's
     ├── RefusalError             13   a silo that declines what the coordinator asks of it
     ├── ContributionError        14   statistics that do not fit the layout, or hold NaN or Inf
     ├── RunDirectoryError        15   a run directory that exists already or cannot be written
-    ├── FederationError          16   Flower, or a silo behind it, did not answer as it must
+    ├── FederationError          16   Flower, or a silo behind it, gave no valid answer
     ├── SecurityError            17   a message that breaks the secure sum's protocol
-    ├── LedgerError              18   an egress ledger that does not hold together, or cannot be written
-    ├── CheckError               19   a silo that is not ready, as `gramfuse silo check` finds
+    ├── LedgerError              18   an egress ledger that is inconsistent, or cannot be written
+    ├── CheckError               19   a silo that fails `gramfuse silo check`
     ├── FailureError             20   a silo that touched its data and failed
-    └── MergeError               21   a merge of which a check is bad
+    └── MergeError               21   a merge that failed a check
 
-One page for each exit code stands in docs/exit-codes/.
+docs/exit-codes/ has one page for each exit code.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 
 
 class GramfuseError(Exception):
-    """Root of the tree.
+    """Base class of all errors that gramfuse raises.
 
     Example:
         >>> try:
@@ -34,14 +34,14 @@ class GramfuseError(Exception):
         ContributionError 14
 
     `str(error)` says what happened, where, what was expected and what to do. It may quote a silo's
-    data or paths, so it stays where it was raised. What crosses to the other side is `reason`.
+    data or paths, so it never leaves the machine. Only `reason` is sent to the other side.
 
     Args:
-        message: the whole story, for whoever owns the files that it names.
-        reason: what the other side may read; by default the class's `summary`, which quotes nothing.
+        message: the full message, for the local log only.
+        reason: the text that the other side receives; by default the class's `summary`, which quotes nothing.
 
     Attributes:
-        report: the report of the run that it ended, if one was left.
+        report: path of the failed run's report, if one was written.
     """
 
     exit_code = 1
@@ -54,10 +54,10 @@ class GramfuseError(Exception):
 
 
 class PlanError(GramfuseError):
-    """A plan or silo file cannot be used as it is."""
+    """A plan or silo file is missing or invalid."""
 
     exit_code = 10
-    summary = "the silo file or the plan cannot be used as it is"
+    summary = "the silo file or the plan is missing or invalid"
 
 
 class DataError(GramfuseError):
@@ -68,10 +68,10 @@ class DataError(GramfuseError):
 
 
 class ModelError(GramfuseError):
-    """The base model cannot be loaded, or is not the one that the plan names."""
+    """The base model cannot be loaded, or is not the plan's."""
 
     exit_code = 12
-    summary = "the base model cannot be loaded, or is not the one of the plan"
+    summary = "the base model cannot be loaded, or is not the plan's"
 
 
 class RefusalError(GramfuseError):
@@ -84,7 +84,7 @@ class RefusalError(GramfuseError):
 class ContributionError(GramfuseError):
     """Statistics do not fit the layout, or hold values that are not finite.
 
-    Its messages are the reason too: what a silo finds in its own statistics is a FailureError to the other side.
+    Its message is also its reason. A silo that finds such a fault in its own statistics sends a FailureError instead.
     """
 
     exit_code = 14
@@ -101,16 +101,16 @@ class RunDirectoryError(GramfuseError):
 
 
 class FederationError(GramfuseError):
-    """Flower, or a silo behind it, did not answer as it must."""
+    """Flower, or a silo behind it, gave no valid answer."""
 
     exit_code = 16
-    summary = "the federation did not answer as it must"
+    summary = "the federation gave no valid answer"
 
 
 class SecurityError(GramfuseError):
     """A message breaks the protocol of the secure sum: forged, replayed, contradictory, or beyond what is allowed.
 
-    Its messages name silos, phases and what was expected, and hold no secret, so they are the reason too.
+    Its message is also its reason: it names silos and phases, and contains no secret.
     """
 
     exit_code = 17
@@ -120,14 +120,14 @@ class SecurityError(GramfuseError):
 
 
 class LedgerError(GramfuseError):
-    """A silo's egress ledger does not hold together, or cannot be written."""
+    """A silo's egress ledger is inconsistent, or cannot be written."""
 
     exit_code = 18
     summary = "the silo cannot write its ledger, so nothing leaves"
 
 
 class CheckError(GramfuseError):
-    """A silo is not ready to take part, as its dry run found."""
+    """A silo failed its dry run (`gramfuse silo check`)."""
 
     exit_code = 19
     summary = "the silo is not ready"
@@ -138,7 +138,7 @@ class FailureError(GramfuseError):
 
     Args:
         message: what happened, for the silo's own log.
-        phase: of the request. The other side reads one text for each phase, whatever happened.
+        phase: phase of the request. The other side reads the same text whatever went wrong in it.
     """
 
     exit_code = 20
@@ -151,21 +151,21 @@ class FailureError(GramfuseError):
 
 
 class MergeError(GramfuseError):
-    """A merge of which a check is bad: a silo's training diverged, or a silo did not send what it measured."""
+    """A merge failed a check: a silo's training diverged, or a silo did not send what it measured."""
 
     exit_code = 21
-    summary = "a check of the merge is bad"
+    summary = "the merge failed a check"
 
 
 def error_types() -> dict[str, type[GramfuseError]]:
-    """Return the leaves of the tree by class name, as they are named in refusals and in JSON."""
+    """Return all error classes below the root by name, as refusals and JSON output name them."""
     return {cls.__name__: cls for cls in GramfuseError.__subclasses__()}
 
 
 def disk_is_full(error: BaseException) -> bool:
-    """Whether an exception says that the disk has no space left.
+    """Return whether an exception means that the disk is full.
 
-    Libraries in Rust raise what has no errno: safetensors an error of its own, tokenizers a bare Exception.
+    Rust libraries set no errno: safetensors raises its own error type, tokenizers a bare Exception.
     """
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT)

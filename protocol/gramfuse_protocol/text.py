@@ -1,15 +1,14 @@
-"""What text is taken from others, and how foreign text is shown.
+"""Which foreign text is accepted, and how foreign text is displayed.
 
-Owners read a plan before they approve it, and operators read what a run says. Text that moves a cursor, turns letters
-around or shows nothing would let its author write what they read. So documents and messages whose text is not
-printable are refused where they are parsed (`Legible`), and whatever else comes from outside is shown escaped
-(`one_line`).
+Owners read a plan before they approve it, and operators read a run's output. Text that moves the cursor, reorders
+letters or is invisible would let its author forge what they read. So documents and messages with unprintable text are
+refused when they are parsed (`Legible`), and all other foreign text is displayed escaped (`one_line`).
 
-Text is printable if each of its characters shows: all of `str.isprintable` but for the few that are blank all the same,
-and no more than `MOST_MARKS` combining marks on one character. That leaves out controls (C0, DEL, C1), separators of
-lines and paragraphs, all that orders text or joins it without being seen (bidirectional controls, zero-width spaces and
-joiners, U+FEFF), every space but U+0020, surrogates, private use and what Unicode has not assigned. Letters of all
-scripts and emoji are printable, flags and skin tones too; emoji and words that need a joiner are not.
+Text is printable if each character is visible: `str.isprintable` accepts it, it is not one of the few blank characters
+that `str.isprintable` accepts, and no character has more than `MOST_MARKS` combining marks. This excludes controls (C0,
+DEL, C1), line and paragraph separators, invisible ordering and joining characters (bidirectional controls, zero-width
+spaces and joiners, U+FEFF), every space but U+0020, surrogates, private use and unassigned code points. Letters of all
+scripts and emoji are printable, including flags and skin tones; emoji and words that need a joiner are not.
 """
 
 from __future__ import annotations
@@ -21,91 +20,90 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BaseModel, Field, ValidationInfo, field_validator
 
 MOST_MARKS = 4
-"""Combining marks on one character: as many as the scripts that use most; more would run into other lines."""
+"""Maximum number of combining marks on one character: what any script needs; more would overlap other lines."""
 
-SAID = 300
-"""Most characters that are shown of what another side says."""
+QUOTE_LIMIT = 300
+"""Maximum number of characters quoted from the other side."""
 
 Word = Annotated[str, Field(pattern=r"^[^ ]+$", max_length=500)]
-"""The name of a parameter or group, or a pattern of such names: without spaces."""
+"""The name of a parameter or group, or a pattern for such names, without spaces."""
 
 _BLANK = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u2800\u3164\uffa0\U0001d159")
-"""Characters that Python calls printable and that show nothing."""
+"""Characters that `str.isprintable` accepts but that are invisible."""
 
 _MARKS = ("Mn", "Me")
 
 
 def printable(text: str) -> bool:
-    """Return whether every character of a text shows, on one line."""
+    """Return whether every character of a text is visible, and the text is a single line."""
     return (text.isascii() and text.isprintable()) or all(len(shown) == 1 for shown in _characters(text))
 
 
 def one_line(text: str, limit: int | None = None) -> str:
-    """Return foreign text as one line that can be printed anywhere: what is not printable is escaped as in Python.
+    """Return foreign text as one safely printable line; unprintable characters are escaped as in Python.
 
     Args:
-        limit: most characters; of a longer text the rest is cut, and how much that was stands in its place.
+        limit: maximum length; a longer text is cut, and the end says by how many characters.
     """
     if limit is None or len(text) <= limit:
         shown = text if text.isascii() and text.isprintable() else "".join(_characters(text))
         if limit is None or len(shown) <= limit:
             return shown
-    kept, room = [], limit - len(_rest(len(text)))
+    kept, room = [], limit - len(_cut_note(len(text)))
     for character in _characters(text[:limit]):
         if len(character) > room:
             break
         kept.append(character)
         room -= len(character)
-    return "".join(kept) + _rest(len(text) - len(kept))
+    return "".join(kept) + _cut_note(len(text) - len(kept))
 
 
 def lines_of(text: str) -> str:
-    """Return text of several lines with each of them as `one_line` gives it."""
+    """Apply `one_line` to each line of a text."""
     return "\n".join(map(one_line, text.split("\n")))
 
 
-def quoted(value: object, limit: int = SAID) -> str:
-    """Return the repr of a foreign value, as `one_line` gives it."""
+def quoted(value: object, limit: int = QUOTE_LIMIT) -> str:
+    """Return the repr of a foreign value as a printable line (`one_line`)."""
     return one_line(repr(value), limit)
 
 
 def listed(names: Iterable[str], most: int = 8, limit: int = 60) -> str:
-    """Return foreign names as `quoted` gives them, between commas; of more than `most` only how many they are."""
+    """Return foreign names `quoted` and comma-separated: the first `most`, then how many more there are."""
     names = list(names)
     shown = [quoted(name, limit) for name in names[:most]]
     return ", ".join(shown) + (f" and {len(names) - most:,} more" if len(names) > most else "")
 
 
-def _rest(count: int) -> str:
-    return f"… ({count:,} characters more)"
+def _cut_note(count: int) -> str:
+    return f"… ({count:,} more characters)"
 
 
 def _characters(text: str) -> Iterator[str]:
-    """Yield each character as it is, or its escape, which is longer."""
-    marks = MOST_MARKS  # a mark at the beginning would be on whatever stands before the text
+    """Yield each character if it is visible, or else its escape sequence, which is longer."""
+    marks = MOST_MARKS  # a mark at the start would combine with whatever is printed before the text
     for character in text:
         marks = marks + 1 if unicodedata.category(character) in _MARKS else 0
-        shows = character.isprintable() and character not in _BLANK and marks <= MOST_MARKS
-        yield character if shows else character.encode("unicode_escape").decode("ascii")
+        visible = character.isprintable() and character not in _BLANK and marks <= MOST_MARKS
+        yield character if visible else character.encode("unicode_escape").decode("ascii")
 
 
-def _check(text: str) -> None:
-    for place, character in enumerate(_characters(text), 1):
+def _check_printable(text: str) -> None:
+    for position, character in enumerate(_characters(text), 1):
         if len(character) > 1:
-            code = ord(text[place - 1])
-            name = unicodedata.name(chr(code), "a control character, or none of Unicode")
+            code = ord(text[position - 1])
+            name = unicodedata.name(chr(code), "a control or unassigned character")
             raise ValueError(
-                f"character {place} is U+{code:04X} ({name}), which a reader does not see; use printable "
-                "characters only"
+                f"character {position} is U+{code:04X} ({name}), which is not visible; use printable characters only"
             )
 
 
 class Legible(BaseModel):
-    """A pydantic model all of whose text is printable, whatever its fields are: keys of mappings too.
+    """A pydantic model that accepts printable text only, in all fields, including the keys of mappings.
 
     Attributes:
-        documents: names of fields that hold a whole document; it may have tabs and ends of lines too. Whoever parses it
-            checks what it says.
+        documents: fields that contain a whole document, which may also have tabs and newlines; its own parser checks
+            it.
     """
 
     documents: ClassVar[frozenset[str]] = frozenset()
@@ -116,12 +114,12 @@ class Legible(BaseModel):
         lines = value.replace("\t", " ").split("\n") if info.field_name in cls.documents else _texts(value)
         for text in lines:
             if not printable(text):
-                _check(text)
+                _check_printable(text)
         return value
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """Yield all text in a value; models in it have checked their own."""
+    """Yield all text in a value; nested models have checked their own."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):

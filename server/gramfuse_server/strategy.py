@@ -30,7 +30,7 @@ from gramfuse_protocol.messages.flower_records import from_record
 from gramfuse_protocol.messages.phases import StatisticsBody
 from gramfuse_protocol.messages.wire import unpack
 from gramfuse_protocol.statistics.contribution import Statistics, check_counts, check_slices
-from gramfuse_protocol.text import SAID, one_line
+from gramfuse_protocol.text import QUOTE_LIMIT, one_line
 from gramfuse_server.merging.accumulator import Accumulator
 from gramfuse_server.report.schema import Step
 
@@ -143,7 +143,7 @@ class RegMean(FedAvg):
 
     def _failed(self, reply: Message) -> bool:
         if reply.has_error():
-            log(INFO, "\t> node %d failed: %s", reply.metadata.src_node_id, one_line(reply.error.reason, SAID))
+            log(INFO, "\t> node %d failed: %s", reply.metadata.src_node_id, one_line(reply.error.reason, QUOTE_LIMIT))
         return bool(reply.has_error())
 
 

@@ -44,7 +44,7 @@ from gramfuse_protocol.errors import FederationError, GramfuseError, PlanError
 from gramfuse_protocol.messages import phases as m
 from gramfuse_protocol.messages.wire import Frame, pack, unpack
 from gramfuse_protocol.statistics.about import About, Origin
-from gramfuse_protocol.text import SAID, printable
+from gramfuse_protocol.text import QUOTE_LIMIT, printable
 from gramfuse_server.app import coordinate
 from gramfuse_server.report.merged_model import card, front_matter
 from gramfuse_server.report.page.page import page
@@ -357,7 +357,7 @@ def test_a_reason_of_flower_reaches_the_operator_as_text(
     grid = InProcessGrid(dict.fromkeys(plan.names, silo), fault=lambda visit, deliver: Error(6, evil))
     with pytest.raises(GramfuseError) as ended:
         coordinate(grid, plan, layout, project.directory, tmp_path / "run", observer=events.append)
-    assert all(printable(line) and len(line) < SAID + 200 for line in str(ended.value).split("\n"))
+    assert all(printable(line) and len(line) < QUOTE_LIMIT + 200 for line in str(ended.value).split("\n"))
     assert {event["silo"] for event in events if event["state"] == "lost"} != set()
     assert all(printable(event["reason"]) for event in events if event["state"] == "lost")
     left = {path.name: path.read_text(encoding="utf-8") for path in tmp_path.glob("run*/*") if path.is_file()}
@@ -397,7 +397,7 @@ def test_a_refusal_is_no_markup_and_the_display_of_a_run_goes_on(show: Callable[
     assert all(line.startswith("│ ") for line in told if not line.startswith("  silo-")), "a folded line says so"
     said = re.sub(r"[\s│]", "", "".join(lines[first:merge]))
     assert re.sub(r"\s", "", reason)[:200] in said
-    assert len(said) < SAID + 200
+    assert len(said) < QUOTE_LIMIT + 200
 
 
 BASES = [

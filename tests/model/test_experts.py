@@ -19,7 +19,7 @@ from gramfuse_model.derive_layout import derive_layout
 from gramfuse_model.experts import holds_experts, is_understood
 from gramfuse_model.loading.base_model import trainable
 from gramfuse_model.normal_equations import summands
-from gramfuse_protocol.contract.coverage import coverage, unused
+from gramfuse_protocol.contract.coverage import coverage, unused_expert_lines
 from gramfuse_protocol.contract.layout import Group, Layout
 from gramfuse_protocol.contract.plan_sections import Merge
 from gramfuse_protocol.errors import ModelError
@@ -218,7 +218,7 @@ def test_experts_that_nobody_uses_are_averaged_and_named_and_others_are_those_of
     taken = 2 * (2 * INNER * HIDDEN + HIDDEN * INNER)  # of both layers, the expert that nobody uses
     trained = sum(math.prod(tensor.shape) for tensor in layout.tensors)
     assert coverage(layout).closed - coverage(layout, merged.steps).closed == pytest.approx(taken / trained)
-    (line,) = unused(merged.steps)
+    (line,) = unused_expert_lines(merged.steps)
     assert all(f"{group.name}: expert 4" in line for group in groups_of(layout))
 
 

@@ -33,7 +33,7 @@ from gramfuse_protocol.held_out.sums import figures, is_sum
 from gramfuse_protocol.secure_sum.keys import Identity
 from gramfuse_protocol.tasks.classification import Classification
 from gramfuse_protocol.tasks.registry import KINDS, Measure, register
-from gramfuse_protocol.tasks.rows import RowGroup, Vector, added
+from gramfuse_protocol.tasks.rows import RowGroup, Vector, sum_rows
 from gramfuse_protocol.tasks.scores import Sums, examples_in, share
 from gramfuse_server.app import coordinate
 from gramfuse_server.report.schema import Report
@@ -67,7 +67,7 @@ class Ordinal(Classification):
 
     def rows(self, task: Task, *facts: Any) -> Vector:
         near = np.abs(facts[0] - facts[1]) <= 1
-        return np.concatenate([added(np.stack([near, ~near], axis=1).astype(float)), super().rows(task, *facts)])
+        return np.concatenate([sum_rows(np.stack([near, ~near], axis=1).astype(float)), super().rows(task, *facts)])
 
     def figures(self, task: Task, vector: Vector) -> dict[str, float]:
         return super().figures(task, vector[2:]) | {"within-one": share(vector[0], vector[0] + vector[1])}

@@ -14,7 +14,7 @@ from gramfuse_cli.options import as_json as json_option
 from gramfuse_cli.options import columns as column_options
 from gramfuse_deployment.terminal import bars, say, show_json
 from gramfuse_model.project import Project
-from gramfuse_protocol.contract.coverage import Coverage, coverage, told, unchanged
+from gramfuse_protocol.contract.coverage import Coverage, coverage, coverage_lines, unchanged
 from gramfuse_protocol.contract.layout import Layout
 from gramfuse_protocol.contract.plan_sections import Merge
 from gramfuse_protocol.contract.task import Task
@@ -154,7 +154,7 @@ def measure(context: click.Context, /, model: str | None, out: Path, as_json: bo
     say(
         f"{out} has {report['bytes'] / 1e6:,.1f} MB: {report['name']!r}, measured on {report['examples']:,} examples.",
         f"sha256 {report['sha256']}",
-        *told(Coverage(report["closed"], report["unmatched"])),
+        *coverage_lines(Coverage(report["closed"], report["unmatched"])),
         "It holds the fine-tuned model and says much about its data. Merge it with others: gramfuse merge",
     )
 

@@ -12,7 +12,7 @@ from gramfuse_cli.options import as_json as json_option
 from gramfuse_cli.options import project_directory
 from gramfuse_deployment.terminal import Table, say, show_json
 from gramfuse_model.project import Project
-from gramfuse_protocol.contract.coverage import Coverage, coverage, families, told
+from gramfuse_protocol.contract.coverage import Coverage, coverage, coverage_lines, families
 from gramfuse_protocol.contract.layout import ITEM_BYTES, Layout
 from gramfuse_protocol.contract.node_key import fingerprint
 from gramfuse_protocol.contract.plan import Plan
@@ -110,7 +110,11 @@ def _show_model(plan: Plan, preview: dict[str, Any]) -> None:
         of += f" ({group['experts']} experts, one Gram matrix each)" if group["experts"] else ""
         table.row(_modules(group["weights"]) + of, *numbers)
     table.show()
-    say("", *told(Coverage(preview["closed"], preview["unmatched"])), f"Averaged: {families(preview['averaged'])}")
+    say(
+        "",
+        *coverage_lines(Coverage(preview["closed"], preview["unmatched"])),
+        f"Averaged: {families(preview['averaged'])}",
+    )
     if preview["summed"]:
         say(f"Added up, as counters: {families(preview['summed'])}")
     if preview["context_free"]:

@@ -20,7 +20,7 @@ from gramfuse_model.buffers import first_difference, saved_buffers
 from gramfuse_model.derive_layout import plan_layout
 from gramfuse_model.digests import config_document
 from gramfuse_model.loading.auto_classes import kind_of_checkpoint
-from gramfuse_model.loading.base_model import Base, load_base, said, trainable
+from gramfuse_model.loading.base_model import Base, library_message, load_base, trainable
 from gramfuse_model.loading.same_inputs import new_tokens, other_inputs
 from gramfuse_model.loading.source import check_files, download, locate
 from gramfuse_model.loading.zero_head import load_zero_headed, plan_for
@@ -83,7 +83,7 @@ def task_of_model(model: str, directory: Path, given: TaskKind | None = None, **
     try:
         config = AutoConfig.from_pretrained(check_files(source), trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"model {model!r} ({source}) cannot be loaded: {said(error)}") from None
+        raise ModelError(f"model {model!r} ({source}) cannot be loaded: {library_message(error)}") from None
     kind = given or kind_of_checkpoint(config)
     if kind is None:
         raise ModelError(

@@ -1,1 +1,1 @@
-"""A base model, or a fine-tuned one, from its files."""
+"""Loading of base models and fine-tuned models from their files."""

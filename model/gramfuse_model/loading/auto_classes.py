@@ -1,6 +1,6 @@
-"""What transformers calls each kind of task: the model's side of the registry (`gramfuse_protocol.tasks`).
+"""The transformers classes and settings for each kind of task (`gramfuse_protocol.tasks`).
 
-A new kind is one more entry of FORMS. Nothing here loads torch.
+A new kind needs an entry in FORMS. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -13,28 +13,28 @@ from gramfuse_protocol.errors import ModelError
 
 
 class Form(NamedTuple):
-    """One kind of task in transformers and on the Hugging Face hub."""
+    """A kind of task in transformers and on the Hugging Face hub."""
 
     auto: str
-    """The class whose `from_pretrained` loads its models."""
+    """Name of the auto class that loads its models."""
     pipeline: str
     """`pipeline_tag` of a model card."""
     problem: str | None = None
-    """`problem_type` of a configuration: which loss the model computes."""
+    """`problem_type` of a configuration, which selects the model's loss."""
     processor: str = "AutoTokenizer"
-    """The class whose `from_pretrained` loads what makes inputs into tensors."""
+    """Name of the auto class that loads the tokenizer or image processor."""
     outputs: int | None = None
-    """How many outputs the head has; None for one for each label."""
+    """Number of outputs of the head; None for one output for each label."""
     offsets: bool = False
-    """Whether the tokenizer must say which characters a token stands for."""
+    """Whether the tokenizer must support character offsets of tokens."""
     classes: tuple[str, ...] = ()
-    """What the names of model classes end with that mean this kind, for a checkpoint whose task nobody named."""
+    """Suffixes of model class names from which the kind of a checkpoint is inferred."""
 
 
 class _Forms(dict[TaskKind, Form]):
     def __missing__(self, kind: TaskKind) -> Form:
         raise ModelError(
-            f"a model for task {kind!r} is of no known class; whatever adds that kind must add it to FORMS"
+            f"no model class is known for task {kind!r}; the package that registers the task must add it to FORMS"
         )
 
 
@@ -78,20 +78,20 @@ FORMS = _Forms(
         ),
     }
 )
-"""All kinds by name; of those with the same classes, the first is meant unless a configuration says otherwise."""
+"""All kinds by name; of kinds with the same class suffixes, the first is the default for a checkpoint."""
 
 BODY = Form("AutoModel", "feature-extraction")
 """A model without a head."""
 
 
 def merged_form(plan: Plan) -> Form:
-    """Return what the merged model of a plan is: with own heads, a body only."""
+    """Return the form of a plan's merged model: only a body if silos keep their own heads."""
     form = FORMS[next(iter(plan.tasks.values())).task]
     return BODY._replace(processor=form.processor) if plan.model.head == "own" else form
 
 
 def head_settings(task: Task) -> dict[str, Any]:
-    """Return what a configuration must say of the head, as keyword arguments of `from_pretrained`."""
+    """Return the configuration of a task's head, as keyword arguments of `from_pretrained`."""
     settings: dict[str, Any] = {}
     form = FORMS[task.task]
     if form.outputs is not None:
@@ -106,11 +106,11 @@ def head_settings(task: Task) -> dict[str, Any]:
 
 
 def kind_of_checkpoint(config: Any) -> TaskKind | None:
-    """Return the kind of task that a model was fine-tuned for, by its configuration; None if it does not say."""
+    """Infer the kind of task of a fine-tuned model from its configuration; None if it is unknown."""
     architecture = next(iter(config.architectures or ()), "")
-    fitting = [kind for kind, form in FORMS.items() if form.classes and architecture.endswith(form.classes)]
+    matches = [kind for kind, form in FORMS.items() if form.classes and architecture.endswith(form.classes)]
 
-    def meant(form: Form) -> bool:
+    def is_configured(form: Form) -> bool:
         return form.problem == config.problem_type or (form.outputs is not None and form.outputs == config.num_labels)
 
-    return next((kind for kind in reversed(fitting) if meant(FORMS[kind])), fitting[0] if fitting else None)
+    return next((kind for kind in reversed(matches) if is_configured(FORMS[kind])), matches[0] if matches else None)

@@ -1,4 +1,4 @@
-"""The base model that all silos start from."""
+"""Loads the base model from which all silos start."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ from gramfuse_protocol.errors import GramfuseError, ModelError
 from gramfuse_protocol.statistics.about import Origin
 from gramfuse_protocol.text import one_line
 
-MOST = 400
-"""Characters that are shown of what a library says of files."""
+MESSAGE_CHARACTERS = 400
+"""Maximum length at which an error quotes a library's message."""
 
 
 @dataclass(frozen=True)
 class Base:
-    """A loaded base model with its seeded head, in evaluation mode, frozen parameters marked as such.
+    """A loaded base model with its seeded head, in evaluation mode; frozen parameters do not require gradients.
 
     Args:
-        tokenizer: or image processor: what makes inputs into tensors.
-        pins: what it is, as a plan holds it to it (`gramfuse_model.digests`).
-        shared: names in the model's `state_dict` that the models of all silos' tasks have in common. With own heads,
-            these are all that stand outside of a head in each of them, with one shape; else all there are.
+        tokenizer: the tokenizer or image processor.
+        pins: its digests and commit, as in a locked plan (`gramfuse_model.digests`).
+        shared: names in the model's `state_dict` that are merged: all names, or, if silos keep their own heads, those
+            that are outside the head and have the same shape in the models of all tasks.
     """
 
     model: PreTrainedModel
@@ -57,15 +57,14 @@ class Base:
 
     @property
     def takes_images(self) -> bool:
-        """Whether inputs are images; else they are texts."""
+        """Whether inputs are images instead of texts."""
         return not isinstance(self.tokenizer, PreTrainedTokenizerBase)
 
     def origin(self, name: str) -> Origin:
-        """Return what a statistics file says of this base model.
+        """Return the description of this base model in a statistics file.
 
         Args:
-            name: as whoever measures calls it. Of a directory only the last part is kept: the rest is nobody's
-                business.
+            name: the name that the user gave. For a directory only the last component is kept, for privacy.
         """
         directory = name not in BUNDLED and Path(name).expanduser().is_dir()
         assert self.pins.config and self.pins.processor  # noqa: S101, PT018
@@ -84,28 +83,28 @@ def load_base(
     """Load the base model with a head for a task, seeded by `training.seed`, in float32.
 
     Args:
-        directory: of the plan file, where a relative path in it starts; None where there is no such file.
-        silo: whose task the head is for; by default the plan's only or first one.
-        override: where this side keeps the base model, if not where the plan says; it must be the same.
-        whole: whether it is a fine-tuned model, whose files must have its head too.
+        directory: directory of the plan file, to which the plan's paths are relative; None without such a file.
+        silo: the silo whose task determines the head; by default the plan's only or first task.
+        override: local path of the base model, in place of the plan's; its content must be the same.
+        whole: whether it is a fine-tuned model, whose files must include its head.
 
     Raises:
-        ModelError: if it cannot be loaded, its files are not those of such a model
-            (`gramfuse_model.loading.checkpoint_keys`), a weight is NaN or infinite, or it is not what the plan is
-            locked to.
+        ModelError: if it cannot be loaded, its files do not match its configuration
+            (`gramfuse_model.loading.checkpoint_keys`), a weight is NaN or infinite, or it differs from the locked
+            plan's pins.
     """
     task = next(iter(plan.tasks.values())) if silo is None else plan.task_of(silo)
     source = _find(plan, directory, override)
-    with _loading(plan, source, whole=whole):
+    with _reporting_errors(plan, source, whole=whole):
         model, fresh = _load_model(source.directory, task, plan.training.seed, whole=whole)
         tokenizer = _load_processor(source.directory, task)
         if FORMS[task.task].offsets and not tokenizer.is_fast:
             raise ModelError(
-                f"base {plan.model.base!r} ({source.directory}): its {type(tokenizer).__name__} does not say which "
-                f"characters a token stands for, and {task.task} needs that; save the base model with a "
-                "tokenizer that has a tokenizer.json"
+                f"base {plan.model.base!r} ({source.directory}): its {type(tokenizer).__name__} does not support "
+                f"character offsets, which {task.task} needs; save the base model with a tokenizer that has a "
+                "tokenizer.json"
             )
-        _check_finite(_called(plan, source, whole=whole), model)
+        _check_finite(_label(plan, source, whole=whole), model)
         if isinstance(tokenizer, PreTrainedTokenizerBase):
             check_tokenizer(model, tokenizer, source.directory)
             pad(model, tokenizer, source.directory)
@@ -121,65 +120,65 @@ def load_base(
     return Base(model.eval(), tokenizer, pins, shared)
 
 
-def _called(plan: Plan, source: Source, *, whole: bool = False) -> str:
+def _label(plan: Plan, source: Source, *, whole: bool = False) -> str:
     return f"{'model' if whole else 'base'} {plan.model.base!r} ({source.directory})"
 
 
-def _check_finite(called: str, model: PreTrainedModel) -> None:
+def _check_finite(label: str, model: PreTrainedModel) -> None:
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise ModelError(
-                f"{called}: {name!r} holds values that are NaN or infinite; the files are damaged, or what was trained "
-                "diverged"
+                f"{label}: {name!r} has NaN or infinite values; the files are damaged, or training diverged"
             )
 
 
 def _check_pins(plan: Plan, source: Source, pins: Pins) -> None:
-    """Compare a base model with what a plan is locked to; what is not locked is not compared."""
-    what = {
+    """Compare a base model with the plan's pins; unset pins are skipped."""
+    names = {
         "sha256": "weights",
-        "config": "configuration (config.json, and for a model that answers generation_config.json)",
+        "config": "configuration (config.json, and generation_config.json for an encoder-decoder model)",
         "processor": "tokenizer or image processor",
     }
-    for key, name in what.items():
-        here, locked = getattr(pins, key), getattr(plan.model, key)
-        if locked is not None and here != locked:
+    for key, name in names.items():
+        actual, locked = getattr(pins, key), getattr(plan.model, key)
+        if locked is not None and actual != locked:
             raise ModelError(
-                f"base {plan.model.base!r} ({source.directory}): the SHA-256 of its {name} is {here}, the plan is "
-                f"locked to {locked} (model.{key}); use the same files, torch and transformers as whoever locked the "
-                f"plan (here torch {torch.__version__}, transformers {transformers.__version__})"
+                f"base {plan.model.base!r} ({source.directory}): the SHA-256 of its {name} is {actual}, but the plan "
+                f"is locked to {locked} (model.{key}); use the files and the versions of torch and transformers with "
+                f"which the plan was locked (here torch {torch.__version__}, transformers {transformers.__version__})"
             )
 
 
 def _weights(
     plan: Plan, directory: str, model: PreTrainedModel, task: Task, fresh: frozenset[str], shared: frozenset[str]
 ) -> str:
-    """Return the digest of all weights that training starts from, but for heads that start from a silo's own seed.
+    """Return the digest of all initial weights, except heads that start from a silo's own seed.
 
-    Where silos keep their heads, what the files bring of a head, or of a body beyond what all tasks share, is in it.
+    If silos keep their heads, it includes head parameters that are in the files, and body parameters that not all tasks
+    share.
 
     Args:
         fresh: parameters of the model that are not in the files.
     """
     if plan.model.head != "own":
         return weights_digest(model)
-    found = {}
+    digests = {}
     for name, other in plan.tasks.items():
         if plan.task and other != task:
             its_model, its_fresh = _load_model(directory, other, plan.training.seed)
         else:
             its_model, its_fresh = model, fresh
-        found[name] = weights_digest(its_model, shared | (its_model.state_dict().keys() - its_fresh))
-    return digest(found)
+        digests[name] = weights_digest(its_model, shared | (its_model.state_dict().keys() - its_fresh))
+    return digest(digests)
 
 
 def own_head(plan: Plan, directory: Path | None, silo: str, *, override: str | None = None) -> dict[str, torch.Tensor]:
-    """Return the head that a silo starts from under `head` "different" or "own": of a seed that only it has.
+    """Return the head that a silo starts from under `head` "different" or "own", initialised with its own seed.
 
-    It is what transformers makes of the seed. A head that the base model brings along is the same everywhere.
+    transformers initialises it. A head that is in the base model's files is the same at every silo.
 
     Args:
-        directory, override: as `load_base` has them.
+        directory, override: see `load_base`.
 
     Returns:
         The head's parameters by name; none for a model without a head (`gramfuse_model.heads`).
@@ -189,7 +188,7 @@ def own_head(plan: Plan, directory: Path | None, silo: str, *, override: str | N
     """
     seed = int.from_bytes(hashlib.sha256(f"{plan.training.seed} {silo}".encode()).digest()[:4], "big")
     source = _find(plan, directory, override)
-    with _loading(plan, source):
+    with _reporting_errors(plan, source):
         model, _ = _load_model(source.directory, plan.task_of(silo), seed)
     head = head_parameters(model)
     return {name: parameter.detach() for name, parameter in model.named_parameters() if name in head}
@@ -198,9 +197,9 @@ def own_head(plan: Plan, directory: Path | None, silo: str, *, override: str | N
 def _load_model(
     directory: str, task: Task, seed: int, *, whole: bool = False
 ) -> tuple[PreTrainedModel, frozenset[str]]:
-    """Return a task's model, and the names of the parameters that its files do not have, which come of the seed.
+    """Return a task's model and the names of its fresh parameters, which are not in the files but seeded.
 
-    A base model's own head for a regression gives what the task's models learn (`gramfuse_model.rescaling`).
+    A regression head in the base model's files is converted to rescaled targets (`gramfuse_model.rescaling`).
     """
     config = _configuration(directory, task)
     auto = _auto(directory, config, task)
@@ -224,10 +223,10 @@ def _load_model(
 
 
 def _configuration(directory: str, task: Task) -> Any:
-    """Return the configuration of a task's model.
+    """Load the configuration of a task's model.
 
-    How attention and experts are computed is left to transformers: a configuration could name a kernel of somebody's,
-    which would be downloaded and run.
+    The attention and expert implementations are reset to transformers' defaults: a configuration could name a
+    third-party kernel, which would be downloaded and executed.
     """
     config = AutoConfig.from_pretrained(directory, trust_remote_code=False, **head_settings(task))
     config.problem_type = FORMS[task.task].problem
@@ -236,23 +235,23 @@ def _configuration(directory: str, task: Task) -> Any:
 
 
 def _auto(directory: str, config: Any, task: Task) -> Any:
-    """Return the class that loads a task's models.
+    """Return the auto class that loads a task's models.
 
     Raises:
-        ModelError: if it knows no model of this type.
+        ModelError: if it does not support this model type.
     """
     auto = getattr(transformers, FORMS[task.task].auto)
     if type(config) not in auto._model_mapping:
         raise ModelError(
-            f"{directory}: a model of type {config.model_type!r} is not for {task.task}: transformers' {auto.__name__} "
-            "has no class for it; take a base model of another type, or another task"
+            f"{directory}: model type {config.model_type!r} does not support {task.task}: transformers' "
+            f"{auto.__name__} has no class for it; use a base model of another type, or another task"
         )
     return auto
 
 
 def _load_processor(directory: str, task: Task) -> Any:
     form = FORMS[task.task]
-    # Pictures are resized by Pillow everywhere: torchvision, where it is installed, gives other pixels.
+    # Always resize images with Pillow: torchvision, if installed, computes different pixels.
     backend = {"backend": "pil"} if form.processor == "AutoImageProcessor" else {}
     processor = getattr(transformers, form.processor).from_pretrained(directory, trust_remote_code=False, **backend)
     if isinstance(processor, PreTrainedTokenizerBase):
@@ -261,12 +260,12 @@ def _load_processor(directory: str, task: Task) -> Any:
 
 
 def kept_parameters(plan: Plan, directory: Path | None, *, override: str | None = None) -> dict[str, tuple[str, ...]]:
-    """Return by task the parameters and buffers that a silo keeps, since not all silos have them in common.
+    """Return the parameters and buffers that silos keep because not all tasks share them, by task.
 
-    Weights are not loaded for it.
+    Weights are not loaded.
 
     Args:
-        directory, override: as `load_base` has them.
+        directory, override: see `load_base`.
 
     Raises:
         ModelError: if the base model's configuration cannot be loaded.
@@ -274,8 +273,8 @@ def kept_parameters(plan: Plan, directory: Path | None, *, override: str | None 
     if plan.model.head != "own":
         return dict.fromkeys(plan.tasks, ())
     source = _find(plan, directory, override)
-    with _loading(plan, source):
-        models = {name: _bare(source.directory, task) for name, task in plan.tasks.items()}
+    with _reporting_errors(plan, source):
+        models = {name: _without_weights(source.directory, task) for name, task in plan.tasks.items()}
     shared = {name for name, _ in set.intersection(*map(_body, models.values()))}
     return {
         task: tuple(name for name in (*dict(model.named_parameters()), *saved_buffers(model)) if name not in shared)
@@ -286,12 +285,12 @@ def kept_parameters(plan: Plan, directory: Path | None, *, override: str | None 
 def _shared(plan: Plan, directory: str, model: PreTrainedModel) -> frozenset[str]:
     if plan.model.head != "own":
         return frozenset(model.state_dict())
-    others = (_body(_bare(directory, task)) for task in plan.tasks.values())
+    others = (_body(_without_weights(directory, task)) for task in plan.tasks.values())
     return frozenset(name for name, _ in _body(model).intersection(*others))
 
 
-def _bare(directory: str, task: Task) -> PreTrainedModel:
-    """Return a task's model without its weights: names and shapes only."""
+def _without_weights(directory: str, task: Task) -> PreTrainedModel:
+    """Return a task's model on the meta device, with names and shapes only."""
     config = _configuration(directory, task)
     with torch.device("meta"):
         model: PreTrainedModel = _auto(directory, config, task).from_config(config, trust_remote_code=False)
@@ -309,31 +308,31 @@ def _find(plan: Plan, directory: Path | None, override: str | None) -> Source:
 
 
 @contextmanager
-def _loading(plan: Plan, source: Source, *, whole: bool = False) -> Iterator[None]:
-    """Load quietly, since that a head is new is what we asked for; what goes wrong becomes a ModelError."""
+def _reporting_errors(plan: Plan, source: Source, *, whole: bool = False) -> Iterator[None]:
+    """Silence transformers, which warns about new heads, and convert its exceptions to ModelError."""
     with _quiet():
         try:
             yield
         except GramfuseError:
             raise
-        except Exception as error:  # of files that make no sense, libraries raise what they like
+        except Exception as error:  # libraries raise all kinds of errors for broken files
             damaged = type(error).__name__ == "SafetensorError"
             raise ModelError(
-                f"{_called(plan, source, whole=whole)} cannot be loaded: {said(error)}"
-                + (". A file of its weights is damaged, or was cut off: get it again" if damaged else "")
+                f"{_label(plan, source, whole=whole)} cannot be loaded: {library_message(error)}"
+                + (". A weights file is damaged or truncated: get it again" if damaged else "")
             ) from error
 
 
-def said(error: Exception) -> str:
-    """Return what a library says of files that it cannot load, without the lists that it may add."""
-    return one_line(" ".join(str(error).split()), MOST)
+def library_message(error: Exception) -> str:
+    """Return a library's error message as one line, shortened to MESSAGE_CHARACTERS."""
+    return one_line(" ".join(str(error).split()), MESSAGE_CHARACTERS)
 
 
 def embedding_parameters(model: nn.Module) -> frozenset[str]:
     """Return the names of the parameters that turn tokens, positions and patches into features.
 
-    These are the tables (`nn.Embedding`), and whatever stands in a module that is called `embeddings`, as norms,
-    projections of image patches and class tokens do.
+    These are all tables (`nn.Embedding`), and all parameters in a module named `embeddings`, such as norms, patch
+    projections and class tokens.
     """
     tables = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
     return frozenset(
@@ -344,41 +343,41 @@ def embedding_parameters(model: nn.Module) -> frozenset[str]:
 
 
 def freeze(model: nn.Module, patterns: Iterable[str]) -> None:
-    """Stop training of every parameter whose name fits a pattern.
+    """Freeze every parameter whose name matches a pattern.
 
-    The word EMBEDDINGS is no pattern: it stands for what `embedding_parameters` finds, whatever that is called.
+    The word EMBEDDINGS is not a pattern: it selects `embedding_parameters`, whatever their names.
 
     Raises:
-        ModelError: for a pattern that fits nothing, or if nothing is left to train.
+        ModelError: if a pattern matches nothing, or no parameter is left to train.
     """
     parameters = dict(model.named_parameters())
     for pattern in patterns:
         if pattern == EMBEDDINGS:
-            fitting = [parameters[name] for name in embedding_parameters(model)]
+            matches = [parameters[name] for name in embedding_parameters(model)]
         else:
-            fitting = [parameter for name, parameter in parameters.items() if fnmatchcase(name, pattern)]
-        if not fitting and pattern != EMBEDDINGS:
+            matches = [parameter for name, parameter in parameters.items() if fnmatchcase(name, pattern)]
+        if not matches and pattern != EMBEDDINGS:
             raise ModelError(
-                f"training.freeze: no parameter of the base model fits {pattern!r}; "
+                f"training.freeze: no parameter of the base model matches {pattern!r}; "
                 f"its names look like {next(iter(parameters))!r}"
             )
-        for parameter in fitting:
+        for parameter in matches:
             parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in parameters.values()):
         raise ModelError("training.freeze leaves no parameter to train")
 
 
 def trainable(model: nn.Module) -> dict[str, NDArray[np.float32]]:
-    """Return copies of all that training may change (`gramfuse_model.buffers.learned`), by name.
+    """Return copies of all tensors that training may change (`gramfuse_model.buffers.learned`), by name.
 
     Example:
         >>> gramfuse.trainable(base)["classifier.bias"]
         array([0., 0.], dtype=float32)
 
-    They are float32 on the CPU, whatever dtype the model has.
+    The copies are float32 on the CPU, whatever the model's dtype.
 
     Raises:
-        ModelError: if the model is no torch module.
+        ModelError: if the model is not a torch module.
     """
     check_argument("trainable: model", model, nn.Module, "a torch.nn.Module", ModelError)
     return {name: tensor.detach().cpu().float().numpy().copy() for name, tensor in learned(model).items()}

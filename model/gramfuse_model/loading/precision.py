@@ -1,4 +1,4 @@
-"""Looking at a model of half precision in float32, where what is the same and what is not can be told apart."""
+"""Temporary conversion of half-precision models to float32, in which equal values can be told from different ones."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ HALVES = (torch.bfloat16, torch.float16)
 
 @contextmanager
 def in_float32(model: nn.Module) -> Iterator[None]:
-    """Have the parameters and buffers of a model that are in half precision in float32; all is as before afterwards.
+    """Convert a model's half-precision parameters and buffers to float32; they are restored on exit.
 
-    They stay the same objects, bit for bit of the same values, and take three times their memory meanwhile.
+    They remain the same objects, are restored bit for bit, and take three times their memory meanwhile.
     """
     kept = [(t, t.data) for t in (*model.parameters(), *model.buffers()) if t.dtype in HALVES]
     try:
@@ -29,5 +29,5 @@ def in_float32(model: nn.Module) -> Iterator[None]:
 
 
 def widened(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a batch with what is in half precision in float32."""
+    """Return a batch with half-precision tensors converted to float32."""
     return {key: value.float() if value.dtype in HALVES else value for key, value in batch.items()}

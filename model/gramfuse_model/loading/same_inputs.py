@@ -1,4 +1,4 @@
-"""Whether two tokenizers or image processors make the same tensors of an example."""
+"""Compares two tokenizers or image processors: do they convert an example to the same tensors?"""
 
 from __future__ import annotations
 
@@ -14,47 +14,47 @@ PADDING = {"pad_token", "padding_side", "model_max_length"} | {
     "clean_up_tokenization_spaces",
     "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output",
 }
-"""What a tokenizer pads with and where, what each call says, and how tokens become a text again."""
+"""Settings that do not count: padding, settings that each call overrides, and decoding."""
 
 
 def new_tokens(mine: Any, theirs: Any) -> Mapping[str, int]:
-    """Return the tokens that one tokenizer has beside those of another, with their numbers, by number.
+    """Return the tokens that `mine` has and `theirs` does not, with their ids, sorted by id.
 
     Image processors have none.
     """
     if not isinstance(mine, PreTrainedTokenizerBase) or not isinstance(theirs, PreTrainedTokenizerBase):
         return {}
-    known = theirs.get_vocab()
-    new = ((token, index) for token, index in mine.get_vocab().items() if token not in known)
+    vocabulary = theirs.get_vocab()
+    new = ((token, index) for token, index in mine.get_vocab().items() if token not in vocabulary)
     return dict(sorted(new, key=lambda entry: (entry[1], entry[0])))
 
 
 def other_inputs(mine: Any, theirs: Any) -> str | None:
-    """Say what decides the tensors that are made of an example, and differs between two processors, if anything.
+    """Describe the first difference between two processors that affects an example's tensors; None if there is none.
 
-    Tokens that `mine` has beside those of `theirs` do not count. Nor does what comes with each call, and how it pads.
-    Versions of transformers have classes of tokenizers of their own; where these differ, what both know is compared.
+    Tokens that only `mine` has do not count, nor do padding and settings that each call overrides. Tokenizer classes
+    differ between versions of transformers; if the classes differ, only settings that both have are compared.
     """
     new = new_tokens(mine, theirs)
-    moved = _moved(mine, theirs) if new else None
-    if moved is not None:
-        return moved
+    difference = _first_moved_token(mine, theirs) if new else None
+    if difference is not None:
+        return difference
     one, other = processor_document(mine, without=new), processor_document(theirs)
-    both = one["settings"].keys() & other["settings"].keys() if one["class"] != other["class"] else None
+    common = one["settings"].keys() & other["settings"].keys() if one["class"] != other["class"] else None
     for part in ("backend", "special", "settings"):
-        here, there = one.get(part, {}), other.get(part, {})
-        for key in sorted(here.keys() | there.keys()):
-            counts = key not in PADDING and (part != "settings" or both is None or key in both)
-            if counts and here.get(key) != there.get(key):
-                return f"{part}.{key} is another"
+        left, right = one.get(part, {}), other.get(part, {})
+        for key in sorted(left.keys() | right.keys()):
+            counts = key not in PADDING and (part != "settings" or common is None or key in common)
+            if counts and left.get(key) != right.get(key):
+                return f"{part}.{key} differs"
     return None
 
 
-def _moved(mine: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase) -> str | None:
-    """Say which is the first token of `theirs` that `mine` has not, or under another number, if there is one."""
-    here = mine.get_vocab()
+def _first_moved_token(mine: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase) -> str | None:
+    """Describe the first token of `theirs` that `mine` lacks or has under another id; None if there is none."""
+    ids = mine.get_vocab()
     for token, index in sorted(theirs.get_vocab().items(), key=lambda entry: (entry[1], entry[0])):
-        if here.get(token) != index:
-            found = f"has number {here[token]}" if token in here else "is not there"
-            return f"token {quoted(token, 60)} of number {index} {found}"
+        if ids.get(token) != index:
+            problem = f"has id {ids[token]}" if token in ids else "is missing"
+            return f"token {quoted(token, 60)} with id {index} {problem}"
     return None

@@ -1,7 +1,7 @@
-"""Where the files of a base model are, and what such files may hold.
+"""Finds the files of a base model, and checks what they contain.
 
-Everything is loaded from one directory. A model of the Hugging Face hub becomes one by a download of one commit, and
-only of files that hold data: weights as safetensors, JSON and vocabularies; no pickles and no code.
+Everything is loaded from one directory. For a model on the Hugging Face hub, one commit is downloaded, and only files
+that contain data: safetensors weights, JSON and vocabularies, but no pickles and no code.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from gramfuse_protocol.text import quoted
 
 
 class Bundled(NamedTuple):
-    """A base model that comes as a Python package."""
+    """A base model that is distributed as a Python package."""
 
     package: str
     folder: str
     distribution: str
     hub_id: str
-    """What the same weights are called on the Hugging Face hub, for the model card."""
+    """Name of the same weights on the Hugging Face hub, for the model card."""
 
 
 BUNDLED = {
@@ -37,15 +37,15 @@ BUNDLED = {
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
 DOWNLOADED = [WEIGHTS, "model-*.safetensors", "*.json", "*.txt", "*.model", "*.tiktoken", "*.codes"]
-"""Patterns of the files of a hub repository that are downloaded; those in its directories are not."""
+"""Patterns of the files that are downloaded from a hub repository; files in subdirectories are not."""
 
 
 class Source(NamedTuple):
-    """Where a base model is on this machine.
+    """The local files of a base model.
 
     Args:
-        directory: with its files; it was checked.
-        revision: commit of the hub repository that they are from; None for a directory that somebody made.
+        directory: the checked directory.
+        revision: commit of the hub repository; None for any other directory.
     """
 
     directory: str
@@ -53,11 +53,11 @@ class Source(NamedTuple):
 
 
 def locate(base: str, directory: Path | None, called: str = "base") -> str:
-    """Return where a base is: the path of a directory, or a hub id as it is.
+    """Resolve a base to the path of a directory, or return a hub id unchanged.
 
     Args:
-        directory: where relative paths start; None if there is no such place.
-        called: what it is, for errors.
+        directory: base directory of relative paths; None if there is none.
+        called: noun for errors.
 
     Raises:
         ModelError: if a bundled model's package is missing, or a path does not exist.
@@ -72,34 +72,34 @@ def locate(base: str, directory: Path | None, called: str = "base") -> str:
     if base.startswith("bundled:"):
         raise ModelError(f"{called} {base!r} is unknown; bundled models: {', '.join(BUNDLED)}")
     path = Path(base).expanduser()
-    a_path = base.startswith((".", "/", "~")) or base.count("/") > 1
+    is_path = base.startswith((".", "/", "~")) or base.count("/") > 1
     if directory is None and not path.is_absolute():
-        if a_path:
+        if is_path:
             raise ModelError(
-                f"{called} {base!r} is a path that starts where the plan file lies, and a silo that gets the plan over "
-                "the network has none; write where this silo keeps the model as 'base' into its silo file, where paths "
-                "start at the silo file"
+                f"{called} {base!r} is a path relative to the plan file, but this silo received the plan over the "
+                "network; set 'base' in the silo file to the model's path, relative to the silo file"
             )
         return base
     path = (directory or path) / path
     if path.is_dir():
         return str(path.resolve())
-    if a_path:
+    if is_path:
         raise ModelError(f"{called} {base!r}: no such directory {path}")
     return base
 
 
 def source_of(plan: Plan, directory: Path | None, override: str | None = None, *, local: bool = False) -> Source:
-    """Return where a plan's base model is on this machine; a hub model is downloaded if it is not.
+    """Find the local files of a plan's base model; a hub model is downloaded if necessary.
 
     Args:
-        directory: of the plan file, where relative paths start; None at a silo that got the plan over the network.
-        override: where this side keeps the base model, if not where the plan says.
-        local: whether nothing may be downloaded.
+        directory: directory of the plan file, to which its paths are relative; None at a silo that received the plan
+            over the network.
+        override: local path of the base model, in place of the plan's.
+        local: do not download anything.
 
     Raises:
-        ModelError: if it is not there, if a locked plan names no commit of a hub model, or if the files hold what is
-            not loaded.
+        ModelError: if it cannot be found, if a locked plan names no commit of a hub model, or if the files have
+            unsupported content.
     """
     base = override or plan.model.base
     revision = plan.model.revision if base == plan.model.base else None
@@ -107,56 +107,56 @@ def source_of(plan: Plan, directory: Path | None, override: str | None = None, *
     if Path(where).is_dir():
         if revision is not None and plan.model.sha256 is None:
             raise ModelError(
-                f"base {base!r} is the directory {where}, and 'model.revision' is a commit of a hub model; take "
-                "'revision' out of the plan, or call the directory otherwise"
+                f"base {base!r} is the directory {where}, but 'model.revision' is a commit of a hub model; remove "
+                "'revision' from the plan, or rename the directory"
             )
         return Source(check_files(where), None)
     if base == plan.model.base and plan.model.sha256 is not None and revision is None:
         raise ModelError(
-            f"base {base!r} is no directory here, and the plan is locked to no commit ('model.revision') of a hub "
-            "model of that name; name the directory of its files as 'base' in the silo file, or have the plan locked "
-            "again: gramfuse plan lock"
+            f"base {base!r} is not a directory here, and the plan names no commit ('model.revision') of a hub model "
+            "with that name; set 'base' in the silo file to the directory of its files, or have the plan locked again: "
+            "gramfuse plan lock"
         )
     return download(where, revision, local=local)
 
 
 def download(name: str, revision: str | None = None, *, local: bool = False, called: str = "base") -> Source:
-    """Return where a commit of a hub model is on this machine, downloaded if it is not there.
+    """Find the local files of a commit of a hub model; they are downloaded if necessary.
 
     Args:
         name: hub id.
-        revision: the commit; by default the newest of the main branch.
-        local: whether nothing may be downloaded.
-        called: what it is, for errors.
+        revision: the commit; by default the newest on the main branch.
+        local: do not download anything.
+        called: noun for errors.
 
     Raises:
-        ModelError: if it cannot be had, or its files hold what is not loaded.
+        ModelError: if it cannot be downloaded, or its files have unsupported content.
     """
     from huggingface_hub import snapshot_download
 
     try:
-        found = snapshot_download(
+        snapshot = snapshot_download(
             name, revision=revision, allow_patterns=DOWNLOADED, ignore_patterns=["*/*"], local_files_only=local
         )
-    except Exception as error:  # noqa: BLE001  # the library raises its own and its dependencies' errors alike
+    except Exception as error:  # noqa: BLE001  # the library also raises errors of its dependencies
         command = f"hf download {name}" + (f" --revision {revision}" if revision else "")
         at = f" at commit {revision}" if revision else ""
         raise ModelError(
-            f"{called} {name!r}{at} is on the Hugging Face hub and not on this machine; run: {command}"
+            f"{called} {name!r}{at} is on the Hugging Face hub but not on this machine; run: {command}"
             if local
             else f"{called} {name!r}{at} cannot be loaded: {error}"
         ) from None
-    return Source(check_files(found), Path(found).name)
+    return Source(check_files(snapshot), Path(snapshot).name)
 
 
 def check_files(directory: str) -> str:
-    """Check that a model's directory holds weights as safetensors, and nothing that leads to other files or to code.
+    """Check that a model's directory has safetensors weights, and nothing that refers to other files or to code.
 
     Returns:
         The directory.
 
     Raises:
-        ModelError: naming the file, what was expected, and how to have it.
+        ModelError: naming the file, what was expected, and what to do.
     """
     root = Path(directory)
     names = sorted(path.name for path in root.iterdir())
@@ -164,25 +164,25 @@ def check_files(directory: str) -> str:
     if "adapter_config.json" in names:
         raise ModelError(
             f"{root}: {'has an adapter beside the model' if weights else 'is an adapter without the model'} "
-            "(adapter_config.json), and gramfuse takes whole models; load the model and the adapter with peft, call "
-            "merge_and_unload(), and save what that returns with save_pretrained"
+            "(adapter_config.json), but gramfuse needs whole models; load the model and the adapter with peft, call "
+            "merge_and_unload(), and save the result with save_pretrained"
         )
-    saved = _checkpoints(root)
-    if saved and ("config.json" not in names or not weights):
+    checkpoints = _checkpoints(root)
+    if checkpoints and ("config.json" not in names or not weights):
         raise ModelError(
-            f"{root}: holds no model, but {len(saved)} that were saved while it was trained; name one, the last is "
-            f"{saved[-1]}"
+            f"{root}: has no model, but {len(checkpoints)} training checkpoints; name one of them, the last is "
+            f"{checkpoints[-1]}"
         )
     config = _json(root / "config.json")
     for path, value in _entries(config):
         if path[-1] == "auto_map" and path[:-1]:
             raise ModelError(
-                f"{root / 'config.json'}: {quoted('.'.join(path))} names code, and a base model's code is not run"
+                f"{root / 'config.json'}: {quoted('.'.join(path))} names code, but gramfuse never runs a model's code"
             )
         if path[-1] in ("quantization_config", "transformers_weights") and value is not None:
             raise ModelError(
-                f"{root / 'config.json'}: {quoted('.'.join(path))} is not supported; a base model has its weights in "
-                f"{WEIGHTS}, and they are not quantized"
+                f"{root / 'config.json'}: {quoted('.'.join(path))} is not supported; a base model needs unquantized "
+                f"weights in {WEIGHTS}"
             )
     if any(name.startswith("shard-") and name.endswith(".safetensors") for name in names):
         raise ModelError(f"{root}: is a distributed checkpoint; save the model as {WEIGHTS}, with save_pretrained")
@@ -194,44 +194,46 @@ def check_files(directory: str) -> str:
     raise ModelError(
         f"{root}: has no {WEIGHTS}"
         + (
-            f", only {', '.join(map(quoted, pickled[:3]))}, and gramfuse does not open such files: they can hold code. "
-            "Where you trust the file, convert it: load the model with transformers, and call "
-            "save_pretrained, which writes safetensors"
+            f", only {', '.join(map(quoted, pickled[:3]))}, which gramfuse does not open, since such files can contain "
+            "code. If you trust the file, convert it: load the model with transformers, and call save_pretrained, "
+            "which writes safetensors"
             if pickled
-            else "; a base model is saved by transformers' save_pretrained"
+            else "; save the base model with transformers' save_pretrained"
         )
     )
 
 
 def _checkpoints(root: Path) -> list[Path]:
-    """Return the models that transformers' Trainer saved in a directory, by the step at which it did."""
-    found = [path for path in root.glob("checkpoint-*") if path.name[11:].isdigit() and (path / "config.json").exists()]
-    return sorted(found, key=lambda path: int(path.name[11:]))
+    """Return the checkpoints that transformers' Trainer saved in a directory, sorted by step."""
+    checkpoints = [
+        path for path in root.glob("checkpoint-*") if path.name[11:].isdigit() and (path / "config.json").exists()
+    ]
+    return sorted(checkpoints, key=lambda path: int(path.name[11:]))
 
 
 def _check_index(root: Path) -> str:
-    """Check that the parts of weights in several files are safetensors in the same directory."""
+    """Check that all shards of the weights are safetensors files in the same directory."""
     parts = _json(root / INDEX).get("weight_map")
     for part in set(parts.values()) if isinstance(parts, dict) else {None}:
         if not isinstance(part, str) or Path(part).name != part or not part.endswith(".safetensors"):
-            raise ModelError(f"{root / INDEX}: {quoted(part)} is no safetensors file of this directory")
+            raise ModelError(f"{root / INDEX}: {quoted(part)} is not a safetensors file in this directory")
     return str(root)
 
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ModelError(f"{path}: cannot be read: {error.strerror or error}") from None
     except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
-        raise ModelError(f"{path}: is no JSON object; get the model's files again")
-    return found
+        document = None
+    if not isinstance(document, dict):
+        raise ModelError(f"{path}: is not a JSON object; get the model's files again")
+    return document
 
 
 def _entries(document: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Yield all entries of nested objects: the keys that lead to one, and its value."""
+    """Yield all entries of nested objects: their path of keys and their value."""
     waiting: list[tuple[tuple[str, ...], Any]] = [((), document)]
     while waiting:
         path, value = waiting.pop()

@@ -1,4 +1,4 @@
-"""What a tokenizer must be to a base model: it knows words, it pads, and it names no token that the model has not."""
+"""Checks that a tokenizer fits a base model: it knows words, it can pad, and the model has a row for each token."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from gramfuse_model.probing.public_text import PUBLIC_TEXT
 from gramfuse_protocol.errors import ModelError
 from gramfuse_protocol.text import quoted
 
-SAVE = "save the tokenizer that the model was trained with, by its save_pretrained, into the same directory"
+SAVE = "save the tokenizer that the model was trained with into the same directory, with its save_pretrained"
 
 
 def check_files_of(tokenizer: PreTrainedTokenizerBase, directory: str) -> None:
-    """Raise ModelError if a tokenizer was made without its files, to which all words are unknown."""
+    """Raise ModelError if a tokenizer was created without its files, in which case it knows no words."""
     names = {*tokenizer.vocab_files_names.values(), "tokenizer.json", "tekken.json"}
     files = {path.name for path in Path(directory).iterdir()}
     if tokenizer.vocab_files_names and not names & files and not any(name.endswith(".tiktoken") for name in files):
@@ -23,65 +23,65 @@ def check_files_of(tokenizer: PreTrainedTokenizerBase, directory: str) -> None:
 
 
 def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: str) -> None:
-    """Check that a tokenizer knows the public text, and that the model has a row for all that it makes of texts.
+    """Check that a tokenizer knows the public text, and that the model has an embedding row for each of its tokens.
 
     Raises:
-        ModelError: naming the token.
+        ModelError: if more than half of the text is unknown, or a token has no row.
     """
     unknown = [_unknown(tokenizer, text) for text in PUBLIC_TEXT]
     share = sum(unknown) / len(unknown)
     if share > 0.5:
         raise ModelError(
-            f"{directory}: to its tokenizer, {share:.0%} of plain English text is unknown; it is empty, or another "
-            f"model's: {SAVE}"
+            f"{directory}: its tokenizer does not know {share:.0%} of plain English text; it is empty, or belongs to "
+            f"another model: {SAVE}"
         )
     table = token_table(model)
     beyond = [] if table is None else sorted(_tokens_from(tokenizer, table.num_embeddings).items(), key=lambda t: t[1])
     if beyond and table is not None:
         token, index = beyond[0]
         raise ModelError(
-            f"{directory}: its tokenizer has {len(beyond)} tokens that the model has no embedding for, the first is "
-            f"{quoted(token)} ({index}, of {table.num_embeddings:,} rows). Where tokens were added, load the model, "
-            "call its resize_token_embeddings(len(tokenizer)), and save it; otherwise the tokenizer is another model's"
+            f"{directory}: the model has no embedding for {len(beyond)} tokens of its tokenizer, the first is "
+            f"{quoted(token)} (id {index}, {table.num_embeddings:,} rows). If tokens were added, load the model, call "
+            "its resize_token_embeddings(len(tokenizer)), and save it; otherwise the tokenizer belongs to another model"
         )
 
 
 def pad(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: str) -> None:
-    """Have a tokenizer without a token to pad with take that of the text's end, and the model know which it is.
+    """Set a missing pad token to the end-of-text token, in the tokenizer and in the model's configuration.
 
     Raises:
-        ModelError: if it has neither.
+        ModelError: if the tokenizer has neither.
     """
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ModelError(
-                f"{directory}: its tokenizer has no token to pad texts with (pad_token), nor one for their end "
-                "(eos_token); name one that it has, as tokenizer.pad_token = '…', and save it with save_pretrained"
+                f"{directory}: its tokenizer has neither a pad token (pad_token) nor an end token (eos_token); set "
+                "tokenizer.pad_token = '…' to one of its tokens, and save it with save_pretrained"
             )
         tokenizer.pad_token = tokenizer.eos_token
         model.config.pad_token_id = tokenizer.pad_token_id
     for config in (model.config, model.config.get_text_config()):
-        if getattr(config, "pad_token_id", None) is None:  # a decoder finds the last token of a text by it
+        if getattr(config, "pad_token_id", None) is None:  # a decoder uses it to find the last token of a text
             config.pad_token_id = tokenizer.pad_token_id
 
 
 def _unknown(tokenizer: PreTrainedTokenizerBase, text: str) -> float:
-    """Return the share of a text's tokens that are unknown; 1.0 if there is none."""
+    """Return the share of a text's tokens that are unknown; 1.0 if it has no tokens."""
     tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
     unknown = _unknown_tokens(tokenizer)
     return sum(token in unknown for token in tokens) / len(tokens) if tokens else 1.0
 
 
 def _unknown_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Return the numbers that stand for what is unknown: as a tokenizer declares it, and as its backend has it."""
+    """Return the ids of the unknown token: the tokenizer's and its backend's."""
     model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
     token = getattr(model, "unk_token", None)
-    found = {tokenizer.unk_token_id, getattr(model, "unk_id", None)}
-    return {index for index in found | {tokenizer.get_vocab().get(token)} if index is not None}
+    ids = {tokenizer.unk_token_id, getattr(model, "unk_id", None), tokenizer.get_vocab().get(token)}
+    return {index for index in ids if index is not None}
 
 
 def token_table(model: PreTrainedModel) -> nn.Embedding | None:
-    """Return a model's table of tokens, if it has one; some compute what they take for a token."""
+    """Return a model's token embedding table, or None: some models compute embeddings without a table."""
     try:
         table = model.get_input_embeddings()
     except NotImplementedError:
@@ -90,10 +90,10 @@ def token_table(model: PreTrainedModel) -> nn.Embedding | None:
 
 
 def _tokens_from(tokenizer: PreTrainedTokenizerBase, first: int) -> dict[str, int]:
-    """Return the tokens from a number on that a text may be made into.
+    """Return the tokens with ids from `first` up that can occur in texts.
 
-    Special tokens without a role are left out: texts have none, and some models come with one for images, say, that
-    they have no row for.
+    Special tokens without a role are excluded: they do not occur in texts, and some models have no row for them, for
+    instance for image tokens.
     """
     roles = {str(token) for token in tokenizer.special_tokens_map.values() if isinstance(token, str)}
     idle = {

@@ -1,7 +1,7 @@
-"""The base model behind a fine-tuned model that others published: as it is, with a head of zeros.
+"""The base model of a published fine-tuned model, with a head of zeros.
 
-Whoever fine-tuned it began with a head that nobody else has. The closed form does not depend on what differences are
-taken from, W₀ + S⁻¹ Σ c Ĝ (W − W₀) = S⁻¹ Σ c Ĝ W, so zeros will do, and every gramfuse has them.
+The head from which fine-tuning started is unknown. The closed form does not depend on it, since
+W₀ + S⁻¹ Σ c Ĝ (W − W₀) = S⁻¹ Σ c Ĝ W, so every gramfuse uses zeros.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from gramfuse_protocol.contract.task import Task, TaskSettings
 def plan_for(
     name: str, base: str, task: Task, *, freeze: Iterable[str] = (), gram: Mapping[str, str] | None = None
 ) -> Plan:
-    """Return the plan of one silo that has such a model.
+    """Return a plan with one silo, for such a model.
 
     Args:
-        name: of the model.
+        name: name of the model.
         base: hub id, directory or bundled name.
-        freeze: patterns of parameters that stay as they are.
-        gram: structures of Gram matrices by pattern; by default all of them are full.
+        freeze: patterns of frozen parameters.
+        gram: structures of Gram matrices by pattern; by default all full.
     """
     settings = {field: getattr(task, field) for field in TaskSettings.model_fields}
     return Plan(
@@ -44,11 +44,11 @@ def load_zero_headed(plan: Plan, directory: Path) -> Base:
     """Load a plan's base model with a head of zeros.
 
     Args:
-        plan: of `plan_for`.
-        directory: where a relative path starts.
+        plan: a plan of `plan_for`.
+        directory: base directory of relative paths.
 
     Raises:
-        ModelError: if it cannot be loaded.
+        ModelError: if the base model cannot be loaded.
     """
     base = load_base(plan, directory)
     head = head_parameters(base.model)

@@ -1,1 +1,1 @@
-"""What is found out about a base model by running it on public inputs."""
+"""Probing: properties of a base model that are found by running it on public inputs."""

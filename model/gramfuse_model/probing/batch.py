@@ -1,4 +1,4 @@
-"""A batch of a model's inputs: which of its places are real tokens, and each of its examples by itself."""
+"""A batch of a model's inputs: masks of its real tokens, and its examples one by one."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ from gramfuse_protocol.errors import ModelError
 Batch = dict[str, torch.Tensor]
 
 IGNORED = -100
-"""The label of a position of which nothing is to be predicted, as padding is; as transformers' losses have it."""
+"""The label of positions without a target, such as padding; transformers' losses ignore it."""
 
 SHORTEST = 3
-"""Tokens of a text that one can be taken out of the middle of."""
+"""Minimum length of a text from whose middle a token can be removed."""
 
 TOKENS = ("input_ids", "inputs_embeds")
-"""Inputs that have a place for each token, whether a mask says so or not."""
+"""Inputs with one position for each token, with or without a mask."""
 
 PLACED = (*TOKENS, "input_values", "input_features")
-"""Inputs whose padding a model should not look at."""
+"""Inputs whose padding a model should ignore."""
 
 TARGETS = ("labels", "decoder_input_ids", "decoder_attention_mask")
-"""What of a batch belongs to the target of a model with encoder and decoder."""
+"""Inputs that belong to the target of an encoder-decoder model."""
 
 
 def masks_of(model: nn.Module, batch: Mapping[str, Any]) -> Batch:
-    """Return where real tokens are, `input` and `target` as far as the batch has them: bool (examples, length).
+    """Return the masks of real tokens, `input` and `target` if the batch has them: bool (examples, length).
 
     Args:
-        batch: keyword arguments of the model's forward. `attention_mask` marks the real ones of whatever it goes with:
-            tokens, embeddings, or samples of a sound. Without it every input token is real. Target tokens are real
-            where `decoder_attention_mask` says so, or else where `labels` are no negative numbers.
+        batch: keyword arguments of the model's forward. `attention_mask` marks the real tokens, embeddings or audio
+            samples; without it every input token is real. Target tokens are real according to
+            `decoder_attention_mask`, or else where `labels` are not negative.
 
     Raises:
-        ModelError: if `attention_mask` is no (examples, length), or nothing in the batch has such places; if there is
-            none, and some of the texts begin or end with the token that the model's configuration has for padding.
+        ModelError: if `attention_mask` is not (examples, length), or no input matches it; or if there is no mask and
+            only some of the texts begin or end with the configuration's pad token.
     """
     masks: Batch = {}
     mask = batch.get("attention_mask")
@@ -48,15 +48,15 @@ def masks_of(model: nn.Module, batch: Mapping[str, Any]) -> Batch:
         if mask.dim() != 2 or not any(has_places(value, mask) for value in others):
             sizes = ", ".join(f"{key} {tuple(value.shape)}" for key, value in batch.items())
             raise ModelError(
-                f"the mask of a batch does not go with its inputs, so padding could not be left out: {sizes}; "
-                "expected attention_mask (examples, length), and an input with as many places"
+                f"the attention_mask of a batch does not match its inputs, so padding could not be excluded: {sizes}; "
+                "expected attention_mask (examples, length), and an input with the same first dimensions"
             )
         masks["input"] = mask.bool()
     else:
-        given = next((batch[key] for key in TOKENS if key in batch), None)
-        if given is not None:
+        tokens = next((batch[key] for key in TOKENS if key in batch), None)
+        if tokens is not None:
             _check_unpadded(model, batch)
-            masks["input"] = torch.ones(given.shape[:2], dtype=torch.bool, device=given.device)
+            masks["input"] = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
     if is_encoder_decoder(model):
         if "decoder_attention_mask" in batch:
             masks["target"] = batch["decoder_attention_mask"].bool()
@@ -68,7 +68,7 @@ def masks_of(model: nn.Module, batch: Mapping[str, Any]) -> Batch:
 
 
 def _check_unpadded(model: nn.Module, batch: Mapping[str, Any]) -> None:
-    """Raise ModelError if tokens that come without a mask seem to be padded."""
+    """Raise ModelError if tokens without a mask seem to be padded."""
     ids, padding = batch.get("input_ids"), getattr(getattr(model, "config", None), "pad_token_id", None)
     if ids is None or ids.dim() != 2 or not isinstance(padding, int):
         return
@@ -76,39 +76,38 @@ def _check_unpadded(model: nn.Module, batch: Mapping[str, Any]) -> None:
         padded = ids[:, place] == padding
         if bool(padded.any()) and not bool(padded.all()):
             raise ModelError(
-                f"a batch has no attention_mask, and some of its texts {'end' if place else 'begin'} with the token "
-                f"{padding}, which is padding by the model's configuration, so padding would be counted as tokens; "
-                "give attention_mask too, as tokenizers make it"
+                f"a batch has no attention_mask, but some of its texts {'end' if place else 'begin'} with the model's "
+                f"pad token {padding}, so padding would count as tokens; pass the tokenizer's attention_mask too"
             )
 
 
 def has_places(value: torch.Tensor, mask: torch.Tensor) -> bool:
-    """Whether the first dimensions of a value are the examples and places of a mask."""
+    """Return whether the first dimensions of a value are those of a mask, (examples, length)."""
     return value.shape[:2] == mask.shape
 
 
 def alone(batch: Mapping[str, torch.Tensor], masks: Mapping[str, torch.Tensor], index: int) -> Batch:
-    """Return one example of a batch as a batch of one, without padding.
+    """Return one example as a batch of one, without padding.
 
     Args:
-        masks: of `masks_of`.
+        masks: the result of `masks_of`.
     """
-    found = {}
+    example = {}
     for key, value in batch.items():
         mask = masks.get("target" if key in TARGETS else "input")
         padded = mask is not None and has_places(value, mask)
-        found[key] = (value[index, mask[index]] if padded else value[index]).unsqueeze(0)  # type: ignore[index]
-    return found
+        example[key] = (value[index, mask[index]] if padded else value[index]).unsqueeze(0)  # type: ignore[index]
+    return example
 
 
 def with_shorter(batch: Mapping[str, torch.Tensor], masks: Mapping[str, torch.Tensor], config: Any) -> Batch:
-    """Return a batch of texts that are all of one length, and each of them without the token in its middle.
+    """Extend a batch of texts of equal length by a copy of each without its middle token.
 
-    Texts of less than three tokens stay as they are.
+    Texts of fewer than three tokens are returned unchanged.
 
     Args:
-        masks: of `masks_of`.
-        config: the model's, if it has one: with which token it is padded.
+        masks: the result of `masks_of`.
+        config: the model's configuration or None; it names the pad token.
     """
     mask = masks["input"]
     length = int(mask[0].sum())
@@ -121,16 +120,16 @@ def with_shorter(batch: Mapping[str, torch.Tensor], masks: Mapping[str, torch.Te
     }
     texts["attention_mask"] = torch.ones(len(mask), length, dtype=torch.long, device=mask.device)
     left = bool(mask[:, -1].all()) and not bool(mask[:, 0].all())
-    found = {key: torch.cat([value, value]) for key, value in batch.items() if key not in texts}
+    extended = {key: torch.cat([value, value]) for key, value in batch.items() if key not in texts}
     for key, whole in texts.items():
         filler = (getattr(config, "pad_token_id", None) or 0) if key == "input_ids" else 0
         ends = [whole[:, : length // 2], whole[:, length // 2 + 1 :]]
         padding = torch.full_like(whole[:, :1], filler)
         cut = torch.cat([padding, *ends] if left else [*ends, padding], dim=1)
-        found[key] = torch.cat([whole, cut])
-    return found
+        extended[key] = torch.cat([whole, cut])
+    return extended
 
 
 def chosen(batch: Mapping[str, torch.Tensor], indices: Sequence[int]) -> Batch:
-    """Return some of a batch's examples."""
+    """Return the examples of a batch with these indices."""
     return {key: value[list(indices)] for key, value in batch.items()}

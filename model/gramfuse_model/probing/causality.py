@@ -1,4 +1,4 @@
-"""Whether a base model that is to predict next tokens does not see them: found by changing what comes later."""
+"""Checks that a causal language model cannot see the tokens it predicts, by changing later tokens."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.errors import ModelError
 
 LONGEST = 64
-"""Most tokens of the text that is changed."""
+"""Maximum number of tokens of the test text."""
 
 TOLERANCE = 1e-4
-"""Share of their own size by which logits may differ and be the same; rounding makes it 1e-6."""
+"""Relative difference below which logits count as equal; rounding causes 1e-6."""
 
 
 def check_causal(base: Base, task: Task) -> None:
-    """Check that a base model's logits do not depend on what comes after, if the task is to predict it.
+    """Check that a base model's logits do not depend on later tokens, if the task is causal language modelling.
 
     Raises:
-        ModelError: if they do: training and metrics would be about words that the model is shown.
+        ModelError: if they do: the model would learn to copy, and metrics would be meaningless.
     """
     if task.task != "causal-lm":
         return
@@ -30,15 +30,15 @@ def check_causal(base: Base, task: Task) -> None:
     text = dict(base.tokenizer(" ".join(PUBLIC_TEXT), **settings))
     tokens = text["input_ids"][0].tolist()
     before = max(1, len(tokens) // 2)
-    different = list(dict.fromkeys(tokens))
-    following = dict(zip(different, [*different[1:], different[0]], strict=True))
-    changed = {**text, "input_ids": torch.tensor([[*tokens[:before], *(following[t] for t in tokens[before:])]])}
+    distinct = list(dict.fromkeys(tokens))
+    replacement = dict(zip(distinct, [*distinct[1:], distinct[0]], strict=True))
+    changed = {**text, "input_ids": torch.tensor([[*tokens[:before], *(replacement[t] for t in tokens[before:])]])}
     with observing(model, []):
-        here, there = (run(model, one, "a public text").logits[:, :before].double() for one in (text, changed))
-    size = (here - here.mean(dim=-1, keepdim=True)).norm(dim=-1)  # (1, before); a constant changes no probability
-    if bool(((there - here).norm(dim=-1) > TOLERANCE * size).any()):
+        original, other = (run(model, x, "a public text").logits[:, :before].double() for x in (text, changed))
+    size = (original - original.mean(dim=-1, keepdim=True)).norm(dim=-1)  # (1, before); constants change nothing
+    if bool(((other - original).norm(dim=-1) > TOLERANCE * size).any()):
         raise ModelError(
-            f"{type(model).__name__} sees the tokens that it is to predict: its logits change with what comes after "
-            "them, so it learns to copy, and its accuracy says nothing. Take a decoder for causal-lm; where the class "
-            'can be one, "is_decoder": true in its config.json makes it one (XLM: "causal": true)'
+            f"{type(model).__name__} sees the tokens that it should predict: its logits depend on later tokens, so it "
+            "would learn to copy, and its accuracy would be meaningless. Use a decoder for causal-lm; some classes "
+            'become one with "is_decoder": true in config.json (XLM: "causal": true)'
         )

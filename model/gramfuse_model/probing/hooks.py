@@ -1,4 +1,4 @@
-"""Watching what enters modules while a model runs."""
+"""Hooks that observe the inputs of modules while a model runs."""
 
 from __future__ import annotations
 
@@ -14,47 +14,48 @@ from gramfuse_protocol.errors import GramfuseError, ModelError
 from gramfuse_protocol.text import one_line
 
 Hook = Callable[[nn.Module, torch.Tensor, tuple[Any, ...]], None]
-"""Called before a module runs, with it, its input, and all else that it is called with, positional or by keyword."""
+"""Called before a module runs, with the module, its first argument, and its other arguments, including keyword
+arguments."""
 
 
-MOST = 500
-"""Characters that are shown of what a model says when it fails."""
+MESSAGE_CHARACTERS = 500
+"""Maximum length at which an error quotes a model's own error message."""
 
 
-def run(model: nn.Module, batch: Mapping[str, Any], what: str = "the batch that a layout is made on") -> Any:
-    """Return what a model puts out for a batch, which is put onto its device.
+def run(model: nn.Module, batch: Mapping[str, Any], what: str = "the batch for deriving the layout") -> Any:
+    """Run a model on a batch, moved to the model's device, and return its output.
 
     Args:
         batch: keyword arguments of its forward.
-        what: the batch, for errors.
+        what: noun for the batch in errors.
 
     Raises:
-        ModelError: if the model fails, with what it said, and its error as the cause.
+        ModelError: if the model fails; its own error is the cause.
     """
     device = next(model.parameters()).device
     try:
         return model(**{key: value.to(device) for key, value in batch.items()})
     except GramfuseError:
         raise
-    except Exception as error:  # models raise what they like
+    except Exception as error:  # models raise all kinds of errors
         raise ModelError(failure(model, batch, what, error)) from error
 
 
 def failure(model: nn.Module, batch: Mapping[str, Any], what: str, error: Exception) -> str:
-    """Say that a model cannot compute a batch, and why."""
+    """Return the error message for a model that fails on a batch."""
     sizes = ", ".join(f"{key} {tuple(value.shape)}" for key, value in batch.items())
-    said = f"{type(error).__name__}: {one_line(str(error), MOST).removesuffix('.')}"
-    return f"{type(model).__name__} cannot compute {what} ({sizes}): {said}"
+    reason = f"{type(error).__name__}: {one_line(str(error), MESSAGE_CHARACTERS).removesuffix('.')}"
+    return f"{type(model).__name__} cannot compute {what} ({sizes}): {reason}"
 
 
 @contextmanager
 def observing(model: nn.Module, hooks: Iterable[tuple[nn.Module, Hook]], *, gradients: bool = False) -> Iterator[None]:
-    """Hook modules while the model is in evaluation mode; all is as before afterwards.
+    """Install hooks and put the model in evaluation mode; both are undone on exit.
 
-    Each module gets back its own mode: a part that was kept in evaluation mode stays so.
+    Each module's own mode is restored: a part that was in evaluation mode stays so.
 
     Args:
-        gradients: whether autograd is on.
+        gradients: whether autograd is enabled.
     """
     modes = [(module, module.training) for module in model.modules()]
     handles = [module.register_forward_pre_hook(_with_input(hook), with_kwargs=True) for module, hook in hooks]
@@ -70,15 +71,15 @@ def observing(model: nn.Module, hooks: Iterable[tuple[nn.Module, Hook]], *, grad
 
 
 def rows_of(x: torch.Tensor, kind: Rows, mask: torch.Tensor | None) -> torch.Tensor:
-    """Return the rows of a layer's input that count, one example after the other: (rows, d_in).
+    """Return the rows of a layer's input that count, example by example: (rows, d_in).
 
     Args:
-        x: as `by_example` takes it; for `all` and `table`, of which every row counts, of any shape.
+        x: as for `by_example`; any shape for `all` and `table`, in which every row counts.
         kind: which rows count.
-        mask: bool (examples, length), where real tokens are; without one every row counts.
+        mask: mask of real tokens, bool (examples, length); if None, every row counts.
 
     Raises:
-        ValueError: if these are not rows of so many examples and places.
+        ValueError: if the shape does not fit the mask.
     """
     if mask is None or kind in ("all", "table"):
         return x.reshape(-1, x.shape[-1])
@@ -86,24 +87,24 @@ def rows_of(x: torch.Tensor, kind: Rows, mask: torch.Tensor | None) -> torch.Ten
 
 
 def by_example(x: torch.Tensor, kind: Rows, mask: torch.Tensor) -> torch.Tensor:
-    """Return a layer's input as (examples, places, …, d_in).
+    """Return a layer's input as (examples, positions, …, d_in).
 
     Args:
-        x: the same, with `turned` (places, examples, …, d_in), or flattened to (any, d_in). There may be more places
-            than in the mask: what a model pads inside comes after them.
+        x: the same shape, or (positions, examples, …, d_in) for `turned`, or flattened to (rows, d_in). It can have
+            more positions than the mask; a model's internal padding follows the mask's positions.
 
     Raises:
-        ValueError: if it is of no such shape.
+        ValueError: if it has none of these shapes.
     """
     examples, length = mask.shape
     if x.dim() == 2:
         if x.shape[0] % examples:
-            raise ValueError(f"{x.shape[0]} rows are not as many for each of {examples} examples")
+            raise ValueError(f"{x.shape[0]} rows cannot be divided among {examples} examples")
         x = x.view(-1, examples, x.shape[-1]) if kind == "turned" else x.view(examples, -1, x.shape[-1])
     if kind == "turned":
         x = x.transpose(0, 1)
     if x.shape[0] != examples or x.shape[1] < length:
-        raise ValueError(f"{tuple(x.shape[:2])} are not the rows of {examples} examples of {length} places")
+        raise ValueError(f"shape {tuple(x.shape[:2])} does not fit {examples} examples of {length} positions")
     return x
 
 

@@ -1,4 +1,4 @@
-"""How long a text a base model takes: found by running it on public text, since configurations say it in many ways."""
+"""Finds the maximum text length of a base model by running it, since configurations specify it in many ways."""
 
 from __future__ import annotations
 
@@ -14,60 +14,60 @@ from torch.overrides import TorchFunctionMode
 
 from gramfuse_model.heads import is_encoder_decoder
 from gramfuse_model.loading.base_model import Base
-from gramfuse_model.probing.hooks import MOST, observing
+from gramfuse_model.probing.hooks import MESSAGE_CHARACTERS, observing
 from gramfuse_model.probing.public_text import PUBLIC_TEXT
 from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.errors import ModelError, PlanError
 from gramfuse_protocol.text import one_line
 
-TRIED = ((7, 6), (17, 11))
-"""Tokens of input and target in two runs; the two grow by different numbers, so that they can be told apart."""
+LENGTHS = ((7, 6), (17, 11))
+"""Number of input and target tokens in two runs; they grow by different numbers, to distinguish them."""
 
 LONGEST = 127
-"""Most tokens of a text that is tried: a prime, which no model that works in blocks takes by chance."""
+"""Maximum number of tokens of a test text: a prime, so that it is no multiple of a model's block size."""
 
 KINDS = ("input", "target")
 SETTINGS = {"input": "max-length", "target": "target-length"}
 
 Row = dict[str, torch.Tensor]
 Lookup = tuple[torch.Tensor, torch.Tensor]
-"""A table of embeddings, and the indices of what was looked up in it."""
+"""An embedding table and the indices that were looked up in it."""
 
 
-DEPEND = ("dynamic", "longrope")
-"""Kinds of rotary positions that are others for all texts of a batch once its longest has a number of tokens."""
+BATCH_DEPENDENT = ("dynamic", "longrope")
+"""Types of rotary embeddings that change for all texts of a batch if its longest text exceeds a length."""
 
 
 TEXT = (
     "text",
-    "Texts have any length up to max-length, and gramfuse pads them to the longest of their batch; take a base model "
-    "that takes them",
+    "Texts can have any length up to max-length, and gramfuse pads them to the longest in their batch; use a base "
+    "model that supports this",
 )
 PAIR = (
     "pair of texts",
-    "Its tokenizer gives the second text of a pair token_type_ids of 1; take a base model that knows them "
-    "(type_vocab_size in config.json is 2 or more), or leave out 'pair'",
+    "Its tokenizer sets token_type_ids of the second text to 1; use a base model that supports them (type_vocab_size "
+    "in config.json is 2 or more), or omit 'pair'",
 )
-"""What a model fails on, and what to do."""
+"""The kind of input on which a model fails, and what to do."""
 
 
 class Room(NamedTuple):
-    """How many tokens a model takes, and why no more: what follows the words "the model"."""
+    """A model's maximum number of tokens, and the reason, which completes a sentence that begins with "the model"."""
 
     tokens: int
     reason: str
 
 
 def check_lengths(base: Base, tasks: Iterable[Task], *, trains: bool) -> None:
-    """Check that a base model takes the texts of some tasks, from a single letter on.
+    """Check that a base model can process texts of all lengths that some tasks allow.
 
     Args:
-        trains: whether it is to be trained, when some models take other lengths than in evaluation.
+        trains: whether it will be trained; some models support other lengths in training than in evaluation.
 
     Raises:
-        PlanError: if the model's table of positions has fewer places than the tasks allow tokens, or its rotary
-            positions depend on the batch before that.
-        ModelError: if the model cannot compute texts of some length.
+        PlanError: if the tasks allow more tokens than the model has positions, or than its rotary embeddings can
+            encode independently of the batch.
+        ModelError: if the model fails on texts of some length.
     """
     if base.takes_images:
         return
@@ -76,97 +76,98 @@ def check_lengths(base: Base, tasks: Iterable[Task], *, trains: bool) -> None:
     for kind, room in room_of(base, *wanted.values()).items():
         if wanted[kind] > room.tokens:
             raise PlanError(
-                f"{SETTINGS[kind]} is {wanted[kind]:,}, and the model {room.reason}; set {SETTINGS[kind]} to "
-                f"{room.tokens:,} at most, or take a base for longer texts"
+                f"{SETTINGS[kind]} is {wanted[kind]:,}, but the model {room.reason}; set {SETTINGS[kind]} to at most "
+                f"{room.tokens:,}, or use a base model for longer texts"
             )
-    most = [min(LONGEST, wanted[kind]) for kind in KINDS]
-    rows = [_row(base, "a", *wanted.values()), _row(base, " ".join(PUBLIC_TEXT), *most)]
+    limits = [min(LONGEST, wanted[kind]) for kind in KINDS]
+    rows = [_row(base, "a", *wanted.values()), _row(base, " ".join(PUBLIC_TEXT), *limits)]
     if any(task.pair for task in tasks):
-        rows.append(_row(base, PUBLIC_TEXT[0], *most, second=PUBLIC_TEXT[1]))
+        rows.append(_row(base, PUBLIC_TEXT[0], *limits, second=PUBLIC_TEXT[1]))
     for row in rows:
         _run(base.model, row)
-        if trains and not any(isinstance(module, _BatchNorm) for module in base.model.modules()):  # it would learn
+        if trains and not any(
+            isinstance(module, _BatchNorm) for module in base.model.modules()
+        ):  # training mode would update its statistics
             _run(base.model, row, trains=True)
 
 
 def room_of(base: Base, longest: int, target: int) -> Mapping[str, Room]:
-    """Return how many tokens a model takes, of `input` and of `target`, each only if there is a bound.
+    """Return a model's maximum numbers of tokens for `input` and `target`; unbounded ones are omitted.
 
-    It has a table of places, of which a text of n tokens takes n rows in a row, and a longer text as many more; or its
-    rotary positions are the same in every batch up to so many tokens.
+    A bound comes from a position table, of which a text of n tokens uses n consecutive rows, or from rotary embeddings
+    that are independent of the batch only up to a length.
 
     Args:
-        longest, target: most tokens of an input and of a target that are of interest.
+        longest, target: maximum numbers of input and target tokens of interest.
 
     Raises:
-        ModelError: if the model cannot compute short texts.
+        ModelError: if the model fails on short texts.
     """
     if base.takes_images:
         return {}
     text = " ".join(PUBLIC_TEXT)
-    rows = [_row(base, text, min(tokens, longest), min(targets, target)) for tokens, targets in TRIED]
+    rows = [_row(base, text, min(tokens, longest), min(targets, target)) for tokens, targets in LENGTHS]
     lookups = [_run(base.model, row) for row in rows]
     names = {id(tensor): name for name, tensor in (*base.model.named_parameters(), *base.model.named_buffers())}
-    numbers = {buffer.untyped_storage().data_ptr(): buffer for buffer in base.model.buffers() if buffer.numel()}
-    found: dict[str, Room] = {}
+    buffers = {buffer.untyped_storage().data_ptr(): buffer for buffer in base.model.buffers() if buffer.numel()}
+    rooms: dict[str, Room] = {}
     for kind, key, wanted in zip(KINDS, ("input_ids", "labels"), (longest, target), strict=True):
         if key not in rows[0]:
             continue
         tokens = tuple(row[key].shape[1] for row in rows)
         for table, indices in lookups[1]:
             for before in (i for t, i in lookups[0] if t is table):
-                places = _places(table, before, indices, tokens)
-                if places is None and kind == "input":
-                    places = _places_of_whole_windows(base, table, before, indices, tokens, wanted)
-                if places is not None:
-                    most = min(places, _numbered(indices, numbers, places))
+                positions = _positions(table, before, indices, tokens)
+                if positions is None and kind == "input":
+                    positions = _positions_in_windows(base, table, before, indices, tokens, wanted)
+                if positions is not None:
+                    limit = min(positions, _index_limit(indices, buffers, positions))
                     name = names.get(id(table), "positions")
-                    room = Room(most, f"has places for {most:,} tokens ({name!r})")
-                    found[kind] = min(room, found.get(kind, room))
+                    room = Room(limit, f"has positions for {limit:,} tokens ({name!r})")
+                    rooms[kind] = min(room, rooms.get(kind, room))
                     break
         for room in _rotary(base.model.config.to_dict()):
-            found[kind] = min(room, found.get(kind, room))
-    return found
+            rooms[kind] = min(room, rooms.get(kind, room))
+    return rooms
 
 
 def _rotary(config: Mapping[str, Any], length: int | None = None) -> Iterator[Room]:
-    """Yield up to how many tokens rotary positions are the same in every batch, for those of which that is not all.
+    """Yield the maximum lengths up to which rotary embeddings are independent of the batch, if they are bounded.
 
     Args:
-        config: a configuration, or a part of one.
-        length: `max_position_embeddings` of what it is a part of.
+        config: a configuration, or a nested one.
+        length: `max_position_embeddings` of the enclosing configuration.
     """
     length = config.get("max_position_embeddings", length)
     kind = config.get("rope_type")
-    if kind in DEPEND:
+    if kind in BATCH_DEPENDENT:
         tokens = length if kind == "dynamic" else config.get("original_max_position_embeddings")
         if isinstance(tokens, int):
-            reason = f"computes other positions for a batch with a text of more than {tokens:,} tokens"
-            yield Room(tokens, f"{reason} (rope_type is {kind!r}), so that it would depend on what else is in it")
+            reason = f"changes its position embeddings for a whole batch if a text has more than {tokens:,} tokens"
+            yield Room(tokens, f"{reason} (rope_type is {kind!r}), so an output would depend on the rest of its batch")
     for part in config.values():
         if isinstance(part, Mapping):
             yield from _rotary(part, length)
 
 
-def _places(table: torch.Tensor, before: torch.Tensor, indices: torch.Tensor, tokens: tuple[int, ...]) -> int | None:
-    """Return for how many tokens a table has places, if the indices of two texts have one for each token."""
-    less, more = tokens
-    ends = _last(before, less), _last(indices, more)
-    if ends[0] is None or ends[1] is None or not ends[1] - ends[0] == more - less > 0:
+def _positions(table: torch.Tensor, before: torch.Tensor, indices: torch.Tensor, tokens: tuple[int, ...]) -> int | None:
+    """Return a table's number of positions, if the indices of two texts have one position for each token."""
+    shorter, longer = tokens
+    ends = _last(before, shorter), _last(indices, longer)
+    if ends[0] is None or ends[1] is None or not ends[1] - ends[0] == longer - shorter > 0:
         return None
-    return table.shape[0] - (ends[1] + 1 - more)
+    return table.shape[0] - (ends[1] + 1 - longer)
 
 
-def _places_of_whole_windows(
+def _positions_in_windows(
     base: Base, table: torch.Tensor, before: torch.Tensor, indices: torch.Tensor, tokens: tuple[int, ...], wanted: int
 ) -> int | None:
-    """Return for how many tokens a table has places in whole windows, if a model pads each text to such, as LED does.
+    """Return a table's number of positions in whole windows, for a model that pads texts to windows, such as LED.
 
-    A model that looks up a number of places that has nothing to do with the text is told apart by a text that is one
-    token longer than the window.
+    A text that is one token longer than the window excludes models that look up a constant number of positions.
 
     Args:
-        wanted: most tokens that are of interest.
+        wanted: maximum number of tokens of interest.
     """
     counts = [i.numel() for i in (before, indices)]
     window = math.gcd(*counts)
@@ -174,37 +175,37 @@ def _places_of_whole_windows(
         return None
     if window < 2 or [-(-n // window) * window for n in tokens] != counts or counts == list(tokens):
         return None
-    places = int(table.shape[0] - indices.flatten()[0]) // window * window
-    if counts[0] == counts[1] and places < wanted:
+    positions = int(table.shape[0] - indices.flatten()[0]) // window * window
+    if counts[0] == counts[1] and positions < wanted:
         text = " ".join(PUBLIC_TEXT * (1 + window // 50))
         try:
-            longer = _run(base.model, _row(base, text, window + 1, TRIED[1][1]))
+            longer = _run(base.model, _row(base, text, window + 1, LENGTHS[1][1]))
         except ModelError:
-            return places
+            return positions
         if all(i.numel() == window for t, i in longer if t is table):
             return None
-    return places
+    return positions
 
 
 def _counts_up(indices: torch.Tensor) -> bool:
-    """Whether indices are consecutive numbers of one text."""
+    """Return whether indices are consecutive numbers of one text."""
     flat = indices.flatten()
     return flat.numel() == indices.shape[-1] and bool((flat.diff() == 1).all())
 
 
-def _numbered(indices: torch.Tensor, numbers: Mapping[int, torch.Tensor], places: int) -> int:
-    """Return how many tokens a model can number, where it takes the indices from a buffer of numbers."""
-    buffer = numbers.get(indices.untyped_storage().data_ptr())
-    return places if buffer is None else int(buffer.numel() - indices.storage_offset())
+def _index_limit(indices: torch.Tensor, buffers: Mapping[int, torch.Tensor], positions: int) -> int:
+    """Return how many tokens a model can index, if its indices are a slice of a buffer."""
+    buffer = buffers.get(indices.untyped_storage().data_ptr())
+    return positions if buffer is None else int(buffer.numel() - indices.storage_offset())
 
 
 def _last(indices: torch.Tensor, tokens: int) -> int | None:
-    """Return the highest of the indices of one text, if those before it count up to it, one for each token."""
+    """Return the highest index of one text, if the indices count up to it, one for each token; None otherwise."""
     if indices.dim() > 2 or (indices.dim() == 2 and indices.shape[0] != 1):
         return None
-    different = set(indices.flatten().tolist())
-    last = max(different)
-    return last if different.issuperset(range(last + 1 - tokens, last)) else None
+    distinct = set(indices.flatten().tolist())
+    last = max(distinct)
+    return last if distinct.issuperset(range(last + 1 - tokens, last)) else None
 
 
 def _is_table(tensor: torch.Tensor) -> bool:
@@ -212,24 +213,24 @@ def _is_table(tensor: torch.Tensor) -> bool:
 
 
 class _Lookups(TorchFunctionMode):
-    """Notes what is looked up in which table of embeddings."""
+    """Records lookups in embedding tables."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[Lookup] = []
+        self.lookups: list[Lookup] = []
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is functional.embedding:
-            self.found.append((args[1], args[0]))
+            self.lookups.append((args[1], args[0]))
         elif function is torch.Tensor.__getitem__ and _is_table(args[0]):
             first, *rest = args[1] if isinstance(args[1], tuple) else (args[1],)
             if isinstance(first, torch.Tensor) and first.dtype == torch.int64 and all(r == slice(None) for r in rest):
-                self.found.append((args[0], first))
+                self.lookups.append((args[0], first))
         return function(*args, **(kwargs or {}))
 
 
 def _row(base: Base, text: str, tokens: int, targets: int, *, second: str | None = None) -> Row:
-    """Return one public text, or a pair, of so many tokens at most, as keyword arguments of forward."""
+    """Return a text or a pair, truncated to `tokens` (and `targets`) tokens, as keyword arguments of forward."""
     row = dict(base.tokenizer(text, second, truncation=True, max_length=tokens, return_tensors="pt"))
     if is_encoder_decoder(base.model):
         target = base.tokenizer(text_target=text, truncation=True, max_length=targets, return_tensors="pt")
@@ -238,18 +239,19 @@ def _row(base: Base, text: str, tokens: int, targets: int, *, second: str | None
 
 
 def _run(model: nn.Module, row: Row, *, trains: bool = False) -> list[Lookup]:
-    """Run a model on one text or pair, and return the tables that it looked something up in, with the indices."""
+    """Run a model on one text or pair, and return its embedding lookups."""
     device = next(model.parameters()).device
-    with observing(model, []), torch.random.fork_rng(devices=[]), _Lookups() as lookups:
+    with observing(model, []), torch.random.fork_rng(devices=[]), _Lookups() as recorder:
         model.train(trains)
         try:
             model(**{key: value.to(device) for key, value in row.items()})
-        except Exception as error:  # models raise what they like
-            what, remedy = PAIR if "token_type_ids" in row and bool(row["token_type_ids"].any()) else TEXT
-            when, said = " in training" if trains else "", one_line(str(error), MOST).removesuffix(".")
+        except Exception as error:  # models raise all kinds of errors
+            noun, remedy = PAIR if "token_type_ids" in row and bool(row["token_type_ids"].any()) else TEXT
+            when = " in training" if trains else ""
+            reason = one_line(str(error), MESSAGE_CHARACTERS).removesuffix(".")
             raise ModelError(
-                f"the base model cannot compute a {what} of {row['input_ids'].shape[1]} tokens{when}: "
-                f"{type(error).__name__}: {said}. {remedy}"
+                f"the base model cannot compute a {noun} of {row['input_ids'].shape[1]} tokens{when}: "
+                f"{type(error).__name__}: {reason}. {remedy}"
             ) from error
-    found: list[Lookup] = lookups.found
-    return found
+    lookups: list[Lookup] = recorder.lookups
+    return lookups

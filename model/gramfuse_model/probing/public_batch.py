@@ -1,4 +1,4 @@
-"""What every base model is tried on: public texts, pairs of them, and images of waves, as its own files make them."""
+"""The public batch on which every base model is tested: texts, pairs of texts, or images of waves."""
 
 from __future__ import annotations
 
@@ -19,32 +19,32 @@ from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.errors import ModelError
 
 LONGEST = 1024
-"""Most tokens of the text that a base model is tried on, however long examples may be."""
+"""Maximum number of tokens of the test text, however long examples can be."""
 
 PUBLIC = {"input": "input_ids", "target": "labels"}
-"""Where the public text stands in a batch."""
+"""The batch keys of the public text."""
 
 
 def public_batch(base: Base) -> dict[str, torch.Tensor]:
-    """Return what a base model is traced on: keyword arguments of its forward, of nobody's data.
+    """Return a batch of public data for a base model, as keyword arguments of its forward.
 
     Raises:
-        ModelError: if the image processor does not make images of one size.
+        ModelError: if the image processor does not produce images of one size.
     """
     if base.takes_images:
         return {"pixel_values": public_images(base.tokenizer)}
     texts = list(PUBLIC_TEXT)
     batch = dict(base.tokenizer(texts, padding=True, return_attention_mask=True, return_tensors="pt"))
     if is_encoder_decoder(base.model):
-        batch |= _targets(base, texts[1:] + texts[:1])  # of other lengths than the inputs, to tell their rows apart
+        batch |= _targets(base, texts[1:] + texts[:1])  # lengths must differ from the inputs'
     return batch
 
 
 def check_long_texts(plan: Plan, base: Base) -> None:
-    """Raise ModelError unless a text as long as examples may be is the same to the base model alone and beside others.
+    """Raise ModelError unless the base model's outputs for a text of maximum length are the same alone and in a batch.
 
-    BigBird, for one, computes something else from a certain length on, and never again once it saw a shorter text. If
-    an example may be a pair of texts, it is tried on such.
+    BigBird, for example, switches its attention above a certain length, and back for good once it sees a shorter text.
+    If examples can be pairs of texts, pairs are tested.
     """
     if base.takes_images:
         return
@@ -54,7 +54,7 @@ def check_long_texts(plan: Plan, base: Base) -> None:
     settings = {"truncation": True, "max_length": length, "return_attention_mask": True, "return_tensors": "pt"}
     batch = dict(base.tokenizer(texts, others, padding=True, **settings))
     if others is None and bool(batch["attention_mask"].all()):
-        return  # examples are so short that there is no difference
+        return  # all texts are truncated to the same length
     if is_encoder_decoder(base.model):
         batch |= _targets(base, PUBLIC_TEXT[1:3])
     try:
@@ -63,17 +63,17 @@ def check_long_texts(plan: Plan, base: Base) -> None:
         if error.__cause__ is None:
             raise
         raise ModelError(
-            f"the base model cannot take a text of {batch['input_ids'].shape[1]} tokens, as model.max-length allows: "
-            f"{error}; make model.max-length smaller"
+            f"the base model cannot process a text of {batch['input_ids'].shape[1]} tokens, as model.max-length "
+            f"allows: {error}; lower model.max-length"
         ) from error
 
 
 @contextmanager
 def trying(base: Base, batch: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Say of a base model that cannot compute what it is tried on what of its files does not fit.
+    """If a base model fails on the public batch, add to the error which of its files does not fit.
 
     Args:
-        batch: of `public_batch`.
+        batch: the result of `public_batch`.
     """
     try:
         yield
@@ -84,20 +84,20 @@ def trying(base: Base, batch: Mapping[str, torch.Tensor]) -> Iterator[None]:
 
 
 def _misfit(base: Base, batch: Mapping[str, torch.Tensor], error: ModelError) -> str | None:
-    """Say what of a base model's files does not let it compute what it is tried on, if that is seen."""
+    """Describe the likely mismatch in a base model's files that made it fail on the public batch; None if unknown."""
     if base.takes_images:
         channels, height, width = batch["pixel_values"].shape[1:]
         return (
-            f"{error}. The base model's image processor makes {channels} channels of {height} × {width} pixels: set "
-            '"size" (and for another number of channels "image_mean" and "image_std") in its preprocessor_config.json '
-            "to what the model takes, or take another model"
+            f"{error}. The base model's image processor produces {channels} channels of {height} × {width} pixels: set "
+            '"size" (and "image_mean" and "image_std" for another number of channels) in its preprocessor_config.json '
+            "to what the model expects, or use another model"
         )
     lengths = {kind: batch[key].shape[1] for kind, key in PUBLIC.items() if key in batch}
     for kind, room in room_of(base, *(lengths.get(kind, 1) for kind in PUBLIC)).items():
         if room.tokens < lengths[kind]:
             return (
-                f"the model {room.reason}, and its tokenizer makes {lengths[kind]:,} of the public text that every "
-                "base model is tried on; take a base for longer texts"
+                f"the model {room.reason}, but its tokenizer converts the public test text to {lengths[kind]:,}; use a "
+                "base model for longer texts"
             )
     return None
 

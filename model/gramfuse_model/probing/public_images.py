@@ -1,4 +1,4 @@
-"""Images that are nobody's data, as an image processor makes them for a model."""
+"""Synthetic test images, preprocessed by a model's image processor."""
 
 from __future__ import annotations
 
@@ -14,34 +14,34 @@ from gramfuse_protocol.errors import ModelError
 from gramfuse_protocol.text import one_line
 
 USUAL = 224
-"""Height and width of an image that shows what an image processor makes of one."""
+"""Height and width of the first test image, which shows the processor's output size."""
 
-MOST = 300
-"""Characters that are shown of what an image processor says when it fails."""
+MESSAGE_CHARACTERS = 300
+"""Maximum length at which an error quotes an image processor's message."""
 
 
 def mode_of(processor: Any) -> str:
-    """Return Pillow's name for the images that a processor takes: `L` if it has the mean of one channel, else `RGB`."""
+    """Return the Pillow mode of a processor's input images: `L` if it has the mean of a single channel, else `RGB`."""
     mean = getattr(processor, "image_mean", None)
     return "L" if isinstance(mean, Sequence) and len(mean) == 1 else "RGB"
 
 
 def public_images(processor: Any) -> torch.Tensor:
-    """Return waves of different direction, length and colour, through an image processor.
+    """Return preprocessed images of waves with different directions, lengths and colours.
 
     Returns:
-        (images, channels, height, width), of the size that the processor makes.
+        (images, channels, height, width), in the processor's output size.
 
     Raises:
-        ModelError: if it makes something else of images, or if their size depends on the image.
+        ModelError: if the processor does not produce such an array, or the output size depends on the image.
     """
-    height, width = _made(processor, [_wave(processor, 0, USUAL, USUAL)]).shape[2:]
-    images = _made(processor, [_wave(processor, n, height, width) for n in range(len(PUBLIC_TEXT))])
-    wide = _made(processor, [_wave(processor, 0, height, 2 * width)])
+    height, width = _preprocess(processor, [_wave(processor, 0, USUAL, USUAL)]).shape[2:]
+    images = _preprocess(processor, [_wave(processor, n, height, width) for n in range(len(PUBLIC_TEXT))])
+    wide = _preprocess(processor, [_wave(processor, 0, height, 2 * width)])
     if wide.shape[2:] != images.shape[2:]:
         raise ModelError(
-            f"the base model's {type(processor).__name__} makes images of {_size(images)} of some and of "
-            f"{_size(wide)} of others (height and width), as the images are, and a batch takes one size; set "
+            f"the base model's {type(processor).__name__} produces images of different sizes, {_size(images)} and "
+            f"{_size(wide)} (height × width), but a batch needs one size; set "
             '"do_resize": true and "size": {"height": …, "width": …} in its preprocessor_config.json'
         )
     return images
@@ -51,22 +51,22 @@ def _size(images: torch.Tensor) -> str:
     return " × ".join(map(str, images.shape[2:]))
 
 
-def _made(processor: Any, images: list[Any]) -> torch.Tensor:
-    """Return images as a processor makes them."""
+def _preprocess(processor: Any, images: list[Any]) -> torch.Tensor:
+    """Preprocess images; returns (images, channels, height, width)."""
     name = type(processor).__name__
     try:
-        made = processor(images, return_tensors="pt")
-    except Exception as error:  # processors raise what they like
+        output = processor(images, return_tensors="pt")
+    except Exception as error:  # processors raise all kinds of errors
         raise ModelError(
-            f"the base model's {name} cannot take an image: {type(error).__name__}: {one_line(str(error), MOST)}; see "
-            "to its preprocessor_config.json, or take another model"
+            f"the base model's {name} cannot process an image: {type(error).__name__}: "
+            f"{one_line(str(error), MESSAGE_CHARACTERS)}; check its preprocessor_config.json, or use another model"
         ) from error
-    pixels = made.get("pixel_values")
+    pixels = output.get("pixel_values")
     if not isinstance(pixels, torch.Tensor) or pixels.dim() != 4:
-        found = ", ".join(f"{key} {tuple(getattr(value, 'shape', ()))}" for key, value in made.items())
+        shapes = ", ".join(f"{key} {tuple(getattr(value, 'shape', ()))}" for key, value in output.items())
         raise ModelError(
-            f"the base model's {name} makes {found} of {len(images)} images, and gramfuse takes models of "
-            "pixel_values (images, channels, height, width); take another model"
+            f"the base model's {name} converts {len(images)} images to {shapes}, but gramfuse needs pixel_values "
+            "(images, channels, height, width); use another model"
         )
     return pixels
 
@@ -76,7 +76,7 @@ def _wave(processor: Any, number: int, height: int, width: int) -> Any:
     try:
         from PIL import Image
     except ImportError:
-        raise ModelError("trying a model of images needs Pillow; run: pip install 'gramfuse[images]'") from None
+        raise ModelError("testing an image model needs Pillow; run: pip install 'gramfuse[images]'") from None
     y, x = np.linspace(0, 1, height).reshape(-1, 1, 1), np.linspace(0, 1, width).reshape(1, -1, 1)
     direction = math.pi * number / len(PUBLIC_TEXT)
     along = x * math.cos(direction) + y * math.sin(direction)

@@ -1,4 +1,4 @@
-"""Texts that are nobody's data: what a base model is looked at with."""
+"""Public test texts, which contain nobody's data."""
 
 PUBLIC_TEXT = (
     "The quick brown fox jumps over the lazy dog.",
@@ -19,4 +19,4 @@ PUBLIC_TEXT = (
     "Turn left at the bakery, cross the bridge, and you will see it on your right.",
     "Hamlet was written around 1600; its author, William Shakespeare, died in 1616.",
 )
-"""What activations are measured on to find the scale of each feature; it is nobody's data."""
+"""Texts for probing base models and for measuring the scale of each feature."""

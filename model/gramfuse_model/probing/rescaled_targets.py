@@ -1,4 +1,4 @@
-"""Whether a base model can be trained on another scale than the targets' (`gramfuse_model.rescaling`)."""
+"""Checks that a base model can be trained on rescaled targets (`gramfuse_model.rescaling`)."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.errors import ModelError
 
 TOLERANCE = 1e-3
-"""Of what a folded model gives, relative to the scale."""
+"""Tolerance of a folded model's outputs, relative to the scale."""
 
 
 def check_foldable(base: Base, task: Task) -> None:
-    """Fold a base model's head, look whether what it gives is moved as it should be, and put it back.
+    """Fold a base model's head, check that its outputs are rescaled accordingly, and restore the head.
 
     Raises:
-        ModelError: as `fold`, and if it is not.
+        ModelError: as `fold`, and if the outputs are not rescaled accordingly.
     """
     if not rescaled(task):
         return
@@ -39,6 +39,6 @@ def check_foldable(base: Base, task: Task) -> None:
     rounding = TOLERANCE * max(1.0, abs(task.centre) / task.scale)
     if not off <= rounding:
         raise ModelError(
-            f"what {type(model).__name__} gives is not linear in its last layer, so 'centre' and 'scale' cannot go "
-            "into it; use centre = 0 and scale = 1, with targets that are of about that size, or another base model"
+            f"the output of {type(model).__name__} is not linear in its last layer, which therefore cannot absorb "
+            "'centre' and 'scale'; use centre = 0 and scale = 1, with targets of about that size, or another base model"
         )

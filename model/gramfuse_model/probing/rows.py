@@ -1,13 +1,13 @@
-"""Which rows of a layer's input are tokens: found by running examples together, padded, and each of them alone.
+"""Finds the token rows of a layer's input, by running examples as a padded batch and one by one.
 
-Shapes do not tell it. Longformer and LED pad a text inside to a multiple of their window, XLNet has the batch in the
-second dimension, Funnel halves a text on its way, and a table of positions may be as long as the longest text. What is
-true of a row that counts is that it has one value, whatever stands beside its example. So a few examples run as a
-padded batch, and each alone without padding; a reading of the rows (`gramfuse_model.probing.hooks.rows_of`) is taken
-only if it finds in the batch what the examples have alone. A layer without such a reading is not merged in closed form.
+Shapes are not enough: Longformer and LED pad texts internally to a multiple of their window, XLNet has the batch in the
+second dimension, Funnel halves the sequence, and a position table can be as long as the longest text. But a row that
+counts has the same value whatever else is in its example's batch. So a few examples run as a padded batch, and each one
+alone without padding. A reading of the rows (`gramfuse_model.probing.hooks.rows_of`) is accepted only if it extracts
+the same rows from the batch as from the single examples. A layer without such a reading is not merged in closed form.
 
-What a model puts out is read in the same way. If it is not the same in a batch as alone, padding enters what the model
-computes, and nothing that is measured in batches would be right.
+A model's outputs are read in the same way. If they differ between batch and single examples, padding affects the
+model's outputs, and nothing measured in batches would be correct.
 """
 
 from __future__ import annotations
@@ -28,100 +28,100 @@ from gramfuse_protocol.contract.layout import Rows
 from gramfuse_protocol.errors import ModelError
 
 TOLERANCE = 1e-4
-"""Share of their length by which rows may differ and be the same; rounding makes it 1e-6 or less."""
+"""Relative difference below which rows count as equal; rounding causes 1e-6 or less."""
 
 TEXTS, IMAGES = 5, 3
-"""Examples that run alone."""
+"""Maximum number of examples that run alone."""
 
 WIDTH = 8
-"""Rows are compared by so many random projections, so that no activations have to be kept."""
+"""Number of random projections by which rows are compared, so that activations need not be stored."""
 
 OUTPUTS = ""
-"""Stands for what the model puts out among the names of modules."""
+"""Name of the model's outputs among the names of modules."""
 
 
 class _Reading(NamedTuple):
     kind: Rows
     inner: bool = False
-    """Whether there are rows after those of the text, which are padding that the model added."""
+    """Whether the model's internal padding adds rows after those of the text."""
 
 
 def find_rows(
     model: nn.Module, batch: Mapping[str, torch.Tensor], modules: Mapping[str, nn.Module]
 ) -> dict[str, tuple[Rows, ...] | None]:
-    """Return for each call of each module which rows of its input count, or None if that cannot be told.
+    """Return which rows of the input count, for each call of each module; None if they cannot be identified.
 
-    Modules that are not called are left out. Of inputs that are neither tokens, nor their embeddings, nor
-    pixels, and that no mask goes with, all rows count.
+    Modules that are not called are omitted. If inputs are neither tokens, embeddings nor pixels, and have no mask, all
+    rows count.
 
     Args:
-        batch: keyword arguments of the model's forward. For a model with encoder and decoder, a text and its target
-            must differ in length.
-        modules: by name, whose inputs have features in their last dimension.
+        batch: keyword arguments of the model's forward. For an encoder-decoder model, texts and targets must differ in
+            length.
+        modules: modules by name; the last dimension of their inputs must be features.
 
     Raises:
-        ModelError: if what the model puts out for an example depends on what else is in its batch, or on padding; or if
-            the batch cannot show it.
+        ModelError: if the model's outputs for an example depend on padding or on the rest of its batch, or if the batch
+            is not varied enough to show it.
     """
     device = next(model.parameters()).device
     batch = {key: value.to(device) for key, value in batch.items()}
     masks = masks_of(model, batch)
     if not masks and "pixel_values" not in batch:
         calls = _run(model, batch, modules)
-        every: Rows = "all"
-        return {name: (every,) * len(calls[name]) for name in modules if name in calls}
-    if "input" in masks and _is_one(masks["input"].sum(dim=1)):
+        kind: Rows = "all"
+        return {name: (kind,) * len(calls[name]) for name in modules if name in calls}
+    if "input" in masks and _all_equal(masks["input"].sum(dim=1)):
         batch = with_shorter(batch, masks, getattr(model, "config", None))
         masks = masks_of(model, batch)
-    few = _telling(model, batch, masks)
-    batch, masks = chosen(batch, few), chosen(masks, few)
+    indices = _select_examples(model, batch, masks)
+    batch, masks = chosen(batch, indices), chosen(masks, indices)
     head = _head(model)
-    found = _readings(model, batch, masks, {**modules, **head})
-    if _depends(found, head):
-        raise ModelError(_padding_matters(model, batch, masks, head))
+    readings = _readings(model, batch, masks, {**modules, **head})
+    if _outputs_differ(readings, head):
+        raise ModelError(_padding_message(model, batch, masks, head))
     idle = _idle(model, batch, modules) if "pixel_values" in batch else frozenset()
     return {
-        name: None if None in found[name] or name in idle else tuple(reading.kind for reading in found[name] if reading)
+        name: None if None in readings[name] or name in idle else tuple(r.kind for r in readings[name] if r)
         for name in modules
-        if name in found
+        if name in readings
     }
 
 
-def _telling(model: nn.Module, batch: Batch, masks: Batch) -> list[int]:
-    """Return the indices of a few examples of different lengths, or of a few images.
+def _select_examples(model: nn.Module, batch: Batch, masks: Batch) -> list[int]:
+    """Return the indices of a few examples with different lengths, or of a few images.
 
     Raises:
-        ModelError: if there are none.
+        ModelError: if the batch has no suitable examples.
     """
     if "input" not in masks:
         if len(batch["pixel_values"]) < 2:
-            raise ModelError("the batch that a layout is made on has one image; it takes two that differ")
+            raise ModelError("the batch for deriving the layout has only one image; use at least two different images")
         return list(range(min(IMAGES, len(batch["pixel_values"]))))
     lengths = masks["input"].sum(dim=1)
     order = lengths.argsort(stable=True).tolist()
-    places = torch.linspace(0, len(order) - 1, min(TEXTS, len(order))).round().long().tolist()
-    few = [order[place] for place in places]
-    if _is_one(lengths):
+    ranks = torch.linspace(0, len(order) - 1, min(TEXTS, len(order))).round().long().tolist()
+    selected = [order[rank] for rank in ranks]
+    if _all_equal(lengths):
         raise ModelError(
-            f"all texts of the batch that a layout is made on have {int(lengths[0])} tokens, so that it cannot be seen "
-            "which rows of a layer are tokens; take longer ones"
+            f"all texts in the batch for deriving the layout have {int(lengths[0])} tokens, so a layer's token rows "
+            "cannot be identified; use longer texts"
         )
     if is_encoder_decoder(model) and "target" not in masks:
-        raise ModelError("the batch that a layout is made on has no targets ('labels'); the model's decoder needs them")
-    if "target" in masks and torch.equal(lengths[few], masks["target"].sum(dim=1)[few]):
+        raise ModelError("the batch for deriving the layout has no targets ('labels'), which the model's decoder needs")
+    if "target" in masks and torch.equal(lengths[selected], masks["target"].sum(dim=1)[selected]):
         raise ModelError(
-            "inputs and targets of the batch that a layout is made on have one length, so that their rows cannot be "
-            "told apart; take other targets"
+            "inputs and targets in the batch for deriving the layout have the same lengths, so their rows cannot be "
+            "distinguished; use other targets"
         )
-    return few
+    return selected
 
 
-def _is_one(lengths: torch.Tensor) -> bool:
+def _all_equal(lengths: torch.Tensor) -> bool:
     return int(lengths.min()) == int(lengths.max())
 
 
 def _head(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the linear modules of a model's head by the names of their weights."""
+    """Return the linear modules of a model's head, by the names of their weights."""
     if not isinstance(model, PreTrainedModel):
         return {}
     head = head_parameters(model)
@@ -131,36 +131,33 @@ def _head(model: nn.Module) -> dict[str, nn.Module]:
 def _readings(
     model: nn.Module, batch: Batch, masks: Batch, modules: Mapping[str, nn.Module]
 ) -> dict[str, list[_Reading | None]]:
-    """Return the reading of each call of each module, and of the outputs."""
+    """Return the reading of each call of each module, and of the outputs; None where there is none."""
     together = _run(model, batch, modules)
     examples = len(next(iter(batch.values())))
     single = [_run_alone(model, alone(batch, masks, index), modules) for index in range(examples)]
-    found: dict[str, list[_Reading | None]] = {}
+    readings: dict[str, list[_Reading | None]] = {}
     for name, calls in together.items():
-        if any(len(one.get(name, ())) != len(calls) for one in single):
-            found[name] = [None] * len(calls)
+        if any(len(example.get(name, ())) != len(calls) for example in single):
+            readings[name] = [None] * len(calls)
         else:
-            found[name] = [_reading(x, [one[name][n] for one in single], masks) for n, x in enumerate(calls)]
-    if any(reading and reading.inner for readings in found.values() for reading in readings):
+            readings[name] = [_reading(x, [one[name][n] for one in single], masks) for n, x in enumerate(calls)]
+    if any(reading and reading.inner for of_module in readings.values() for reading in of_module):
         other = _run(model, _with_other_padding(batch, masks), modules)
-        for name, readings in found.items():
-            found[name] = [
+        for name, of_module in readings.items():
+            readings[name] = [
                 reading if reading is None or not reading.inner or _is_padding(x, y, reading.kind, masks) else None
-                for reading, x, y in zip(readings, together[name], other[name], strict=True)
+                for reading, x, y in zip(of_module, together[name], other[name], strict=True)
             ]
-    return found
+    return readings
 
 
 def _run(
     model: nn.Module, batch: Batch, modules: Mapping[str, nn.Module], what: str = "a batch of examples"
 ) -> dict[str, list[torch.Tensor]]:
-    """Run a model and return projections of what modules receive, and of what it puts out, if that is known."""
+    """Run a model and return projections of the modules' inputs, and of the model's outputs if it has known ones."""
     calls: dict[str, list[torch.Tensor]] = {}
-    latest: list[Any] = [
-        None,
-        None,
-        None,
-    ]  # the last tensor, its version and projection; the next module may get it too
+    # The last tensor, its version and its projection: the next module often receives the same tensor.
+    latest: list[Any] = [None, None, None]
 
     def record(name: str) -> Hook:
         def hook(_: nn.Module, x: torch.Tensor, __: tuple[Any, ...]) -> None:
@@ -179,15 +176,15 @@ def _run(
 
 
 def _run_alone(model: nn.Module, example: Batch, modules: Mapping[str, nn.Module]) -> dict[str, list[torch.Tensor]]:
-    """Do that with one example.
+    """Run a model on one example, as `_run` does.
 
     Raises:
-        ModelError: if the model fails on it: some take no text that is shorter than what they pool.
+        ModelError: if the model fails on it: some models need a minimum length for pooling.
     """
     try:
         return _run(model, example, modules, "a single example")
     except ModelError as error:
-        raise ModelError(f"{error}. It would fail on a silo's data too; take another model") from error.__cause__
+        raise ModelError(f"{error}. It would fail on a silo's data too; use another model") from error.__cause__
 
 
 def _projected(x: torch.Tensor) -> torch.Tensor:
@@ -196,11 +193,11 @@ def _projected(x: torch.Tensor) -> torch.Tensor:
 
 
 def _reading(x: torch.Tensor, single: list[torch.Tensor], masks: Batch) -> _Reading | None:
-    """Return how the rows of a batch are read so that they are those of its examples alone.
+    """Return the reading that extracts the same rows from a batch as from its single examples; None if there is none.
 
     Args:
-        x: of the batch, (…, WIDTH).
-        single: of each example.
+        x: projected input of the batch, (…, WIDTH).
+        single: projected inputs of each example alone.
     """
     if all(_same(one, x) for one in single):
         return _Reading("table")
@@ -211,18 +208,18 @@ def _reading(x: torch.Tensor, single: list[torch.Tensor], masks: Batch) -> _Read
         if mask is None:
             continue
         try:
-            own = [rows_of(one, kind, mask[n][mask[n]].unsqueeze(0)) for n, one in enumerate(single)]
+            expected = [rows_of(one, kind, mask[n][mask[n]].unsqueeze(0)) for n, one in enumerate(single)]
             rows = rows_of(x, kind, mask)
         except ValueError:
             continue
-        if _same(rows, torch.cat(own)):
-            if all(part.numel() == one.numel() for part, one in zip(own, single, strict=True)):
+        if _same(rows, torch.cat(expected)):
+            if all(part.numel() == one.numel() for part, one in zip(expected, single, strict=True)):
                 return _Reading(kind)
             inner = inner or (_Reading(kind, inner=True) if kind != "target" else None)
     flat = [one.reshape(-1, WIDTH) for one in single]
-    least = int(masks["input"].sum(dim=1).min()) if "input" in masks else len(flat[0])
-    # Fewer rows than the shortest text has tokens, and as many for each example: no padding is among them.
-    if len({len(one) for one in flat}) == 1 and len(flat[0]) <= least and _same_sum(x.reshape(-1, WIDTH), flat):
+    shortest = int(masks["input"].sum(dim=1).min()) if "input" in masks else len(flat[0])
+    # Equally many rows for each example, and no more than the shortest text has tokens: none of them is padding.
+    if len({len(one) for one in flat}) == 1 and len(flat[0]) <= shortest and _same_sum(x.reshape(-1, WIDTH), flat):
         return _Reading("all")
     return inner
 
@@ -232,27 +229,27 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def _same_sum(rows: torch.Tensor, single: list[torch.Tensor]) -> bool:
-    """Whether rows are those of single examples in any order: as many, with the same sum of x xᵀ."""
+    """Return whether rows are those of the single examples in any order: the same number and the same sum of x xᵀ."""
     return len(rows) == sum(map(len, single)) and _same(rows.T @ rows, sum(one.T @ one for one in single))  # type: ignore[arg-type]
 
 
 def _with_other_padding(batch: Batch, masks: Batch) -> Batch:
-    """Return a batch with what stands in the middle of its longest text in the place of all padding of its texts."""
+    """Return a batch in which the middle token of its longest text replaces all padding."""
     mask = masks["input"]
     longest = int(mask.sum(dim=1).argmax())
     changed = dict(batch)
     for key in PLACED:
         if key in batch and has_places(batch[key], mask):
             words = batch[key][longest, mask[longest]]
-            there = mask.view(*mask.shape, *[1] * (batch[key].dim() - 2))
-            changed[key] = torch.where(there, batch[key], words[len(words) // 2])
+            real = mask.view(*mask.shape, *[1] * (batch[key].dim() - 2))
+            changed[key] = torch.where(real, batch[key], words[len(words) // 2])
     return changed
 
 
 def _is_padding(x: torch.Tensor, other: torch.Tensor, kind: Rows, masks: Batch) -> bool:
-    """Whether the rows that padding has by a reading are padding's: they change with it, or are zero, and no others do.
+    """Return whether a reading's padding rows are padding: only they change with the padding, or they are zero.
 
-    So it is seen that the rows of a text stand in its order; those that a model adds come after them.
+    This confirms that a text's rows are in its order, followed by the model's internal padding.
     """
     mask = masks["input"]
     if x.shape != other.shape:
@@ -264,39 +261,42 @@ def _is_padding(x: torch.Tensor, other: torch.Tensor, kind: Rows, masks: Batch) 
     return not bool(changed[mask].any()) and bool((changed | (rows == 0))[~mask].all())
 
 
-def _depends(found: Mapping[str, list[_Reading | None]], head: Iterable[str]) -> bool:
-    """Whether a model's outputs depend on padding. A head of zeros does not show it; what enters the head does."""
-    return any(None in found[name] for name in (OUTPUTS, *head) if name in found)
+def _outputs_differ(readings: Mapping[str, list[_Reading | None]], head: Iterable[str]) -> bool:
+    """Return whether a model's outputs depend on padding; the head's inputs show it even if the head is zero."""
+    return any(None in readings[name] for name in (OUTPUTS, *head) if name in readings)
 
 
-def _padding_matters(model: nn.Module, batch: Batch, masks: Batch, head: Mapping[str, nn.Module]) -> str:
-    """Say that a model's outputs depend on padding, and whether they do on the other side too."""
-    what = f"the base model's outputs ({type(model).__name__}) are not the same for an example alone and in a batch"
+def _padding_message(model: nn.Module, batch: Batch, masks: Batch, head: Mapping[str, nn.Module]) -> str:
+    """Return the error message for a model whose outputs depend on padding, after testing the other padding side."""
+    problem = f"the base model ({type(model).__name__}) gives different outputs for an example alone and in a batch"
     if "input" not in masks:
-        return f"{what}, so what is measured would depend on how examples are put into batches; take another model"
-    told = _other_filler(model, batch, masks["input"])
-    if told is not None:
-        return f"{what}: {told}"
+        return f"{problem}, so measurements would depend on how examples are batched; use another model"
+    mismatch = _pad_token_mismatch(model, batch, masks["input"])
+    if mismatch is not None:
+        return f"{problem}: {mismatch}"
     left = bool(masks["input"][:, -1].all())
-    here, there = ("left", "right") if left else ("right", "left")
+    side, other_side = ("left", "right") if left else ("right", "left")
     turned = _padded_on_the_other_side(batch, masks["input"], left=left)
-    if _depends(_readings(model, turned, masks_of(model, turned), head), head):
-        remedy = "nor on the other side: padding enters what it computes for real tokens. Take another model"
+    if _outputs_differ(_readings(model, turned, masks_of(model, turned), head), head):
+        remedy = f"padded on the {other_side}, they differ too: padding affects real tokens. Use another model"
     else:
-        remedy = f'on the {there} they are. Set "padding_side": "{there}" in its tokenizer_config.json'
-    return f"{what} padded on the {here}; {remedy}"
+        remedy = (
+            f'padded on the {other_side}, they are the same. Set "padding_side": "{other_side}" in its '
+            "tokenizer_config.json"
+        )
+    return f"{problem} padded on the {side}; {remedy}"
 
 
-def _other_filler(model: nn.Module, batch: Batch, mask: torch.Tensor) -> str | None:
-    """Say that a model takes another token for padding than its batch is padded with, if it does."""
+def _pad_token_mismatch(model: nn.Module, batch: Batch, mask: torch.Tensor) -> str | None:
+    """Describe the difference between a model's pad token and the batch's; None if they agree."""
     if not isinstance(model, PreTrainedModel) or "input_ids" not in batch:
         return None
-    told, used = model.config.get_text_config().pad_token_id, set(batch["input_ids"][~mask].tolist())
-    if told is None or len(used) != 1 or told in used:
+    configured, used = model.config.get_text_config().pad_token_id, set(batch["input_ids"][~mask].tolist())
+    if configured is None or len(used) != 1 or configured in used:
         return None
     (token,) = used
     return (
-        f"its configuration says that padding is token {told}, and texts are padded with token {token}; set "
+        f"its configuration names pad token {configured}, but texts are padded with token {token}; set "
         f'"pad_token_id": {token} in its config.json'
     )
 
@@ -311,18 +311,17 @@ def _padded_on_the_other_side(batch: Batch, mask: torch.Tensor, *, left: bool) -
 
 
 def _idle(model: nn.Module, batch: Batch, modules: Mapping[str, nn.Module]) -> frozenset[str]:
-    """Return the modules some of whose rows are zeros, or change nothing of what the model's body makes of an image.
+    """Return the modules with input rows that are zero, or that do not affect the body's output for an image.
 
-    They are what a model pads inside, to a multiple of its window (Swin): what a layer receives is padded with zeros,
-    and of what comes of those nothing is kept. All images being of one size, batches do not show it.
+    Such rows are internal padding to a multiple of the model's window (Swin): a layer's input is padded with zeros, and
+    the results for them are discarded. All images have one size, so comparing batches does not show it.
     """
     body = _body_for_images(model)
     inputs: list[tuple[str, torch.Tensor]] = []
 
     def record(name: str) -> Hook:
-        return lambda _, x, __: (
-            inputs.append((name, x)) if x.requires_grad else None
-        )  # a table does not come of the image
+        # Inputs without gradients, such as tables, do not depend on the image.
+        return lambda _, x, __: inputs.append((name, x)) if x.requires_grad else None
 
     images = batch["pixel_values"].clone().requires_grad_()
     with observing(model, [(module, record(name)) for name, module in modules.items()], gradients=True):
@@ -330,24 +329,24 @@ def _idle(model: nn.Module, batch: Batch, modules: Mapping[str, nn.Module]) -> f
     if not inputs:
         return frozenset()
     weights = torch.randn(features.shape, generator=torch.Generator().manual_seed(0)).to(features.device)
-    slopes = torch.autograd.grad((features * weights).sum(), [x for _, x in inputs], allow_unused=True)
+    gradients = torch.autograd.grad((features * weights).sum(), [x for _, x in inputs], allow_unused=True)
     return frozenset(
         name
-        for (name, x), slope in zip(inputs, slopes, strict=True)
-        if slope is None or _has_zeros(x, len(images)) or _has_zeros(slope, len(images))
+        for (name, x), gradient in zip(inputs, gradients, strict=True)
+        if gradient is None or _has_zero_row(x, len(images)) or _has_zero_row(gradient, len(images))
     )
 
 
-def _has_zeros(x: torch.Tensor, images: int) -> bool:
-    """Whether a row is all zeros, at the same place of each image if each has as many rows."""
+def _has_zero_row(x: torch.Tensor, images: int) -> bool:
+    """Return whether a row is zero, at the same position in each image if they have equally many rows."""
     zeros = (x.detach().reshape(-1, x.shape[-1]) == 0).all(dim=1)
     return bool((zeros.view(images, -1).all(dim=0) if len(zeros) % images == 0 else zeros).any())
 
 
 def _body_for_images(model: nn.Module) -> nn.Module:
-    """Return the part of a model that takes images without a head; of some (CLIP, SigLIP) it is not `base_model`."""
+    """Return the part of a model that takes images, without the head; for CLIP and SigLIP it is not `base_model`."""
     body = model.base_model if isinstance(model, PreTrainedModel) else model
     if body is not model:
         return body
-    takes = (part for part in model.children() if "pixel_values" in inspect.signature(part.forward).parameters)
-    return next(takes, model)
+    image_parts = (part for part in model.children() if "pixel_values" in inspect.signature(part.forward).parameters)
+    return next(image_parts, model)

@@ -1,4 +1,4 @@
-"""Whether a base model can do what a task asks of it: found out before a plan is locked, and before data are read."""
+"""Checks that a base model suits a task, before a plan is locked and before data are read."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from gramfuse_protocol.errors import ModelError
 
 
 def check_suitable(base: Base, task: Task) -> None:
-    """Raise ModelError if a base model's head cannot take a task's `centre` and `scale`, it has no `first-token`, or it
-    sees the tokens that it is to predict.
+    """Check that a base model suits a task.
 
     Args:
-        base: with the task's head.
+        base: the base model with the task's head.
+
+    Raises:
+        ModelError: if its head cannot absorb the task's `centre` and `scale`, its vocabulary lacks the `first-token`,
+            or it sees the tokens that it should predict.
     """
     check_foldable(base, task)
     first_token(base.tokenizer, task)
@@ -25,14 +28,14 @@ def check_suitable(base: Base, task: Task) -> None:
 
 
 def check_answers(base: Base) -> None:
-    """Raise ModelError if a base model of images gives no logits, as PP-LCNet does: it can be trained on no label."""
+    """Raise ModelError if an image model outputs no logits, as PP-LCNet does, so it cannot be trained on labels."""
     if not base.takes_images:
         return
     batch = public_batch(base)
     with trying(base, batch), observing(base.model, []):
-        if "logits" not in (found := run(base.model, batch)):
+        if "logits" not in (output := run(base.model, batch)):
             raise ModelError(
-                f"a {type(base.model).__name__} gives {', '.join(found)} and no logits, so gramfuse can neither "
-                "train it nor say how good it is; take another model. One that was fine-tuned elsewhere can be merged: "
+                f"a {type(base.model).__name__} outputs {', '.join(output)} but no logits, so gramfuse can neither "
+                "train nor evaluate it; use another model. A model that was fine-tuned elsewhere can be merged: "
                 "gramfuse measure"
             )

@@ -1,1 +1,1 @@
-"""What all sides agree on before anything is sent: the plan, its roster and tasks, the layout."""
+"""What all sides agree on before anything is sent: the plan, its roster, its tasks and the layout."""

@@ -1,4 +1,4 @@
-"""How much of what was trained is merged in closed form."""
+"""Coverage: the share of the trained parameters that is merged in closed form."""
 
 from __future__ import annotations
 
@@ -11,49 +11,49 @@ from gramfuse_protocol.contract.layout import Layout, delta_block
 from gramfuse_protocol.statistics.contribution import Contribution
 
 HALF = 0.5
-"""A smaller share is warned of."""
+"""Coverage below this share yields a warning."""
 
-MOST = 16
-"""Of so many experts of a layer each is named."""
+NAMED_EXPERTS = 16
+"""Maximum number of experts of a layer that a line names."""
 
 
 class Covered(Protocol):
-    """A report that says it, or `Coverage`."""
+    """Anything with coverage figures: a report, or `Coverage`."""
 
     @property
     def closed(self) -> float | None:
-        """Share of the trained and merged parameters that are merged in closed form; None if it is not said."""
+        """Share of the trained and merged parameters that is merged in closed form; None if unknown."""
 
     @property
     def unmatched(self) -> Sequence[str]:
-        """Weights of linear layers that are averaged since it cannot be told which rows of their inputs are tokens."""
+        """Weights of linear layers that are averaged because the token rows of their inputs cannot be identified."""
 
 
 class Coverage(NamedTuple):
-    """What a report says of it; as `Covered` has it."""
+    """Coverage figures; fields as in `Covered`."""
 
     closed: float
     unmatched: tuple[str, ...]
 
 
 class Solved(Protocol):
-    """How a group of weights was solved, as a report has it."""
+    """How a group of weights was solved, as in a report."""
 
     @property
     def group(self) -> str:
-        """Its name."""
+        """Name of the group."""
 
     @property
     def unused(self) -> Sequence[int]:
-        """Experts to which no measured token of any silo was routed."""
+        """Experts that received no measured token at any silo."""
 
 
 def coverage(layout: Layout, steps: Iterable[Solved] = (), same: Collection[str] = ()) -> Coverage:
-    """Return what a report says of it.
+    """Compute the coverage of a layout.
 
     Args:
-        steps: how groups were solved, once they are; experts that took the mean do not count as merged in closed form.
-        same: tensors that are as they are in the base, in all models; they do not count as trained.
+        steps: how groups were solved, after a merge; unused experts do not count as merged in closed form.
+        same: tensors that equal the base's in all models (`unchanged`); they do not count as trained.
     """
     unused = {step.group: len(step.unused) for step in steps}
     averaged = sum(
@@ -70,56 +70,57 @@ def coverage(layout: Layout, steps: Iterable[Solved] = (), same: Collection[str]
 
 
 def unchanged(layout: Layout, contributions: Sequence[Contribution]) -> frozenset[str]:
-    """Return the names of the tensors that are those of the base in all contributions, bit for bit."""
+    """Return the names of the tensors that all contributions leave unchanged, bit for bit."""
     names = (tensor.name for tensor in layout.tensors)
-    return frozenset(name for name in names if not any(one.block(delta_block(name)).any() for one in contributions))
+    return frozenset(name for name in names if not any(c.block(delta_block(name)).any() for c in contributions))
 
 
-def told(found: Covered, quoted: Callable[[str], str] = str) -> list[str]:
-    """Say it in lines, with a warning if it is less than half; nothing if it is not said.
+def coverage_lines(covered: Covered, quoted: Callable[[str], str] = str) -> list[str]:
+    """Describe coverage in lines of text, with a warning if it is below one half; no lines if it is unknown.
 
     Args:
-        quoted: how names of modules are written.
+        quoted: formats names of modules.
     """
-    if found.closed is None:
+    if covered.closed is None:
         return []
-    share = f"{found.closed:.1%} of the trained parameters are merged in closed form"
-    if found.closed < HALF:
+    share = f"{covered.closed:.1%} of the trained parameters are merged in closed form"
+    if covered.closed < HALF:
         lines = [f"Warning: only {share}; the others are averaged, so most of the merged model is a plain mean."]
     else:
         lines = [f"{share}; the others are averaged."]
-    if found.unmatched:
-        modules = families(name.removesuffix(".weight") for name in found.unmatched)
-        lines.append(f"Averaged since it cannot be told which rows of their inputs are tokens: {quoted(modules)}")
+    if covered.unmatched:
+        modules = families(name.removesuffix(".weight") for name in covered.unmatched)
+        lines.append(f"Averaged because the token rows of their inputs cannot be identified: {quoted(modules)}")
     return lines
 
 
-def unused(steps: Iterable[Solved], quoted: Callable[[str], str] = str) -> list[str]:
-    """Say in a line which experts were averaged since no measured token went to them; nothing if there are none.
+def unused_expert_lines(steps: Iterable[Solved], quoted: Callable[[str], str] = str) -> list[str]:
+    """Name the experts that were averaged because they received no measured token: one line, or none.
 
     Args:
-        quoted: how names of tensors are written.
+        quoted: formats names of tensors.
     """
-    found = [f"{quoted(step.group)}: {experts(step.unused)}" for step in steps if step.unused]
-    if not found:
+    groups = [f"{quoted(step.group)}: {experts(step.unused)}" for step in steps if step.unused]
+    if not groups:
         return []
-    return [f"Averaged since no measured token of any silo was routed to them: {'; '.join(found)}."]
+    return [f"Averaged because no silo's measured tokens were routed to them: {'; '.join(groups)}."]
 
 
 def experts(indices: Sequence[int]) -> str:
-    """Write which experts of a layer are meant; of many only how many they are."""
-    more = f" and {len(indices) - MOST:,} more" if len(indices) > MOST else ""
-    return f"expert{'s' * (len(indices) > 1)} {', '.join(map(str, indices[:MOST]))}{more}"
+    """Name the experts with these indices: the first NAMED_EXPERTS, then how many more there are."""
+    more = f" and {len(indices) - NAMED_EXPERTS:,} more" if len(indices) > NAMED_EXPERTS else ""
+    return f"expert{'s' * (len(indices) > 1)} {', '.join(map(str, indices[:NAMED_EXPERTS]))}{more}"
 
 
 def family(name: str) -> str:
-    """Return a parameter's name with the numbers of layers left out, `layer.*.weight`."""
+    """Return a parameter's name with `*` for each layer number: `layer.*.weight`."""
     return re.sub(r"\.\d+(?=\.)", ".*", name)
 
 
 def families(names: Iterable[str]) -> str:
-    """Shorten a list of parameters: the same name in several layers is written once, with the number of layers."""
-    found: dict[str, list[str]] = {}
+    """Shorten a list of parameters: a name that occurs in several layers is listed once, with their number."""
+    members: dict[str, list[str]] = {}
     for name in names:
-        found.setdefault(family(name), []).append(name)
-    return ", ".join(of[0] if len(of) == 1 else f"{name} (×{len(of)})" for name, of in found.items()) or "nothing"
+        members.setdefault(family(name), []).append(name)
+    shortened = (full[0] if len(full) == 1 else f"{name} (×{len(full)})" for name, full in members.items())
+    return ", ".join(shortened) or "nothing"

@@ -1,9 +1,9 @@
-"""The structure of a Gram matrix: which of its entries are kept.
+"""The structure of a Gram matrix: which entries are kept.
 
-A Gram matrix of d features is kept as a block-diagonal of symmetric blocks of b consecutive features;
-the last block holds the rest where b does not divide d. `full` is one block of d, `diagonal` is d blocks
-of one. Packed, each block is its upper triangle row by row (b(b+1)/2 entries), blocks in order. The Gram matrices of
-several experts are kept one after the other, each in such blocks.
+A Gram matrix of d features is kept as a block diagonal of symmetric blocks, each of b consecutive features; if b does
+not divide d, the last block is smaller. `full` is one block of d, `diagonal` is d blocks of one. Packed, each block is
+its upper triangle row by row (b(b+1)/2 entries), blocks in order. The Gram matrices of several experts follow one
+another, each in such blocks.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ Floats = NDArray[Any]
 
 
 def parse_structure(text: str) -> int | None:
-    """Return the block width that a plan's structure names: None for `full`, 1 for `diagonal`.
+    """Parse a plan's Gram structure into a block width: None for `full`, 1 for `diagonal`.
 
     Raises:
-        ValueError: if the text is none of `full`, `block:<b>` with b ≥ 1, `diagonal`.
+        ValueError: unless the text is `full`, `diagonal`, or `block:<b>` with b ≥ 1.
     """
     if text == "full":
         return None
@@ -37,11 +37,11 @@ def parse_structure(text: str) -> int | None:
 
 @dataclass(frozen=True)
 class Blocks:
-    """The blocks of one Gram matrix, or of those of several experts.
+    """The blocks of one Gram matrix, or of one for each of several experts.
 
     Args:
         d: number of features, ≥ 1.
-        b: block width, 1 ≤ b; cut to d.
+        b: block width, 1 ≤ b ≤ d.
         experts: number of matrices of d features.
     """
 
@@ -57,14 +57,14 @@ class Blocks:
 
     @property
     def each(self) -> tuple[tuple[int, int, int], ...]:
-        """(first feature, number of blocks, width) of one matrix: the equal blocks and, if there is one, the rest."""
+        """(first feature, number of blocks, width) of one matrix: the equal blocks, then a smaller last one if any."""
         count, rest = divmod(self.d, self.b)
         equal = ((0, count, self.b),)
         return equal if not rest else (*equal, (count * self.b, 1, rest))
 
     @property
     def parts(self) -> tuple[tuple[int, int, int], ...]:
-        """Those of all matrices; features are numbered on from one to the next."""
+        """The same for all matrices; the features of each matrix continue the numbering of the one before."""
         return tuple(
             (e * self.d + first, count, width) for e in range(self.experts) for first, count, width in self.each
         )
@@ -78,7 +78,7 @@ class Blocks:
         """Pack blocks into one vector.
 
         Args:
-            parts: one array (count, width, width) for each of `self.parts`, symmetric; the upper triangle is read.
+            parts: for each of `self.parts` a symmetric array (count, width, width); the upper triangle is read.
 
         Returns:
             (entries,) of the same dtype.

@@ -1,7 +1,7 @@
-"""The layout: the ordered list of blocks that every contribution consists of.
+"""The layout: the ordered list of blocks that make up every contribution.
 
-It is derived once from the base model and the plan (`gramfuse_model.derive_layout`), travels as JSON, and its
-digest is in the locked plan, so that both sides agree on names, shapes and order before anything is measured.
+It is derived once from the base model and the plan (`gramfuse_model.derive_layout`) and sent as JSON. The locked plan
+contains its digest, so both sides agree on names, shapes and order before anything is measured.
 """
 
 from __future__ import annotations
@@ -37,23 +37,27 @@ from gramfuse_protocol.errors import ContributionError, PlanError
 from gramfuse_protocol.text import Legible, Word, one_line, quoted
 
 ITEM_BYTES = 4
-"""Statistics travel as little-endian float32."""
+"""Statistics are sent as little-endian float32."""
 
 PIECE_BYTES = 128 * 2**20
-"""Most bytes of statistics in one piece."""
+"""Maximum number of bytes of statistics in one piece."""
 
 Positive = Annotated[int, Field(ge=1, le=2**53 - 1)]
 
 Shape = Annotated[Many[Positive], Field(max_length=DIMENSIONS)]
-"""Of a tensor."""
+"""The shape of a tensor."""
 
 EXPONENT = 40
 Exponent = Annotated[int, Field(ge=-EXPONENT, le=EXPONENT)]
-"""Of two, of a feature's amplitude."""
+"""A power of two: the scale of a feature's amplitude."""
 
 Rows = Literal["input", "turned", "target", "all", "table"]
-"""Which rows of a layer's input count: those of real input tokens, with the examples in the first dimension or turned,
-in the second; those of real target tokens; all, as many for each example; or a table's, which all examples share."""
+"""Which rows of a layer's input count.
+
+`input`: real input tokens, examples in the first dimension; `turned`: the same, examples in the second dimension;
+`target`: real target tokens; `all`: every row, equally many for each example; `table`: every row of a table that all
+examples share.
+"""
 
 
 def _structure(text: str) -> str:
@@ -66,22 +70,22 @@ class _Frozen(Legible):
 
 
 class Linear(_Frozen):
-    """A weight that is merged in closed form, or the outputs of it that its group's part has.
+    """A weight that is merged in closed form, or those of its outputs that belong to its group's part.
 
-    torch's `nn.Linear` stores it transposed, (d_out, d_in); transformers' `Conv1D` stores (d_in, d_out).
+    `nn.Linear` stores it transposed, (d_out, d_in); transformers' `Conv1D` stores (d_in, d_out).
     """
 
     weight: Word
     d_out: Positive
-    """Outputs that are merged in this group."""
+    """Number of outputs merged in this group."""
     transposed: bool
 
 
 class Group(_Frozen):
-    """Linear weights whose modules receive the identical tensors, and so share one Gram matrix.
+    """Linear weights whose modules receive identical tensors and so share one Gram matrix.
 
-    Or one tensor that holds a linear weight of each of several experts, (experts, d_out, d_in): each has a Gram matrix
-    of its own, of the rows that are routed to it, divided by the number of all rows.
+    A group can also be one tensor with the linear weights of several experts, (experts, d_out, d_in). Each expert then
+    has its own Gram matrix, of the rows that are routed to it, divided by the number of all rows.
     """
 
     name: Word
@@ -89,14 +93,16 @@ class Group(_Frozen):
     structure: Annotated[str, Field(max_length=32), AfterValidator(_structure)]
     weights: Annotated[Many[Linear], Field(min_length=1)]
     rows: Annotated[Many[Rows], Field(min_length=1)] = ("input",)
-    """For each call of a module in one run of the model, in order, which rows of its input the Gram matrix is of."""
+    """Which rows of the input enter the Gram matrix, for each call of a module in one forward pass, in order."""
     part: int | None = None
-    """Index of the layout's part whose outputs and silos these are, if not all."""
+    """Index of the layout's part that this group covers; None if it covers all outputs and silos."""
     experts: Annotated[int, Field(ge=1, le=EXPERTS)] | None = None
-    """How many experts the tensor holds, if it is one of experts."""
+    """Number of experts in the tensor; None if it is not a tensor of experts."""
     exponents: Many[Exponent] = ()
-    """For each feature, the power of two that its root mean square on public text stays below; for secure sums. It is
-    one for all experts."""
+    """For each feature, the power of two above its root mean square on public text; used to scale secure sums.
+
+    All experts share them.
+    """
 
     @model_validator(mode="after")
     def _one_exponent_for_each_feature(self) -> Group:
@@ -106,22 +112,22 @@ class Group(_Frozen):
 
     @cached_property
     def blocks(self) -> Blocks:
-        """The blocks of this group's Gram matrix, or of those of its experts."""
+        """The blocks of this group's Gram matrix, or of its experts' Gram matrices."""
         return Blocks.of(self.structure, self.d_in, self.experts or 1)
 
     @property
     def features(self) -> int:
-        """Input features of all experts, or of the group."""
+        """Number of input features, summed over experts."""
         return self.d_in * (self.experts or 1)
 
     @property
     def d_out(self) -> int:
-        """Outputs of all its weights together."""
+        """Number of outputs of all its weights together."""
         return sum(weight.d_out for weight in self.weights)
 
 
 class SharedOutputs(_Frozen):
-    """Outputs of the last layer that the same silos train: labels that only these annotate."""
+    """Outputs of the last layer that the same silos train: labels that only these silos annotate."""
 
     silos: Annotated[Many[Word], Field(min_length=1, max_length=SILOS)]
     outputs: Annotated[Many[Annotated[int, Field(ge=0, lt=FEATURES)]], Field(min_length=1)]
@@ -133,20 +139,20 @@ class Tensor(_Frozen):
     name: Word
     shape: Shape
     merge: Literal["regmean", "mean", "sum"]
-    """`sum` is for counters: integers, of which each silo's growth is added."""
+    """`sum` is for integer counters: the silos' increments are added."""
     buffer: bool = False
-    """Whether it is saved with the model and is no parameter, as running means of a normalisation are."""
+    """Whether it is a persistent buffer, such as the running mean of a batch norm, not a parameter."""
     parted: bool = False
-    """Whether its first dimension is the last layer's outputs, each of which is merged over the silos of its part."""
+    """Whether its first dimension is the last layer's outputs, each merged over the silos of its part."""
     context_free: bool = False
-    """Whether it is the weight of a layer that sees single tokens, or patches of an image, without their context.
+    """Whether it is the weight of a layer that sees single tokens, or image patches, without context.
 
-    Each row of its input is then one that whoever has the base model can compute. From a full Gram matrix, and from the
-    diagonal of a wide one, it can be told which tokens occur, where, and how often.
+    Anyone with the base model can compute each possible row of its input. A full Gram matrix, or the diagonal of a wide
+    one, then reveals which tokens occur, at which positions, and how often.
     """
     unmatched: bool = False
-    """Whether it is the weight of a linear layer that is averaged since it cannot be told which rows of its input are
-    tokens."""
+    """Whether it is a linear layer's weight that is averaged because the token rows of its input cannot be
+    identified."""
 
 
 class Block(NamedTuple):
@@ -162,7 +168,7 @@ class Block(NamedTuple):
 
 
 class Slice(NamedTuple):
-    """The flattened elements [start, stop) of a block, as they travel in one piece."""
+    """The flattened elements [start, stop) of a block, as sent in one piece."""
 
     block: Block
     start: int
@@ -183,11 +189,11 @@ class Layout(_Frozen):
         True
 
     Args:
-        groups: in the order in which the base model runs them.
-        tensors: every parameter that is trained and merged, in the order of the base model; then buffers that training
-            changes.
-        frozen: parameters that stay as they are; they never leave a silo.
-        parts: outputs of the last layer by the silos that have them; empty if all silos have all.
+        groups: in the order in which the base model calls them.
+        tensors: the parameters that are trained and merged, in the order of the base model; then the buffers that
+            training changes.
+        frozen: parameters that training leaves unchanged; they never leave a silo.
+        parts: the last layer's outputs, partitioned by which silos train them; empty if all silos train all.
     """
 
     version: Literal[1] = 1
@@ -197,45 +203,43 @@ class Layout(_Frozen):
     parts: Annotated[Many[SharedOutputs], Field(max_length=SILOS)] = ()
 
     @model_validator(mode="after")
-    def _holds_together(self) -> Layout:
+    def _is_consistent(self) -> Layout:
         for kind, names in (("group", [g.name for g in self.groups]), ("tensor", [t.name for t in self.tensors])):
             if len(set(names)) != len(names):
-                raise ValueError(f"a {kind} name comes twice")
+                raise ValueError(f"a {kind} name occurs twice")
         outputs = [output for part in self.parts for output in part.outputs]
         if sorted(outputs) != list(range(len(outputs))):
-            raise ValueError("parts do not have each output once")
+            raise ValueError("the parts do not contain each output exactly once")
         if any(tensor.parted and tensor.shape[:1] != (len(outputs),) for tensor in self.tensors):
-            raise ValueError("a parted tensor has another number of outputs than the parts")
+            raise ValueError("a parted tensor and the parts differ in their number of outputs")
         if any(t.parted or t.context_free or t.merge == "regmean" for t in self.tensors if t.buffer):
-            raise ValueError("a buffer is no weight of a layer")
+            raise ValueError("a buffer cannot be a layer's weight")
         if any(not t.buffer or t.shape for t in self.tensors if t.merge == "sum"):
-            raise ValueError("a tensor is summed that is no counter")
+            raise ValueError("a summed tensor is not a counter (a scalar buffer)")
         if sum(tensor.parted for tensor in self.tensors) * len(self.parts) > VALUES:
-            raise ValueError("more parted tensors and parts than any model's last layer has")
+            raise ValueError("too many parted tensors and parts for a last layer")
         merged = {(t.name, p): t.shape for t in self.tensors if t.merge == "regmean" for p in self._parts_of(t)}
         expected = {}
         for group, linear in self.linear():
             if group.part is not None and not (linear.transposed and 0 <= group.part < len(self.parts)):
-                raise ValueError(
-                    f"group {group.name!r} is of a part that is not there, or of a weight that has no parts"
-                )
+                raise ValueError(f"group {group.name!r} names a part that does not exist, or its weight has no parts")
             if group.experts and not (linear.transposed and group.part is None and len(group.weights) == 1):
-                raise ValueError(f"group {group.name!r} is of experts, and of more than one tensor of theirs")
+                raise ValueError(f"group {group.name!r} has experts, so it must be exactly one tensor without parts")
             if (linear.weight, group.part) in expected:
                 raise ValueError(f"weight {linear.weight!r} is in two groups")
             if group.part is not None and linear.d_out != len(self.parts[group.part].outputs):
-                raise ValueError(f"weight {linear.weight!r} has another number of outputs than its part")
+                raise ValueError(f"weight {linear.weight!r} and its part differ in their number of outputs")
             d_out = linear.d_out if group.part is None else len(outputs)
             shape = (d_out, group.d_in) if linear.transposed else (group.d_in, d_out)
             expected[linear.weight, group.part] = (group.experts, *shape) if group.experts else shape
         if merged != expected:
-            raise ValueError("groups and tensors do not fit together")
+            raise ValueError("groups and tensors do not match")
         if any(tensor.unmatched and tensor.merge != "mean" for tensor in self.tensors):
-            raise ValueError("a tensor is merged in closed form, and the rows of its input cannot be matched")
+            raise ValueError("a tensor whose input rows cannot be identified must be averaged")
         context_free = {tensor.name for tensor in self.tensors if tensor.context_free}
         for group in self.groups:
             if len({weight.weight in context_free for weight in group.weights}) > 1:
-                raise ValueError(f"group {group.name!r} has weights of layers without context and others")
+                raise ValueError(f"group {group.name!r} mixes weights of context-free layers with others")
         if max(self.sum_entries, self.contribution_bytes // ITEM_BYTES) > ENTRIES:
             raise ValueError(f"a contribution would have more than {ENTRIES:,} elements")
         return self
@@ -244,17 +248,17 @@ class Layout(_Frozen):
         return range(len(self.parts)) if tensor.parted else (None,)
 
     def held(self, silo: str | None) -> tuple[bool, ...]:
-        """Return for each part whether a silo has its outputs.
+        """Return for each part whether a silo trains its outputs.
 
         Raises:
-            ContributionError: if it matters which silo it is, and none is named.
+            ContributionError: if the layout has parts and no silo is named.
         """
         if silo is None and self.parts:
-            raise ContributionError("this layout has labels that only some silos annotate: say which silo it is")
+            raise ContributionError("this layout has labels that only some silos annotate: pass the silo's name")
         return tuple(silo in part.silos for part in self.parts)
 
     def by_output(self, values: Sequence[float]) -> NDArray[np.float64]:
-        """Return one value for each part as one for each output of a parted tensor, float64 (outputs,)."""
+        """Expand one value per part into one value per output of a parted tensor, float64 (outputs,)."""
         spread = np.empty(sum(len(part.outputs) for part in self.parts))
         for part, value in zip(self.parts, values, strict=True):
             spread[list(part.outputs)] = value
@@ -267,17 +271,17 @@ class Layout(_Frozen):
 
     @cached_property
     def blocks(self) -> tuple[Block, ...]:
-        """All blocks of a contribution in order: each group's Gram matrix, then each tensor's difference."""
+        """All blocks of a contribution, in order: each group's Gram matrix, then each tensor's difference."""
         grams = tuple(Block(gram_block(group.name), (group.blocks.entries,)) for group in self.groups)
         return grams + tuple(Block(delta_block(tensor.name), tensor.shape) for tensor in self.tensors)
 
     @cached_property
     def sums(self) -> tuple[Block, ...]:
-        """All blocks of what is summed over silos, in order (`gramfuse_model.normal_equations`).
+        """All blocks that are summed over silos, in order (`gramfuse_model.normal_equations`).
 
-        `count`: weight c, examples, token rows of each group, and c of each part. `s:<group>`: packed c·Ĝ.
-        `t:<group>`: c·Ĝ·Δ, (d_in, d_out), weights side by side, experts one below the other. `m:<parameter>`: c·Δ, in
-        the parameter's own shape, and of a counter Δ. Of a part that a silo does not have, it adds zeros.
+        `count`: weight c, examples, token rows of each group, and c for each part. `s:<group>`: packed c·Ĝ.
+        `t:<group>`: c·Ĝ·Δ, (d_in, d_out), weights side by side, experts one below the other. `m:<parameter>`: c·Δ in
+        the parameter's shape; Δ for a counter. A silo adds zeros for parts that it does not train.
         """
         count = Block("count", (2 + len(self.groups) + len(self.parts),))
         s = tuple(Block(f"s:{group.name}", (group.blocks.entries,)) for group in self.groups)
@@ -287,21 +291,21 @@ class Layout(_Frozen):
 
     @cached_property
     def sum_entries(self) -> int:
-        """Number of elements of what is summed over silos."""
+        """Number of elements that are summed over silos."""
         return sum(block.entries for block in self.sums)
 
     @property
     def deltas(self) -> tuple[Slice, ...]:
-        """The blocks that a whole model is sent as: each tensor's difference from the base."""
+        """The blocks that represent a whole model: each tensor's difference from the base."""
         return tuple(Slice(block, 0, block.entries) for block in self.blocks[len(self.groups) :])
 
     @property
     def contribution_bytes(self) -> int:
-        """Bytes of one silo's contribution, without the few hundred bytes of its headers."""
+        """Number of bytes of one silo's contribution, without the few hundred bytes of headers."""
         return ITEM_BYTES * sum(block.entries for block in self.blocks)
 
     def upload_bytes(self, *, masked: bool) -> int:
-        """Bytes of one silo's contribution as it leaves: as words of a secure sum, or in the clear."""
+        """Return the number of bytes that one silo uploads: masked words of a secure sum, or float32 in the clear."""
         return 8 * self.sum_entries if masked else self.contribution_bytes
 
     def pieces(self, limit: int = PIECE_BYTES) -> tuple[tuple[Slice, ...], ...]:
@@ -309,41 +313,41 @@ class Layout(_Frozen):
         return tuple(self.piece(number, limit) for number in range(self.piece_count(limit)))
 
     def piece_count(self, limit: int = PIECE_BYTES) -> int:
-        """Return how many pieces there are."""
+        """Return the number of pieces."""
         return -(-self.contribution_bytes // ITEM_BYTES // _capacity(limit))
 
     def piece(self, number: int, limit: int = PIECE_BYTES) -> tuple[Slice, ...]:
-        """Return one piece: nothing of the others is made, however many there would be.
+        """Return one piece, without computing the others.
 
         Args:
-            number: from 0 on, below `piece_count`.
+            number: 0 ≤ number < `piece_count`.
         """
-        capacity, found = _capacity(limit), []
+        capacity, slices = _capacity(limit), []
         first, last = number * capacity, (number + 1) * capacity
         for block, begins in zip(self.blocks, self._begins, strict=True):
             start, stop = max(0, first - begins), min(block.entries, last - begins)
             if start < stop:
-                found.append(Slice(block, start, stop))
-        return tuple(found)
+                slices.append(Slice(block, start, stop))
+        return tuple(slices)
 
     @cached_property
     def _begins(self) -> tuple[int, ...]:
-        """Where each block begins in a contribution, in elements."""
+        """The offset of each block in a contribution, in elements."""
         return (0, *accumulate(block.entries for block in self.blocks[:-1]))
 
     def follows(self, derived: Layout) -> bool:
-        """Whether this layout is one that was derived anew, but for what rounding may do to exponents: one step."""
+        """Return whether this layout equals a newly derived one, up to one step in exponents, which rounding allows."""
         if self.model_copy(update={"groups": derived.groups}) != derived or len(self.groups) != len(derived.groups):
             return False
         return all(
-            own.model_copy(update={"exponents": other.exponents}) == other
-            and len(own.exponents) == len(other.exponents)
-            and all(abs(a - b) <= 1 for a, b in zip(own.exponents, other.exponents, strict=True))
-            for own, other in zip(self.groups, derived.groups, strict=True)
+            group.model_copy(update={"exponents": other.exponents}) == other
+            and len(group.exponents) == len(other.exponents)
+            and all(abs(a - b) <= 1 for a, b in zip(group.exponents, other.exponents, strict=True))
+            for group, other in zip(self.groups, derived.groups, strict=True)
         )
 
     def linear(self) -> Iterator[tuple[Group, Linear]]:
-        """Yield each weight that is merged in closed form with its group."""
+        """Yield each weight that is merged in closed form, with its group."""
         for group in self.groups:
             for weight in group.weights:
                 yield group, weight
@@ -372,15 +376,15 @@ class Layout(_Frozen):
 
 
 def _capacity(limit: int) -> int:
-    """Return how many elements a piece of at most `limit` bytes has."""
+    """Return the number of elements in a piece of at most `limit` bytes."""
     return max(1, limit // ITEM_BYTES)
 
 
 def gram_block(group: str) -> str:
-    """Name of the block that holds a group's packed Gram matrix."""
+    """Return the name of the block with a group's packed Gram matrix."""
     return f"gram:{group}"
 
 
 def delta_block(parameter: str) -> str:
-    """Name of the block that holds a parameter's difference from the base."""
+    """Return the name of the block with a parameter's difference from the base."""
     return f"delta:{parameter}"

@@ -1,9 +1,10 @@
-"""Node keys: the key that a silo's connection to Flower is authenticated with.
+"""Node keys: the keys that authenticate silos to Flower's SuperLink.
 
-It is a NIST P-384 key. Flower reads the private half as an OpenSSH file without a passphrase and knows a node by the
-public half, which is written here in one way only: the OpenSSH line `ecdsa-sha2-nistp384 <base64>`, without a comment.
+A node key is a NIST P-384 key pair. Flower reads the private key from an OpenSSH file without a passphrase and
+identifies a node by the public key, which gramfuse writes in one form only: the OpenSSH line
+`ecdsa-sha2-nistp384 <base64>`, without a comment.
 
-Sources: RFC 5656 (the line), RFC 5480 (the same key in PEM, as Flower hands it out).
+Sources: RFC 5656 (the line), RFC 5480 (the same key in PEM, as Flower reports it).
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ KEY_TYPE = "ecdsa-sha2-nistp384"
 
 _EXPECTED = f"expected the line that gramfuse silo keygen prints: {KEY_TYPE} …"
 _UNREADABLE = (ValueError, UnsupportedAlgorithm, NotImplementedError)
-"""What the cryptography package raises for a key that is broken or of a kind that it does not know."""
+"""Exceptions of the cryptography package for a broken key or an unknown key type."""
 
 
 def generate() -> tuple[str, str]:
-    """Return a new key: the private half as an OpenSSH file's text, the public half as its line."""
+    """Return a new key pair: the private key as the text of an OpenSSH file, the public key as its line."""
     key = ec.generate_private_key(ec.SECP384R1())
     private = key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
@@ -39,16 +40,16 @@ def public_of(private: str, source: str) -> str:
     """Return the public line of a private key in OpenSSH format.
 
     Args:
-        source: where the text is from, for the error; the text itself is never quoted.
+        source: origin of the text, for the error; the text itself is never quoted.
 
     Raises:
-        PlanError: if it is no such key, or one with a passphrase.
+        PlanError: if it is not such a key, or has a passphrase.
     """
     try:
         key = serialization.load_ssh_private_key(private.encode("utf-8"), password=None)
     except TypeError:
         raise PlanError(
-            f"{source}: has a passphrase, for which Flower cannot ask; take it off with: ssh-keygen -p -f {source}"
+            f"{source}: has a passphrase, but Flower cannot ask for one; remove it with: ssh-keygen -p -f {source}"
         ) from None
     except _UNREADABLE:
         key = None
@@ -60,10 +61,10 @@ def public_of(private: str, source: str) -> str:
 
 
 def canonical(key: str | bytes) -> str:
-    """Return the public line of a public key: of PEM, as Flower's nodes carry it, or of an OpenSSH line.
+    """Return the public line of a public key, given in PEM (as Flower reports it) or as an OpenSSH line.
 
     Raises:
-        ValueError: if it is no P-384 public key.
+        ValueError: if it is not a P-384 public key.
     """
     try:
         text = key if isinstance(key, str) else key.decode("ascii")
@@ -81,7 +82,7 @@ def fingerprint(line: str) -> str:
 
 
 def _canonical_line(text: str) -> str:
-    """Drop what is around a key in its line: a comment, spaces, the end of the line."""
+    """Normalise an OpenSSH line: drop its comment, surrounding spaces and the newline."""
     fields = text.split()
     if len(text.strip().splitlines()) != 1 or len(fields) < 2 or fields[0] != KEY_TYPE:
         raise ValueError(_EXPECTED)
@@ -98,4 +99,4 @@ def _line(key: object) -> str:
 
 
 PublicNodeKey = Annotated[str, AfterValidator(_canonical_line)]
-"""The public half in a plan: `ecdsa-sha2-nistp384 <base64>`; a comment or spaces around it are dropped."""
+"""The public key in a plan: `ecdsa-sha2-nistp384 <base64>`; a comment and surrounding spaces are dropped."""

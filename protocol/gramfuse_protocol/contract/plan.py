@@ -1,4 +1,4 @@
-"""The plan: the contract of one merge, public among its participants.
+"""The plan: the contract of one merge, known to all its participants.
 
 A plan is written as `plan.toml`. `Plan.digest` is the SHA-256 of its canonical form
 (`gramfuse_protocol.canonical`); it binds every message of a run.
@@ -34,7 +34,7 @@ from gramfuse_protocol.tasks.registry import KINDS, kind_of
 
 
 class Plan(Section):
-    """A whole plan."""
+    """A complete plan."""
 
     plan: Header
     model: Model
@@ -47,17 +47,17 @@ class Plan(Section):
     @model_validator(mode="after")
     def _roster(self) -> Plan:
         names = [silo.name for silo in self.silo]
-        twice = sorted(name for name, times in Counter(names).items() if times > 1)
-        if twice:
-            raise ValueError(f"[[silo]] names {', '.join(twice)} more than once")
+        repeated = sorted(name for name, times in Counter(names).items() if times > 1)
+        if repeated:
+            raise ValueError(f"[[silo]] names {', '.join(repeated)} more than once")
         for keys in ([silo.public_key for silo in self.silo], [silo.node_key for silo in self.silo]):
-            given = [key for key in keys if key is not None]
-            if len(set(given)) != len(given):
-                raise ValueError("[[silo]] names one key twice; every silo makes its own with: gramfuse silo keygen")
+            present = [key for key in keys if key is not None]
+            if len(set(present)) != len(present):
+                raise ValueError("two [[silo]] have the same key; each silo makes its own with: gramfuse silo keygen")
         if self.privacy.secure_aggregation:
             check_terms(len(self.silo), self.privacy.colluding, self.threshold, self.minimum_survivors)
         elif self.minimum_survivors > len(self.silo):
-            raise ValueError(f"'privacy.minimum-survivors' is more than the {len(self.silo)} silos of the roster")
+            raise ValueError(f"'privacy.minimum-survivors' is more than the {len(self.silo)} silos in the roster")
         return self
 
     @model_validator(mode="after")
@@ -67,41 +67,39 @@ class Plan(Section):
             raise ValueError(f"task {headless[0]!r} has no head of its own: 'model.head' must be \"same\"")
         names = [task.name for task in self.task]
         if len(set(names)) != len(names):
-            raise ValueError("[[task]] gives one name twice")
+            raise ValueError("two [[task]] have the same name")
         if not names:
             for silo in self.silo:
                 if silo.task is not None:
-                    raise ValueError(
-                        f"[[silo]] {silo.name!r} has the task {silo.task!r}, and there is no such [[task]]"
-                    )
+                    raise ValueError(f"[[silo]] {silo.name!r} has task {silo.task!r}, but the plan has no [[task]]")
             return self
         if self.model.task is not None or self.model.head != "own":
             raise ValueError(
                 "with [[task]] sections, silos share a body and keep their heads: 'model.head' must be \"own\", and "
-                "'model.task' stands in each [[task]]"
+                "'task' belongs in each [[task]] instead of [model]"
             )
         for silo in self.silo:
             if silo.task not in names:
                 raise ValueError(f"[[silo]] {silo.name!r} needs 'task', one of {', '.join(names)}")
-        idle = set(names) - {silo.task for silo in self.silo}
-        if idle:
-            raise ValueError(f"no [[silo]] has the task {', '.join(sorted(idle))}")
+        unused = set(names) - {silo.task for silo in self.silo}
+        if unused:
+            raise ValueError(f"no [[silo]] has task {', '.join(sorted(unused))}")
         if self.privacy.metrics == "sum":
             raise ValueError(
-                'results of different tasks do not add up over silos: \'privacy.metrics\' must be "silo" or "none"'
+                'results of different tasks cannot be summed over silos: \'privacy.metrics\' must be "silo" or "none"'
             )
         return self
 
     @model_validator(mode="after")
     def _masked_labels(self) -> Plan:
-        masked, known = [silo for silo in self.silo if silo.labels], set(self.model.labels)
+        masked, labels = [silo for silo in self.silo if silo.labels], set(self.model.labels)
         if not masked:
             return self
         if self.model.task is None or not KINDS[self.model.task].partial_labels:
-            some = " or ".join(f'"{kind.name}"' for kind in KINDS.values() if kind.partial_labels)
-            raise ValueError(f"'labels' of a [[silo]] needs 'model.task' {some}")
+            kinds = " or ".join(f'"{kind.name}"' for kind in KINDS.values() if kind.partial_labels)
+            raise ValueError(f"'labels' of a [[silo]] requires 'model.task' to be {kinds}")
         for silo in masked:
-            unknown = [label for label in silo.labels if label not in known]
+            unknown = [label for label in silo.labels if label not in labels]
             if unknown:
                 raise ValueError(f"[[silo]] {silo.name!r}: {unknown[0]!r} is not among 'model.labels'")
         if self.model.head == "own":
@@ -109,17 +107,17 @@ class Plan(Section):
         dropouts = len(self.silo) - self.minimum_survivors
         secure = self.privacy.secure_aggregation
         needed = self.privacy.colluding + 2 + dropouts if secure else 1
-        all_of_them = len(self.silo) - len(masked)
+        unmasked = len(self.silo) - len(masked)
         annotated = Counter(label for silo in masked for label in set(silo.labels))
         for label in self.model.labels:
-            held = all_of_them + annotated[label]
+            held = unmasked + annotated[label]
             if held < needed:
                 raise ValueError(
-                    f"label {label!r} is annotated by {held} silos, and its rows of the head would be merged over as "
-                    f"few; it needs at least {needed}"
+                    f"only {held} silos annotate label {label!r}, so its head rows would be merged over too few; "
+                    f"at least {needed} are needed"
                     + (
-                        f", of which {self.privacy.colluding} may collude and {dropouts} drop out: use "
-                        'secure-aggregation = false, or model.head = "own"'
+                        f" ({self.privacy.colluding} may collude and {dropouts} drop out): set "
+                        'secure-aggregation = false or model.head = "own"'
                         if secure
                         else ""
                     )
@@ -127,28 +125,28 @@ class Plan(Section):
         return self
 
     def task_of(self, silo: str) -> Task:
-        """Return what a silo fine-tunes for, with the labels that it annotates.
+        """Return a silo's task, with the labels that it annotates.
 
         Raises:
-            PlanError: if it is not in the roster, and silos have different tasks.
+            PlanError: if silos have different tasks and this silo is not in the roster.
         """
         entry = next((entry for entry in self.silo if entry.name == silo), None)
         if not self.task:
-            task = self._alone
+            task = self._single_task
             return MaskedTask(**dict(task), annotates=entry.labels) if entry and entry.labels else task
         if entry is None:
-            raise PlanError(f"the plan has no [[silo]] {silo!r}, so none of its tasks is this silo's")
+            raise PlanError(f"the plan has no [[silo]] {silo!r}, so this silo has no task")
         return next(task for task in self.task if task.name == entry.task)
 
     @property
     def tasks(self) -> Mapping[str, Task]:
-        """All tasks by name; the only one of a plan without [[task]] sections has none, and covers all labels."""
-        return {task.name: task for task in self.task} or {"": self._alone}
+        """All tasks by name; a plan without [[task]] sections has one task, named "", with all labels."""
+        return {task.name: task for task in self.task} or {"": self._single_task}
 
     @property
-    def _alone(self) -> Task:
-        """The task that all silos have; with all that it needs where results leave in a sum."""
-        task = self.model.alone
+    def _single_task(self) -> Task:
+        """The task that all silos share, with a default range if results leave in a sum."""
+        task = self.model.single_task
         return kind_of(task).for_sum(task) if self.summed else task
 
     @property
@@ -158,13 +156,13 @@ class Plan(Section):
 
     @property
     def epsilon(self) -> float | None:
-        """The differential privacy of one held-out example in what leaves of one candidate; None without noise."""
+        """The ε of one held-out example in the results of one candidate; None without noise."""
         epsilon = self.privacy.metrics_epsilon
         return None if epsilon == "none" or not self.summed else epsilon
 
     @property
     def releases(self) -> int:
-        """How many times held-out results leave: once for each candidate in each round."""
+        """Number of times that held-out results leave a silo: once for each candidate in each round."""
         return 0 if self.privacy.metrics == "none" else len(self.privacy.candidates) * self.merge.rounds
 
     def holders(self, label: str) -> tuple[str, ...]:
@@ -173,88 +171,88 @@ class Plan(Section):
 
     @property
     def threshold(self) -> int:
-        """Shares that open a silo's mask: as the plan says, or the smallest that is safe."""
+        """Number of shares that reconstruct a silo's secret: the plan's, or the smallest safe one."""
         return self.privacy.threshold or smallest_threshold(len(self.silo), self.privacy.colluding)
 
     @property
     def minimum_survivors(self) -> int:
-        """Fewest silos that a merge may be of."""
+        """Minimum number of silos in a merge."""
         if self.privacy.minimum_survivors is not None:
             return self.privacy.minimum_survivors
         return self.threshold if self.privacy.secure_aggregation else len(self.silo)
 
     @property
     def roster(self) -> Roster:
-        """The silos and their keys, on the terms of a secure sum.
+        """The roster of the plan's secure sums.
 
         Raises:
-            PlanError: naming the silos that have no key.
+            PlanError: naming the silos without a key.
         """
         missing = [silo.name for silo in self.silo if silo.public_key is None]
         if missing:
             raise PlanError(
-                f"plan: no public key for {', '.join(missing)}; each of them runs gramfuse silo keygen, and the key "
-                "that it prints goes into the plan as 'public-key' of its [[silo]]"
+                f"plan: no public key for {', '.join(missing)}; run gramfuse silo keygen at each, and put the key that "
+                "it prints into the plan as 'public-key' of its [[silo]]"
             )
         keys = {silo.name: bytes.fromhex(silo.public_key or "") for silo in self.silo}
         return Roster(self.digest, keys, self.threshold, self.minimum_survivors)
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the canonical form: what both sides print, approve and put into every message."""
+        """SHA-256 of the canonical form, which both sides print, approve and put into every message."""
         return digest(self.document())
 
     @property
     def reading(self) -> str:
-        """SHA-256 of what decides which of a silo's rows count and what they become, and not what is done with them."""
+        """SHA-256 of the settings that decide which of a silo's rows are used and how they are converted to tensors."""
         model = self.model.model_dump(mode="json", by_alias=True, exclude={"base", "revision"})
         tasks = [task.model_dump(mode="json", by_alias=True) for task in self.task]
         drawn = {"tokens": self.merge.tokens, "batch": self.training.batch_size, "seed": self.training.seed}
         return digest({"model": model, "task": tasks, **drawn})
 
     def terms_of(self, silo: str) -> str:
-        """SHA-256 of what the plan says of one silo alone, and its statistics depend on."""
+        """Return the SHA-256 of the plan's terms for one silo that its statistics depend on."""
         (entry,) = (entry for entry in self.silo if entry.name == silo)
-        head = silo if self.model.head != "same" else ""  # the name is what a head of its own starts from
+        head = silo if self.model.head != "same" else ""  # the name seeds the silo's own head
         return digest({"task": entry.task or "", "labels": list(entry.labels), "head": head})
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The silos, in roster order."""
+        """The silos' names, in roster order."""
         return tuple(silo.name for silo in self.silo)
 
     @property
     def locked(self) -> bool:
-        """Whether the base model, weights, configuration and processor, and the layout are pinned."""
+        """Whether the base model (weights, configuration, processor) and the layout are pinned."""
         return None not in (self.model.sha256, self.model.config, self.model.processor, self.merge.layout)
 
     @property
     def pins(self) -> Pins:
-        """What the base model is held to."""
+        """The digests and the commit that the base model must match."""
         return Pins(*(getattr(self.model, name) for name in Pins._fields))
 
     def document(self) -> dict[str, Any]:
-        """Return the plan as the nested kebab-case document that its digest is taken of."""
+        """Return the plan as a nested document with kebab-case keys, as hashed by `digest`."""
         return self.model_dump(mode="json", by_alias=True)
 
     def to_toml(self) -> str:
-        """Return the plan as TOML text; `Plan.parse` gives back an equal plan."""
+        """Return the plan as TOML text; `Plan.parse` restores an equal plan."""
         document = self.model_dump(mode="json", by_alias=True, exclude_none=True)
         if not self.task:
             del document["task"]
         return tomlkit.dumps(document)
 
     def unlocked(self) -> Plan:
-        """Return this plan without the digests of `plan lock`; a commit that it names stays."""
+        """Return this plan without the digests of `plan lock`; the commit is kept."""
         return self.pinned(Pins(None, None, None, self.model.revision), None)
 
     def with_keys(self, keys: Mapping[str, str]) -> Plan:
-        """Return this plan with other public keys, by silo."""
+        """Return this plan with these public keys, by silo."""
         roster = tuple(silo.model_copy(update={"public_key": keys[silo.name]}) for silo in self.silo)
         return self.model_copy(update={"silo": roster})
 
     def pinned(self, pins: Pins, layout: str | None) -> Plan:
-        """Return this plan with what `plan lock` fills in: what the base model is held to, and the layout's digest."""
+        """Return this plan with the values of `plan lock`: the base model's pins and the layout's digest."""
         return self.model_copy(
             update={
                 "model": self.model.model_copy(update=pins._asdict()),
@@ -263,13 +261,13 @@ class Plan(Section):
         )
 
     def override(self, settings: Iterable[str]) -> Plan:
-        """Return this plan with `section.key=value` settings applied and, if there are any, its lock removed.
+        """Return this plan with `section.key=value` settings applied; any setting removes the lock.
 
-        With another base model, a commit goes too, unless it is among the settings. Values are TOML
-        (`merge.alpha=1.0`, `training.freeze=["*pooler*"]`); a bare word is a string.
+        A new `model.base` also removes the commit, unless the settings name one. Values are TOML (`merge.alpha=1.0`,
+        `training.freeze=["*pooler*"]`); a bare word is a string.
 
         Raises:
-            PlanError: for a setting without `=`, an unknown key or a value that does not fit.
+            PlanError: for a setting without `=`, an unknown key or an invalid value.
         """
         settings = tuple(settings)
         document = self.document()
@@ -284,7 +282,7 @@ class Plan(Section):
             for key in keys[:-1]:
                 table = table.setdefault(key, {}) if isinstance(table, dict) else None
             if not isinstance(table, dict):
-                raise PlanError(f"--set {setting}: {'.'.join(keys[:-1])!r} is not a table of the plan")
+                raise PlanError(f"--set {setting}: {'.'.join(keys[:-1])!r} is not a section of the plan")
             table[keys[-1]] = _toml_value(text.strip())
         if settings:
             document["model"] |= dict.fromkeys(("sha256", "config", "processor"))

@@ -1,4 +1,4 @@
-"""The sections of a plan: each key, its default, and what it may hold."""
+"""The sections of a plan: each key, its default and its valid values."""
 
 from __future__ import annotations
 
@@ -33,9 +33,10 @@ Count = Annotated[int, Field(ge=1, le=LARGEST)]
 Unit = Annotated[float, Field(ge=0, le=1)]
 
 ContextFree = Literal["mean", "diagonal", "full"]
+"""How weights of context-free layers are merged; each value reveals more than the one before."""
 
 Experts = Literal["mean", "full"]
-"""How weights are merged whose layer sees tokens without context: each gives away more than the one before."""
+"""How the experts of a mixture are merged; `full` reveals more than `mean`."""
 
 Patterns = Annotated[Many[Word], Field(max_length=SILOS)]
 
@@ -46,20 +47,20 @@ def _identity_key(text: str) -> str:
 
 
 class Header(Section):
-    """`[plan]`: what this merge is called."""
+    """`[plan]`: name and version of this merge."""
 
     name: Name
     version: Count = 1
 
 
 class Pins(NamedTuple):
-    """What a plan holds its base model to; each is None as long as the plan is not locked.
+    """The digests and the commit that the base model must match; each is None until the plan is locked.
 
     Args:
         sha256: digest of the weights.
         config: digest of the configuration.
         processor: digest of the tokenizer or image processor.
-        revision: commit of the hub repository that has the files; None for a base model that is a directory.
+        revision: commit of the hub repository; None for a base model in a directory.
     """
 
     sha256: str | None
@@ -71,40 +72,40 @@ class Pins(NamedTuple):
 class _Start(Section):
     base: BaseName
     revision: Commit | None = None
-    """Commit of a hub model that is loaded, whatever came after it; `plan lock` fills in the newest."""
+    """Commit of the hub model to load; `plan lock` fills in the newest."""
     sha256: Sha256 | None = None
-    """Digest of every weight that training starts from, the head included if it is merged; filled by `plan lock`."""
+    """Digest of all initial weights, including the head if it is merged; filled in by `plan lock`."""
     config: Sha256 | None = None
-    """Digest of the whole configuration, with how texts are generated; filled by `plan lock`."""
+    """Digest of the whole configuration, including generation settings; filled in by `plan lock`."""
     processor: Sha256 | None = None
-    """Digest of the whole tokenizer or image processor; filled by `plan lock`."""
+    """Digest of the whole tokenizer or image processor; filled in by `plan lock`."""
     task: TaskKind | None = None
     head: Literal["same", "different", "own"] = "same"
-    """Whether silos start from one head or each from a head of its own, or keep their heads, which are not merged."""
+    """`same`: all silos start from one head; `different`: each starts from its own; `own`: heads are not merged."""
 
 
-class Model(TaskSettings, _Start):  # pydantic takes the keys of the last base first
-    """`[model]`: the base model, and what its head is for.
+class Model(TaskSettings, _Start):  # pydantic orders the keys of the last base first
+    """`[model]`: the base model and the task.
 
-    `task` and what belongs to it stand here if all silos have the same task, and in `[[task]]` sections if not.
+    `task` and its settings are here if all silos have the same task, and otherwise in `[[task]]` sections.
     """
 
     @model_validator(mode="after")
-    def _is_a_task(self) -> Model:
+    def _check_task(self) -> Model:
         if self.task is not None:
-            _ = self.alone
+            _ = self.single_task
         return self
 
     @property
-    def alone(self) -> Task:
-        """The task that stands here; raises ValueError if none does, or if it contradicts itself."""
+    def single_task(self) -> Task:
+        """The task of this section; raises ValueError if it has none, or an inconsistent one."""
         if self.task is None:
             raise ValueError("[model] needs 'task', or the plan needs [[task]] sections")
         return Task(task=self.task, **{name: getattr(self, name) for name in TaskSettings.model_fields})
 
 
 class NamedTask(Task):
-    """One `[[task]]`: silos with different tasks share a body, and each keeps its head."""
+    """One `[[task]]`: silos with different tasks share a body and keep their own heads."""
 
     name: Name
 
@@ -119,23 +120,23 @@ class Training(Section):
     """Fraction of the steps over which the learning rate rises from zero."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Of the products in training. Weights and the optimizer stay in float32, and so does all that is measured."""
+    """Precision of matrix products in training. Weights, optimizer and all measurements are float32."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 1
-    """What is drawn: new heads, the order of training, and which examples are measured."""
+    """Seed for new heads, the order of training examples, and the choice of measured examples."""
     freeze: Patterns = (EMBEDDINGS,)
-    """Patterns (shell style) of the parameters that stay as they are and never leave a silo.
+    """Shell-style patterns of the parameters that are not trained and never leave a silo.
 
-    The word `embeddings` stands for all that turns tokens, positions and patches into features, whatever a model calls
-    it.
+    The word `embeddings` selects all parameters that turn tokens, positions and patches into features, whatever their
+    names in the model.
     """
 
     def in_round(self, number: int) -> Training:
-        """Return the settings of a round, from 1 on: each has a seed of its own, and so other batches."""
+        """Return the settings of a round, counted from 1: each round has its own seed, and so its own batches."""
         return self.model_copy(update={"seed": (self.seed + number - 1) % 2**32})
 
 
 class Merge(Section):
-    """`[merge]`: the closed form and what it is fed.
+    """`[merge]`: the closed-form merge and its statistics.
 
     Example:
         >>> merge = gramfuse.Merge(gram={"*": "full", "*.intermediate.*": "block:4"}, exclude=("*pooler*",))
@@ -145,37 +146,38 @@ class Merge(Section):
 
     method: Literal["regmean"] = "regmean"
     alpha: Unit = 0.9
-    """Share of the off-diagonal of each Gram matrix that is kept."""
+    """Factor on the off-diagonal entries of each Gram matrix."""
     weighting: Literal["uniform", "examples"] = "uniform"
     gram: Annotated[Mapping[Word, Word], Field(max_length=SILOS)] = {"*": "full"}
-    """Pattern of a weight's name to `full`, `block:<b>` or `diagonal`; the longest pattern that fits counts."""
+    """Maps a pattern of weight names to `full`, `block:<b>` or `diagonal`; the longest matching pattern wins."""
     exclude: Patterns = ()
-    """Patterns of linear weights that are averaged instead."""
+    """Patterns of linear weights to average instead of merging in closed form."""
     context_free: ContextFree = "mean"
-    """What becomes of weights whose layer sees tokens without context, as the first behind the embeddings does.
+    """How to merge weights of context-free layers, such as the first layer after the embeddings.
 
-    Which these are is found by running the base model. `mean` averages them, and nothing but their differences leaves.
-    `diagonal` and `full` merge them in closed form, `full` as `gram` says. That gives the tokens away: anybody can
-    compute what such a layer sees of each token, so the sum of the Gram matrices tells exactly which tokens occur in
-    the silos' data, at which place, and how often; with few tokens and many features, the diagonal does too.
+    These layers are found by running the base model. `mean` averages their weights, so only differences leave a silo.
+    `diagonal` and `full` merge them in closed form, `full` with the structure that `gram` names. That reveals the
+    tokens: anyone can compute the input of such a layer for each token, so the sum of the Gram matrices reveals exactly
+    which tokens occur in the silos' data, at which positions, and how often; with few tokens and many features, so does
+    the diagonal.
     """
     experts: Experts | None = None
-    """What becomes of the experts of a mixture that are one parameter: `mean`, or `full` as `gram` says.
+    """How to merge experts that are stored in one parameter: `mean`, or `full` with the structure that `gram` names.
 
-    By default it is `full` where each silo's statistics are read, and `mean` under secure aggregation: of an expert
-    that only one silo uses, the sum of the Gram matrices is that silo's own.
+    The default is `mean` under secure aggregation, and `full` otherwise: if only one silo uses an expert, the sum of
+    the expert's Gram matrices is that silo's own.
     """
     tokens: Count = 100_000
-    """Most token rows that a silo measures for one Gram matrix; its examples come in an order drawn by the seed."""
+    """Maximum number of token rows that a silo measures for one Gram matrix; the seed shuffles its examples."""
     rounds: Count = 1
-    """Exchanges: in each after the first, silos go on from the merged model."""
+    """Number of rounds; after the first, silos continue from the merged model."""
     maximum_change: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 32.0
-    """Most that a tensor may change, as a multiple of the norm that it has in the base.
+    """Maximum change of a tensor, as a multiple of its norm in the base.
 
-    Silos keep no model that changes more, and do not measure it or go on from it.
+    Silos refuse a model that changes more: they do not keep it, measure it or continue from it.
     """
     layout: Sha256 | None = None
-    """Digest of the layout; filled by `plan lock`."""
+    """Digest of the layout; filled in by `plan lock`."""
 
     @model_validator(mode="after")
     def _gram_patterns(self) -> Merge:
@@ -184,10 +186,10 @@ class Merge(Section):
         return self
 
     def experts_in(self, *, secure: bool) -> Experts:
-        """Return what becomes of the experts of a mixture.
+        """Return how experts are merged.
 
         Args:
-            secure: whether statistics leave under masks only.
+            secure: whether the plan uses secure aggregation.
         """
         return self.experts or ("mean" if secure else "full")
 
@@ -196,22 +198,22 @@ class Privacy(Section):
     """`[privacy]`: what the coordinator sees."""
 
     secure_aggregation: bool = True
-    """Whether the coordinator sees sums over silos only, or each silo's statistics."""
+    """Whether the coordinator sees only sums over silos, or each silo's statistics."""
     colluding: Annotated[int, Field(ge=0, le=LARGEST)] = 1
-    """Silos that may be on the coordinator's side without the others' contributions being seen."""
+    """Number of silos that may collude with the coordinator without exposing the other silos' contributions."""
     threshold: Count | None = None
-    """Shares that open a silo's mask; by default the smallest that is safe."""
+    """Number of shares that reconstruct a silo's secret; by default the smallest safe one."""
     minimum_survivors: Count | None = None
-    """Fewest silos that a merge may be of; by default the threshold, or without secure aggregation all of them."""
+    """Minimum number of silos in a merge; by default the threshold, or all silos without secure aggregation."""
     metrics: Literal["none", "sum", "silo"] = "sum"
-    """Whether held-out metrics leave a silo: not at all, to be shown as a sum only, or silo by silo."""
+    """How held-out metrics leave a silo: not at all, as a sum over silos only, or silo by silo."""
     metrics_epsilon: Annotated[float, Field(ge=0.001, le=100)] | Literal["none"] = 2.0
-    """The differential privacy of one held-out example in the secure sum of one candidate's metrics, at δ = 1e-5.
+    """The ε of one held-out example in the secure sum of one candidate's metrics, at δ = 1e-5.
 
-    `"none"` adds no noise; a silo takes part in such a plan only if its own file allows it.
+    `"none"` adds no noise; a silo joins such a plan only if its own silo file allows it.
     """
     candidates: Annotated[tuple[Literal["simple", "regmean"], ...], Field(min_length=1)] = ("simple", "regmean")
-    """The models that silos measure in each round, in this order, and no others. `regmean` must be among them.
+    """The only models that silos measure in each round, in order; `regmean` must be among them.
 
     `simple` is the plain average, a control. Each candidate costs `metrics-epsilon`.
     """
@@ -219,7 +221,7 @@ class Privacy(Section):
     @model_validator(mode="after")
     def _candidates(self) -> Privacy:
         if len(set(self.candidates)) != len(self.candidates) or "regmean" not in self.candidates:
-            raise ValueError("'privacy.candidates' names each model once, and \"regmean\" among them")
+            raise ValueError("'privacy.candidates' must name each model once and include \"regmean\"")
         return self
 
 
@@ -230,8 +232,8 @@ class Silo(Section):
     public_key: Annotated[Sha256, AfterValidator(_identity_key)] | None = None
     """Ed25519 public key in hexadecimal, as `gramfuse silo keygen` prints it."""
     node_key: PublicNodeKey | None = None
-    """P-384 public key that the silo's connection to the coordinator is authenticated with, as an OpenSSH line."""
+    """P-384 public key that authenticates the silo's connection to the coordinator, as an OpenSSH line."""
     task: Name | None = None
-    """Which `[[task]]` this silo has."""
+    """Name of this silo's `[[task]]`."""
     labels: Labels = ()
-    """Labels that this silo annotates, if not all: the others are masked there, not taken as absent."""
+    """Labels that this silo annotates; by default all. The others are masked, not counted as absent."""

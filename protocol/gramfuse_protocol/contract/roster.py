@@ -1,14 +1,14 @@
-"""The roster of a secure sum, and how many silos it takes.
+"""The roster of a secure sum, and the conditions on its size and threshold.
 
-With n silos, of which the coordinator may have c on its side, and a threshold of t shares:
+With n silos, c of which may collude with the coordinator, and a threshold of t shares:
 
-* the coordinator must not get t shares of each of two kinds for one silo by telling different stories to different
-  silos, so 2t > n + c;
-* a merge shows the sum of at least t silos' statistics, so the plan's minimum of survivors is at least t;
-* n − t silos may drop out.
+* a coordinator that tells silos different lists of survivors must not obtain t shares of both secrets of one silo, so
+  2t > n + c;
+* a merge reveals the sum of at least t silos' statistics, so the plan's minimum of survivors is at least t;
+* up to n − t silos may drop out.
 
 Source: Bonawitz et al., "Practical Secure Aggregation for Privacy-Preserving Machine Learning", CCS 2017, theorem 6.5,
-for a coordinator that lies.
+for a malicious coordinator.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from gramfuse_protocol.bounds import SILOS
 
 @dataclass(frozen=True)
 class Roster:
-    """Who may be in a secure sum, and on what terms.
+    """The possible members of a secure sum, and its terms.
 
     Args:
-        plan: SHA-256 of the plan, 64 hexadecimal digits; in a round after the first what stands for it
-            (`gramfuse_protocol.secure_sum.statements.round_digest`).
+        plan: SHA-256 of the plan, 64 hexadecimal digits; after the first round, its
+            `gramfuse_protocol.secure_sum.statements.round_digest`.
         keys: Ed25519 public key (32 bytes) of each silo by name, in the plan's order.
-        threshold: t, the shares that bring a secret back.
-        minimum: fewest silos that a sum may be of.
+        threshold: t, the number of shares that reconstruct a secret.
+        minimum: minimum number of silos in a sum.
     """
 
     plan: str
@@ -43,11 +43,11 @@ class Roster:
 
     @property
     def floor(self) -> int:
-        """Fewest silos that a step of the protocol may go on with."""
+        """Minimum number of silos for each step of the protocol."""
         return max(self.threshold, self.minimum)
 
     def index(self, name: str) -> int:
-        """Return where a silo's shares are taken: its place in the roster, from 1."""
+        """Return the evaluation point of a silo's shares: its position in the roster, counted from 1."""
         return self.names.index(name) + 1
 
 
@@ -57,24 +57,24 @@ def smallest_threshold(silos: int, colluding: int) -> int:
 
 
 def tolerated(silos: int, threshold: int, minimum: int) -> dict[str, int]:
-    """Return how many silos may drop out of a secure sum on safe terms, and how many may collude."""
+    """Return how many silos may drop out of a secure sum, and how many may collude, for safe terms."""
     return {"dropouts": silos - max(threshold, minimum), "colluding": min(2 * threshold - silos - 1, minimum - 2)}
 
 
 def check_terms(silos: int, colluding: int, threshold: int, minimum: int) -> None:
-    """Raise ValueError, saying what to change, unless a secure sum on these terms keeps its promise."""
+    """Raise ValueError, saying what to change, unless a secure sum on these terms is safe."""
     if silos < 3:
         raise ValueError(
             f"secure aggregation of {silos} silos hides nothing: each could subtract its own part from the sum; "
-            "it takes three at least, and four if one of them may drop out"
+            "use at least three, or four if one may drop out"
         )
     if silos > SILOS:
         raise ValueError(f"secure aggregation takes at most {SILOS} silos; the roster names {silos}")
     needed = smallest_threshold(silos, colluding)
     if needed > silos:
         raise ValueError(
-            f"'privacy.colluding' = {colluding} of {silos} silos cannot be withstood: 2·threshold > silos + colluding "
-            f"asks for a threshold of {needed}; lower 'privacy.colluding' or add silos"
+            f"'privacy.colluding' = {colluding} is too many for {silos} silos: 2·threshold > silos + colluding "
+            f"requires a threshold of {needed}; lower 'privacy.colluding' or add silos"
         )
     if threshold < needed:
         raise ValueError(
@@ -83,10 +83,10 @@ def check_terms(silos: int, colluding: int, threshold: int, minimum: int) -> Non
             f"set it to {needed} or more"
         )
     if threshold > silos:
-        raise ValueError(f"'privacy.threshold' = {threshold} is more than the {silos} silos of the roster")
+        raise ValueError(f"'privacy.threshold' = {threshold} is more than the {silos} silos in the roster")
     if minimum < threshold:
         raise ValueError(
-            f"'privacy.minimum-survivors' = {minimum} is below the threshold of {threshold}; raise it, or leave it out"
+            f"'privacy.minimum-survivors' = {minimum} is below the threshold of {threshold}; raise it or omit it"
         )
     if silos - colluding < 2:
         raise ValueError(
@@ -99,4 +99,4 @@ def check_terms(silos: int, colluding: int, threshold: int, minimum: int) -> Non
             "silo in the sum; raise it"
         )
     if minimum > silos:
-        raise ValueError(f"'privacy.minimum-survivors' = {minimum} is more than the {silos} silos of the roster")
+        raise ValueError(f"'privacy.minimum-survivors' = {minimum} is more than the {silos} silos in the roster")

@@ -1,7 +1,7 @@
-"""What leaves a silo, when, who can read it, in which mode, and under which assumption: stated once.
+"""What leaves a silo, when, who can read it, in which mode, and under which assumptions: the single source.
 
-`gramfuse silo check`, `gramfuse plan show`, the page of a report and the model card say it in these words; the tables
-in README.md and docs/threat-model.md are tested against `FACTS`.
+`gramfuse silo check`, `gramfuse plan show`, report pages and model cards use these texts; the tables in README.md and
+docs/threat-model.md are tested against `FACTS`.
 """
 
 from __future__ import annotations
@@ -11,29 +11,30 @@ from dataclasses import dataclass
 from typing import Literal
 
 Mode = Literal["secure", "open", "files"]
-"""`secure`: statistics are summed under masks; `open`: the coordinator gets each silo's; `files`: whoever merges."""
+"""`secure`: the coordinator receives masked statistics and learns their sum; `open`: it receives each silo's
+statistics; `files`: whoever merges receives files."""
 
 Metrics = Literal["none", "sum", "silo"]
-"""`privacy.metrics` of a plan."""
+"""Values of a plan's `privacy.metrics`."""
 
 COORDINATOR = "the coordinator"
 SILOS = "the coordinator, other silos"
 NOBODY = "nobody"
 SUMMED = "nobody: random words. Only the sum over at least {least} silos can be read"
-"""Who can read a masked vector; `least` is how many silos are in a sum."""
+"""Who can read a masked vector; `least` is the minimum number of silos in a sum."""
 
 EXAMPLES = "texts, labels, single predictions"
 STATISTICS = "Gram matrices of its layers' inputs, weight differences, numbers of examples and of token rows"
-ADDED = "tokens that were added to its model, as text, with their rows of the tables"
+ADDED = "tokens added to its model, as text, with their embedding rows"
 STATISTICS_SAY = (
-    "A contribution in the clear is not harmless: the Gram matrix of few examples gives away which tokens stood where, "
-    "and the base model with the weight differences added is the silo's own fine-tuned model."
+    "A contribution in the clear is not harmless: the Gram matrix of few examples reveals which tokens occurred where, "
+    "and the base model plus the weight differences is the silo's own fine-tuned model."
 )
 MODEL_SAYS = (
-    "What the merged model's weights say about the silos' data is not masked, and no noise is added to it: there is no "
-    "differential privacy in the model."
+    "The merged model's weights can reveal information about the silos' data. No noise is added to them: the model has "
+    "no differential privacy."
 )
-SUM_SAYS = "The sum is not anonymous: it says something about the data of the silos in it together."
+SUM_SAYS = "The sum is not anonymous: it reveals something about the combined data of the silos in it."
 
 SOFTWARE, COLLUDE, KEYS = "Software", "Few collude", "Keys"
 CRYPTOGRAPHY, NETWORK = "Cryptography", "The network"
@@ -42,10 +43,10 @@ MASKS = (SOFTWARE, COLLUDE, KEYS, CRYPTOGRAPHY)
 
 @dataclass(frozen=True)
 class Read:
-    """How something leaves in one mode.
+    """When something leaves a silo in one mode, and who can read it.
 
     Args:
-        when: phases of a run in which it leaves, or what people do.
+        when: the phases of a run in which it leaves, or the command that writes it.
         readers: who can read it.
     """
 
@@ -58,9 +59,9 @@ class Fact:
     """Something that leaves a silo, or never does.
 
     Args:
-        what: what it is.
-        read: by mode; it does not leave in the others.
-        assumptions: what the readers rest on, as docs/threat-model.md names it.
+        what: a description.
+        read: by mode; it does not leave in modes that are not listed.
+        assumptions: what this depends on, by the names in docs/threat-model.md.
     """
 
     what: str
@@ -75,27 +76,27 @@ def _in_runs(when: str, readers: str) -> dict[Mode, Read]:
 FACTS: Mapping[str, Fact] = {
     "examples": Fact(EXAMPLES, {**_in_runs("never", NOBODY), "files": Read("never", NOBODY)}),
     "connection": Fact(
-        "that the silo is there, its address, times and amounts",
+        "its presence and address, and the times and sizes of messages",
         _in_runs("connection", "the coordinator, the network"),
     ),
     "presence": Fact(
-        "that the silo takes part, or a refusal with its reason; the data are not touched",
+        "its consent to take part, or a refusal with the reason; the data are not touched",
         _in_runs("join", COORDINATOR),
     ),
     "failure": Fact(
-        "that it failed, after it touched the data: one bit, without a reason",
+        "a failure after it touched the data: one bit, without a reason",
         _in_runs("train, and all after it", COORDINATOR),
     ),
     "keys": Fact(
         "public keys for one session, signed with the silo's own key", {"secure": Read("keys", SILOS)}, (SOFTWARE, KEYS)
     ),
     "shares": Fact(
-        "shares of the secrets behind its masks, sealed for one other silo each",
-        {"secure": Read("shares", "the silo that it is for")},
+        "shares of the secrets behind its masks, each encrypted for one other silo",
+        {"secure": Read("shares", "the silo that the share is for")},
         MASKS,
     ),
     "statistics": Fact(
-        f"{STATISTICS}; in a sum also products of both",
+        f"{STATISTICS}; in a sum also their products",
         {
             "secure": Read("masked", SUMMED),
             "open": Read("train, upload", COORDINATOR),
@@ -104,71 +105,71 @@ FACTS: Mapping[str, Fact] = {
         (*MASKS, NETWORK),
     ),
     "added": Fact(
-        f"{ADDED}, if there are any",
+        f"{ADDED}, if any",
         {"files": Read("measure", "whoever has the file")},
     ),
     "signature": Fact(
-        "its signature over the list of silos that are in the sum",
+        "its signature over the list of silos in the sum",
         {"secure": Read("survivors", SILOS)},
         (SOFTWARE, KEYS),
     ),
     "opening": Fact(
-        "one share for each silo: what takes the masks off the sum, and off nothing else",
+        "one share for each silo, which unmasks the sum and nothing else",
         {"secure": Read("unmask", COORDINATOR)},
         MASKS,
     ),
     "results": Fact(
-        "held-out results: counts (right, wrong, of each label) or moments of a regression; in a sum with noise",
+        "held-out results: counts (right, wrong, for each label) or regression moments; with noise in a sum",
         {"secure": Read("evaluate, masked", SUMMED), "open": Read("evaluate", COORDINATOR)},
         (*MASKS, NETWORK),
     ),
-    "end": Fact("that it wiped what it kept for the session", _in_runs("finish", COORDINATOR)),
+    "end": Fact("confirmation that it wiped its session state", _in_runs("finish", COORDINATOR)),
 }
-"""Everything that leaves, by name, in the order of a run; `{least}` in readers is how many silos are in a sum."""
+"""Everything that leaves, by name, in the order of a run; `{least}` is the minimum number of silos in a sum."""
 
 SHOWN: Mapping[Metrics, str] = {
     "none": "leave no silo",
     "sum": "are shown as a sum over silos only",
     "silo": "are shown silo by silo",
 }
-"""What becomes of metrics; "metrics" comes before it."""
+"""How metrics are shown: completes a sentence that begins with "metrics"."""
 
 
 def seen(mode: Mode, *, past: bool = False, least: str = "") -> str:
-    """Say who sees statistics in a mode.
+    """Return a clause that says who sees which statistics in a mode.
 
     Args:
         past: whether the run is over.
-        least: fewest silos in a sum, if that is to be said.
+        least: minimum number of silos in a sum, to mention it.
     """
-    who = "whoever merges" if mode == "files" else COORDINATOR
-    what = (
+    reader = "whoever merges" if mode == "files" else COORDINATOR
+    statistics = (
         f"sums over {f'at least {least} ' if least else ''}silos only" if mode == "secure" else "each silo's statistics"
     )
-    return f"{who} {'saw' if past else 'sees'} {what}"
+    return f"{reader} {'saw' if past else 'sees'} {statistics}"
 
 
 def holds(colluding: int) -> str:
-    """Say under which assumption nobody can read one silo's part of a sum.
+    """Return the sentence that says under which assumption a silo's part of a sum stays hidden.
 
     Args:
-        colluding: most silos that may work together with the coordinator.
+        colluding: maximum number of silos that collude with the coordinator.
     """
     if colluding == 0:
-        return "This holds as long as no silo works together with the coordinator, even if it lies to the silos."
-    silos = "1 silo works" if colluding == 1 else f"{colluding} silos work"
-    return f"This holds as long as at most {silos} together with the coordinator, even if it lies to the silos."
+        return "This holds as long as no silo colludes with the coordinator, even if the coordinator lies to the silos."
+    silos = "1 silo colludes" if colluding == 1 else f"{colluding} silos collude"
+    return f"This holds as long as at most {silos} with the coordinator, even if the coordinator lies to the silos."
 
 
 def results(metrics: Metrics, *, secure: bool, noise: bool) -> str:
-    """Say what the coordinator sees of held-out results."""
+    """Return a sentence that says what the coordinator saw of held-out results."""
     if metrics == "none":
         return "No results left a silo."
     if metrics == "silo":
-        return "Each silo's held-out results as counts, in the clear."
+        return "Each silo's held-out results, as counts in the clear."
     if secure:
-        return f"Of held-out results the sum, in the same way{', and with noise' if noise else ''}."
-    return "Each silo's held-out results as counts, of which the plan shows the sum only."
+        return f"The sum of the silos' held-out results{', with noise' if noise else ''}."
+    return "Each silo's held-out results as counts; the report shows only their sum."
 
 
 def row(name: str, least: str = "`minimum-survivors`") -> str:

@@ -1,1 +1,1 @@
-"""What silos say of held-out examples: sums that add up to metrics, exact or with noise."""
+"""Held-out evaluation: per-silo sums that add up to metrics, exact or with noise."""

@@ -1,1 +1,1 @@
-"""What coordinator and silos say to each other, and its bytes."""
+"""The messages between coordinator and silos, and their encoding."""

@@ -1,4 +1,4 @@
-"""Frames as Flower records, and out of them: the one place in the protocol that knows Flower."""
+"""Conversion between frames and Flower records: the only module of the protocol that imports Flower."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gramfuse_protocol.messages.wire import Frame, unpack
 
 
 def to_record(frame: Frame) -> RecordDict:
-    """Put a frame into Flower's records."""
+    """Convert a frame to Flower records."""
     arrays = {
         key: Array("uint8", (buffer.size,), "numpy.ndarray", encode(buffer))
         for key, buffer in zip(_keys(len(frame.buffers)), frame.buffers, strict=True)
@@ -21,47 +21,47 @@ def to_record(frame: Frame) -> RecordDict:
 
 
 def from_record(content: RecordDict) -> Frame:
-    """Take a frame out of Flower's records.
+    """Convert Flower records to a frame.
 
     Raises:
-        FederationError: if the records are not exactly what `to_record` makes; nothing travels beside a frame.
+        FederationError: if the records are not exactly what `to_record` returns.
     """
     arrays = content.array_records.get("arrays", {})
     header = content.config_records.get("header", {})
     if set(content) != {"header", "arrays"} or set(header) != {"json"} or not isinstance(header["json"], str):
-        raise FederationError("a message cannot be read: its records are not those of gramfuse")
+        raise FederationError("a message cannot be read: it does not have gramfuse's records")
     keys = _keys(len(arrays))
     if sorted(arrays) != keys:
-        raise FederationError("a message cannot be read: its buffers are not numbered as those of gramfuse")
+        raise FederationError("a message cannot be read: its buffers are not numbered consecutively")
     return Frame(header["json"], tuple(_buffer(arrays[key]) for key in keys))
 
 
 def _buffer(array: Array) -> Bytes:
-    """Return the bytes of one buffer; its record says the same of them as they do."""
+    """Return the bytes of one buffer, after checking that its record describes them correctly."""
     buffer = decode(array.data)
     if (array.dtype, array.shape, array.stype) != ("uint8", (buffer.size,), "numpy.ndarray"):
-        raise FederationError("a message cannot be read: a record says something else of a buffer than its bytes")
+        raise FederationError("a message cannot be read: a record contradicts its buffer")
     return buffer
 
 
 def request_of(message: FlowerMessage) -> Message:
-    """Return the request that a message from Flower is.
+    """Convert a Flower message to a request.
 
     Raises:
-        FederationError: if its type is not of the protocol, or it is not what that type carries.
+        FederationError: if its type is not part of the protocol, or its content is not valid for the type.
     """
     kind = message.metadata.message_type
     phase = PHASES.get(kind)
     if phase is None:
         raise FederationError(
-            f"a message of type {kind[:100]!r} came; the protocol has {', '.join(PHASES)}",
-            reason="a message came whose type is not in the protocol",
+            f"received a message of unknown type {kind[:100]!r}; the protocol has {', '.join(PHASES)}",
+            reason="received a message of unknown type",
         )
     try:
         return unpack(from_record(message.content), {phase: REQUESTS[phase]})
-    except Exception as error:  # whatever foreign bytes do, they are what could not be read
+    except Exception as error:  # whatever foreign bytes raise, the message is unreadable
         why = str(error) if isinstance(error, FederationError) else f"a message cannot be read: {error!r:.300}"
-        raise FederationError(why, reason="a message came that cannot be read") from error
+        raise FederationError(why, reason="received a message that cannot be read") from error
 
 
 def _keys(count: int) -> list[str]:

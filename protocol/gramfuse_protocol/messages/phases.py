@@ -1,7 +1,7 @@
-"""One frozen model per phase and direction.
+"""The messages of a run: one frozen pydantic model for each phase and direction.
 
-Every message carries the protocol version, the plan's digest, the round and its session's nonce. Arrays travel
-beside the header (`gramfuse_protocol.messages.wire`), never inside it.
+Every message has the protocol version, the plan's digest, the round and its session's nonce. Arrays are sent beside the
+header (`gramfuse_protocol.messages.wire`), never inside it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from gramfuse_protocol.errors import FailureError, FederationError, GramfuseErro
 from gramfuse_protocol.secure_sum.member import SEALED_BYTES
 from gramfuse_protocol.secure_sum.shares import SHARE_BYTES
 from gramfuse_protocol.secure_sum.statements import Advert, Hex64, Nonce, Sum
-from gramfuse_protocol.text import SAID, Legible, one_line
+from gramfuse_protocol.text import QUOTE_LIMIT, Legible, one_line
 
 Count = Annotated[int, Field(ge=0, le=LARGEST)]
 Examples = Annotated[int, Field(ge=1, le=LARGEST)]
@@ -39,10 +39,10 @@ Piece = Annotated[int, Field(ge=0, le=2**40)]
 Names = Annotated[Many[Name], Field(max_length=SILOS)]
 
 MERGED = "regmean"
-"""What an evaluate request calls the merged model."""
+"""The name of the merged model in an evaluate request."""
 
 Candidate = Annotated[str, Field(min_length=1, max_length=64)]
-"""What a measured model is called."""
+"""The name of a measured model."""
 
 DELTAS = {r"delta:.+": "float32"}
 """The arrays of a whole model."""
@@ -56,15 +56,16 @@ Share = Annotated[str, Field(pattern=rf"^[0-9a-f]{{{2 * SHARE_BYTES}}}$")]
 
 
 class Body(Legible):
-    """What everything on the wire has.
+    """Base class of everything on the wire.
 
     Args:
-        arrays: named arrays; their shapes are the subclass's to state.
+        arrays: named arrays; subclasses document their shapes.
 
     Attributes:
-        carries: which arrays such a message may have: a pattern of their whole names, and their dtype. None by default.
-        characters: most that its header may have.
-        items: most items of the header's lists and objects together (`gramfuse_protocol.bounds.check_size`).
+        carries: the allowed arrays: maps a pattern for whole names to a dtype. By default no arrays are allowed.
+        characters: maximum length of the header.
+        items: maximum number of items in the header's lists and objects together
+            (`gramfuse_protocol.bounds.check_size`).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, arbitrary_types_allowed=True)
@@ -78,12 +79,12 @@ class Body(Legible):
 
     @classmethod
     def may_carry(cls, name: str, dtype: str) -> bool:
-        """Whether such a message may have an array of this name and dtype."""
-        return any(re.fullmatch(pattern, name) and dtype == wanted for pattern, wanted in cls.carries.items())
+        """Return whether such a message may have an array of this name and dtype."""
+        return any(re.fullmatch(pattern, name) and dtype == allowed for pattern, allowed in cls.carries.items())
 
 
 class StatisticsBody(Body):
-    """A whole contribution outside of a planned run: `arrays` holds every block of the layout, float32."""
+    """A whole contribution outside a planned run: `arrays` has every block of the layout, float32."""
 
     phase = "statistics"
     carries = STATISTICS
@@ -95,12 +96,12 @@ class StatisticsBody(Body):
 
 
 class Message(Body):
-    """What all messages of a planned run have.
+    """Base class of the messages of a planned run.
 
     Args:
         plan: digest of the plan.
-        session: 16 random bytes in hexadecimal, drawn by the coordinator, once for each round of a run.
-        round: which of the plan's exchanges this is, from 1 on.
+        session: nonce, 16 random bytes in hexadecimal, which the coordinator draws for each round of a run.
+        round: the round, counted from 1.
     """
 
     plan: Sha256
@@ -109,12 +110,12 @@ class Message(Body):
 
     @property
     def about(self) -> dict[str, Any]:
-        """Plan, session and round: what a reply has in common with its request."""
+        """Plan, session and round, which a reply shares with its request."""
         return {"plan": self.plan, "session": self.session, "round": self.round}
 
 
 class JoinRequest(Message):
-    """The plan as TOML text and the layout as JSON text, for the silo to check against its own file and base."""
+    """Join a run. The silo checks the plan (TOML text) and the layout (JSON text) against its own file and base."""
 
     phase = "join"
     documents = frozenset({"plan_text"})
@@ -132,10 +133,10 @@ class JoinReply(Message):
 
 
 class TrainRequest(Message):
-    """Fine-tune and collect statistics; nothing else leaves.
+    """Fine-tune and collect statistics on the silo's disk.
 
-    In a round after the first, `arrays` holds the model to go on from: `delta:<parameter>` blocks, float32, its
-    differences from the base.
+    After the first round, `arrays` has the model to continue from: its differences from the base as
+    `delta:<parameter>` blocks, float32.
     """
 
     phase = "train"
@@ -143,7 +144,7 @@ class TrainRequest(Message):
 
 
 class TrainReply(Message):
-    """Statistics are ready on the silo's disk. Under secure aggregation nothing more is said."""
+    """Statistics are ready on the silo's disk; counts are sent only without secure aggregation."""
 
     phase = "train"
     silo: Name
@@ -152,7 +153,7 @@ class TrainReply(Message):
 
 
 class KeysRequest(Message):
-    """Make keys for this session. The cohort is in roster order."""
+    """Generate keys for this session; the cohort is in roster order."""
 
     phase = "keys"
     cohort: Names
@@ -167,14 +168,14 @@ class KeysReply(Message):
 
 
 class SharesRequest(Message):
-    """Share your secrets among the silos whose keys these are, in roster order."""
+    """Share the silo's secrets among the silos with these keys, which are in roster order."""
 
     phase = "shares"
     adverts: Annotated[Many[Advert], Field(max_length=SILOS)]
 
 
 class SharesReply(Message):
-    """Sealed shares for each peer, hexadecimal."""
+    """Encrypted shares for each peer, hexadecimal."""
 
     phase = "shares"
     silo: Name
@@ -185,8 +186,8 @@ class MaskedRequest(Message):
     """Send one piece of the masked contribution to a sum.
 
     Args:
-        sealed: the shares that peers sealed for this silo, the same with every piece; only for the statistics.
-        candidates: the measured models whose metrics are summed, in order; only for the metrics.
+        sealed: the peers' encrypted shares for this silo, the same with every piece; only for the sum of statistics.
+        candidates: the measured models whose metrics are summed, in order; only for the sum of metrics.
     """
 
     phase = "masked"
@@ -198,7 +199,7 @@ class MaskedRequest(Message):
 
 
 class MaskedReply(Message):
-    """One piece: `arrays` holds `masked`, uint64, the words from piece · piece_bytes / 8 on."""
+    """One piece: `arrays` has `masked`, uint64, the words from index piece · piece_bytes / 8."""
 
     phase = "masked"
     carries: ClassVar[Mapping[str, str]] = {"masked": "uint64"}
@@ -208,7 +209,7 @@ class MaskedReply(Message):
 
 
 class SurvivorsRequest(Message):
-    """Sign whose contributions are in a sum; in roster order."""
+    """Sign the list of silos whose contributions are in a sum, in roster order."""
 
     phase = "survivors"
     sum_of: Sum
@@ -225,7 +226,7 @@ class SurvivorsReply(Message):
 
 
 class UnmaskRequest(Message):
-    """Release one share for each member of a sum; here are the survivors' signatures, hexadecimal."""
+    """Release one share for each member of a sum, given the survivors' signatures, hexadecimal."""
 
     phase = "unmask"
     sum_of: Sum
@@ -233,7 +234,7 @@ class UnmaskRequest(Message):
 
 
 class UnmaskReply(Message):
-    """Shares by the silo that they belong to, hexadecimal."""
+    """Shares by the silo whose secret they share, hexadecimal."""
 
     phase = "unmask"
     silo: Name
@@ -250,7 +251,7 @@ class UploadRequest(Message):
 
 
 class UploadReply(Message):
-    """One piece: `arrays` holds the slices of `Layout.pieces(piece_bytes)[piece]`, float32."""
+    """One piece: `arrays` has the slices of `Layout.pieces(piece_bytes)[piece]`, float32."""
 
     phase = "upload"
     carries = STATISTICS
@@ -259,7 +260,7 @@ class UploadReply(Message):
 
 
 class EvaluateRequest(Message):
-    """Measure a model on held-out data: `arrays` holds `delta:<parameter>` blocks, float32."""
+    """Measure a model on held-out data: `arrays` has `delta:<parameter>` blocks, float32."""
 
     phase = "evaluate"
     carries = DELTAS
@@ -267,8 +268,10 @@ class EvaluateRequest(Message):
 
 
 class EvaluateReply(Message):
-    """`arrays` holds `sums`, float64 (`gramfuse_protocol.held_out.metrics`); nothing if they leave through a secure
-    sum."""
+    """The model is measured.
+
+    `arrays` has `sums`, float64 (`gramfuse_protocol.held_out.metrics`), or is empty if results leave in a secure sum.
+    """
 
     phase = "evaluate"
     carries: ClassVar[Mapping[str, str]] = {"sums": "float64"}
@@ -277,20 +280,20 @@ class EvaluateReply(Message):
 
 
 class FinishRequest(Message):
-    """The run is over: wipe what the session still keeps. Comes to all silos that joined, also to those lost since."""
+    """The run is over: wipe the session's state. Sent to all silos that joined, including those lost since."""
 
     phase = "finish"
 
 
 class FinishReply(Message):
-    """Nothing is kept of the session but that it is over."""
+    """The session's state is wiped, except the record that the session is over."""
 
     phase = "finish"
     silo: Name
 
 
 class Refusal(Message):
-    """The silo declines: a type and a reason, never data."""
+    """The silo declines, with an error type and a reason, never data."""
 
     phase = "refusal"
     silo: Name
@@ -333,16 +336,16 @@ REPLIES: Mapping[str, type[Message]] = {
 
 
 def message_type(phase: str) -> str:
-    """Return the type of message that carries a phase's requests in Flower: two of its own, or a named query."""
+    """Return Flower's message type for a phase's requests: `train`, `evaluate`, or `query.<phase>`."""
     return phase if phase in ("train", "evaluate") else f"query.{phase}"
 
 
 PHASES: Mapping[str, str] = {message_type(phase): phase for phase in REQUESTS}
-"""Phases by type of message: all that a silo answers to."""
+"""Phases by Flower message type; a silo answers no others."""
 
 
 def refusal(request: Message, silo: str, error: GramfuseError) -> Refusal:
-    """Turn an error at a silo into the refusal that answers `request`."""
+    """Convert a silo's error to the refusal that answers `request`."""
     return Refusal(
         **request.about,
         silo=silo,
@@ -356,19 +359,19 @@ M = TypeVar("M", bound=Message)
 
 
 def expect(kind: type[M], request: Message, reply: Message, source: str) -> M:
-    """Return `reply` if it belongs to `request` and is of the expected kind.
+    """Return `reply` if it answers `request` and has the expected type.
 
     Args:
-        source: who it came from, for errors.
+        source: the sender, for errors.
 
     Raises:
-        RefusalError: if the silo declined; the message gives its reason.
-        FederationError: if plan, session, round or kind differ.
+        RefusalError: if the silo declined; the message has its reason.
+        FederationError: if plan, session, round or type differ.
     """
     if reply.about != request.about:
         raise FederationError(f"{source} answered phase {request.phase!r} for another plan, session or round")
     if isinstance(reply, Refusal):
-        reason = one_line(reply.reason, SAID)
+        reason = one_line(reply.reason, QUOTE_LIMIT)
         log = "" if reply.error == FailureError.__name__ else "; the silo's own log has the details"
         raise RefusalError(f"{source} refused in phase {request.phase!r}: {reason} ({reply.error}){log}", reason=reason)
     if not isinstance(reply, kind):

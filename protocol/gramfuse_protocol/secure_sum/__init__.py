@@ -1,1 +1,1 @@
-"""The secure sum: keys, shares, masks, and the state of one member. Pure functions."""
+"""The secure sum: keys, shares, masks, and the state of one member, as pure functions."""

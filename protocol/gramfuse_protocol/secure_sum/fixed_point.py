@@ -1,9 +1,9 @@
-"""Real numbers as integers modulo 2^64, so that a sum of them is exact and masks are raw bits.
+"""Fixed-point encoding of real numbers as integers modulo 2^64, so that sums are exact and masks are raw bits.
 
-A value x is the integer q = round(x · 2^f) in two's complement, f being an exponent that all silos share; a sum of
-integers is divided by 2^f again. Rounding is to the nearest, ties to even, so the same value always gives the same
-word. With n silos every |q| is at most 2^(62 − ⌈log₂ n⌉): the sum is at most 2^62 and cannot wrap, and its error is
-at most n/2 · 2^−f, to which `decode` adds the rounding of float64. A value beyond is an error, never a silent clip.
+A value x becomes the integer q = round(x · 2^f) in two's complement, where all silos share the exponent f; the sum of
+integers is divided by 2^f. Rounding is to nearest, ties to even, so the same value always gives the same word. With n
+silos, |q| ≤ 2^(62 − ⌈log₂ n⌉): the sum is at most 2^62 and cannot wrap, and its error is at most n/2 · 2^−f plus the
+float64 rounding in `decode`. A value out of range is an error; it is never clipped silently.
 """
 
 from __future__ import annotations
@@ -19,34 +19,34 @@ from gramfuse_protocol.secure_sum.masks import Words
 SUM_BITS = 62
 
 PART = 2**16
-"""Values that are worked on at a time, so that they stay in the processor's cache."""
+"""Number of values processed at a time, so that they stay in the CPU cache."""
 
 Floats = NDArray[np.float64]
 
 
 def capacity(silos: int) -> int:
-    """Return the K of |q| ≤ 2^K: what leaves room for the sum over that many silos."""
+    """Return the K in |q| ≤ 2^K that leaves room for the sum over `silos` silos."""
     return SUM_BITS - (silos - 1).bit_length()
 
 
 def encode(
     values: Floats, scale: Floats | float, silos: int, name: str, room: Callable[[int], Words] | None = None
 ) -> Words:
-    """Turn values into words.
+    """Encode values as words.
 
     Args:
-        values: float64, of any shape.
-        scale: 2^f as float64: one for all, one for each, or one for each row of two-dimensional values, (rows, 1).
-        silos: most silos that a sum is over.
+        values: float64, any shape.
+        scale: 2^f as float64: a scalar, one for each value, or one for each row of two-dimensional values, (rows, 1).
+        silos: maximum number of silos in the sum.
         name: the tensor, for errors.
-        room: asked, for each part in order, for a flat array of so many words to write into; by default the parts
-            of one new array.
+        room: called for each part in order with its number of words; returns a flat array to write them to. By default
+            a new array is allocated.
 
     Returns:
         The new array, in the values' shape; empty if `room` is given.
 
     Raises:
-        ContributionError: naming the tensor and how many values are NaN, infinite or beyond the range.
+        ContributionError: if values are NaN, infinite or out of range; names the tensor and counts them.
     """
     words = np.empty(values.size if room is None else 0, np.uint64)
     limit = 2.0 ** capacity(silos)
@@ -68,11 +68,11 @@ def encode(
 
 
 def decode(words: Words, scale: Floats | float, out: Floats | None = None) -> Floats:
-    """Return the values of words, or of their sum: float64. Exact where the integer has at most 53 bits.
+    """Decode words, or a sum of words, as float64; exact if the integer has at most 53 bits.
 
     Args:
-        scale: as `encode` has it.
-        out: where to, if not into a new array; it may be the words' own memory.
+        scale: as in `encode`.
+        out: array to write to instead of a new one; it may share the words' memory.
     """
     values = np.empty(words.shape) if out is None else out
     flat = values.reshape(-1)
@@ -102,15 +102,14 @@ def _refuse(values: Floats, scale: Floats | float, limit: float, name: str) -> N
     bad = values.size - int(np.count_nonzero(np.isfinite(values)))
     if bad:
         raise ContributionError(
-            f"tensor {name!r} holds {bad} values that are NaN or infinite out of {values.size}; training diverged: "
-            "lower training.learning-rate or look at the silo's data"
+            f"tensor {name!r} has {bad} NaN or infinite values out of {values.size}; training diverged: lower "
+            "training.learning-rate or check the silo's data"
         )
     with np.errstate(over="ignore"):
         share = np.abs(np.rint(values * scale)) / limit
     beyond = int(np.count_nonzero(share > 1))
     raise ContributionError(
-        f"tensor {name!r} holds {beyond} values out of {values.size} beyond what the plan's fixed-point range takes, "
-        f"the largest by a factor of {float(share.max()):.3g}; training diverged, or the silo's data are unlike "
-        "anything that the base model knows: lower training.learning-rate, exclude the tensor (merge.exclude), or look "
-        "at the data"
+        f"tensor {name!r} has {beyond} of {values.size} values outside the plan's fixed-point range, the largest by a "
+        f"factor of {float(share.max()):.3g}; training diverged, or the silo's data are unlike anything that the base "
+        "model knows: lower training.learning-rate, exclude the tensor (merge.exclude), or check the data"
     )

@@ -1,8 +1,8 @@
-"""Masks: key streams of 64-bit words, added to a vector modulo 2^64 without being written down first.
+"""Masks: key streams of 64-bit words, generated and added to a vector modulo 2^64 in small parts.
 
 A mask is AES-256 in counter mode (NIST SP 800-38A) over zeros, the counter starting at zero: byte k of the stream is
 byte k mod 16 of the encryption of the 16-byte big-endian number k div 16. Every eight bytes are a little-endian word.
-The counter needs no nonce because every key is used for one stream only (`gramfuse_protocol.secure_sum.member`).
+No nonce is needed, because every key is used for one stream only (`gramfuse_protocol.secure_sum.member`).
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from numpy.typing import NDArray
 Words = NDArray[np.uint64]
 
 WORDS = 2**17
-"""Words of a stream that are made at a time: 1 MiB, which stays in the processor's cache."""
+"""Number of words generated at a time: 1 MiB, which stays in the CPU cache."""
 
 _AES_BLOCK = 16
 _ZEROS = bytes(8 * WORDS)
 
 
 class Mask(NamedTuple):
-    """One stream and whether it is added or subtracted. Its repr does not show the key."""
+    """The key of a stream, and whether the stream is added or subtracted; the repr does not show the key."""
 
     key: bytes
     sign: Literal[1, -1]
@@ -36,7 +36,7 @@ class Mask(NamedTuple):
 
     @property
     def inverse(self) -> Mask:
-        """The mask that takes this one away again."""
+        """The mask that cancels this one."""
         return Mask(self.key, -1 if self.sign == 1 else 1)
 
 
@@ -45,28 +45,31 @@ def apply(target: Words, masks: Sequence[Mask], start: int = 0) -> None:
 
     Args:
         target: uint64 (words,), contiguous.
-        masks: keys of 32 bytes; none may come twice with the same sign.
-        start: place of the first word of `target` in the streams; even.
+        masks: with keys of 32 bytes; no key may occur twice with the same sign.
+        start: position of the first word of `target` in the streams; must be even.
+
+    Raises:
+        ValueError: if `start` is odd.
     """
     if start % 2:
-        raise ValueError(f"a stream is entered at an even word, not at {start}")
+        raise ValueError(f"start is {start}; a stream can be entered at even words only")
     if not masks or not target.size:
         return
     workers = min(os.cpu_count() or 1, -(-target.size // WORDS)) or 1
-    each = -(-target.size // workers // WORDS) * WORDS
-    parts = [(target[at : at + each], start + at) for at in range(0, target.size, each)]
+    size = -(-target.size // workers // WORDS) * WORDS
+    parts = [(target[at : at + size], start + at) for at in range(0, target.size, size)]
     if len(parts) == 1:
         _apply(*parts[0], masks)
         return
-    with ThreadPoolExecutor(workers) as pool:  # OpenSSL and NumPy both let go of the interpreter
-        for done in [pool.submit(_apply, part, at, masks) for part, at in parts]:
-            done.result()
+    with ThreadPoolExecutor(workers) as pool:  # OpenSSL and NumPy release the GIL
+        for future in [pool.submit(_apply, part, at, masks) for part, at in parts]:
+            future.result()
 
 
 def _apply(target: Words, start: int, masks: Sequence[Mask]) -> None:
     counter = (start // 2).to_bytes(_AES_BLOCK, "big")
     streams = [(Cipher(algorithms.AES(mask.key), modes.CTR(counter)).encryptor(), mask.sign) for mask in masks]
-    buffer = bytearray(8 * WORDS + _AES_BLOCK - 1)  # the cipher asks for room that it does not use
+    buffer = bytearray(8 * WORDS + _AES_BLOCK - 1)  # update_into demands room for one more block
     stream = np.frombuffer(buffer, "<u8", count=WORDS)
     for at in range(0, target.size, WORDS):
         part = target[at : at + WORDS]

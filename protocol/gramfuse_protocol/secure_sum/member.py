@@ -1,14 +1,14 @@
-"""The secure sum: what each silo does in turn, and how the coordinator takes the masks off. No disk, no network.
+"""The secure sum at a silo: its steps as pure functions, without disk or network.
 
-Every step is a function of (state, message, randomness) and gives back a new state; whatever must not be is raised as
-SecurityError, and then nothing may leave the silo any more. The order at a silo is
+Every step is a function of (state, message, randomness) that returns a new state. A protocol violation raises
+SecurityError, and then nothing more may leave the silo. The order of steps is
 
     advertise → share → receive → contribute → sign → release        (the last three once for each sum)
 
 Source: Bonawitz et al., "Practical Secure Aggregation for Privacy-Preserving Machine Learning", CCS 2017, figure 4 with
-the consistency check of the variant for active adversaries, on the complete graph. Differences: two sums share one
-exchange of keys and shares; vectors are modulo 2^64; what a sum is about enters its masks; the reconstructed secrets
-are checked against what their owner committed to.
+the consistency check for active adversaries, on the complete graph. Differences: two sums share one exchange of keys
+and shares; vectors are modulo 2^64; a sum's context enters its masks; reconstructed secrets are checked against their
+owners' commitments.
 """
 
 from __future__ import annotations
@@ -50,12 +50,13 @@ from gramfuse_protocol.secure_sum.statements import (
 
 SecretKind = Literal["mask", "seed"]
 KINDS: tuple[SecretKind, ...] = ("mask", "seed")
-"""The two secrets behind a sum: the private mask key, opened for the dead, and the self-mask seed, for survivors."""
+"""A silo's two secrets for a sum: its private mask key, revealed if it dropped out, and its self-mask seed, revealed if
+it survived."""
 
 SEALED_BYTES = len(SUMS) * len(KINDS) * SHARE_BYTES + 16
-"""Shares of one silo for another, and the seal's tag."""
+"""Size of one silo's encrypted shares for another, with the authentication tag."""
 
-_ONE_USE = bytes(12)  # nonce of a seal: its key is used once
+_NONCE = bytes(12)  # constant, since each encryption key is used once
 
 
 class _Frozen(BaseModel):
@@ -63,10 +64,10 @@ class _Frozen(BaseModel):
 
 
 class Secrets(_Frozen):
-    """What only this silo knows: X25519 private keys and self-mask seeds, hexadecimal. The repr is empty.
+    """This silo's X25519 private keys and self-mask seeds, hexadecimal; the repr is empty.
 
-    The channel key is None once the peers' shares are open: with it, whoever recorded the sealed shares could open
-    them again after they were wiped.
+    The channel key is None once the peers' shares are decrypted: with it, anyone who recorded the encrypted shares
+    could decrypt them even after the silo wiped them.
     """
 
     channel: Hex32 | None = Field(repr=False)
@@ -75,14 +76,14 @@ class Secrets(_Frozen):
 
 
 class Uploaded(_Frozen):
-    """What this silo has masked for one sum: a digest of it, and what the sum is about (`survivors_statement`)."""
+    """Digest and context (`survivors_statement`) of the vector that this silo masked for one sum."""
 
     digest: str
     context: Hex32
 
 
 class Signed(_Frozen):
-    """What this silo has signed of one sum."""
+    """The survivors and the context that this silo signed for one sum."""
 
     survivors: tuple[str, ...]
     context: Hex32
@@ -95,15 +96,15 @@ class Member(_Frozen):
     """One silo's state in one session.
 
     Args:
-        nonce: of the session.
+        nonce: the session's nonce.
         cohort: the silos that the coordinator invited.
-        secrets, advert: this silo's keys.
-        adverts: the keys of all silos that are in, in roster order; empty before `share`.
-        own: shares of this silo's own secrets that it keeps for itself.
+        secrets, advert: this silo's private and public keys.
+        adverts: the public keys of all silos in the session, in roster order; empty before `share`.
+        own: this silo's own shares of its secrets.
         held: shares of its peers' secrets, by peer.
-        members: by sum, the silos whose masks are in it, this one among them.
-        uploaded: by sum, what was masked.
-        signed: by sum, what was signed.
+        members: by sum, the silos whose masks are in it, including this one.
+        uploaded: by sum, the vector that was masked.
+        signed: by sum, the statement that was signed.
     """
 
     nonce: Nonce
@@ -119,50 +120,50 @@ class Member(_Frozen):
 
     @property
     def name(self) -> str:
-        """This silo."""
+        """This silo's name."""
         return self.advert.silo
 
     def with_(self, **changes: Any) -> Member:
-        """Return this state with some of it replaced."""
+        """Return a copy of this state with some fields replaced."""
         return self.model_copy(update=changes)
 
 
 def check_cohort(roster: Roster, names: Sequence[str], what: str, *, within: Sequence[str] | None = None) -> None:
-    """Raise SecurityError unless names are distinct, known, in roster order, and enough to go on with.
+    """Raise SecurityError unless names are distinct, known, in roster order, and numerous enough.
 
     Args:
-        what: what they are called in the error.
-        within: the silos that they must be among; the roster by default.
+        what: name of the list, for the error.
+        within: the allowed silos; by default the roster.
     """
-    known = roster.names if within is None else tuple(within)
+    allowed = roster.names if within is None else tuple(within)
     if len(set(names)) != len(names):
         raise SecurityError(f"{what} names a silo twice")
-    unknown = [name for name in names if name not in known]
+    unknown = [name for name in names if name not in allowed]
     if unknown:
-        raise SecurityError(f"{what} names {unknown[0]!r}, which cannot be there")
+        raise SecurityError(f"{what} names silo {unknown[0]!r}, which is not allowed in it")
     if list(names) != [name for name in roster.names if name in names]:
-        raise SecurityError(f"{what} is not in the order of the roster")
+        raise SecurityError(f"{what} is not in roster order")
     if len(names) < roster.floor:
-        raise SecurityError(f"{what} has {len(names)} silos; the plan asks for {roster.floor} at least")
+        raise SecurityError(f"{what} has {len(names)} silos; the plan requires at least {roster.floor}")
 
 
 def advertise(
     roster: Roster, nonce: str, name: str, cohort: Sequence[str], identity: Identity, random: Random
 ) -> Member:
-    """Make this silo's keys for a session: `Member.advert` is what it sends.
+    """Generate this silo's keys for a session; it sends `Member.advert`.
 
     Args:
-        random: asked for 32 bytes five times: channel, then mask and seed of each sum.
+        random: called five times for 32 bytes: channel, then mask and seed of each sum.
 
     Raises:
-        SecurityError: if the cohort is too small, leaves this silo out or is not of the roster, or if the roster has
-            another key for this silo.
+        SecurityError: if the cohort is too small, omits this silo or has silos outside the roster, or if the roster has
+            a different key for this silo.
     """
     check_cohort(roster, cohort, "the cohort")
     if name not in cohort:
-        raise SecurityError(f"the cohort leaves out silo {name!r}, which was asked for its keys")
+        raise SecurityError(f"the cohort omits silo {name!r}, which was asked for its keys")
     if roster.keys[name] != identity.public:
-        raise SecurityError(f"the roster has another key for silo {name!r} than its identity file")
+        raise SecurityError(f"the key of silo {name!r} in the roster is not the one in its identity file")
     channel = random(KEY_BYTES)
     mask, seed = {}, {}
     for sum_name in SUMS:
@@ -185,51 +186,51 @@ def advertise(
 
 
 def check_advert(roster: Roster, nonce: str, advert: Advert) -> None:
-    """Raise SecurityError unless these keys are signed with the key of the roster, for this plan and session.
+    """Raise SecurityError unless the keys are signed with the roster's key, for this plan and session.
 
-    No key may be of low order, written in a second way, or there twice.
+    It also refuses keys of low order, non-canonical keys and duplicates.
     """
     keys = [advert.channel, *advert.masks.values()]
     for key in keys:
         check_exchange_key(bytes.fromhex(key), advert.silo)
     if len(set(keys)) != len(keys):
-        raise SecurityError(f"the keys of silo {advert.silo!r} hold one key twice")
+        raise SecurityError(f"silo {advert.silo!r} uses one key twice")
     statement = advert_statement(roster.plan, nonce, advert.fields)
     verify(roster.keys[advert.silo], bytes.fromhex(advert.signature), statement, f"the keys of silo {advert.silo!r}")
 
 
 def check_adverts(roster: Roster, nonce: str, cohort: Sequence[str], adverts: Sequence[Advert]) -> None:
-    """Raise SecurityError unless these are honestly signed keys of enough silos of the cohort, in roster order."""
+    """Raise SecurityError unless these are validly signed keys of enough silos of the cohort, in roster order."""
     check_cohort(roster, [advert.silo for advert in adverts], "the list of keys", within=cohort)
     for advert in adverts:
         check_advert(roster, nonce, advert)
     keys = [key for advert in adverts for key in (advert.channel, *advert.masks.values())]
     if len(set(keys)) != len(keys):
-        raise SecurityError("the list of keys holds one key twice")
+        raise SecurityError("the list of keys has one key twice")
 
 
 def share(roster: Roster, member: Member, adverts: Sequence[Advert], random: Random) -> tuple[Member, dict[str, bytes]]:
-    """Share this silo's secrets among all silos that are in.
+    """Share this silo's secrets among all silos in the session.
 
-    Done twice with one state, it would use a seal's key twice: keep the new state before anything sealed leaves.
+    A second call with the same state would reuse encryption keys, so store the new state before anything is sent.
 
     Args:
-        adverts: of all silos that are in, this one's among them as it was sent.
-        random: as `gramfuse_protocol.secure_sum.shares.split` asks for it; sums in order, mask before seed.
+        adverts: adverts of all silos in the session, including this silo's, unchanged.
+        random: passed to `gramfuse_protocol.secure_sum.shares.split` for each sum in order, mask before seed.
 
     Returns:
-        The new state, and for each peer the sealed shares, SEALED_BYTES.
+        The new state, and the encrypted shares for each peer, SEALED_BYTES long.
 
     Raises:
-        SecurityError: if a key is forged, missing, of low order, or there are too few.
+        SecurityError: if a key is forged, missing or of low order, or there are too few keys.
     """
     if member.adverts:
-        raise SecurityError("shares were made already; a second list of keys came")
+        raise SecurityError("a second list of keys arrived after shares were made")
     check_adverts(roster, member.nonce, member.cohort, adverts)
     if member.advert not in adverts:
-        raise SecurityError(f"the list of keys does not hold those of silo {member.name!r} as they were sent")
+        raise SecurityError(f"the list of keys omits or alters the keys of silo {member.name!r}")
     points = {advert.silo: roster.index(advert.silo) for advert in adverts}
-    split_up = {
+    splits = {
         (sum_name, kind): split(
             bytes.fromhex(getattr(member.secrets, kind)[sum_name]), roster.threshold, points.values(), random
         )
@@ -237,7 +238,7 @@ def share(roster: Roster, member: Member, adverts: Sequence[Advert], random: Ran
         for kind in KINDS
     }
     shares = {
-        silo: {s: {kind: split_up[s, kind][point].hex() for kind in KINDS} for s in SUMS}
+        silo: {s: {kind: splits[s, kind][point].hex() for kind in KINDS} for s in SUMS}
         for silo, point in points.items()
     }
     session = session_id(roster.plan, member.nonce, adverts)
@@ -246,27 +247,27 @@ def share(roster: Roster, member: Member, adverts: Sequence[Advert], random: Ran
         if advert.silo != member.name:
             key = _channel(member, session, advert, member.name, advert.silo)
             plain = b"".join(bytes.fromhex(shares[advert.silo][s][kind]) for s in SUMS for kind in KINDS)
-            about = framed(Label.CHANNEL, session, member.name, advert.silo)
-            sealed[advert.silo] = ChaCha20Poly1305(key).encrypt(_ONE_USE, plain, about)
+            associated = framed(Label.CHANNEL, session, member.name, advert.silo)
+            sealed[advert.silo] = ChaCha20Poly1305(key).encrypt(_NONCE, plain, associated)
     return member.with_(adverts=tuple(adverts), own=shares[member.name]), sealed
 
 
 def receive(roster: Roster, member: Member, sealed: Mapping[str, bytes]) -> Member:
-    """Open the shares that peers sealed for this silo; whoever sent some, and this silo, are members of the sums.
+    """Decrypt the peers' shares for this silo; their senders and this silo become the members of the sums.
 
     Raises:
-        SecurityError: if they come from a stranger or too few, do not open, or hold no shares.
+        SecurityError: if there are too few senders, one is unknown, or shares cannot be decrypted or are malformed.
     """
     if not member.adverts:
-        raise SecurityError("shares came before the list of keys")
+        raise SecurityError("shares arrived before the list of keys")
     if "statistics" in member.members:
-        raise SecurityError("shares came a second time")
+        raise SecurityError("shares arrived a second time")
     if member.name in sealed:
-        raise SecurityError(f"shares came that silo {member.name!r} is said to have sealed for itself")
+        raise SecurityError(f"silo {member.name!r} received shares that claim to be from itself")
     present = {advert.silo: advert for advert in member.adverts}
     unknown = sorted(set(sealed) - set(present))
     if unknown:
-        raise SecurityError(f"shares came from {unknown[0]!r}, whose keys are not in the list")
+        raise SecurityError(f"shares arrived from silo {unknown[0]!r}, whose keys are not in the list")
     members = tuple(name for name in roster.names if name in sealed or name == member.name)
     check_cohort(roster, members, "the list of those who shared")
     session = session_id(roster.plan, member.nonce, member.adverts)
@@ -274,20 +275,20 @@ def receive(roster: Roster, member: Member, sealed: Mapping[str, bytes]) -> Memb
     for name, data in sealed.items():
         key = _channel(member, session, present[name], name, member.name)
         try:
-            plain = ChaCha20Poly1305(key).decrypt(_ONE_USE, data, framed(Label.CHANNEL, session, name, member.name))
+            plain = ChaCha20Poly1305(key).decrypt(_NONCE, data, framed(Label.CHANNEL, session, name, member.name))
         except InvalidTag:
             raise SecurityError(
-                f"the shares of silo {name!r} for silo {member.name!r} do not open: they were changed, belong to "
-                "another silo or session, or the two were told different lists of keys"
+                f"the shares of silo {name!r} for silo {member.name!r} cannot be decrypted: they were changed, belong "
+                "to another silo or session, or the two silos received different lists of keys"
             ) from None
         parts = [plain[at : at + SHARE_BYTES] for at in range(0, len(plain), SHARE_BYTES)]
         if len(plain) != SEALED_BYTES - 16:
-            raise SecurityError(f"silo {name!r} sealed {len(plain)} bytes that are no shares")
+            raise SecurityError(f"silo {name!r} sent {len(plain)} bytes of shares; expected {SEALED_BYTES - 16}")
         try:
             for part in parts:
                 check_share(part)
         except SecurityError as error:
-            raise SecurityError(f"silo {name!r} sealed what is no share: {error}") from None
+            raise SecurityError(f"silo {name!r} sent a malformed share: {error}") from None
         values = iter(part.hex() for part in parts)
         held[name] = {s: {kind: next(values) for kind in KINDS} for s in SUMS}
     secrets = member.secrets.model_copy(update={"channel": None})
@@ -295,57 +296,59 @@ def receive(roster: Roster, member: Member, sealed: Mapping[str, bytes]) -> Memb
 
 
 def contribute(roster: Roster, member: Member, name: Sum, digest: str, context: str) -> tuple[Member, list[Mask]]:
-    """Note what is masked for a sum, and return its masks: this silo's own, and one with every other member.
+    """Record which vector is masked for a sum, and return its masks: this silo's own, and one for each other member.
 
-    Of two silos, the one that comes first in the roster adds their mask and the other subtracts it. The context is in
-    every mask: those of silos that were told different things do not cancel, whatever the others sign.
+    Of two silos, the first in the roster adds their mask and the other subtracts it. Every mask depends on the context,
+    so the masks of silos that received different contexts do not cancel, whatever the others sign.
 
     Args:
-        digest: of what is masked.
-        context: what the sum is about, as this silo knows it (`survivors_statement`).
+        digest: digest of the vector.
+        context: the sum's context as this silo knows it (`survivors_statement`).
 
     Raises:
-        SecurityError: if it is not yet known who the members are, or if something else was masked for this sum before:
-            two vectors under one mask show their difference.
+        SecurityError: if the members are not known yet, or if a different vector was masked for this sum before: two
+            vectors under one mask reveal their difference.
     """
     members = _members(member, name)
     if name not in member.secrets.seed:
-        raise SecurityError(f"the secrets of the sum of {name} are wiped; it was asked for again")
+        raise SecurityError(f"the sum of {name} was requested again after its secrets were wiped")
     uploaded = Uploaded(digest=digest, context=context)
     if member.uploaded.get(name, uploaded) != uploaded:
-        raise SecurityError(f"the sum of {name} was asked for twice, with different contents")
+        raise SecurityError(f"the sum of {name} was requested twice, with different contents")
     session = session_id(roster.plan, member.nonce, member.adverts)
     seed, private = bytes.fromhex(member.secrets.seed[name]), bytes.fromhex(member.secrets.mask[name])
-    found = [self_mask(seed, session, name, context, member.name)]
+    masks = [self_mask(seed, session, name, context, member.name)]
     for advert in member.adverts:
         if advert.silo in members and advert.silo != member.name:
             secret = agree(private, bytes.fromhex(advert.masks[name]), advert.silo)
-            found.append(pair_mask(roster, secret, session, name, context, member.name, advert.silo))
-    return member.with_(uploaded={**member.uploaded, name: uploaded}), found
+            masks.append(pair_mask(roster, secret, session, name, context, member.name, advert.silo))
+    return member.with_(uploaded={**member.uploaded, name: uploaded}), masks
 
 
 def sign(
     roster: Roster, member: Member, identity: Identity, name: Sum, survivors: Sequence[str]
 ) -> tuple[Member, bytes]:
-    """Sign whose contributions are in a sum, and what it is about; afterwards no other set is signed for it.
+    """Sign the survivors and the context of a sum; this silo then signs no other set for that sum.
 
     Raises:
-        SecurityError: if this silo sent nothing or is missing, a silo is named twice or unknown, there are too few,
-            or another set was signed before.
+        SecurityError: if this silo sent nothing or is not listed, a silo is listed twice or unknown, there are too few
+            silos, or another set was signed before.
     """
     members = _members(member, name)
     if name not in member.uploaded:
-        raise SecurityError(f"survivors of the sum of {name} came, and silo {member.name!r} sent nothing for it")
+        raise SecurityError(
+            f"a list of survivors arrived for the sum of {name}, but silo {member.name!r} sent nothing for it"
+        )
     check_cohort(roster, survivors, "the list of survivors", within=members)
     if member.name not in survivors:
-        raise SecurityError(f"the list of survivors leaves out silo {member.name!r}, which is alive and was asked")
+        raise SecurityError(f"the list of survivors omits silo {member.name!r}, although it answered")
     context = member.uploaded[name].context
     signed = Signed(survivors=tuple(survivors), context=context)
     if member.signed.get(name, signed) != signed:
-        raise SecurityError(f"a second list of survivors came for the sum of {name}")
+        raise SecurityError(f"a second list of survivors arrived for the sum of {name}")
     session = session_id(roster.plan, member.nonce, member.adverts)
     signature = identity.sign(survivors_statement(session, name, members, survivors, context))
-    # What comes after the first sum is among its survivors.
+    # The members of later sums are the survivors of this one.
     later = {s: tuple(survivors) for s in SUMS[SUMS.index(name) + 1 :]}
     state = member.with_(signed={**member.signed, name: signed}, members={**member.members, **later})
     return state, signature
@@ -354,7 +357,7 @@ def sign(
 def check_signature(
     roster: Roster, session: bytes, name: Sum, members: Sequence[str], signed: Signed, silo: str, signature: bytes
 ) -> None:
-    """Raise SecurityError unless this silo signed exactly this set of survivors, in this context."""
+    """Raise SecurityError unless a silo signed exactly these survivors and this context."""
     statement = survivors_statement(session, name, members, signed.survivors, signed.context)
     verify(roster.keys[silo], signature, statement, f"the list of survivors by silo {silo!r}")
 
@@ -367,10 +370,10 @@ def check_signatures(
     signed: Signed,
     signatures: Mapping[str, bytes],
 ) -> None:
-    """Raise SecurityError unless at least `threshold` survivors signed exactly this set, and nobody else anything."""
+    """Raise SecurityError unless at least `threshold` survivors signed exactly this set, and no other silo signed."""
     unknown = sorted(set(signatures) - set(signed.survivors))
     if unknown:
-        raise SecurityError(f"a signature came from {unknown[0]!r}, which is no survivor")
+        raise SecurityError(f"silo {unknown[0]!r} signed the survivors but is not one of them")
     if len(signatures) < roster.threshold:
         raise SecurityError(f"{len(signatures)} silos signed the survivors; the threshold is {roster.threshold}")
     for silo, signature in signatures.items():
@@ -378,15 +381,15 @@ def check_signatures(
 
 
 def release(roster: Roster, member: Member, name: Sum, signatures: Mapping[str, bytes]) -> dict[str, bytes]:
-    """Return one share for each member of a sum: of the seed of a survivor, of the mask key of one that is not.
+    """Return one share for each member of a sum: of a survivor's seed, or of a dropped silo's mask key.
 
     Raises:
-        SecurityError: if this silo did not sign, or fewer than `threshold` survivors signed the same.
+        SecurityError: if this silo did not sign, or fewer than `threshold` survivors signed the same statement.
     """
     if name not in member.signed:
-        raise SecurityError(f"shares for the sum of {name} were asked for before its survivors were signed")
+        raise SecurityError(f"shares for the sum of {name} were requested before its survivors were signed")
     if name not in member.secrets.seed:
-        raise SecurityError(f"the secrets of the sum of {name} are wiped; a second request for shares came")
+        raise SecurityError(f"shares for the sum of {name} were requested again after its secrets were wiped")
     members, signed = _members(member, name), member.signed[name]
     session = session_id(roster.plan, member.nonce, member.adverts)
     check_signatures(roster, session, name, members, signed, signatures)
@@ -397,35 +400,37 @@ def release(roster: Roster, member: Member, name: Sum, signatures: Mapping[str, 
 
 
 def forget(member: Member, name: Sum) -> Member:
-    """Return the state without the secrets of a sum that is over."""
+    """Return the state without the secrets of a finished sum."""
 
-    def rest(values: Mapping[Sum, Any]) -> dict[Sum, Any]:
+    def without(values: Mapping[Sum, Any]) -> dict[Sum, Any]:
         return {s: value for s, value in values.items() if s != name}
 
-    secrets = member.secrets.model_copy(update={"mask": rest(member.secrets.mask), "seed": rest(member.secrets.seed)})
-    held = {peer: rest(shares) for peer, shares in member.held.items()}
-    return member.with_(secrets=secrets, own=rest(member.own), held=held)
+    secrets = member.secrets.model_copy(
+        update={"mask": without(member.secrets.mask), "seed": without(member.secrets.seed)}
+    )
+    held = {peer: without(shares) for peer, shares in member.held.items()}
+    return member.with_(secrets=secrets, own=without(member.own), held=held)
 
 
 def _members(member: Member, name: Sum) -> tuple[str, ...]:
     if name not in member.members:
-        raise SecurityError(f"the sum of {name} was asked for before its members are known")
+        raise SecurityError(f"the sum of {name} was requested before its members are known")
     return member.members[name]
 
 
 def _channel(member: Member, session: bytes, peer: Advert, sender: str, receiver: str) -> bytes:
-    assert member.secrets.channel is not None  # noqa: S101 - it is there until `receive` is done
+    assert member.secrets.channel is not None  # noqa: S101 - it exists until `receive` returns
     secret = agree(bytes.fromhex(member.secrets.channel), bytes.fromhex(peer.channel), peer.silo)
     return derive(secret, Label.CHANNEL, session, sender, receiver)
 
 
 def self_mask(seed: bytes, session: bytes, name: Sum, context: str, owner: str) -> Mask:
-    """Return a silo's own mask, which the other silos' shares of its seed give back."""
+    """Return a silo's own mask, derived from its seed."""
     return Mask(derive(seed, Label.SELF, session, name, bytes.fromhex(context), owner), 1)
 
 
 def pair_mask(roster: Roster, secret: bytes, session: bytes, name: Sum, context: str, own: str, peer: str) -> Mask:
-    """Return the mask between two silos as `own` applies it."""
+    """Return the mask that two silos share, with the sign with which `own` applies it."""
     first, second = sorted((own, peer), key=roster.index)
     key = derive(secret, Label.PAIR, session, name, bytes.fromhex(context), first, second)
     return Mask(key, 1 if own == first else -1)

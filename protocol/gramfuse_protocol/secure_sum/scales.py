@@ -1,18 +1,18 @@
-"""The fixed-point scale of everything that is summed over silos.
+"""The fixed-point scales of all blocks that are summed over silos.
 
-What a feature's amplitude is on public text, 2^e, is in the layout (`Group.exponents`). With K bits for one silo's
-integer (`gramfuse_protocol.secure_sum.fixed_point.capacity`), w bits for its weight c, and 10 bits by which an
-amplitude may exceed that on public text, an element is multiplied by 2^f with
+The layout has each feature's amplitude on public text, 2^e (`Group.exponents`). With K bits for one silo's integer
+(`gramfuse_protocol.secure_sum.fixed_point.capacity`), w bits for its weight c, and 10 bits by which an amplitude may
+exceed that on public text, an element is multiplied by 2^f with
 
     s, features j and k    f = K − w − 20 − e_j − e_k
     t, row j               f = K − w − 20 − e_j − g      g: the smallest with 4^g ≥ Σ 4^e over the group's features
     m                      f = K − w − 8                 a weight that moves by more than 256 is an error
-    m of a buffer          f = K − w − 24                running variances, and counters, move further
+    m of a buffer          f = K − w − 24                running variances and counters move further
     count                  f = 0
 
-and w is 0 under `uniform`, 18 under `examples`. A t is at most the product of a feature's amplitude and that of what
-the change of the weights adds to one output, and has its place if that is at most 2^(g + 10). The experts of a group
-have the same scales.
+where w is 0 under `uniform` and 18 under `examples`. A t is at most the product of a feature's amplitude and the
+amplitude by which the weight difference changes an output; it fits if the latter is at most 2^(g + 10). The experts of
+a group share their scales.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ WEIGHT_BITS = {"uniform": 0, "examples": 18}
 MOST_WEIGHED = 2 ** WEIGHT_BITS["examples"]
 
 METRICS_SCALE = 2.0**20
-"""Scale of what leaves of held-out results (`gramfuse_protocol.held_out.sums`): fine enough for noise and losses."""
+"""Scale of held-out results (`gramfuse_protocol.held_out.sums`): fine enough for noise and losses."""
 
 Scale = NDArray[np.float64] | float
 
@@ -72,7 +72,7 @@ def _packed(group: Group, factor: float) -> NDArray[np.float64]:
     start = 0
     for first, count, width in group.blocks.parts:
         for row in range(first, first + count * width):
-            stop = first + ((row - first) // width + 1) * width  # of the block that the row is in
+            stop = first + ((row - first) // width + 1) * width  # the end of the row's block
             np.multiply(p[row:stop], factor * p[row], out=packed[start : start + stop - row])
             start += stop - row
     return packed

@@ -1,10 +1,10 @@
-"""Shamir's secret sharing over the integers modulo the prime 2^521 − 1.
+"""Shamir secret sharing over the integers modulo the prime 2^521 − 1.
 
-A secret of 32 bytes becomes the constant term of a polynomial of degree t − 1 whose other coefficients are random;
-a share is its value at one point. Any t shares give the secret back, and t − 1 say nothing about it.
+A secret of 32 bytes is the constant term of a polynomial of degree t − 1 whose other coefficients are random; a share
+is its value at one point. Any t shares determine the secret, and t − 1 shares reveal nothing about it.
 
-Python's integers take a time that depends on their values. A secret is shared once, from fresh randomness, in a
-process that answers to nobody while it does, so there is nothing to measure repeatedly; say so to whoever reviews it.
+Python's integer arithmetic is not constant-time. A secret is shared once, with fresh randomness, in a process that
+answers no requests meanwhile, so an attacker cannot repeat a timing measurement.
 
 Source: Shamir, "How to Share a Secret", Communications of the ACM 22(11), 1979.
 """
@@ -21,17 +21,17 @@ SHARE_BYTES = 66
 
 
 def split(secret: bytes, threshold: int, points: Iterable[int], random: Random) -> dict[int, bytes]:
-    """Return a share for each point.
+    """Split a secret into one share for each point.
 
     Args:
         secret: 32 bytes; read as a little-endian integer.
-        threshold: shares that give it back, ≥ 1.
-        points: distinct, each ≥ 1.
-        random: asked for 66 bytes for each coefficient, from the lowest power up, and again for one that is no
-            residue (once in 2^521).
+        threshold: number of shares that determine it, ≥ 1.
+        points: distinct integers ≥ 1.
+        random: called for 66 bytes for each coefficient, from the lowest power up, and again if the number is not below
+            the prime (once in 2^521).
 
     Returns:
-        66 bytes, little-endian, by point.
+        Shares of 66 bytes, little-endian, by point.
     """
     if len(secret) != KEY_BYTES:
         raise ValueError(f"a secret has {KEY_BYTES} bytes, not {len(secret)}")
@@ -46,13 +46,13 @@ def split(secret: bytes, threshold: int, points: Iterable[int], random: Random) 
 
 
 def combine(shares: Mapping[int, bytes], threshold: int) -> bytes:
-    """Return the secret of at least `threshold` shares by point; those of the smallest points are taken.
+    """Reconstruct a secret from at least `threshold` shares by point; uses those at the smallest points.
 
     Raises:
-        SecurityError: if there are too few, one has another form, or what comes out is no 32-byte secret.
+        SecurityError: if there are too few shares, one is malformed, or the result is not a 32-byte secret.
     """
     if len(shares) < threshold:
-        raise SecurityError(f"{len(shares)} shares came; the threshold is {threshold}")
+        raise SecurityError(f"received {len(shares)} shares; the threshold is {threshold}")
     points = sorted(shares)[:threshold]
     values = {point: check_share(shares[point]) for point in points}
     secret = 0
@@ -64,7 +64,7 @@ def combine(shares: Mapping[int, bytes], threshold: int) -> bytes:
                 denominator = denominator * (other - point) % PRIME
         secret = (secret + value * numerator * pow(denominator, -1, PRIME)) % PRIME
     if secret >> 8 * KEY_BYTES:
-        raise SecurityError("the shares that came do not belong to one secret")
+        raise SecurityError("the received shares do not belong to one secret")
     return secret.to_bytes(KEY_BYTES, "little")
 
 

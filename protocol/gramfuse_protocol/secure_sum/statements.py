@@ -1,4 +1,4 @@
-"""What a secure sum signs and hashes: the one place that says which bytes."""
+"""The byte strings that the secure sum signs and hashes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gramfuse_protocol.text import Legible
 
 Sum = Literal["statistics", "metrics"]
 SUMS: tuple[Sum, ...] = ("statistics", "metrics")
-"""The two sums of a session. Each has masks of its own, since opening one tells what masked it."""
+"""The two sums of a session. Each has its own masks, since opening a sum reveals its masks."""
 
 Hex32 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Hex64 = Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]
@@ -24,14 +24,14 @@ Nonce = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 
 
 class Advert(Legible):
-    """The public keys that one silo uses in one session.
+    """One silo's public keys in one session.
 
     Args:
-        silo: its name in the roster.
-        channel: X25519 public key for sealing shares, hexadecimal.
-        masks: X25519 public key for masks, one for each sum.
-        commitments: `commitment` of the self-mask seed, one for each sum.
-        signature: Ed25519 over `advert_statement`, by the key of the roster.
+        silo: the silo's name in the roster.
+        channel: X25519 public key for encrypting shares, hexadecimal.
+        masks: X25519 public key for masks, one for each sum, hexadecimal.
+        commitments: `commitment` to the self-mask seed, one for each sum.
+        signature: Ed25519 signature over `advert_statement` with the silo's key in the roster, hexadecimal.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -50,7 +50,7 @@ class Advert(Legible):
 
     @property
     def fields(self) -> tuple[bytes | str, ...]:
-        """Name and keys, as they enter statements."""
+        """Name and keys as fields of statements."""
         keys = [self.channel]
         for name in SUMS:
             keys += [self.masks[name], self.commitments[name]]
@@ -63,7 +63,7 @@ def commitment(seed: bytes) -> str:
 
 
 def advert_statement(plan: str, nonce: str, fields: Sequence[bytes | str]) -> bytes:
-    """Return what a silo signs of its keys.
+    """Return the statement by which a silo signs its keys.
 
     Args:
         plan: `round_digest`.
@@ -74,11 +74,11 @@ def advert_statement(plan: str, nonce: str, fields: Sequence[bytes | str]) -> by
 
 
 def session_id(plan: str, nonce: str, adverts: Sequence[Advert]) -> bytes:
-    """Return the session's identifier, 32 bytes: it enters every derivation, so other keys give other masks.
+    """Return the session's identifier, 32 bytes. It enters every key derivation, so different keys give other masks.
 
     Args:
         plan: `round_digest`.
-        adverts: of all silos that are in, in roster order.
+        adverts: adverts of all silos in the session, in roster order.
     """
     fields = [field for advert in adverts for field in advert.fields]
     return hashlib.sha256(framed(Label.SESSION, bytes.fromhex(plan), bytes.fromhex(nonce), *fields)).digest()
@@ -87,14 +87,14 @@ def session_id(plan: str, nonce: str, adverts: Sequence[Advert]) -> bytes:
 def survivors_statement(
     session: bytes, name: Sum, members: Sequence[str], survivors: Sequence[str], context: str
 ) -> bytes:
-    """Return what the survivors sign.
+    """Return the statement that the survivors sign.
 
     Args:
         session: `session_id`.
         name: which sum.
-        members: the silos whose masks are in it, in roster order.
-        survivors: those whose contributions are in it, in roster order.
-        context: what the sum is about, hexadecimal: the layout's digest, or `metrics_context`.
+        members: the silos whose masks are in the sum, in roster order.
+        survivors: the silos whose contributions are in the sum, in roster order.
+        context: digest of the sum's subject, hexadecimal: the layout's digest, or `metrics_context`.
     """
     lists = [framed(Label.SURVIVORS, *names) for names in (members, survivors)]
     return framed(Label.SURVIVORS, session, name, *lists, bytes.fromhex(context))
@@ -104,7 +104,7 @@ def model_digest(arrays: Iterable[NDArray[np.float32]]) -> str:
     """Return the digest of a model that the coordinator sends, hexadecimal.
 
     Args:
-        arrays: its differences from the base, float32, in the layout's order.
+        arrays: the model's differences from the base, float32, in the layout's order.
     """
     hasher = hashlib.sha256()
     for array in arrays:
@@ -113,16 +113,16 @@ def model_digest(arrays: Iterable[NDArray[np.float32]]) -> str:
 
 
 def round_digest(plan: str, number: int, start: str) -> str:
-    """Return what stands for the plan in the statements and identifiers of a round, hexadecimal.
+    """Return the digest that represents the plan in a round's statements and identifiers, hexadecimal.
 
-    In the first round it is the plan's digest. In later ones the model that silos start from is in it, so that silos
-    which were given different ones take each other's keys for forged: a model can be made for all silos but one that
-    leaves their statistics empty, and the sum would be that one's.
+    In the first round it is the plan's digest. Later rounds include the model from which silos start, so silos that
+    received different models reject each other's keys. Otherwise a coordinator could send all silos but one a model
+    that leaves their statistics empty, and the sum would be that one silo's statistics.
 
     Args:
         plan: digest of the plan, hexadecimal.
-        number: of the round.
-        start: `model_digest` of it; empty in the first round, which starts from the base.
+        number: the round, counted from 1.
+        start: `model_digest` of the model that the round starts from; empty in the first round.
     """
     if number == 1:
         return plan
@@ -131,10 +131,10 @@ def round_digest(plan: str, number: int, start: str) -> str:
 
 
 def metrics_context(candidates: Mapping[str, str]) -> str:
-    """Return what a sum of metrics is about, hexadecimal.
+    """Return the context of a sum of metrics, hexadecimal.
 
     Args:
-        candidates: `model_digest` of each measured model by its name, in the order of their sums in the vector.
+        candidates: `model_digest` of each measured model by name, in the order of their sums in the vector.
     """
     fields = [field for name, digest in candidates.items() for field in (name, bytes.fromhex(digest))]
     return hashlib.sha256(framed(Label.CONTEXT, *fields)).hexdigest()

@@ -1,4 +1,4 @@
-"""The coordinator's last step in a secure sum: what takes the masks off."""
+"""The coordinator's last step in a secure sum: reconstruct the masks and remove them."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ def unmasking(
     signed: Signed,
     shares: Mapping[str, Mapping[str, bytes]],
 ) -> list[Mask]:
-    """Return what takes the masks off the sum of the survivors' vectors. This is the coordinator's last step.
+    """Return the masks that, added to the sum of the survivors' vectors, unmask it.
 
     Args:
-        adverts: of all silos that are in, in roster order.
-        signed: what the survivors signed.
-        shares: by the silo that released them, then by the silo that they belong to.
+        adverts: adverts of all silos in the session, in roster order.
+        signed: the survivors and the context that the survivors signed.
+        shares: by the silo that released them, then by the silo whose secret they share.
 
     Raises:
-        SecurityError: if there are too few shares, or a secret is not what its owner committed to.
+        SecurityError: if there are too few shares, or a secret does not match its owner's commitment.
     """
     session, survivors, context = session_id(roster.plan, nonce, adverts), signed.survivors, signed.context
     present = {advert.silo: advert for advert in adverts}
@@ -46,7 +46,7 @@ def unmasking(
         raise SecurityError(f"{len(shares)} silos released shares; the threshold is {roster.threshold}")
     for silo, released in shares.items():
         if silo not in survivors:
-            raise SecurityError(f"shares came from {silo!r}, which is no survivor")
+            raise SecurityError(f"silo {silo!r} released shares but is not a survivor")
         if set(released) != set(members):
             raise SecurityError(f"silo {silo!r} did not release exactly one share for each member of the sum")
 
@@ -54,26 +54,26 @@ def unmasking(
         try:
             return combine({roster.index(silo): released[owner] for silo, released in shares.items()}, roster.threshold)
         except SecurityError:
-            raise SecurityError(_not_committed(owner, shares)) from None
+            raise SecurityError(_mismatch(owner, shares)) from None
 
-    found = []
+    inverses = []
     for owner in members:
         value, advert = secret(owner), present[owner]
         if owner in survivors:
             if commitment(value) != advert.commitments[name]:
-                raise SecurityError(_not_committed(owner, shares))
-            found.append(self_mask(value, session, name, context, owner).inverse)
+                raise SecurityError(_mismatch(owner, shares))
+            inverses.append(self_mask(value, session, name, context, owner).inverse)
         else:
             if public_of(value).hex() != advert.masks[name]:
-                raise SecurityError(_not_committed(owner, shares))
+                raise SecurityError(_mismatch(owner, shares))
             for survivor in survivors:
                 agreed = agree(value, bytes.fromhex(present[survivor].masks[name]), survivor)
-                found.append(pair_mask(roster, agreed, session, name, context, survivor, owner).inverse)
-    return found
+                inverses.append(pair_mask(roster, agreed, session, name, context, survivor, owner).inverse)
+    return inverses
 
 
-def _not_committed(owner: str, shares: Mapping[str, Mapping[str, bytes]]) -> str:
+def _mismatch(owner: str, shares: Mapping[str, Mapping[str, bytes]]) -> str:
     return (
-        f"the shares do not give back what silo {owner!r} committed to; one of {', '.join(shares)} released a wrong "
-        f"share, or {owner!r} dealt wrong ones"
+        f"the shares do not reconstruct the secret that silo {owner!r} committed to; one of {', '.join(shares)} "
+        f"released a wrong share, or {owner!r} dealt wrong ones"
     )

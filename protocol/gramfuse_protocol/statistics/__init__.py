@@ -1,1 +1,1 @@
-"""What a silo measured, in memory and as a file."""
+"""A silo's statistics, in memory and as a file."""

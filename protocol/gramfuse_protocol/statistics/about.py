@@ -1,4 +1,4 @@
-"""What a statistics file says of itself, beside its tensors."""
+"""The metadata of a statistics file."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.documents import Section
 from gramfuse_protocol.text import Word, quoted
 
-TOKEN = 4096
-"""Most characters of an added token, as the document has it."""
+TOKEN_CHARACTERS = 4096
+"""Maximum length of an added token in its escaped form."""
 
 
 class Origin(Section):
-    """The base model that differences are taken from.
+    """The base model from which differences are taken.
 
     Example:
         >>> digests = gramfuse.config_digest(base), gramfuse.processor_digest(tokenizer)
@@ -40,10 +40,9 @@ class Origin(Section):
         True
 
     Args:
-        name: hub id, bundled name, or `./<last part>` of a directory.
-        revision: commit of the hub repository that it was loaded from; None if it was a directory.
-        weights: SHA-256 of each parameter and persistent buffer, as
-            `gramfuse_model.digests.tensor_digests` has them.
+        name: hub id, bundled name, or `./<last component>` of a directory.
+        revision: commit of the hub repository; None for a directory.
+        weights: SHA-256 of each parameter and persistent buffer (`gramfuse_model.digests.tensor_digests`).
         config: `gramfuse_model.digests.config_digest`.
         processor: `gramfuse_model.digests.processor_digest` of its tokenizer or image processor.
     """
@@ -56,31 +55,31 @@ class Origin(Section):
 
 
 def escaped(token: str) -> str:
-    """Return a token as JSON has it in ASCII, without the quotes."""
+    """Return a token escaped as in ASCII JSON, without the quotes."""
     return json.dumps(token)[1:-1]
 
 
 def _is_escaped(text: str) -> str:
     token = json.loads(f'"{text}"')
     if not token or escaped(token) != text or any("\ud800" <= character <= "\udfff" for character in token):
-        raise ValueError(f"{quoted(text)} is no token as JSON has it in ASCII")
+        raise ValueError(f"{quoted(text)} is not a token escaped as in ASCII JSON")
     return text
 
 
 class Added(Section):
-    """Tokens that were added to a model, and the shapes of their rows.
+    """The tokens that were added to a model, and the shapes of their rows.
 
     Example:
         >>> gramfuse.Added(tokens=("<ticket>",), rows={"bert.embeddings.word_embeddings.weight": (1, 8)}).tokens
         ('<ticket>',)
 
     Args:
-        tokens: as JSON has them in ASCII, without the quotes: a token may be a line's end.
-        rows: of each tensor that has rows for tokens; its first dimension is the tokens.
+        tokens: `escaped`, since a token can contain a newline.
+        rows: shape of the added rows of each tensor with token rows, tokens in the first dimension.
     """
 
     tokens: Annotated[
-        Many[Annotated[str, Field(max_length=TOKEN), AfterValidator(_is_escaped)]],
+        Many[Annotated[str, Field(max_length=TOKEN_CHARACTERS), AfterValidator(_is_escaped)]],
         Field(min_length=1, max_length=VALUES),
     ]
     rows: Annotated[Mapping[Word, Shape], Field(min_length=1, max_length=TENSORS)]
@@ -88,16 +87,16 @@ class Added(Section):
     @model_validator(mode="after")
     def _one_row_for_each_token(self) -> Added:
         if len(set(self.tokens)) != len(self.tokens):
-            raise ValueError("an added token comes twice")
-        odd = next((name for name, shape in self.rows.items() if shape[:1] != (len(self.tokens),)), None)
-        if odd is not None:
-            raise ValueError(f"{odd!r} has not one row for each of {len(self.tokens):,} added tokens")
+            raise ValueError("an added token occurs twice")
+        wrong = next((name for name, shape in self.rows.items() if shape[:1] != (len(self.tokens),)), None)
+        if wrong is not None:
+            raise ValueError(f"{wrong!r} does not have one row for each of the {len(self.tokens):,} added tokens")
         return self
 
 
 @dataclass(frozen=True)
 class AddedTokens:
-    """Tokens that a model has and its base has not.
+    """The tokens that a model has and its base does not.
 
     Example:
         >>> rows = {"bert.embeddings.word_embeddings.weight": np.zeros((2, 8), np.float32)}
@@ -105,9 +104,8 @@ class AddedTokens:
         ('<ticket>', '<name>')
 
     Args:
-        tokens: different ones.
-        rows: their values, not differences, by parameter or buffer: float32, (tokens, …) with the dimension of tokens
-            first.
+        tokens: distinct tokens.
+        rows: their values (not differences) by parameter or buffer, float32 (tokens, …).
     """
 
     tokens: tuple[str, ...]
@@ -115,24 +113,24 @@ class AddedTokens:
 
 
 class About(Section):
-    """What a statistics file says beside its tensors.
+    """The metadata of a statistics file.
 
     Example:
         >>> gramfuse.read_statistics("hospital.safetensors").about.task.labels
         ('no', 'yes')
 
     Args:
-        name: of the silo or model.
-        base: what differences are taken from.
-        task: what the model was fine-tuned for.
-        layout: of the tensors.
+        name: name of the silo or model.
+        base: the base model from which differences are taken.
+        task: the task for which the model was fine-tuned.
+        layout: layout of the statistics.
         examples: training examples, ≥ 1.
         tokens: token rows by group.
-        head: names of the parameters that belong to the task and not to the body, whether they are merged or not.
-        own: shapes of the parameters that are the silo's own and are not merged.
-        added: tokens that the model has beside those of the base; None if there are none.
-        plan: text of the plan that the silo followed; empty if there is none.
-        made_by: version of gramfuse.
+        head: names of the parameters outside the body, whether merged or not.
+        own: shapes of the silo's own parameters, which are not merged.
+        added: tokens that the base does not have; None if there are none.
+        plan: text of the plan that the silo followed; empty without a plan.
+        made_by: version of gramfuse that wrote the file.
     """
 
     documents = frozenset({"plan"})
@@ -152,23 +150,23 @@ class About(Section):
 
     @cached_property
     def blocks(self) -> tuple[Block, ...]:
-        """All tensors of the file, in its order: by the bytes of their names."""
+        """All tensors of the file, sorted by the bytes of their names, as in the file."""
         own = (Block(own_block(name), shape) for name, shape in self.own.items())
         added = (Block(added_block(name), shape) for name, shape in (self.added.rows if self.added else {}).items())
         return tuple(sorted((*self.layout.blocks, *own, *added), key=lambda block: block.name.encode()))
 
     @cached_property
     def places(self) -> Mapping[str, tuple[int, Block]]:
-        """Where each tensor begins, in bytes after the header, and its block; by its name."""
+        """Offset of each tensor, in bytes after the header, and its block, by name."""
         begins = accumulate((ITEM_BYTES * block.entries for block in self.blocks), initial=0)
         return {block.name: (begin, block) for begin, block in zip(begins, self.blocks, strict=False)}
 
 
 def own_block(parameter: str) -> str:
-    """Name of the tensor that holds a parameter that is not merged."""
+    """Return the name of the tensor with a parameter that is not merged."""
     return f"own:{parameter}"
 
 
 def added_block(parameter: str) -> str:
-    """Name of the tensor that holds the rows of added tokens that a parameter has."""
+    """Return the name of the tensor with a parameter's rows of added tokens."""
     return f"added:{parameter}"

@@ -1,4 +1,4 @@
-"""What a silo measures and computes: Gram matrices, weight differences and counts."""
+"""A silo's contribution: Gram matrices, weight differences and counts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Array = NDArray[Any]
 
 
 class Contribution(Protocol):
-    """One silo's statistics, wherever they lie: in memory, or spooled on disk."""
+    """One silo's statistics, in memory or on disk."""
 
     @property
     def examples(self) -> int:
@@ -25,7 +25,7 @@ class Contribution(Protocol):
 
     @property
     def tokens(self) -> Mapping[str, int]:
-        """Token rows behind each group's Gram matrix, ≥ 0."""
+        """Number of token rows in each group's Gram matrix, ≥ 0."""
         ...
 
     def block(self, name: str) -> Array:
@@ -44,9 +44,9 @@ class Statistics:
 
     Args:
         examples: training examples, ≥ 1.
-        tokens: token rows by group name.
-        blocks: float32 arrays by block name. `gram:<group>` is the packed mean G = XᵀX / tokens over real tokens
-            (zeros where a group saw none); `delta:<parameter>` is W − W₀ in the parameter's own shape.
+        tokens: number of token rows by group name.
+        blocks: float32 arrays by block name. `gram:<group>` is the packed mean G = XᵀX / tokens over real tokens (zeros
+            if the group saw none); `delta:<parameter>` is W − W₀ in the parameter's shape.
     """
 
     examples: int
@@ -54,7 +54,7 @@ class Statistics:
     blocks: Mapping[str, Array]
 
     def block(self, name: str) -> Array:
-        """Return one block."""
+        """Return a block by name, float32."""
         return self.blocks[name]
 
 
@@ -62,26 +62,26 @@ def check_counts(layout: Layout, examples: int, tokens: Mapping[str, int], sourc
     """Raise ContributionError unless the counts of a contribution fit the layout.
 
     Args:
-        source: who sent them, for the error.
+        source: the sender, for the error.
     """
     if isinstance(examples, bool) or not isinstance(examples, int) or examples < 1:
-        raise ContributionError(f"{source}: reports {examples} training examples; expected a whole number above zero")
+        raise ContributionError(f"{source}: reports {examples} training examples; expected a positive integer")
     expected = {group.name for group in layout.groups}
     if set(tokens) != expected:
-        odd = sorted(set(tokens) ^ expected)[0]
-        raise ContributionError(f"{source}: token counts do not fit the layout; first difference at group {odd!r}")
+        group = sorted(set(tokens) ^ expected)[0]
+        raise ContributionError(f"{source}: token counts do not fit the layout; first difference at group {group!r}")
     for group, count in tokens.items():
         if count < 0:
-            raise ContributionError(f"{source}: group {group!r} reports {count} tokens")
+            raise ContributionError(f"{source}: group {group!r} reports {count} tokens; expected zero or more")
 
 
 def check_slices(slices: Iterable[Slice], arrays: Mapping[str, Array], source: str) -> None:
-    """Raise ContributionError unless arrays are exactly these slices of a contribution and every value is finite.
+    """Raise ContributionError unless arrays match these slices of a contribution exactly and all values are finite.
 
     Args:
-        slices: what must be there, no more and no less.
+        slices: the expected slices.
         arrays: float32 arrays by slice name; whole blocks in their shape, partial ones flat.
-        source: who sent them, for the error.
+        source: the sender, for the error.
     """
     slices = tuple(slices)
     unknown = sorted(set(arrays) - {piece.name for piece in slices})
@@ -95,12 +95,12 @@ def check_slices(slices: Iterable[Slice], arrays: Mapping[str, Array], source: s
         shape = piece.block.shape if whole else (piece.stop - piece.start,)
         if array.dtype != np.float32 or array.shape != shape:
             raise ContributionError(
-                f"{source}: tensor {piece.name!r} is {array.dtype} {array.shape}, the layout expects float32 {shape}; "
-                "the silo's layout or base model differs from the plan's"
+                f"{source}: tensor {piece.name!r} is {array.dtype} {array.shape}, but the layout expects float32 "
+                f"{shape}; the silo's layout or base model differs from the plan's"
             )
         bad = array.size - int(np.count_nonzero(np.isfinite(array)))
         if bad:
             raise ContributionError(
-                f"{source}: tensor {piece.name!r} holds {bad} values that are NaN or infinite out of {array.size}; "
-                "training diverged there: lower training.learning-rate or look at the silo's data"
+                f"{source}: tensor {piece.name!r} has {bad} NaN or infinite values out of {array.size}; training "
+                "diverged: lower training.learning-rate or check the silo's data"
             )

@@ -1,7 +1,7 @@
-"""Statistics as a file: for silos without a network, and for whoever publishes a fine-tuned model.
+"""Statistics files, for silos without a network and for publishers of fine-tuned models.
 
-It is a safetensors file whose bytes follow from what it says: docs/statistics-format.md has them one by one. A reader
-makes the header anew and compares, so a file that was cut, edited or put together otherwise is refused as a whole.
+A statistics file is a safetensors file whose bytes are determined by its content; docs/statistics-format.md specifies
+them. A reader recomputes the header and compares, so a truncated, edited or differently assembled file is refused.
 """
 
 from __future__ import annotations
@@ -46,16 +46,15 @@ from gramfuse_protocol.statistics.contribution import Contribution, check_counts
 from gramfuse_protocol.text import one_line, quoted
 
 HEADER_LIMIT = 2 * (LAYOUT_CHARACTERS + PLAN_CHARACTERS + HEADER_CHARACTERS)
-"""Most bytes of a header, and of the document in it: a layout, a plan, and two lines for each tensor."""
-
+"""Maximum number of bytes of a header: a layout, a plan, and two lines for each tensor."""
 
 CHUNK = 2**20
-"""Elements that are read at a time."""
+"""Number of elements that are read at a time."""
 
 
 @dataclass(frozen=True)
 class StatisticsFile:
-    """A statistics file that was checked: a `gramfuse_protocol.statistics.contribution.Contribution`.
+    """A checked statistics file; it is a `gramfuse_protocol.statistics.contribution.Contribution`.
 
     Example:
         >>> file = gramfuse.read_statistics("hospital.safetensors")
@@ -63,10 +62,10 @@ class StatisticsFile:
         ('hospital', 2, (2, 8))
 
     Args:
-        path: of the file.
-        about: what it says beside its tensors.
-        start: byte at which its data begin.
-        sha256: what it says its digest is, and is.
+        path: path of the file.
+        about: its metadata.
+        start: offset of the tensor data in bytes.
+        sha256: its verified digest.
     """
 
     path: Path
@@ -76,29 +75,29 @@ class StatisticsFile:
 
     @property
     def name(self) -> str:
-        """Of the silo or model."""
+        """Name of the silo or model."""
         return self.about.name
 
     @property
     def examples(self) -> int:
-        """Training examples."""
+        """Number of training examples."""
         return self.about.examples
 
     @property
     def tokens(self) -> Mapping[str, int]:
-        """Token rows by group."""
+        """Number of token rows by group."""
         return self.about.tokens
 
     def block(self, name: str) -> NDArray[np.float32]:
-        """Read one tensor, float32 in its shape.
+        """Read one tensor, float32.
 
         Raises:
-            ContributionError: if the file is shorter than it was when it was checked.
+            ContributionError: if the file was truncated after it was checked.
         """
         begin, block = self.about.places[name]
         values = np.fromfile(self.path, "<f4", block.entries, offset=self.start + begin)
         if values.size != block.entries:
-            raise ContributionError(f"{self.path}: tensor {name!r} is cut off; the file changed while in use")
+            raise ContributionError(f"{self.path}: tensor {name!r} is truncated; the file changed while in use")
         return values.reshape(block.shape)
 
     def own(self) -> dict[str, NDArray[np.float32]]:
@@ -107,13 +106,13 @@ class StatisticsFile:
 
     @cached_property
     def added(self) -> tuple[str, ...]:
-        """Tokens that the model has and its base has not."""
+        """The tokens that the model has and its base does not."""
         return tuple(json.loads(f'"{text}"') for text in self.about.added.tokens) if self.about.added else ()
 
     def rows(self, parameter: str) -> NDArray[np.float32] | None:
-        """Read the rows of added tokens that a parameter or buffer has, float32 (tokens, …); None if it has none."""
-        there = self.about.added is not None and parameter in self.about.added.rows
-        return self.block(added_block(parameter)) if there else None
+        """Read a parameter's or buffer's rows of added tokens, float32 (tokens, …); None if it has none."""
+        has_rows = self.about.added is not None and parameter in self.about.added.rows
+        return self.block(added_block(parameter)) if has_rows else None
 
 
 def write_statistics(
@@ -129,7 +128,7 @@ def write_statistics(
     added: AddedTokens | None = None,
     plan: str = "",
 ) -> str:
-    """Write a statistics file, which only its owner can read. It is there whole or not at all.
+    """Write a statistics file atomically; only its owner can read it.
 
     Example:
         >>> digest = gramfuse.write_statistics(
@@ -150,17 +149,17 @@ def write_statistics(
 
     Args:
         path: must not exist.
-        statistics: as `gramfuse_client.collect_statistics` returns them.
+        statistics: the result of `gramfuse.collect_statistics`.
         own: parameters that are not merged, float32, by name.
-        added: tokens beside those of the base, with their rows, if there are any.
-        name, base, task, layout, head, plan: as `About` has them.
+        added: tokens that the base does not have, with their rows.
+        name, base, task, layout, head, plan: see `About`.
 
     Returns:
         The file's digest.
 
     Raises:
-        ContributionError: naming an argument of a wrong type; naming the tensor, if one does not fit the layout or is
-            not finite.
+        ContributionError: if an argument has the wrong type, or a tensor does not fit the layout or is not finite;
+            names the argument or tensor.
         RunDirectoryError: if the file exists already, or cannot be written.
     """
     check_path("write_statistics: path", path)
@@ -169,7 +168,7 @@ def write_statistics(
     check_contribution("write_statistics: statistics", statistics)
     path = Path(path)
     if path.exists():
-        raise RunDirectoryError(f"{path} exists already; choose another name, or remove it")
+        raise RunDirectoryError(f"{path} already exists; choose another name or remove it")
     check_counts(layout, statistics.examples, statistics.tokens, str(path))
     about = About(
         name=name,
@@ -180,7 +179,7 @@ def write_statistics(
         tokens=statistics.tokens,
         head=tuple(sorted(head)),
         own={parameter: array.shape for parameter, array in (own or {}).items()},
-        added=_described(path, added),
+        added=_added(path, added),
         plan=plan,
         made_by=importlib.metadata.version("gramfuse"),
     )
@@ -198,21 +197,21 @@ def write_statistics(
             for array in _tensors(path, about, statistics, kept):
                 file.write(array.data)
     except OSError as error:
-        what = "no space left on the disk; make room" if disk_is_full(error) else str(error)
-        raise RunDirectoryError(f"{path}: cannot be written: {what}") from None
+        reason = "no space left on the disk; make room" if disk_is_full(error) else str(error)
+        raise RunDirectoryError(f"{path}: cannot be written: {reason}") from None
     return sha256
 
 
 def _tensors(
     path: Path, about: About, statistics: Contribution, kept: Mapping[str, NDArray[Any]]
 ) -> Iterator[NDArray[np.float32]]:
-    """Yield a file's tensors in its order, each checked.
+    """Yield and check a file's tensors, in the file's order.
 
     Args:
-        kept: those that are not statistics, by block.
+        kept: tensors that are not statistics, by block name.
 
     Raises:
-        ContributionError: naming the tensor, if one does not fit the layout or is not finite.
+        ContributionError: if a tensor does not fit the layout or is not finite.
     """
     for block in about.blocks:
         array = kept[block.name] if block.name in kept else statistics.block(block.name)
@@ -224,7 +223,7 @@ def _tensors(
         yield np.ascontiguousarray(array, "<f4")
 
 
-def _described(path: Path, added: AddedTokens | None) -> Added | None:
+def _added(path: Path, added: AddedTokens | None) -> Added | None:
     if added is None:
         return None
     shapes = {parameter: array.shape for parameter, array in added.rows.items()}
@@ -236,15 +235,15 @@ def _described(path: Path, added: AddedTokens | None) -> Added | None:
 
 
 def read_statistics(path: Path | str) -> StatisticsFile:
-    """Read a statistics file and check all of it, but for what it was measured on.
+    """Read and check a statistics file; only the measured values themselves cannot be verified.
 
     Example:
         >>> gramfuse.read_statistics("hospital.safetensors").examples
         2
 
     Raises:
-        ContributionError: naming the file, and the tensor where there is one, if it is not exactly what
-            `write_statistics` makes; naming the argument, if it is no path.
+        ContributionError: if the file is not exactly what `write_statistics` writes (names the file, and the tensor if
+            there is one), or if the argument is not a path.
     """
     check_path("read_statistics: path", path)
     path = Path(path)
@@ -254,8 +253,8 @@ def read_statistics(path: Path | str) -> StatisticsFile:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or not 2 <= length <= min(HEADER_LIMIT, size - 8):
                 raise ContributionError(
-                    f"{path}: is no statistics file, or was cut off: its header would have {length:,} bytes, of "
-                    f"{size:,} in all"
+                    f"{path}: is not a statistics file, or is truncated: its header claims {length:,} bytes, but the "
+                    f"file has {size:,}"
                 )
             header = file.read(length)
             text, sha256 = _metadata(path, header)
@@ -266,44 +265,44 @@ def read_statistics(path: Path | str) -> StatisticsFile:
             if size != expected:
                 raise ContributionError(
                     f"{path}: has {size:,} bytes, expected {expected:,}: "
-                    + ("it was cut off; copy it again" if size < expected else "something was added at its end")
+                    + ("it is truncated; copy it again" if size < expected else "there is extra data at its end")
                 )
             check_counts(about.layout, about.examples, about.tokens, str(path))
             hasher = hashlib.sha256(text.encode())
-            unsound = []
+            bad_values = []
             for block in about.blocks:
                 bad = 0
                 for first in range(0, block.entries, CHUNK):
                     values = np.fromfile(file, "<f4", min(CHUNK, block.entries - first))
                     hasher.update(values.data)
                     bad += values.size - int(np.count_nonzero(np.isfinite(values)))
-                unsound.append((block, bad))
+                bad_values.append((block, bad))
     except OSError as error:
         raise ContributionError(f"{path}: cannot be read: {error.strerror or error}") from None
     if hasher.hexdigest() != sha256:
         raise ContributionError(
-            f"{path}: was changed after it was written: its SHA-256 is not the one that it says; copy it again, or "
-            "measure again"
+            f"{path}: was changed after it was written: its SHA-256 does not match the one in its header; copy it "
+            "again, or measure again"
         )
-    for block, bad in unsound:
+    for block, bad in bad_values:
         _check_finite(path, block, bad)
     return StatisticsFile(path, about, start, sha256)
 
 
 def _header(text: str, sha256: str, blocks: tuple[Block, ...]) -> bytes:
-    """Return the one header that these tensors have, padded with spaces to a multiple of 8."""
+    """Return the header that these tensors must have, padded with spaces to a multiple of 8."""
     header: dict[str, Any] = {"__metadata__": {"gramfuse": text, "sha256": sha256}}
     start = 0
     for block in blocks:
         stop = start + ITEM_BYTES * block.entries
         header[block.name] = {"dtype": "F32", "shape": list(block.shape), "data_offsets": [start, stop]}
         start = stop
-    written = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    return written + b" " * (-len(written) % 8)
+    encoded = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    return encoded + b" " * (-len(encoded) % 8)
 
 
 def _metadata(path: Path, header: bytes) -> tuple[str, str]:
-    """Return the document and the digest that a header holds."""
+    """Return the metadata document and the digest in a header."""
     try:
         metadata = parse_json(header, HEADER_LIMIT, FEATURES)["__metadata__"]
         text, sha256 = metadata["gramfuse"], metadata["sha256"]
@@ -311,7 +310,7 @@ def _metadata(path: Path, header: bytes) -> tuple[str, str]:
         text = sha256 = None
     if not isinstance(text, str) or not isinstance(sha256, str) or any("\ud800" <= c <= "\udfff" for c in text):
         raise ContributionError(
-            f"{path}: is no statistics file: its header holds no document of gramfuse; make one with: gramfuse measure"
+            f"{path}: is not a statistics file: its header has no gramfuse metadata; make one with: gramfuse measure"
         )
     return text, sha256
 
@@ -322,42 +321,39 @@ def _about(path: Path, text: str) -> About:
         version = document.get("version", 1) if isinstance(document, dict) else 1
         if type(version) is not int or version != 1:
             raise ContributionError(
-                f"{path}: is of version {repr(version)[:50]} of the format, and this gramfuse reads version 1; "
-                "use the gramfuse that wrote it, or measure again"
+                f"{path}: has format version {repr(version)[:50]}, but this gramfuse reads version 1; use the gramfuse "
+                "that wrote it, or measure again"
             )
         check_keys(document, About)
         return About.model_validate_json(text, by_alias=True, by_name=False)
     except ValidationError as error:
         problem = error.errors(include_url=False, include_input=False)[0]
         key = quoted(".".join(map(str, problem["loc"])) or "the document")
-        raise ContributionError(
-            f"{path}: its document does not hold together: {key}: {one_line(problem['msg'], 1000)}"
-        ) from None
+        raise ContributionError(f"{path}: its metadata is invalid: {key}: {one_line(problem['msg'], 1000)}") from None
     except ValueError as error:
-        raise ContributionError(f"{path}: its document does not hold together: {one_line(str(error), 1000)}") from None
+        raise ContributionError(f"{path}: its metadata is invalid: {one_line(str(error), 1000)}") from None
 
 
 def _check_header(path: Path, header: bytes, text: str, sha256: str, blocks: tuple[Block, ...]) -> None:
     expected = _header(text, sha256, blocks)
     if header == expected:
         return
-    there, wanted = json.loads(header), json.loads(expected)
-    for name in sorted(there.keys() | wanted.keys()):
-        if there.get(name) != wanted.get(name):
+    actual, wanted = json.loads(header), json.loads(expected)
+    for name in sorted(actual.keys() | wanted.keys()):
+        if actual.get(name) != wanted.get(name):
             raise ContributionError(
-                f"{path}: tensor {quoted(name)} is {_told(there.get(name))}, the layout in the file expects "
-                f"{_told(wanted.get(name))}; measure again"
+                f"{path}: tensor {quoted(name)} is {_entry_text(actual.get(name), 'missing')}, but the layout in the "
+                f"file expects {_entry_text(wanted.get(name), 'no such tensor')}; measure again"
             )
-    raise ContributionError(f"{path}: its header is not as gramfuse writes it; measure again, and edit nothing")
+    raise ContributionError(f"{path}: its header differs from what gramfuse writes; do not edit it; measure again")
 
 
-def _told(entry: Any) -> str:
-    return "not there" if entry is None else json.dumps(entry)[:200]
+def _entry_text(entry: Any, absent: str) -> str:
+    return absent if entry is None else json.dumps(entry)[:200]
 
 
 def _check_finite(path: Path, block: Block, bad: int) -> None:
     if bad:
         raise ContributionError(
-            f"{path}: tensor {block.name!r} holds {bad} values that are NaN or infinite out of {block.entries}; "
-            "training diverged there"
+            f"{path}: tensor {block.name!r} has {bad} NaN or infinite values out of {block.entries}; training diverged"
         )

@@ -1,7 +1,7 @@
-"""The kinds of task as both sides know them: one file each.
+"""The kinds of task, one file each.
 
-A new kind is a new file here, one in `gramfuse_client.tasks`, and its model class in
-`gramfuse_model.loading.auto_classes`; `gramfuse_protocol.tasks.registry` shows what stands in the first.
+A new kind needs a file here, a file in `gramfuse_client.tasks`, and its model class in
+`gramfuse_model.loading.auto_classes`. `gramfuse_protocol.tasks.registry` shows an example of the first.
 """
 
 from importlib import import_module

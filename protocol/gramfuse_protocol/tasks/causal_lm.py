@@ -1,17 +1,17 @@
-"""The next token, everywhere in a text.
+"""Causal language modelling: predict the next token at every position of a text.
 
-The sums are (4,): n, predicted tokens, their negative log-likelihood, tokens predicted right.
+The sums are (4,): n, predicted tokens, their negative log-likelihood, correctly predicted tokens.
 
 Metrics: `perplexity` and `token-accuracy`.
 
-| group | share | entries of a row | sensitivity Δ (L2) |
+| group | share | row entries | sensitivity Δ (L2) |
 |---|---|---|---|
 | examples | 1/10 | 1 | 1 |
-| tokens | 1/2 | tokens predicted right / L, wrong / L | √2 |
+| tokens | 1/2 | tokens predicted correctly / L, wrongly / L | √2 |
 | loss | 2/5 | loss of the tokens / (LC) | 1 |
 
-L is `max-length`, which no example exceeds; the loss of a token is clipped to [0, C], C = LOSS. Rows are points of a
-triangle whose longest side is √2.
+L is `max-length`, which no example exceeds; the loss of a token is clipped to [0, C] with C = LOSS. Rows are points of
+a triangle whose longest side is √2.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gramfuse_protocol.tasks.registry import Measure, TaskKind, register
-from gramfuse_protocol.tasks.rows import EXAMPLES, LOSS, RowGroup, Vector, added, shares
+from gramfuse_protocol.tasks.rows import EXAMPLES, LOSS, RowGroup, Vector, shares, sum_rows
 from gramfuse_protocol.tasks.scores import PERPLEXITY, Sums, perplexity, share
 
 if TYPE_CHECKING:
@@ -32,16 +32,16 @@ if TYPE_CHECKING:
 
 @register
 class CausalLM(TaskKind):
-    """The next token."""
+    """Predict the next token."""
 
     name = "causal-lm"
     primary = "token-accuracy"
     measures = {
         "perplexity": Measure(PERPLEXITY, (1.0, math.exp(LOSS))),
-        "token-accuracy": Measure("share of next tokens that are right"),
+        "token-accuracy": Measure("share of next tokens that are predicted correctly"),
     }
     summed = (
-        "how many held-out texts and tokens there are, how many tokens were predicted rightly, and the sum of their "
+        "the numbers of held-out texts, of tokens and of correctly predicted tokens, and the sum of the tokens' "
         "log-likelihoods"
     )
     headless = True
@@ -51,46 +51,46 @@ class CausalLM(TaskKind):
 
     def sums(self, task: Task, *facts: Any) -> Sums:
         (tokens,) = facts
-        totals = int(tokens.said.sum()), float(tokens.loss.sum()), int(tokens.right.sum())
-        return language_sums(len(tokens.said), *totals)
+        totals = int(tokens.targets.sum()), float(tokens.loss.sum()), int(tokens.correct.sum())
+        return language_sums(len(tokens.targets), *totals)
 
     def metrics(self, task: Task, sums: Sums) -> dict[str, float]:
         _, tokens, nll, correct = (float(value) for value in sums)
         return {"perplexity": perplexity(nll, tokens), "token-accuracy": share(correct, max(tokens, 1.0))}
 
     def groups(self, task: Task) -> tuple[RowGroup, ...]:
-        tokens = "tokens predicted rightly and wrongly, as shares added up"
-        loss = "log-likelihood of the tokens, each one's clipped, added up"
+        tokens = "the sums of the shares of tokens predicted correctly and wrongly"
+        loss = "the sum of the tokens' clipped log-likelihoods"
         return EXAMPLES, RowGroup("tokens", 2, math.sqrt(2), 1 / 2, tokens), RowGroup("loss", 1, 1.0, 2 / 5, loss)
 
     def rows(self, task: Task, *facts: Any) -> Vector:
         (tokens,) = facts
-        return language_rows(task, tokens.said, tokens.clipped, tokens.right)
+        return language_rows(task, tokens.targets, tokens.clipped, tokens.correct)
 
     def figures(self, task: Task, vector: Vector) -> dict[str, float]:
-        n, right, wrong, loss = (float(value) for value in vector)
-        n, long = max(1.0, n), task.max_length
-        sums = np.array([n, (right + wrong) * long, loss * long * LOSS, right * long])
+        n, correct, wrong, loss = (float(value) for value in vector)
+        n, length = max(1.0, n), task.max_length
+        sums = np.array([n, (correct + wrong) * length, loss * length * LOSS, correct * length])
         return {"examples": n} | self.metrics(task, sums)
 
 
 def language_sums(n: int, tokens: int, nll: float, correct: int) -> Sums:
-    """Put together what a causal language model did on n texts.
+    """Return the sums of a causal language model on n texts, float64 (4,).
 
     Args:
-        tokens: those that were to be predicted: all but the first of each text.
+        tokens: number of tokens to predict: all but the first of each text.
         nll: their negative log-likelihood (natural logarithm).
-        correct: how many had the highest probability.
+        correct: how many of them were the model's most likely token.
     """
     return np.array([n, tokens, nll, correct], np.float64)
 
 
-def language_rows(task: Task, tokens: NDArray[Any], losses: NDArray[Any], right: NDArray[Any]) -> Vector:
-    """Return the sum of the rows of texts whose tokens were predicted one after the other.
+def language_rows(task: Task, tokens: NDArray[Any], losses: NDArray[Any], correct: NDArray[Any]) -> Vector:
+    """Return the sum of the rows of causal language model examples.
 
     Args:
-        tokens, losses: as `generation_rows` has them.
-        right: how many tokens of each were predicted right.
+        tokens, losses: see `generation_rows`.
+        correct: number of correctly predicted tokens of each example, shape (examples,).
     """
-    hits, misses, lost = shares(task.max_length, right, tokens - right, losses / LOSS, of=tokens)
-    return added(np.stack([np.ones(len(tokens)), hits, misses, lost], axis=1))
+    hits, misses, loss = shares(task.max_length, correct, tokens - correct, losses / LOSS, lengths=tokens)
+    return sum_rows(np.stack([np.ones(len(tokens)), hits, misses, loss], axis=1))

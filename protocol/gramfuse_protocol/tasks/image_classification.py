@@ -1,4 +1,4 @@
-"""One label of several for each image: counted as `gramfuse_protocol.tasks.classification` has it."""
+"""Image classification: exactly one of several labels for each image; sums and metrics as in `classification`."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from gramfuse_protocol.tasks.registry import register
 
 @register
 class ImageClassification(Classification):
-    """One label of several, of an image."""
+    """Exactly one of several labels for an image."""
 
     name = "image-classification"
-    summed = "how many held-out images of each label got which label"
+    summed = "the confusion matrix: how many held-out images of each label got which label"
     partial_labels = False
     options = frozenset()

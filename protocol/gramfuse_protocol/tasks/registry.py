@@ -1,6 +1,6 @@
-"""The registry of kinds of task: what a plan may say of each, and how results of held-out examples add up over silos.
+"""The registry of kinds of task: their settings in a plan, and how held-out results add up over silos.
 
-To add a kind, write a file in this folder with a class that has all that is abstract here:
+To add a kind, write a file in this folder with a class that implements all abstract members:
 
     @register
     class Ordinal(Classification):
@@ -12,8 +12,8 @@ To add a kind, write a file in this folder with a class that has all that is abs
             near = sum(float(np.trace(sums, offset)) for offset in (-1, 0, 1))
             return super().metrics(task, sums) | {"within-one": share(near, examples_in(sums))}
 
-Another package can do the same before it reads a plan. What a silo does with its examples stands in
-`gramfuse_client.tasks.registry`, and the model class in `gramfuse_model.loading.auto_classes.FORMS`.
+Another package can register a kind too, before it reads a plan. `gramfuse_client.tasks.registry` defines how a silo
+processes its examples, `gramfuse_model.loading.auto_classes.FORMS` the model class.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class Measure(NamedTuple):
     """One metric.
 
     Args:
-        words: what it says, in one line; higher is better unless it says otherwise.
-        range: its lowest and highest value.
+        words: description in one line; higher is better unless it says otherwise.
+        range: lowest and highest value.
     """
 
     words: str
@@ -49,68 +49,69 @@ class Measure(NamedTuple):
 class TaskKind(ABC):
     """One kind of task.
 
-    A silo turns truth and prediction of its examples (the facts, arrays or lists of one entry for each example) into
-    `sums`, which add up exactly, or into `rows` where they leave with noise: bounded vectors
-    (`gramfuse_protocol.held_out.sums`), whose sum `figures` turns into the same metrics.
+    A silo turns the facts (truth and prediction, as arrays or lists with one entry for each example) into `sums`, which
+    add up exactly, or, if results leave with noise, into `rows`: bounded vectors (`gramfuse_protocol.held_out.sums`).
+    `figures` computes the same metrics from the sum of rows.
     """
 
     name: ClassVar[str]
-    """In a plan."""
+    """Name in a plan."""
     primary: ClassVar[str]
-    """The metric that models are ranked by; higher is better."""
+    """The metric that ranks models; higher is better."""
     measures: ClassVar[Mapping[str, Measure]]
-    """All metrics by name, but for `examples`."""
+    """All metrics by name, except `examples`."""
     summed: ClassVar[str]
-    """What the sums say, in words."""
+    """What the sums contain, in words."""
     least_labels: ClassVar[int] = 0
-    """How many labels a plan must list; 0 for a kind without labels."""
+    """Minimum number of labels in a plan; 0 for a kind without labels."""
     partial_labels: ClassVar[bool] = False
-    """Whether a silo may annotate some of the labels only."""
+    """Whether a silo may annotate only some of the labels."""
     exclusive: ClassVar[bool] = False
-    """Whether one label of an example says that all others are absent."""
+    """Whether an example has exactly one label, so that all others are absent."""
     headless: ClassVar[bool] = False
-    """Whether models have no head for the task: what they predict tokens with came with the base model."""
+    """Whether the task needs no new head: the base model's pretrained output layer predicts tokens."""
     options: ClassVar[frozenset[str]] = frozenset()
-    """Of the settings `pair`, `centre`, `scale` and `first_token` of a task, those that it has."""
+    """Which of the settings `pair`, `centre`, `scale` and `first_token` the kind accepts."""
     unit: ClassVar[tuple[str, str]] = ("label", "labels")
-    """What results are told by: one, and several."""
+    """What results are listed by, in singular and plural."""
     first_label: ClassVar[int | None] = None
-    """Where in a row the entries of labels begin: found, too much, missed; None if there are none."""
+    """Index in a row of the first label's counts (true positive, false positive, false negative); None if there are
+    none."""
 
     def check(self, task: Task) -> None:
-        """Raise ValueError if the labels of a task are none of this kind."""
+        """Raise ValueError if a task's labels are invalid for this kind."""
         return
 
     def names(self, task: Task) -> tuple[str, ...]:
-        """Return what results are told by: labels, or what they are about."""
+        """Return the names that results are listed by: labels, or entity types."""
         return task.labels
 
     def for_sum(self, task: Task) -> Task:
-        """Return a task with what it needs where held-out results leave in a secure sum only."""
+        """Return the task with defaults that it needs if held-out results leave only in a secure sum."""
         return task
 
     def generation(self, task: Task) -> dict[str, Any] | None:
-        """Return how texts are generated when models are measured, for reports; None if none are."""
+        """Return the generation settings of evaluation, for reports; None if no text is generated."""
         return None
 
     @abstractmethod
     def shape(self, task: Task) -> tuple[int, ...]:
-        """Return the shape of the sums: a confusion matrix, or a vector that begins with the number of examples."""
+        """Return the shape of the sums: a confusion matrix, or a vector whose first entry is the number of examples."""
 
     @abstractmethod
     def sums(self, task: Task, *facts: Any) -> Sums:
-        """Return the sums of examples."""
+        """Compute the sums of examples."""
 
     def counts(self, sums: Sums) -> NDArray[Any]:
-        """Return the entries of sums that cannot be negative."""
+        """Return those entries of sums that cannot be negative."""
         return sums
 
     @abstractmethod
     def metrics(self, task: Task, sums: Sums) -> dict[str, float]:
-        """Return all metrics, but for `examples`."""
+        """Compute all metrics, except `examples`."""
 
     def by_label(self, task: Task, sums: Sums) -> dict[str, dict[str, float]]:
-        """Return what `gramfuse_protocol.held_out.metrics.by_label` does."""
+        """Compute scores for each label; see `gramfuse_protocol.held_out.metrics.by_label`."""
         return {}
 
     @abstractmethod
@@ -119,14 +120,14 @@ class TaskKind(ABC):
 
     @abstractmethod
     def rows(self, task: Task, *facts: Any) -> Vector:
-        """Return the sum of the rows of examples."""
+        """Compute the sum of the rows of examples."""
 
     @abstractmethod
     def figures(self, task: Task, vector: Vector) -> dict[str, float]:
-        """Return `examples` and all metrics of a sum of rows, before they are clipped to their ranges."""
+        """Compute `examples` and all metrics from a sum of rows, not yet clipped to their ranges."""
 
     def label_figures(self, task: Task, vector: Vector) -> dict[str, dict[str, float]]:
-        """Return what `by_label` does, of a sum of rows."""
+        """Compute scores for each label, as `by_label` does, from a sum of rows."""
         return {}
 
 
@@ -135,17 +136,17 @@ KINDS: dict[str, TaskKind] = {}
 
 
 def register(kind: type[TaskKind]) -> type[TaskKind]:
-    """Register a kind; raises ValueError if there is one of this name."""
+    """Register a kind of task; raises ValueError if the name is taken."""
     if kind.name in KINDS:
-        raise ValueError(f"there is a kind of task {kind.name!r} already")
+        raise ValueError(f"task {kind.name!r} is already registered")
     KINDS[kind.name] = kind()
     return kind
 
 
 def check_kind(name: str) -> str:
-    """Return the name of a kind, or raise ValueError that lists what there is."""
+    """Return the name if it is a registered kind; raises ValueError with the known names otherwise."""
     if name not in KINDS:
-        raise ValueError(f"there is no kind of task {quoted(name)}; there are {', '.join(sorted(KINDS))}")
+        raise ValueError(f"unknown task {quoted(name)}; choose from {', '.join(sorted(KINDS))}")
     return name
 
 

@@ -1,19 +1,19 @@
-"""One number for each example.
+"""Regression: one number for each example.
 
 The sums are (8,): n, Σt, Σp, Σt², Σp², Σtp, Σ|t−p|, Σ(t−p)² for truth t and prediction p.
 
-Metrics: `pearson` (0 without variance on either side), `rmse` and `mae`.
+Metrics: `pearson` (0 if truth or prediction has no variance), `rmse` and `mae`.
 
-| group | share | entries of a row | sensitivity Δ (L2) |
+| group | share | row entries | sensitivity Δ (L2) |
 |---|---|---|---|
 | examples | 1/10 | 1 | 1 |
 | means | 1/5 | x, y | √8 |
 | squares | 3/5 | x², y², √2·xy | √8 |
 | error | 1/10 | abs(x − y) / 2 | 1 |
 
-x and y are truth and prediction moved from the plan's range to [−1, 1]. (x, y) lies in a square with diagonal √8.
-(x², √2·xy, y²) is the outer product of (x, y) with itself, of norm x² + y² ≤ 2, and inner products of two are squares:
-‖u − v‖² ≤ 8.
+x and y are truth and prediction, mapped from the plan's range to [−1, 1]. (x, y) lies in a square with diagonal √8.
+(x², √2·xy, y²) is the outer product of (x, y) with itself; its norm is x² + y² ≤ 2, and inner products of two such
+vectors are squares, so ‖u − v‖² ≤ 8.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gramfuse_protocol.tasks.registry import Measure, TaskKind, register
-from gramfuse_protocol.tasks.rows import EXAMPLES, RowGroup, Vector, added
+from gramfuse_protocol.tasks.rows import EXAMPLES, RowGroup, Vector, sum_rows
 from gramfuse_protocol.tasks.scores import Sums
 
 if TYPE_CHECKING:
@@ -43,11 +43,11 @@ class Regression(TaskKind):
         "rmse": Measure("root of the mean squared error; lower is better", (0.0, math.inf)),
         "mae": Measure("mean absolute error; lower is better", (0.0, math.inf)),
     }
-    summed = "eight sums over the held-out examples, of truth, prediction and error"
+    summed = "eight moments of truth, prediction and error, summed over the held-out examples"
     options = frozenset({"pair", "centre", "scale"})
 
     def for_sum(self, task: Task) -> Task:
-        """Return a task with a range, by default one scale on each side of the centre."""
+        """Return the task with a range; the default is one `scale` on each side of `centre`."""
         if task.range is not None:
             return task
         return task.model_copy(update={"range": (task.centre - task.scale, task.centre + task.scale)})
@@ -62,16 +62,16 @@ class Regression(TaskKind):
         return sums[[0, 3, 4, 6, 7]]
 
     def metrics(self, task: Task, sums: Sums) -> dict[str, float]:
-        return _of_moments(sums)
+        return _moment_metrics(sums)
 
     def groups(self, task: Task) -> tuple[RowGroup, ...]:
         diagonal = 2 * math.sqrt(2)
-        means = "truth and prediction, added up, each moved from the plan's range to -1 to 1"
+        means = "the sums of truth and prediction, mapped from the plan's range to [-1, 1]"
         return (
             EXAMPLES,
             RowGroup("means", 2, diagonal, 1 / 5, means),
-            RowGroup("squares", 3, diagonal, 3 / 5, "their squares and their product, added up"),
-            RowGroup("error", 1, 1.0, 1 / 10, "how far they are from each other, added up"),
+            RowGroup("squares", 3, diagonal, 3 / 5, "the sums of their squares and of their product"),
+            RowGroup("error", 1, 1.0, 1 / 10, "the sum of their absolute differences"),
         )
 
     def rows(self, task: Task, *facts: Any) -> Vector:
@@ -85,7 +85,7 @@ class Regression(TaskKind):
         squares = [half * half * a + 2 * middle * half * b + middle * middle * n for a, b in ((xx, x), (yy, y))]
         product = half * half * xy + middle * half * (x + y) + middle * middle * n
         sums = np.array([n, t, p, *squares, product, 2 * half * error, half * half * (xx + yy - 2 * xy)])
-        return {"examples": n} | _of_moments(sums)
+        return {"examples": n} | _moment_metrics(sums)
 
 
 def regression_sums(truth: NDArray[Any], predicted: NDArray[Any]) -> Sums:
@@ -98,23 +98,23 @@ def moment_rows(task: Task, truth: NDArray[Any], predicted: NDArray[Any]) -> Vec
     """Return the sum of the rows of a regression's examples.
 
     Args:
-        truth, predicted: shape (examples,). A prediction that is NaN counts as the middle of the plan's range.
+        truth, predicted: shape (examples,). A NaN prediction counts as the middle of the plan's range.
     """
     middle, half = range_of(task)
     x, y = ((np.asarray(values, np.float64) - middle) / half for values in (truth, predicted))
     x, y = (np.clip(np.nan_to_num(values, nan=0.0), -1.0, 1.0) for values in (x, y))
     ones = np.ones_like(x)
-    return added(np.stack([ones, x, y, x * x, y * y, math.sqrt(2) * x * y, np.abs(x - y) / 2], axis=1))
+    return sum_rows(np.stack([ones, x, y, x * x, y * y, math.sqrt(2) * x * y, np.abs(x - y) / 2], axis=1))
 
 
 def range_of(task: Task) -> tuple[float, float]:
-    """Return the middle and half the width of a task's range."""
-    assert task.range is not None  # noqa: S101  # a plan whose results leave in a sum has one
+    """Return the middle and the half width of a task's range."""
+    assert task.range is not None  # noqa: S101  # `for_sum` has set it
     low, high = task.range
     return (low + high) / 2, (high - low) / 2
 
 
-def _of_moments(sums: Sums) -> dict[str, float]:
+def _moment_metrics(sums: Sums) -> dict[str, float]:
     n, t, p, tt, pp, tp, absolute, squared = (float(value) for value in sums)
     spread = _spread(tt, t, n) * _spread(pp, p, n)
     pearson = min(1.0, max(-1.0, (tp - t * p / n) / math.sqrt(spread))) if spread > 0 else 0.0
@@ -122,6 +122,6 @@ def _of_moments(sums: Sums) -> dict[str, float]:
 
 
 def _spread(squares: float, total: float, n: float) -> float:
-    """Return the sum of squared deviations, or 0 where it is no more than what rounding leaves of none."""
+    """Return the sum of squared deviations, or 0 if it is within rounding error of 0."""
     spread = squares - total * total / n
     return spread if spread > 1e-12 * squares else 0.0

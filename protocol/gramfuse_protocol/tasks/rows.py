@@ -1,4 +1,4 @@
-"""What kinds of task have in common in the rows of examples: what leaves with noise, as a sum over all examples."""
+"""Rows of examples, shared by all kinds of task: their sum over examples leaves a silo with noise."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from gramfuse_protocol.tasks.scores import Sums
 Vector = NDArray[np.float64]
 
 LOSS = 16.0
-"""What the negative log-likelihood of one token is clipped to; e^16 is more than any vocabulary has tokens."""
+"""Upper bound on one token's negative log-likelihood; e^16 exceeds the size of any vocabulary."""
 
 
 class RowGroup(NamedTuple):
-    """Entries of the vector that share a sensitivity.
+    """Consecutive entries of the vector that share a sensitivity.
 
     Args:
-        size: how many entries.
-        sensitivity: by how much replacing one example moves them, in L2.
-        share: of the privacy budget; those of a task add up to 1.
-        words: what the entries say.
+        size: number of entries.
+        sensitivity: maximum L2 change of the entries when one example is replaced.
+        share: share of the privacy budget; a task's shares add up to 1.
+        words: description of the entries.
     """
 
     name: str
@@ -33,28 +33,37 @@ class RowGroup(NamedTuple):
     words: str
 
 
-EXAMPLES = RowGroup("examples", 1, 1.0, 1 / 10, "how many held-out examples there are")
+EXAMPLES = RowGroup("examples", 1, 1.0, 1 / 10, "the number of held-out examples")
 
-OF_LABELS = "for each label, how many held-out examples got it rightly, wrongly, or lack it"
+LABEL_COUNTS = "for each label, the numbers of true positives, false positives and false negatives"
 
 
-def added(rows: Vector) -> Vector:
-    """Return the sum of rows, each on the grid of the fixed-point scale."""
+def sum_rows(rows: Vector) -> Vector:
+    """Return the sum of rows, each rounded to the fixed-point scale."""
     total: Vector = np.rint(rows * METRICS_SCALE).sum(axis=0) / METRICS_SCALE
     return total
 
 
-def shares(most: int, *counts: NDArray[Any], of: NDArray[Any] | None = None) -> list[Vector]:
-    """Return counts of tokens as shares of the most that an example may have; of a longer one, as if it had so many.
+def shares(limit: int, *counts: NDArray[Any], lengths: NDArray[Any] | None = None) -> list[Vector]:
+    """Return token counts as shares of the maximum length of an example, or of the example's length if it is longer.
 
     Args:
-        of: how many tokens each example has; by default the first of the counts.
+        limit: maximum number of tokens in an example.
+        counts: arrays of shape (examples,).
+        lengths: number of tokens in each example; by default the first of the counts.
     """
-    long = np.maximum(counts[0] if of is None else of, most)
-    return [count / long for count in counts]
+    divisor = np.maximum(counts[0] if lengths is None else lengths, limit)
+    return [count / divisor for count in counts]
 
 
 def counts_of(entries: Vector) -> Sums:
-    """Return how often each was found, predicted, and true, from found, too much and missed: shape (…, 3)."""
-    found, wrong, missed = entries.reshape(-1, 3).T
-    return np.stack([found, found + wrong, found + missed], axis=1)
+    """Convert (true positives, false positives, false negatives) to (true positives, predictions, true examples).
+
+    Args:
+        entries: flat, three entries for each label.
+
+    Returns:
+        float64 (labels, 3).
+    """
+    hits, wrong, missed = entries.reshape(-1, 3).T
+    return np.stack([hits, hits + wrong, hits + missed], axis=1)

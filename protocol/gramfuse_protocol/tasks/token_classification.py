@@ -1,18 +1,18 @@
-"""A tag of the IOB2 scheme for each word: the entities of a text.
+"""Token classification: an IOB2 tag for each word, scored by entities.
 
-The sums are (1 + 3·types,): n, then for each type of entity those found, those predicted and those in truth.
+The sums are (1 + 3·types,): n, then for each entity type the entities found, predicted and true.
 
-Metrics: `entity-f1`, `precision` and `recall` of all entities, and `macro-f1` (mean over the types that occur in the
-truth or among the predictions).
+Metrics: `entity-f1`, `precision` and `recall` over all entities, and `macro-f1` (mean over the types that occur in
+truth or prediction).
 
-| group | share | entries of a row | sensitivity Δ (L2) |
+| group | share | row entries | sensitivity Δ (L2) |
 |---|---|---|---|
 | examples | 1/10 | 1 | 1 |
-| entities | 1/2 | found, predicted too much, missed, over all types | √2·b |
+| entities | 1/2 | true positives, false positives, false negatives, over all types | √2·b |
 | types | 2/5 | the same for each type | √2·b |
 
-All counts of an example are multiplied by min(1, b / ‖(found, too much, missed)‖), b = ENTITIES or a sixteenth of
-`max-length`, whichever is more. Counts by type have no greater norm than their sums.
+All counts of an example are multiplied by min(1, b / ‖counts over all types‖), where b is the larger of ENTITIES and
+`max-length` / 16. The norm of the counts by type is no greater than that of their sums.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gramfuse_protocol.tasks.registry import Measure, TaskKind, register
-from gramfuse_protocol.tasks.rows import EXAMPLES, RowGroup, Vector, added, counts_of
-from gramfuse_protocol.tasks.scores import MACRO_F1, Sums, f1_of, mean, of_names, share
+from gramfuse_protocol.tasks.rows import EXAMPLES, RowGroup, Vector, counts_of, sum_rows
+from gramfuse_protocol.tasks.scores import MACRO_F1, Sums, f1_of, mean, scores_by_name, share
 
 if TYPE_CHECKING:
     from gramfuse_protocol.contract.task import Task
 
 OUTSIDE = "O"
-"""The tag of a word that is part of no entity."""
+"""The tag of a word outside all entities."""
 
 ENTITIES = 8.0
-"""Norm that an example's counts of entities are clipped to, where `max-length` is at most 128."""
+"""Norm to which an example's entity counts are clipped if `max-length` is at most 128."""
 
 
 @register
@@ -44,32 +44,31 @@ class TokenClassification(TaskKind):
     name = "token-classification"
     primary = "entity-f1"
     measures = {
-        "entity-f1": Measure("F1 over entities, each of which must have the right type, beginning and end"),
-        "precision": Measure("share of what was found that is right"),
-        "recall": Measure("share of what is there that was found"),
+        "entity-f1": Measure("F1 over entities; type, start and end must all match"),
+        "precision": Measure("share of predicted entities that are correct"),
+        "recall": Measure("share of true entities that were found"),
         "macro-f1": Measure(MACRO_F1),
     }
     summed = (
-        "how many held-out examples there are, and how many entities of each type are in them, were predicted, and "
-        "were found"
+        "the number of held-out examples, and for each entity type the numbers of true, predicted and found entities"
     )
     least_labels = 2
-    unit = ("type of entity", "types of entities")
+    unit = ("entity type", "entity types")
     first_label = 4
 
     def check(self, task: Task) -> None:
-        """Raise ValueError if the labels are no tags."""
+        """Raise ValueError if the labels are not a complete set of IOB2 tags."""
         begins = {tag[2:] for tag in task.labels if tag.startswith("B-")}
         insides = {tag[2:] for tag in task.labels if tag.startswith("I-")}
-        odd = [tag for tag in task.labels if tag != OUTSIDE and tag[:2] not in ("B-", "I-")]
-        if odd or OUTSIDE not in task.labels or begins != insides or "" in begins:
+        invalid = [tag for tag in task.labels if tag != OUTSIDE and tag[:2] not in ("B-", "I-")]
+        if invalid or OUTSIDE not in task.labels or begins != insides or "" in begins:
             raise ValueError(
-                "the labels of task 'token-classification' are the tags of the IOB2 scheme: \"O\", and for each type X "
-                '"B-X" and "I-X"' + (f"; found {odd[0]!r}" if odd else "")
+                'the labels of task \'token-classification\' must be IOB2 tags: "O", and "B-X" and "I-X" for each '
+                "entity type X" + (f"; found {invalid[0]!r}" if invalid else "")
             )
 
     def names(self, task: Task) -> tuple[str, ...]:
-        """Return the types of entities."""
+        """Return the entity types."""
         return task.entities
 
     def shape(self, task: Task) -> tuple[int, ...]:
@@ -81,18 +80,18 @@ class TokenClassification(TaskKind):
 
     def metrics(self, task: Task, sums: Sums) -> dict[str, float]:
         counts = sums[1:].reshape(-1, 3)
-        return of_entities(counts.sum(axis=0), counts)
+        return entity_metrics(counts.sum(axis=0), counts)
 
     def by_label(self, task: Task, sums: Sums) -> dict[str, dict[str, float]]:
-        return of_names(task.entities, sums[1:].reshape(-1, 3))
+        return scores_by_name(task.entities, sums[1:].reshape(-1, 3))
 
     def groups(self, task: Task) -> tuple[RowGroup, ...]:
         sensitivity = math.sqrt(2) * bound(task)
-        entities = "how many entities were found, predicted too much, and missed, each example's clipped"
+        entities = "the numbers of true positive, false positive and false negative entities, clipped for each example"
         return (
             EXAMPLES,
             RowGroup("entities", 3, sensitivity, 1 / 2, entities),
-            RowGroup("types", 3 * len(task.entities), sensitivity, 2 / 5, "the same for each type of entity"),
+            RowGroup("types", 3 * len(task.entities), sensitivity, 2 / 5, "the same for each entity type"),
         )
 
     def rows(self, task: Task, *facts: Any) -> Vector:
@@ -100,33 +99,33 @@ class TokenClassification(TaskKind):
 
     def figures(self, task: Task, vector: Vector) -> dict[str, float]:
         totals = counts_of(vector[1:4])[0]
-        return {"examples": float(vector[0])} | of_entities(totals, counts_of(vector[4:]))
+        return {"examples": float(vector[0])} | entity_metrics(totals, counts_of(vector[4:]))
 
     def label_figures(self, task: Task, vector: Vector) -> dict[str, dict[str, float]]:
-        return of_names(task.entities, counts_of(vector[4:]))
+        return scores_by_name(task.entities, counts_of(vector[4:]))
 
 
 def entities(tags: Sequence[str]) -> set[tuple[str, int, int]]:
-    """Return the entities (type, first word, word after the last) of one sequence of IOB2 tags.
+    """Return the entities (type, index of the first word, index after the last word) of one sequence of IOB2 tags.
 
-    As the conlleval script and seqeval by default have it: I-X after anything but B-X or I-X begins an entity too.
+    As in conlleval and in seqeval's default mode, I-X after anything but B-X or I-X also begins an entity.
     """
-    found, start, inside = set(), 0, ""
+    spans, start, inside = set(), 0, ""
     for position, tag in enumerate([*tags, "O"]):
         begins, _, kind = tag.partition("-")
         if inside and (begins != "I" or kind != inside):
-            found.add((inside, start, position))
+            spans.add((inside, start, position))
             inside = ""
         if kind and not inside:
             inside, start = kind, position
-    return found
+    return spans
 
 
 def entity_sums(truth: Iterable[Sequence[str]], predicted: Iterable[Sequence[str]], types: Sequence[str]) -> Sums:
-    """Count entities, by type: found (same type, first and last word), predicted, and in truth.
+    """Count entities by type: found (same type, first and last word), predicted, and true.
 
     Args:
-        truth, predicted: the tags of each example's words, equally many.
+        truth, predicted: the tags of each example's words.
         types: every type that occurs.
     """
     rows = {kind: row for row, kind in enumerate(types)}
@@ -141,33 +140,33 @@ def entity_sums(truth: Iterable[Sequence[str]], predicted: Iterable[Sequence[str
 
 
 def entity_rows(task: Task, truth: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) -> Vector:
-    """Return the sum of the rows of tagged examples; arguments as `entity_sums` has them."""
+    """Return the sum of the rows of tagged examples; arguments as in `entity_sums`."""
     rows = []
     for t, p in zip(truth, predicted, strict=True):
-        found, guessed, true = entity_sums([t], [p], task.entities)[1:].reshape(-1, 3).T
-        counts = np.stack([found, guessed - found, true - found], axis=1)
+        hits, guessed, true = entity_sums([t], [p], task.entities)[1:].reshape(-1, 3).T
+        counts = np.stack([hits, guessed - hits, true - hits], axis=1)
         totals = counts.sum(axis=0)
         clip = min(1.0, bound(task) / max(1.0, float(np.linalg.norm(totals))))
         rows.append(np.concatenate([[1.0], clip * totals, clip * counts.reshape(-1)]))
-    return added(np.array(rows).reshape(-1, 4 + 3 * len(task.entities)))
+    return sum_rows(np.array(rows).reshape(-1, 4 + 3 * len(task.entities)))
 
 
 def bound(task: Task) -> float:
-    """Return the norm that an example's counts of entities are clipped to."""
+    """Return the norm to which an example's entity counts are clipped."""
     return max(ENTITIES, task.max_length / 16)
 
 
-def of_entities(totals: Sums, counts: Sums) -> dict[str, float]:
-    """Return the metrics of entities.
+def entity_metrics(totals: Sums, counts: Sums) -> dict[str, float]:
+    """Return the metrics over entities.
 
     Args:
-        totals: how many were found, predicted, and true.
-        counts: the same by type: shape (types, 3).
+        totals: numbers of entities found, predicted and true, shape (3,).
+        counts: the same by type, shape (types, 3).
     """
-    found, predicted, truth = totals
+    hits, predicted, truth = totals
     return {
-        "entity-f1": f1_of(found, predicted, truth),
-        "precision": share(found, predicted),
-        "recall": share(found, truth),
+        "entity-f1": f1_of(hits, predicted, truth),
+        "precision": share(hits, predicted),
+        "recall": share(hits, truth),
         "macro-f1": mean([f1_of(*row) for row in counts if row[1] + row[2] > 0]),
     }

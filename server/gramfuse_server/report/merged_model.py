@@ -15,7 +15,7 @@ from gramfuse_model.loading.auto_classes import Form, merged_form
 from gramfuse_model.loading.base_model import Base
 from gramfuse_model.loading.source import BUNDLED
 from gramfuse_model.rescaling import fold
-from gramfuse_protocol.contract.coverage import Covered, coverage, told, unused
+from gramfuse_protocol.contract.coverage import Covered, coverage, coverage_lines, unused_expert_lines
 from gramfuse_protocol.contract.layout import Layout
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.contract.who_sees_what import seen
@@ -151,7 +151,7 @@ def extent(found: Covered, steps: Iterable[Step]) -> list[str]:
         found: a report, or what `gramfuse_protocol.contract.coverage` returns.
         steps: how groups were solved.
     """
-    return [" ".join([*told(found, code), *unused(steps, code)]), ""]
+    return [" ".join([*coverage_lines(found, code), *unused_expert_lines(steps, code)]), ""]
 
 
 def code(text: str) -> str:

@@ -17,7 +17,7 @@ from gramfuse_protocol.errors import FederationError, GramfuseError
 from gramfuse_protocol.messages.flower_records import from_record, to_record
 from gramfuse_protocol.messages.phases import REPLIES, Message, message_type
 from gramfuse_protocol.messages.wire import Frame, pack, unpack
-from gramfuse_protocol.text import SAID, one_line
+from gramfuse_protocol.text import QUOTE_LIMIT, one_line
 from gramfuse_server.run.patience import Patience
 
 M = TypeVar("M", bound=Message)
@@ -211,7 +211,7 @@ class Post:
             if isinstance(answer, Exception):
                 raise answer
             if answer.has_error():
-                return sent.no_answer(f"Flower error {answer.error.code}, {one_line(answer.error.reason, SAID)}")
+                return sent.no_answer(f"Flower error {answer.error.code}, {one_line(answer.error.reason, QUOTE_LIMIT)}")
             frame = from_record(answer.content)
             found = reply = unpack(frame, REPLIES)
             check(silo, sent.request, reply)
@@ -219,7 +219,7 @@ class Post:
             if not isinstance(error, GramfuseError):
                 log.exception("silo %s, phase %s: its answer broke what reads it", silo, phase)
                 error = FederationError(f"a message cannot be read: {type(error).__name__}")
-            found = error if reply else FederationError(f"silo {silo!r}: {one_line(str(error), SAID)}")
+            found = error if reply else FederationError(f"silo {silo!r}: {one_line(str(error), QUOTE_LIMIT)}")
         if reply is not None:
             self.received[silo][reply.phase] += frame.nbytes
             self._note("from", silo, reply.phase, frame)
