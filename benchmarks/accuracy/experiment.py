@@ -31,7 +31,7 @@ from gramfuse_server.merging.methods.fisher import fisher_mean, normalised
 from gramfuse_server.merging.methods.task_arithmetic import task_arithmetic
 from gramfuse_server.merging.methods.ties import ties
 from gramfuse_server.merging.methods.transport import feed_forward_pairs, transport_mean
-from gramfuse_server.run.evaluation import described
+from gramfuse_server.run.evaluation import to_measured
 from gramfuse_simulation.all_silos import AllSilos, Bench, Deltas, Split
 from gramfuse_simulation.fedavg import federated_average
 
@@ -384,7 +384,7 @@ class Experiment:
         return collect_statistics(model, found, self.layout, base=base, examples=len(encoded), limit=limit)
 
     def _metrics(self, sums: Mapping[str, Sums]) -> dict[str, Any]:
-        model = described(self.plan, "", "", sums)
+        model = to_measured(self.plan, "", "", sums)
         return {**model.metrics, **({"tasks": model.tasks} if self.plan.task else {})}
 
 

@@ -19,7 +19,7 @@ from typing import Any
 from experiment import Between, Derived, cut
 from gramfuse_protocol.contract.layout import Layout
 from gramfuse_protocol.statistics.contribution import Contribution
-from gramfuse_server.run.evaluation import described, ranked_by
+from gramfuse_server.run.evaluation import ranked_by, to_measured
 from gramfuse_simulation.all_silos import AllSilos, Deltas, Split
 from projects import Setting
 from sets import Source
@@ -102,7 +102,7 @@ def _cut(layout: Layout, other: Layout, whole: Contribution) -> Derived:
 def _figures(found: AllSilos, deltas: Deltas, metric: str) -> str:
     def figure(part: Split) -> float:
         sums = {name: bench.measure(deltas, part) for name, bench in found.benches.items()}
-        return float(described(found.plan, "", "", sums).metrics[metric])
+        return float(to_measured(found.plan, "", "", sums).metrics[metric])
 
     return f"{figure('validation'):.3f} / {figure('held-out'):.3f}"
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from gramfuse_protocol.held_out.metrics import Sums
 from gramfuse_server.merging.methods import registry
-from gramfuse_server.run.evaluation import described, ranked_by
+from gramfuse_server.run.evaluation import ranked_by, to_measured
 from gramfuse_simulation.all_silos import AllSilos, Deltas
 from gramfuse_simulation.terms import Term
 
@@ -46,7 +46,7 @@ class Comparison:
         seconds = round(time.monotonic() - start, 3)
         name = term.method.label + (f" ({', '.join(made.about)})" if made.about else "")
         self.silos.tell(name)
-        return described(self.silos.plan, name, term.kind, sums).updated(seconds=seconds, **made.more)
+        return to_measured(self.silos.plan, name, term.kind, sums).updated(seconds=seconds, **made.more)
 
 
 class SimulatedSilos:
@@ -99,7 +99,7 @@ class SimulatedSilos:
 
     def metrics(self, sums: Mapping[str, Sums]) -> Mapping[str, float]:
         """Return the metrics of all silos together."""
-        return described(self.plan, "", "", sums).metrics
+        return to_measured(self.plan, "", "", sums).metrics
 
     def ask_together(self) -> Mapping[str, Sums]:
         """Return the held-out sums of all silos' own models asked together, by silo."""

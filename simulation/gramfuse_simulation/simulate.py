@@ -90,7 +90,7 @@ def run_simulation(
 
     check_terms(compare, project.plan)
     check_free(out)
-    sockets = place_of_sockets()
+    sockets = socket_directory()
     say("read the silos' data and the base model", err=True)
     silos = read_silos(project.directory, project.plan.names)
     for silo in silos.values():
@@ -207,7 +207,7 @@ def _engine(scratch: Path, plan: Plan, view: View) -> int:
     return int(process.returncode)
 
 
-def place_of_sockets() -> str:
+def socket_directory() -> str:
     """Return where a directory for Ray's sockets can be made: the usual place, or one with a shorter path.
 
     Raises:

@@ -54,20 +54,20 @@ def tune(laboratory: AllSilos, wanted: Wanted, merged: Merged, observer: Observe
     """
     from gramfuse_server.merging.search import Trials
     from gramfuse_server.report.studies import Studied
-    from gramfuse_server.run.evaluation import described
+    from gramfuse_server.run.evaluation import to_measured
 
     plan, measure = laboratory.plan, laboratory.measure
     trials = Trials(
         laboratory.layout,
         laboratory.contributions,
-        lambda deltas: joint(plan, measure(deltas, "validation")),
+        lambda deltas: judgement_of(plan, measure(deltas, "validation")),
         weighting=plan.merge.weighting,
         tell=lambda trial: observer({"phase": "study", "state": "measured", "name": _named(trial)}),
     )
     chosen, best, tuning = search(trials, wanted, plan, measure)
     studied = Studied(tuning=tuning)
     if (chosen.alpha, chosen.weights) != (plan.merge.alpha, trials.uniform):
-        untuned = described(plan, "untuned", "untuned", measure(merged.deltas, "held-out"))
+        untuned = to_measured(plan, "untuned", "untuned", measure(merged.deltas, "held-out"))
         studied = studied._replace(models=(untuned,))
     return replace(best, mean=merged.mean), studied
 
@@ -109,7 +109,7 @@ def tune_files(
     from gramfuse_server.merging.files import Collection, Settings, merge_files
     from gramfuse_server.merging.search import Trials
     from gramfuse_server.report.studies import Studied
-    from gramfuse_server.run.evaluation import described
+    from gramfuse_server.run.evaluation import to_measured
     from gramfuse_server.run_directory import check_free
 
     check_free(out)
@@ -133,7 +133,7 @@ def tune_files(
     trials = Trials(
         collection.layout,
         {file.name: file for file in collection.files},
-        lambda deltas: joint(bench.plan, measure(deltas, "validation")),
+        lambda deltas: judgement_of(bench.plan, measure(deltas, "validation")),
         weighting=weighting,
         tell=lambda trial: tell(_named(trial)),
     )
@@ -147,7 +147,7 @@ def tune_files(
     models.append(("regmean", "regmean", best.deltas))
     if (chosen.alpha, chosen.weights) != (alpha, trials.uniform):
         models.append(("untuned", "untuned", untuned.deltas))
-    measured = (described(bench.plan, name, kind, measure(deltas, "held-out")) for name, kind, deltas in models)
+    measured = (to_measured(bench.plan, name, kind, measure(deltas, "held-out")) for name, kind, deltas in models)
     studied = Studied(
         models=tuple(measured),
         tuning=tuning,
@@ -220,13 +220,13 @@ def search(
     without = leave_one_out(trials, chosen.alpha, chosen.weights) if wanted.influence else {}
     merged = trials.sum(chosen.alpha, chosen.weights).merge()
     reported = measure(merged.deltas, "held-out")
-    metrics = joint(plan, reported).metrics
+    metrics = judgement_of(plan, reported).metrics
 
     def influence(silo: str, trial: Trial) -> Influence:
         difference: Mapping[str, float] = {}
         if not math.isnan(trial.score):
             rest = trials.near(trial.alpha, trial.weights).merge().deltas
-            difference = _difference(joint(plan, measure(rest, "held-out")).metrics, metrics)
+            difference = _difference(judgement_of(plan, measure(rest, "held-out")).metrics, metrics)
         return Influence(
             silo=silo,
             without=_number(trial.score),
@@ -283,17 +283,17 @@ def _named(trial: Trial) -> str:
     return f"alpha {trial.alpha:g}, {weights}"
 
 
-def joint(plan: Plan, sums: Mapping[str, Sums]) -> Judgement:
+def judgement_of(plan: Plan, sums: Mapping[str, Sums]) -> Judgement:
     """Return the metrics of all silos together, and the one among them that merges are ranked by.
 
     Args:
         sums: by silo; if they are none, as those of a model that says NaN, neither are the metrics.
     """
     from gramfuse_server.merging.search import Judgement
-    from gramfuse_server.run.evaluation import described, ranked_by
+    from gramfuse_server.run.evaluation import ranked_by, to_measured
 
     if not all(are_sums(plan.task_of(silo), found) for silo, found in sums.items()):
         return Judgement(math.nan, {})
-    model = described(plan, "", "", sums)
+    model = to_measured(plan, "", "", sums)
     found = {**model.metrics, **({"tasks": model.tasks} if plan.task else {})}
     return Judgement(model.metrics[ranked_by(plan)], found)

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from gramfuse_protocol.contract.layout import Group, Layout, Linear, Tensor
 from gramfuse_protocol.statistics.contribution import Statistics
-from gramfuse_server.merging.accumulator import Accumulator, Merged
 from gramfuse_server.merging import regmean as public
+from gramfuse_server.merging.accumulator import Accumulator, Merged
 
 FEW = settings(max_examples=60, deadline=None, derandomize=True)
 MANY = settings(max_examples=150, deadline=None, derandomize=True)

@@ -19,7 +19,7 @@ from gramfuse_server.report.page.words import (
     ranked_by,
 )
 from gramfuse_server.report.schema import Measured, Report, Step
-from gramfuse_server.report.verdicts import told, worst
+from gramfuse_server.report.verdicts import describe_bad, worst
 from gramfuse_server.run_directory import PAGE, REPORT
 
 
@@ -61,8 +61,8 @@ def check_sound(report: Report, run: Path) -> None:
     """
     if worst(report.checks) == "bad":
         error = MergeError(
-            f"{run}: {told(report.checks)}. A silo's training diverged, or a silo did not send what it measured; "
-            "the sum does not say which. The model is there to be looked at, not to be used"
+            f"{run}: {describe_bad(report.checks)}. A silo's training diverged, or a silo did not send what it "
+            "measured; the sum does not say which. The model is there to be looked at, not to be used"
         )
         error.report = run / REPORT
         raise error
