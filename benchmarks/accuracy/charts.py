@@ -1,8 +1,8 @@
-"""Draws charts, as SVG, of what experiments found.
+"""Draws charts of the experiments' results, as SVG.
 
     python benchmarks/accuracy/charts.py --out benchmarks/out --to docs/charts
 
-A chart of which nothing was measured yet is left out.
+Charts without results are left out.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from tables import Content, read
 
 matplotlib.use("svg")
 
-from matplotlib import pyplot  # after the choice of what draws
+from matplotlib import pyplot  # after choosing the backend
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullLocator
 
 Point = tuple[float, float]
 Place = Callable[[dict[str, Any]], Any]
-"""What a row says of something, or None."""
+"""Returns the x value of a row, or None to skip it."""
 
 COLOURS = {
     "RegMean": "#0b6e99",
@@ -55,10 +55,10 @@ STYLE = {
 
 
 def main() -> None:
-    """Draw all charts of which there is something to draw."""
+    """Draw all charts that have results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/out"), help="where results are kept")
-    parser.add_argument("--to", type=Path, default=Path("docs/charts"), help="where charts are written")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/out"), help="directory of results")
+    parser.add_argument("--to", type=Path, default=Path("docs/charts"), help="directory for charts")
     options = parser.parse_args()
     options.to.mkdir(parents=True, exist_ok=True)
     for name, draw in CHARTS.items():
@@ -181,17 +181,17 @@ CHARTS: dict[str, Callable[[Axes, Path], bool]] = {
 
 
 def _fixed(key: str) -> Place:
-    """Return what gives a row's value of a key; of rows that chose it on validation data, none."""
+    """Return a function for a row's value of a key; None for rows that chose it on validation data."""
     return lambda row: None if "curve" in row else row.get(key)
 
 
 def _with(contents: Sequence[Content], place: Place) -> list[Content]:
-    """Return what was found with the seeds that have a row of which `place` says anything."""
+    """Return the results of the seeds that have a row with an x value."""
     return [content for content in contents if any(place(row) is not None for row in content["rows"])]
 
 
 def _curve(contents: Sequence[Content], place: Place) -> list[Point]:
-    """Return points over what `place` says of a row, if it says anything; the mean over seeds."""
+    """Return (x, mean of the metric over seeds) for all rows with an x value."""
     found: dict[float, list[float]] = {}
     for content in contents:
         for row in content["rows"]:
@@ -228,7 +228,7 @@ def _level(axes: Axes, name: str, contents: Sequence[Content], model: str) -> No
 
 
 def _logarithmic(axes: Axes) -> None:
-    """Have a logarithmic axis, with numbers as they are."""
+    """Make the x axis logarithmic, with plain numbers as labels."""
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
