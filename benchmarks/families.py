@@ -364,8 +364,8 @@ def line(name: str) -> tuple[str, bool]:
 
 def reason(error: ModelError) -> str:
     """Return the reason for a refusal, without the model's class."""
-    where, _, what = str(error).partition(") ")
-    return f"its outputs {what}" if what else where
+    model, _, why = str(error).partition(") ")
+    return f"its outputs {why}" if why else model
 
 
 def table(names: Iterable[str]) -> str:

@@ -134,16 +134,16 @@ def silos(axes: Axes, out: Path) -> bool:
 
 def skew(axes: Axes, out: Path) -> bool:
     """Accuracy over label skew."""
-    found = {int(name.split("-")[1]): read(name, out) for name in (f"skew-{n}" for n in (25, 50, 70, 95, 100))}
-    found[85] = [content for content in read("hwu64", out) if content["seed"] in _seeds(found.values())]
-    found = {share: contents for share, contents in sorted(found.items()) if contents}
-    if len(found) < 2:
+    by_skew = {int(name.split("-")[1]): read(name, out) for name in (f"skew-{n}" for n in (25, 50, 70, 95, 100))}
+    by_skew[85] = [content for content in read("hwu64", out) if content["seed"] in _seeds(by_skew.values())]
+    by_skew = {share: contents for share, contents in sorted(by_skew.items()) if contents}
+    if len(by_skew) < 2:
         return False
     names = {"RegMean": "regmean", "simple average": "simple", "Fisher": "fisher", "ensemble": "ensemble"}
     for name, model in names.items():
-        points = [(float(share), _mean(contents, model)) for share, contents in found.items()]
+        points = [(float(share), _mean(contents, model)) for share, contents in by_skew.items()]
         _line(axes, name, [(x, y) for x, y in points if y is not None])
-    contents = next(iter(found.values()))
+    contents = next(iter(by_skew.values()))
     title = "Label skew (hwu64, 4 silos; 25% is iid)"
     _finish(axes, contents, title, "% of each intent's requests at one silo")
     return True
@@ -163,7 +163,7 @@ def traffic(axes: Axes, out: Path) -> bool:
         sent = content["upload"][mode] / 1e6
         _line(axes, name, [(number * sent, score) for number, score in enumerate(scores, 1)])
     each = fedavg["bytes"] / 1e6
-    _line(axes, "FedAvg", [(n * each, found[metric]) for n, found in enumerate(fedavg["rounds"], 1)])
+    _line(axes, "FedAvg", [(n * each, metrics[metric]) for n, metrics in enumerate(fedavg["rounds"], 1)])
     _level(axes, "joint training", contents, "joint")
     _logarithmic(axes)
     _finish(axes, contents, "Bytes sent (hwu64; each point is a round)", "MB that each silo sends in all")
@@ -192,13 +192,13 @@ def _with(contents: Sequence[Content], place: Place) -> list[Content]:
 
 def _curve(contents: Sequence[Content], place: Place) -> list[Point]:
     """Return (x, mean of the metric over seeds) for all rows with an x value."""
-    found: dict[float, list[float]] = {}
+    scores: dict[float, list[float]] = {}
     for content in contents:
         for row in content["rows"]:
             x = place(row)
             if x is not None:
-                found.setdefault(float(x), []).append(row.get("all", row["in"])[content["metric"]])
-    return [(x, statistics.fmean(values)) for x, values in sorted(found.items())]
+                scores.setdefault(float(x), []).append(row.get("all", row["in"])[content["metric"]])
+    return [(x, statistics.fmean(values)) for x, values in sorted(scores.items())]
 
 
 def _row(content: Content, model: str) -> dict[str, Any] | None:
@@ -211,8 +211,8 @@ def _mean(contents: Sequence[Content], model: str) -> float | None:
     return statistics.fmean(values) if values else None
 
 
-def _seeds(found: Any) -> set[int]:
-    return {content["seed"] for contents in found for content in contents}
+def _seeds(results: Any) -> set[int]:
+    return {content["seed"] for contents in results for content in contents}
 
 
 def _line(axes: Axes, name: str, points: Sequence[Point]) -> None:

@@ -56,7 +56,7 @@ def main() -> None:
     print("\n| | open | secure |\n|---|---|---|")
     for one, other in zip(*(reports[mode]["rounds"] for mode in ("open", "secure")), strict=True):
         for model, same in zip(one["models"], other["models"], strict=True):
-            both = [Measured.read(m).known.metrics for m in (model, same)]
+            both = [Measured.read(m).without_noise.metrics for m in (model, same)]
             cells = [" / ".join(f"{v:.4f}" for k, v in metrics.items() if k != "examples") for metrics in both]
             print(f"| round {one['round']}: {model['name']} | {cells[0]} | {cells[1]} |")
     for title, value in (("MB from each silo", sent), ("seconds", seconds)):

@@ -37,19 +37,19 @@ def read(experiment: str, out: Path) -> list[Content]:
 
 def table(name: str, experiments: Sequence[str], out: Path) -> str:
     """Return the tables of some experiments, with their captions and notes."""
-    found = {experiment: contents for experiment in experiments if (contents := read(experiment, out))}
-    if not found:
+    results = {experiment: contents for experiment in experiments if (contents := read(experiment, out))}
+    if not results:
         return f"{name}: no results yet"
-    parts = [_seeded(found)]
+    parts = [_seeded(results)]
     if name in DOMAINS:
-        parts += [domains(contents) for contents in found.values()]
+        parts += [domains(contents) for contents in results.values()]
     elif name == "tasks":
-        parts.append(pairs(found["tasks"]))
+        parts.append(pairs(results["tasks"]))
     else:
-        parts += [columns(found), versus(found)]
-    parts.append(alphas(found))
-    parts += [line for experiment, contents in found.items() if (line := fedavg(experiment, contents))]
-    parts.append(_cost([content for contents in found.values() for content in contents]))
+        parts += [columns(results), versus(results)]
+    parts.append(alphas(results))
+    parts += [line for experiment, contents in results.items() if (line := fedavg(experiment, contents))]
+    parts.append(_cost([content for contents in results.values() for content in contents]))
     return "\n\n".join(filter(None, parts))
 
 
@@ -68,38 +68,40 @@ def insert(document: Path, name: str, text: str) -> None:
     temporary.replace(document)
 
 
-def columns(found: dict[str, list[Content]]) -> str:
+def columns(results: dict[str, list[Content]]) -> str:
     """Return a table with a column for each experiment, and a column of their mean if there are several."""
-    heads = [f"{experiment} ({contents[0]['metric']})" for experiment, contents in found.items()]
+    heads = [f"{experiment} ({contents[0]['metric']})" for experiment, contents in results.items()]
     rows = []
-    for model, title in _models(found.values()):
-        values = [[_whole(content, model) for content in contents] for contents in found.values()]
-        rows.append((title, [*map(_spread, values), _mean_over(values)] if len(found) > 1 else [*map(_spread, values)]))
-    return _markdown([*heads, "mean"] if len(found) > 1 else heads, rows)
+    for model, title in _models(results.values()):
+        values = [[_whole(content, model) for content in contents] for contents in results.values()]
+        rows.append(
+            (title, [*map(_spread, values), _mean_over(values)] if len(results) > 1 else [*map(_spread, values)])
+        )
+    return _markdown([*heads, "mean"] if len(results) > 1 else heads, rows)
 
 
-def versus(found: dict[str, list[Content]]) -> str:
+def versus(results: dict[str, list[Content]]) -> str:
     """Return a sentence on the lead of RegMean over other models, over all experiments and seeds."""
-    contents = [content for each in found.values() for content in each]
+    contents = [content for each in results.values() for content in each]
     lines = []
     for model in ("simple", "fisher", "ensemble"):
         differences = [_whole(content, "regmean") - _whole(content, model) for content in contents]
-        known = _known(differences)
-        if len(known) > 1:
-            above, below = sum(d > 0 for d in known), sum(d < 0 for d in known)
-            error = statistics.stdev(known) / len(known) ** 0.5
-            counts = f"above in {above}, below in {below} of {len(known)}"
-            lines.append(f"{statistics.fmean(known):+.3f} ± {error:.3f} against {NAMES[model]} ({counts})")
+        measured = _measured(differences)
+        if len(measured) > 1:
+            above, below = sum(d > 0 for d in measured), sum(d < 0 for d in measured)
+            error = statistics.stdev(measured) / len(measured) ** 0.5
+            counts = f"above in {above}, below in {below} of {len(measured)}"
+            lines.append(f"{statistics.fmean(measured):+.3f} ± {error:.3f} against {NAMES[model]} ({counts})")
     if not lines:
         return ""
     return f"RegMean, α = 0.9, mean ± standard error over experiments and seeds: {'; '.join(lines)}."
 
 
-def alphas(found: dict[str, list[Content]]) -> str:
+def alphas(results: dict[str, list[Content]]) -> str:
     """Return a table of RegMean's validation score over α, averaged over all merges and seeds."""
     curves = {
         experiment: [row["curve"] for content in contents for row in _rows(content, "regmean, α chosen")]
-        for experiment, contents in found.items()
+        for experiment, contents in results.items()
     }
     heads: list[str] = []
     rows = []
@@ -174,9 +176,9 @@ def _rounds(number: int) -> str:
     return f"{number} round{'s' if number > 1 else ''}"
 
 
-def _models(found: Iterable[Sequence[Content]]) -> Iterable[tuple[str, str]]:
+def _models(results: Iterable[Sequence[Content]]) -> Iterable[tuple[str, str]]:
     """Yield the measured models and their display names, starting with two rows for the silos alone."""
-    measured = {row["model"] for contents in found for content in contents for row in content["rows"]}
+    measured = {row["model"] for contents in results for content in contents for row in content["rows"]}
     yield "alone, mean", "silos alone, mean"
     yield "alone, best", "best silo alone"
     yield from ((model, title) for model, title in NAMES.items() if model in measured)
@@ -217,18 +219,18 @@ def _mean_over(columns: Sequence[Sequence[float]]) -> str:
     return _spread([_mean(values) for values in zip(*columns, strict=False)])
 
 
-def _known(values: Sequence[float]) -> list[float]:
+def _measured(values: Sequence[float]) -> list[float]:
     return [value for value in values if value == value]  # NaN is not itself
 
 
 def _spread(values: Sequence[float]) -> str:
     """Return mean ± sample standard deviation, with the number of values if some are missing (NaN)."""
-    known = _known(values)
-    if not known:
+    measured = _measured(values)
+    if not measured:
         return ""
-    deviation = f" ± {statistics.stdev(known):.3f}" if len(known) > 1 else ""
-    number = "" if len(known) == len(values) else f" ({len(known)} of {len(values)})"
-    return f"{statistics.fmean(known):.3f}{deviation}{number}"
+    deviation = f" ± {statistics.stdev(measured):.3f}" if len(measured) > 1 else ""
+    number = "" if len(measured) == len(values) else f" ({len(measured)} of {len(values)})"
+    return f"{statistics.fmean(measured):.3f}{deviation}{number}"
 
 
 def _markdown(heads: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]], first: str = "model") -> str:
@@ -237,10 +239,10 @@ def _markdown(heads: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]], f
     return "\n".join(lines)
 
 
-def _seeded(found: dict[str, list[Content]]) -> str:
+def _seeded(results: dict[str, list[Content]]) -> str:
     """Return a sentence on the seeds, by experiment unless they are all the same."""
     seeds = {
-        experiment: ", ".join(str(content["seed"]) for content in contents) for experiment, contents in found.items()
+        experiment: ", ".join(str(content["seed"]) for content in contents) for experiment, contents in results.items()
     }
     if len(set(seeds.values())) == 1:
         return f"Seeds: {next(iter(seeds.values()))}."

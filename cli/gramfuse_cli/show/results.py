@@ -82,8 +82,8 @@ def show_models(report: Report, on: str = "held-out examples of all silos togeth
         on: what they were measured on.
     """
     earlier, last = report.rounds[:-1], report.rounds[-1].round if report.rounds else 1
-    models = [(model.known, each.round) for each in earlier for model in each.models if model.kind in MERGES]
-    models += [(model.known, last) for model in report.models]
+    models = [(model.without_noise, each.round) for each in earlier for model in each.models if model.kind in MERGES]
+    models += [(model.without_noise, last) for model in report.models]
     measured = models[-1][0]
     about = "about " if measured.privacy is not None else ""
     say(f"On the {about}{measured.metrics['examples']:,.0f} {on}:")

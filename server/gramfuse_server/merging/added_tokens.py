@@ -38,7 +38,7 @@ class Additions:
     tokens: Mapping[str, int] = field(default_factory=dict)
 
     @staticmethod
-    def of(
+    def choose(
         files: Sequence[StatisticsFile], weights: Mapping[str, float], base: Base, directory: Path | None
     ) -> Additions:
         """Find the added tokens to keep.

@@ -122,10 +122,10 @@ class Collection:
     def _check_mergeable(self, first: StatisticsFile, file: StatisticsFile) -> None:
         one, other = first.about, file.about
         both = f"{first.path} and {file.path}"
-        for key, what in PINNED.items():
+        for key, title in PINNED.items():
             if getattr(one.base, key) != getattr(other.base, key):
                 raise ContributionError(
-                    f"{both} have bases with different {what}, so their weights are not comparable; only models that "
+                    f"{both} have bases with different {title}, so their weights are not comparable; only models that "
                     "were fine-tuned from one base can be merged. If these were, measure all with the same --base, "
                     "including its tokenizer; otherwise, fine-tune again from one base"
                 )
@@ -145,9 +145,9 @@ class Collection:
         weights = [self._shared_weights(about.base.weights, about.head) for about in (one, other)]
         odd = sorted(name for name in weights[0].keys() & weights[1].keys() if weights[0][name] != weights[1][name])
         if odd or (self.heads == "merged" and weights[0].keys() != weights[1].keys()):
-            what = f"tensor {odd[0]!r} differs" if odd else "they have different tensors"
+            difference = f"tensor {odd[0]!r} differs" if odd else "they have different tensors"
             raise ContributionError(
-                f"{both} are of different base models ({one.base.name}, {other.base.name}): {what}. Only models that "
+                f"{both} are of different base models ({one.base.name}, {other.base.name}): {difference}. Only models that "
                 "were fine-tuned from one base can be merged"
             )
         if self.heads == "merged" and one.layout.digest != other.layout.digest:
@@ -206,10 +206,10 @@ class Collection:
                 f"{name!r} is not the base model of {file.path}, which names {about.base.name!r}: {len(odd)} tensors "
                 f"differ, the first is {odd[0]!r}; pass the right model as --base"
             )
-        for key, what in PINNED.items():
+        for key, title in PINNED.items():
             if getattr(base.pins, key) != getattr(about.base, key):
                 raise ModelError(
-                    f"{name!r} is not the base model of {file.path}, which names {about.base.name!r}: their {what} "
+                    f"{name!r} is not the base model of {file.path}, which names {about.base.name!r}: their {title} "
                     "differ; pass the right model as --base, and use the version of transformers that measured the file"
                 )
         return base
@@ -248,7 +248,7 @@ def merge_files(
     weighting: Weighting = settings.weighting or (agreed.weighting if agreed else "uniform")
     base = collection.load_base(collection.files[0], settings.base, directory)
     counts = {file.name: file.examples if weighting == "examples" else 1 for file in collection.files}
-    added = Additions.of(
+    added = Additions.choose(
         collection.files,
         {name: weights[name] * counts[name] for name in names},
         base,
@@ -413,11 +413,11 @@ def _task_text(kind: str, labels: Sequence[str]) -> str:
 
 def _difference(one: Layout, other: Layout) -> str:
     """Describe the first difference between two layouts."""
-    for what, mine, theirs in (
+    for kind, mine, theirs in (
         ("group", {g.name: g.structure for g in one.groups}, {g.name: g.structure for g in other.groups}),
         ("tensor", {t.name: t.shape for t in one.tensors}, {t.name: t.shape for t in other.tensors}),
     ):
         for name in sorted(mine.keys() | theirs.keys()):
             if mine.get(name) != theirs.get(name):
-                return f"{what} {name!r} is {mine.get(name, 'missing')} and {theirs.get(name, 'missing')}"
+                return f"{kind} {name!r} is {mine.get(name, 'missing')} and {theirs.get(name, 'missing')}"
     return "their groups contain different weights"

@@ -88,7 +88,7 @@ def card(
         *usage(form),
     ]
     if measured:
-        lines += [*_results(measured.known), *_generation(plan)]
+        lines += [*_results(measured.without_noise), *_generation(plan)]
     lines += ["The plan:", "", *fenced("toml", plan.to_toml().strip()), ""]
     return "\n".join(lines)
 

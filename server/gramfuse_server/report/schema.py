@@ -170,7 +170,7 @@ class Measured(ReportPart):
     """`transport`: number of feed-forward pairs whose units were matched."""
 
     @property
-    def known(self) -> Measured:
+    def without_noise(self) -> Measured:
         """The model with exact figures instead of noisy ones, if it has both."""
         if self.exact is None:
             return self
@@ -449,7 +449,7 @@ class Report(ReportPart):
     """Why the run failed."""
 
     @property
-    def of(self) -> str:
+    def subject(self) -> str:
         """Its subject: "complete" (a run), "failed" (a run) or "files"."""
         return "failed" if self.failure is not None else "files" if self.mode == "files" else "complete"
 
@@ -471,9 +471,9 @@ class Report(ReportPart):
     @model_validator(mode="after")
     def _has_the_keys_of_its_kind(self) -> Self:
         keys = {"schema" if name == "schema_id" else name for name in self.model_fields_set}
-        for key in REQUIRED[self.of]:
+        for key in REQUIRED[self.subject]:
             if key not in keys:
                 raise ValueError(f"'{key}' is missing")
-        for key in sorted(keys - {*REQUIRED[self.of], *OPTIONAL[self.of]}):
-            raise ValueError(f"unknown key '{key}' in a report of this kind ({self.of})")
+        for key in sorted(keys - {*REQUIRED[self.subject], *OPTIONAL[self.subject]}):
+            raise ValueError(f"unknown key '{key}' in a report of this kind ({self.subject})")
         return self

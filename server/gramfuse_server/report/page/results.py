@@ -98,7 +98,7 @@ def _compared(model: Measured, lead: float) -> str:
 def models(reading: Reading) -> PageSection | None:
     """All models and metrics."""
     earlier = reading.rounds if reading.failure is not None else reading.rounds[:-1]
-    listed = [(m.known, one.round) for one in earlier for m in one.models if m.kind in MERGES]
+    listed = [(m.without_noise, one.round) for one in earlier for m in one.models if m.kind in MERGES]
     listed += [(model, reading.last) for model in reading.models]
     if not listed:
         return None

@@ -159,13 +159,13 @@ def _roster(reading: Reading) -> Table:
     silos, plan = reading.report.silos, reading.plan
     failed = any(silo.has("state") for silo in silos)
     tasks = {silo.name: silo.task or "" for silo in plan.silo} if plan is not None and plan.task else {}
-    known = [silo for silo in silos if silo.examples is not None]
+    counted = any(silo.examples is not None for silo in silos)
     drawn = charts.bars([float(silo.examples) if silo.examples is not None else None for silo in silos])
     titles = [
         Column("Silo"),
         *([Column("How far it got", number=False)] if failed else []),
         *([Column("Task", number=False)] if tasks else []),
-        *([Column("Examples")] if known else []),
+        *([Column("Examples")] if counted else []),
         *([Column("SHA-256 of its file", number=False)] if any(silo.has("sha256") for silo in silos) else []),
     ]
     rows = []
@@ -173,12 +173,12 @@ def _roster(reading: Reading) -> Table:
         cells = [Cell(STATES[silo.state])] if failed else []
         cells += [Cell(tasks.get(silo.name, ""))] if tasks else []
         examples = silo.examples
-        cells += [Cell(charts.NONE if examples is None else f"{examples:,}", bar)] if known else []
+        cells += [Cell(charts.NONE if examples is None else f"{examples:,}", bar)] if counted else []
         cells += [Cell(silo.sha256 or "")] if silo.has("sha256") else []
         rows.append(Row(silo.name, cells))
     total = reading.report.examples
     sum_of_all = f", {total:,} examples in total" if total else ""
-    hidden = "; each silo's number is known only to itself" if total and not known else ""
+    hidden = "; each silo's number is known only to itself" if total and not counted else ""
     return Table(f"Silos{sum_of_all}{hidden}", titles, rows)
 
 

@@ -40,10 +40,10 @@ def read_report(path: Path) -> Report:
         raise damaged(path, str(error)) from None
 
 
-def damaged(path: Path, what: str) -> RunDirectoryError:
+def damaged(path: Path, problem: str) -> RunDirectoryError:
     """Return the error for a file that is not a valid report."""
     return RunDirectoryError(
-        f"{path}: is damaged, or not a report of this version of gramfuse ({what}); copy it again from its source"
+        f"{path}: is damaged, or not a report of this version of gramfuse ({problem}); copy it again from its source"
     )
 
 
@@ -59,7 +59,7 @@ class Reading:
         self.report = report
         self.plan = plan
         self.failure = report.failure
-        self.models = [model.known for model in report.models]
+        self.models = [model.without_noise for model in report.models]
         self.tasks = report.tasks
         self.rounds = report.rounds
         self.tuning = report.tuning
