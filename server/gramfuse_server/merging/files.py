@@ -147,8 +147,8 @@ class Collection:
         if odd or (self.heads == "merged" and weights[0].keys() != weights[1].keys()):
             difference = f"tensor {odd[0]!r} differs" if odd else "they have different tensors"
             raise ContributionError(
-                f"{both} are of different base models ({one.base.name}, {other.base.name}): {difference}. Only models that "
-                "were fine-tuned from one base can be merged"
+                f"{both} are of different base models ({one.base.name}, {other.base.name}): {difference}. Only models "
+                "that were fine-tuned from one base can be merged"
             )
         if self.heads == "merged" and one.layout.digest != other.layout.digest:
             raise ContributionError(
