@@ -1,4 +1,4 @@
-"""Tiny models of many architectures of transformers, by what their configurations say beside the defaults."""
+"""Tiny models of many transformers architectures, as settings on top of their default configurations."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ class Architecture(NamedTuple):
     """One architecture, for one task.
 
     Args:
-        settings: of its configuration; what is not here is the architecture's default.
-        side: on which its tokenizer pads.
-        type: `model_type` of its configuration, if that is not its name in ARCHITECTURES.
-        of: name of its class, where transformers has several for the task.
+        settings: of its configuration, where they differ from the defaults.
+        side: padding side of its tokenizer.
+        type: `model_type` of its configuration, if it differs from its name in ARCHITECTURES.
+        class_name: of its model, if transformers has several for the task.
     """
 
     task: TaskKind
     settings: dict[str, Any]
     side: str = "right"
     type: str = ""
-    of: str = ""
+    class_name: str = ""
 
 
 LABEL: TaskKind = "classification"
@@ -31,7 +31,7 @@ WRITE: TaskKind = "causal-lm"
 SEE: TaskKind = "image-classification"
 
 PLACES = 48
-"""Length of a table of positions."""
+"""Number of positions."""
 
 TOKENS = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
@@ -243,7 +243,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     # Pictures
     "vit": Architecture(SEE, VIT),
-    "deit": Architecture(SEE, VIT, of="DeiTForImageClassification"),
+    "deit": Architecture(SEE, VIT, class_name="DeiTForImageClassification"),
     "beit": Architecture(SEE, VIT),
     "data2vec-vision": Architecture(SEE, VIT),
     "dinov2": Architecture(SEE, VIT),
@@ -256,7 +256,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "swin, padded inside": Architecture(SEE, SWIN | {"image_size": 18}, type="swin"),
     "swinv2": Architecture(SEE, SWIN | {"image_size": 16}),
     "hiera": Architecture(SEE, HIERA),
-    "levit": Architecture(SEE, LEVIT, of="LevitForImageClassification"),
+    "levit": Architecture(SEE, LEVIT, class_name="LevitForImageClassification"),
     "mobilevit": Architecture(
         SEE,
         {"image_size": 64, "hidden_sizes": [16, 16, 16], "neck_hidden_sizes": [8, 8, 8, 8, 8, 8, 16]}
@@ -280,4 +280,4 @@ ARCHITECTURES: dict[str, Architecture] = {
     "pp_lcnet": Architecture(SEE, {"image_size": 32, "scale": 0.25, "stem_channels": 8, "class_expand": 32}),
     "mobilevitv2": Architecture(SEE, {"image_size": 64, "width_multiplier": 0.25}),
 }
-"""What can be in docs/tasks.md, in its order."""
+"""The architectures of the table in docs/tasks.md, in order."""

@@ -1,16 +1,15 @@
-"""Which architectures of transformers can be merged, each tried as a tiny model: the table in docs/tasks.md.
+"""Tests which transformers architectures can be merged, with tiny models; makes the table in docs/tasks.md.
 
-    python benchmarks/families.py                       print it
-    python benchmarks/families.py bert xlnet            of these only
-    python benchmarks/families.py --into docs/tasks.md  write it where it belongs (four minutes)
+    python benchmarks/families.py                       print the table
+    python benchmarks/families.py bert xlnet            only these architectures
+    python benchmarks/families.py --into docs/tasks.md  write the table into the document (four minutes)
 
-Of each architecture a model of two layers is made from its configuration, with random weights. Then
+For each architecture, it creates a two-layer model with random weights from the configuration, and checks that
 
-* its Gram matrices on one set of examples are measured in batches of 1, in batches of 16, and with padding on the other
-  side than its tokenizer's; they must be the same to 1e-6 of their size, or the other side must be refused;
-* a fine-tuned model (the same, with other weights) is measured twice, by what `gramfuse measure` is made of, and both
-  files are merged: the model must come back;
-* the merged directory is loaded by transformers: its outputs must be those of the model.
+* its Gram matrices on the same examples agree to a relative 1e-6 for batches of 1, batches of 16, and padding on the
+  side opposite to its tokenizer's, unless the latter is refused;
+* merging two statistics files of one fine-tuned model, measured like `gramfuse measure` does, returns that model;
+* transformers loads the merged directory, with the outputs of the model.
 """
 
 from __future__ import annotations
@@ -64,19 +63,19 @@ MAX_LENGTH = 24
 UNLIMITED = 10**9
 
 SAME = 1e-6
-"""Share of its size by which a Gram matrix may differ, and a weight from that of the model that was measured."""
+"""Relative tolerance for Gram matrices, weights and outputs."""
 
 
 class Row(NamedTuple):
-    """What came out of one architecture.
+    """Results of one architecture; differences are relative.
 
     Args:
-        closed: share of the trained parameters that are merged in closed form, layers without context among them.
-        sizes: by how much Gram matrices differ between batches of 1 and of 16, of their size.
-        other: the same between the two sides of padding; None if the other side is refused.
-        itself: by how much weights differ from those of the model that was measured twice.
-        outputs: by how much the outputs of the merged and loaded model do.
-        averaged: linear layers that are averaged since it cannot be told which rows of their inputs are tokens.
+        closed: share of the trained parameters that are merged in closed form, including context-free layers.
+        sizes: difference of Gram matrices between batches of 1 and of 16.
+        other: difference of Gram matrices between the padding sides; None if the other side is refused.
+        itself: difference of weights between the measured and the merged model.
+        outputs: difference of outputs between the measured model and the merged one after loading.
+        averaged: linear layers that are averaged because it is unknown which of their input rows are tokens.
     """
 
     closed: float
@@ -87,20 +86,20 @@ class Row(NamedTuple):
     averaged: str
 
 
-class Failed(Exception):  # noqa: N818  # it is what happened
-    """Something that must be the same is not."""
+class Failed(Exception):  # noqa: N818  # reads better without Error
+    """A check failed: values that must agree differ."""
 
 
 @dataclass(frozen=True)
 class Workplace:
-    """A directory with a tiny model of an architecture, and what is done with it there."""
+    """A directory for a tiny model of an architecture, with its task and plan."""
 
     directory: Path
     architecture: Architecture
 
     @property
     def task(self) -> Task:
-        """What the model is for."""
+        """The model's task."""
         labels = {"classification": LABELS, "image-classification": LABELS, "token-classification": TAGS}
         kind = self.architecture.task
         return Task(task=kind, labels=labels.get(kind, ()), max_length=MAX_LENGTH, target_length=MAX_LENGTH)
@@ -118,13 +117,13 @@ class Workplace:
 
     @property
     def image_size(self) -> int:
-        """Height and width of its images."""
+        """Height and width of the images, in pixels."""
         settings = self.architecture.settings
         size = settings.get("vision_config", settings)["image_size"]
         return size if isinstance(size, int) else size[0]
 
     def plan(self, base: Path) -> Plan:
-        """Return a plan that merges what can be, layers without context too."""
+        """Return a plan that merges as much as possible in closed form, including context-free layers."""
         labels = f"labels = {list(self.task.labels)}" if self.task.labels else ""
         return Plan.parse(
             f"""
@@ -157,12 +156,12 @@ def make(name: str) -> PreTrainedModel:
     if architecture.task in ("classification", "token-classification"):
         settings["num_labels"] = len(LABELS)
     config = transformers.AutoConfig.for_model(architecture.type or name, **settings)
-    config.architectures = [architecture.of] if architecture.of else None
+    config.architectures = [architecture.class_name] if architecture.class_name else None
     auto = getattr(transformers, FORMS[architecture.task].auto)
     model: PreTrainedModel = auto.from_config(config, trust_remote_code=False).eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        # Their own initial weights are so small that hardly anything enters deeper layers.
+        # The default initial weights are so small that deeper layers receive almost nothing.
         for parameter in trained(model):
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.dim() > 1:
@@ -171,23 +170,23 @@ def make(name: str) -> PreTrainedModel:
                 parameter.add_(0.1 * noise)
         for module in model.modules():
             if isinstance(module, nn.Embedding) and module.padding_idx is not None:
-                module.weight[module.padding_idx] = 0  # as it is from the beginning, and stays
+                module.weight[module.padding_idx] = 0  # zero by construction, and never trained
     return model
 
 
 def trained(model: PreTrainedModel) -> Iterator[nn.Parameter]:
-    """Yield the parameters that are not fixed, as tables of sine waves are."""
+    """Yield the trainable parameters, without fixed ones such as sinusoidal position tables."""
     return (parameter for parameter in model.parameters() if parameter.requires_grad)
 
 
 def vocabulary() -> dict[str, int]:
-    """Return the words of the public texts, after the special tokens."""
+    """Return the vocabulary: special tokens, then the words of the public texts."""
     words = sorted({word for text in PUBLIC_TEXT for word, _ in Whitespace().pre_tokenize_str(text)})
     return {token: index for index, token in enumerate((*SPECIAL, *words))}
 
 
 def tokenizer(side: str) -> transformers.PreTrainedTokenizerFast:
-    """Return a tokenizer of those words, which pads on one side."""
+    """Return a tokenizer with that vocabulary that pads on the given side."""
     words = Tokenizer(WordLevel(vocabulary(), unk_token="[UNK]"))
     words.pre_tokenizer = Whitespace()
     ends = [("[CLS]", TOKENS["bos_token_id"]), ("[SEP]", TOKENS["eos_token_id"])]
@@ -199,7 +198,7 @@ def tokenizer(side: str) -> transformers.PreTrainedTokenizerFast:
 
 
 def examples(place: Workplace) -> Examples:
-    """Return examples of a task: texts of 1 to 18 words, or noise."""
+    """Return random examples of a task: texts of 1 to 18 words, or images of noise."""
     rng, kind = random.Random(1), place.task.task
     words = list(vocabulary())[len(SPECIAL) :]
     texts = [rng.choices(words, k=rng.randint(1, 18)) for _ in range(EXAMPLES)]
@@ -218,18 +217,18 @@ def examples(place: Workplace) -> Examples:
 
 
 def picture(size: int, seed: int) -> bytes:
-    """Return noise as PNG."""
+    """Return a PNG image of noise."""
     file = io.BytesIO()
     Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size, size, 3), np.uint8)).save(file, "PNG")
     return file.getvalue()
 
 
-def tried(name: str) -> Row:
-    """Return what came out of one architecture.
+def check_architecture(name: str) -> Row:
+    """Check one architecture and return the results.
 
     Raises:
         ModelError: if it is refused.
-        Failed: if something that must be the same is not.
+        Failed: if a check fails.
     """
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="gramfuse-") as directory:
@@ -239,13 +238,15 @@ def tried(name: str) -> Row:
         plan = place.plan(home)
         base = load_base(plan, place.directory)
         layout = plan_layout(plan, base)
-        given = examples(place)
-        one, sixteen = (grams(base, given, place.task, layout, size) for size in (1, 16))
-        itself, outputs = merged_with_itself(place, home, model, given)
+        samples = examples(place)
+        one, sixteen = (grams(base, samples, place.task, layout, size) for size in (1, 16))
+        itself, outputs = merged_with_itself(place, home, model, samples)
         row = Row(
             closed=coverage(layout).closed,
             sizes=furthest(one, sixteen),
-            other=None if place.task.task == "image-classification" else on_the_other_side(plan, base, given, sixteen),
+            other=None
+            if place.task.task == "image-classification"
+            else on_the_other_side(plan, base, samples, sixteen),
             itself=itself,
             outputs=outputs,
             averaged=families(t.name.removesuffix(".weight") for t in layout.tensors if t.unmatched),
@@ -260,39 +261,39 @@ def tried(name: str) -> Row:
     return row
 
 
-def grams(base: Base, given: Examples, task: Task, layout: Layout, size: int) -> dict[str, np.ndarray]:
-    """Return the Gram matrices of examples in batches of a size."""
-    encoded = Encoded(given, base.tokenizer, task)
-    found = collect_grams(base.model, batches(encoded, size, CPU), layout, limit=UNLIMITED)
-    return {group: gram.mean() for group, gram in found.items()}
+def grams(base: Base, samples: Examples, task: Task, layout: Layout, size: int) -> dict[str, np.ndarray]:
+    """Return the Gram matrices of examples by group, measured in batches of the given size."""
+    encoded = Encoded(samples, base.tokenizer, task)
+    collected = collect_grams(base.model, batches(encoded, size, CPU), layout, limit=UNLIMITED)
+    return {group: gram.mean() for group, gram in collected.items()}
 
 
 def furthest(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> float:
-    """Return the largest difference of two arrays of one name, of the size of the second."""
+    """Return the largest relative difference of arrays with the same name; relative to `other`."""
     return max(
         (float(np.linalg.norm(one[name] - other[name]) / (np.linalg.norm(other[name]) or 1.0)) for name in other),
         default=0.0,
     )
 
 
-def on_the_other_side(plan: Plan, base: Base, given: Examples, expected: dict[str, np.ndarray]) -> float | None:
-    """Return by how much Gram matrices differ with padding on the other side, or None if that is refused."""
+def on_the_other_side(plan: Plan, base: Base, samples: Examples, expected: dict[str, np.ndarray]) -> float | None:
+    """Return the difference of Gram matrices with padding on the other side, or None if that is refused."""
     base.tokenizer.padding_side = "left" if base.tokenizer.padding_side == "right" else "right"
     try:
         layout = plan_layout(plan, base)
     except ModelError:
         return None
-    return furthest(grams(base, given, plan.task_of("one"), layout, 16), expected)
+    return furthest(grams(base, samples, plan.task_of("one"), layout, 16), expected)
 
 
-def merged_with_itself(place: Workplace, home: Path, model: PreTrainedModel, given: Examples) -> tuple[float, float]:
-    """Return by how much weights and outputs differ from a model's that was measured twice, merged and loaded."""
+def merged_with_itself(place: Workplace, home: Path, model: PreTrainedModel, samples: Examples) -> tuple[float, float]:
+    """Measure a model twice, merge, load, and return the differences of weights and outputs."""
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in trained(model):
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.add_(0.05 * parameter.std(correction=0) * noise)
-        for table in model.modules():  # training leaves the row of padding at zero, and Funnel is loaded with it so
+        for table in model.modules():  # training keeps the padding row at zero, and Funnel loads it as zero
             if isinstance(table, nn.Embedding) and table.padding_idx is not None:
                 table.weight[table.padding_idx] = 0
         for name, buffer in model.named_buffers():
@@ -303,7 +304,7 @@ def merged_with_itself(place: Workplace, home: Path, model: PreTrainedModel, giv
     for size in (4, 16):
         checkpoint = open_checkpoint(str(tuned), str(home), place.task, place.directory)
         statistics = measure(
-            checkpoint, given, limit=UNLIMITED, batch_size=size, device=CPU, progress=lambda done, total: None
+            checkpoint, samples, limit=UNLIMITED, batch_size=size, device=CPU, progress=lambda done, total: None
         )
         files.append(place.directory / f"{size}.safetensors")
         write_statistics(
@@ -321,37 +322,37 @@ def merged_with_itself(place: Workplace, home: Path, model: PreTrainedModel, giv
         place.directory / "merged", output_loading_info=True, trust_remote_code=False, use_safetensors=True
     )
     if any(loading.values()):
-        raise Failed(f"what was merged does not load: {loading}")
+        raise Failed(f"the merged model does not load: {loading}")
     weights, own = (dict(named(one)) for one in (merged, model))
-    encoded = Encoded(given, checkpoint.base.tokenizer, place.task)
+    encoded = Encoded(samples, checkpoint.base.tokenizer, place.task)
     batch = next(iter(batches(encoded, 16, CPU)))
     with torch.no_grad():
-        said, expected = (outputs_of(one.eval()(**batch)).double().numpy() for one in (merged, model))
-    return furthest(weights, own), furthest({"": said}, {"": expected})
+        outputs, expected = (outputs_of(one.eval()(**batch)).double().numpy() for one in (merged, model))
+    return furthest(weights, own), furthest({"": outputs}, {"": expected})
 
 
-def outputs_of(found: Any) -> torch.Tensor:
+def outputs_of(result: Any) -> torch.Tensor:
     """Return a model's logits, which PP-LCNet calls its last hidden state."""
-    outputs: torch.Tensor = found["logits" if "logits" in found else "last_hidden_state"]
+    outputs: torch.Tensor = result["logits" if "logits" in result else "last_hidden_state"]
     return outputs
 
 
 def named(model: PreTrainedModel) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield what a model's file has beside counters, arrays of zeros left out."""
+    """Yield the floating-point tensors of a model that are not all zero, by name."""
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and tensor.any():
             yield name, tensor.detach().double().numpy()
 
 
 def line(name: str) -> tuple[str, bool]:
-    """Return an architecture's line of the table, and whether it is refused.
+    """Return an architecture's row of the table, and whether it is refused.
 
     Raises:
-        Failed: if something that must be the same is not.
+        Failed: if a check fails.
     """
     architecture, model = ARCHITECTURES[name], type(make(name)).__name__
     try:
-        row = tried(name)
+        row = check_architecture(name)
     except ModelError as error:
         return f"| {name} | `{model}` | {reason(error)} |", True
     picture = architecture.task == "image-classification"
@@ -362,16 +363,16 @@ def line(name: str) -> tuple[str, bool]:
 
 
 def reason(error: ModelError) -> str:
-    """Return why a model is refused, without its class."""
-    where, _, what = str(error).partition(") ")
-    return f"its outputs {what}" if what else where
+    """Return the reason for a refusal, without the model's class."""
+    model, _, why = str(error).partition(") ")
+    return f"its outputs {why}" if why else model
 
 
 def table(names: Iterable[str]) -> str:
-    """Return what came out of architectures, as Markdown.
+    """Check architectures and return the table, as Markdown.
 
     Raises:
-        Failed: if something that must be the same is not.
+        Failed: if a check fails.
     """
     merged: list[str] = []
     refused: list[str] = []
@@ -390,14 +391,14 @@ def table(names: Iterable[str]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Try architectures, and print the table or write it into a document."""
+    """Check architectures, and print the table or write it into a document."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="ARCHITECTURE", help="by default all")
-    parser.add_argument("--into", type=Path, help="Markdown document with a place for the table `families`")
+    parser.add_argument("names", nargs="*", metavar="ARCHITECTURE", help="default: all")
+    parser.add_argument("--into", type=Path, help="Markdown document with markers for the table `families`")
     options = parser.parse_args(arguments)
     unknown = set(options.names) - set(ARCHITECTURES)
     if unknown:
-        parser.error(f"not among the architectures: {', '.join(sorted(unknown))}")
+        parser.error(f"unknown architectures: {', '.join(sorted(unknown))}")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     text = table(options.names or ARCHITECTURES)

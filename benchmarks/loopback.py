@@ -1,4 +1,4 @@
-"""A SuperLink and SuperNodes as real processes on this machine's loopback."""
+"""A SuperLink and SuperNodes as real processes on the loopback interface."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ START_SECONDS = 120
 
 @contextlib.contextmanager
 def deployment(directory: Path, silos: Sequence[Path]) -> Iterator[Path]:
-    """Start a SuperLink and one SuperNode for each silo file; all are gone afterwards.
+    """Start a SuperLink and one SuperNode for each silo file; stop all of them on exit.
 
     Yields:
-        The FLWR_HOME whose configuration knows the SuperLink as CONNECTION.
+        The FLWR_HOME whose configuration names the SuperLink CONNECTION.
     """
     port = free_port()
     home = directory / "flwr"
@@ -57,7 +57,7 @@ def deployment(directory: Path, silos: Sequence[Path]) -> Iterator[Path]:
 
 
 def free_port() -> int:
-    """Return a TCP port that nobody listens on."""
+    """Return a free TCP port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

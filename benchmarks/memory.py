@@ -1,10 +1,10 @@
-"""Peak memory of the ServerApp with two silos and with eight: it must not grow with the number of silos.
+"""Compares peak memory of the ServerApp with two and eight silos: it must not grow with the number of silos.
 
     python benchmarks/memory.py
 
-Real processes on loopback: a SuperLink, N SuperNodes, one `gramfuse run` of MiniLM (77 MB from each silo). Silos have
-few messages and train for one epoch, since only the size of their contribution counts here. The peak is the
-kernel's (VmHWM) of the process that runs the ServerApp. Linux only.
+Runs real processes on loopback: a SuperLink, N SuperNodes, one `gramfuse run` of MiniLM (77 MB from each silo). Silos
+have few messages and train for one epoch, since only the size of their contributions matters. The peak is the kernel's
+high-water mark (VmHWM) of the ServerApp's process. Linux only.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ def main() -> None:
     for silos, (memory, received) in peaks.items():
         print(f"| {silos} | {memory / 1e6:.0f} MB | {received / 1e6:.0f} MB |")
     ratio = peaks[many][0] / peaks[few][0]
-    print(f"\n{many} silos take {ratio:.3f} times what {few} take (allowed: 1.25).")
+    print(f"\n{many} silos take {ratio:.3f} times the memory of {few} silos (limit: 1.25).")
     raise SystemExit(ratio > 1.25)
 
 
 def peak(silos: int) -> tuple[int, int]:
-    """Return the ServerApp's peak resident memory and the bytes of statistics that came, for one run."""
+    """Return the ServerApp's peak resident memory and the received bytes of statistics, for one run."""
     with tempfile.TemporaryDirectory(prefix="gramfuse-") as scratch:
         project = make_project(Path(scratch) / "project", silos)
         with deployment(Path(scratch) / "deployment", sorted((project / "silos").iterdir())) as home:
@@ -52,12 +52,12 @@ def peak(silos: int) -> tuple[int, int]:
 
 
 def make_project(directory: Path, silos: int) -> Path:
-    """Write a locked project whose silos share the demo's four data sets among them."""
+    """Write a locked project whose silos share the demo's four data sets."""
     subprocess.run([str(BIN / "gramfuse"), "init", str(directory)], check=True, capture_output=True)
     names = [path.stem for path in sorted((directory / "silos").iterdir())]
     plan = (directory / "plan.toml").read_text(encoding="utf-8").partition("[[silo]]")[0]
     plan = plan.replace("epochs = 5", "epochs = 1").replace('metrics = "sum"', 'metrics = "none"')
-    plan = plan.replace("secure-aggregation = true", "secure-aggregation = false")  # which takes four silos at least
+    plan = plan.replace("secure-aggregation = true", "secure-aggregation = false")  # which needs at least four silos
     roster = []
     for n in range(silos):
         house = names[n % len(names)]
@@ -85,7 +85,7 @@ def make_project(directory: Path, silos: int) -> Path:
 
 
 class Watch:
-    """Follows the peak memory of flwr-serverapp processes until it is stopped."""
+    """Tracks the peak memory of flwr-serverapp processes until stopped."""
 
     def __init__(self) -> None:
         self.peak = 0
@@ -107,7 +107,7 @@ class Watch:
 
 
 def high_water(pid: int) -> int:
-    """Return the kernel's high-water mark of a process's resident memory, in bytes; 0 if it is gone."""
+    """Return the high-water mark of a process's resident memory, in bytes; 0 if it has exited."""
     try:
         status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
     except OSError:

@@ -1,22 +1,22 @@
-"""Cost of a secure sum: seconds, memory and bytes at a silo and at the coordinator, next to Flower's own SecAgg+.
+"""Measures time, memory and bytes of a secure sum, at a silo and at the coordinator, against Flower's SecAgg+.
 
     python benchmarks/secure_cost.py
     python benchmarks/secure_cost.py --elements 2000000 --silos 5 --out cost.json
 
-The layout is a BERT-like encoder's with full Gram blocks up to 3072 wide, and as many layers as fit; a plain tensor
-takes the rest. Its values are random and there before the clock starts (every block is a view of one random array), so
-making them costs nothing; making the scales counts. Every measurement is a process of its own. Memory is what its peak
-resident size (ru_maxrss) grew by over the measured part; the absolute peak, with interpreter, torch and Flower loaded,
-is given too. Seconds are those of the fastest round, on both sides; memory is the largest of all rounds.
+The layout is that of a BERT-like encoder with full Gram blocks up to 3072 wide, and as many layers as fit; a plain
+tensor fills the rest. The random values exist before the clock starts (every block is a view of one random array);
+making the scales is timed. Every measurement runs in a fresh process. Memory is the growth of the peak resident size
+(ru_maxrss) over the measured part; the absolute peak, including interpreter, torch and Flower, is printed too. Times
+are those of the fastest round, memory is the largest of all rounds, on both sides.
 
-What counts as a silo's work, from the plain values to what is handed to the transport:
+A silo's work, from the plain values to the transport:
 
 * gramfuse: keys, shares, masks; scales, encode, mask, write with fsync; read back, pack and serialize each piece.
-* Flower: the functions of its client mod in their order, from serialized float32 parameters to serialized integers.
-  It writes nothing to disk. So gramfuse's work is given once more as far as the masked words, which are then dropped.
+* Flower: the functions of its client mod in order, from serialized float32 parameters to serialized integers. It does
+  not write to disk, so gramfuse's work is also measured up to the masked words, which are then dropped.
 
-At the coordinator: from the spooled vectors (Flower: the replies in memory, where its workflow keeps all of them) to
-the decoded sum, with all silos there and with one dead. Neither side counts the network. Linux only.
+The coordinator's work: from the spooled vectors (Flower: the replies in memory, as in its workflow) to the decoded sum,
+with all silos and with one dead. The network is not included. Linux only.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ HIDDEN = 768
 EXAMPLES = 1000
 CONTEXT = "0" * 64
 WORKS = ("silo", "coordinator, all there", "coordinator, one dead")
-CHECKED = 1000  # words at both ends of the first Gram block and of the last tensor that are checked
+CHECKED = 1000  # words to check at both ends of the first Gram block and of the last tensor
 
 FASTER = 5.0
 MEMORY = 1.3
@@ -109,15 +109,17 @@ FLOWER_FEWER = 10_000_000
 
 
 def main() -> None:
-    """Measure, print two Markdown tables, and say which targets are missed."""
+    """Measure, and print two Markdown tables: costs and targets."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--elements", type=int, default=100_000_000, help="of one silo's contribution")
-    parser.add_argument("--silos", type=int, default=5, help="of the cohort; four at least, so that one may be dead")
+    parser.add_argument("--elements", type=int, default=100_000_000, help="size of one silo's contribution")
+    parser.add_argument(
+        "--silos", type=int, default=5, help="size of the cohort; at least four, so that one can be dead"
+    )
     parser.add_argument("--out", type=Path, help="file for all figures, as JSON")
-    parser.add_argument("--rounds", type=int, default=3, help="of everything; the fastest counts, on both sides")
+    parser.add_argument("--rounds", type=int, default=3, help="repetitions; the fastest counts, on both sides")
     options = parser.parse_args()
     if options.elements < 1000 or options.silos < 4 or options.rounds < 1:
-        parser.error("it takes 1000 elements, 4 silos and one round at least")
+        parser.error("needs at least 1000 elements, 4 silos and one round")
     fewer = options.elements if fits_flower(options.elements, options.silos) else min(options.elements, FLOWER_FEWER)
     results: Figures = {
         "elements": options.elements,
@@ -135,41 +137,41 @@ def main() -> None:
 def measure(elements: int, fewer: int, silos: int) -> Figures:
     """Run every measurement once, each in a fresh process; Flower's with `fewer` elements."""
     results: Figures = {}
-    results["parts"] = alone(parts, elements, silos)
+    results["parts"] = in_fresh_process(parts, elements, silos)
     with tempfile.TemporaryDirectory(prefix="gramfuse-") as folder:
-        results["silo without disk"] = alone(partial(silo, disk=False), elements, silos, Path(folder))
-        results["silo"] = alone(silo, elements, silos, Path(folder))
+        results["silo without disk"] = in_fresh_process(partial(silo, disk=False), elements, silos, Path(folder))
+        results["silo"] = in_fresh_process(silo, elements, silos, Path(folder))
         for dead, name in enumerate(WORKS[1:]):
-            results[name] = alone(coordinator, elements, silos, dead, Path(folder))
+            results[name] = in_fresh_process(coordinator, elements, silos, dead, Path(folder))
     with tempfile.TemporaryDirectory(prefix="gramfuse-") as folder:
-        results["flower silo"], public = alone(flower_silo, fewer, silos, Path(folder))
+        results["flower silo"], public = in_fresh_process(flower_silo, fewer, silos, Path(folder))
         for dead, name in enumerate(WORKS[1:]):
-            results[f"flower {name}"] = alone(flower_coordinator, fewer, silos, dead, Path(folder), public)
+            results[f"flower {name}"] = in_fresh_process(flower_coordinator, fewer, silos, dead, Path(folder), public)
     return results
 
 
 def fastest(rounds: Sequence[Figures]) -> Figures:
-    """Return each work's fastest round with the largest memory of all rounds, and the speeds of the parts."""
+    """Return each task's fastest round with the largest memory of all rounds, and the speeds of the parts."""
     results: Figures = {"parts": min((one["parts"] for one in rounds), key=lambda parts: parts["encode ns"])}
     for name in rounds[0].keys() - {"parts"}:
-        found = min((one[name] for one in rounds), key=lambda figures: float(figures["wall"]))
-        results[name] = {**found, **{key: max(one[name][key] for one in rounds) for key in ("grown", "peak")}}
+        best = min((one[name] for one in rounds), key=lambda figures: float(figures["wall"]))
+        results[name] = {**best, **{key: max(one[name][key] for one in rounds) for key in ("grown", "peak")}}
     return results
 
 
-def alone(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a function in a fresh process and return what it returns."""
+def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function in a fresh process and return its result."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
 
 def fits_flower(elements: int, silos: int) -> bool:
-    """Whether Flower's coordinator has room: all replies, and three vectors more, all in int64."""
+    """Whether Flower's coordinator has enough memory: all replies and three more vectors, all int64."""
     return bool(psutil.virtual_memory().available > 1.25 * 8 * (silos + 3) * elements)
 
 
 class Meter:
-    """Seconds spent in its `with` blocks, and the process's peak memory when it was made and after the last block."""
+    """Seconds spent in its `with` blocks, and the process's peak memory at creation and after the last block."""
 
     def __init__(self) -> None:
         self.wall = self.cpu = 0.0
@@ -186,7 +188,7 @@ class Meter:
 
 
 def together(steps: Mapping[str, Meter]) -> Figures:
-    """Return the figures of steps that are one work; the meters were made before the first."""
+    """Combine the figures of the steps of one task; all meters must be created before the first step."""
     before, peak = min(m.before for m in steps.values()), max(m.peak for m in steps.values())
     return {
         "wall": sum(m.wall for m in steps.values()),
@@ -202,11 +204,11 @@ def high_water() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-# What is summed
+# Input data
 
 
 def layout_of(elements: int) -> Layout:
-    """Return a layout whose sums have exactly that many elements."""
+    """Return a layout whose sums have exactly this many elements."""
     hidden = HIDDEN
     while sum_entries(one := layer(0, hidden)) > elements - 3:
         hidden //= 2
@@ -222,7 +224,7 @@ def layout_of(elements: int) -> Layout:
 
 
 def layer(number: int, hidden: int) -> list[Group]:
-    """Return the groups of one encoder layer: attention's input and output, the two linear maps of the MLP."""
+    """Return the groups of one encoder layer: attention's inputs and output, and the two linear maps of the MLP."""
     sizes = {
         "qkv": (hidden, (hidden, hidden, hidden)),
         "attention": (hidden, (hidden,)),
@@ -239,12 +241,12 @@ def layer(number: int, hidden: int) -> list[Group]:
 
 
 def sum_entries(groups: Sequence[Group]) -> int:
-    """Return how many elements groups add to `Layout.sums`: s, t, m and a count of token rows."""
+    """Return the number of elements of groups in `Layout.sums`: s, t, m and a count of token rows."""
     return sum(group.blocks.entries + 2 * group.d_in * group.d_out + 1 for group in groups)
 
 
 def values(layout: Layout, silo: int) -> Iterator[tuple[Block, Floats]]:
-    """Yield one silo's blocks; its weight is 1, its other counts are EXAMPLES, all else is taken from `noise`."""
+    """Yield one silo's blocks: its weight is 1, its other counts are EXAMPLES, everything else is from `noise`."""
     random_values = noise(silo, max(block.entries for block in layout.sums))
     for block in layout.sums:
         if block.name == "count":
@@ -255,14 +257,14 @@ def values(layout: Layout, silo: int) -> Iterator[tuple[Block, Floats]]:
 
 @lru_cache(maxsize=1)
 def noise(silo: int, entries: int) -> Floats:
-    """Return the random values of which every block of a silo is a part."""
+    """Return a silo's random values; every block is a slice of them."""
     return np.random.default_rng(silo).standard_normal(entries)
 
 
 def contribution(layout: Layout, silos: int, silo: int) -> Iterator[tuple[str, Floats, Scale]]:
-    """Yield what `write_masked` takes, block by block."""
-    for (block, found), (_, scale) in zip(values(layout, silo), scales(layout, silos, WEIGHTING), strict=True):
-        yield block.name, found, scale
+    """Yield (name, values, scale) of each block, the input of `write_masked`."""
+    for (block, array), (_, scale) in zip(values(layout, silo), scales(layout, silos, WEIGHTING), strict=True):
+        yield block.name, array, scale
 
 
 # gramfuse
@@ -270,7 +272,7 @@ def contribution(layout: Layout, silos: int, silo: int) -> Iterator[tuple[str, F
 
 @dataclass
 class Federation:
-    """All silos of a session. What is random is drawn from a seed, so that every process has the same."""
+    """All silos of a session. Randomness comes from a seed, so that every process has the same session."""
 
     roster: Roster
     nonce: str
@@ -284,11 +286,11 @@ class Federation:
 
     def streams(self, name: str) -> list[masks.Mask]:
         """Return the masks of a silo."""
-        self.members[name], found = secure_sum.contribute(self.roster, self.members[name], "statistics", "", CONTEXT)
-        return found
+        self.members[name], streams = secure_sum.contribute(self.roster, self.members[name], "statistics", "", CONTEXT)
+        return streams
 
     def released(self, survivors: Sequence[str]) -> dict[str, dict[str, bytes]]:
-        """Return what the survivors release of their shares."""
+        """Return the shares that the survivors release, by survivor and owner."""
         signatures = {}
         for name in survivors:
             self.streams(name)
@@ -301,7 +303,7 @@ class Federation:
 
 
 def federation(silos: int, meter: Meter) -> Federation:
-    """Exchange keys and shares; what the first silo does is metered."""
+    """Exchange keys and shares; only the first silo's work is metered."""
     draw = random.Random(silos).randbytes
     names = [f"silo-{n + 1}" for n in range(silos)]
     identities = {name: Identity(draw(32)) for name in names}
@@ -330,15 +332,15 @@ def cut(elements: int) -> list[tuple[int, int]]:
 
 
 def parts(elements: int, silos: int) -> Figures:
-    """Measure encoding alone and masking alone, on one core, into buffers that are used again and again."""
+    """Measure encoding and masking separately, on one core, into reused buffers."""
     layout = layout_of(elements)
     session = federation(silos, Meter())
     keys = session.streams(session.names[0])
     out = np.ones(max(BUFFER_WORDS, *(block.entries for block in layout.sums)), "<u8")
     encoding, masking = Meter(), Meter()
-    for name, found, scale in contribution(layout, silos, 0):
+    for name, array, scale in contribution(layout, silos, 0):
         with encoding:
-            encode(found, scale, silos, name, lambda count: out[:count])
+            encode(array, scale, silos, name, lambda count: out[:count])
     buffer = out[:BUFFER_WORDS]
     with mock.patch("os.cpu_count", return_value=1), masking:
         for start in range(0, elements, buffer.size):
@@ -353,14 +355,14 @@ def parts(elements: int, silos: int) -> Figures:
 
 
 def silo(elements: int, silos: int, folder: Path, *, disk: bool = True) -> Figures:
-    """Measure all that the first silo does; afterwards put every silo's vector into the spool.
+    """Measure all work of the first silo; then write every silo's vector into the spool.
 
     Args:
-        disk: whether the masked words are written and read back; if not, they are made, and that is all.
+        disk: whether the masked words are written and read back; if not, they are only computed.
     """
     layout, path, spool = layout_of(elements), folder / "masked", Spool(folder / "spool")
     for _ in values(layout, 0):
-        pass  # the random values are made before anything is measured
+        pass  # create the random values before the measurement
     keys, masking, packing = Meter(), Meter(), Meter()
     session = federation(silos, keys)
     with keys:
@@ -377,13 +379,11 @@ def silo(elements: int, silos: int, folder: Path, *, disk: bool = True) -> Figur
     sent = 0
     for piece, (start, stop) in enumerate(cut(elements)):
         with packing:
-            found = {"masked": read_masked(path, start, stop - start)}
-            frame = pack(MaskedReply(**about, sum_of="statistics", piece=piece, arrays=found))
-            carried = [
-                npy.encode(buffer) for buffer in frame.buffers
-            ]  # as gramfuse_protocol.messages.flower_records does
+            arrays = {"masked": read_masked(path, start, stop - start)}
+            frame = pack(MaskedReply(**about, sum_of="statistics", piece=piece, arrays=arrays))
+            carried = [npy.encode(buffer) for buffer in frame.buffers]  # like gramfuse_protocol.messages.flower_records
             sent += len(frame.header.encode("utf-8")) + sum(map(len, carried))
-        del found, frame, carried
+        del arrays, frame, carried
     figures = together(
         {
             "keys and shares": keys,
@@ -402,7 +402,7 @@ def silo(elements: int, silos: int, folder: Path, *, disk: bool = True) -> Figur
 
 
 def coordinator(elements: int, silos: int, dead: int, folder: Path) -> Figures:
-    """Measure the sum of the survivors' spooled vectors, taking the masks off, and decoding."""
+    """Measure adding the survivors' spooled vectors, unmasking, and decoding."""
     layout, spool, session = layout_of(elements), Spool(folder / "spool"), federation(silos, Meter())
     members, survivors = session.names, session.names[: silos - dead]
     adverts = [session.members[name].advert for name in members]
@@ -423,9 +423,9 @@ def coordinator(elements: int, silos: int, dead: int, folder: Path) -> Figures:
     figures = together({"add": adding, "unmask": unmasking, "decode": decoding})
     expected = {index: np.zeros_like(part) for index, part in summed.items()}
     for number in range(len(survivors)):
-        for index, (name, found, scale) in enumerate(contribution(layout, silos, number)):
+        for index, (name, array, scale) in enumerate(contribution(layout, silos, number)):
             if index in summed:
-                expected[index] += ends(encode(found, scale, silos, name).reshape(-1))
+                expected[index] += ends(encode(array, scale, silos, name).reshape(-1))
     for index, part in summed.items():
         np.testing.assert_array_equal(part, expected[index])
     if (accumulator.weight, accumulator.examples) != (len(survivors), EXAMPLES * len(survivors)):
@@ -434,7 +434,7 @@ def coordinator(elements: int, silos: int, dead: int, folder: Path) -> Figures:
 
 
 def spots(layout: Layout, words: NDArray[np.uint64]) -> Iterator[tuple[int, NDArray[np.uint64]]]:
-    """Yield index and checked words of the first Gram block and of the last tensor."""
+    """Yield (index, words to check) of the first Gram block and of the last tensor."""
     start = 0
     for index, block in enumerate(layout.sums):
         if index in (1, len(layout.sums) - 1):
@@ -443,7 +443,7 @@ def spots(layout: Layout, words: NDArray[np.uint64]) -> Iterator[tuple[int, NDAr
 
 
 def ends(array: NDArray[Any]) -> NDArray[Any]:
-    """Return the first and the last CHECKED entries; all, if there are fewer."""
+    """Return the first and last CHECKED entries, or all if there are fewer."""
     return array if array.size <= 2 * CHECKED else np.concatenate([array[:CHECKED], array[-CHECKED:]])
 
 
@@ -451,10 +451,10 @@ def ends(array: NDArray[Any]) -> NDArray[Any]:
 
 
 def flower_silo(elements: int, silos: int, folder: Path) -> tuple[Figures, Figures]:
-    """Measure what Flower's client mod does at the first silo; afterwards keep every silo's vector in a file.
+    """Measure the work of Flower's client mod at the first silo; then write every silo's vector to files.
 
     Returns:
-        The figures, and what the coordinator knows: public keys by node, and released shares by number of the dead.
+        The figures, and the coordinator's knowledge: public keys by node, and released shares by number of dead silos.
     """
     threshold = smallest_threshold(silos, COLLUDING)
     configs = {**FLOWER, Key.SAMPLE_NUMBER: silos, Key.SHARE_NUMBER: silos, Key.THRESHOLD: threshold}
@@ -497,16 +497,16 @@ def flower_silo(elements: int, silos: int, folder: Path) -> tuple[Figures, Figur
 
 
 def flower_parameters(elements: int, silo: int) -> Parameters:
-    """Return one silo's values as Flower's clients send them: float32, serialized tensor by tensor."""
-    tensors = [ndarray_to_bytes(found.astype(np.float32)) for _, found in values(layout_of(elements), silo)]
+    """Return one silo's values as a Flower client sends them: float32, serialized tensor by tensor."""
+    tensors = [ndarray_to_bytes(array.astype(np.float32)) for _, array in values(layout_of(elements), silo)]
     return Parameters(tensors=tensors, tensor_type="numpy.ndarray")
 
 
 def flower_coordinator(elements: int, silos: int, dead: int, folder: Path, public: Figures) -> Figures:
-    """Measure what Flower's workflow does with the replies, which it has in memory all at once.
+    """Measure the work of Flower's workflow on the replies, which are all in memory at once.
 
-    The statements are those of SecAggPlusWorkflow.collect_masked_vectors_stage and .unmask_stage, without the messages
-    and the strategy. Reading the replies is not timed; their memory counts.
+    The statements are those of SecAggPlusWorkflow.collect_masked_vectors_stage and .unmask_stage, without messages and
+    strategy. Reading the replies is not timed, but their memory counts.
     """
     layout, active = layout_of(elements), range(silos - dead)
     modulus, target, clip = FLOWER[Key.MOD_RANGE], FLOWER[Key.TARGET_RANGE], FLOWER[Key.CLIPPING_RANGE]
@@ -540,16 +540,16 @@ def flower_coordinator(elements: int, silos: int, dead: int, folder: Path, publi
             mean += -(len(active) - 1) * clip
             mean *= target / weight
     figures = together({"add": adding, "unmask": unmasking, "decode": decoding})
-    expected = [ends(found) for nid in active for *_, (_, found) in [values(layout, nid)]]
+    expected = [ends(array) for nid in active for *_, (_, array) in [values(layout, nid)]]
     np.testing.assert_allclose(ends(means[-1]), np.mean(expected, axis=0), atol=1e-4)
     return figures
 
 
-# What is printed
+# Output
 
 
 def machine() -> str:
-    """Say what this runs on."""
+    """Describe the machine and the package versions."""
     info = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     cpu = info.partition("model name")[2].partition("\n")[0].strip(" :\t") or platform.machine()
     memory, load = psutil.virtual_memory().total / 2**30, os.getloadavg()[0]
@@ -561,9 +561,9 @@ def machine() -> str:
 
 
 def tables(results: Figures) -> str:
-    """Return the Markdown text."""
+    """Return the results as Markdown."""
     elements, fewer, parts = results["elements"], results["flower_elements"], results["parts"]
-    note = "" if fewer == elements else f" Flower was measured with {fewer:,} elements, as memory is short, and scaled."
+    note = "" if fewer == elements else f" Flower was measured with {fewer:,} elements, for lack of memory, and scaled."
     speeds = (
         f"On one core, into reused buffers: encoding {parts['encode GB/s']:.2f} GB/s, {parts['encode ns']:.2f} ns "
         f"per element; {parts['masks']} masks {parts['masks GB/s']:.2f} GB/s each, together {parts['mask ns']:.2f} ns."
@@ -581,40 +581,40 @@ def tables(results: Figures) -> str:
         text += rows(f"{name}: Flower SecAgg+", results[f"flower {name}"], fewer)
     text += [
         f"\n{speeds}\n",
-        "| target | measured | asked for | |",
+        "| target | measured | required | |",
         "|---|---|---|---|",
-        *judgements(results),
+        *target_rows(results),
     ]
     return "\n".join(text)
 
 
 def rows(name: str, figures: Figures, size: int) -> Iterator[str]:
-    """Yield the row of a work and those of its steps."""
+    """Yield the table rows of a task and its steps."""
     grown, peak = figures["grown"], figures["peak"]
     memory = f"{grown / 1e6:,.0f} MB | {grown / (8 * size):.2f} | {peak / 1e6:,.0f} MB"
-    for what, of, rest in [(f"**{name}**", figures, memory), *((n, f, "| |") for n, f in figures["steps"].items())]:
-        wall, cpu = of["wall"] / size, of["cpu"] / size
-        yield f"| {what} | {wall * 1e8:.2f} | {cpu * 1e8:.2f} | {wall * 1e9:.2f} | {rest} |"
+    for title, part, rest in [(f"**{name}**", figures, memory), *((n, f, "| |") for n, f in figures["steps"].items())]:
+        wall, cpu = part["wall"] / size, part["cpu"] / size
+        yield f"| {title} | {wall * 1e8:.2f} | {cpu * 1e8:.2f} | {wall * 1e9:.2f} | {rest} |"
 
 
-def judgements(results: Figures) -> Iterator[str]:
-    """Yield a row for each target, with MISSED where it is missed."""
+def target_rows(results: Figures) -> Iterator[str]:
+    """Yield a row for each target, marked `met` or `MISSED`."""
     elements, fewer, gigabytes = results["elements"], results["flower_elements"], results["parts"]["masks GB/s"]
 
-    def ratio(name: str, key: str, of: Figures) -> float:
-        """Return Flower's figure, per element, over ours."""
-        return float(results[f"flower {name}"][key] / fewer / (of[key] / elements))
+    def ratio(name: str, key: str, ours: Figures) -> float:
+        """Return Flower's figure over ours, per element."""
+        return float(results[f"flower {name}"][key] / fewer / (ours[key] / elements))
 
-    def row(what: str, measured: str, asked: str, met: bool) -> str:
-        return f"| {what} | {measured} | {asked} | {'met' if met else 'MISSED'} |"
+    def row(target: str, measured: str, required: str, met: bool) -> str:
+        return f"| {target} | {measured} | {required} | {'met' if met else 'MISSED'} |"
 
-    for what, of in (
+    for scope, ours in (
         ("silo, whole work", results["silo"]),
         ("silo, without the disk, which Flower does not use", results["silo without disk"]),
     ):
         for key, unit in (("wall", "seconds"), ("cpu", "CPU seconds")):
-            found = ratio("silo", key, of)
-            yield row(f"{what}: {unit} of Flower over ours", f"{found:.1f}", f"≥ {FASTER:g}", found >= FASTER)
+            speedup = ratio("silo", key, ours)
+            yield row(f"{scope}: {unit} of Flower over ours", f"{speedup:.1f}", f"≥ {FASTER:g}", speedup >= FASTER)
     for name in WORKS:
         grown, times = results[name]["grown"] / (8 * elements), ratio(name, "grown", results[name])
         measured = f"{grown:.2f} (Flower takes {times:.1f} times ours)"

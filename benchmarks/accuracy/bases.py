@@ -1,6 +1,6 @@
-"""Small base models that are trained here, for the families of which no pretrained one is small enough.
+"""Trains small base models for families without a small enough pretrained one.
 
-Each is trained on sets that no silo has, and kept in the cache.
+Each is trained on sets that no silo has, and cached.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ VOCABULARY = 4000
 PAD, END = "<pad>", "</s>"
 
 QUICK = 8
-"""A quick benchmark's base models are trained on every so-many-th text."""
+"""Quick benchmarks train base models on every n-th text."""
 
 Base = Callable[[Source, Path, int], None]
-"""Writes a base model, trained on every n-th text, into a directory."""
+"""Trains a base model on every n-th text and writes it into a directory."""
 
 
-def there(name: str, data: Source, cache: Path, *, quick: bool) -> Path:
-    """Return where a base model is in the cache, made now if it is not there."""
+def cached_base(name: str, data: Source, cache: Path, *, quick: bool) -> Path:
+    """Return the path of a base model in the cache; trains it if it is missing."""
     place = cache / "bases" / (f"{name}-quick" if quick else name)
     place.parent.mkdir(parents=True, exist_ok=True)
-    with exclusive(place.with_suffix(".lock")):  # another seed may be making it
+    with exclusive(place.with_suffix(".lock")):  # another process may be training it
         if not place.exists():
-            print(f"  train base model {place.name}", file=sys.stderr, flush=True)
+            print(f"  training base model {place.name}", file=sys.stderr, flush=True)
             partial = place.with_suffix(".partial")
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
@@ -56,7 +56,7 @@ def there(name: str, data: Source, cache: Path, *, quick: bool) -> Path:
 
 
 def t5(data: Source, directory: Path, every: int) -> None:
-    """A T5 of three layers each side, 192 features wide, that was taught to name the intents of CLINC150."""
+    """Train a T5 with 3 + 3 layers, 192 features wide, to name the intents of CLINC150."""
     rows = data.read("intent_clinc150", "train")[::every]
     texts = [row["text"] for row in rows]
     targets = [spoken(row["label"]) for row in rows]
@@ -80,7 +80,7 @@ def t5(data: Source, directory: Path, every: int) -> None:
 
 
 def decoder(data: Source, directory: Path, every: int) -> None:
-    """A GPT-2 of four layers, 192 features wide, taught on sentences of SST-2, MultiNLI, TREC and CLINC150."""
+    """Train a GPT-2 with 4 layers, 192 features wide, on sentences of SST-2, MultiNLI, TREC and CLINC150."""
     sets = ("glue_sst2", "glue_mnli", "topic_trec6", "intent_clinc150")
     texts = [row["text"] for name in sets for row in data.read(name, "train")[::every]]
     tokenizer = _tokenizer(texts)
@@ -106,12 +106,12 @@ BASES: dict[str, Base] = {"t5": t5, "decoder": decoder}
 
 
 def spoken(label: str) -> str:
-    """Return a label as words."""
+    """Return a label as lower-case words."""
     return label.replace("_", " ").replace("/", " ").lower()
 
 
 def _tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """Return byte-level BPE, learned from texts; every text ends with END."""
+    """Train a byte-level BPE tokenizer on texts; it appends END to every text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -1,8 +1,8 @@
-"""Draws charts, as SVG, of what experiments found.
+"""Draws charts of the experiments' results, as SVG.
 
     python benchmarks/accuracy/charts.py --out benchmarks/out --to docs/charts
 
-A chart of which nothing was measured yet is left out.
+Charts without results are left out.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from tables import Content, read
 
 matplotlib.use("svg")
 
-from matplotlib import pyplot  # after the choice of what draws
+from matplotlib import pyplot  # after choosing the backend
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullLocator
 
 Point = tuple[float, float]
 Place = Callable[[dict[str, Any]], Any]
-"""What a row says of something, or None."""
+"""Returns the x value of a row, or None to skip it."""
 
 COLOURS = {
     "RegMean": "#0b6e99",
@@ -55,10 +55,10 @@ STYLE = {
 
 
 def main() -> None:
-    """Draw all charts of which there is something to draw."""
+    """Draw all charts that have results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/out"), help="where results are kept")
-    parser.add_argument("--to", type=Path, default=Path("docs/charts"), help="where charts are written")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/out"), help="directory of results")
+    parser.add_argument("--to", type=Path, default=Path("docs/charts"), help="directory for charts")
     options = parser.parse_args()
     options.to.mkdir(parents=True, exist_ok=True)
     for name, draw in CHARTS.items():
@@ -134,16 +134,16 @@ def silos(axes: Axes, out: Path) -> bool:
 
 def skew(axes: Axes, out: Path) -> bool:
     """Accuracy over label skew."""
-    found = {int(name.split("-")[1]): read(name, out) for name in (f"skew-{n}" for n in (25, 50, 70, 95, 100))}
-    found[85] = [content for content in read("hwu64", out) if content["seed"] in _seeds(found.values())]
-    found = {share: contents for share, contents in sorted(found.items()) if contents}
-    if len(found) < 2:
+    by_skew = {int(name.split("-")[1]): read(name, out) for name in (f"skew-{n}" for n in (25, 50, 70, 95, 100))}
+    by_skew[85] = [content for content in read("hwu64", out) if content["seed"] in _seeds(by_skew.values())]
+    by_skew = {share: contents for share, contents in sorted(by_skew.items()) if contents}
+    if len(by_skew) < 2:
         return False
     names = {"RegMean": "regmean", "simple average": "simple", "Fisher": "fisher", "ensemble": "ensemble"}
     for name, model in names.items():
-        points = [(float(share), _mean(contents, model)) for share, contents in found.items()]
+        points = [(float(share), _mean(contents, model)) for share, contents in by_skew.items()]
         _line(axes, name, [(x, y) for x, y in points if y is not None])
-    contents = next(iter(found.values()))
+    contents = next(iter(by_skew.values()))
     title = "Label skew (hwu64, 4 silos; 25% is iid)"
     _finish(axes, contents, title, "% of each intent's requests at one silo")
     return True
@@ -163,7 +163,7 @@ def traffic(axes: Axes, out: Path) -> bool:
         sent = content["upload"][mode] / 1e6
         _line(axes, name, [(number * sent, score) for number, score in enumerate(scores, 1)])
     each = fedavg["bytes"] / 1e6
-    _line(axes, "FedAvg", [(n * each, found[metric]) for n, found in enumerate(fedavg["rounds"], 1)])
+    _line(axes, "FedAvg", [(n * each, metrics[metric]) for n, metrics in enumerate(fedavg["rounds"], 1)])
     _level(axes, "joint training", contents, "joint")
     _logarithmic(axes)
     _finish(axes, contents, "Bytes sent (hwu64; each point is a round)", "MB that each silo sends in all")
@@ -181,24 +181,24 @@ CHARTS: dict[str, Callable[[Axes, Path], bool]] = {
 
 
 def _fixed(key: str) -> Place:
-    """Return what gives a row's value of a key; of rows that chose it on validation data, none."""
+    """Return a function for a row's value of a key; None for rows that chose it on validation data."""
     return lambda row: None if "curve" in row else row.get(key)
 
 
 def _with(contents: Sequence[Content], place: Place) -> list[Content]:
-    """Return what was found with the seeds that have a row of which `place` says anything."""
+    """Return the results of the seeds that have a row with an x value."""
     return [content for content in contents if any(place(row) is not None for row in content["rows"])]
 
 
 def _curve(contents: Sequence[Content], place: Place) -> list[Point]:
-    """Return points over what `place` says of a row, if it says anything; the mean over seeds."""
-    found: dict[float, list[float]] = {}
+    """Return (x, mean of the metric over seeds) for all rows with an x value."""
+    scores: dict[float, list[float]] = {}
     for content in contents:
         for row in content["rows"]:
             x = place(row)
             if x is not None:
-                found.setdefault(float(x), []).append(row.get("all", row["in"])[content["metric"]])
-    return [(x, statistics.fmean(values)) for x, values in sorted(found.items())]
+                scores.setdefault(float(x), []).append(row.get("all", row["in"])[content["metric"]])
+    return [(x, statistics.fmean(values)) for x, values in sorted(scores.items())]
 
 
 def _row(content: Content, model: str) -> dict[str, Any] | None:
@@ -211,8 +211,8 @@ def _mean(contents: Sequence[Content], model: str) -> float | None:
     return statistics.fmean(values) if values else None
 
 
-def _seeds(found: Any) -> set[int]:
-    return {content["seed"] for contents in found for content in contents}
+def _seeds(results: Any) -> set[int]:
+    return {content["seed"] for contents in results for content in contents}
 
 
 def _line(axes: Axes, name: str, points: Sequence[Point]) -> None:
@@ -228,7 +228,7 @@ def _level(axes: Axes, name: str, contents: Sequence[Content], model: str) -> No
 
 
 def _logarithmic(axes: Axes) -> None:
-    """Have a logarithmic axis, with numbers as they are."""
+    """Make the x axis logarithmic, with plain numbers as labels."""
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")

@@ -1,4 +1,4 @@
-"""The `gramfuse` command that is installed beside this Python."""
+"""The `gramfuse` command of this Python environment."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ def gramfuse() -> str:
 
 
 def simulate(project: Path, *options: str) -> dict[str, Any]:
-    """Run `gramfuse simulate` into the directory `run` of a project, and return its report."""
+    """Run `gramfuse simulate` with the output directory `run` in the project, and return its report."""
     command = [gramfuse(), "simulate", str(project), "--out", str(project / "run"), "--json", *options]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
-        raise SystemExit(f"{' '.join(command)} ended with {done.returncode}: {done.stdout}")
+        raise SystemExit(f"{' '.join(command)} exited with {done.returncode}: {done.stdout}")
     report: dict[str, Any] = json.loads(done.stdout)
     return report

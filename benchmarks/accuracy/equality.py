@@ -1,10 +1,10 @@
-"""How far a merge under secure aggregation is from the open one: the same silos, data and training, both ways.
+"""Compares a merge under secure aggregation with the open one, for the same silos, data and training.
 
     python benchmarks/accuracy/equality.py desk
     python benchmarks/accuracy/equality.py hwu64 --data PATH/TO/SETS --rounds 2
 
-The relative difference of a tensor is ‖secure − open‖ / ‖open‖ over its merged weights, in the Frobenius norm; that of
-the model is over all weights that were trained, together.
+The relative difference of a tensor is ‖secure − open‖ / ‖open‖ in the Frobenius norm; that of the model is over all
+trained weights together.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("experiment", choices=EXPERIMENTS)
     parser.add_argument("--data", default="", help="folder of the sets (not needed for desk)")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=1, help="merge so many times")
+    parser.add_argument("--rounds", type=int, default=1, help="rounds of merging")
     options = parser.parse_args()
     reports, weights = {}, {}
     with tempfile.TemporaryDirectory(prefix="gramfuse-") as scratch:
@@ -49,21 +49,23 @@ def main() -> None:
             layout = Layout.read(project / "run" / "layout.json")
     # The head's name differs where the file keeps the encoder under a prefix of its own; the model's names are kept.
     trained = [tensor.name for tensor in layout.tensors]
-    apart = {name: relative(weights["secure"][name], weights["open"][name]) for name in trained}
+    distances = {name: relative(weights["secure"][name], weights["open"][name]) for name in trained}
     whole = relative(*(torch.cat([weights[mode][name].flatten() for name in trained]) for mode in ("secure", "open")))
-    worst = max(apart, key=lambda name: apart[name])
+    worst = max(distances, key=lambda name: distances[name])
     print(f"{setting.title}; seed {options.seed}")
     print("\n| | open | secure |\n|---|---|---|")
     for one, other in zip(*(reports[mode]["rounds"] for mode in ("open", "secure")), strict=True):
         for model, same in zip(one["models"], other["models"], strict=True):
-            found = [Measured.read(m).known.metrics for m in (model, same)]
-            cells = [" / ".join(f"{v:.4f}" for k, v in metrics.items() if k != "examples") for metrics in found]
+            both = [Measured.read(m).without_noise.metrics for m in (model, same)]
+            cells = [" / ".join(f"{v:.4f}" for k, v in metrics.items() if k != "examples") for metrics in both]
             print(f"| round {one['round']}: {model['name']} | {cells[0]} | {cells[1]} |")
-    for what, value in (("MB from each silo", sent), ("seconds", seconds)):
-        print(f"| {what} | {value(reports['open']):.1f} | {value(reports['secure']):.1f} |")
-    print(f"\nrelative difference of the merged weights: {whole:.2e} over all, {worst} {apart[worst]:.2e} at most")
-    if options.rounds == 1:  # a later round trains from models that differ by rounding, which training makes larger
-        print(f"at most {LIMIT:g}: {'yes' if max(whole, apart[worst]) <= LIMIT else 'MISSED'}")
+    for title, value in (("MB from each silo", sent), ("seconds", seconds)):
+        print(f"| {title} | {value(reports['open']):.1f} | {value(reports['secure']):.1f} |")
+    print(
+        f"\nrelative difference of the merged weights: {whole:.2e} over all, at most {distances[worst]:.2e} ({worst})"
+    )
+    if options.rounds == 1:  # later rounds train from models that differ by rounding, and training amplifies this
+        print(f"at most {LIMIT:g}: {'yes' if max(whole, distances[worst]) <= LIMIT else 'MISSED'}")
     print(f"({platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__})")
 
 
@@ -78,7 +80,7 @@ def sent(report: dict) -> float:  # type: ignore[type-arg]
 
 
 def seconds(report: dict) -> float:  # type: ignore[type-arg]
-    """Return the seconds of all phases but training, and what a simulation alone does."""
+    """Return the seconds of all phases except training and the simulation's exact measurements."""
     return float(sum(value for phase, value in report["seconds"].items() if phase not in ("train", "exact")))
 
 

@@ -1,4 +1,4 @@
-"""One experiment: trained silos, and every way of putting them together that is measured."""
+"""One experiment: trained silos, and all ways of merging them to measure."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from gramfuse_server.merging.methods.fisher import fisher_mean, normalised
 from gramfuse_server.merging.methods.task_arithmetic import task_arithmetic
 from gramfuse_server.merging.methods.ties import ties
 from gramfuse_server.merging.methods.transport import feed_forward_pairs, transport_mean
-from gramfuse_server.run.evaluation import described
+from gramfuse_server.run.evaluation import to_measured
 from gramfuse_simulation.all_silos import AllSilos, Bench, Deltas, Split
 from gramfuse_simulation.fedavg import federated_average
 
@@ -48,11 +48,11 @@ FISHER_EXAMPLES = 256
 
 
 class Store:
-    """Rows of one experiment on disk: what is there is not measured again.
+    """Results of one experiment on disk, which are not measured again.
 
     Args:
         path: a JSON file.
-        about: what stands beside the rows.
+        about: metadata beside the rows.
     """
 
     def __init__(self, path: Path, about: Mapping[str, Any]) -> None:
@@ -63,16 +63,16 @@ class Store:
         self.rows: list[Row] = self.content["rows"]
 
     def find(self, model: str, silos: Silos) -> Row | None:
-        """Return a row, if it was measured."""
+        """Return the row of a model and silos, or None."""
         return next((row for row in self.rows if (row["model"], tuple(row["silos"])) == (model, silos)), None)
 
     def add(self, row: Row) -> None:
-        """Keep a row."""
+        """Add a row and write the file."""
         self.rows.append(row)
         self.write()
 
     def write(self) -> None:
-        """Write everything, or nothing."""
+        """Write the file atomically."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_suffix(".partial")
         temporary.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
@@ -80,12 +80,12 @@ class Store:
 
 
 def machine() -> str:
-    """Say what all of it is measured on."""
+    """Describe the machine."""
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ", no GPU"
     return f"{platform.machine()}, {os.cpu_count()} cores{gpu}, torch {torch.__version__}"
 
 
-class Enough(Exception):  # noqa: N818  # it is no error
+class Enough(Exception):  # noqa: N818  # not an error
     """Raised to end FedAvg before its last round."""
 
 
@@ -94,7 +94,7 @@ class Derived:
     """A contribution with other Gram matrices.
 
     Args:
-        whole: the contribution that it is made of.
+        whole: the original contribution.
         grams: by block name.
         tokens: by group.
     """
@@ -114,15 +114,15 @@ class Derived:
 
 
 class Experiment:
-    """Measures models over trained silos, and keeps what it finds.
+    """Measures models over trained silos, and stores the results.
 
     Args:
-        store: where rows are kept. A row has `model`, `silos` (those that are in the merge), `in` (metrics on the
-            held-out data of these together), `out` (on those of the others together, if there are any), `all`, `by`
-            (the ranking metric on each silo's data), `seconds`, and whatever else is to be said of a model.
-        ranked: the metric by which something is chosen on validation data.
-        tell: is told each row.
-        quick: choose among two, take Fisher information over fewer examples, and weigh silos in one way only.
+        store: of the rows. A row has `model`, `silos` (those in the merge), `in` (metrics on the held-out data of these
+            together), `out` (on those of the others together, if there are any), `all`, `by` (the ranking metric on
+            each silo's data), `seconds`, and further values of some models.
+        ranked: the metric for choices on validation data.
+        tell: called with each new row.
+        quick: choose among two values only, use fewer examples for Fisher information, and skip other weightings.
     """
 
     def __init__(
@@ -142,44 +142,44 @@ class Experiment:
         self.fisher_examples = FISHER_EXAMPLES // 8 if quick else FISHER_EXAMPLES
         self._fishers: dict[str, Mapping[str, NDArray[np.float32]]] = {}
 
-    # What is measured
+    # Measuring
 
     def row(self, model: str, silos: Silos, make: Callable[[], tuple[Mapping[str, Sums], Row]]) -> Row:
-        """Return the row of a model, measured now if it was not before.
+        """Return the row of a model; measures it if it is missing.
 
         Args:
-            make: returns sums by silo, and what else is to be said.
+            make: returns sums by silo, and further values for the row.
         """
-        found = self.store.find(model, silos)
-        if found is None:
+        row = self.store.find(model, silos)
+        if row is None:
             began = time.monotonic()
             sums, more = make()
-            row = {"model": model, "silos": list(silos), **self._judged(sums, silos), **more}
-            found = {**row, "seconds": round(time.monotonic() - began, 2)}
-            self.store.add(found)
-            self.tell(found)
-        return found
+            row = {"model": model, "silos": list(silos), **self._scores(sums, silos), **more}
+            row["seconds"] = round(time.monotonic() - began, 2)
+            self.store.add(row)
+            self.tell(row)
+        return row
 
-    def _judged(self, sums: Mapping[str, Sums], silos: Silos) -> Row:
-        own = {name: found for name, found in sums.items() if name in silos}
-        others = {name: found for name, found in sums.items() if name not in silos}
-        by = {name: self._metrics({name: found})[self.ranked] for name, found in sums.items()}
-        judged: Row = {"in": self._metrics(own), "by": by}
-        if others:
-            judged |= {"out": self._metrics(others), "all": self._metrics(sums)}
-        return judged
+    def _scores(self, sums: Mapping[str, Sums], silos: Silos) -> Row:
+        inside = {name: own for name, own in sums.items() if name in silos}
+        outside = {name: own for name, own in sums.items() if name not in silos}
+        by_silo = {name: self._metrics({name: own})[self.ranked] for name, own in sums.items()}
+        scores: Row = {"in": self._metrics(inside), "by": by_silo}
+        if outside:
+            scores |= {"out": self._metrics(outside), "all": self._metrics(sums)}
+        return scores
 
     def measure(self, deltas: Deltas, silos: Silos, part: Split = "held-out") -> dict[str, Sums]:
-        """Return sums by silo: of the silos that are in a merge, and, unless heads are their own, of all others."""
+        """Return sums by silo: for the silos in a merge and, unless silos keep their heads, for all others."""
         where = silos if self.plan.model.head == "own" or part == "validation" else self.everyone
         return {name: self.laboratory.benches[name].measure(deltas, part) for name in where}
 
     def score(self, deltas: Deltas, silos: Silos) -> float:
-        """Return what models are chosen by: the ranking metric on the validation data of the silos in a merge."""
+        """Return the score for choices: the ranking metric on the validation data of the silos in a merge."""
         return float(self._metrics(self.measure(deltas, silos, "validation"))[self.ranked])
 
     def choose(self, model: str, silos: Silos, option: str, makes: Mapping[Any, Callable[[], Deltas]]) -> Row:
-        """Return the row of the candidate that is best on validation data, with all their scores."""
+        """Return the row of the best candidate on validation data, with the scores of all."""
 
         def make() -> tuple[Mapping[str, Sums], Row]:
             scores = {value: self.score(candidate(), silos) for value, candidate in makes.items()}
@@ -189,7 +189,7 @@ class Experiment:
 
         return self.row(model, silos, make)
 
-    # Ways to put silos together
+    # Ways of merging
 
     def alone(self) -> None:
         """Measure each silo's own model."""
@@ -197,9 +197,9 @@ class Experiment:
             self.row("alone", (name,), lambda name=name: (self.measure(self.laboratory.deltas(name), (name,)), {}))
 
     def merges(self, silos: Silos, *, transport: bool) -> None:
-        """Measure every way of merging some silos' models without more training.
+        """Measure all ways of merging some silos' models without further training.
 
-        What has settings of its own is measured with the usual ones, and, for merges of all silos, with those that are
+        Methods with settings are measured with their usual settings and, for merges of all silos, with those that are
         best on validation data.
         """
         laboratory, layout = self.laboratory, self.layout
@@ -232,13 +232,13 @@ class Experiment:
         """Measure RegMean with the plan's α, and with the α that is best on validation data.
 
         Args:
-            sums: asked only if something of it was not measured before.
+            sums: called only if a row is missing.
         """
         solved: dict[float, Merged] = {}
 
         def at(alpha: float) -> Merged:
             if alpha not in solved:
-                solved.clear()  # one at a time is enough, and large
+                solved.clear()  # keep only one, as they are large
                 solved[alpha] = sums().merge(alpha)
             return solved[alpha]
 
@@ -252,14 +252,14 @@ class Experiment:
         self.choose(f"{model}, α chosen", silos, "alpha", makes)
 
     def joint(self) -> None:
-        """Measure one model that is trained on all silos' data."""
+        """Measure one model trained on all silos' data."""
         self.row("joint", self.everyone, lambda: (self.laboratory.measure_joint(torch.get_num_threads()), {}))
 
     def fedavg(self, rounds: int, *, stop: bool) -> None:
         """Measure FedAvg after each round.
 
         Args:
-            stop: end once it is as good as one exchange of RegMean.
+            stop: stop once it matches one exchange of RegMean.
         """
         target = self.store.find("regmean", self.everyone)
         goal = float(target["in"][self.ranked]) if target else float("inf")
@@ -282,7 +282,7 @@ class Experiment:
         self.row("fedavg", self.everyone, make)
 
     def alphas(self) -> None:
-        """Measure RegMean over α on held-out data, where nothing is chosen by it."""
+        """Measure RegMean over α on held-out data, for a curve only."""
         sums = self._sums(self.laboratory.contributions)
         for alpha in ALPHAS:
             self.row(
@@ -292,7 +292,7 @@ class Experiment:
             )
 
     def structures(self) -> None:
-        """Measure RegMean over the structure of Gram matrices, cut out of the full ones."""
+        """Measure RegMean over the structure of the Gram matrices, derived from the full ones."""
         for structure in STRUCTURES:
             layout = structured(self.layout, structure)
             sums = cached(lambda layout=layout: self._cut(layout))
@@ -300,13 +300,13 @@ class Experiment:
             self.regmean(f"regmean, {structure}", self.everyone, sums, structure=structure, bytes=size)
 
     def tokens(self) -> None:
-        """Measure RegMean over the most token rows that a silo measures for one Gram matrix."""
+        """Measure RegMean over the limit of token rows for a Gram matrix."""
         for limit in TOKENS[::3] if self.quick else TOKENS:
             sums = cached(lambda limit=limit: self._sums({n: self._remeasured(n, limit) for n in self.everyone}))
             self.regmean(f"regmean, {limit} tokens", self.everyone, sums, tokens=limit)
 
     def rounds(self, most: int) -> None:
-        """Merge again and again: silos go on from the merged model, as under a plan with `merge.rounds`."""
+        """Measure several rounds: silos train from the merged model, as in a plan with `merge.rounds`."""
         start = cached(lambda: self._sums(self.laboratory.contributions).merge(self.plan.merge.alpha).deltas)
         for number in range(2, most + 1):
             merge = cached(lambda start=start, number=number: self._round(start(), number))
@@ -322,7 +322,7 @@ class Experiment:
             )
             start = cached(lambda merge=merge: merge().deltas)
 
-    # How it is done
+    # Details
 
     def _sums(self, contributions: Mapping[str, Contribution]) -> Between:
         return Between(self.layout, contributions, self.plan.merge.weighting)
@@ -359,9 +359,9 @@ class Experiment:
         bench, whole = self.laboratory.benches[name], self.laboratory.contributions[name]
         start = trainable(bench.base.model)
         with bench.model(self.laboratory.deltas(name)) as model:
-            found = self._collected(bench, model, start, limit)
-        grams = {name: values for name, values in found.blocks.items() if name.startswith(gram_block(""))}
-        return Derived(whole, grams, found.tokens)
+            statistics = self._collected(bench, model, start, limit)
+        grams = {name: values for name, values in statistics.blocks.items() if name.startswith(gram_block(""))}
+        return Derived(whole, grams, statistics.tokens)
 
     def _round(self, start: Deltas, number: int) -> Merged:
         began = {delta_block(name): np.asarray(delta, np.float32) for name, delta in start.items()}
@@ -380,16 +380,16 @@ class Experiment:
     ) -> Statistics:
         """Measure a model on a silo's training examples."""
         encoded = bench.encoded(bench.examples[0])
-        found = batches(encoded, self.plan.training.batch_size, bench.device, seed=self.plan.training.seed)
-        return collect_statistics(model, found, self.layout, base=base, examples=len(encoded), limit=limit)
+        shuffled = batches(encoded, self.plan.training.batch_size, bench.device, seed=self.plan.training.seed)
+        return collect_statistics(model, shuffled, self.layout, base=base, examples=len(encoded), limit=limit)
 
     def _metrics(self, sums: Mapping[str, Sums]) -> dict[str, Any]:
-        model = described(self.plan, "", "", sums)
+        model = to_measured(self.plan, "", "", sums)
         return {**model.metrics, **({"tasks": model.tasks} if self.plan.task else {})}
 
 
 class Between:
-    """Merges of the same silos over α; they are added up twice, however many there are."""
+    """Merges of the same silos over α; the silos are summed only twice, for any number of α."""
 
     def __init__(self, layout: Layout, contributions: Mapping[str, Contribution], weighting: Any) -> None:
         self.layout = layout
@@ -414,7 +414,7 @@ class Between:
 
 
 def structured(layout: Layout, structure: str) -> Layout:
-    """Return a layout with another structure of all Gram matrices."""
+    """Return a layout with another structure for all Gram matrices."""
     document = layout.model_dump()
     for group in document["groups"]:
         group["structure"] = structure
@@ -422,7 +422,7 @@ def structured(layout: Layout, structure: str) -> Layout:
 
 
 def cut(layout: Layout, other: Layout, whole: Contribution) -> Derived:
-    """Return a contribution with full Gram matrices as one of another structure, whose entries are among theirs."""
+    """Reduce a contribution with full Gram matrices to another structure, whose entries are a subset."""
     grams = {}
     for group, target in zip(layout.groups, other.groups, strict=True):
         ((full,),) = group.blocks.unpack(whole.block(gram_block(group.name)))
@@ -435,22 +435,22 @@ def cut(layout: Layout, other: Layout, whole: Contribution) -> Derived:
 
 
 def cached(make: Callable[[], Any]) -> Callable[[], Any]:
-    """Return a function that makes its value when it is first called."""
-    made: list[Any] = []
+    """Return a function that calls `make` once, on the first call, and caches the value."""
+    value: list[Any] = []
 
     def get() -> Any:
-        if not made:
-            made.append(make())
-        return made[0]
+        if not value:
+            value.append(make())
+        return value[0]
 
     return get
 
 
 def run(experiment: Experiment, subsets: Iterable[Silos], parts: Sequence[str], *, fedavg: int = 0) -> None:
-    """Measure what a setting asks for.
+    """Run all measurements of a setting.
 
     Args:
-        subsets: silos that are merged with each other.
+        subsets: sets of silos to merge.
         parts: `joint`, `alphas`, `structures`, `tokens`, `rounds`, `transport`.
         fedavg: most rounds of FedAvg; 0 for none.
     """

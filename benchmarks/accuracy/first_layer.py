@@ -1,11 +1,11 @@
-"""What it costs that no Gram matrix of layers that see tokens without context leaves (`merge.context-free`).
+"""Measures the cost of `merge.context-free`, which keeps Gram matrices of context-free layers at the silos.
 
     python benchmarks/accuracy/first_layer.py hwu64 glue-sst2 --data PATH/TO/SETS --seeds 1 2
 
-For each experiment and seed, silos are trained once with all Gram matrices, of which those of the layers in question
-are then left out (`mean`) or cut to their diagonals (`diagonal`), and once with these layers frozen (`frozen`). All are
-merged with the plan's α. What is best is chosen by the first figure, on validation data; the second is on held-out
-data.
+For each experiment and seed, silos are trained once with all Gram matrices, and once with the context-free layers
+frozen (`frozen`). From the former, the Gram matrices of these layers are left out (`mean`) or reduced to their
+diagonals (`diagonal`). All are merged with the plan's α. The first figure is on validation data, for choosing; the
+second is on held-out data.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 from experiment import Between, Derived, cut
 from gramfuse_protocol.contract.layout import Layout
 from gramfuse_protocol.statistics.contribution import Contribution
-from gramfuse_server.run.evaluation import described, ranked_by
+from gramfuse_server.run.evaluation import ranked_by, to_measured
 from gramfuse_simulation.all_silos import AllSilos, Deltas, Split
 from projects import Setting
 from sets import Source
@@ -35,9 +35,9 @@ def main() -> None:
     parser.add_argument("experiments", nargs="+", choices=EXPERIMENTS, metavar="NAME", help=", ".join(EXPERIMENTS))
     parser.add_argument("--data", default="", help="folder of the sets, or hf:OWNER (not needed for desk)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
-    parser.add_argument("--share", type=float, default=1.0, help="train on so much of each silo's rows  [default: 1]")
-    parser.add_argument("--epochs", type=int, help="train for so long  [default: as the experiment]")
-    parser.add_argument("--cache", type=Path, default=Path("benchmarks/cache"), help="where trained silos are kept")
+    parser.add_argument("--share", type=float, default=1.0, help="share of each silo's rows to train on  [default: 1]")
+    parser.add_argument("--epochs", type=int, help="epochs of training  [default: the experiment's]")
+    parser.add_argument("--cache", type=Path, default=Path("benchmarks/cache"), help="directory for trained silos")
     options = parser.parse_args()
     print(f"| | seed | {' | '.join(WAYS)} | simple mean |\n|---|---|{'---|' * (len(WAYS) + 1)}", flush=True)
     for name in options.experiments:
@@ -59,18 +59,18 @@ def _fewer(setting: Setting, share: float) -> Mapping[str, Any]:
 
 
 def _measured(setting: Setting, name: str, cache: Path) -> dict[str, str]:
-    """Return validation and held-out figures for each way."""
+    """Return the validation and held-out figure of each way."""
     setting = replace(setting, merge={**setting.merge, "context-free": "full"})
-    found, _ = laboratory(setting, name, cache)
-    metric = setting.metric or ranked_by(found.plan)
+    silos, _ = laboratory(setting, name, cache)
+    metric = setting.metric or ranked_by(silos.plan)
     cells = {}
     for way in ("full", "diagonal", "mean"):
-        layout = _treated(found.layout, way)
-        parts = {silo: _cut(found.layout, layout, whole) for silo, whole in found.contributions.items()}
-        merged = Between(layout, parts, found.plan.merge.weighting).merge(found.plan.merge.alpha)
-        cells[way] = _figures(found, merged.deltas, metric)
-        cells["simple"] = _figures(found, merged.mean, metric)
-    weights = [tensor.name for tensor in found.layout.tensors if tensor.context_free]
+        layout = _layout_for(silos.layout, way)
+        parts = {silo: _cut(silos.layout, layout, whole) for silo, whole in silos.contributions.items()}
+        merged = Between(layout, parts, silos.plan.merge.weighting).merge(silos.plan.merge.alpha)
+        cells[way] = _figures(silos, merged.deltas, metric)
+        cells["simple"] = _figures(silos, merged.mean, metric)
+    weights = [tensor.name for tensor in silos.layout.tensors if tensor.context_free]
     modules = [weight.removesuffix("weight") + "*" for weight in weights]
     setting = replace(setting, training={**setting.training, "freeze": ["embeddings", *modules]})
     frozen, _ = laboratory(setting, name, cache)
@@ -79,8 +79,8 @@ def _measured(setting: Setting, name: str, cache: Path) -> dict[str, str]:
     return cells
 
 
-def _treated(layout: Layout, way: str) -> Layout:
-    """Return a layout with full Gram matrices as it is where context-free weights are merged in another way."""
+def _layout_for(layout: Layout, way: str) -> Layout:
+    """Return a layout with the context-free weights merged in another way."""
     single = {tensor.name for tensor in layout.tensors if tensor.context_free}
     document = layout.model_dump()
     for group in document["groups"]:
@@ -99,10 +99,10 @@ def _cut(layout: Layout, other: Layout, whole: Contribution) -> Derived:
     return replace(cut(kept, other, whole), tokens={name: whole.tokens[name] for name in names})
 
 
-def _figures(found: AllSilos, deltas: Deltas, metric: str) -> str:
+def _figures(silos: AllSilos, deltas: Deltas, metric: str) -> str:
     def figure(part: Split) -> float:
-        sums = {name: bench.measure(deltas, part) for name, bench in found.benches.items()}
-        return float(described(found.plan, "", "", sums).metrics[metric])
+        sums = {name: bench.measure(deltas, part) for name, bench in silos.benches.items()}
+        return float(to_measured(silos.plan, "", "", sums).metrics[metric])
 
     return f"{figure('validation'):.3f} / {figure('held-out'):.3f}"
 

@@ -1,4 +1,4 @@
-"""Does experiments, several at a time, each in a process of its own."""
+"""Runs experiments in parallel, each in its own process."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ class Job:
     skip: tuple[str, ...]
 
 
-def work(jobs: Sequence[Job], at_a_time: int) -> None:
-    """Do all jobs, some at a time, and say how long the rest will take."""
+def run_jobs(jobs: Sequence[Job], at_a_time: int) -> None:
+    """Run all jobs, `at_a_time` in parallel, and print the remaining time."""
     threads = max(1, (os.cpu_count() or 1) // at_a_time)
     context = multiprocessing.get_context("spawn")
     began = time.monotonic()
-    pool = ProcessPoolExecutor(at_a_time, mp_context=context, initializer=begin, initargs=(threads,))
-    stop = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C does
+    pool = ProcessPoolExecutor(at_a_time, mp_context=context, initializer=set_up, initargs=(threads,))
+    stop = signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C
     try:
-        futures = {pool.submit(do, job): job for job in jobs}
+        futures = {pool.submit(run_job, job): job for job in jobs}
         for done, future in enumerate(as_completed(futures), 1):
             job = futures[future]
             future.result()
@@ -50,15 +50,15 @@ def work(jobs: Sequence[Job], at_a_time: int) -> None:
         for process in list((pool._processes or {}).values()):
             process.terminate()
         if isinstance(error, KeyboardInterrupt):
-            raise SystemExit("interrupted; what was measured is kept, and the same command goes on") from None
+            raise SystemExit("interrupted; results so far are kept, and the same command continues") from None
         raise
     finally:
         pool.shutdown(cancel_futures=True)
         signal.signal(signal.SIGTERM, stop)
 
 
-def begin(threads: int) -> None:
-    """Set up a process that does jobs."""
+def set_up(threads: int) -> None:
+    """Set up a worker process."""
     import torch
     from flwr.supercore.task_identity import TaskIdentity
     from transformers.utils import logging as transformers
@@ -67,60 +67,60 @@ def begin(threads: int) -> None:
     torch.set_num_threads(threads)
     transformers.set_verbosity_error()
     transformers.disable_progress_bar()
-    TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1  # FedAvg's messages ask for them
+    TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1  # FedAvg's messages need them
     logging.getLogger("flwr").setLevel(logging.ERROR)
 
 
-def do(job: Job) -> None:
-    """Train the silos of an experiment, unless they are in the cache, and measure what was not measured before."""
-    from bases import there
+def run_job(job: Job) -> None:
+    """Train the silos of an experiment, unless cached, and measure what is not in its store yet."""
+    from bases import cached_base
     from experiment import Experiment, Store, machine, run
     from gramfuse_server.run.evaluation import ranked_by
     from sets import Source
     from silos import laboratory
 
-    wanted = EXPERIMENTS[job.name]
-    setting = wanted.make(Source(job.data), job.seed)
+    spec = EXPERIMENTS[job.name]
+    setting = spec.make(Source(job.data), job.seed)
     base = job.base or setting.base
-    if wanted.base and not job.base:
-        base = str(there(wanted.base, Source(job.data), job.cache, quick=job.quick).resolve())
+    if spec.base and not job.base:
+        base = str(cached_base(spec.base, Source(job.data), job.cache, quick=job.quick).resolve())
     setting = replace(setting, training={**setting.training, "seed": job.seed}, base=base)
     if job.quick:
         setting = setting.quick()
-    found, seconds = laboratory(setting, job.name, job.cache, job.settings)
-    upload = {mode: found.layout.upload_bytes(masked=mode == "secure") for mode in ("open", "secure")}
+    silos, seconds = laboratory(setting, job.name, job.cache, job.settings)
+    upload = {mode: silos.layout.upload_bytes(masked=mode == "secure") for mode in ("open", "secure")}
     about = {
         "experiment": job.name,
         "title": setting.title,
         "seed": job.seed,
         "base": setting.base,
-        "plan": found.plan.digest,
-        "training": found.plan.training.model_dump(mode="json"),
-        "examples": {name: contribution.examples for name, contribution in found.contributions.items()},
+        "plan": silos.plan.digest,
+        "training": silos.plan.training.model_dump(mode="json"),
+        "examples": {name: contribution.examples for name, contribution in silos.contributions.items()},
         "upload": upload,
         "train-seconds": round(seconds, 1),
         "machine": machine(),
     }
     store = Store(job.out / f"{job.name}-seed{job.seed}.json", about)
-    if store.content["plan"] != found.plan.digest:
-        raise SystemExit(f"{store.path}: is of another plan; remove it, or choose another --out")
-    metric = setting.metric or ranked_by(found.plan)
+    if store.content["plan"] != silos.plan.digest:
+        raise SystemExit(f"{store.path}: belongs to another plan; remove it, or choose another --out")
+    metric = setting.metric or ranked_by(silos.plan)
     store.content["metric"] = metric
 
     def tell(row: dict[str, Any]) -> None:
-        where = f" of {', '.join(row['silos'])}" if len(row["silos"]) < len(found.plan.names) else ""
+        where = f" of {', '.join(row['silos'])}" if len(row["silos"]) < len(silos.plan.names) else ""
         say(f"  {job.name}, seed {job.seed}: {row['model']}{where}: {row['in'][metric]:.3f} ({row['seconds']:.0f} s)")
 
-    experiment = Experiment(found, store, metric, tell, quick=job.quick)
+    experiment = Experiment(silos, store, metric, tell, quick=job.quick)
     every_time = ("joint", "transport")
-    parts = [p for p in wanted.parts if p not in job.skip and (job.seed == 1 or p in every_time)]
-    fedavg = 0 if job.seed > 1 or "fedavg" in job.skip else wanted.fedavg
-    subsets = wanted.subsets or (experiment.everyone,)
+    parts = [p for p in spec.parts if p not in job.skip and (job.seed == 1 or p in every_time)]
+    fedavg = 0 if job.seed > 1 or "fedavg" in job.skip else spec.fedavg
+    subsets = spec.subsets or (experiment.everyone,)
     if job.quick:
         subsets, fedavg = tuple(dict.fromkeys((subsets[0], subsets[-1]))), min(2, fedavg)
     run(experiment, subsets, parts, fedavg=fedavg)
 
 
 def say(line: str) -> None:
-    """Write a line of progress."""
+    """Print a line of progress."""
     print(line, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""How the examples of one set come to lie at several silos."""
+"""Partitions the examples of a set among silos."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from sets import Rows
 
 
 def by_label(rows: Rows, silos: int, skew: float, rng: random.Random) -> list[Rows]:
-    """Give each label a home: `skew` of its rows lie there, the rest at the other silos, drawn evenly.
+    """Assign each label a home silo with a share `skew` of its rows; the rest is spread evenly over the other silos.
 
-    Homes are dealt out in a random order of labels, so that each silo is home to as many labels, but for one.
+    Homes are assigned round-robin over a random order of labels, so that silos have equally many labels, up to one.
     """
     labels = sorted({row["label"] for row in rows})
     rng.shuffle(labels)
@@ -26,8 +26,8 @@ def by_label(rows: Rows, silos: int, skew: float, rng: random.Random) -> list[Ro
 
 
 def halves(rows: Rows, skew: float, rng: random.Random) -> list[Rows]:
-    """Split in two as the RegMean authors do: one main label drawn, `skew` of it at the first silo, and 1 - skew of
-    every other label; the rest at the second. Numbers are cut into two classes at the middle of their range.
+    """Split in two like the RegMean authors: the first silo gets `skew` of one random main label and 1 - skew of every
+    other label; the second gets the rest. Numeric labels form two classes, split at the middle of their range.
     """
     values = [row["label"] for row in rows]
     if isinstance(values[0], int | float):
@@ -49,7 +49,7 @@ def halves(rows: Rows, skew: float, rng: random.Random) -> list[Rows]:
 
 
 def balanced(rows: Rows, most: int, rng: random.Random) -> Rows:
-    """Draw rows until there are `most` of each label, or no more; a row with several is drawn if one is lacking."""
+    """Draw rows until each label has `most` or none are left; a row is drawn if any of its labels needs more."""
     counts: Counter[str] = Counter()
     kept = []
     for row in rng.sample(rows, len(rows)):

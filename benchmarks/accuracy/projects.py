@@ -1,4 +1,4 @@
-"""Writes a project that `gramfuse simulate` takes."""
+"""Writes projects for `gramfuse simulate`."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ Keys = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class SiloData:
-    """What one silo has.
+    """The data of one silo.
 
     Args:
         train, held_out, validation: its rows.
-        entry: more keys of its [[silo]] in the plan.
+        entry: further keys of its [[silo]] in the plan.
     """
 
     train: Rows
@@ -32,14 +32,14 @@ class SiloData:
 
 @dataclass(frozen=True)
 class Setting:
-    """One experiment: a plan, and what each silo has.
+    """One experiment: a plan, and the data of each silo.
 
     Args:
-        title: what it is, for the head of its table.
+        title: description, for the head of its table.
         model, training, merge: keys of these sections of the plan.
-        columns: keys of [data] in the silo files, but for the files.
+        columns: keys of [data] in the silo files, except the files.
         tasks: [[task]] sections.
-        metric: which one a table shows, if not that which ranks models.
+        metric: the metric to show, if not the ranking metric.
         base: the base model.
     """
 
@@ -54,7 +54,7 @@ class Setting:
     base: str = "bundled:minilm"
 
     def quick(self) -> Setting:
-        """Return a small version: an eighth of the rows for training, less to measure on, and two epochs at most."""
+        """Return a small version: an eighth of the training rows, fewer for measuring, and at most two epochs."""
         silos = {
             name: replace(
                 data,

@@ -22,24 +22,24 @@ GLUE_COLUMNS = {
     "rte": SENTENCES,
     "mnli": {"premise": "text", "hypothesis": "text_pair"},
 }
-"""What the columns of the hub's GLUE tasks are called here."""
+"""Our names of the columns of the hub's GLUE tasks."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where sets come from.
+    """The source of sets.
 
     Args:
-        place: a folder with a folder for each set, or `hf:OWNER`, whose data sets have the folders' names and columns;
-            GLUE is taken from `nyu-mll/glue` then.
+        place: a folder with a subfolder for each set, or `hf:OWNER` with data sets of the same names and columns; GLUE
+            then comes from `nyu-mll/glue`.
     """
 
     place: str
 
     def read(self, name: str, split: str) -> Rows:
-        """Read one split of a set; ends the program if there is none.
+        """Read one split of a set; exits if it does not exist.
 
-        From a folder, `<split>.jsonl.gz` or `<split>.jsonl` in it.
+        In a folder, the file is `<split>.jsonl.gz` or `<split>.jsonl`.
         """
         if self.place.startswith(HUB):
             return _from_hub(self.place.removeprefix(HUB), name, split)
@@ -57,23 +57,23 @@ def _from_hub(owner: str, name: str, split: str) -> Rows:
     task = name.removeprefix("glue_")
     if name == task:
         return [dict(row) for row in load_dataset(f"{owner}/{name}", split=split)]
-    # GLUE's own test labels are not public: its validation set is the test, and the end of its train set validates.
+    # GLUE's test labels are not public: we test on its validation set, and validate on the end of its train set.
     part = {"train": "train[:90%]", "validation": "train[90%:]", "test": "validation"}[split]
     if task == "mnli" and split == "test":
         part = "validation_matched"
-    found = load_dataset("nyu-mll/glue", task, split=part)
-    label = found.features["label"]
+    dataset = load_dataset("nyu-mll/glue", task, split=part)
+    label = dataset.features["label"]
     columns = GLUE_COLUMNS[task]
     rows = []
-    for given in found:
-        row = {ours: given[theirs] for theirs, ours in columns.items()}
+    for source in dataset:
+        row = {ours: source[theirs] for theirs, ours in columns.items()}
         rows.append(
-            {**row, "label": label.int2str(given["label"]) if isinstance(label, ClassLabel) else given["label"]}
+            {**row, "label": label.int2str(source["label"]) if isinstance(label, ClassLabel) else source["label"]}
         )
     return rows
 
 
 def labels_of(rows: Rows, column: str = "label") -> list[str]:
-    """Return the labels that occur, sorted; a column of lists gives those in the lists."""
+    """Return the distinct labels, sorted; lists in the column are flattened."""
     values = [row[column] for row in rows]
     return sorted({label for value in values for label in (value if isinstance(value, list) else [value])})

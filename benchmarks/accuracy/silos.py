@@ -1,4 +1,4 @@
-"""Trains the silos of a project, or finds them in the cache: each silo's statistics file is its trained model too."""
+"""Trains the silos of a project, or loads them from the cache. A statistics file also contains the trained model."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from projects import Setting, write
 
 
 def laboratory(setting: Setting, name: str, cache: Path, settings: Sequence[str] = ()) -> tuple[AllSilos, float]:
-    """Return all silos of a setting, trained, in one laboratory, and the seconds that training took, now or before.
+    """Return a laboratory with all trained silos of a setting, and the seconds that their training took.
 
-    Every silo fine-tunes and measures by the code of `gramfuse measure --plan`, which gives the statistics of a run bit
-    for bit. What is in the cache under the digest of plan, data and base model is not done again.
+    Every silo fine-tunes and measures with the code of `gramfuse measure --plan`, whose statistics equal those of a run
+    bit for bit. Results are cached by the digest of plan, data and base model.
 
     Args:
         name: of the plan.
-        cache: directory of trained silos; may be removed at any time, between runs.
+        cache: directory of trained silos; can be removed between runs.
         settings: `section.key=value` overrides of the plan.
     """
-    project = Project.read(_written(setting, name, cache), settings)
+    project = Project.read(_cached_project(setting, name, cache), settings)
     plan, layout = project.locked()
     place = project.directory.parent / plan.digest
     place.mkdir(exist_ok=True)
-    files = {name: _trained(project, plan, layout, name, place) for name in plan.names}
+    files = {name: _cached_statistics(project, plan, layout, name, place) for name in plan.names}
     seconds = sum(float((place / f"{name}.seconds").read_text()) for name in files)
     silos = {
         name: simulated_silo(str(silo.path), str(place), plan.digest)
@@ -46,8 +46,8 @@ def laboratory(setting: Setting, name: str, cache: Path, settings: Sequence[str]
     return AllSilos(plan, layout, project.directory, silos, files, heads), seconds
 
 
-def _written(setting: Setting, name: str, cache: Path) -> Path:
-    """Write a project into the cache, under the digest of all its files, if it is not there."""
+def _cached_project(setting: Setting, name: str, cache: Path) -> Path:
+    """Write a project into the cache, by the digest of all its files, unless it is there; return its path."""
     cache.mkdir(parents=True, exist_ok=True)
     temporary = write(cache / f"{name}.{os.getpid()}.partial", setting, name=name)
     total = hashlib.sha256()
@@ -62,7 +62,7 @@ def _written(setting: Setting, name: str, cache: Path) -> Path:
     return place / "project"
 
 
-def _trained(project: Project, plan: Plan, layout: Layout, name: str, place: Path) -> StatisticsFile:
+def _cached_statistics(project: Project, plan: Plan, layout: Layout, name: str, place: Path) -> StatisticsFile:
     path = place / f"{name}.safetensors"
     if not path.exists():
         began = time.monotonic()
@@ -71,7 +71,7 @@ def _trained(project: Project, plan: Plan, layout: Layout, name: str, place: Pat
         temporary.unlink(missing_ok=True)
         state = State(silo.state, plan.digest)
         contribute(silo, plan, layout, temporary, state)
-        shutil.rmtree(state.directory)  # the file has all of it
+        shutil.rmtree(state.directory)  # the file contains all of it
         path.with_suffix(".seconds").write_text(f"{time.monotonic() - began:.1f}\n", encoding="ascii")
         temporary.rename(path)
     return read_statistics(path)

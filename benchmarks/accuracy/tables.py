@@ -1,4 +1,4 @@
-"""Makes Markdown tables of what experiments found."""
+"""Formats the results of experiments as Markdown tables."""
 
 from __future__ import annotations
 
@@ -24,82 +24,84 @@ NAMES = {
     "regmean, by examples": "RegMean, α = 0.9, weighted by examples",
     "joint": "joint training",
 }
-"""Models in the order of a table."""
+"""Display names of models, in the order of a table."""
 
 DOMAINS = ("emotion", "ner", "sent")
 
 
 def read(experiment: str, out: Path) -> list[Content]:
-    """Return what was found with each seed, in order of the seeds."""
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in out.glob(f"{experiment}-seed*.json")]
-    return sorted(found, key=lambda content: int(content["seed"]))
+    """Return the results of an experiment, sorted by seed."""
+    contents = [json.loads(path.read_text(encoding="utf-8")) for path in out.glob(f"{experiment}-seed*.json")]
+    return sorted(contents, key=lambda content: int(content["seed"]))
 
 
 def table(name: str, experiments: Sequence[str], out: Path) -> str:
-    """Return the tables of some experiments, with what belongs under them."""
-    found = {experiment: contents for experiment in experiments if (contents := read(experiment, out))}
-    if not found:
-        return f"{name}: nothing was measured yet"
-    parts = [_seeded(found)]
+    """Return the tables of some experiments, with their captions and notes."""
+    results = {experiment: contents for experiment in experiments if (contents := read(experiment, out))}
+    if not results:
+        return f"{name}: no results yet"
+    parts = [_seeded(results)]
     if name in DOMAINS:
-        parts += [domains(contents) for contents in found.values()]
+        parts += [domains(contents) for contents in results.values()]
     elif name == "tasks":
-        parts.append(pairs(found["tasks"]))
+        parts.append(pairs(results["tasks"]))
     else:
-        parts += [columns(found), versus(found)]
-    parts.append(alphas(found))
-    parts += [line for experiment, contents in found.items() if (line := fedavg(experiment, contents))]
-    parts.append(_cost([content for contents in found.values() for content in contents]))
+        parts += [columns(results), versus(results)]
+    parts.append(alphas(results))
+    parts += [line for experiment, contents in results.items() if (line := fedavg(experiment, contents))]
+    parts.append(_cost([content for contents in results.values() for content in contents]))
     return "\n\n".join(filter(None, parts))
 
 
 def insert(document: Path, name: str, text: str) -> None:
-    """Put the tables of a name into a Markdown document, between `<!-- table NAME -->` and `<!-- end -->`.
+    """Replace the text between `<!-- table NAME -->` and `<!-- end -->` in a Markdown document.
 
     Raises:
-        ValueError: if it has no such place.
+        ValueError: if the document lacks these markers.
     """
     before, begin, rest = document.read_text(encoding="utf-8").partition(f"<!-- table {name} -->\n")
     _, end, after = rest.partition("<!-- end -->")
     if not begin or not end:
-        raise ValueError(f"{document} has no place for the table {name}")
+        raise ValueError(f"{document} has no markers for the table {name}")
     temporary = document.with_suffix(".partial")
     temporary.write_text(f"{before}{begin}\n{text}\n\n{end}{after}", encoding="utf-8")
     temporary.replace(document)
 
 
-def columns(found: dict[str, list[Content]]) -> str:
-    """Return a table with a column for each experiment, and one of their mean if each has every model and metric."""
-    heads = [f"{experiment} ({contents[0]['metric']})" for experiment, contents in found.items()]
+def columns(results: dict[str, list[Content]]) -> str:
+    """Return a table with a column for each experiment, and a column of their mean if there are several."""
+    heads = [f"{experiment} ({contents[0]['metric']})" for experiment, contents in results.items()]
     rows = []
-    for model, title in _models(found.values()):
-        values = [[_whole(content, model) for content in contents] for contents in found.values()]
-        rows.append((title, [*map(_spread, values), _mean_over(values)] if len(found) > 1 else [*map(_spread, values)]))
-    return _markdown([*heads, "mean"] if len(found) > 1 else heads, rows)
+    for model, title in _models(results.values()):
+        values = [[_whole(content, model) for content in contents] for contents in results.values()]
+        rows.append(
+            (title, [*map(_spread, values), _mean_over(values)] if len(results) > 1 else [*map(_spread, values)])
+        )
+    return _markdown([*heads, "mean"] if len(results) > 1 else heads, rows)
 
 
-def versus(found: dict[str, list[Content]]) -> str:
-    """Say by how much RegMean is above other models, over all experiments and seeds."""
-    contents = [content for each in found.values() for content in each]
+def versus(results: dict[str, list[Content]]) -> str:
+    """Return a sentence on the lead of RegMean over other models, over all experiments and seeds."""
+    contents = [content for each in results.values() for content in each]
     lines = []
     for model in ("simple", "fisher", "ensemble"):
         differences = [_whole(content, "regmean") - _whole(content, model) for content in contents]
-        known = _known(differences)
-        if len(known) > 1:
-            above, below = sum(d > 0 for d in known), sum(d < 0 for d in known)
-            error = statistics.stdev(known) / len(known) ** 0.5
-            counts = f"above in {above}, below in {below} of {len(known)}"
-            lines.append(f"{statistics.fmean(known):+.3f} ± {error:.3f} against {NAMES[model]} ({counts})")
+        measured = _measured(differences)
+        if len(measured) > 1:
+            above, below = sum(d > 0 for d in measured), sum(d < 0 for d in measured)
+            error = statistics.stdev(measured) / len(measured) ** 0.5
+            counts = f"above in {above}, below in {below} of {len(measured)}"
+            lines.append(f"{statistics.fmean(measured):+.3f} ± {error:.3f} against {NAMES[model]} ({counts})")
     if not lines:
         return ""
     return f"RegMean, α = 0.9, mean ± standard error over experiments and seeds: {'; '.join(lines)}."
 
 
-def alphas(found: dict[str, list[Content]]) -> str:
-    """Return what RegMean scores over α on validation data, in the mean over all merges and seeds."""
+def alphas(results: dict[str, list[Content]]) -> str:
+    """Return a table of RegMean's validation score over α, averaged over all merges and seeds."""
     curves = {
         experiment: [row["curve"] for content in contents for row in _rows(content, "regmean, α chosen")]
-        for experiment, contents in found.items()
+        for experiment, contents in results.items()
     }
     heads: list[str] = []
     rows = []
@@ -114,7 +116,7 @@ def alphas(found: dict[str, list[Content]]) -> str:
 def domains(contents: Sequence[Content]) -> str:
     """Return a table of merges of pairs, in and out of their domains, and of all domains.
 
-    A value is the mean over domains of the metric on one domain's held-out data.
+    Values are means over domains of the metric on each domain's held-out data.
     """
     whole = len(contents[0]["examples"])
     kinds: list[tuple[str, Callable[[Row], float | None]]] = [
@@ -136,7 +138,7 @@ def domains(contents: Sequence[Content]) -> str:
 
 
 def pairs(contents: Sequence[Content]) -> str:
-    """Return a table of merges of two tasks: for each task the mean over its partners, and the mean over all."""
+    """Return a table of merges of two tasks: the mean over partners for each task, and the mean over tasks."""
     names = list(contents[0]["examples"])
     rows = [("each task's own", _pair_cells(contents, "alone", names))]
     rows += [(title, _pair_cells(contents, model, names)) for model, title in list(_models([contents]))[2:]]
@@ -149,37 +151,41 @@ def _pair_cells(contents: Sequence[Content], model: str, names: Sequence[str]) -
 
 
 def fedavg(experiment: str, contents: Sequence[Content]) -> str:
-    """Say how many rounds, and bytes, FedAvg takes to be as good as one exchange of RegMean."""
+    """Return a sentence on the rounds and bytes that FedAvg needs to match one exchange of RegMean."""
     for content in contents:
         for row in _rows(content, "fedavg"):
             metric, goal = content["metric"], row["goal"]
-            curve = [found[metric] for found in row["rounds"]]
+            curve = [metrics[metric] for metrics in row["rounds"]]
             sent = row["bytes"] / 1e6
             matched = next((number for number, value in enumerate(curve, 1) if value >= goal), 0)
             end = (
-                f"matches it after {matched} ({matched * sent:.0f} MB from each silo)"
+                f"matches it after {_rounds(matched)} ({matched * sent:.0f} MB from each silo)"
                 if matched
-                else f"does not match it in {len(curve)} ({len(curve) * sent:.0f} MB from each silo)"
+                else f"does not match it in {_rounds(len(curve))} ({len(curve) * sent:.0f} MB from each silo)"
             )
             upload = content["upload"]
             return (
                 f"{experiment}, seed {content['seed']}: one exchange of RegMean gives {goal:.3f} for "
-                f"{upload['open'] / 1e6:.0f} MB from each silo (open; {upload['secure'] / 1e6:.0f} MB masked). FedAvg, "
-                f"as much training in each round, {end}: {', '.join(f'{value:.3f}' for value in curve)}."
+                f"{upload['open'] / 1e6:.0f} MB from each silo (open; {upload['secure'] / 1e6:.0f} MB masked). FedAvg "
+                f"with as much training in each round {end}: {', '.join(f'{value:.3f}' for value in curve)}."
             )
     return ""
 
 
-def _models(found: Iterable[Sequence[Content]]) -> Iterable[tuple[str, str]]:
-    """Yield the models that were measured, and their names; first two of the silos alone."""
-    there = {row["model"] for contents in found for content in contents for row in content["rows"]}
+def _rounds(number: int) -> str:
+    return f"{number} round{'s' if number > 1 else ''}"
+
+
+def _models(results: Iterable[Sequence[Content]]) -> Iterable[tuple[str, str]]:
+    """Yield the measured models and their display names, starting with two rows for the silos alone."""
+    measured = {row["model"] for contents in results for content in contents for row in content["rows"]}
     yield "alone, mean", "silos alone, mean"
     yield "alone, best", "best silo alone"
-    yield from ((model, title) for model, title in NAMES.items() if model in there)
+    yield from ((model, title) for model, title in NAMES.items() if model in measured)
 
 
 def _whole(content: Content, model: str) -> float:
-    """Return the score of a model of all silos, on all of their data together; NaN if it was not measured."""
+    """Return the score of a merge of all silos on all their data together; NaN if it was not measured."""
     if model.startswith("alone"):
         scores = [row["all"][content["metric"]] for row in _rows(content, "alone")]
         return max(scores) if model == "alone, best" else _mean(scores)
@@ -209,22 +215,22 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _mean_over(columns: Sequence[Sequence[float]]) -> str:
-    """Return mean ± deviation over seeds of the mean over columns; only seeds that all columns have."""
+    """Return mean ± deviation over seeds of the mean over columns, for the seeds that all columns have."""
     return _spread([_mean(values) for values in zip(*columns, strict=False)])
 
 
-def _known(values: Sequence[float]) -> list[float]:
+def _measured(values: Sequence[float]) -> list[float]:
     return [value for value in values if value == value]  # NaN is not itself
 
 
 def _spread(values: Sequence[float]) -> str:
-    """Return mean ± sample standard deviation, and of how many it is where some are missing (NaN)."""
-    known = _known(values)
-    if not known:
+    """Return mean ± sample standard deviation, with the number of values if some are missing (NaN)."""
+    measured = _measured(values)
+    if not measured:
         return ""
-    deviation = f" ± {statistics.stdev(known):.3f}" if len(known) > 1 else ""
-    of = "" if len(known) == len(values) else f" ({len(known)} of {len(values)})"
-    return f"{statistics.fmean(known):.3f}{deviation}{of}"
+    deviation = f" ± {statistics.stdev(measured):.3f}" if len(measured) > 1 else ""
+    number = "" if len(measured) == len(values) else f" ({len(measured)} of {len(values)})"
+    return f"{statistics.fmean(measured):.3f}{deviation}{number}"
 
 
 def _markdown(heads: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]], first: str = "model") -> str:
@@ -233,14 +239,14 @@ def _markdown(heads: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]], f
     return "\n".join(lines)
 
 
-def _seeded(found: dict[str, list[Content]]) -> str:
-    """Say which seeds were measured: once, if they are the same for all."""
+def _seeded(results: dict[str, list[Content]]) -> str:
+    """Return a sentence on the seeds, by experiment unless they are all the same."""
     seeds = {
-        experiment: ", ".join(str(content["seed"]) for content in contents) for experiment, contents in found.items()
+        experiment: ", ".join(str(content["seed"]) for content in contents) for experiment, contents in results.items()
     }
     if len(set(seeds.values())) == 1:
         return f"Seeds: {next(iter(seeds.values()))}."
-    return f"Seeds: {'; '.join(f'{experiment} {of}' for experiment, of in seeds.items())}."
+    return f"Seeds: {'; '.join(f'{experiment} {numbers}' for experiment, numbers in seeds.items())}."
 
 
 def _cost(contents: Sequence[Content]) -> str:
@@ -250,6 +256,6 @@ def _cost(contents: Sequence[Content]) -> str:
     measuring = statistics.fmean(sum(row["seconds"] for row in content["rows"]) for content in contents)
     machines = sorted({content["machine"] for content in contents})
     return (
-        f"Each silo sends {upload:.1f} MB open, {masked:.1f} MB masked. Training all silos took {training:.0f} s, all "
-        f"else {measuring:.0f} s in the mean ({'; '.join(machines)})."
+        f"Each silo sends {upload:.1f} MB open, {masked:.1f} MB masked. On average, training all silos took "
+        f"{training:.0f} s, everything else {measuring:.0f} s ({'; '.join(machines)})."
     )

@@ -1,7 +1,7 @@
 """The Flower ServerApp: one planned exchange, from the run's configuration to a run directory.
 
 The run's configuration holds `plan` (TOML text), `layout` (JSON text), `directory` (where relative paths of the
-plan start), `run-directory` (where the result goes; must not exist), `resume` (go on with what an interrupted run left
+plan start), `run-directory` (where the result goes; must not exist), `resume` (whether to resume an interrupted run
 there), and the fields of `gramfuse_server.run.patience.Patience`. `gramfuse run` fills it in.
 """
 
@@ -45,15 +45,15 @@ def coordinate(
     Args:
         directory: where relative paths of the plan start.
         out: the run directory.
-        simulated, study, own_heads, observer, patience: as `gramfuse_server.run.exchange.Exchange` has them.
-        resume: go on with what an interrupted run left there.
-        resumable: whether anybody could do that, so that something is left for it.
+        simulated, study, own_heads, observer, patience: passed to `gramfuse_server.run.exchange.Exchange`.
+        resume: resume the interrupted run in `out`.
+        resumable: whether to keep a failed run's state on disk for a later resume.
 
     Raises:
-        GramfuseError: of the kind that fits; it says where the report of the failed run is.
+        GramfuseError: if the run fails; its `report` attribute is the path of the failed run's report.
     """
     if not plan.locked or layout.digest != plan.merge.layout:
-        raise PlanError("the plan is not locked, or the layout is not the one it is locked to; run: gramfuse plan lock")
+        raise PlanError("the plan is not locked, or it is locked to another layout; run: gramfuse plan lock")
     base = load_base(plan, directory)
     model_bytes = sum(p.numel() * p.element_size() for p in base.model.parameters())
     with RunDirectory(out, needed_bytes(plan, layout, model_bytes), resume=resume, resumable=resumable) as run:

@@ -1,8 +1,8 @@
 """The run directory: everything that a run leaves behind.
 
-While a run is under way its directory is called `<name>.partial`; it gets its name when it is complete. Of a run that
-failed there is a report, in `<name>.failed`. All of them are their owner's only, from their first moment: directories
-0700, files 0600, the merged model's too.
+A run in progress writes to `<name>.partial`, which is renamed to `<name>` on completion. A failed run leaves its
+report in `<name>.failed`. Only the owner can read any of them, from their creation: directories are 0700, files 0600,
+including the merged model.
 """
 
 from __future__ import annotations
@@ -30,43 +30,44 @@ TRANSCRIPT = "transcript.jsonl"
 REPORT = "report.json"
 PAGE = "report.html"
 REMAINS = {PLAN, TRANSCRIPT, REPORT, PAGE}
-"""All that stays of a run that failed, beside logs."""
+"""Files that a failed run leaves behind, beside logs."""
 LOGS = ".log"
-"""How names of logs end: those of silos that failed in a simulation."""
+"""Suffix of logs: those of silos that failed in a simulation."""
 START = "start"
-"""How the name of a model that a round starts from begins."""
+"""Prefix of the files of models that later rounds start from."""
 RESUMABLE = "train"
-"""The phase whose result makes a run worth resuming."""
+"""A run can be resumed once this phase is complete."""
 
 
 Account = Callable[[GramfuseError, bool], Mapping[str, str]]
-"""Returns what is to stay of a run that failed, as texts by file name, the one that people read first.
+"""Returns the files that a failed run leaves, as texts by file name; the first is the one for people to read.
 
-It is given the error, and whether the run can be resumed.
+Takes the error and whether the run can be resumed.
 """
 
 
 class RunDirectory:
-    """A run directory in the making.
+    """A run directory in the making, as a context manager.
 
-    Leaving it with an exception removes it, unless the silos had trained: then it stays under its partial name, to be
-    resumed. Errors that a resumed run would meet again remove it all the same. After a GramfuseError, what `account`
-    returns is left with the transcript, and the error says where; if that cannot be written, the error comes out alone.
+    Leaving it with an exception removes the partial directory, unless the silos had trained: then it stays, so that the
+    run can be resumed. Errors that a resumed run would hit again remove it anyway. After a GramfuseError, the texts
+    from `account` are written beside the transcript and `error.report` is set to the first; if writing them fails, the
+    original error is raised without a report.
 
     Args:
-        path: its final name; must not exist.
-        needed: bytes that the run will write at most.
-        resume: go on with what an interrupted run left under the partial name.
-        resumable: whether anybody could go on with what is kept; if not, nothing is.
+        path: its final path; must not exist.
+        needed: most bytes that the run will write.
+        resume: resume the interrupted run under the partial name.
+        resumable: whether to keep a failed run for resuming.
 
     Attributes:
-        account: set by whoever knows what the run was.
-        done: results of the phases that are over, as JSON values by `of_round(phase, round)`; empty but for a
-            resumed run.
+        account: returns the files for a failed run; set by the caller.
+        done: results of completed phases, as JSON values by `of_round(phase, round)`; empty at first unless the run
+            is resumed.
 
     Raises:
-        RunDirectoryError: if it exists, cannot be made or resumed, another run is writing there, or the disk has not
-            enough room.
+        RunDirectoryError: if it exists, cannot be created or resumed, another run is writing there, or the disk is too
+            full.
     """
 
     def __init__(self, path: Path, needed: int, *, resume: bool = False, resumable: bool = True) -> None:
@@ -83,14 +84,14 @@ class RunDirectory:
         if self.resume:
             read_checkpoint(self.path)
             self._lock()
-            self.done = read_checkpoint(self.path)  # what was kept until nobody wrote there any more
+            self.done = read_checkpoint(self.path)  # again, now that no other run can write there
             return self
         check_free(self.path)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(self.path.parent).free
         except OSError as error:
-            raise RunDirectoryError(f"{self.path}: cannot be made: {error}") from None
+            raise RunDirectoryError(f"{self.path}: cannot be created: {error}") from None
         if free < self.needed:
             raise RunDirectoryError(
                 f"{self.path.parent}: the run needs up to {_size(self.needed)} and the disk has {_size(free)} free; "
@@ -100,7 +101,7 @@ class RunDirectory:
             with self.writing():
                 self.partial.mkdir(mode=0o700)
         except RunDirectoryError:
-            check_free(self.path)  # a run that was started at the same time was faster
+            check_free(self.path)  # another run created it in the meantime
             raise
         self._lock()
         return self
@@ -109,17 +110,17 @@ class RunDirectory:
         with self._locked:
             if error is None:
                 return
-            again = isinstance(error, ContributionError | SecurityError)
-            kept = self.resumable and RESUMABLE in self.done and not again
+            recurs = isinstance(error, ContributionError | SecurityError)
+            kept = self.resumable and RESUMABLE in self.done and not recurs
             if isinstance(error, GramfuseError) and self.account is not None:
-                with suppress(Exception):  # whatever goes wrong now, the error that ended the run must come out
-                    error.report = self._leave(self.account(error, kept), kept=kept)
+                with suppress(Exception):  # the error that ended the run must not be masked
+                    error.report = self._write_remains(self.account(error, kept), kept=kept)
             if not kept:
                 shutil.rmtree(self.partial, ignore_errors=True)
 
-    def _leave(self, texts: Mapping[str, str], *, kept: bool) -> Path:
-        """Write what stays of a failed run, in the place of what stayed of an earlier one; return what to read."""
-        if not kept:  # first of all, so that there is room for the report on a disk that is full
+    def _write_remains(self, texts: Mapping[str, str], *, kept: bool) -> Path:
+        """Write the files of a failed run, replacing those of an earlier one; return the path of the first."""
+        if not kept:  # first, to make room for the report on a full disk
             for path in self.partial.iterdir():
                 if path.is_dir():
                     shutil.rmtree(path)
@@ -133,21 +134,21 @@ class RunDirectory:
                 (failed / name).write_text(text, encoding="utf-8")
             if transcript.exists():
                 (shutil.copyfile if kept else os.replace)(transcript, failed / TRANSCRIPT)
-            _close(failed)
+            _make_private(failed)
         except BaseException:
             shutil.rmtree(failed, ignore_errors=True)
             raise
         return failed / next(iter(texts))
 
     def _lock(self) -> None:
-        """Keep other runs out, until this one is over or its process ends."""
+        """Lock out other runs until this one or its process ends."""
         with self.writing():
             if not self._locked.enter_context(locked(self.partial)):
                 check_free(self.path)
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Turn what the disk says no to into RunDirectoryError."""
+        """Turn disk errors into RunDirectoryError."""
         try:
             yield
         except Exception as error:
@@ -164,28 +165,28 @@ class RunDirectory:
             (self.partial / name).write_text(text, encoding="utf-8")
 
     def keep(self, phase: str, result: Any) -> None:
-        """Keep the result of a phase, a JSON value, so that a resumed run need not repeat it."""
+        """Save the result of a phase, a JSON value, so that a resumed run does not repeat it."""
         self.done[phase] = result
         with self.writing():
             write_private(self.partial / CHECKPOINT, checkpoint_text(self.done).encode(), durable=True)
 
     def record(self, entry: dict[str, Any]) -> None:
-        """Append one line to the transcript: what crossed the coordinator's door, and when."""
+        """Append one line to the transcript: a message that the coordinator sent or received, with the time."""
         line = json.dumps({"time": round(time.time(), 3), **entry})
         with self.writing(), (self.partial / TRANSCRIPT).open("a", encoding="utf-8") as transcript:
             transcript.write(line + "\n")
 
     def finish(self) -> Path:
-        """Write SHA256SUMS over all files, remove what only a resumed run needs, and give the directory its name.
+        """Write SHA256SUMS over all files, remove what only a resumed run needs, and rename the directory.
 
-        What an earlier run of that name left when it failed goes too.
+        Also removes the report of an earlier failed run of that name.
         """
         with self.writing():
             spools = list(self.partial.glob("spool*"))
             starts = list(self.partial.glob(f"{START}*"))
-            away = {self.partial / name for name in (CHECKPOINT, LOCK, SUMS)}.union(starts)
-            away = away.union(*(spool.rglob("*") for spool in spools))
-            files = sorted(path for path in self.partial.rglob("*") if path.is_file() and path not in away)
+            excluded = {self.partial / name for name in (CHECKPOINT, LOCK, SUMS)}.union(starts)
+            excluded = excluded.union(*(spool.rglob("*") for spool in spools))
+            files = sorted(path for path in self.partial.rglob("*") if path.is_file() and path not in excluded)
             sums = [f"{_sha256(path)}  {path.relative_to(self.partial).as_posix()}\n" for path in files]
             (self.partial / SUMS).write_text("".join(sums), encoding="utf-8")
             for name in (CHECKPOINT, LOCK):
@@ -194,17 +195,17 @@ class RunDirectory:
                 shutil.rmtree(spool)
             for start in starts:
                 start.unlink()
-            _close(self.partial)
+            _make_private(self.partial)
             os.replace(self.partial, self.path)
         forget(failed_of(self.path))
         return self.path
 
 
 def rewrite(directory: Path, name: str, text: str) -> None:
-    """Write a text file of a run directory that is complete, and its line of SHA256SUMS, if it has such a file.
+    """Rewrite a text file of a complete run directory, and its line in SHA256SUMS if that exists.
 
     Raises:
-        RunDirectoryError: if that cannot be done.
+        RunDirectoryError: if writing fails.
     """
     texts = {name: text}
     try:
@@ -218,7 +219,7 @@ def rewrite(directory: Path, name: str, text: str) -> None:
 
 
 def read_sums(directory: Path) -> dict[str, str]:
-    """Return the digest of each file that SHA256SUMS of a run directory lists.
+    """Return the digests in a run directory's SHA256SUMS, by file name.
 
     Raises:
         RunDirectoryError: if it cannot be read.
@@ -231,41 +232,41 @@ def read_sums(directory: Path) -> dict[str, str]:
 
 
 def check_unchanged(directory: Path, name: str) -> None:
-    """Raise RunDirectoryError if a file is not what SHA256SUMS of its run directory says, where there is one."""
+    """Raise RunDirectoryError if a file does not match SHA256SUMS of its run directory, where that exists."""
     listed = read_sums(directory).get(name) if (directory / SUMS).exists() else None
     if listed is not None and listed != _sha256(directory / name):
         raise RunDirectoryError(
-            f"{directory / name}: was changed since the run wrote it: its SHA-256 is not that in {SUMS}; take the "
-            "directory from where it was copied"
+            f"{directory / name}: was changed since the run wrote it: its SHA-256 differs from {SUMS}; copy the "
+            "directory again from its source"
         )
 
 
 def of_round(name: str, number: int) -> str:
-    """Return what a phase's result, or a file of it, is called in a round: as in a run of one, but for later rounds."""
+    """Return the name of a phase or file in a round: unchanged in the first, with the round appended in later ones."""
     return name if number == 1 else f"{name}-{number}"
 
 
 def partial_of(path: Path) -> Path:
-    """Return what a run directory is called while its run is under way."""
+    """Return the path of a run directory while its run is in progress."""
     return path.with_name(path.name + ".partial")
 
 
 def failed_of(path: Path) -> Path:
-    """Return where the report of a run is that failed."""
+    """Return the directory for the report of a failed run."""
     return path.with_name(path.name + ".failed")
 
 
 def checkpoint_text(done: Mapping[str, Any]) -> str:
-    """Return what a checkpoint holds: the digest of a JSON document, and the document."""
+    """Return the text of a checkpoint: the SHA-256 of a JSON document, a newline, and the document."""
     text = json.dumps(done)
     return f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}"
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Return what an interrupted run had done.
+    """Return the completed phases of an interrupted run.
 
     Raises:
-        RunDirectoryError: if there is nothing to go on with, or it is not as it was left.
+        RunDirectoryError: if there is no checkpoint, or it is damaged.
     """
     file = partial_of(path) / CHECKPOINT
     try:
@@ -275,7 +276,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         done: dict[str, Any] = json.loads(text)
     except FileNotFoundError:
         raise RunDirectoryError(
-            f"{path}: nothing to resume; expected {file}, which a run leaves that was interrupted after the silos had "
+            f"{path}: nothing to resume; expected {file}, which a run leaves if it is interrupted after the silos "
             "trained"
         ) from None
     except (OSError, ValueError) as error:
@@ -284,15 +285,15 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def check_free(path: Path) -> None:
-    """Raise RunDirectoryError if a run directory, finished or under way, has this name already."""
+    """Raise RunDirectoryError if a run directory, complete or partial, already has this name."""
     for taken in (path, partial_of(path)):
         if taken.exists():
-            raise RunDirectoryError(f"{taken} exists already; {_way_out(taken)}")
+            raise RunDirectoryError(f"{taken} exists already; {_remedy(taken)}")
 
 
 @contextmanager
 def locked(partial: Path) -> Iterator[bool]:
-    """Keep runs out of a run directory in the making; yields False if one is writing there."""
+    """Lock a partial run directory; yields False if a run holds the lock."""
     with (partial / LOCK).open("ab") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -303,10 +304,10 @@ def locked(partial: Path) -> Iterator[bool]:
 
 
 def discard(path: Path, seconds: float = 0.0) -> None:
-    """Remove what an interrupted run left, unless another one is writing there.
+    """Remove the partial directory of an interrupted run, unless another run is writing there.
 
     Args:
-        path: the run directory that it was to make.
+        path: the final path of the run directory.
         seconds: how long to wait for its own process to end.
     """
     deadline = time.monotonic() + seconds
@@ -320,24 +321,24 @@ def discard(path: Path, seconds: float = 0.0) -> None:
         time.sleep(0.1)
 
 
-def _close(directory: Path) -> None:
-    """Make all of a directory its owner's only; nobody else got in there while it was made."""
+def _make_private(directory: Path) -> None:
+    """Make all files of a directory private to the owner."""
     for path in directory.rglob("*"):
         path.chmod(0o700 if path.is_dir() else 0o600)
 
 
 def forget(failed: Path) -> None:
-    """Remove what stayed of a failed run, unless somebody else's files are there."""
+    """Remove the directory of a failed run, unless it contains other files."""
     with suppress(OSError):
         if all(path.name in REMAINS or path.suffix == LOGS for path in failed.iterdir()):
             shutil.rmtree(failed)
 
 
-def _way_out(taken: Path) -> str:
+def _remedy(taken: Path) -> str:
     if (taken / LOCK).exists():
         with suppress(OSError), locked(taken) as ours:
             if not ours:
-                return "a run is writing there; wait until it is over, or choose another --out"
+                return "a run is writing there; wait until it ends, or choose another --out"
     return "choose another --out, or " + (
         "resume it with --resume, or remove it" if (taken / CHECKPOINT).exists() else "remove it"
     )

@@ -1,4 +1,4 @@
-"""RegMean as a Flower strategy, for those who have their own ServerApp and ClientApp.
+"""RegMean as a Flower strategy, for users with their own ServerApp and ClientApp.
 
     # in the ServerApp
     RegMean(alpha=0.9).start(grid=grid, initial_arrays=ArrayRecord(model.state_dict()), num_rounds=1)
@@ -7,8 +7,8 @@
     statistics = collect_statistics(model, batches, layout, base=base, examples=len(data))
     return Message(statistics_record(statistics, layout), reply_to=message)
 
-It is FedAvg but for what the clients send and how it is put together. The planned exchange of the gramfuse app,
-with pieces, spool and checks against a locked plan, is `gramfuse_server.run.exchange`.
+It differs from FedAvg only in what the clients send and how the server aggregates it. The planned exchange of the
+gramfuse app, with pieces, spool and checks against a locked plan, is `gramfuse_server.run.exchange`.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ class RegMean(FedAvg):
     Args:
         alpha: share of the off-diagonal of each Gram matrix that is kept, in [0, 1].
         weighting: `uniform`, or `examples` to weigh each silo by its number of examples.
-        **fedavg: what `flwr.serverapp.strategy.FedAvg` takes: `fraction_train`, `min_train_nodes`, …
+        **fedavg: passed to `flwr.serverapp.strategy.FedAvg`: `fraction_train`, `min_train_nodes`, …
 
     Attributes:
         steps: how each group of the last round was solved.
-        lost: by node id, why a reply of the last round was left out.
+        lost: why replies of the last round were left out, by node id.
     """
 
     def __init__(
@@ -85,31 +85,31 @@ class RegMean(FedAvg):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Fold the replies one by one and merge them.
 
-        A reply that is no contribution, or one that does not fit its layout, is left out as one that failed, and so is
-        one with another layout than most have: `lost` says why.
+        Replies that are not valid contributions, do not fit their layout, or use a layout other than the majority's
+        are left out like failed ones; `lost` says why.
 
         Raises:
-            ContributionError: if two layouts have equally many nodes, or the layout does not fit the initial arrays.
+            ContributionError: if two layouts tie for the most nodes, or the layout does not fit the initial arrays.
         """
-        # The order in which floating-point numbers are added must not depend on who answers first.
+        # Floating-point addition must not depend on who answers first.
         answered = sorted(
             (reply for reply in replies if not self._failed(reply)), key=lambda reply: reply.metadata.src_node_id
         )
         self.lost = {}
-        read: dict[int, tuple[Layout, Statistics]] = {}
+        contributions: dict[int, tuple[Layout, Statistics]] = {}
         layouts: dict[str, Layout] = {}
         for reply in answered:
             node = reply.metadata.src_node_id
             try:
-                read[node] = _read(reply, layouts)
-            except Exception as error:  # noqa: BLE001  # what foreign bytes do to their reader is their sender's loss
+                contributions[node] = _read(reply, layouts)
+            except Exception as error:  # noqa: BLE001  # untrusted bytes may raise anything; only their sender is lost
                 self._lose(node, str(error) if isinstance(error, GramfuseError) else type(error).__name__)
-        layout = _agreed({node: layout for node, (layout, _) in read.items()})
+        layout = _majority_layout({node: layout for node, (layout, _) in contributions.items()})
         if layout is None:
             return None, None
         accumulator = Accumulator(layout, alpha=self.alpha, weighting=self.weighting)
-        for node, (own, statistics) in read.items():
-            if own.digest != layout.digest:
+        for node, (node_layout, statistics) in contributions.items():
+            if node_layout.digest != layout.digest:
                 self._lose(node, f"node {node}: its layout differs from that of most nodes")
                 continue
             accumulator.fold(statistics, f"node {node}")
@@ -126,14 +126,14 @@ class RegMean(FedAvg):
                 )
             exact = base.astype(np.float64) + delta
             rounded = exact if np.issubdtype(base.dtype, np.floating) else np.rint(exact)
-            merged_array = np.asarray(rounded.astype(base.dtype))  # of one number, an array too
+            merged_array = np.asarray(rounded.astype(base.dtype))  # NumPy turns 0-d results into scalars
             if not np.isfinite(merged_array).all():
-                raise ContributionError(f"tensor {name!r}: the merged values are beyond what {base.dtype} can hold")
+                raise ContributionError(f"tensor {name!r}: the merged values exceed the range of {base.dtype}")
             arrays[name] = Array(merged_array)
         contents = [reply.content for reply in answered if reply.metadata.src_node_id not in self.lost]
         try:
             return arrays, self.train_metrics_aggr_fn(contents, self.weighted_by_key)
-        except Exception as error:  # noqa: BLE001  # metrics that do not go together cost the metrics, not the model
+        except Exception as error:  # noqa: BLE001  # bad metrics cost the metrics, not the model
             log(WARNING, "\t> the nodes' metrics cannot be averaged: %s", type(error).__name__)
             return arrays, None
 
@@ -148,13 +148,13 @@ class RegMean(FedAvg):
 
 
 def _read(reply: Message, layouts: dict[str, Layout]) -> tuple[Layout, Statistics]:
-    """Return what a reply says, checked.
+    """Return the layout and statistics of a reply, checked.
 
     Args:
-        layouts: those that were parsed before, by their text.
+        layouts: cache of parsed layouts, by their text; updated.
 
     Raises:
-        GramfuseError: naming the node and the tensor, if it is no contribution, or one that does not fit its layout.
+        GramfuseError: naming the node and the tensor, if the reply is not a contribution or does not fit its layout.
     """
     source = f"node {reply.metadata.src_node_id}"
     about = RecordDict({key: record for key, record in reply.content.items() if key in ("header", "arrays")})
@@ -170,17 +170,17 @@ def _read(reply: Message, layouts: dict[str, Layout]) -> tuple[Layout, Statistic
     return layout, Statistics(body.examples, body.tokens, body.arrays)
 
 
-def _agreed(layouts: Mapping[int, Layout]) -> Layout | None:
-    """Return the layout that most nodes have, or None if there is no node.
+def _majority_layout(layouts: Mapping[int, Layout]) -> Layout | None:
+    """Return the layout of most nodes, or None without nodes.
 
     Raises:
-        ContributionError: if no layout has more nodes than every other.
+        ContributionError: if two layouts tie for the most nodes.
     """
     votes = Counter(layout.digest for layout in layouts.values()).most_common(2)
     if not votes:
         return None
     if len(votes) == 2 and votes[0][1] == votes[1][1]:
         raise ContributionError(
-            f"nodes {', '.join(map(str, layouts))} have different layouts, none of them more than half"
+            f"nodes {', '.join(map(str, layouts))} have different layouts, and no layout has the most nodes"
         )
     return next(layout for layout in layouts.values() if layout.digest == votes[0][0])

@@ -1,4 +1,4 @@
-"""All silos of a simulated run in one process: what they measured, their data, and models to try on it."""
+"""All silos of a simulated run in one process: their statistics, their data, and models to measure."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ if TYPE_CHECKING:
     from gramfuse_model.loading.base_model import Base
 
 Split = Literal["held-out", "validation"]
-"""Which of a silo's examples: those that are reported, or those that something is chosen by."""
+"""Part of a silo's examples: for the report, or for choices."""
 
 Deltas = Mapping[str, NDArray[Any]]
 """Differences from the base by parameter name, in the parameter's own shape."""
 
 Head = Mapping[str, NDArray[np.float32]]
-"""Parameters that a silo keeps to itself, by name: their values."""
+"""Values of the parameters that a silo keeps to itself, by name."""
 
 
 class Bench:
-    """One silo of the laboratory: its task, its device, its data, and a model to put differences into.
+    """One silo of the laboratory: its task, device, data, and base model.
 
     Args:
         silo: its file.
-        base: the base model of its task; several silos may share it, and one uses it at a time.
-        head: the head that it keeps, if it keeps one.
-        names: index of each label by what the data call it; by default by the task's names.
+        base: the base model of its task; silos can share it, but only one can use it at a time.
+        head: the silo's own head; empty if it keeps none.
+        names: index of each label by its name in the data; by default the task's names.
     """
 
     def __init__(self, silo: Silo, plan: Plan, base: Base, head: Head, names: Mapping[str, int] | None = None) -> None:
@@ -58,7 +58,7 @@ class Bench:
         self.head = head
         self.names = names
         self.device = choose_device(silo.file.device)
-        self.parts: Mapping[Split, Encoded] = _Made(self._part)
+        self.parts: Mapping[Split, Encoded] = _LazyDict(self._part)
 
     @cached_property
     def examples(self) -> tuple[Examples, Examples]:
@@ -75,16 +75,14 @@ class Bench:
         return self.encoded(load_validation(self.silo, self.task, self.names))
 
     def encoded(self, examples: Examples) -> Encoded:
-        """Return examples as models of the silo's task take them."""
+        """Return examples encoded for models of the silo's task."""
         from gramfuse_client.data.batches import Encoded
 
         return Encoded(examples, self.base.tokenizer, self.task)
 
     @contextmanager
     def model(self, deltas: Deltas, head: Head | None = None) -> Iterator[PreTrainedModel]:
-        """Give the base model with differences added, on the silo's device, to do with as one likes.
-
-        Afterwards the base model is as it was before.
+        """Yield base + deltas on the silo's device; the base is restored on exit.
 
         Args:
             head: values of the parameters that are not merged; by default the silo's own.
@@ -101,73 +99,73 @@ class Bench:
             yield model
 
     def measure(self, deltas: Deltas, part: Split) -> Sums:
-        """Return the sums of the base model with differences added."""
+        """Return the sums of base + deltas on a part of the examples."""
         with self.model(deltas) as model:
             return self.evaluate(model, part)
 
     def evaluate(self, model: PreTrainedModel, part: Split) -> Sums:
-        """Return the sums of a model that is on the silo's device."""
+        """Return the sums of a model, which must be on the silo's device."""
         from gramfuse_client.training.evaluate import evaluate
 
         return evaluate(model, self.batches(part), self.task, self.base.tokenizer)
 
     def batches(self, part: Split) -> Iterator[Batch]:
-        """Yield the batches of a part, as an exchange has them."""
+        """Yield the batches of a part, as in an exchange."""
         from gramfuse_client.data.batches import batches
         from gramfuse_client.exchange.local_model import EVALUATION_BATCH
 
         return batches(self.parts[part], EVALUATION_BATCH, self.device, by_length=True)
 
     def measure_together(self, models: Sequence[tuple[Deltas, Head]], annotated: Sequence[tuple[int, ...]]) -> Sums:
-        """Return the held-out sums of several models asked together.
+        """Return the held-out sums of an ensemble of models.
 
         Args:
-            models: differences, and the values of what is not merged.
-            annotated: indices of the labels that each model was trained with.
+            models: (differences, values of the parameters that are not merged) of each.
+            annotated: indices of the labels that each model was trained on.
         """
         from gramfuse_client.training.ensemble import together
         from gramfuse_client.training.evaluate import count, outputs
 
         total: Sums = np.zeros(sums_shape(self.task), np.float64)
         for batch in self.batches("held-out"):
-            said = []
+            answers = []
             for deltas, head in models:
                 with self.model(deltas, head) as model:
-                    said.append(outputs(model.eval(), batch, self.task, self.base.tokenizer))
-            total += count(batch, together(said, annotated), self.task, self.base.tokenizer)
+                    answers.append(outputs(model.eval(), batch, self.task, self.base.tokenizer))
+            total += count(batch, together(answers, annotated), self.task, self.base.tokenizer)
         return total
 
     def finetune(
         self, deltas: Deltas, number: int, encoded: Encoded | None = None, threads: int = 0
     ) -> dict[str, NDArray[np.float32]]:
-        """Fine-tune the base model with differences added, as the plan says.
+        """Fine-tune base + deltas with the plan's settings.
 
         Args:
-            number: of the round, from 1 on: each has other batches.
-            encoded: by default the silo's own training examples.
-            threads: of the CPU; 0 is as the silo's file says.
+            number: of the round, from 1; each round shuffles differently.
+            encoded: examples; by default the silo's own training examples.
+            threads: CPU threads; 0 for the silo file's.
 
         Returns:
-            The trained parameters by name: their values.
+            Values of the trained parameters, by name.
         """
         import torch
 
         from gramfuse_client.training.finetune import finetune
         from gramfuse_model.loading.base_model import trainable
 
-        whose = self.silo.name if encoded is None else "all silos together"
+        owner = self.silo.name if encoded is None else "all silos together"
         encoded = encoded or self.encoded(self.examples[0])
         with self.model(deltas, head={}) as model:
             if threads:
                 torch.set_num_threads(threads)
-            finetune(model, encoded, self.plan.training.in_round(number), self.device, whose=whose)
+            finetune(model, encoded, self.plan.training.in_round(number), self.device, whose=owner)
             return trainable(model)
 
     def fisher(self, deltas: Deltas, variant: Variant, examples: int) -> dict[str, NDArray[np.float32]]:
-        """Return the diagonal Fisher information of the base model with differences added.
+        """Return the diagonal Fisher information of base + deltas.
 
         Args:
-            examples: most training examples that it is taken over; they are drawn by the plan's seed.
+            examples: most training examples to use; drawn with the plan's seed.
         """
         from gramfuse_client.data.batches import batches
         from gramfuse_client.training.fisher import fisher_diagonal
@@ -176,19 +174,19 @@ class Bench:
         drawn = random.Random(self.plan.training.seed).sample(range(len(train)), min(examples, len(train)))  # noqa: S311
         encoded = self.encoded(train.take(sorted(drawn)))
         with self.model(deltas) as model:
-            found = fisher_diagonal(model, batches(encoded, 1, self.device), self.task, variant)
-        return {name: values.numpy() for name, values in found.items()}
+            diagonal = fisher_diagonal(model, batches(encoded, 1, self.device), self.task, variant)
+        return {name: values.numpy() for name, values in diagonal.items()}
 
 
 class AllSilos:
-    """Measures models as the silos would, without a message in between.
+    """Measures models as the silos would, without messages.
 
     Args:
         plan: locked.
         directory: where relative paths of the plan start.
         silos: the silo files by name; their data is read here.
-        contributions: what each silo that is in the merge measured, in roster order.
-        heads: what each of them keeps to itself, if the plan has silos keep their heads.
+        contributions: statistics of each silo in the merge, in roster order.
+        heads: each silo's own head, if the plan has silos keep their heads.
     """
 
     def __init__(
@@ -209,7 +207,7 @@ class AllSilos:
 
     @cached_property
     def benches(self) -> Mapping[str, Bench]:
-        """One for each silo that is in the merge, in roster order; silos with one task share a base model."""
+        """The bench of each silo in the merge, in roster order; silos with the same task share a base model."""
         from gramfuse_model.loading.base_model import load_base
 
         tasks = {entry.name: entry.task for entry in self.plan.silo}
@@ -222,16 +220,16 @@ class AllSilos:
         return benches
 
     def deltas(self, silo: str) -> Deltas:
-        """Return a silo's own model: its differences from the base."""
+        """Return the differences of a silo's own model from the base."""
         contribution = self.contributions[silo]
         return {tensor.name: contribution.block(delta_block(tensor.name)) for tensor in self.layout.tensors}
 
     def weight(self, silo: str) -> float:
-        """Return what a silo counts for: c."""
+        """Return a silo's weight c."""
         return float(self.contributions[silo].examples) if self.plan.merge.weighting == "examples" else 1.0
 
     def weights(self, silo: str) -> dict[str, NDArray[np.float64]]:
-        """Return what a silo counts for in each parameter; 0 for labels that it does not annotate."""
+        """Return a silo's weight for each parameter; 0 for labels that it does not annotate."""
         from gramfuse_model.normal_equations import tensor_weight
 
         c = self.weight(silo)
@@ -239,7 +237,7 @@ class AllSilos:
         return {tensor.name: tensor_weight(self.layout, tensor, c, held) for tensor in self.layout.tensors}
 
     def parents(self) -> tuple[list[Deltas], list[dict[str, NDArray[np.float64]]]]:
-        """Return the differences of all silos, zero where they count for nothing, and what they count for."""
+        """Return the differences of all silos, zero where their weight is zero, and their weights."""
         weights = [self.weights(name) for name in self.contributions]
         differences: list[Deltas] = [
             {name: np.where(weight[name] > 0, delta, 0) for name, delta in self.deltas(silo).items()}
@@ -248,7 +246,7 @@ class AllSilos:
         return differences, weights
 
     def start(self) -> dict[str, NDArray[np.float32]]:
-        """Return the base model's parameters and buffers that are merged, by name."""
+        """Return the base model's merged parameters and buffers, by name."""
         from gramfuse_model.loading.base_model import trainable
 
         base = next(iter(self.benches.values())).base
@@ -256,25 +254,25 @@ class AllSilos:
         return {tensor.name: start[tensor.name] for tensor in self.layout.tensors}
 
     def measure(self, deltas: Deltas, part: Split = "held-out") -> dict[str, Sums]:
-        """Return each silo's sums of the base model with differences added, by silo.
+        """Return the sums of base + deltas on each silo's examples, by silo.
 
         Args:
-            deltas: differences from the base by parameter name, in the parameter's own shape, of any float type.
-            part: the two share no example.
+            deltas: differences from the base by parameter name, in the parameter's shape, of any float dtype.
+            part: of the examples; the parts are disjoint.
         """
         return {name: bench.measure(deltas, part) for name, bench in self.benches.items()}
 
     def measure_ensemble(self) -> dict[str, Sums]:
-        """Return each silo's held-out sums of all silos' own models asked together; they must have one task."""
+        """Return the held-out sums of the ensemble of all silos' models, by silo; all silos must have the same task."""
         models = [(self.deltas(name), bench.head) for name, bench in self.benches.items()]
         annotated = [bench.task.annotated for bench in self.benches.values()]
         return {name: bench.measure_together(models, annotated) for name, bench in self.benches.items()}
 
     def measure_joint(self, threads: int | None = None) -> dict[str, Sums]:
-        """Return each silo's held-out sums of the base model fine-tuned on all silos' data; they must have one task.
+        """Return the held-out sums of the base model fine-tuned on all silos' data, by silo, which must share one task.
 
         Args:
-            threads: of the CPU; by default all, since no silo trains beside it.
+            threads: CPU threads; by default all, as no other silo trains at the same time.
         """
         from gramfuse_client.data.batches import pooled
 
@@ -288,8 +286,8 @@ class AllSilos:
         return sums
 
 
-class _Made(dict[Any, Any]):
-    """Makes a value when it is first asked for, by its key."""
+class _LazyDict(dict[Any, Any]):
+    """A dict that makes missing values with a function of the key."""
 
     def __init__(self, make: Callable[[Any], Any]) -> None:
         super().__init__()

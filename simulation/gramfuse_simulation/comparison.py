@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from gramfuse_protocol.held_out.metrics import Sums
 from gramfuse_server.merging.methods import registry
-from gramfuse_server.run.evaluation import described, ranked_by
+from gramfuse_server.run.evaluation import ranked_by, to_measured
 from gramfuse_simulation.all_silos import AllSilos, Deltas
 from gramfuse_simulation.terms import Term
 
@@ -27,7 +27,7 @@ class Comparison:
     """Makes models and measures them on the held-out examples of all silos.
 
     Args:
-        observer: is told when a model is begun and when it was measured.
+        observer: receives an event when a model is started and when it was measured.
     """
 
     def __init__(self, laboratory: AllSilos, observer: Observer) -> None:
@@ -35,25 +35,25 @@ class Comparison:
         self.observer = observer
 
     def models(self, terms: tuple[Term, ...]) -> list[Measured]:
-        """Return what a report says of each model: as of the exchange's own, with seconds and notes."""
-        return [self._measured(term) for term in terms]
+        """Return the report's entry for each model: as for the exchange's own, plus seconds and notes."""
+        return [self._measure(term) for term in terms]
 
-    def _measured(self, term: Term) -> Measured:
+    def _measure(self, term: Term) -> Measured:
         self.observer({"phase": "study", "state": "try", "name": term.text})
         start = time.monotonic()
-        made = term.method.make(self.silos, **term.options)
-        sums = made.sums if isinstance(made, registry.CandidateSums) else self.silos.measure(made.deltas)
+        model = term.method.make(self.silos, **term.options)
+        sums = model.sums if isinstance(model, registry.CandidateSums) else self.silos.measure(model.deltas)
         seconds = round(time.monotonic() - start, 3)
-        name = term.method.label + (f" ({', '.join(made.about)})" if made.about else "")
+        name = term.method.label + (f" ({', '.join(model.about)})" if model.about else "")
         self.silos.tell(name)
-        return described(self.silos.plan, name, term.kind, sums).updated(seconds=seconds, **made.more)
+        return to_measured(self.silos.plan, name, term.kind, sums).updated(seconds=seconds, **model.more)
 
 
 class SimulatedSilos:
-    """What methods ask of silos (`gramfuse_server.merging.methods.registry.Silos`), answered by a laboratory.
+    """Implements `gramfuse_server.merging.methods.registry.Silos` with a laboratory.
 
     Args:
-        observer: as `Comparison` has it.
+        observer: as in `Comparison`.
     """
 
     def __init__(self, laboratory: AllSilos, observer: Observer) -> None:
@@ -70,23 +70,23 @@ class SimulatedSilos:
 
     @property
     def ranked_by(self) -> str:
-        """Which metric ranks models: the higher, the better."""
+        """The metric that ranks models; higher is better."""
         return ranked_by(self.plan)
 
     def start(self) -> Mapping[str, NDArray[np.float32]]:
-        """Return the base model's parameters and buffers that are merged, by name."""
+        """Return the base model's merged parameters and buffers, by name."""
         return self.laboratory.start()
 
     def deltas(self, silo: str) -> Deltas:
-        """Return how a silo's own model differs from the base."""
+        """Return the differences of a silo's own model from the base."""
         return self.laboratory.deltas(silo)
 
     def parents(self) -> tuple[list[Deltas], list[dict[str, NDArray[np.float64]]]]:
-        """Return the differences of all silos, zero where they count for nothing, and what they count for."""
+        """Return the differences of all silos, zero where their weight is zero, and their weights."""
         return self.laboratory.parents()
 
     def fisher(self, silo: str, variant: Any, examples: int) -> tuple[str, Deltas]:
-        """Return the variant, by default the one that fits the silo's task, and the diagonal Fisher information."""
+        """Return the Fisher variant, by default the one for the silo's task, and the diagonal Fisher information."""
         from gramfuse_client.training.fisher import choose_variant
 
         bench = self.laboratory.benches[silo]
@@ -94,15 +94,15 @@ class SimulatedSilos:
         return chosen, bench.fisher(self.deltas(silo), chosen, examples)
 
     def measure(self, deltas: Deltas) -> Mapping[str, Sums]:
-        """Return the held-out sums of the base with differences added, by silo."""
+        """Return the held-out sums of base + deltas, by silo."""
         return self.laboratory.measure(deltas)
 
     def metrics(self, sums: Mapping[str, Sums]) -> Mapping[str, float]:
         """Return the metrics of all silos together."""
-        return described(self.plan, "", "", sums).metrics
+        return to_measured(self.plan, "", "", sums).metrics
 
     def ask_together(self) -> Mapping[str, Sums]:
-        """Return the held-out sums of all silos' own models asked together, by silo."""
+        """Return the held-out sums of the ensemble of all silos' own models, by silo."""
         return self.laboratory.measure_ensemble()
 
     def train_jointly(self) -> Mapping[str, Sums]:
@@ -110,11 +110,11 @@ class SimulatedSilos:
         return self.laboratory.measure_joint()
 
     def federate(self, rounds: int, after: Callable[[int, Deltas], None]) -> Mapping[str, int]:
-        """Run FedAvg, with a call after each round, and return the bytes that each silo sent."""
+        """Run FedAvg, call `after` with each round and its average, and return the bytes that each silo sent."""
         from gramfuse_simulation.fedavg import federated_average
 
         return federated_average(self.laboratory, rounds, after)
 
     def tell(self, name: str) -> None:
-        """Tell whoever watches that something was measured."""
+        """Tell the observer that a model was measured."""
         self.observer({"phase": "study", "state": "measured", "name": name})

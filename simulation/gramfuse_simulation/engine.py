@@ -1,7 +1,7 @@
 """The process that runs one simulation on Flower's simulation engine (Ray).
 
-It is a process of its own so that whatever Ray starts can be ended with it, and so that its exit status is true.
-Called with a file that `gramfuse_simulation.simulate` writes; leaves the report, or the error, in a file of its own.
+It is a separate process so that everything that Ray starts ends with it, and so that its exit status is reliable.
+Takes a file written by `gramfuse_simulation.simulate`; writes the report or the error to another file.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ if TYPE_CHECKING:
 
 
 LOG = "silo.log"
-"""What a simulated silo's log is called in its state."""
+"""File name of a simulated silo's log in its state directory."""
 
 RAY_SECONDS = 300.0
-"""How long Ray may take to start; 10 to 30 s are usual."""
+"""How long to wait for Ray to start; 10 to 30 s are usual."""
 
 
 class SiloOfNode:
-    """Finds the silo of a simulated node: the n-th of the roster for the n-th partition."""
+    """Maps simulated nodes to silos: the n-th partition is the n-th silo of the roster."""
 
     def __init__(
         self, files: list[str], state: str, plan_digest: str, *, tuned: bool = False, opened: bool = False
@@ -55,7 +55,7 @@ class SiloOfNode:
         self.opened = opened
 
     def __call__(self, context: Any) -> Any:
-        """Return the Silo that a Flower context belongs to, and have its log written to a file of its own."""
+        """Return the Silo of a Flower context, and send its log to its own file."""
         from gramfuse_client.app import write_log
 
         file = self.files[int(context.node_config["partition-id"])]
@@ -65,14 +65,14 @@ class SiloOfNode:
 
 
 def simulated_silo(file: str, state: str, plan_digest: str, *, tuned: bool = False, opened: bool = False) -> Any:
-    """Return a Silo as in its file, but with the plan approved, its state and its key in a directory of the simulation.
+    """Return a Silo as in its file, but with the plan approved, and its state and key in a directory of the simulation.
 
-    Whoever simulates owns all silos' data already, so there is nobody to ask for approval. All other limits hold.
+    The user of a simulation already has all silos' data, so no approval is needed. All other limits hold.
 
     Args:
         file: DIR/silos/NAME.toml of a project; paths in its plan start at DIR.
-        tuned: whether something is chosen by held-out data, so that some of it has to be set aside for that.
-        opened: whether open uploads are allowed, whatever the file says: nothing leaves the machine.
+        tuned: whether a search needs validation examples; they are split off the held-out ones if the file has none.
+        opened: whether open uploads are allowed, regardless of the file: nothing leaves the machine.
     """
     from gramfuse_client.data.examples import HALF
     from gramfuse_client.silo_file import Silo
@@ -80,7 +80,7 @@ def simulated_silo(file: str, state: str, plan_digest: str, *, tuned: bool = Fal
     silo = Silo.read(Path(file))
     own = Path(state) / silo.name
     changes: dict[str, Any] = {"approved": (plan_digest,), "state": str(own), "identity": str(own / "identity.pem")}
-    changes["coordinator"] = None  # there is none, so no node key is needed
+    changes["coordinator"] = None  # a simulation has none, so no node key is needed
     if tuned and silo.file.data.validation is None:
         changes["data"] = silo.file.data.model_copy(update={"validation": HALF})
     if opened:
@@ -145,17 +145,17 @@ def simulate(spec: dict[str, Any]) -> Report:
                 "_temp_dir": spec["ray"],
                 "log_to_driver": True,
             },
-            # Ray gives a silo's process as many threads, where its file does not say how many.
+            # Also the number of threads of a silo's process, unless its file sets one.
             "client_resources": {"num_cpus": max(1, cores // len(plan.silo)), "num_gpus": spec["gpus_per_silo"]},
         },
     )
     if not reports:
-        raise FederationError("Flower's simulation ended before the exchange did; its log has the details")
+        raise FederationError("Flower's simulation ended before the exchange did; see its log")
     return reports[0]
 
 
 def study_of(spec: dict[str, Any], plan: Plan, layout: Layout) -> Study | None:
-    """Return what is done with a merge: `gramfuse tune` chooses another, `--compare` measures what stands beside it."""
+    """Return the study of the merge: the search of `gramfuse tune`, and the comparisons of `--compare`."""
     if not spec["tune"] and not spec["compare"]:
         return None
     from gramfuse_server.report.studies import Studied
@@ -165,13 +165,13 @@ def study_of(spec: dict[str, Any], plan: Plan, layout: Layout) -> Study | None:
 
     def study(survivors: tuple[str, ...], merged: Merged, observer: Observer) -> tuple[Merged, Studied]:
         laboratory = laboratory_of(spec, plan, layout, plan.merge.rounds, survivors)
-        found = Studied()
+        studied = Studied()
         if spec["tune"]:
-            merged, found = tune(laboratory, Wanted(**spec["tune"]), merged, observer)
+            merged, studied = tune(laboratory, Wanted(**spec["tune"]), merged, observer)
         if spec["compare"]:
             compared = Comparison(laboratory, observer).models(parse_terms(spec["compare"]))
-            found = found._replace(models=(*found.models, *compared))
-        return merged, found
+            studied = studied._replace(models=(*studied.models, *compared))
+        return merged, studied
 
     return study
 
@@ -179,7 +179,7 @@ def study_of(spec: dict[str, Any], plan: Plan, layout: Layout) -> Study | None:
 def laboratory_of(
     spec: dict[str, Any], plan: Plan, layout: Layout, number: int, survivors: tuple[str, ...]
 ) -> AllSilos:
-    """Return the laboratory of a round and of the silos that are in its merge, with what they keep on their disks."""
+    """Return the laboratory of a round and the silos in its merge, from the silos' state on disk."""
     from gramfuse_client.state.state import State
     from gramfuse_simulation.all_silos import AllSilos
 
@@ -193,7 +193,7 @@ def laboratory_of(
 
 
 def _end_with_parent() -> None:
-    """End this process when the command that started it is gone and can clean up no more; Ray ends with us."""
+    """Exit when the parent process is gone and can no longer clean up; Ray exits with us."""
     parent = os.getppid()
 
     def watch() -> None:
@@ -205,7 +205,7 @@ def _end_with_parent() -> None:
 
 
 def _end_without_ray(outcome: Path) -> None:
-    """End this process, with an error, if Ray does not start: Flower would wait for ever."""
+    """Exit with an error if Ray does not start: Flower would wait forever."""
 
     def watch() -> None:
         import ray
@@ -213,13 +213,13 @@ def _end_without_ray(outcome: Path) -> None:
         time.sleep(RAY_SECONDS)
         if not ray.is_initialized():
             message = f"Flower's simulation failed: Ray did not start within {RAY_SECONDS:.0f} s"
-            _leave(outcome, {"error": "FederationError", "message": message})
+            _write_outcome(outcome, {"error": "FederationError", "message": message})
             os._exit(FederationError.exit_code)
 
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _leave(outcome: Path, document: Mapping[str, Any]) -> None:
+def _write_outcome(outcome: Path, document: Mapping[str, Any]) -> None:
     """Write the outcome, unless there is one."""
     if not outcome.exists():
         outcome.write_text(json.dumps(document), encoding="utf-8")
@@ -237,18 +237,18 @@ def main() -> int:
     except GramfuseError as error:
         outcome = {"error": type(error).__name__, "message": str(error), "left": error.report and str(error.report)}
         code = error.exit_code
-    except Exception as error:  # noqa: BLE001  # Flower and Ray raise their own
+    except Exception as error:  # noqa: BLE001  # Flower and Ray have their own errors
         traceback.print_exc()
         cause: BaseException = error
         while isinstance(cause, RuntimeError) and (behind := cause.__cause__ or cause.__context__):
-            cause = behind  # Flower's own say no more than that there was one
+            cause = behind  # Flower's own error has no details
         outcome = {
             "error": "FederationError",
             "message": f"Flower's simulation failed: {type(cause).__name__}: {cause}",
         }
         code = FederationError.exit_code
-    _leave(Path(spec["outcome"]), outcome)
-    if code:  # a thread of Flower's may wait for nodes that never come; whatever Ray started is ended by our parent
+    _write_outcome(Path(spec["outcome"]), outcome)
+    if code:  # a Flower thread may wait forever for nodes; our parent ends the processes of Ray
         os._exit(code)
     return code
 

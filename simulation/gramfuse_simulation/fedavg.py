@@ -1,4 +1,4 @@
-"""FedAvg by Flower's own strategy, with silos that answer in this process."""
+"""FedAvg with Flower's own strategy, with silos in this process."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from flwr.serverapp.strategy import FedAvg
 from gramfuse_simulation.all_silos import AllSilos, Bench, Deltas
 
 WEIGHT = "weight"
-"""What a reply's arrays are weighed by."""
+"""Metric that weights a reply's arrays."""
 
 
 class LocalGrid(Grid):
-    """A grid whose nodes are ClientApps in this process; they answer one after the other, in order.
+    """A grid whose nodes are ClientApps in this process, called sequentially in order.
 
     Args:
-        apps: one for each node; the n-th has the node id n + 1.
+        apps: one for each node; node ids count from 1.
     """
 
     def __init__(self, apps: Sequence[ClientApp]) -> None:
@@ -32,7 +32,7 @@ class LocalGrid(Grid):
         return list(self._nodes)
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        """Have each node answer; whatever it raises is raised here."""
+        """Call each node's app; its exceptions propagate."""
         replies = []
         for message in sorted(messages, key=lambda message: message.metadata.dst_node_id):
             app, context = self._nodes[message.metadata.dst_node_id]
@@ -40,34 +40,34 @@ class LocalGrid(Grid):
         return replies
 
     def set_run(self, run: Any) -> None:
-        """Not needed here."""
+        """Not needed."""
         raise NotImplementedError
 
     @property
     def run(self) -> Any:
-        """Not needed here."""
+        """Not needed."""
         raise NotImplementedError
 
     def create_message(self, *args: Any, **more: Any) -> Message:
-        """Not needed here: the strategy makes its messages itself."""
+        """Not needed: the strategy creates its messages itself."""
         raise NotImplementedError
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Not needed here: the strategy sends and receives at once."""
+        """Not needed: the strategy uses send_and_receive."""
         raise NotImplementedError
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Not needed here: the strategy sends and receives at once."""
+        """Not needed: the strategy uses send_and_receive."""
         raise NotImplementedError
 
 
 def silo_app(bench: Bench, start: Mapping[str, np.ndarray[Any, Any]], own: Deltas, weight: float) -> ClientApp:
-    """Return a ClientApp that fine-tunes what it is sent on a silo's data, and sends it back.
+    """Return a ClientApp that fine-tunes the received model on a silo's data, and sends it back.
 
     Args:
-        start: the base model's parameters that are averaged, by name.
-        own: the silo's own model, which is what it has after the first round.
-        weight: what the silo counts for in the mean.
+        start: the base model's averaged parameters, by name.
+        own: differences of the silo's own model from the base, its result of the first round.
+        weight: of the silo in the mean.
     """
     app = ClientApp()
 
@@ -87,9 +87,9 @@ def silo_app(bench: Bench, start: Mapping[str, np.ndarray[Any, Any]], own: Delta
 
 
 def federated_average(laboratory: AllSilos, rounds: int, after: Callable[[int, Deltas], None]) -> dict[str, int]:
-    """Run FedAvg, each round with as much local training as the plan has in all.
+    """Run FedAvg, each round with the plan's full local training.
 
-    The first round is that which the silos have behind them.
+    The first round reuses the silos' trained models.
 
     Args:
         after: called after each round with its number and the averaged model, as differences from the base.
@@ -98,7 +98,7 @@ def federated_average(laboratory: AllSilos, rounds: int, after: Callable[[int, D
         The bytes that each silo sent: its model's arrays, once a round.
 
     Source: McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data", AISTATS 2017,
-    algorithm 1, as `flwr.serverapp.strategy.FedAvg` has it.
+    algorithm 1, as implemented by `flwr.serverapp.strategy.FedAvg`.
     """
     start = laboratory.start()
 

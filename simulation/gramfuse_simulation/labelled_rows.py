@@ -1,4 +1,4 @@
-"""Rows of data where there is neither plan nor silo file: what they call labels, and which of them are left out."""
+"""Options for data without a plan or silo file: names of labels, and skipping of bad rows."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 COLUMNS = ("--text", "--text-pair", "--image", "--label")
-"""The options that name columns."""
+"""Options that name columns."""
 
 
 def row_options(lead: str = "") -> Callable[[F], F]:
     """Return a decorator that adds --labels and --skip-bad.
 
     Args:
-        lead: what their help begins with.
+        lead: prefix of their help texts.
     """
 
     def add(command: F) -> F:
@@ -33,31 +33,30 @@ def row_options(lead: str = "") -> Callable[[F], F]:
             default=0,
             show_default=True,
             metavar="N",
-            help=f"{lead}Leave out as many bad rows of DATA at most.",
+            help=f"{lead}Skip at most N bad rows of DATA.",
         )
         names = click.option(
             "--labels",
             metavar="NAME,…",
-            help=f"{lead}What DATA call the outputs of MODEL, in their order.  [default: as its config does, or 0, 1, "
-            "…]",
+            help=f"{lead}Names in DATA of MODEL's outputs, in order.  [default: those of its config, or 0, 1, …]",
         )
         return names(skip(command))
 
     return add
 
 
-def label_names(given: str | None, task: Task) -> tuple[str, ...]:
-    """Return --labels, of which one with a comma in it stands in double quotes; none if it is not given.
+def label_names(option: str | None, task: Task) -> tuple[str, ...]:
+    """Parse --labels; names with commas are in double quotes. Empty if the option is missing.
 
     Raises:
-        PlanError: if they are not one different name for each output of a task's model.
+        PlanError: unless there is one distinct name for each output of the task's model.
     """
-    if given is None:
+    if option is None:
         return ()
-    names = tuple(next(csv.reader([given], skipinitialspace=True), []))
+    names = tuple(next(csv.reader([option], skipinitialspace=True), []))
     if len(names) != len(task.labels) or len({*names, ""}) <= len(names):
         raise PlanError(
-            f"--labels {given}: expected {len(task.labels)} different names, one for each output of MODEL: "
-            f"{listed(task.labels, 20) or 'it has none that are labels'}"
+            f"--labels {option}: expected {len(task.labels)} different names, one for each output of MODEL: "
+            f"{listed(task.labels, 20) or 'it has no outputs that are labels'}"
         )
     return names

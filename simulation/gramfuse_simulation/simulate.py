@@ -33,34 +33,34 @@ if TYPE_CHECKING:
 
 LOG_LINES = 30
 
-OF_A_SILO = re.compile(r"silo \S+, phase \w+: \w+Error: .*")
-"""The line of a silo's log that says why it refused or failed (`gramfuse_client.exchange.participant`)."""
+SILO_ERROR = re.compile(r"silo \S+, phase \w+: \w+Error: .*")
+"""The line of a silo's log with the reason for a refusal or failure (`gramfuse_client.exchange.participant`)."""
 
-SHORT = ("/tmp", "/var/tmp")  # noqa: S108  # a private directory is made in one of them
-"""Where Ray's sockets are if the path of the usual place for temporary files is too long for them."""
+SHORT = ("/tmp", "/var/tmp")  # noqa: S108  # a private directory is created in one of them
+"""Alternatives for Ray's sockets if the path of the default temporary directory is too long."""
 
 SOCKET_PATH = 103 if sys.platform == "darwin" else 107
-"""Most bytes of a socket's path."""
+"""Most bytes in a socket's path."""
 
 RAY_PATH = len("/gf-xxxxxxxx/ray/session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store")
-"""What is added to the path of that place."""
+"""Bytes that Ray adds to the path of the temporary directory."""
 
 FLOWER_LOG = "flower.log"
-"""What Flower's log is called, also beside the report of a run that failed."""
+"""File name of Flower's log, also beside the report of a failed run."""
 
 
 class RunView(AbstractContextManager["RunView"], Protocol):
-    """Shows a run as it goes; whoever starts a simulation brings one."""
+    """Shows the progress of a run; provided by the caller."""
 
     def take(self, event: Mapping[str, Any]) -> None:
         """Show one event of the exchange."""
 
     def refresh(self) -> None:
-        """Show how far the silos are."""
+        """Update the silos' progress."""
 
 
 View = Callable[[tuple[str, ...], Callable[[str], Mapping[str, Any] | None]], RunView]
-"""Makes a view from the silos' names and a function that returns the last progress (phase, done, total) of a silo."""
+"""Creates a view from the silos' names and a function that returns a silo's last progress (phase, done, total)."""
 
 
 def run_simulation(
@@ -75,23 +75,22 @@ def run_simulation(
     """Simulate one exchange and return its report.
 
     Args:
-        out: the run directory to make.
-        view: shows the run.
-        tune: what is searched by held-out data before the merge is written, if anything.
+        out: the run directory to create.
+        view: shows the progress.
+        tune: the search over merges on validation data, if any.
         compare: other models to measure.
-        opened: whether silos allow open uploads, whatever their files say.
+        opened: whether silos allow open uploads, regardless of their files.
 
     Raises:
-        GramfuseError: of the kind that fits; then nothing is left but silos' data as they were, and the report of a
-            run that failed on its way.
+        GramfuseError: if the simulation fails; only the report of the failed run remains, if it got that far.
     """
     from gramfuse_client.silo_file import read_silos
     from gramfuse_server.run_directory import check_free, discard
 
     check_terms(compare, project.plan)
     check_free(out)
-    sockets = place_of_sockets()
-    say("read the silos' data and the base model", err=True)
+    sockets = socket_directory()
+    say("reading the silos' data and the base model", err=True)
     silos = read_silos(project.directory, project.plan.names)
     for silo in silos.values():
         _check_silo(project, silo, tuned=tune is not None)
@@ -100,10 +99,10 @@ def run_simulation(
     if plan.privacy.secure_aggregation:
         plan = plan.with_keys({name: identity.public.hex() for name, identity in identities.items()})
     with (
-        tempfile.TemporaryDirectory(prefix="gf-", ignore_cleanup_errors=True) as made,
+        tempfile.TemporaryDirectory(prefix="gf-", ignore_cleanup_errors=True) as directory,
         tempfile.TemporaryDirectory(prefix="gf-", dir=sockets, ignore_cleanup_errors=True) as private,
     ):
-        scratch = Path(made)
+        scratch = Path(directory)
         _write_states(scratch / "silos", plan, silos.values(), identities, opened=opened)
         spec = {
             "plan": plan.to_toml(),
@@ -112,7 +111,7 @@ def run_simulation(
             "out": str(out),
             "silos": [str(silo.path) for silo in silos.values()],
             "state": str(scratch / "silos"),
-            "ray": str(Path(private) / "ray"),  # which Ray lets everybody write to
+            "ray": str(Path(private) / "ray"),  # Ray makes it world-writable
             "events": str(scratch / "events.jsonl"),
             "outcome": str(scratch / "outcome.json"),
             "gpus_per_silo": _gpus_per_silo(len(silos)),
@@ -122,20 +121,20 @@ def run_simulation(
         }
         (scratch / "spec.json").write_text(json.dumps(spec), encoding="utf-8")
         try:
-            code = _engine(scratch, plan, view)
+            code = _run_engine(scratch, plan, view)
             return _outcome(scratch, code, plan.names, out)
         finally:
             discard(out)
 
 
 def _check_silo(project: Project, silo: Silo, *, tuned: bool) -> None:
-    """Say now what a silo would refuse later, with the details that only the silo may see.
+    """Make a silo's later checks now, with the details that only the silo would see.
 
     Args:
-        tuned: whether examples to choose by are needed.
+        tuned: whether validation examples are needed.
 
     Raises:
-        GramfuseError: of the kind that fits.
+        GramfuseError: if the silo would refuse.
     """
     from gramfuse_client.data.examples import left_out, load, load_validation
     from gramfuse_client.guard.policy import check_examples
@@ -145,7 +144,7 @@ def _check_silo(project: Project, silo: Silo, *, tuned: bool) -> None:
     task = project.plan.task_of(silo.name)
     examples, held_out = load(silo, task)
     if bad := left_out(examples, held_out):
-        say(f"{silo.name}: {len(bad)} bad rows are left out:", *bad, err=True)
+        say(f"{silo.name}: {len(bad)} bad rows are skipped:", *bad, err=True)
     check_examples(silo, len(examples))
     kind = at_silo(task)
     kind.check_labels(silo.path, task, examples.labels)
@@ -163,10 +162,10 @@ def _check_silo(project: Project, silo: Silo, *, tuned: bool) -> None:
 def _write_states(
     state: Path, plan: Plan, silos: Iterable[Silo], identities: Mapping[str, Identity], *, opened: bool
 ) -> None:
-    """Write each silo's identity where its state will be, and check that its file allows the plan.
+    """Write each silo's identity into its state directory, and check that its silo file allows the plan.
 
     Raises:
-        RefusalError: if it does not.
+        RefusalError: if a silo file does not allow it.
     """
     from gramfuse_client.guard.policy import check_plan
     from gramfuse_client.silo_file import write_identity
@@ -178,20 +177,20 @@ def _write_states(
         check_plan(simulated_silo(str(silo.path), str(state), plan.digest, opened=opened), plan)
 
 
-def _engine(scratch: Path, plan: Plan, view: View) -> int:
-    """Run the simulation's process to its end, show its events, and return its exit status.
+def _run_engine(scratch: Path, plan: Plan, view: View) -> int:
+    """Run the simulation's process, show its events, and return its exit status.
 
     Args:
-        scratch: where it works, with its `spec.json`.
+        scratch: its working directory, with `spec.json`.
     """
     from gramfuse_client.state.state import read_progress
 
-    # A silo that is ended in the middle of its work cleans nothing up; what it leaves goes with the scratch.
+    # A killed silo does not clean up; its files go with the scratch directory.
     environment: dict[str, str | None] = {"FLWR_HOME": str(scratch / "flwr"), "TMPDIR": str(scratch / "tmp")}
-    environment["RAY_ADDRESS"] = None  # of a cluster of somebody's; a simulation stays on this machine
+    environment["RAY_ADDRESS"] = None  # never join an existing cluster: a simulation stays on this machine
     (scratch / "tmp").mkdir()
     command = [sys.executable, "-m", "gramfuse_simulation.engine", str(scratch / "spec.json")]
-    events = Growing(scratch / "events.jsonl")  # before anything is written to it
+    events = Growing(scratch / "events.jsonl")  # before the first write
     with (
         view(plan.names, lambda silo: read_progress(scratch / "silos" / silo, plan.digest)) as shown,
         contained(command, scratch / FLOWER_LOG, environment) as process,
@@ -207,65 +206,64 @@ def _engine(scratch: Path, plan: Plan, view: View) -> int:
     return int(process.returncode)
 
 
-def place_of_sockets() -> str:
-    """Return where a directory for Ray's sockets can be made: the usual place, or one with a shorter path.
+def socket_directory() -> str:
+    """Return the parent for a directory of Ray's sockets: the default temporary directory, or a shorter one.
 
     Raises:
-        FederationError: if there is none.
+        FederationError: if no path is short enough and writable.
     """
     longest = SOCKET_PATH - RAY_PATH
     for place in (tempfile.gettempdir(), *SHORT):
         if len(os.fsencode(place)) <= longest and os.access(place, os.W_OK | os.X_OK):
             return place
     raise FederationError(
-        f"{tempfile.gettempdir()}: Ray makes sockets, whose paths may have {SOCKET_PATH} bytes, so this path is too "
-        f"long, and nothing can be written to {' or '.join(SHORT)}; set TMPDIR to a directory whose path has at most "
-        f"{longest} bytes"
+        f"{tempfile.gettempdir()}: this path is too long for Ray's sockets, which are limited to {SOCKET_PATH} bytes, "
+        f"and {' and '.join(SHORT)} are not writable; set TMPDIR to a directory whose path has at most {longest} bytes"
     )
 
 
 def _outcome(scratch: Path, code: int, silos: Sequence[str], out: Path) -> Report:
-    """Return the report, or raise the error that the simulation ended with.
+    """Return the report, or raise the simulation's error.
 
     Args:
-        scratch: where it worked.
+        scratch: its working directory.
         code: its exit status.
         silos: their names.
-        out: the run directory that it was to make.
+        out: the run directory to create.
     """
     try:
         outcome = json.loads((scratch / "outcome.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
-        outcome = {"error": "FederationError", "message": f"the simulation's process ended with status {code}"}
+        outcome = {"error": "FederationError", "message": f"the simulation's process exited with status {code}"}
     if "report" in outcome:
         return Report.read(outcome["report"])
     kind: type[GramfuseError] = error_types().get(outcome["error"], FederationError)
-    left = Path(outcome["left"]) if outcome.get("left") else None
+    report = Path(outcome["left"]) if outcome.get("left") else None
     message = outcome["message"]
-    if kind in (FederationError, RefusalError):  # others say all that there is to say
+    if kind in (FederationError, RefusalError):  # other errors need no logs
         logs = {silo: _read(scratch / "silos" / silo / LOG) for silo in silos}
-        reasons = {silo: list(dict.fromkeys(OF_A_SILO.findall(text))) for silo, text in logs.items()}
+        reasons = {silo: list(dict.fromkeys(SILO_ERROR.findall(text))) for silo, text in logs.items()}
         if any(reasons.values()):
-            own = (f"  {line}" for lines in reasons.values() for line in lines)
-            say("The silos' own logs say:", *own, "", err=True)
+            details = (f"  {line}" for lines in reasons.values() for line in lines)
+            say("From the silos' own logs:", *details, "", err=True)
         kept = {f"silo-{silo}.log": logs[silo] for silo in silos if reasons[silo]}
-        message += _keep_logs(out, kept | {FLOWER_LOG: uncoloured(_read(scratch / FLOWER_LOG))}, new=left is None)
+        message += _keep_logs(out, kept | {FLOWER_LOG: uncoloured(_read(scratch / FLOWER_LOG))}, new=report is None)
     error = kind(message)
-    error.report = left
+    error.report = report
     raise error
 
 
 def _keep_logs(out: Path, logs: Mapping[str, str], *, new: bool) -> str:
-    """Put logs where the report of a run is that failed, and return the lines that say so.
+    """Copy logs into the directory of the failed run, and return lines that name them.
 
-    If they cannot be kept, Flower's last lines are shown on the terminal.
+    If they cannot be copied, prints the last lines of Flower's log.
 
     Args:
-        new: whether there is no report of this run.
+        new: whether the directory does not exist yet, because the failed run left no report.
     """
     from gramfuse_server.run_directory import failed_of, forget
 
-    failed, said = failed_of(out), ""
+    failed, lines = failed_of(out), ""
     try:
         if new:
             forget(failed)
@@ -273,12 +271,12 @@ def _keep_logs(out: Path, logs: Mapping[str, str], *, new: bool) -> str:
         for name, text in logs.items():
             write_private(failed / name, text.encode())
             silo = name.removeprefix("silo-").removesuffix(".log")
-            whose = "Flower's log" if name == FLOWER_LOG else f"The log of silo {silo!r}"
-            said += f"\n{whose} is {failed / name}"
+            title = "Flower's log" if name == FLOWER_LOG else f"The log of silo {silo!r}"
+            lines += f"\n{title} is {failed / name}"
     except OSError:
-        lines = logs[FLOWER_LOG].split("\n")
-        say("The last lines of Flower's log:", *(f"  {line}" for line in lines[-LOG_LINES:]), "", err=True)
-    return said
+        tail = logs[FLOWER_LOG].split("\n")[-LOG_LINES:]
+        say("The last lines of Flower's log:", *(f"  {line}" for line in tail), "", err=True)
+    return lines
 
 
 def _read(log: Path) -> str:

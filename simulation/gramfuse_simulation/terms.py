@@ -1,6 +1,6 @@
-"""What `gramfuse simulate --compare` can be asked for, and which of it a plan allows.
+"""The terms of `gramfuse simulate --compare`: parsing, help, and the check against a plan.
 
-What there is, `gramfuse_server.merging.methods` has.
+The methods are in `gramfuse_server.merging.methods`.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ class Term:
     """One model to compare with.
 
     Args:
-        text: as it was written.
-        kind: name of the method: what stands before the first colon.
-        options: what stands behind it, by name, with the method's defaults for what was left out.
+        text: as written by the user.
+        kind: name of the method, before the first colon.
+        options: all options of the method by name, with defaults filled in.
     """
 
     text: str
@@ -35,10 +35,10 @@ class Term:
 
 
 def parse_terms(text: str) -> tuple[Term, ...]:
-    """Parse terms between commas; one that comes twice counts once.
+    """Parse comma-separated terms; duplicates are dropped.
 
     Raises:
-        ValueError: saying which term is wrong, and what there is.
+        ValueError: naming the wrong term and the choices.
     """
     return tuple({term.text: term for term in (_parse(part.strip()) for part in text.split(","))}.values())
 
@@ -47,7 +47,7 @@ def _parse(text: str) -> Term:
     name, *values = text.split(":")
     method = METHODS.get(name)
     if method is None:
-        raise ValueError(f"{text!r} is nothing to compare with; there are {', '.join(METHODS)}")
+        raise ValueError(f"unknown comparison {text!r}; choose from {', '.join(METHODS)}")
     try:
         return Term(text, name, method.options.parse(values))
     except ValueError as error:
@@ -55,18 +55,18 @@ def _parse(text: str) -> Term:
 
 
 def explained(method: Method) -> str:
-    """Return what --help says of a method."""
+    """Return the help text of a method."""
     words = "; ".join(filter(None, [method.words, method.options.words, "always measured" if method.always else ""]))
     return f"{method.name}{method.options.written}: {words}{f' ({method.paper})' if method.paper else ''}."
 
 
 def check_terms(terms: tuple[Term, ...], plan: Plan) -> None:
-    """Raise PlanError, naming the terms and saying what to do, if a plan does not allow all that is asked for."""
-    named = {term.kind: refused(term.method) for term in terms}
-    for refusal in dict.fromkeys(refusal for name in METHODS for refusal in named.get(name, ())):
+    """Raise PlanError, naming the terms and the remedy, if a plan does not allow a term."""
+    conditions = {term.kind: refused(term.method) for term in terms}
+    for refusal in dict.fromkeys(refusal for name in METHODS for refusal in conditions.get(name, ())):
         if refusal.applies(plan):
-            together = ",".join(term.text for term in terms if refusal in named[term.kind])
-            raise PlanError(f"--compare {together}: {refusal.why}")
+            texts = ",".join(term.text for term in terms if refusal in conditions[term.kind])
+            raise PlanError(f"--compare {texts}: {refusal.why}")
     for term in terms:
         if "fisher" in term.method.needs:
             from gramfuse_client.training.fisher import choose_variant

@@ -1,4 +1,4 @@
-"""What `gramfuse tune` does with statistics: one part of the held-out data chooses, the other is reported."""
+"""The search of `gramfuse tune`: validation examples choose the merge, held-out examples are for the report."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ if TYPE_CHECKING:
     from gramfuse_simulation.all_silos import AllSilos, Bench, Deltas, Split
 
 Measure = Callable[["Deltas", "Split"], Mapping[str, Sums]]
-"""Measures a merge, by its differences from the base, on a part of the held-out data; sums by silo."""
+"""Measures a merge, given as differences from the base, on a part of the examples; returns sums by silo."""
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is searched.
+    """What to search.
 
     Args:
-        alphas: values of α, tried in this order.
-        weights: whether silo weights are searched too, with the α that was found.
-        order: whether merges of the first 1, 2, … silos are tried, and in which order they are added.
-        influence: whether merges without each silo are tried.
+        alphas: values of α to try, in order.
+        weights: whether to search silo weights too, at the best α.
+        order: order in which silos are added for merges of the first 1, 2, … silos; None to skip these.
+        influence: whether to try the merge without each silo.
     """
 
     alphas: tuple[float, ...]
@@ -47,40 +47,40 @@ class Wanted:
 
 
 def tune(laboratory: AllSilos, wanted: Wanted, merged: Merged, observer: Observer) -> tuple[Merged, Studied]:
-    """Search, and return the chosen merge and what is added to the report: a study of an exchange.
+    """Search over merges of an exchange, and return the chosen merge and additions to the report.
 
     Args:
-        merged: with the plan's α and weights; its mean stays what `simple` means in the report.
+        merged: the merge with the plan's α and weights; its mean remains the report's `simple`.
     """
     from gramfuse_server.merging.search import Trials
     from gramfuse_server.report.studies import Studied
-    from gramfuse_server.run.evaluation import described
+    from gramfuse_server.run.evaluation import to_measured
 
     plan, measure = laboratory.plan, laboratory.measure
     trials = Trials(
         laboratory.layout,
         laboratory.contributions,
-        lambda deltas: joint(plan, measure(deltas, "validation")),
+        lambda deltas: judgement_of(plan, measure(deltas, "validation")),
         weighting=plan.merge.weighting,
-        tell=lambda trial: observer({"phase": "study", "state": "measured", "name": _named(trial)}),
+        tell=lambda trial: observer({"phase": "study", "state": "measured", "name": _name_of(trial)}),
     )
     chosen, best, tuning = search(trials, wanted, plan, measure)
     studied = Studied(tuning=tuning)
     if (chosen.alpha, chosen.weights) != (plan.merge.alpha, trials.uniform):
-        untuned = described(plan, "untuned", "untuned", measure(merged.deltas, "held-out"))
+        untuned = to_measured(plan, "untuned", "untuned", measure(merged.deltas, "held-out"))
         studied = studied._replace(models=(untuned,))
     return replace(best, mean=merged.mean), studied
 
 
 @dataclass(frozen=True)
 class TuningData:
-    """Where examples are for merges of files.
+    """The examples for merges of files.
 
     Args:
-        validation, test: sources, as `[data]` of a silo file has them: what is chosen by, and what is reported on.
-        columns: `text`, `text_pair`, `image` and `label`, as `[data]` has them too.
-        labels: --labels, if it is given.
-        skip_bad: most bad rows of a source that are left out.
+        validation, test: sources for choosing and for reporting, as in `[data]` of a silo file.
+        columns: `text`, `text_pair`, `image` and `label`, as in `[data]`.
+        labels: the option --labels, or None.
+        skip_bad: most bad rows to skip in a source.
     """
 
     validation: str
@@ -93,38 +93,37 @@ class TuningData:
 def tune_files(
     paths: Sequence[Path], base: str | None, data: TuningData, wanted: Wanted, out: Path, tell: Callable[[str], None]
 ) -> Report:
-    """Search over merges of statistics files, write the one that is chosen, and return its report.
+    """Search over merges of statistics files, write the chosen one, and return its report.
 
     Args:
         paths: of the files.
-        base: where the base model is, if not where the files say.
-        out: directory of the model; must not exist.
-        tell: is told what was measured.
+        base: the base model, as in `gramfuse_server.merging.files.Settings`.
+        out: directory for the model; must not exist.
+        tell: called with the name of each measured merge.
 
     Raises:
-        PlanError: if the files are to keep heads of their own, so that no one model comes of them.
-        GramfuseError: as `gramfuse_server.merging.files.merge_files` and `gramfuse_client.data.examples.load` raise.
+        PlanError: if the files keep their own heads, so that there is no single merged model, or have added tokens.
+        GramfuseError: as raised by `gramfuse_server.merging.files.merge_files` and
+            `gramfuse_client.data.examples.load`.
     """
     from gramfuse_protocol.statistics.file import read_statistics
     from gramfuse_server.merging.files import Collection, Settings, merge_files
     from gramfuse_server.merging.search import Trials
     from gramfuse_server.report.studies import Studied
-    from gramfuse_server.run.evaluation import described
+    from gramfuse_server.run.evaluation import to_measured
     from gramfuse_server.run_directory import check_free
 
     check_free(out)
     collection = Collection([read_statistics(path) for path in paths])
     if collection.heads == "own":
-        raise PlanError(
-            "tune ranks one model for one task, and under this plan silos keep their heads; use gramfuse merge"
-        )
+        raise PlanError("tune needs one merged model, but silos keep their heads under this plan; use gramfuse merge")
     if grown := [file for file in collection.files if file.added]:
         raise PlanError(
-            f"tune measures models with the base's tokens only, and {grown[0].name!r} was fine-tuned with others "
-            f"({listed(grown[0].added, 5)}): what it found would be of other models. Merge them with gramfuse "
-            "merge --tokenizer DIR, or measure models without added tokens"
+            f"tune measures models with the base's tokens only, but {grown[0].name!r} has added tokens "
+            f"({listed(grown[0].added, 5)}), so the results would not apply. Use gramfuse merge --tokenizer DIR, or "
+            "measure models without added tokens"
         )
-    alpha, weighting = _agreed(collection)
+    alpha, weighting = _defaults(collection)
     bench = _bench(collection, base, data)
 
     def measure(deltas: Deltas, part: Split) -> Mapping[str, Sums]:
@@ -133,9 +132,9 @@ def tune_files(
     trials = Trials(
         collection.layout,
         {file.name: file for file in collection.files},
-        lambda deltas: joint(bench.plan, measure(deltas, "validation")),
+        lambda deltas: judgement_of(bench.plan, measure(deltas, "validation")),
         weighting=weighting,
-        tell=lambda trial: tell(_named(trial)),
+        tell=lambda trial: tell(_name_of(trial)),
     )
     chosen, best, tuning = search(trials, wanted, bench.plan, measure, own=alpha)
     untuned = trials.sum(alpha, trials.uniform).merge()
@@ -147,7 +146,7 @@ def tune_files(
     models.append(("regmean", "regmean", best.deltas))
     if (chosen.alpha, chosen.weights) != (alpha, trials.uniform):
         models.append(("untuned", "untuned", untuned.deltas))
-    measured = (described(bench.plan, name, kind, measure(deltas, "held-out")) for name, kind, deltas in models)
+    measured = (to_measured(bench.plan, name, kind, measure(deltas, "held-out")) for name, kind, deltas in models)
     studied = Studied(
         models=tuple(measured),
         tuning=tuning,
@@ -158,8 +157,8 @@ def tune_files(
     return merge_files(paths, out, settings, Path.cwd(), studied)
 
 
-def _agreed(collection: Collection) -> tuple[float, Weighting]:
-    """Return the α and the weighting that files are merged with where nothing is searched."""
+def _defaults(collection: Collection) -> tuple[float, Weighting]:
+    """Return the α and the weighting for merging files without a search."""
     from gramfuse_protocol.contract.plan_sections import Merge
 
     merge = collection.plan.merge if collection.plan else Merge()
@@ -167,10 +166,10 @@ def _agreed(collection: Collection) -> tuple[float, Weighting]:
 
 
 def _bench(collection: Collection, base: str | None, data: TuningData) -> Bench:
-    """Return what merges of files are measured on.
+    """Return the bench that measures merges of files.
 
-    The examples to be reported are both the training and the held-out examples of a silo, so that those to choose by
-    are without them.
+    The test source is both the training and the held-out data of its silo, so that no test example can be among the
+    validation examples.
     """
     from gramfuse_client.data.examples import outputs
     from gramfuse_client.data.setting_names import of_options
@@ -196,13 +195,13 @@ def _bench(collection: Collection, base: str | None, data: TuningData) -> Bench:
 def search(
     trials: Trials, wanted: Wanted, plan: Plan, measure: Measure, own: float | None = None
 ) -> tuple[Trial, Merged, Tuning]:
-    """Return which merge of all silos is the best, the merge, and `tuning` of the report: all that was tried.
+    """Return the best trial over all silos, its merge, and the report's `tuning` with all trials.
 
-    What is measured on the part `held-out` is written down and chooses nothing.
+    Held-out measurements are reported but take no part in the choice.
 
     Args:
-        plan: says by which metric merges are ranked.
-        own: the α that is chosen among equals, if not the plan's.
+        plan: determines the ranking metric.
+        own: the α that wins ties; by default the plan's.
     """
     from gramfuse_server.merging.search import best, given_order, greedy_order, leave_one_out, search_weights, sweep
     from gramfuse_server.report.schema import Chosen, Influence, ReportedOn, TriedAlpha, TriedWeights, Tuning
@@ -220,13 +219,13 @@ def search(
     without = leave_one_out(trials, chosen.alpha, chosen.weights) if wanted.influence else {}
     merged = trials.sum(chosen.alpha, chosen.weights).merge()
     reported = measure(merged.deltas, "held-out")
-    metrics = joint(plan, reported).metrics
+    metrics = judgement_of(plan, reported).metrics
 
     def influence(silo: str, trial: Trial) -> Influence:
         difference: Mapping[str, float] = {}
         if not math.isnan(trial.score):
             rest = trials.near(trial.alpha, trial.weights).merge().deltas
-            difference = _difference(joint(plan, measure(rest, "held-out")).metrics, metrics)
+            difference = _difference(judgement_of(plan, measure(rest, "held-out")).metrics, metrics)
         return Influence(
             silo=silo,
             without=_number(trial.score),
@@ -249,22 +248,22 @@ def search(
 
 
 def _sizes(sums: Mapping[str, Sums]) -> dict[str, int]:
-    return {silo: int(examples_in(found)) for silo, found in sums.items()}
+    return {silo: int(examples_in(own)) for silo, own in sums.items()}
 
 
 def _order(steps: Iterable[Trial]) -> tuple[TriedOrder, ...]:
     from gramfuse_server.report.schema import TriedOrder
 
     silos: list[str] = []
-    found = []
+    order = []
     for step in steps:
         silos += [silo for silo in step.weights if silo not in silos]
-        found.append(TriedOrder(silos=tuple(silos), **_measured(step)))
-    return tuple(found)
+        order.append(TriedOrder(silos=tuple(silos), **_measured(step)))
+    return tuple(order)
 
 
 def _difference(without: Mapping[str, Any], with_all: Mapping[str, Any]) -> dict[str, float]:
-    """Return, of each metric, the merge without a silo minus that with all."""
+    """Return the metrics of the merge without a silo minus those of the merge with all."""
     numbers = {name: value for name, value in with_all.items() if isinstance(value, float) and name != "examples"}
     return {name: without[name] - value for name, value in numbers.items() if name in without}
 
@@ -274,26 +273,27 @@ def _measured(trial: Trial) -> dict[str, Any]:
 
 
 def _number(value: float) -> float | None:
-    """Return what JSON can hold: None for the score of a merge that could not be measured."""
+    """Replace NaN, the score of a merge that could not be measured, by None for JSON."""
     return None if math.isnan(value) else value
 
 
-def _named(trial: Trial) -> str:
+def _name_of(trial: Trial) -> str:
     weights = " ".join(f"{silo} {weight:g}" for silo, weight in trial.weights.items())
     return f"alpha {trial.alpha:g}, {weights}"
 
 
-def joint(plan: Plan, sums: Mapping[str, Sums]) -> Judgement:
-    """Return the metrics of all silos together, and the one among them that merges are ranked by.
+def judgement_of(plan: Plan, sums: Mapping[str, Sums]) -> Judgement:
+    """Return the metrics of all silos together, and the one that ranks merges.
 
     Args:
-        sums: by silo; if they are none, as those of a model that says NaN, neither are the metrics.
+        sums: by silo. If they are invalid, for example because the model outputs NaN, the score is NaN and there are no
+            metrics.
     """
     from gramfuse_server.merging.search import Judgement
-    from gramfuse_server.run.evaluation import described, ranked_by
+    from gramfuse_server.run.evaluation import ranked_by, to_measured
 
-    if not all(are_sums(plan.task_of(silo), found) for silo, found in sums.items()):
+    if not all(are_sums(plan.task_of(silo), own) for silo, own in sums.items()):
         return Judgement(math.nan, {})
-    model = described(plan, "", "", sums)
-    found = {**model.metrics, **({"tasks": model.tasks} if plan.task else {})}
-    return Judgement(model.metrics[ranked_by(plan)], found)
+    model = to_measured(plan, "", "", sums)
+    metrics = {**model.metrics, **({"tasks": model.tasks} if plan.task else {})}
+    return Judgement(model.metrics[ranked_by(plan)], metrics)

@@ -45,7 +45,7 @@ def test_a_report_that_is_read_and_written_again_is_the_same(run: Callable[[], A
 @pytest.mark.parametrize("run", RUNS)
 def test_a_report_without_a_key_that_it_must_have_is_refused_by_name(run: Callable[[], Any], tmp_path: Path) -> None:
     document, _ = run()
-    for key in REQUIRED[Report.read(document).of]:
+    for key in REQUIRED[Report.read(document).subject]:
         if key == "failure":  # without it, it is a report of another kind
             continue
         lay(tmp_path, {name: value for name, value in document.items() if name != key})

@@ -26,7 +26,7 @@ from gramfuse_server.merging.search import (
     search_weights,
     sweep,
 )
-from gramfuse_simulation.tuning import Wanted, joint, search
+from gramfuse_simulation.tuning import Wanted, judgement_of, search
 
 ALPHAS = tuple(n / 10 for n in range(11))
 NAMES = ("north", "east", "south", "west")
@@ -241,7 +241,7 @@ silo = [{ name = "north" }, { name = "east" }]"""
         sums = np.array([[math.nan if hopeless else right, 10 - right], [0, 10]])
         return dict.fromkeys(found, sums)
 
-    trials = Trials(LAYOUT, found, lambda deltas: joint(plan, measure(deltas, "validation")))
+    trials = Trials(LAYOUT, found, lambda deltas: judgement_of(plan, measure(deltas, "validation")))
     wanted = Wanted(alphas=(1.0, 0.0, 0.9), weights=True, order="given", influence=True)
     chosen, best_merge, found_tuning = search(trials, wanted, plan, measure)
     tuning = found_tuning.document()

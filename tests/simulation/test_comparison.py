@@ -33,7 +33,7 @@ from gramfuse_server.merging.methods.registry import METHODS, Candidate, Options
 from gramfuse_server.report.page.page import page
 from gramfuse_server.report.schema import Report
 from gramfuse_server.run import delivery
-from gramfuse_server.run.evaluation import described
+from gramfuse_server.run.evaluation import to_measured
 from gramfuse_simulation.all_silos import AllSilos
 from gramfuse_simulation.engine import laboratory_of, simulated_silo, study_of
 from gramfuse_simulation.fedavg import federated_average
@@ -101,11 +101,11 @@ def check_exchange(run: Compared) -> None:
     """The laboratory gives what the silos gave in the exchange, and leaves the base model as it was."""
     laboratory = run.laboratory
     simple = weighted_mean(*laboratory.parents())
-    assert described(laboratory.plan, "simple", "simple", laboratory.measure(simple)).document() == run.of("simple")
+    assert to_measured(laboratory.plan, "simple", "simple", laboratory.measure(simple)).document() == run.of("simple")
     for model in run.report["models"]:
         if model["kind"] in ("silo", "body"):
             sums = laboratory.measure(laboratory.deltas(model["name"]))
-            assert described(laboratory.plan, model["name"], model["kind"], sums).document() == model
+            assert to_measured(laboratory.plan, model["name"], model["kind"], sums).document() == model
     for bench in laboratory.benches.values():
         loaded = load_base(laboratory.plan, bench.silo.directory, silo=bench.silo.name)
         assert weights_digest(bench.base.model, loaded.shared) == weights_digest(loaded.model, loaded.shared)

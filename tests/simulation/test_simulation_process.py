@@ -198,10 +198,10 @@ def test_if_no_place_has_a_path_that_is_short_enough_for_ray_one_is_asked_for(
     long = tmp_path / ("x" * 90)
     long.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(long))
-    assert simulate.place_of_sockets() == "/tmp"
+    assert simulate.socket_directory() == "/tmp"
     monkeypatch.setattr(simulate, "SHORT", ("/nowhere", str(long)))
     with pytest.raises(FederationError, match="TMPDIR") as caught:
-        simulate.place_of_sockets()
+        simulate.socket_directory()
     assert str(long) in str(caught.value)
 
 

@@ -10,7 +10,7 @@ from gramfuse_cli.options import as_json as json_option
 from gramfuse_cli.show.results import check_sound, show_checks, show_steps
 from gramfuse_deployment.terminal import say, show_json
 from gramfuse_protocol.contract.coverage import coverage_lines
-from gramfuse_server.report.page.added_tokens import tell_added
+from gramfuse_server.report.page.added_tokens import explain_added_tokens
 
 
 @click.command()
@@ -99,7 +99,7 @@ def merge(
     show_steps(report.solve, err=True)
     show_checks(report, err=True)
     names = ", ".join(silo.name for silo in report.silos)
-    say(*coverage_lines(report), *tell_added(report), err=True)
+    say(*coverage_lines(report), *explain_added_tokens(report), err=True)
     many = "1 model" if len(files) == 1 else f"{len(files)} models"
     say(f"{many} merged ({names}), alpha {report.alpha}, in {report.seconds:.0f} s: {out}")
     check_sound(report, out.absolute())

@@ -19,7 +19,7 @@ from gramfuse_server.report.page.words import (
     ranked_by,
 )
 from gramfuse_server.report.schema import Measured, Report, Step
-from gramfuse_server.report.verdicts import told, worst
+from gramfuse_server.report.verdicts import describe_bad, worst
 from gramfuse_server.run_directory import PAGE, REPORT
 
 
@@ -61,8 +61,8 @@ def check_sound(report: Report, run: Path) -> None:
     """
     if worst(report.checks) == "bad":
         error = MergeError(
-            f"{run}: {told(report.checks)}. A silo's training diverged, or a silo did not send what it measured; "
-            "the sum does not say which. The model is there to be looked at, not to be used"
+            f"{run}: {describe_bad(report.checks)}. A silo's training diverged, or a silo did not send what it "
+            "measured; the sum does not say which. The model is there to be looked at, not to be used"
         )
         error.report = run / REPORT
         raise error
@@ -82,8 +82,8 @@ def show_models(report: Report, on: str = "held-out examples of all silos togeth
         on: what they were measured on.
     """
     earlier, last = report.rounds[:-1], report.rounds[-1].round if report.rounds else 1
-    models = [(model.known, each.round) for each in earlier for model in each.models if model.kind in MERGES]
-    models += [(model.known, last) for model in report.models]
+    models = [(model.without_noise, each.round) for each in earlier for model in each.models if model.kind in MERGES]
+    models += [(model.without_noise, last) for model in report.models]
     measured = models[-1][0]
     about = "about " if measured.privacy is not None else ""
     say(f"On the {about}{measured.metrics['examples']:,.0f} {on}:")

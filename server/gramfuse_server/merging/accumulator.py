@@ -25,13 +25,13 @@ Deltas = Mapping[str, Float64]
 
 
 def rounded(deltas: Deltas) -> dict[str, NDArray[np.float32]]:
-    """Return differences as they travel: float32, by parameter name."""
+    """Return differences in float32, as they are sent, by parameter name."""
     return {name: np.asarray(delta, np.float32) for name, delta in deltas.items()}
 
 
 @dataclass(frozen=True)
 class Merged:
-    """What a merge gives.
+    """The result of a merge.
 
     Example:
         >>> statistics = gramfuse.collect_statistics(tuned, [batch], layout, base=start, examples=2)
@@ -41,7 +41,7 @@ class Merged:
 
     Args:
         deltas: differences of the merged model from the base.
-        mean: those of the simple average, which the merge falls back to.
+        mean: differences of the simple average, the fallback of the merge.
         steps: how each group was solved.
     """
 
@@ -50,26 +50,26 @@ class Merged:
     steps: tuple[Step, ...]
 
     def rounded(self) -> dict[str, NDArray[np.float32]]:
-        """Return the differences as silos are sent them: float32, by parameter name.
+        """Return the differences in float32, as they are sent to silos, by parameter name.
 
-        What is written is the base with these, so it is bit for bit the model that silos measured.
+        The written model is base + these, so it is bit for bit the model that silos measured.
         """
         return rounded(self.deltas)
 
     def after(self, start: Mapping[str, NDArray[np.float32]]) -> Merged:
-        """Return differences from the base where they are from another model: what a later round starts from.
+        """Return the merge relative to the base, if it is relative to the start model of a later round.
 
         Args:
-            start: that model's differences from the base, by block name; nothing if it is the base.
+            start: the start model's differences from the base, by block name; empty if it is the base.
 
         Raises:
-            ContributionError: naming the tensor, if a value is beyond float32.
+            ContributionError: naming the tensor, if a value is too large for float32.
         """
         if not start:
             return self
         deltas, mean = (
-            _representable({name: start[delta_block(name)] + delta for name, delta in of.items()})
-            for of in (self.deltas, self.mean)
+            _representable({name: start[delta_block(name)] + delta for name, delta in relative.items()})
+            for relative in (self.deltas, self.mean)
         )
         return Merged(deltas, mean, self.steps)
 
@@ -80,7 +80,7 @@ class Accumulator:
         S = Σ cᵢ Ĝᵢ    T = Σ cᵢ Ĝᵢ Δᵢ    M = Σ cᵢ Δᵢ    C = Σ cᵢ    with Ĝ = α G + (1 − α) diag(G)
 
     S and T belong to groups, M to every tensor (`gramfuse_model.normal_equations`). Open contributions are folded in
-    one by one; a secure sum is loaded once, as it was decoded.
+    one by one; a secure sum is decoded and loaded at once.
     """
 
     def __init__(self, layout: Layout, *, alpha: float, weighting: Literal["uniform", "examples"] = "uniform") -> None:
@@ -90,7 +90,7 @@ class Accumulator:
         self._sums = {block.name: np.zeros(block.shape) for block in layout.sums}
 
     def between(self, one: Accumulator, alpha: float) -> Accumulator:
-        """Return the sums for another α, from these for α = 0 and those for α = 1: S and T are linear in it.
+        """Return the sums for another α, interpolated between these, for α = 0, and `one`: S and T are linear in α.
 
         Args:
             one: the sums of the same silos for α = 1.
@@ -104,7 +104,7 @@ class Accumulator:
         return sums
 
     def copy(self) -> Accumulator:
-        """Return sums of their own that are the same."""
+        """Return an independent copy."""
         sums = Accumulator(self.layout, alpha=self.alpha, weighting=self.weighting)
         for name, values in self._sums.items():
             sums._sums[name][...] = values
@@ -122,22 +122,21 @@ class Accumulator:
 
     @property
     def counts(self) -> tuple[float, ...]:
-        """C, examples, token rows of each group, and C of each part."""
+        """C, examples, token rows of each group, and C of each part, in this order."""
         return tuple(self._sums["count"].tolist())
 
     def of_group(self, group: Group) -> tuple[Float64, Float64, float]:
-        """Return a group's S, packed, its T, (features, d_out), and the weight C of the silos that are in them."""
+        """Return a group's packed S, its T, (features, d_out), and the total weight C of its silos."""
         part = 0 if group.part is None else 2 + len(self.layout.groups) + group.part
         return self._sums[f"s:{group.name}"], self._sums[f"t:{group.name}"], self.counts[part]
 
     def fold(self, contribution: Contribution, source: str, *, silo: str | None = None, share: float = 1.0) -> None:
-        """Add one silo's contribution, whose blocks were checked when they came.
+        """Add one silo's contribution; its blocks must have been checked on arrival.
 
         Args:
-            source: who it is from, for errors.
-            silo: its name in the layout's parts; needed if there are any.
-            share: what the silo's weight c is multiplied by, and with it all that is added; −1 takes out again what was
-                added before.
+            source: its origin, for errors.
+            silo: its name in the layout's parts; required if the layout has parts.
+            share: factor on the silo's weight c, and so on everything added; −1 removes an earlier contribution.
 
         Raises:
             ContributionError: if its counts do not fit the layout; the sums are then unchanged.
@@ -147,11 +146,11 @@ class Accumulator:
             self._sums[block.name] += values if share == 1 else share * values
 
     def load(self, words: NDArray[np.uint64], silos: int) -> None:
-        """Take a whole secure sum.
+        """Load a whole secure sum.
 
         Args:
-            words: the sum without its masks, uint64 (layout.sum_entries,); its memory is used up.
-            silos: in the plan's roster, which the scales depend on.
+            words: the unmasked sum, uint64 (layout.sum_entries,); its memory is reused.
+            silos: number of silos in the plan's roster, which determines the scales.
         """
         start = 0
         for block, scale in scales(self.layout, silos, self.weighting):
@@ -160,10 +159,10 @@ class Accumulator:
             start += block.entries
 
     def mean(self) -> Deltas:
-        """Return the weighted mean of the differences: the simple average. Outputs that no silo has stay as they are.
+        """Return the weighted mean of the differences: the simple average. Outputs without silos stay unchanged.
 
         Raises:
-            ContributionError: naming the tensor, if a value is beyond float32.
+            ContributionError: naming the tensor, if a value is too large for float32.
         """
         held = [weight or 1.0 for weight in self._sums["count"][2 + len(self.layout.groups) :]]
         return _representable(
@@ -177,12 +176,11 @@ class Accumulator:
         """Solve every group; all other tensors get the mean.
 
         Raises:
-            ContributionError: if nothing was added; naming the tensor, if a value is beyond float32.
+            ContributionError: if nothing was added; naming the tensor, if a value is too large for float32.
         """
         if not self.weight > 0:
             raise ContributionError(
-                f"the weights of all silos add up to {self.weight}: there is nothing to merge, or one of them did not "
-                "send what it measured"
+                f"the silos' weights sum to {self.weight}: there is nothing to merge, or a silo sent forged statistics"
             )
         average = self.mean()
         deltas = dict(average)
@@ -204,10 +202,10 @@ class Accumulator:
 
 def _representable(deltas: dict[str, Float64]) -> Deltas:
     for name, delta in deltas.items():
-        # Half of the range is left for the base that the difference is added to.
+        # Half of the range is reserved for the base, which is added later.
         if not (np.abs(delta) <= np.finfo(np.float32).max / 2).all():
             raise ContributionError(
-                f"tensor {name!r}: the merged difference is beyond what float32 can hold; a silo's training diverged, "
-                "or its statistics are wrong. Measure the silos' own models to find which"
+                f"tensor {name!r}: the merged difference exceeds float32: a silo's training diverged, or its "
+                "statistics are wrong. Measure the silos' own models to find out which"
             )
     return deltas

@@ -1,6 +1,6 @@
-"""Tokens that were added to models that are merged: left out, or kept with a tokenizer that has them.
+"""Tokens that were added to the merged models' vocabularies: left out, or kept with a tokenizer that has them.
 
-Each model has them under numbers of its own, so they are matched by what they are.
+Each model has its own token ids, so tokens are matched by their text.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from gramfuse_server.report.schema import AddedToken, AddedTokensOfReport
 
 @dataclass(frozen=True)
 class Additions:
-    """Which added tokens a merge keeps, and of which files.
+    """Which added tokens a merge keeps, and the files that have them.
 
     Args:
-        files: in the order in which they are added.
-        weights: of each file in the merge, by name.
-        tokenizer: that of the merged model; None is the base's.
-        tokens: those beyond the base's rows that the merged model has, with their numbers, by number.
+        files: in the order of addition.
+        weights: weight of each file in the merge, by name.
+        tokenizer: of the merged model; None for the base's.
+        tokens: ids of the kept tokens beyond the base's rows, by text, in the order of ids.
     """
 
     files: Sequence[StatisticsFile]
@@ -38,48 +38,48 @@ class Additions:
     tokens: Mapping[str, int] = field(default_factory=dict)
 
     @staticmethod
-    def of(
+    def choose(
         files: Sequence[StatisticsFile], weights: Mapping[str, float], base: Base, directory: Path | None
     ) -> Additions:
-        """Return what a merge keeps.
+        """Find the added tokens to keep.
 
         Args:
-            directory: of the merged model's tokenizer; None if it is the base's.
+            directory: of the merged model's tokenizer; None for the base's.
 
         Raises:
-            ModelError: if it cannot be loaded, or is not the base's with tokens added to it.
-            ContributionError: naming the token, if one was added that no file has.
+            ModelError: if the tokenizer cannot be loaded, or is not the base's with tokens added.
+            ContributionError: naming the token, if it has an added token that no file has.
         """
         if directory is None:
             return Additions(files, weights)
         tokenizer = load_grown(directory, base)
         tokens = wanted_tokens(tokenizer, base)
-        had = {token for file in files for token in file.added}
-        unknown = [token for token in tokens if token not in had]
+        available = {token for file in files for token in file.added}
+        unknown = [token for token in tokens if token not in available]
         if unknown:
             raise ContributionError(
-                f"--tokenizer {directory}: no file has {listed(unknown)}, so there are no rows for it; the files "
-                f"have {listed(sorted(had)) or 'no added token'}"
+                f"--tokenizer {directory}: no file has rows for {listed(unknown)}; the files have "
+                f"{listed(sorted(available)) or 'no added token'}"
             )
         return Additions(files, weights, tokenizer, tokens)
 
-    def told(self) -> AddedTokensOfReport:
-        """Return what the report says: each added token, and the models that have it."""
-        had: dict[str, list[str]] = {token: [] for token in self.tokens}
+    def report(self) -> AddedTokensOfReport:
+        """Return the report's entry: each added token, and the models that have it."""
+        holders: dict[str, list[str]] = {token: [] for token in self.tokens}
         for file in self.files:
             for token in file.added:
-                had.setdefault(token, []).append(file.name)
-        entries = [AddedToken(token=token, silos=tuple(silos)) for token, silos in had.items()]
+                holders.setdefault(token, []).append(file.name)
+        entries = [AddedToken(token=token, silos=tuple(silos)) for token, silos in holders.items()]
         return AddedTokensOfReport(
             kept=tuple(entry for entry in entries if entry.token in self.tokens),
             left_out=tuple(entry for entry in entries if entry.token not in self.tokens),
         )
 
-    def put(self, base: Base, own: StatisticsFile | None = None) -> Base:
-        """Give a merged model the tokens that are kept, in place, and return it with its tokenizer.
+    def add_to(self, base: Base, own: StatisticsFile | None = None) -> Base:
+        """Add the kept tokens to a merged model, in place, and return it with its tokenizer.
 
         Args:
-            own: whose model it is, if it keeps what not all models have.
+            own: file of the model, if it keeps its own head.
 
         Raises:
             ContributionError: if no file has the row of a token that the model needs.
@@ -100,7 +100,7 @@ class Additions:
         return replace(base, tokenizer=self.tokenizer)
 
     def _rows(self, name: str, shape: tuple[int, ...], files: Sequence[StatisticsFile]) -> NDArray[np.float32]:
-        """Return the weighted mean of the rows that files have of each token, (tokens, …).
+        """Return the weighted mean over the files of each token's row, float32 (tokens, *shape).
 
         Args:
             shape: of a row.
@@ -109,21 +109,21 @@ class Additions:
         sums, weights = np.zeros((len(places), *shape)), np.zeros(len(places))
         for file in files:
             rows = file.rows(name)
-            here = [place for place, token in enumerate(file.added) if token in places]
-            if rows is None or not here:
+            sources = [place for place, token in enumerate(file.added) if token in places]
+            if rows is None or not sources:
                 continue
             if rows.shape[1:] != shape:
                 raise ContributionError(
-                    f"{file.path}: rows of added tokens in {name!r} are {rows.shape[1:]}, and those of the base model "
-                    f"{shape}; measure again"
+                    f"{file.path}: rows of added tokens in {name!r} have shape {rows.shape[1:]}, expected {shape} "
+                    "as in the base model; measure again"
                 )
-            there = [places[file.added[place]] for place in here]
-            sums[there] += self.weights[file.name] * rows[here].astype(np.float64)
-            weights[there] += self.weights[file.name]
-        lacking = [token for token, place in places.items() if not weights[place]]
-        if lacking:
+            targets = [places[file.added[place]] for place in sources]
+            sums[targets] += self.weights[file.name] * rows[sources].astype(np.float64)
+            weights[targets] += self.weights[file.name]
+        missing = [token for token, place in places.items() if not weights[place]]
+        if missing:
             raise ContributionError(
                 f"{', '.join(str(file.path) for file in files)}: no row of {name!r} for the added token "
-                f"{quoted(lacking[0], 60)}; leave it out of --tokenizer"
+                f"{quoted(missing[0], 60)}; leave it out of --tokenizer"
             )
         return (sums / weights.reshape(-1, *[1] * len(shape))).astype(np.float32)

@@ -1,7 +1,7 @@
-"""What the coordinator can see of a merge from the sum alone, each with a verdict.
+"""Checks of a merge that the coordinator can make from the sum alone, each with a verdict.
 
-Nobody sees a single silo's contribution, so nothing here says who did what; and a silo that lies about as loudly as
-honest silos speak is not seen at all (docs/threat-model.md).
+No single contribution is visible, so the checks cannot tell which silo is at fault, and they miss a dishonest silo
+whose contribution has the size of honest ones (docs/threat-model.md).
 """
 
 from __future__ import annotations
@@ -21,101 +21,104 @@ from gramfuse_server.report.schema import Bounds, Check, CheckName, Step
 from gramfuse_server.report.verdicts import VERDICTS, check_of
 
 POWER: tuple[float, float] = (32.0, 256.0)
-"""Mean square of a layer's inputs over that on public text, from which on a merge is worth a look, and is bad.
+"""Mean square of a layer's inputs over that on public text, above which a merge is unusual, and bad.
 
-Honest merges had up to 21, at the classifier of the demo.
+Honest merges reached 21, at the classifier of the demo.
 """
 
 INDEPENDENCE = 0.1
-"""Smallest eigenvalue of a sum of Gram matrices, scaled to a unit diagonal, up to which it is usual.
+"""Largest usual smallest eigenvalue of a sum of Gram matrices, scaled to a unit diagonal.
 
-Features of a layer depend on each other: honest merges had up to 0.06. A Gram matrix without correlations has 1.
+A layer's features are correlated: honest merges reached 0.06. Without correlations it would be 1.
 """
 
 NARROW = 16
-"""Width of a block under which features may well be independent."""
+"""Blocks narrower than this can have independent features."""
 
 ROUNDING = (1e-3, 2e-2)
-"""By how much that eigenvalue may lie below zero for rounding: usually, and at most."""
+"""How far rounding can push that eigenvalue below zero: usually, and at most."""
 
 RATIO = 8.0
-"""Usual size of the merged difference over that of the simple average, on the silos' inputs; honest merges had up to
+"""Usual size of the merged difference over that of the simple average, on the silos' inputs; honest merges reached
 4.2."""
 
 SHARE = 10.0
-"""How many times the weight that its examples would give it a silo may well have; a Gram matrix of a few is hardly one.
-"""
+"""Usual weight of a silo over its share of the examples; few examples give a poor Gram matrix."""
 
 AVERAGE = 4.0
-"""Usual change of an average; honest merges had up to 1.0, where silos fine-tuned at fifty times the usual rate."""
+"""Usual change of the simple average; honest merges reached 1.0, with fifty times the usual learning rate."""
 
 
 def check_merge(accumulator: Accumulator, merged: Merged, plan: Plan, survivors: Sequence[str]) -> list[Check]:
-    """Return what can be seen of the sum of a round.
+    """Check the sum of a round.
 
     Args:
         accumulator: the sums.
-        merged: what they gave, before anything was added to it.
-        plan: whose terms they are on.
-        survivors: the silos that are in them.
+        merged: their merge, relative to the model that the round started from.
+        plan: of the run.
+        survivors: the silos in the sums.
     """
-    return _shortened([*_counts(accumulator, plan, survivors), *check_sums(accumulator, merged)])
+    return _worth_reporting([*_counts(accumulator, plan, survivors), *check_sums(accumulator, merged)])
 
 
 def check_sums(accumulator: Accumulator, merged: Merged) -> list[Check]:
-    """Return what can be seen of sums whatever they are of; arguments as `check_merge` has them."""
-    return _shortened(_of_groups(accumulator, merged))
+    """Check the sums of a run or of files; arguments as in `check_merge`."""
+    return _worth_reporting(_group_checks(accumulator, merged))
 
 
 def check_model(model: nn.Module, merged: Merged, maximum: float) -> list[Check]:
-    """Return how much the merged model and the simple average change.
+    """Check how much the merged model and the simple average change.
 
     Args:
         model: the base.
         merged: differences from it.
         maximum: `merge.maximum-change` of the plan.
     """
-    found = []
-    looked_at: tuple[tuple[CheckName, Deltas, float], ...]
-    looked_at = ("average", merged.mean, AVERAGE), ("change", merged.deltas, maximum / 2)
-    for name, of, usual in looked_at:
+    checks = []
+    targets: tuple[tuple[CheckName, Deltas, float], ...]
+    targets = ("average", merged.mean, AVERAGE), ("change", merged.deltas, maximum / 2)
+    for name, deltas, usual in targets:
         limits: tuple[Bounds, Bounds] = (None, min(usual, maximum)), (None, maximum)
-        found += [check_of(name, tensor, change, *limits) for tensor, change in changes(model, of).items()]
-    return _shortened(found)
+        checks += [check_of(name, tensor, change, *limits) for tensor, change in changes(model, deltas).items()]
+    return _worth_reporting(checks)
 
 
 def check_shares(
     examples: Mapping[str, int], weighting: str, factors: Mapping[str, float] | None = None
 ) -> list[Check]:
-    """Return how many times the weight that its examples would give it each silo has, where these are known.
+    """Check each silo's weight over its share of the examples.
 
     Args:
         examples: ≥ 1, by silo.
         weighting: `uniform` or `examples`.
-        factors: what weights are multiplied by, by silo.
+        factors: on the weights, by silo.
     """
     if weighting == "examples" or len(examples) < 2:
         return []
     factors = factors or dict.fromkeys(examples, 1.0)
     each = sum(examples.values()) / sum(factors.values())
     shares = {silo: factors[silo] * each / count for silo, count in examples.items()}
-    return _shortened(check_of("share", silo, share, (None, SHARE), (None, None)) for silo, share in shares.items())
+    return _worth_reporting(
+        check_of("share", silo, share, (None, SHARE), (None, None)) for silo, share in shares.items()
+    )
 
 
-def _shortened(checks: Iterable[Check]) -> list[Check]:
-    """Return of each name the check that is furthest from usual, and all others that are not ok."""
+def _worth_reporting(checks: Iterable[Check]) -> list[Check]:
+    """Return the least usual check of each name, and all others that are not ok."""
     by_name: dict[str, list[Check]] = {}
     for check in checks:
         by_name.setdefault(check.name, []).append(check)
-    found = []
-    for of in by_name.values():
-        first, *rest = sorted(of, key=lambda check: (-VERDICTS.index(check.verdict), -abs(check.value), check.where))
-        found += [first, *(check for check in rest if check.verdict != "ok")]
-    return found
+    kept = []
+    for same_name in by_name.values():
+        first, *rest = sorted(
+            same_name, key=lambda check: (-VERDICTS.index(check.verdict), -abs(check.value), check.where)
+        )
+        kept += [first, *(check for check in rest if check.verdict != "ok")]
+    return kept
 
 
 def _counts(accumulator: Accumulator, plan: Plan, survivors: Sequence[str]) -> Iterator[Check]:
-    """Yield whether what silos counted is possible at all."""
+    """Check that the silos' counts are possible."""
     layout, merge = accumulator.layout, plan.merge
     weight, examples, *rest = accumulator.counts
     rows, parts = rest[: len(layout.groups)], rest[len(layout.groups) :]
@@ -136,8 +139,8 @@ def _count(where: str, value: float, least: float, most: float | None) -> Check:
     return check_of("counts", where, value, (least, most), (least, most))
 
 
-def _of_groups(accumulator: Accumulator, merged: Merged) -> Iterator[Check]:
-    """Yield what the Gram matrices of each group, and their products, say."""
+def _group_checks(accumulator: Accumulator, merged: Merged) -> Iterator[Check]:
+    """Check the Gram matrices of each group, and their products."""
     layout = accumulator.layout
     for group, step in zip(layout.groups, merged.steps, strict=True):
         s, t, weight = accumulator.of_group(group)
@@ -153,10 +156,10 @@ def _of_groups(accumulator: Accumulator, merged: Merged) -> Iterator[Check]:
 
 
 def _eigenvalue(group: Group, step: Step, diagonal: Float64, alpha: float) -> Iterator[Check]:
-    """Yield the smallest eigenvalue of the sum of Gram matrices, scaled to a unit diagonal.
+    """Check the smallest eigenvalue of the sum of Gram matrices, scaled to a unit diagonal.
 
-    S = α Σ c G + (1 − α) diag(Σ c G), so what S has, less 1 − α, over α, is that of the sum; Gram matrices have none
-    below zero.
+    S = α Σ c G + (1 − α) diag(Σ c G), so the sum's eigenvalue is (S's eigenvalue − (1 − α)) / α. Gram matrices have no
+    negative eigenvalues.
     """
     mean = float(np.abs(diagonal).mean())
     lowest = float(diagonal.min()) / mean if mean else 0.0
@@ -173,9 +176,9 @@ def _eigenvalue(group: Group, step: Step, diagonal: Float64, alpha: float) -> It
 
 
 def _ratio(layout: Layout, group: Group, parts: Sequence[Float64], t: Float64, merged: Merged) -> Iterator[Check]:
-    """Yield the size of the merged difference over that of the simple average, both on the silos' inputs.
+    """Check the size of the merged difference over that of the simple average, both on the silos' inputs.
 
-    With S Δ = T, what Δ adds to the outputs has the mean square tr(Δᵀ T), and what the average M adds, tr(Mᵀ S M).
+    With S Δ = T, the outputs change by a mean square of tr(Δᵀ T) under Δ, and of tr(Mᵀ S M) under the average M.
     """
     solved = side_by_side(layout, group, merged.deltas).numpy()
     mean = side_by_side(layout, group, merged.mean).numpy()

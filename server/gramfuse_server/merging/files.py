@@ -1,4 +1,4 @@
-"""Merging statistics that are there already: in memory, or as files in place of what silos send."""
+"""Merges statistics files, instead of contributions that silos send."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ from gramfuse_server.merging.added_tokens import Additions
 from gramfuse_server.merging.checks import check_model, check_shares, check_sums
 from gramfuse_server.merging.regmean import Weighting
 from gramfuse_server.report.merged_model import code, extent, front_matter, usage
-from gramfuse_server.report.page.added_tokens import tell_added
+from gramfuse_server.report.page.added_tokens import explain_added_tokens
 from gramfuse_server.report.page.page import page
 from gramfuse_server.report.schema import SCHEMA, BaseOfReport, Report, SiloOfReport
 from gramfuse_server.report.studies import Studied
-from gramfuse_server.report.verdicts import told, worst
+from gramfuse_server.report.verdicts import describe_bad, worst
 from gramfuse_server.run_directory import PAGE, REPORT, RunDirectory
 
 Heads = Literal["merged", "own"]
 
 PINNED = {"config": "configurations", "processor": "tokenizers or image processors"}
-"""Digests of a base beside those of its weights, and of what they are."""
+"""Attributes with digests of a base beside those of its weights, and their names in errors."""
 
 UNSTUDIED = Studied()
 
@@ -51,13 +51,13 @@ class Settings:
     """How files are merged.
 
     Args:
-        alpha: share of the off-diagonal that is kept; None is as the plan has it, or 0.9.
-        weighting: None is as the plan has it, or `uniform`.
-        weights: what the weight of a file in the sums is multiplied by, by its name; 1 for others.
+        alpha: share of the off-diagonal to keep; None for the plan's, or 0.9 without a plan.
+        weighting: None for the plan's, or `uniform` without a plan.
+        weights: factor on the weight of each file in the sums, by file name; 1 if missing.
         heads: whether heads are merged, or each model keeps its own.
-        base: the base model: directory, hub id or bundled name. It is needed; what the files call it is nobody's to
-            load.
-        tokenizer: directory of a tokenizer that has added tokens to keep; None is the base's, without them.
+        base: the base model: directory, hub id or bundled name. Required: the name in a file is untrusted and is never
+            loaded.
+        tokenizer: directory of a tokenizer with the added tokens to keep; None for the base's, without added tokens.
     """
 
     alpha: float | None = None
@@ -72,17 +72,17 @@ class Collection:
     """Statistics files that can be merged with each other.
 
     Args:
-        files: checked one by one already, in any order.
-        heads: as `Settings` has it.
+        files: individually valid, in any order.
+        heads: as in `Settings`.
 
     Attributes:
-        files: in the order in which they are added: that of the plan's roster, or of their names.
-        plan: that all of them follow, if any.
+        files: in the order of addition: the plan's roster, or sorted by name.
+        plan: the plan that all files follow, if any.
         heads: whether heads are merged.
-        layout: of what is merged.
+        layout: of the merge.
 
     Raises:
-        ContributionError: naming two files and what differs, if they do not belong together.
+        ContributionError: naming two files and what differs, if they cannot be merged.
     """
 
     def __init__(self, files: Sequence[StatisticsFile], heads: Heads | None = None) -> None:
@@ -91,8 +91,8 @@ class Collection:
             for other in files[:position]:
                 if file.name == other.name:
                     raise ContributionError(
-                        f"{other.path} and {file.path} are both called {file.name!r}; give one of them another name "
-                        "(gramfuse measure --name), or leave it out if they are the same"
+                        f"{other.path} and {file.path} are both named {file.name!r}; give one of them another name "
+                        "(gramfuse measure --name), or leave one out if they are the same"
                     )
             if file.about.plan != first.about.plan:
                 raise ContributionError(
@@ -102,58 +102,58 @@ class Collection:
         self.plan = Plan.parse(first.about.plan, f"plan in {first.path}") if first.about.plan else None
         if self.plan is not None:
             if first.about.layout.digest != self.plan.merge.layout:
-                raise ContributionError(f"{first.path}: its layout is not the one that its plan is locked to")
+                raise ContributionError(f"{first.path}: its plan is locked to another layout")
             heads = "own" if self.plan.model.head == "own" else heads
         self.heads: Heads = heads or "merged"
         order = {name: place for place, name in enumerate(self.plan.names)} if self.plan else {}
         for file in files:
             if self.plan and file.name not in order:
-                raise ContributionError(f"{file.path}: {file.name!r} is no silo of the plan that it follows")
-            self._check_goes_with(first, file)
+                raise ContributionError(f"{file.path}: {file.name!r} is not a silo of its plan")
+            self._check_mergeable(first, file)
         self.files = tuple(sorted(files, key=lambda file: (order.get(file.name, 0), file.name)))
         if self.plan is not None and len(files) < self.plan.minimum_survivors:
             missing = [name for name in self.plan.names if name not in {file.name for file in files}]
             raise ContributionError(
-                f"the plan asks for at least {self.plan.minimum_survivors} silos (privacy.minimum-survivors), and "
-                f"{len(files)} are here; {', '.join(missing)} is missing"
+                f"the plan requires at least {self.plan.minimum_survivors} silos (privacy.minimum-survivors), but "
+                f"there are {len(files)}; missing: {', '.join(missing)}"
             )
         self.layout = first.about.layout if self.heads == "merged" else self._body()
 
-    def _check_goes_with(self, first: StatisticsFile, file: StatisticsFile) -> None:
+    def _check_mergeable(self, first: StatisticsFile, file: StatisticsFile) -> None:
         one, other = first.about, file.about
         both = f"{first.path} and {file.path}"
-        for key, what in PINNED.items():
+        for key, title in PINNED.items():
             if getattr(one.base, key) != getattr(other.base, key):
                 raise ContributionError(
-                    f"{both} have bases with different {what}, so the same weights do not mean the same in both; only "
-                    "models that were fine-tuned from one base can be merged. If these were, measure all with the same "
-                    "--base, its tokenizer among its files; else, fine-tune again from one"
+                    f"{both} have bases with different {title}, so their weights are not comparable; only models that "
+                    "were fine-tuned from one base can be merged. If these were, measure all with the same --base, "
+                    "including its tokenizer; otherwise, fine-tune again from one base"
                 )
-        task, same = (one.task.task, one.task.labels), (other.task.task, other.task.labels)
-        if self.heads == "merged" and task != same:
+        task, other_task = (one.task.task, one.task.labels), (other.task.task, other.task.labels)
+        if self.heads == "merged" and task != other_task:
             raise ContributionError(
-                f"{both} have different {'labels' if task[0] == same[0] else 'tasks'}: {_told(*task)}; {_told(*same)}. "
-                "Merge their bodies only, so that each keeps its own head: --heads own. Or fine-tune all for the same "
-                "labels in the same order"
+                f"{both} have different {'labels' if task[0] == other_task[0] else 'tasks'}: {_task_text(*task)}; "
+                f"{_task_text(*other_task)}. Use --heads own to merge only the bodies, so that each model keeps its "
+                "own head; or fine-tune all for the same labels in the same order"
             )
         scales = [(about.task.centre, about.task.scale) for about in (one, other)]
         if self.heads == "merged" and scales[0] != scales[1]:
             raise ContributionError(
-                f"{both} are of models that learned targets with other centres and scales: {scales[0]}, {scales[1]}; "
-                "fine-tune all with the same 'centre' and 'scale'"
+                f"{both} are of models that learned targets with different centres and scales: {scales[0]}, "
+                f"{scales[1]}; fine-tune all with the same 'centre' and 'scale'"
             )
         weights = [self._shared_weights(about.base.weights, about.head) for about in (one, other)]
         odd = sorted(name for name in weights[0].keys() & weights[1].keys() if weights[0][name] != weights[1][name])
         if odd or (self.heads == "merged" and weights[0].keys() != weights[1].keys()):
-            what = f"tensor {odd[0]!r} is not the same in both" if odd else "they have other tensors"
+            difference = f"tensor {odd[0]!r} differs" if odd else "they have different tensors"
             raise ContributionError(
-                f"{both} are of different base models ({one.base.name}, {other.base.name}): {what}. Only models that "
-                "were fine-tuned from one base can be merged"
+                f"{both} are of different base models ({one.base.name}, {other.base.name}): {difference}. Only models "
+                "that were fine-tuned from one base can be merged"
             )
         if self.heads == "merged" and one.layout.digest != other.layout.digest:
             raise ContributionError(
-                f"{both} were measured by different layouts: {_difference(one.layout, other.layout)}. Measure all with "
-                "the same --gram and --freeze"
+                f"{both} were measured with different layouts: {_difference(one.layout, other.layout)}. Measure all "
+                "with the same --gram and --freeze"
             )
 
     def _shared_weights(self, weights: Mapping[str, str], head: Iterable[str]) -> Mapping[str, str]:
@@ -162,7 +162,7 @@ class Collection:
         return {name: digest for name, digest in weights.items() if name not in set(head)}
 
     def _body(self) -> Layout:
-        """Return the layout of what all have outside of their heads, with one shape."""
+        """Return the layout of the tensors outside of heads that all files have with the same shape."""
         shapes = [
             {t.name: t.shape for t in file.about.layout.tensors if t.name not in file.about.head} for file in self.files
         ]
@@ -170,49 +170,47 @@ class Collection:
         layouts = [_excerpt_of(file.about.layout, names) for file in self.files]
         for file, layout in zip(self.files, layouts, strict=True):
             if layout is None:
-                raise ContributionError("the files have no parameter in common outside of their heads")
+                raise ContributionError("the files have no common parameters outside of their heads")
             if layouts[0] is not None and layout.digest != layouts[0].digest:
                 raise ContributionError(
-                    f"{self.files[0].path} and {file.path} were measured by different layouts: "
+                    f"{self.files[0].path} and {file.path} were measured with different layouts: "
                     f"{_difference(layouts[0], layout)}. Measure all with the same --gram and --freeze"
                 )
         assert layouts[0] is not None  # noqa: S101
         return layouts[0]
 
-    def load_base(self, file: StatisticsFile, given: str | None, directory: Path) -> Base:
-        """Load the base model of a file, with what its differences are taken from.
+    def load_base(self, file: StatisticsFile, name: str | None, directory: Path) -> Base:
+        """Load the base model of a file, with the head that its differences refer to.
 
         Args:
-            given: its directory, hub id or bundled name.
+            name: its directory, hub id or bundled name.
 
         Raises:
-            ModelError: if none is given, or if it cannot be loaded, or is another one.
+            ModelError: if `name` is None, cannot be loaded, or is a different model.
         """
         about = file.about
-        if given is None:
+        if name is None:
             at = f" (commit {about.base.revision})" if about.base.revision else ""
             raise ModelError(
-                f"{file.path}: says that its base model is {quoted(about.base.name)}{at}. Nothing is loaded because a "
-                "file says so: if you know and trust that model, name it with --base"
+                f"{file.path}: names {quoted(about.base.name)}{at} as its base model. A model is never loaded just "
+                "because a file names it: if you know and trust that model, pass it as --base"
             )
         if self.plan is not None:
-            base = load_base(self.plan, directory, silo=file.name, override=given)
+            base = load_base(self.plan, directory, silo=file.name, override=name)
         else:
-            base = load_zero_headed(plan_for(file.name, given, about.task), directory)
-        here = tensor_digests(base.model)
-        odd = sorted(
-            key for key in here.keys() | about.base.weights.keys() if here.get(key) != about.base.weights.get(key)
-        )
+            base = load_zero_headed(plan_for(file.name, name, about.task), directory)
+        digests, expected = tensor_digests(base.model), about.base.weights
+        odd = sorted(key for key in digests.keys() | expected.keys() if digests.get(key) != expected.get(key))
         if odd:
             raise ModelError(
-                f"{given!r} is not the base model of {file.path}, which calls it {about.base.name!r}: tensor "
-                f"{odd[0]!r} is another, {len(odd)} in all; name the right one with --base"
+                f"{name!r} is not the base model of {file.path}, which names {about.base.name!r}: {len(odd)} tensors "
+                f"differ, the first is {odd[0]!r}; pass the right model as --base"
             )
-        for key, what in PINNED.items():
+        for key, title in PINNED.items():
             if getattr(base.pins, key) != getattr(about.base, key):
                 raise ModelError(
-                    f"{given!r} is not the base model of {file.path}, which calls it {about.base.name!r}: their {what} "
-                    "differ; name the right one with --base, and merge with the transformers that it was measured with"
+                    f"{name!r} is not the base model of {file.path}, which names {about.base.name!r}: their {title} "
+                    "differ; pass the right model as --base, and use the version of transformers that measured the file"
                 )
         return base
 
@@ -224,16 +222,16 @@ def merge_files(
 
     Args:
         paths: of the files; their order does not matter.
-        out: directory of the model, or with own heads of one directory for each file; must not exist.
+        out: directory for the model, or with own heads for a directory per file; must not exist.
         directory: where relative paths of models start.
-        studied: what else the report says.
+        studied: further keys of the report.
 
     Returns:
-        The report, as it stands in report.json.
+        The report, as in report.json.
 
     Raises:
-        ContributionError: naming the file, if one is damaged or does not go with the others.
-        ModelError: if the base model cannot be loaded, or is another one.
+        ContributionError: naming the file, if it is damaged or cannot be merged with the others.
+        ModelError: if the base model cannot be loaded, or is a different model.
         RunDirectoryError: if `out` exists already, or cannot be written.
     """
     began = time.monotonic()
@@ -241,14 +239,16 @@ def merge_files(
     names = [file.name for file in collection.files]
     unknown = sorted(set(settings.weights or {}) - set(names))
     if unknown:
-        raise ContributionError(f"a weight is given for {unknown[0]!r}, and the files are of {', '.join(names)}")
+        raise ContributionError(
+            f"no file is named {unknown[0]!r}, which a weight is given for; the files are {', '.join(names)}"
+        )
     weights = dict.fromkeys(names, 1.0) | dict(settings.weights or {})
     agreed = collection.plan.merge if collection.plan else None
     alpha = settings.alpha if settings.alpha is not None else agreed.alpha if agreed else 0.9
     weighting: Weighting = settings.weighting or (agreed.weighting if agreed else "uniform")
     base = collection.load_base(collection.files[0], settings.base, directory)
     counts = {file.name: file.examples if weighting == "examples" else 1 for file in collection.files}
-    added = Additions.of(
+    added = Additions.choose(
         collection.files,
         {name: weights[name] * counts[name] for name in names},
         base,
@@ -274,9 +274,9 @@ def merge_files(
             run=out.name,
             mode="files",
             base=BaseOfReport.read({"name": settings.base, "sha256": base.pins.sha256}),
-            **_described(collection, alpha, weighting, weights),
+            **_report_keys(collection, alpha, weighting, weights),
             examples=accumulator.examples,
-            added_tokens=added.told(),
+            added_tokens=added.report(),
             **coverage(collection.layout, merged.steps, unchanged(collection.layout, collection.files))._asdict(),
             solve=merged.steps,
             checks=tuple(checks),
@@ -298,10 +298,10 @@ def merge_files(
     return report
 
 
-def _described(
+def _report_keys(
     collection: Collection, alpha: float, weighting: Weighting, weights: Mapping[str, float]
 ) -> dict[str, Any]:
-    """Return what the report says of files and of how they are merged."""
+    """Return the report's keys on the files and the merge's settings."""
     return {
         "layout_digest": collection.layout.digest,
         "plan_digest": collection.plan.digest if collection.plan else None,
@@ -323,7 +323,7 @@ def _described(
 
 @dataclass(frozen=True)
 class _Excerpt:
-    """Of a file, what a layout has that is part of the file's own."""
+    """The part of a file that a smaller layout covers, as a contribution."""
 
     file: StatisticsFile
     layout: Layout
@@ -341,7 +341,7 @@ class _Excerpt:
 
 
 def _excerpt_of(layout: Layout, names: set[str]) -> Layout | None:
-    """Return a layout without all tensors but these; None if it has none of them."""
+    """Return a layout reduced to these tensors; None if it has none of them."""
     groups = []
     for group in layout.groups:
         weights = tuple(weight for weight in group.weights if weight.weight in names)
@@ -365,9 +365,9 @@ def _write(
     """Write one model.
 
     Args:
-        base: becomes the model.
-        added: tokens that it has beside those of the base.
-        file: whose own parameters it has beside the merged ones, if any.
+        base: becomes the merged model, in place.
+        added: tokens to add.
+        file: the file whose own parameters the model keeps beside the merged ones, if any.
     """
     if file is not None:
         own = {t.name for t in file.about.layout.tensors} - merged.deltas.keys()
@@ -377,7 +377,7 @@ def _write(
             tensors[name].copy_(torch.from_numpy(value))
     add_differences(base.model, merged.rounded())
     fold(base.model, (file or collection.files[0]).about.task)
-    base = added.put(base, file)
+    base = added.add_to(base, file)
     base.model.save_pretrained(directory, safe_serialization=True)
     base.tokenizer.save_pretrained(directory)
     (directory / "README.md").write_text(_card(collection, report, file), encoding="utf-8")
@@ -390,34 +390,34 @@ def _card(collection: Collection, report: Report, file: StatisticsFile | None) -
     followed = f" All of them follow the plan `{collection.plan.digest}`." if collection.plan else ""
     lines = [*front_matter(about.base.name, form), "", f"# {file.name if file else 'Merged model'}", ""]
     if worst(report.checks) == "bad":
-        lines += [f"**Do not use this model: {told(report.checks)}.**", ""]
+        lines += [f"**Do not use this model: {describe_bad(report.checks)}.**", ""]
     lines += [
         f"{len(collection.files)} models that were fine-tuned from {code(about.base.name)}, merged by RegMean (Jin et "
-        f"al., ICLR 2023) with gramfuse from files of their statistics: alpha {report.alpha}, {report.weighting} "
+        f"al., ICLR 2023) with gramfuse from their statistics files: alpha {report.alpha}, {report.weighting} "
         f"weighting. Their data was not pooled.{kept}{followed}",
         "",
         "| model | examples | weight | SHA-256 of its statistics |",
         "|---|---|---|---|",
         *(f"| {one.name} | {one.examples:,} | {one.weight:g} | `{one.sha256}` |" for one in report.silos),
         "",
-        *(line for said in tell_added(report, code) for line in (said, "")),
+        *(line for sentence in explain_added_tokens(report, code) for line in (sentence, "")),
         *extent(report, report.solve),
         *usage(form),
     ]
     return "\n".join(lines)
 
 
-def _told(kind: str, labels: Sequence[str]) -> str:
+def _task_text(kind: str, labels: Sequence[str]) -> str:
     return f"{kind}, {len(labels)} labels ({listed(labels, 5)})" if labels else kind
 
 
 def _difference(one: Layout, other: Layout) -> str:
-    """Say what first differs between two layouts."""
-    for what, mine, theirs in (
+    """Describe the first difference between two layouts."""
+    for kind, mine, theirs in (
         ("group", {g.name: g.structure for g in one.groups}, {g.name: g.structure for g in other.groups}),
         ("tensor", {t.name: t.shape for t in one.tensors}, {t.name: t.shape for t in other.tensors}),
     ):
         for name in sorted(mine.keys() | theirs.keys()):
             if mine.get(name) != theirs.get(name):
-                return f"{what} {name!r} is {mine.get(name, 'not there')} and {theirs.get(name, 'not there')}"
-    return "their groups hold other weights"
+                return f"{kind} {name!r} is {mine.get(name, 'missing')} and {theirs.get(name, 'missing')}"
+    return "their groups contain different weights"

@@ -22,7 +22,7 @@ def merge(
     alpha: float = 0.9,
     weighting: Weighting = "uniform",
 ) -> Merged:
-    """Merge what several silos measured, by the RegMean closed form (Jin et al., ICLR 2023).
+    """Merge the statistics of several silos by the RegMean closed form (Jin et al., ICLR 2023).
 
     Example:
         >>> statistics = gramfuse.collect_statistics(tuned, [batch], layout, base=start, examples=2)
@@ -31,10 +31,10 @@ def merge(
         True
 
     Args:
-        statistics: of each silo, as `collect_statistics` or `read_statistics` return them; by its name, if the layout
-            has labels that only some silos annotate. The order decides the last bits of the result.
-        layout: what all of them were measured by.
-        alpha: share of the off-diagonal of each Gram matrix that is kept, in [0, 1].
+        statistics: one item per silo, as returned by `collect_statistics` or `read_statistics`; by silo name if only
+            some silos annotate some labels of the layout. The order affects the last bits of the result.
+        layout: the layout that all of them were measured with.
+        alpha: share of each Gram matrix's off-diagonal to keep, in [0, 1].
         weighting: `uniform`, or `examples` to weigh each silo by its number of examples.
 
     Returns:
@@ -42,12 +42,12 @@ def merge(
         solved (`steps`).
 
     Raises:
-        ContributionError: naming an argument of a wrong type; naming the tensor, if statistics do not fit the layout,
-            hold NaN or Inf, or give a merge beyond float32.
-        ValueError: if there are no statistics, or α or the weighting is none.
+        ContributionError: naming an argument of the wrong type; naming the tensor, if statistics do not fit the layout,
+            contain NaN or Inf, or yield a merge too large for float32.
+        ValueError: if there are no statistics, or α or the weighting is invalid.
     """
     if isinstance(statistics, str) or not isinstance(statistics, Iterable):
-        raise wrong_argument("merge: statistics", statistics, "several statistics, as a list", ContributionError)
+        raise wrong_argument("merge: statistics", statistics, "a list of statistics", ContributionError)
     check_argument("merge: layout", layout, Layout, "a gramfuse.Layout", ContributionError)
     check_argument("merge: alpha", alpha, Real, "a number from 0 to 1", ContributionError)
     if not 0 <= alpha <= 1:

@@ -1,7 +1,7 @@
-"""Searches over merges of the same silos: α, silo weights, order, and what each silo adds.
+"""Searches over merges of the same silos: α, silo weights, order, and the influence of each silo.
 
-All of it is deterministic: candidates come in a fixed order, and only a higher score replaces what was found before.
-Where the score comes from is the caller's: held-out examples that are not those of the report, it is hoped.
+All searches are deterministic: candidates come in a fixed order, and only a strictly higher score replaces the best.
+The caller provides the score; it should come from held-out examples other than those of the report.
 """
 
 from __future__ import annotations
@@ -18,29 +18,29 @@ from gramfuse_protocol.statistics.contribution import Contribution
 from gramfuse_server.merging.accumulator import Accumulator, Deltas
 
 WEIGHTS_TRIED = 50
-"""Most merges that a search over weights measures."""
+"""Most merges to measure in a search over weights."""
 
 SMALLEST_WEIGHT = 1 / 16
-"""Of a silo, relative to the largest."""
+"""Smallest weight of a silo, relative to the largest."""
 
 Weights = Mapping[str, float]
-"""By silo, what its weight c in the sums is multiplied by; a silo that is not named is not in the merge."""
+"""Factor on each silo's weight c in the sums, by silo; silos that are missing are not in the merge."""
 
 
 class Judgement(NamedTuple):
-    """How good a merge is: the score that it is ranked by, higher is better, and whatever else was measured."""
+    """The score that ranks a merge, higher is better, and its other metrics."""
 
     score: float
     metrics: Mapping[str, Any]
 
 
 Judge = Callable[[Deltas], Judgement]
-"""Measures a merged model, which is given as its differences from the base."""
+"""Measures a merged model, given as differences from the base."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A merge that was tried. Its score is NaN if it could not be measured."""
+    """A tried merge; the score is NaN if it could not be measured."""
 
     alpha: float
     weights: Weights
@@ -49,14 +49,14 @@ class Trial:
 
 
 class Trials:
-    """Merges that were tried, each once.
+    """Tries merges, each at most once.
 
     Args:
-        layout: that of the contributions.
+        layout: of the contributions.
         contributions: by silo, in roster order.
         judge: measures a merge.
-        weighting: the plan's, which weights are factors on.
-        tell: is told every new trial.
+        weighting: the plan's; weights are factors on it.
+        tell: called with every new trial.
     """
 
     def __init__(
@@ -73,16 +73,16 @@ class Trials:
         self.judge = judge
         self.weighting = weighting
         self.tell = tell
-        self._known: dict[tuple[float, tuple[tuple[str, float], ...]], Trial] = {}
+        self._trials: dict[tuple[float, tuple[tuple[str, float], ...]], Trial] = {}
         self._last: tuple[Weights, Accumulator] | None = None
 
     @property
     def uniform(self) -> Weights:
-        """All silos, each with the weight that the plan gives it."""
+        """The factor 1 for every silo."""
         return dict.fromkeys(self.contributions, 1.0)
 
     def sum(self, alpha: float, weights: Weights) -> Accumulator:
-        """Add up the silos that weights names, in roster order: bit for bit the sums of an exchange."""
+        """Sum the silos in `weights`, in roster order: bit for bit the sums of an exchange."""
         sums = Accumulator(self.layout, alpha=alpha, weighting=self.weighting)
         for silo in self.contributions:
             if silo in weights:
@@ -90,24 +90,24 @@ class Trials:
         return sums
 
     def measure(self, alpha: float, weights: Weights, sums: Callable[[], Accumulator] | None = None) -> Trial:
-        """Merge and measure, unless that was done before.
+        """Merge and measure, unless this merge was tried before.
 
         Args:
-            sums: returns what there is to merge, if it is at hand already.
+            sums: returns the sums to merge; by default they are computed.
         """
         key = alpha, tuple((silo, weights[silo]) for silo in self.contributions if silo in weights)
-        if key not in self._known:
+        if key not in self._trials:
             try:
                 merged = (sums() if sums else self.near(alpha, weights)).merge()
                 judgement = self.judge(merged.deltas)
-            except ContributionError:  # beyond float32, as an ill-conditioned merge may be: no reason to stop a sweep
+            except ContributionError:  # an ill-conditioned merge can exceed float32, which must not stop a sweep
                 judgement = Judgement(math.nan, {})
-            self._known[key] = Trial(alpha, dict(key[1]), *judgement)
-            self.tell(self._known[key])
-        return self._known[key]
+            self._trials[key] = Trial(alpha, dict(key[1]), *judgement)
+            self.tell(self._trials[key])
+        return self._trials[key]
 
     def near(self, alpha: float, weights: Weights) -> Accumulator:
-        """Return the sums, equal to rounding: those added up last, changed where they differ, if that is less work."""
+        """Return the sums up to rounding, by updating the last ones where that is less work."""
         if self._last is not None and self._last[1].alpha == alpha:
             before, last = self._last
             changes = {silo: weights.get(silo, 0) - before.get(silo, 0) for silo in self.contributions}
@@ -125,15 +125,15 @@ class Trials:
 
 
 def best(trials: Sequence[Trial], *, own: float | None = None) -> Trial:
-    """Return the trial with the highest score: among equals one with the α `own`, if there is one, else the first.
+    """Return the trial with the highest score; ties go to a trial with the α `own`, else to the first.
 
     Raises:
-        ContributionError: if none could be measured.
+        ContributionError: if no trial could be measured.
     """
     measured = [trial for trial in trials if not math.isnan(trial.score)]
     if not measured:
         raise ContributionError(
-            f"none of {len(trials)} merges could be measured; a silo's training diverged. Lower training.learning-rate"
+            f"none of {len(trials)} merges could be measured: a silo's training diverged. Lower training.learning-rate"
         )
     top = max(trial.score for trial in measured)
     equals = [trial for trial in measured if trial.score == top]
@@ -141,23 +141,23 @@ def best(trials: Sequence[Trial], *, own: float | None = None) -> Trial:
 
 
 def sweep(trials: Trials, alphas: Sequence[float]) -> tuple[Trial, ...]:
-    """Try every α, in the given order, with the plan's weights. However many there are, silos are added up twice."""
+    """Try every α, in the given order, with the plan's weights. Sums the silos only twice, for any number of α."""
     zero, one = (trials.sum(end, trials.uniform) for end in (0.0, 1.0))
     return tuple(trials.measure(alpha, trials.uniform, partial(zero.between, one, alpha)) for alpha in alphas)
 
 
 def search_weights(trials: Trials, alpha: float, limit: int = WEIGHTS_TRIED) -> tuple[Trial, ...]:
-    """Try weights on the grid of powers of two: the largest is 1, and none is below `SMALLEST_WEIGHT`.
+    """Search weights by coordinate ascent on powers of two: the largest is 1, and none is below `SMALLEST_WEIGHT`.
 
-    Starts from the plan's weights. Each silo's weight in turn, in roster order, is doubled for as long as the score
-    rises, or else halved; this is repeated until no silo's is changed any more, or `limit` merges were measured. It
-    ends where no single doubling or halving helps, which need not be the best point of the grid.
+    Starts from the plan's weights. Doubles each silo's weight in turn, in roster order, while the score rises, or else
+    halves it; repeats until no weight changes or `limit` merges were measured. Ends where no single doubling or halving
+    helps, which is not necessarily the best point of the grid.
 
     Returns:
-        What was tried, in order, each once; the first are the plan's weights.
+        The distinct trials, in order; the first has the plan's weights.
     """
-    found = trials.measure(alpha, trials.uniform)
-    tried = {tuple(found.weights.items()): found}
+    top = trials.measure(alpha, trials.uniform)
+    tried = {tuple(top.weights.items()): top}
     moved = True
     while moved:
         moved = False
@@ -165,14 +165,14 @@ def search_weights(trials: Trials, alpha: float, limit: int = WEIGHTS_TRIED) -> 
             for factor in (2.0, 0.5):
                 rises = True
                 while rises:
-                    weights = _scaled({**found.weights, silo: found.weights[silo] * factor})
+                    weights = _scaled({**top.weights, silo: top.weights[silo] * factor})
                     key = tuple(weights.items())
                     if min(weights.values()) < SMALLEST_WEIGHT or (key not in tried and len(tried) >= limit):
                         break
                     trial = tried[key] = trials.measure(alpha, weights)
-                    rises = trial.score > found.score
+                    rises = trial.score > top.score
                     if rises:
-                        found, moved = trial, True
+                        top, moved = trial, True
     return tuple(tried.values())
 
 
@@ -185,12 +185,12 @@ def given_order(trials: Trials, alpha: float, weights: Weights) -> tuple[Trial, 
 
 
 def greedy_order(trials: Trials, alpha: float, weights: Weights) -> tuple[Trial, ...]:
-    """Begin with the silo that is best alone, and add at each step the one with which the merge is best.
+    """Start with the best single silo, and add at each step the silo that gives the best merge.
 
     Tries N(N + 1)/2 merges of N silos.
 
     Returns:
-        The best merge of one silo, of two, …, of all; each has one silo more than the one before.
+        The chosen merges of one silo, two, …, all; each adds one silo to the one before.
     """
     chosen: dict[str, float] = {}
     steps = []
@@ -208,7 +208,7 @@ def greedy_order(trials: Trials, alpha: float, weights: Weights) -> tuple[Trial,
 
 
 def leave_one_out(trials: Trials, alpha: float, weights: Weights) -> dict[str, Trial]:
-    """Try the merge without each silo, by its name; empty if there is but one silo."""
+    """Try the merge without each silo, by its name; empty for a single silo."""
     if len(weights) == 1:
         return {}
     return {
@@ -218,6 +218,6 @@ def leave_one_out(trials: Trials, alpha: float, weights: Weights) -> dict[str, T
 
 
 def _scaled(weights: Weights) -> dict[str, float]:
-    """Return weights whose largest is 1, which give the same merge."""
+    """Scale weights to a maximum of 1, which gives the same merge."""
     largest = max(weights.values())
     return {silo: weight / largest for silo, weight in weights.items()}

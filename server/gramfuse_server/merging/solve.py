@@ -1,4 +1,4 @@
-"""Solves S Δ = T for one group, block by block, and says how it went."""
+"""Solves S Δ = T for one group, block by block, and reports how."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ ROUNDING = 2.0**-24
 """Relative rounding of a float32 statistic."""
 
 TINY = 2.0**-126
-"""The smallest normal float32: a diagonal entry below it is that of a feature that was never active."""
+"""The smallest normal float32: a smaller diagonal entry means that the feature was never active."""
 
 RIDGES = (0.0, 2.0, 8.0, 32.0, 128.0)
-"""Ridges that are tried in turn, as multiples of what rounding may do to an eigenvalue, ROUNDING · √width.
+"""Ridges to try in turn, as multiples of the effect of rounding on an eigenvalue, ROUNDING · √width.
 
-Smaller ones would only let through directions in which the statistics hold nothing but their rounding.
+Smaller ones would admit directions in which the statistics are only rounding errors.
 """
 
 
 def solve(group: Group, s: NDArray[np.float64], t: torch.Tensor, mean: torch.Tensor) -> tuple[torch.Tensor, Step]:
     """Return Δ with S Δ = T, in float64.
 
-    S is scaled to a unit diagonal first. Where Cholesky fails, or the smallest eigenvalue lies below what the rounding
-    of the statistics lets us trust, a ridge λ·diag(S) is added on the left and λ·diag(S)·mean on the right: directions
-    that the data say nothing about get the mean, and N equal silos still give back exactly that silo's weights. Blocks
-    for which no ridge helps, and features that are zero everywhere, take the mean.
+    S is scaled to a unit diagonal first. If Cholesky fails, or the smallest eigenvalue is within the rounding error of
+    the statistics, λ·diag(S) is added on the left and λ·diag(S)·mean on the right: directions without data get the
+    mean, and N equal silos still yield exactly that silo's weights. Blocks that no ridge can fix, and features that are
+    zero everywhere, take the mean.
 
     Args:
         group: names and shapes.
@@ -49,13 +49,13 @@ def solve(group: Group, s: NDArray[np.float64], t: torch.Tensor, mean: torch.Ten
     for part, (first, count, width) in zip(group.blocks.unpack(s), group.blocks.parts, strict=True):
         blocks += count
         rows = slice(first, first + count * width)
-        outcome = _solve_blocks(
+        solved = _solve_blocks(
             torch.from_numpy(part), t[rows].view(count, width, -1), mean[rows].reshape(count, width, -1)
         )
-        solution[rows] = outcome.solution.reshape(count * width, -1)
-        jitter, smallest = max(jitter, outcome.jitter), min(smallest, outcome.smallest_eigenvalue)
-        dead[first // group.d_in] += outcome.dead
-        failed += outcome.failed
+        solution[rows] = solved.solution.reshape(count * width, -1)
+        jitter, smallest = max(jitter, solved.jitter), min(smallest, solved.smallest_eigenvalue)
+        dead[first // group.d_in] += solved.dead
+        failed += solved.failed
     empty = [expert for expert, features in enumerate(dead) if features == group.d_in]
     unused = tuple(empty) if group.experts else ()
     outcomes: dict[Outcome, Any] = {
@@ -67,7 +67,7 @@ def solve(group: Group, s: NDArray[np.float64], t: torch.Tensor, mean: torch.Ten
     }
     return solution, Step(
         group=group.name,
-        outcome=next(name for name, so in outcomes.items() if so),
+        outcome=next(name for name, applies in outcomes.items() if applies),
         jitter=jitter,
         smallest_eigenvalue=smallest,
         dead_features=sum(dead),
@@ -94,10 +94,10 @@ def _solve_blocks(s: torch.Tensor, t: torch.Tensor, mean: torch.Tensor) -> _Bloc
     finite = torch.isfinite(s).flatten(1).all(dim=1) & torch.isfinite(t).flatten(1).all(dim=1)
     dead = finite.unsqueeze(1) & ~(diagonal >= TINY)
     scale = torch.where(dead, 1.0, diagonal.clamp_min(torch.finfo(torch.float64).tiny).sqrt()).unsqueeze(2)
-    a = s / scale / scale.transpose(1, 2)  # unit diagonal, but for dead features
+    a = s / scale / scale.transpose(1, 2)  # unit diagonal except for dead features
     b = t / scale
     toward = mean * scale
-    # A dead feature's row and column are zero: an identity row makes it independent of all others.
+    # A dead feature's row and column are zero: an identity row makes it independent of the others.
     a.masked_fill_(dead.unsqueeze(1) | dead.unsqueeze(2), 0.0)
     a.diagonal(dim1=1, dim2=2)[dead] = 1.0
     b[dead] = mean[dead]
@@ -124,7 +124,7 @@ def _solve_blocks(s: torch.Tensor, t: torch.Tensor, mean: torch.Tensor) -> _Bloc
 
 
 def _smallest_eigenvalue(factor: torch.Tensor) -> torch.Tensor:
-    """Estimate from above the smallest eigenvalue of each L Lᵀ, (count,), by inverse iteration."""
+    """Return an upper estimate of the smallest eigenvalue of each L Lᵀ, (count,), by inverse iteration."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(*factor.shape[:2], 1, generator=generator, dtype=factor.dtype)
     for _ in range(4):

@@ -1,10 +1,10 @@
-"""What can be said of metrics that left with noise: each with the interval in which the exact one lies.
+"""Confidence intervals for metrics that were released with noise.
 
-The noise's distribution is public, so vectors are drawn that the exact one could be: what arrived, less noise. What a
-metric is on those says how far it may be off, and, where it is not linear, in which direction (a bias). An interval is
-the hull of the middle of the draws and of their mirror image about what was measured, wider by the bias on either side;
-over draws of the noise, the exact metric lies in it in 95 of 100 cases or more. Where that would promise more than is
-known, it is the whole range of the metric. What clipping does to an example is not in it.
+The noise's distribution is public, so we draw plausible exact vectors: the released one minus noise. The metric's
+spread over these draws shows its uncertainty, and, where the metric is not linear, its bias. An interval is the hull of
+the central draws and of their mirror image about the released value, widened by the bias on both sides; it contains the
+exact metric in at least 95% of cases. Where the data cannot support that, the interval is the metric's whole range. The
+effect of clipping is not included.
 """
 
 from __future__ import annotations
@@ -23,40 +23,40 @@ from gramfuse_protocol.tasks.registry import kind_of
 from gramfuse_server.report.schema import LabelFigures, Measured, PrivacyOfReport, PrivacyTotal
 
 COVERAGE = 0.98
-"""Share of the draws that an interval is of: more than 95%, so that what it neglects does not take it below."""
+"""Share of the draws in an interval: above 95%, to allow for the approximation."""
 DRAWS = 1000
 UNCLEAR = 1 / 4
-"""Where more than this share of labels is as rare as the noise is strong, their mean F1 says nothing."""
+"""If more than this share of labels is as rare as the noise is strong, macro-F1 is meaningless."""
 
 
 def with_intervals(plan: Plan, name: str, task: Task, vector: Vector, silos: int) -> Measured:
-    """Return what a report says of a model whose sum was made with noise.
+    """Return the report's entry for a model from a noisy sum.
 
     Args:
-        name: of the model, and its kind.
+        name: of the model; also its kind.
         vector: the sum (`gramfuse_protocol.held_out.sums`).
-        silos: how many are in it.
+        silos: number of silos in the sum.
 
     Returns:
-        Its `metrics`, each with one of the `intervals`; `labels`, each F1 with its `interval`; and `privacy`. The same
-        sum always gives the same.
+        `metrics`, each with its `intervals`; `labels`, each F1 with its `interval`; and `privacy`. Deterministic for a
+        given sum.
     """
     noise = deviations(plan, task, silos)
     seed = int.from_bytes(hashlib.sha256(plan.digest.encode() + vector.tobytes()).digest(), "big")
     draws = vector - np.random.default_rng(seed).normal(0.0, 1.0, (DRAWS, vector.size)) * noise
-    found = figures(task, vector)
+    measured = figures(task, vector)
     drawn = [figures(task, draw) for draw in draws]
     intervals = {
         metric: _interval(value, np.array([each[metric] for each in drawn]), range_of(task, metric))
-        for metric, value in found.items()
+        for metric, value in measured.items()
     }
-    if "macro-f1" in found and _unclear(task, vector, noise):
+    if "macro-f1" in measured and _unclear(task, vector, noise):
         intervals["macro-f1"] = SHARE
     spent_in_all = spent(plan)
     assert plan.epsilon is not None and spent_in_all is not None  # noqa: S101, PT018
     total = PrivacyTotal(epsilon=spent_in_all, releases=plan.releases)
     privacy = PrivacyOfReport(epsilon=plan.epsilon, delta=DELTA, total=total)
-    model = Measured(name=name, kind=name, metrics=found, intervals=intervals, privacy=privacy)
+    model = Measured(name=name, kind=name, metrics=measured, intervals=intervals, privacy=privacy)
     if labels := label_figures(task, vector):
         return model.updated(labels={"": _labels(task, vector, draws, noise, labels)})
     return model
@@ -72,12 +72,12 @@ def _interval(value: float, drawn: NDArray[np.float64], limits: tuple[float, flo
 
 
 def _unclear(task: Task, vector: Vector, noise: Vector) -> bool:
-    """Whether too many labels are so rare that nobody can tell whether they occur at all."""
+    """Whether too many labels are so rare that noise hides whether they occur at all."""
     return float((_strength(task, vector, noise) < 1).mean()) > UNCLEAR
 
 
 def _strength(task: Task, vector: Vector, noise: Vector) -> NDArray[np.float64]:
-    """Return how large the denominator of each label's F1 is, in standard deviations of its noise."""
+    """Return the denominator of each label's F1, in standard deviations of its noise."""
     parts = np.array([2.0, 1.0, 1.0])
     spread = np.sqrt((label_counts(task, noise) ** 2) @ parts**2)
     strength: NDArray[np.float64] = (label_counts(task, vector) @ parts) / spread
@@ -85,9 +85,9 @@ def _strength(task: Task, vector: Vector, noise: Vector) -> NDArray[np.float64]:
 
 
 def _labels(
-    task: Task, vector: Vector, draws: Vector, noise: Vector, found: Mapping[str, Mapping[str, float]]
+    task: Task, vector: Vector, draws: Vector, noise: Vector, labels: Mapping[str, Mapping[str, float]]
 ) -> dict[str, LabelFigures]:
-    """Return what is known of each label, with the interval of its F1."""
+    """Return the figures of each label, with the interval of its F1."""
     counts = label_counts(task, draws)
     sizes = counts @ np.array([2.0, 1.0, 1.0])
     drawn = np.clip(2 * counts[..., 0] / np.where(sizes > 0, sizes, np.inf), 0.0, 1.0)
@@ -95,6 +95,6 @@ def _labels(
     clear = dict(zip(names, _strength(task, vector, noise) > 2, strict=True))
     columns = dict(zip(names, drawn.T, strict=True))
     return {
-        name: LabelFigures(**of, interval=_interval(of["f1"], columns[name], SHARE) if clear[name] else SHARE)
-        for name, of in found.items()
+        name: LabelFigures(**label, interval=_interval(label["f1"], columns[name], SHARE) if clear[name] else SHARE)
+        for name, label in labels.items()
     }

@@ -1,4 +1,4 @@
-"""Writes the merged model as an ordinary Hugging Face model with tokenizer and card."""
+"""Writes the merged model as a standard Hugging Face model with tokenizer and card."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ def write_model(
 ) -> None:
     """Write base + deltas; the base model in memory becomes the merged one.
 
-    Where silos keep their heads, what is written has none, nor labels. A regression gives targets as the data have them
-    (`gramfuse_model.rescaling`).
+    If silos keep their heads, the written model has no head and no labels. A regression model predicts targets on the
+    scale of the data (`gramfuse_model.rescaling`).
 
     Args:
-        directory: made if it is not there.
-        silos: whose contributions are in it.
-        measured: what the report says of the model, for the card, if it was measured.
-        chosen: the merge that it is, if that was chosen on held-out data.
-        doubt: why it must not be used, if a check of the merge is bad.
-        layout: of the merge, for the card to say how much of the model is merged in closed form.
-        steps: how its groups were solved, for the card to say to which experts no measured token was routed.
+        directory: created if missing.
+        silos: the silos in the merge.
+        measured: the model's entry in the report, for the card, if it was measured.
+        chosen: the choice of the search, if the merge was chosen on held-out data.
+        doubt: why the model must not be used, if a check of the merge is bad.
+        layout: of the merge; the card then states how much of the model is merged in closed form.
+        steps: how its groups were solved; the card then names the experts without measured tokens.
     """
     add_differences(base.model, deltas)
     model = base.model
@@ -70,7 +70,7 @@ def card(
     layout: Layout | None = None,
     steps: Sequence[Step] = (),
 ) -> str:
-    """Return the model card, made from the plan; arguments as `write_model` has them."""
+    """Return the model card, made from the plan; arguments as in `write_model`."""
     form = merged_form(plan)
     exchanges = "one exchange" if plan.merge.rounds == 1 else f"{plan.merge.rounds} exchanges"
     lines = [*front_matter(plan.model.base, form), "", f"# {plan.plan.name}", ""]
@@ -88,13 +88,13 @@ def card(
         *usage(form),
     ]
     if measured:
-        lines += [*_results(measured.known), *_generation(plan)]
+        lines += [*_results(measured.without_noise), *_generation(plan)]
     lines += ["The plan:", "", *fenced("toml", plan.to_toml().strip()), ""]
     return "\n".join(lines)
 
 
 def _results(model: Measured) -> list[str]:
-    """Return what was measured, and, where it left with noise, in which interval the exact value lies."""
+    """Return the table of metrics, with intervals if they are noisy."""
     privacy = model.privacy
     head = ["| metric | value | 95% interval |", "|---|---|---|"] if privacy else ["| metric | value |", "|---|---|"]
     lines = ["On the silos' held-out examples together:", "", *head]
@@ -105,20 +105,20 @@ def _results(model: Measured) -> list[str]:
         total = privacy.total
         lines += [
             "",
-            f"Held-out counts left the silos with noise: of one example, each of {total.releases} sums tells "
-            f"ε = {privacy.epsilon:g}, and all of them ε = {total.epsilon:.2f}, at δ = {privacy.delta:g}.",
+            f"Held-out counts were released with noise: for one example, each of {total.releases} sums costs "
+            f"ε = {privacy.epsilon:g}, and all of them together ε = {total.epsilon:.2f}, at δ = {privacy.delta:g}.",
         ]
     return [*lines, ""]
 
 
 def _generation(plan: Plan) -> list[str]:
-    found = [task.generation for task in plan.tasks.values() if task.generation]
-    if not found:
+    settings = next((task.generation for task in plan.tasks.values() if task.generation), None)
+    if settings is None:
         return []
-    first = f", beginning with {code(found[0]['first-token'])}" if found[0]["first-token"] else ""
+    first = f", beginning with {code(settings['first-token'])}" if settings["first-token"] else ""
     return [
-        f"Texts were generated greedily, of at most {found[0]['max-new-tokens']} tokens{first}. Settings in "
-        "`generation_config.json` are those of the base model and had no part in it.",
+        f"Texts were generated greedily, with at most {settings['max-new-tokens']} tokens{first}. The settings in "
+        "`generation_config.json` are those of the base model and were not used.",
         "",
     ]
 
@@ -128,13 +128,13 @@ def _settings(plan: Plan, chosen: Chosen | None) -> str:
         return f"alpha {plan.merge.alpha}, {plan.merge.weighting} weighting"
     weights = ", ".join(f"{silo} × {weight:g}" for silo, weight in chosen.weights.items())
     return (
-        f"alpha {chosen.alpha}, {plan.merge.weighting} weighting with {weights}, chosen on held-out examples that "
-        "are not those of the metrics"
+        f"alpha {chosen.alpha}, {plan.merge.weighting} weighting with {weights}, chosen on held-out examples "
+        "other than those of the metrics"
     )
 
 
 def usage(form: Form) -> list[str]:
-    """Return how to load a model, as lines of Markdown."""
+    """Return instructions for loading a model, as lines of Markdown."""
     name = "processor" if form.processor == "AutoImageProcessor" else "tokenizer"
     text = (
         f"from transformers import {form.auto}, {form.processor}\n\n"
@@ -144,49 +144,49 @@ def usage(form: Form) -> list[str]:
     return [*fenced("python", text), ""]
 
 
-def extent(found: Covered, steps: Iterable[Step]) -> list[str]:
+def extent(covered: Covered, steps: Iterable[Step]) -> list[str]:
     """Return how much of a model is merged in closed form, as lines of Markdown.
 
     Args:
-        found: a report, or what `gramfuse_protocol.contract.coverage` returns.
+        covered: a report, or a result of `gramfuse_protocol.contract.coverage`.
         steps: how groups were solved.
     """
-    return [" ".join([*coverage_lines(found, code), *unused_expert_lines(steps, code)]), ""]
+    return [" ".join([*coverage_lines(covered, code), *unused_expert_lines(steps, code)]), ""]
 
 
 def code(text: str) -> str:
-    """Return a text as a code span of Markdown, which it cannot leave."""
+    """Return a text as a Markdown code span that it cannot break out of."""
     fence = _fence(text, 1)
     room = " " if text.startswith(("`", " ")) or text.endswith(("`", " ")) else ""
     return f"{fence}{room}{text}{room}{fence}"
 
 
 def fenced(language: str, text: str) -> list[str]:
-    """Return lines of code as a block of Markdown, which they cannot leave."""
+    """Return code as a fenced Markdown block that it cannot break out of."""
     fence = _fence(text, 3)
     return [f"{fence}{language}", text, fence]
 
 
 def _fence(text: str, least: int) -> str:
-    """Return more backticks than stand in a row in a text."""
+    """Return a run of backticks longer than any in a text."""
     return "`" * max([least, *(len(run) + 1 for run in re.findall("`+", text))])
 
 
 def _kept_heads(plan: Plan) -> list[str]:
     if plan.model.head != "own":
         return []
-    return ["This is the body that all silos share. Each has a head of its own for it, which it kept to itself.", ""]
+    return ["This is the body that all silos share. Each silo has its own head for it, which it kept to itself.", ""]
 
 
 def front_matter(base: str, form: Form) -> list[str]:
-    """Return the card's metadata: a document of YAML between its marks, as lines.
+    """Return the card's YAML front matter, as lines.
 
     Args:
-        base: as a plan names it.
-        form: what the model is.
+        base: as named in a plan.
+        form: the model's class and pipeline.
     """
     hub_id = BUNDLED[base].hub_id if base in BUNDLED else base
-    # A directory of whoever merged says nothing to others.
+    # A local directory means nothing to others.
     public = base in BUNDLED or not base.startswith((".", "/", "~"))
     metadata = {
         **({"base_model": hub_id} if public else {}),

@@ -1,7 +1,6 @@
-"""What all parts of report.json have in common, and the whole of it: how they are read, written and changed.
+"""The base class of all parts of report.json: reading, writing and updating.
 
-A key is in the file if whoever wrote the report gave it a value, which may be null: `ReportPart.document` leaves out
-all others.
+The file contains exactly the keys that were set when the part was constructed, including those set to null.
 """
 
 from __future__ import annotations
@@ -27,17 +26,17 @@ class ReportPart(BaseModel):
 
     @classmethod
     def read(cls, document: Mapping[str, Any]) -> Self:
-        """Return the part that a JSON object holds; raises ValidationError if it is none."""
+        """Parse a JSON object; raises ValidationError if it is invalid."""
         return cls.model_validate_json(json.dumps(document), by_alias=True, by_name=False)
 
     def document(self) -> dict[str, Any]:
-        """Return the JSON object, with the keys that were given."""
+        """Return the JSON object, with the keys that were set."""
         return self.model_dump(mode="json", by_alias=True, exclude_unset=True)
 
     def updated(self, **changes: Any) -> Self:
-        """Return the part with other values of some keys; raises ValidationError as construction does."""
+        """Return a copy with some keys changed; raises ValidationError as construction does."""
         return type(self)(**{name: getattr(self, name) for name in self.model_fields_set} | changes)
 
     def has(self, key: str) -> bool:
-        """Whether the report has a value of a key, which may be null."""
+        """Whether the report has a key, even if its value is null."""
         return key in self.model_fields_set

@@ -1,4 +1,4 @@
-"""Which values the numbers of a report may have."""
+"""Valid ranges of the numbers in a report."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ ANY: Range = (-math.inf, math.inf)
 
 
 def _limits() -> dict[str, Range]:
-    """Return the lowest and highest value of each metric that there is.
+    """Return the lowest and highest value of each metric.
 
-    An end of a range beyond 1 is what values with noise are clipped to; exact ones may lie beyond it.
+    Range ends beyond 1 only clip noisy values; exact values can exceed them, so they are infinite here.
     """
     of_kinds = {name: measure.range for kind in KINDS.values() for name, measure in kind.measures.items()}
     exact = {name: (least, most if most <= SHARE[1] else math.inf) for name, (least, most) in of_kinds.items()}
@@ -59,14 +59,14 @@ def _in_order(ends: Range) -> Range:
 
 Count = Annotated[int, Field(ge=0)]
 Number = Annotated[int, Field(ge=1)]
-"""Counted from 1 on."""
+"""Counted from 1."""
 Seconds = Annotated[float, Field(ge=0)]
 Amount = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 ShareInterval = Annotated[tuple[Share, Share], AfterValidator(_in_order)]
 Metrics = Annotated[Mapping[str, float], AfterValidator(_check_metrics)]
-"""Metrics by name; `examples` among them is the number of held-out examples, 0 or more. One may be NaN."""
+"""Metrics by name; `examples` is the number of held-out examples, 0 or more. Values can be NaN."""
 MetricsOfTasks = Annotated[Mapping[str, float | Mapping[str, Metrics]], AfterValidator(_check_metrics)]
 """Metrics by name; with several tasks, `tasks` has those of each."""
 Intervals = Annotated[Mapping[str, Range], AfterValidator(_check_intervals)]

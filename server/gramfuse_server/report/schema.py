@@ -1,6 +1,6 @@
-"""What report.json holds: the models that everyone who writes a report fills, and everyone who shows one reads.
+"""The schema of report.json, used by all code that writes or shows a report.
 
-docs/report.md is made from them by `make api`.
+`make api` generates docs/report.md from it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Traffic = Mapping[str, Mapping[str, Count]]
 Bounds = tuple[float | None, float | None]
 """Least and most; None where there is no bound."""
 Verdict = Literal["ok", "look", "bad"]
-"""`ok`: as honest merges are. `look`: honest merges rarely are. `bad`: no honest merge is, or the plan forbids it."""
+"""`ok`: usual for honest merges. `look`: rare for honest merges. `bad`: impossible, or forbidden by the plan."""
 
 Outcome = Literal["clean", "jitter", "mean", "unused", "empty"]
 CheckName = Literal["counts", "share", "power", "eigenvalue", "ratio", "average", "change"]
@@ -44,7 +44,7 @@ class BaseOfReport(ReportPart):
     """The base model."""
 
     name: str
-    """Its directory, hub id or bundled name, as the plan or whoever merged gives it."""
+    """Its directory, hub id or bundled name, as given in the plan or on the command line."""
     sha256: str
     """SHA-256 of its weights, hexadecimal."""
 
@@ -55,26 +55,26 @@ class Generation(ReportPart):
     strategy: Literal["greedy"]
     """How the next token is chosen."""
     max_new_tokens: Count = Field(alias="max-new-tokens")
-    """Most tokens that are generated of a text."""
+    """Most tokens to generate for a text."""
     first_token: str | None = Field(alias="first-token")
-    """The token that every text begins with; null if none is forced."""
+    """The forced first token of every text; null if there is none."""
 
 
 class SiloOfReport(ReportPart):
-    """A silo: of a run that is complete, one of those in the merge; of one that failed, any of the roster."""
+    """A silo: in a complete run, one of the merge; in a failed run, any of the roster."""
 
     name: str
     """Its name in the roster or in its statistics file."""
     examples: Count | None = None
     """Training examples; null with secure aggregation, where only the silo knows."""
     state: Literal["merged", "lost", "trained", "joined", "connected", "absent"] = "merged"
-    """Failed runs: how far it came. `connected` means that its key is known and that it was not asked yet."""
+    """Failed runs: how far it got. `connected`: its key is known, and it has not been asked yet."""
     weight: Positive = 1.0
-    """Files: the factor on its weight in the sums, above 0."""
+    """Files: factor on its weight in the sums, above 0."""
     sha256: str | None = None
     """Files: SHA-256 of its statistics file, hexadecimal."""
     auto_class: str | None = None
-    """Files: the class of transformers that loads its model."""
+    """Files: the transformers class that loads its model."""
 
 
 class Loss(ReportPart):
@@ -87,18 +87,18 @@ class Loss(ReportPart):
 
 
 class LabelFigures(ReportPart):
-    """What held-out examples say of a label, or of a type of entity."""
+    """Held-out figures of a label or entity type."""
 
     examples: Amount
-    """How often it is in the truth, 0 or more; not whole if it left with noise."""
+    """How often it is true, 0 or more; not a whole number if released with noise."""
     precision: Share
-    """Share of what was predicted that is right, 0 to 1; 0 if it was never predicted."""
+    """Share of its predictions that are right, 0 to 1; 0 if it was never predicted."""
     recall: Share
-    """Share of what is true that was found, 0 to 1; 0 if it is never true."""
+    """Share of its true occurrences that were predicted, 0 to 1; 0 if it is never true."""
     f1: Share
     """Harmonic mean of both, 0 to 1."""
     interval: ShareInterval | None = None
-    """Figures with noise: lowest and highest value that the exact F1 may have, 95% of the time or more."""
+    """Noisy figures: interval that contains the exact F1 with at least 95% confidence."""
 
 
 Labels = Mapping[str, Mapping[str, LabelFigures]]
@@ -106,12 +106,12 @@ Labels = Mapping[str, Mapping[str, LabelFigures]]
 
 
 class PrivacyTotal(ReportPart):
-    """What all releases of a run together say of one held-out example."""
+    """Privacy cost of all releases of a run, for one held-out example."""
 
     epsilon: Positive
-    """ε of all releases, above 0."""
+    """ε of all releases together, above 0."""
     releases: Count
-    """How many sums the plan asks for."""
+    """Number of sums that the plan releases."""
 
 
 class PrivacyOfReport(ReportPart):
@@ -126,19 +126,19 @@ class PrivacyOfReport(ReportPart):
 
 
 class ExactFigures(ReportPart):
-    """The figures without noise, which only a simulation knows."""
+    """The figures without noise; only simulations have them."""
 
     metrics: Metrics
-    """As those of the model."""
+    """As in the model."""
     labels: Labels = Field(default={})
-    """As those of the model."""
+    """As in the model."""
 
 
 class Measured(ReportPart):
-    """A model and what the silos' held-out examples say of it."""
+    """A model and its metrics on the silos' held-out examples."""
 
     name: str
-    """What it is called; a silo's own model has the silo's name."""
+    """Its name; a silo's own model has the silo's name."""
     kind: str
     """`silo`, `body`, `alone`, `simple`, `regmean` (the merge), `untuned`, or a comparison: `fisher`, `joint`, …"""
     metrics: Metrics
@@ -147,31 +147,31 @@ class Measured(ReportPart):
     tasks: Mapping[str, Metrics] = Field(default={})
     """All metrics by task, if the plan has several."""
     labels: Labels = Field(default={})
-    """Figures by task and label; a plan with one task calls it "". Labels neither true nor predicted are left out."""
+    """Figures by task and label; a plan's only task is called "". Labels neither true nor predicted are left out."""
     silos: Mapping[str, Metrics] = Field(default={})
-    """Metrics by silo, on its own held-out examples, if the plan shows metrics silo by silo."""
+    """Metrics by silo, on its own held-out examples, if the plan shows metrics by silo."""
     intervals: Intervals = Field(default={})
-    """Metrics with noise: lowest and highest value that the exact one may have, 95% of the time or more."""
+    """Noisy metrics: interval that contains the exact value with at least 95% confidence."""
     privacy: PrivacyOfReport | None = None
-    """Metrics with noise: what they cost."""
+    """Noisy metrics: their privacy cost."""
     exact: ExactFigures | None = None
-    """Metrics with noise, in a simulation: those without."""
+    """Noisy metrics in a simulation: the exact ones."""
     seconds: Seconds = 0.0
-    """Comparisons: how long it took to make and measure it, in seconds."""
+    """Comparisons: seconds to make and measure it."""
     note: str = ""
-    """Comparisons: what else there is to say, for people."""
+    """Comparisons: a remark, for people."""
     silo: str = ""
     """`best`: whose model it is."""
     rounds: tuple[Metrics, ...] = ()
     """`fedavg`: metrics after each round."""
     bytes: Mapping[str, Count] = Field(default={})
-    """`fedavg`: bytes that each silo sent, by silo."""
+    """`fedavg`: bytes sent, by silo."""
     pairs: Count = 0
-    """`transport`: feed-forward pairs whose units were matched."""
+    """`transport`: number of feed-forward pairs whose units were matched."""
 
     @property
-    def known(self) -> Measured:
-        """The model with exact figures in place of those with noise, where both are there."""
+    def without_noise(self) -> Measured:
+        """The model with exact figures instead of noisy ones, if it has both."""
         if self.exact is None:
             return self
         kept = self.model_fields_set - {"exact", "intervals", "labels", "privacy"}
@@ -186,54 +186,53 @@ class Step(ReportPart):
     """Its name."""
     outcome: Outcome
     """`clean`; `jitter` if at least one block needed a ridge; `mean` if at least one block could not be solved and took
-    the mean; `unused` if all blocks could be solved but those of experts that no measured token went to, which took the
-    mean; `empty` if nothing but zeros ever came there, so that all of it took the mean."""
+    the mean; `unused` if only the blocks of experts without measured tokens took the mean; `empty` if all inputs were
+    zero, so that the whole group took the mean."""
     jitter: Amount
-    """Largest relative ridge that a solved block needed, 0 or more."""
+    """Largest relative ridge that any solved block needed, 0 or more."""
     smallest_eigenvalue: Share
-    """Estimate, over all blocks, of S scaled to a unit diagonal, before any ridge: 0 to 1. 1 is perfect; below about
-    1e-6 the float32 statistics hold no information in some direction; 0 if Cholesky failed."""
+    """Estimated smallest eigenvalue over all blocks of S, scaled to a unit diagonal, before any ridge: 0 to 1. 1 is
+    perfect; below about 1e-6 the float32 statistics carry no information in some direction; 0 if Cholesky failed."""
     dead_features: Count
-    """Features that were zero at every silo; their rows took the mean."""
+    """Number of features that were zero at every silo; their rows took the mean."""
     mean_blocks: Count
-    """Blocks that took the mean since they could not be solved, of `blocks`."""
+    """Number of `blocks` that could not be solved and took the mean."""
     blocks: Count
-    """Blocks of the Gram matrix, or of those of all experts."""
+    """Number of blocks of the Gram matrix, or of all experts' matrices."""
     unused: tuple[Count, ...]
-    """Indices of the experts to which no measured token of any silo was routed; they took the mean. Empty where there
-    are no experts."""
+    """Indices of the experts to which no silo routed a measured token; they took the mean. Empty without experts."""
 
 
 class Check(ReportPart):
-    """Something that can be seen of a merge, at one place."""
+    """One check of a merge, at one place."""
 
     name: CheckName
-    """What was looked at (operations.md)."""
+    """What was checked (operations.md)."""
     where: str
-    """A group, a tensor, a silo, or what is counted."""
+    """A group, a tensor, a silo, or the name of a count."""
     value: float
-    """What is there."""
+    """The observed value."""
     usual: Bounds
-    """Range of honest merges: least and most, null where there is no bound."""
+    """Usual range of honest merges: least and most, null for no bound."""
     possible: Bounds
-    """Range beyond which no honest merge lies, or which the plan sets, in the same form."""
+    """Possible range of honest merges, or the plan's limit, in the same form."""
     verdict: Verdict
-    """`ok`: within `usual`; `look`: within `possible`; `bad`: beyond both."""
+    """`ok`: within `usual`; `look`: within `possible`; `bad`: outside both."""
 
 
 class RoundOfReport(ReportPart):
-    """One round of a run; of one that failed, as far as it came."""
+    """One round of a run; a failed one, as far as it got."""
 
     round: Number
-    """Its number, from 1 on."""
+    """Its number, from 1."""
     survivors: tuple[str, ...] = ()
-    """Silos whose contributions are in its merge, in roster order, once there is one."""
+    """Silos whose contributions are in its merge, in roster order; missing before the merge."""
     solve: tuple[Step, ...] = ()
-    """How each group of weights was solved, once there is a merge."""
+    """How each group of weights was solved; missing before the merge."""
     checks: tuple[Check, ...] = ()
-    """What can be seen of its merge, once there is one."""
+    """Checks of its merge; missing before the merge."""
     models: tuple[Measured, ...] = ()
-    """What was measured; the merge is of kind `regmean`."""
+    """Measured models; the merge has the kind `regmean`."""
     unmeasured: str | None = None
     """Why nothing was measured, for people; null if something was."""
     lost: tuple[Loss, ...]
@@ -247,7 +246,7 @@ class RoundOfReport(ReportPart):
 
 
 class Tried(ReportPart):
-    """What a merge that was tried is worth on the validation examples."""
+    """Validation results of a tried merge."""
 
     score: float | None
     """The metric that merges are ranked by, higher is better; null if it could not be measured."""
@@ -256,50 +255,50 @@ class Tried(ReportPart):
 
 
 class TriedAlpha(Tried):
-    """A value of α that was tried."""
+    """A tried value of α."""
 
     alpha: Share
     """Share of each Gram matrix off its diagonal that was kept, 0 to 1."""
 
 
 class TriedWeights(Tried):
-    """Weights of silos that were tried."""
+    """Tried weights of the silos."""
 
     weights: Mapping[str, Positive]
-    """By silo, the factor on its weight in the sums, above 0."""
+    """Factor on the silo's weight in the sums, above 0, by silo."""
 
 
 class TriedOrder(Tried):
     """A merge of some silos."""
 
     silos: tuple[str, ...]
-    """Silos that were in it, in the order in which they were added."""
+    """The silos in it, in the order of addition."""
 
 
 class Chosen(TriedAlpha, TriedWeights):
-    """The merge that was chosen."""
+    """The chosen merge."""
 
 
 class Influence(ReportPart):
     """The merge without a silo."""
 
     silo: str
-    """Whose contribution was left out."""
+    """The silo that was left out."""
     without: float | None
     """Score of the merge without it on validation examples; null if it could not be measured."""
     difference: float | None
-    """`without` less the score of the merge with all; null if it could not be measured."""
+    """`without` minus the score of the merge with all silos; null if it could not be measured."""
     reported: Mapping[str, float]
     """The same difference in each metric on the reported examples."""
 
 
 class ReportedOn(ReportPart):
-    """The examples that the chosen merge is reported on; they chose nothing."""
+    """The examples that the chosen merge is reported on; they took no part in the choice."""
 
     part: Literal["held-out"]
-    """Which part of a silo's examples."""
+    """Part of a silo's examples."""
     examples: Mapping[str, Count]
-    """How many, by silo."""
+    """Number of examples, by silo."""
 
 
 class Tuning(ReportPart):
@@ -308,39 +307,39 @@ class Tuning(ReportPart):
     metric: str
     """The metric that merges are ranked by; higher is better."""
     part: Literal["validation"]
-    """Which part of a silo's examples chose."""
+    """Part of a silo's examples that chose the merge."""
     examples: Mapping[str, Count]
-    """How many, by silo."""
+    """Number of examples, by silo."""
     reported: ReportedOn
-    """What the chosen merge is reported on."""
+    """Examples that the chosen merge is reported on."""
     alpha: tuple[TriedAlpha, ...]
-    """Values of α, in the order in which they were tried."""
+    """Tried values of α, in order."""
     weights: tuple[TriedWeights, ...]
-    """Weights of the silos, at the best α; empty if none were tried."""
+    """Tried weights of the silos, at the best α; empty if none were tried."""
     order: tuple[TriedOrder, ...]
     """Merges of the first silo, the first two, and so on; empty if none were tried."""
     influence: tuple[Influence, ...]
     """Merges without each silo; empty if none were tried."""
     chosen: Chosen
-    """The merge that was written."""
+    """The merge that was written to disk."""
 
 
 class AddedToken(ReportPart):
-    """A token that was added to models that are merged."""
+    """A token that was added to the vocabulary of some models."""
 
     token: str
-    """Its text."""
+    """Text of the token."""
     silos: tuple[str, ...]
-    """Whose models have it."""
+    """Silos whose models have it."""
 
 
 class AddedTokensOfReport(ReportPart):
-    """What became of the tokens that were added to models that are merged."""
+    """Which added tokens the merged model has."""
 
     kept: tuple[AddedToken, ...]
-    """Those that the merged model has, each with the weighted mean of its rows in the models that have it."""
+    """Tokens of the merged model; each row is the weighted mean over the models that have the token."""
     left_out: tuple[AddedToken, ...]
-    """Those that it does not have."""
+    """Tokens that the merged model lacks."""
 
 
 class Failure(ReportPart):
@@ -351,13 +350,13 @@ class Failure(ReportPart):
     message: str
     """What happened, for people."""
     phase: str
-    """Phase in which it ended."""
+    """Phase in which it failed."""
     round: Number
-    """Round in which it ended, from 1 on."""
+    """Round in which it failed, from 1."""
     exit_code: Count
-    """Exit code of the command; `gramfuse explain` says more."""
+    """Exit code of the command; see `gramfuse explain`."""
     resumable: bool
-    """Whether `gramfuse run --resume` can go on with it."""
+    """Whether `gramfuse run --resume` can resume it."""
 
 
 ALWAYS = ("schema", "run", "mode", "base", "layout_digest", "plan_digest", "silos", "versions")
@@ -372,10 +371,10 @@ REQUIRED = {
     "failed": (*ALWAYS, *OF_RUNS, "failure"),
     "files": (*ALWAYS, *OF_FILES),
 }
-"""Keys that a report must have, by what it is of: a complete run, one that failed, or a merge of files."""
+"""Required keys of a report, by its subject: a complete run, a failed run, or a merge of files."""
 
 OPTIONAL = {"complete": ("tuning",), "failed": OF_MERGES, "files": ("tasks", "models", "tuning", "left_out")}
-"""Keys that it may have beside those."""
+"""Optional keys beside those."""
 
 
 class Report(ReportPart):
@@ -388,71 +387,70 @@ class Report(ReportPart):
     name: str = ""
     """Name of the plan."""
     mode: Literal["secure", "open", "files"]
-    """Who saw statistics: `secure`: the coordinator saw sums only; `open`: it saw each silo's; `files`: whoever merged
-    saw each file."""
+    """Who saw statistics: `secure`: the coordinator saw sums only; `open`: it saw each silo's; `files`: the person who
+    merged saw each file."""
     plan_digest: str | None
-    """Digest of the plan, hexadecimal, which silos approve; null for files that follow no plan."""
+    """Digest of the plan, hexadecimal, that silos approve; null for files measured without a plan."""
     layout_digest: str
     """Digest of the layout, hexadecimal."""
     base: BaseOfReport
     """The base model."""
     auto_class: str = ""
-    """Class of transformers that loads the merged model."""
+    """The transformers class that loads the merged model."""
     head: Literal["same", "different", "own"] = "same"
     """Runs: whether heads were merged from one start, merged from different starts, or kept by the silos."""
     heads: Literal["merged", "own"] = "merged"
     """Files: whether heads were merged, or each file kept its own."""
     tasks: Mapping[str, TaskKind] = Field(default={})
-    """Kind of each task by name; a plan with one task calls it ""."""
+    """Kind of each task by name; a plan's only task is called ""."""
     generation: Mapping[str, Generation] = Field(default={})
-    """How texts are generated, by task, for tasks that generate any."""
+    """How texts are generated, by task, for tasks that generate text."""
     identities: Literal["made for this run", "those of the plan"] | None = None
-    """Whose keys the silos had; those of a simulation are made for it."""
+    """Origin of the silos' keys; a simulation makes its own."""
     alpha: Share | None = None
     """Files: share of each Gram matrix off its diagonal that was kept, 0 to 1."""
     weighting: Literal["uniform", "examples"] = "uniform"
-    """Files: whether every silo counts the same, or by its number of examples."""
+    """Files: whether silos are weighted equally or by their number of examples."""
     silos: tuple[SiloOfReport, ...]
-    """Silos in the merge, in roster order; of a failed run, all of the roster."""
+    """Silos in the merge, in roster order; in a failed run, the whole roster."""
     examples: Count = 0
     """Training examples of all silos in the merge together."""
     added_tokens: AddedTokensOfReport | None = None
-    """Files: what became of tokens that were added to models."""
+    """Files: which added tokens the merged model has."""
     closed: Share | None = None
-    """Files: share of the trained parameters that are merged in closed form, 0 to 1; the others are averaged."""
+    """Files: share of the trained parameters that were merged in closed form, 0 to 1; the others were averaged."""
     unmatched: tuple[str, ...] = ()
-    """Files: weights of linear layers that are averaged since it cannot be told which rows of their inputs are tokens.
-    """
+    """Files: weights of linear layers that were averaged because it is unknown which of their input rows are tokens."""
     lost: tuple[Loss, ...] = ()
     """Silos that dropped out or refused in the last round."""
     models: tuple[Measured, ...] = ()
-    """What was measured of the last round; the merge is of kind `regmean`."""
+    """Measured models of the last round; the merge has the kind `regmean`."""
     unmeasured: str | None = None
     """Why nothing was measured, for people; null if something was."""
     solve: tuple[Step, ...] = ()
     """How each group of weights was solved in the last round."""
     checks: tuple[Check, ...] = ()
-    """What can be seen of the last round's merge."""
+    """Checks of the last round's merge."""
     bytes: Traffic = Field(default={})
     """Bytes that the coordinator received in all rounds, by silo and phase."""
     bytes_to_silos: Traffic = Field(default={})
     """Bytes that the coordinator sent in all rounds, by silo and phase."""
     seconds: Mapping[str, Seconds] | Seconds = Field(default={})
-    """Runs: seconds of all rounds, by phase. Files: seconds in all."""
+    """Runs: seconds of all rounds, by phase. Files: total seconds."""
     rounds: tuple[RoundOfReport, ...] = ()
-    """The rounds; of a failed run, those before the one that failed."""
+    """The rounds; in a failed run, those before the failed one."""
     versions: Mapping[str, str]
-    """Versions of the packages that made it, by name."""
+    """Package versions, by name."""
     tuning: Tuning | None = None
     """What `gramfuse tune` tried."""
     left_out: tuple[str, ...] = ()
-    """What `gramfuse tune` on files left out: what is wrong with each bad row of its data, for people."""
+    """Rows of data that `gramfuse tune` skipped, with what is wrong with each, for people."""
     failure: Failure | None = None
     """Why the run failed."""
 
     @property
-    def of(self) -> str:
-        """What it is of: "complete" (a run), "failed" (a run) or "files"."""
+    def subject(self) -> str:
+        """Its subject: "complete" (a run), "failed" (a run) or "files"."""
         return "failed" if self.failure is not None else "files" if self.mode == "files" else "complete"
 
     @property
@@ -462,20 +460,20 @@ class Report(ReportPart):
 
     @property
     def total_seconds(self) -> float:
-        """How long it took, in seconds."""
+        """Total seconds."""
         return sum(self.seconds.values()) if isinstance(self.seconds, Mapping) else self.seconds
 
     @property
     def simulated(self) -> bool:
-        """Whether the run was a simulation, with identities that were made for it."""
+        """Whether the run was a simulation, with keys of its own."""
         return self.identities == "made for this run"
 
     @model_validator(mode="after")
     def _has_the_keys_of_its_kind(self) -> Self:
-        given = {"schema" if name == "schema_id" else name for name in self.model_fields_set}
-        for key in REQUIRED[self.of]:
-            if key not in given:
+        keys = {"schema" if name == "schema_id" else name for name in self.model_fields_set}
+        for key in REQUIRED[self.subject]:
+            if key not in keys:
                 raise ValueError(f"'{key}' is missing")
-        for key in sorted(given - {*REQUIRED[self.of], *OPTIONAL[self.of]}):
-            raise ValueError(f"unknown key '{key}' in a report of this kind ({self.of})")
+        for key in sorted(keys - {*REQUIRED[self.subject], *OPTIONAL[self.subject]}):
+            raise ValueError(f"unknown key '{key}' in a report of this kind ({self.subject})")
         return self

@@ -1,4 +1,4 @@
-"""What a study of a merge finds: for whoever has all silos' statistics and data."""
+"""Results of a study of a merge, which needs all silos' statistics and data."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from gramfuse_server.report.schema import Measured, Tuning
 
 
 class Studied(NamedTuple):
-    """What it adds to a report, under the same names."""
+    """What a study adds to a report, under the same keys."""
 
     models: tuple[Measured, ...] = ()
-    """Further models, with what was measured."""
+    """Additional measured models."""
     tuning: Tuning | None = None
-    """What was tried, if something was."""
+    """What the search tried, if there was one."""
     tasks: Mapping[str, TaskKind] | None = None
-    """Kind of each task, where files do not say it."""
+    """Kind of each task, for merges of files."""
     left_out: tuple[str, ...] | None = None
-    """What is wrong with each row of data that was left out, where some may be."""
+    """What is wrong with each skipped row of data; None if rows cannot be skipped."""

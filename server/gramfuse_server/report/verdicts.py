@@ -1,4 +1,4 @@
-"""What a check of a merge says, and what follows from all of them."""
+"""Verdicts of a merge's checks, and their summary."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from gramfuse_server.report.schema import Bounds, Check, CheckName, Verdict
 VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 """From the best to the worst."""
 
-MOST_TOLD = 3
-"""Bad checks that one line names."""
+MOST_NAMED = 3
+"""Most bad checks that `describe_bad` names."""
 
 
 def check_of(name: CheckName, where: str, value: float, usual: Bounds, possible: Bounds) -> Check:
@@ -21,15 +21,15 @@ def check_of(name: CheckName, where: str, value: float, usual: Bounds, possible:
 
 
 def worst(checks: Iterable[Check]) -> Verdict:
-    """Return the worst verdict of checks; `ok` if there are none."""
+    """Return the worst verdict of checks; `ok` without any."""
     return max((check.verdict for check in checks), key=VERDICTS.index, default="ok")
 
 
-def told(checks: Iterable[Check]) -> str:
-    """Return in one line what is bad among checks."""
+def describe_bad(checks: Iterable[Check]) -> str:
+    """Return one line that counts and names the bad checks."""
     bad = [check for check in checks if check.verdict == "bad"]
-    named = [f"{check.name} of {check.where} is {check.value:.3g}" for check in bad[:MOST_TOLD]]
-    more = f", and {len(bad) - MOST_TOLD} more" if len(bad) > MOST_TOLD else ""
+    named = [f"{check.name} of {check.where} is {check.value:.3g}" for check in bad[:MOST_NAMED]]
+    more = f", and {len(bad) - MOST_NAMED} more" if len(bad) > MOST_NAMED else ""
     return f"{len(bad)} {'check is' if len(bad) == 1 else 'checks are'} bad ({', '.join(named)}{more})"
 
 

@@ -1,4 +1,4 @@
-"""Leads the silos through the phases of a run: asks, checks who answers, and keeps count of who is still there."""
+"""Leads the silos through the phases of a run: sends requests, checks who answered, and tracks which silos are left."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from gramfuse_server.run.patience import Patience
 from gramfuse_server.run_directory import RunDirectory, of_round
 
 FINISH = Patience(answer=60.0)
-"""How long to wait for silos to say that they wiped what they kept; the result is there by then."""
+"""How long to wait for silos to confirm that they wiped the session; the result does not depend on it."""
 
 Q = TypeVar("Q", bound=Message)
 R = TypeVar("R", bound=Message)
@@ -36,21 +36,21 @@ class Conductor:
     Args:
         grid: Flower's grid.
         plan: locked.
-        run: the run directory, entered; what a resumed run had done is not done again.
-        number: of the round, from 1 on.
-        patience: how long it waits for silos.
+        run: the run directory, entered; completed phases of a resumed run are not repeated.
+        number: of the round, from 1.
+        patience: how long to wait for silos.
 
     Attributes:
-        only: silos that must all take part, and no others, where there are such: with secure aggregation, in a round
-            after the first, those that were in the sum before. Much of what a silo adds is the same in each round, so
-            the difference of sums over other silos would tell it.
+        only: the exact set of silos for this round; empty for any. With secure aggregation, rounds after the first
+            must sum over the same silos: a silo's vectors in different rounds are much alike, so the difference of sums
+            over different sets would reveal a single silo's.
         needed: fewest silos whose statistics are to be merged.
-        nodes: Flower's node id of each silo that is still there, in roster order.
+        nodes: Flower's node id of each remaining silo, in roster order.
         joined: node ids of all silos that joined.
-        came: how far silos came that did not stay away: "connected" or "joined".
-        lost: why a silo is not there any more.
-        at: the phase that was begun last.
-        seconds: duration of each phase, also of one that failed.
+        progress: how far each silo got: "connected" or "joined"; silos that never connected are missing.
+        lost: why each lost silo was lost.
+        current_phase: name of the phase that started last.
+        seconds: duration of each phase, including a failed one.
     """
 
     def __init__(
@@ -74,29 +74,29 @@ class Conductor:
         self.post = Post(grid, run.record)
         self.nodes: dict[str, int] = {}
         self.joined: Mapping[str, int] = {}
-        self.came: dict[str, str] = {}
+        self.progress: dict[str, str] = {}
         self.lost: dict[str, GramfuseError] = {}
-        self.at = "start"
+        self.current_phase = "start"
         self.seconds: dict[str, float] = {}
         self.nonce: str = self.done("session") or secrets.token_hex(16)
         self.about: dict[str, Any] = {"plan": plan.digest, "session": self.nonce, "round": number}
 
     def join(self, layout: Layout) -> None:
-        """Find out which node is which silo, and have each check the plan.
+        """Map nodes to silos, and have each silo check the plan.
 
         Raises:
-            RefusalError, FederationError: if fewer silos join than the plan asks for; the message names the others.
+            RefusalError, FederationError: if fewer silos join than the plan requires; the message names the missing.
         """
-        # A resumed run has no use for silos that had not trained. Those that were lost before are not waited for.
+        # A resumed run cannot use silos that had not trained, and does not wait for silos that were lost before.
         useful = tuple(self.done("train") or self.only or self.plan.names)
         expected = tuple(name for name in useful if name not in self.lost_before)
         nodes = self._connected(expected, useful)
         if self.round > 1:
-            self.keep("session", self.nonce)  # a model was merged by now, so the run is worth going on with
+            self.keep("session", self.nonce)  # an earlier round is merged, so the run is worth resuming
         request = JoinRequest(**self.about, plan_text=self.plan.to_toml(), layout=layout.to_json())
         errors: list[GramfuseError] = []
         refused: dict[str, GramfuseError] = {}
-        said: dict[str, str] = {}  # which silo a node says that it is
+        claimed: dict[str, str] = {}  # the silo that each node claims to be
         disputed: set[str] = set()
 
         def check(label: str, _: JoinRequest, reply: Message) -> None:
@@ -104,14 +104,14 @@ class Conductor:
             if self.patience.authenticated and name != label:
                 raise FederationError(f"the connection of silo {label!r} answered as silo {name!r}")
             if name not in self.plan.names:
-                raise FederationError(f"{label} says that it is silo {name!r}, which the roster does not name")
-            said[label] = name
+                raise FederationError(f"{label} claims to be silo {name!r}, which is not in the roster")
+            claimed[label] = name
             where = "" if self.patience.authenticated else f" ({label})"
             expect(JoinReply, request, reply, f"silo {name!r}{where}")
             if name in self.nodes or name in disputed:
                 disputed.add(name)
                 raise FederationError(
-                    f"two nodes say that they are silo {name!r}; stop one of them, or give each its own silo file"
+                    f"two nodes claim to be silo {name!r}; stop one of them, or give each its own silo file"
                 )
 
         requests = {label: [request] for label in nodes}
@@ -124,17 +124,17 @@ class Conductor:
             waiting_for=self._tell_waiting,
         )
         for label, _, reply in exchange:
-            name = said.get(label, label)
+            name = claimed.get(label, label)
             if isinstance(reply, GramfuseError):
                 errors.append(reply)
                 refused[name] = reply
-                if name in disputed:  # of two nodes that say the same, neither is believed
+                if name in disputed:  # trust neither of two nodes with the same claim
                     self.nodes.pop(name, None)
-                self.came[name] = "connected"
+                self.progress[name] = "connected"
                 self._tell_lost("join", name, reply)
                 continue
             self.nodes[name] = nodes[label]
-            self.came[name] = "joined"
+            self.progress[name] = "joined"
             self.post.rename(label, name)
             self.tell("join", "silo", silo=name)
         self.nodes = {name: self.nodes[name] for name in useful if name in self.nodes}
@@ -144,40 +144,40 @@ class Conductor:
             f"silos {', '.join(missing)} of the roster did not join; {len(nodes)} nodes were connected"
         )
         self.lost |= {name: refused.get(name, absent) for name in missing}
-        # Those that were lost after their masked vectors came are in the sum all the same.
+        # Silos that were lost after they sent their masked vectors are still in the sum.
         if len(self.nodes) < (self.plan.minimum_survivors if self.done("masked") else self.needed):
-            raise _together(errors) if errors else absent
+            raise _combined(errors) if errors else absent
 
     def keep_only(self, silos: Sequence[str]) -> None:
-        """Ask no other silos from here on."""
+        """Drop all other silos from here on."""
         self.nodes = {name: node for name, node in self.nodes.items() if name in silos}
 
     def decide(self, key: str, value: Any) -> Any:
-        """Keep a decision, a JSON value, before it is acted on; a resumed run gets the one that was made before."""
+        """Save and return a decision, a JSON value, before acting on it; a resumed run gets the earlier decision."""
         if self.done(key) is None:
             self.keep(key, value)
         return self.done(key)
 
     def done(self, phase: str) -> Any:
-        """Return what was kept of a phase of this round, or None."""
+        """Return the saved result of a phase of this round, or None."""
         return self.run.done.get(of_round(phase, self.round))
 
     def keep(self, phase: str, result: Any) -> None:
-        """Keep the result of a phase of this round, a JSON value."""
+        """Save the result of a phase of this round, a JSON value."""
         self.run.keep(of_round(phase, self.round), result)
 
     def earlier(self, phase: str) -> Any:
-        """Return what was last kept of a phase in an earlier round, or None."""
-        kept = (self.run.done.get(of_round(phase, number)) for number in range(self.round - 1, 0, -1))
-        return next((result for result in kept if result is not None), None)
+        """Return the latest saved result of a phase in an earlier round, or None."""
+        results = (self.run.done.get(of_round(phase, number)) for number in range(self.round - 1, 0, -1))
+        return next((result for result in results if result is not None), None)
 
     def place(self, name: str) -> Path:
-        """Return where this round keeps something in the run directory."""
+        """Return the path of this round's file or folder of a name in the run directory."""
         return self.run.partial / of_round(name, self.round)
 
     @property
     def lost_before(self) -> dict[str, str]:
-        """Why silos were lost in the round before, or in this one before it was resumed; they may come back."""
+        """Why silos were lost in the previous round, or in this one before it was resumed; they may come back."""
         return (self.earlier("lost") or {}) | (self.done("lost") or {})
 
     def ask(
@@ -190,30 +190,30 @@ class Conductor:
         long_work: bool = False,
         check: Callable[[str, Q, R], None] = lambda silo, request, reply: None,
     ) -> Iterator[tuple[str, Q, R]]:
-        """Ask silos and yield (silo, request, reply), each reply checked to be that silo's and of its kind.
+        """Send requests to silos and yield (silo, request, reply); checks each reply's silo and kind.
 
         Args:
-            in_flight: most requests under way; by default one for each silo.
-            needed: fewest silos that must be left.
-            long_work: whether the work itself may take any time, so that no patience is long enough.
-            check: raises if a reply is not what it must be; its silo is given up then.
+            in_flight: most concurrent requests; by default one for each silo.
+            needed: fewest silos that must remain.
+            long_work: whether the work can take arbitrarily long, so that connected silos never time out.
+            check: raises if a reply is invalid; its silo is then given up.
 
         Raises:
-            GramfuseError: once too few silos are left; it says what became of the others.
+            GramfuseError: once too few silos are left; it says why the others were lost.
         """
         given_up: set[str] = set()
         if len(requests) < needed:
             raise FederationError(
-                f"{len(requests)} silos are left where the plan asks for {needed}; lost: "
+                f"{len(requests)} silos are left, but the plan requires {needed}; lost: "
                 + "; ".join(f"{name}: {error}" for name, error in self.lost.items())
             )
-        remaining = {silo: _until(given_up, silo, of) for silo, of in requests.items()}
+        remaining = {silo: _until_given_up(given_up, silo, theirs) for silo, theirs in requests.items()}
 
         def checked(silo: str, request: Q, message: Message) -> None:
             reply = expect(kind, request, message, f"silo {silo!r}")
-            said = getattr(reply, "silo", silo)
-            if said != silo:
-                raise FederationError(f"the node of silo {silo!r} answered as {said!r}")
+            claimed = getattr(reply, "silo", silo)
+            if claimed != silo:
+                raise FederationError(f"the node of silo {silo!r} answered as {claimed!r}")
             check(silo, request, reply)
 
         exchange = self.post.exchange(
@@ -229,20 +229,20 @@ class Conductor:
                 given_up.add(silo)
                 self.lose(request.phase, silo, message)
                 if len(requests) - len(given_up) < needed:
-                    raise _together(list(self.lost.values())) from None
+                    raise _combined(list(self.lost.values())) from None
                 continue
-            assert isinstance(message, kind)  # noqa: S101 - `checked` saw to it
+            assert isinstance(message, kind)  # noqa: S101 - `checked` made sure
             yield silo, request, message
         self.nodes = {name: node for name, node in self.nodes.items() if name not in self.lost}
 
     def lose(self, phase: str, silo: str, error: GramfuseError) -> None:
-        """Note why a silo is not there any more, and tell the observer."""
+        """Record why a silo was lost, and tell the observer."""
         self.lost[silo] = error
         self._tell_lost(phase, silo, error)
 
     def finish(self, silos: Iterable[str]) -> None:
-        """Have silos that joined wipe what they keep of the session. The result does not depend on it."""
-        post = Post(self.grid, lambda entry: None)  # the transcript is complete by now
+        """Have silos that joined wipe their session state. The result does not depend on it."""
+        post = Post(self.grid, lambda entry: None)  # the transcript is already complete
         request = FinishRequest(**self.about)
         asked = {silo: [request] for silo in silos}
         with self.phase("finish"):
@@ -252,7 +252,7 @@ class Conductor:
                     self.tell("finish", "silo", silo=silo)
 
     def step(self, phase: str, work: Callable[[], Any]) -> Any:
-        """Return the result of a phase, a JSON value: as it was kept by an interrupted run, or by doing the work."""
+        """Return the result of a phase, a JSON value: the saved one if there is one, else do the work and save it."""
         if self.done(phase) is None:
             with self.phase(phase):
                 result = work()
@@ -264,8 +264,8 @@ class Conductor:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Announce a phase and measure how long it takes."""
-        self.at = name
+        """Announce a phase and time it."""
+        self.current_phase = name
         self.tell(name, "start")
         began = time.monotonic()
         try:
@@ -275,10 +275,10 @@ class Conductor:
         self.tell(name, "end", seconds=round(self.seconds[name], 3))
 
     def tell(self, phase: str, state: str, **more: Any) -> None:
-        """Give an event to the observer; in a run of several rounds it says which."""
+        """Send an event to the observer; with several rounds, it includes the round."""
         rounds = self.plan.merge.rounds
-        which = {"round": self.round, "rounds": rounds} if rounds > 1 else {}
-        self.observer({"phase": phase, "state": state, **which, **more})
+        position = {"round": self.round, "rounds": rounds} if rounds > 1 else {}
+        self.observer({"phase": phase, "state": state, **position, **more})
 
     def _tell_lost(self, phase: str, silo: str, error: GramfuseError) -> None:
         self.tell(phase, "lost", silo=silo, reason=str(error))
@@ -287,26 +287,26 @@ class Conductor:
         self.tell(pending.phase, "waiting", silo=pending.silo, seconds=round(pending.seconds), away=pending.away)
 
     def _connected(self, expected: Sequence[str], useful: Sequence[str]) -> dict[str, int]:
-        """Return the nodes that are connected, once all expected silos are there or the wait is over.
+        """Return the connected nodes, once all expected silos are there or the wait is over.
 
         Args:
-            useful: those that are expected, and others that are taken if they are there.
+            useful: the expected silos, and others to include if they are connected.
 
         Returns:
-            Node ids; by the silo whose key the node has if nodes are authenticated, else by a label.
+            Node ids, by silo if nodes are authenticated by key, else by a label.
         """
         deadline = time.monotonic() + self.patience.wait
-        needed, told = len(expected), -1
+        needed, reported = len(expected), -1
         while len(self._nodes(expected)) < needed:
             nodes = self._nodes(useful)
-            if len(nodes) != told:
-                told = len(nodes)
-                self.tell("join", "wait", connected=told, needed=needed)
+            if len(nodes) != reported:
+                reported = len(nodes)
+                self.tell("join", "wait", connected=reported, needed=needed)
             if time.monotonic() > deadline:
                 if len(nodes) >= self.plan.minimum_survivors:
                     break
                 if self.patience.authenticated:
-                    self.came |= dict.fromkeys(nodes, "connected")
+                    self.progress |= dict.fromkeys(nodes, "connected")
                 raise FederationError(
                     f"{len(nodes)} of {needed} silos connected within {self.patience.wait:.0f} s; start the others "
                     "with: gramfuse silo start"
@@ -319,19 +319,19 @@ class Conductor:
             return {f"node {node}": node for node in self.grid.get_node_ids()}
         silos = {entry.node_key: entry.name for entry in self.plan.silo}
         nodes = (node for node in self.grid.get_nodes() if node.public_key)
-        known = {silos.get(_line_of(node.public_key)): node.node_id for node in nodes}
-        return {name: known[name] for name in expected if name in known}
+        by_silo = {silos.get(_roster_key(node.public_key)): node.node_id for node in nodes}
+        return {name: by_silo[name] for name in expected if name in by_silo}
 
 
-def _line_of(key: bytes) -> str | None:
-    """Return a node's key as the roster writes it, or None if it is of a kind that no silo has."""
+def _roster_key(key: bytes) -> str | None:
+    """Return a node's key in the form of the roster, or None if it is not a key of a silo's type."""
     try:
         return canonical(key)
     except ValueError:
         return None
 
 
-def _until(given_up: set[str], silo: str, requests: Iterable[Q]) -> Iterator[Q]:
+def _until_given_up(given_up: set[str], silo: str, requests: Iterable[Q]) -> Iterator[Q]:
     """Yield a silo's requests until it is given up."""
     for request in requests:
         if silo in given_up:
@@ -339,8 +339,8 @@ def _until(given_up: set[str], silo: str, requests: Iterable[Q]) -> Iterator[Q]:
         yield request
 
 
-def _together(errors: Sequence[GramfuseError]) -> GramfuseError:
-    """Return one error that says what all of them say."""
+def _combined(errors: Sequence[GramfuseError]) -> GramfuseError:
+    """Return one error with the messages of all."""
     if len(errors) == 1:
         return errors[0]
     kinds = {type(error) for error in errors}

@@ -1,4 +1,4 @@
-"""Carries requests to silos and their replies back, a bounded number at a time."""
+"""Sends requests to silos and collects their replies, a bounded number at a time."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from gramfuse_server.run.patience import Patience
 M = TypeVar("M", bound=Message)
 
 CheckReply = Callable[[str, M, Message], None]
-"""Takes a silo, a request and its reply, and raises if the reply is not what it must be."""
+"""Takes a silo, a request and its reply, and raises if the reply is invalid."""
 
 log = logging.getLogger(__name__)
 
 LOST = (3, 5, 8)
-"""Flower's error codes for a reply that got lost, a node that is away, and a ClientApp that was killed."""
+"""Flower's error codes for a lost reply, an unavailable node, and a killed ClientApp."""
 
 ATTEMPTS = 3
 LOOK_SECONDS = 5.0
-"""How often to look whether a node that is waited for was started anew."""
+"""How often to check whether a node with a pending request was restarted."""
 
 REMINDER_SECONDS = 60.0
 
 LONG = 7 * 24 * 3600.0
-"""Seconds for which Flower keeps a message: fine-tuning may take days."""
+"""Seconds for which Flower keeps a message: fine-tuning can take days."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class Pending:
     """A silo that has not answered yet.
 
     Args:
-        seconds: for how long.
-        away: whether its node is not connected.
+        seconds: how long it has been pending.
+        away: whether its node is disconnected.
     """
 
     silo: str
@@ -57,11 +57,11 @@ class Pending:
 
 @dataclass(eq=False)
 class _Sent(Generic[M]):
-    """A request that is under way, or waits for its node, and those of the same silo that are still to be sent.
+    """A request in flight or waiting for its node, and the silo's requests after it.
 
     Args:
-        ids: Flower's ids of the messages that it went out in; any may be answered. None: Flower did not take it.
-        activated: when the node was started, as far as it is known.
+        ids: Flower's ids of the messages that carried it; any may be answered. Empty: Flower did not accept it.
+        activated: when the node was started, if known.
     """
 
     silo: str
@@ -73,29 +73,29 @@ class _Sent(Generic[M]):
     since: float = field(default_factory=time.monotonic)
     reminded: float = 0.0
 
-    def again(self) -> _Sent[M]:
-        """Return it as one that waits to be sent once more."""
+    def retry(self) -> _Sent[M]:
+        """Return the next attempt, not sent yet."""
         return _Sent(self.silo, self.remaining, self.request, self.attempt + 1)
 
-    def no_answer(self, why: str) -> FederationError:
-        """Return that all tries were for nothing."""
+    def failed(self, why: str) -> FederationError:
+        """Return the error for a request that failed on every attempt."""
         return FederationError(
-            f"silo {self.silo!r} gave no answer in phase {self.request.phase!r} after {self.attempt} "
+            f"silo {self.silo!r} did not answer in phase {self.request.phase!r} after {self.attempt} "
             f"{'try' if self.attempt == 1 else 'tries'}: {why}"
         )
 
-    def given_up(
+    def timed_out(
         self, patience: Patience, waiting_for: Callable[[Pending], None], *, away: bool
     ) -> FederationError | None:
-        """Return why the silo is given up, or None as long as it is not."""
+        """Return the error if the silo has timed out, else None; sends due reminders."""
         phase, waited = self.request.phase, time.monotonic() - self.since
-        after = patience.allowed(away=away)
-        if after is not None and waited > after:
+        limit = patience.allowed(away=away)
+        if limit is not None and waited > limit:
             if away:
                 return FederationError(
-                    f"silo {self.silo!r} went away in phase {phase!r} and was not back within {after:.0f} s"
+                    f"silo {self.silo!r} disconnected in phase {phase!r} and was not back within {limit:.0f} s"
                 )
-            return FederationError(f"silo {self.silo!r} gave no answer in phase {phase!r} within {after:.0f} s")
+            return FederationError(f"silo {self.silo!r} did not answer in phase {phase!r} within {limit:.0f} s")
         if waited > max(REMINDER_SECONDS, 2 * self.reminded):
             self.reminded = waited
             waiting_for(Pending(self.silo, phase, waited, away))
@@ -103,15 +103,15 @@ class _Sent(Generic[M]):
 
 
 class Post:
-    """One coordinator's post.
+    """Sends a coordinator's requests through Flower, collects the replies, and counts the traffic.
 
     Args:
         grid: Flower's grid.
         record: takes one transcript entry for every message.
 
     Attributes:
-        received: bytes that came from each silo, by phase.
-        sent: bytes that went to each silo, by phase.
+        received: bytes received from each silo, by phase.
+        sent: bytes sent to each silo, by phase.
     """
 
     def __init__(self, grid: Grid, record: Callable[[dict[str, Any]], None]) -> None:
@@ -131,39 +131,38 @@ class Post:
         patience: Patience = Patience(),  # noqa: B008 - frozen
         waiting_for: Callable[[Pending], None] = lambda pending: None,
     ) -> Iterator[tuple[str, M, Message | GramfuseError]]:
-        """Send every silo its requests, one after the other, and yield (silo, request, reply) as replies come.
+        """Send every silo its requests in sequence, and yield (silo, request, reply) as replies arrive.
 
-        A silo's requests follow each other before the next silo's begin, where `in_flight` is the narrower.
-        A reply that Flower lost is asked for again, once the silo's node is connected; silos answer the same request
-        with the same reply. So is a reply of a node that was started anew: Flower says that a request is lost only to
-        whoever asks while the node is away, and not once it is back. A silo that does not answer, or whose answer
-        cannot be read or does not pass the check, is given up: the error comes instead of its reply, and its other
-        requests are not sent.
+        If `in_flight` is less than the number of silos, a silo's requests are all served before the next silo's.
+        A request whose reply Flower lost is sent again once the silo's node is connected; silos answer the same request
+        with the same reply. Requests to a restarted node are sent again too: Flower reports a request as lost only
+        while the node is away, not once it is back. A silo that times out, or whose reply is unreadable or fails the
+        check, is given up: the error is yielded instead of its reply, and its remaining requests are not sent.
 
         Args:
             nodes: Flower's node id of each silo.
-            in_flight: most requests under way at a time, ≥ 1.
-            check: whatever it raises is the silo's loss, whether it was raised on purpose or not.
+            in_flight: most concurrent requests, ≥ 1.
+            check: validates a reply; any exception from it gives up the silo.
             patience: when a silo that does not answer is given up.
-            waiting_for: is told of a silo that has not answered yet, after REMINDER_SECONDS, twice that, and so on.
+            waiting_for: called for a silo that has not answered after REMINDER_SECONDS, twice that, and so on.
         """
-        under_way = _UnderWay(self, nodes, requests, in_flight, check, patience, waiting_for)
+        transfer = _Transfer(self, nodes, requests, in_flight, check, patience, waiting_for)
         pause = 0.02
-        while under_way:
-            under_way.progress = False
-            yield from under_way.step()
-            # Each look costs a request to the SuperLink, so look less often while nothing comes.
-            pause = 0.02 if under_way.progress else min(1.0, pause * 1.5)
-            if under_way and not under_way.progress:
+        while transfer:
+            transfer.progress = False
+            yield from transfer.step()
+            # Each step sends requests to the SuperLink, so poll less often while nothing arrives.
+            pause = 0.02 if transfer.progress else min(1.0, pause * 1.5)
+            if transfer and not transfer.progress:
                 time.sleep(pause)
 
     def rename(self, label: str, silo: str) -> None:
-        """Count what a node sent and received so far as a silo's, now that it said which one it is."""
+        """Attribute the traffic of a node so far to a silo, once the node has identified itself."""
         for traffic in (self.received, self.sent):
             traffic[silo] = traffic.pop(label)
 
     def send(self, sent: _Sent[M], nodes: Mapping[str, int], activated: Mapping[int, str]) -> None:
-        """Send a request, or send it once more."""
+        """Send a request, or send it again."""
         request, node = sent.request, nodes[sent.silo]
         if self._packed is None or self._packed[0] is not request:
             frame = pack(request)
@@ -171,20 +170,20 @@ class Post:
         _, frame, content = self._packed
         message = FlowerMessage(content=content, dst_node_id=node, message_type=message_type(request.phase), ttl=LONG)
         self.sent[sent.silo][request.phase] += frame.nbytes
-        self._note("to", sent.silo, request.phase, frame)
-        sent.ids += [str(found) for found in self.grid.push_messages([message]) if found]
+        self._record("to", sent.silo, request.phase, frame)
+        sent.ids += [str(message_id) for message_id in self.grid.push_messages([message]) if message_id]
         sent.activated = activated.get(node)
 
     def pull(self, sent: _Sent[M]) -> FlowerMessage | Exception | None:
-        """Return an answer, or why Flower could not put it together.
+        """Return an answer, the exception that Flower raised while decoding it, or None if there is none yet.
 
-        That a message was lost is an answer only if no other can be answered.
+        A lost message is returned as an answer only if no other copy of the request can still be answered.
         """
         for message_id in list(sent.ids):
             try:
                 answers = list(self.grid.pull_messages([message_id]))
-            except Exception as error:  # noqa: BLE001  # Flower takes apart here what the silo's node sent
-                self.activated()  # if it is the SuperLink that does not answer, this says so
+            except Exception as error:  # noqa: BLE001  # Flower decodes untrusted bytes here
+                self.activated()  # raises if the cause is that the SuperLink does not answer
                 return error
             for answer in answers:
                 sent.ids.remove(message_id)
@@ -193,50 +192,50 @@ class Post:
         return None
 
     def activated(self) -> dict[int, str]:
-        """Return the nodes that are connected, and when each was started, in Flower's words."""
+        """Return the start time of each connected node, as Flower writes it, by node id."""
         return {node.node_id: node.last_activated_at for node in self.grid.get_nodes()}
 
     def receive(
         self, sent: _Sent[M], answer: FlowerMessage | Exception, check: CheckReply[M]
     ) -> Message | GramfuseError:
-        """Return the reply that an answer is, or why it is none.
+        """Return the reply in an answer, or the error if it is not a valid one.
 
-        Here, and nowhere else, what a silo sent is decoded, read and checked; nothing in the `try` touches the disk or
-        the network, so whatever is raised there is due to the silo.
+        This is the only place that decodes and checks what a silo sent. Nothing in the `try` touches the disk or the
+        network, so the silo is to blame for anything raised there.
         """
         silo, phase = sent.silo, sent.request.phase
         reply: Message | None = None
-        found: Message | GramfuseError
+        result: Message | GramfuseError
         try:
             if isinstance(answer, Exception):
                 raise answer
             if answer.has_error():
-                return sent.no_answer(f"Flower error {answer.error.code}, {one_line(answer.error.reason, QUOTE_LIMIT)}")
+                return sent.failed(f"Flower error {answer.error.code}, {one_line(answer.error.reason, QUOTE_LIMIT)}")
             frame = from_record(answer.content)
-            found = reply = unpack(frame, REPLIES)
+            result = reply = unpack(frame, REPLIES)
             check(silo, sent.request, reply)
         except Exception as error:
             if not isinstance(error, GramfuseError):
-                log.exception("silo %s, phase %s: its answer broke what reads it", silo, phase)
+                log.exception("silo %s, phase %s: its answer cannot be decoded or checked", silo, phase)
                 error = FederationError(f"a message cannot be read: {type(error).__name__}")
-            found = error if reply else FederationError(f"silo {silo!r}: {one_line(str(error), QUOTE_LIMIT)}")
+            result = error if reply else FederationError(f"silo {silo!r}: {one_line(str(error), QUOTE_LIMIT)}")
         if reply is not None:
             self.received[silo][reply.phase] += frame.nbytes
-            self._note("from", silo, reply.phase, frame)
-        return found
+            self._record("from", silo, reply.phase, frame)
+        return result
 
-    def _note(self, direction: str, silo: str, phase: str, frame: Frame) -> None:
+    def _record(self, direction: str, silo: str, phase: str, frame: Frame) -> None:
         self.record({direction: silo, "phase": phase, "bytes": frame.nbytes, "sha256": frame.digest})
 
 
-class _UnderWay(Generic[M]):
-    """The requests of one `Post.exchange`: those that wait for their turn, are under way, or got lost.
+class _Transfer(Generic[M]):
+    """The requests of one `Post.exchange`: queued, in flight, or lost and to be sent again.
 
     Args:
-        post, nodes, requests, in_flight, check, patience, waiting_for: as `Post.exchange` has them.
+        post, nodes, requests, in_flight, check, patience, waiting_for: as in `Post.exchange`.
 
     Attributes:
-        progress: whether anything happened in the last step.
+        progress: whether the last step sent or received anything.
     """
 
     def __init__(
@@ -259,55 +258,55 @@ class _UnderWay(Generic[M]):
         self._waiting = deque((silo, iter(requests[silo])) for silo in requests)
         self._active: list[_Sent[M]] = []
         self._lost: list[_Sent[M]] = []
-        self._look()
+        self._refresh_nodes()
 
     def __bool__(self) -> bool:
         return bool(self._waiting or self._active or self._lost)
 
     def step(self) -> Iterator[tuple[str, M, Message | GramfuseError]]:
-        """Send what may be sent, and yield (silo, request, reply) of what is over."""
+        """Send requests up to the limit, and yield (silo, request, reply) of the finished ones."""
         while self._waiting and len(self._active) < self.in_flight:
             silo, remaining = self._waiting.popleft()
             request = next(remaining, None)
             if request is not None:
                 self._send(_Sent(silo, remaining, request))
-        yield from self._not_taken()
-        yield from self._answered()
-        yield from self._started_anew()
-        yield from self._back_or_given_up()
+        yield from self._retry_rejected()
+        yield from self._collect_answers()
+        yield from self._resend_after_restart()
+        yield from self._resend_lost()
 
-    def _not_taken(self) -> Iterator[tuple[str, M, GramfuseError]]:
-        """See to requests that Flower did not take: of a node that was revoked, say."""
+    def _retry_rejected(self) -> Iterator[tuple[str, M, GramfuseError]]:
+        """Retry requests that Flower did not accept, for example because the node was revoked."""
         for sent in [sent for sent in self._active if not sent.ids]:
             self._active.remove(sent)
             self.progress = True
             if sent.attempt < ATTEMPTS:
-                self._lost.append(sent.again())
+                self._lost.append(sent.retry())
             else:
-                yield sent.silo, sent.request, sent.no_answer("Flower does not take the request; its log has why")
+                yield sent.silo, sent.request, sent.failed("Flower did not accept the request; see its log")
 
-    def _answered(self) -> Iterator[tuple[str, M, Message | GramfuseError]]:
+    def _collect_answers(self) -> Iterator[tuple[str, M, Message | GramfuseError]]:
         for sent in list(self._active):
             answer = self.post.pull(sent)
             if answer is not None:
                 self._active.remove(sent)
                 self.progress = True
                 if _is_lost(answer) and sent.attempt < ATTEMPTS:
-                    self._lost.append(sent.again())
+                    self._lost.append(sent.retry())
                     continue
                 reply = self.post.receive(sent, answer, self.check)
                 if not isinstance(reply, GramfuseError):
                     self._waiting.appendleft((sent.silo, sent.remaining))
                 yield sent.silo, sent.request, reply
-            elif given_up := sent.given_up(self.patience, self.waiting_for, away=False):
+            elif error := sent.timed_out(self.patience, self.waiting_for, away=False):
                 self._active.remove(sent)
-                yield sent.silo, sent.request, given_up
+                yield sent.silo, sent.request, error
 
-    def _started_anew(self) -> Iterator[tuple[str, M, GramfuseError]]:
-        """Ask nodes again that were started anew since they were asked."""
-        if not self._active or time.monotonic() <= self._looked + LOOK_SECONDS:
+    def _resend_after_restart(self) -> Iterator[tuple[str, M, GramfuseError]]:
+        """Resend requests to nodes that were restarted since."""
+        if not self._active or time.monotonic() <= self._refreshed + LOOK_SECONDS:
             return
-        self._look()
+        self._refresh_nodes()
         for sent in list(self._active):
             if self._activated.get(self.nodes[sent.silo], sent.activated) == sent.activated:
                 continue
@@ -316,18 +315,18 @@ class _UnderWay(Generic[M]):
                 sent.attempt += 1
                 self._send(sent)
             else:
-                yield sent.silo, sent.request, sent.no_answer("its node was started anew each time")
+                yield sent.silo, sent.request, sent.failed("its node was restarted each time")
 
-    def _back_or_given_up(self) -> Iterator[tuple[str, M, GramfuseError]]:
-        """Ask again whose request or reply got lost, once their nodes are back."""
+    def _resend_lost(self) -> Iterator[tuple[str, M, GramfuseError]]:
+        """Resend lost requests once their nodes are back, and give up nodes that stay away too long."""
         if self._lost:
             self._activated = self.post.activated()
         for sent in list(self._lost):
             if self.nodes[sent.silo] in self._activated:
                 sent.since, sent.reminded = time.monotonic(), 0.0
                 self._send(sent)
-            elif given_up := sent.given_up(self.patience, self.waiting_for, away=True):
-                yield sent.silo, sent.request, given_up
+            elif error := sent.timed_out(self.patience, self.waiting_for, away=True):
+                yield sent.silo, sent.request, error
             else:
                 continue
             self._lost.remove(sent)
@@ -337,10 +336,10 @@ class _UnderWay(Generic[M]):
         self.post.send(sent, self.nodes, self._activated)
         self._active.append(sent)
 
-    def _look(self) -> None:
-        self._activated, self._looked = self.post.activated(), time.monotonic()
+    def _refresh_nodes(self) -> None:
+        self._activated, self._refreshed = self.post.activated(), time.monotonic()
 
 
 def _is_lost(answer: FlowerMessage | Exception) -> bool:
-    """Whether an answer is Flower's word that there will be none."""
+    """Whether an answer is Flower's error for a lost message."""
     return not isinstance(answer, Exception) and answer.has_error() and answer.error.code in LOST

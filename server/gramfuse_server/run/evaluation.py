@@ -1,4 +1,4 @@
-"""Has the silos measure models on their held-out examples, and adds up what the plan lets them say."""
+"""Has the silos measure models on their held-out examples, and sums the metrics that the plan lets leave."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ class Evaluation:
 
     Args:
         layout: the plan's.
-        secure: takes the metrics as a secure sum, if the plan has one and shows metrics as a sum only.
+        secure: the secure sums, used for metrics if the plan shows them as a sum only; None in open mode.
 
     Attributes:
-        silos: those that what was measured is of, in roster order.
+        silos: those whose held-out examples were measured, in roster order.
     """
 
     def __init__(self, conductor: Conductor, layout: Layout, secure: SecureSums | None) -> None:
@@ -51,40 +51,40 @@ class Evaluation:
         self.silos: tuple[str, ...] = ()
 
     def measure(self, candidates: Iterable[Candidate], survivors: tuple[str, ...]) -> list[Measured]:
-        """Return what is to be reported of each model (`described`).
+        """Return the report's entry for each model (`to_measured`).
 
         Args:
             survivors: the silos whose contributions are in the merge.
 
         Raises:
-            GramfuseError: if fewer silos answer than the plan asks for.
+            GramfuseError: if fewer silos answer than the plan requires.
         """
         digests: dict[str, str] = {}
-        found: dict[str, dict[str, Sums]] = {}
+        sums: dict[str, dict[str, Sums]] = {}
         with self.conductor.phase("evaluate"):
             for candidate in candidates:
-                digests[candidate.name], found[candidate.name] = self._ask(candidate)
+                digests[candidate.name], sums[candidate.name] = self._ask(candidate)
                 self.conductor.tell("evaluate", "measured", name=candidate.name)
         if self.secure is not None:
             return self._summed({name: digests[name] for name in self.plan.privacy.candidates}, survivors)
-        # A silo that was lost half-way would be in the metrics of some models only.
-        self.silos = tuple(silo for silo in self.conductor.nodes if all(silo in by for by in found.values()))
-        results = {name: {silo: by[silo] for silo in self.silos} for name, by in found.items()}
-        return [described(self.plan, name, name, by) for name, by in results.items()]
+        # A silo that was lost midway would be in the metrics of some models only.
+        self.silos = tuple(silo for silo in self.conductor.nodes if all(silo in by_silo for by_silo in sums.values()))
+        complete = {name: {silo: by_silo[silo] for silo in self.silos} for name, by_silo in sums.items()}
+        return [to_measured(self.plan, name, name, by_silo) for name, by_silo in complete.items()]
 
     def hand_over(self, merged: Candidate) -> None:
-        """Bring the merged model to the silos under a plan that lets no metrics leave.
+        """Send the merged model to the silos under a plan that lets no metrics leave.
 
-        Those that keep their heads need its body, and all need it to go on from in another round.
+        Silos that keep their heads need its body, and all need it as the start of another round.
 
         Raises:
-            GramfuseError: if fewer silos answer than the plan asks for.
+            GramfuseError: if fewer silos answer than the plan requires.
         """
         with self.conductor.phase("evaluate"):
             self._ask(merged)
 
     def _ask(self, candidate: Candidate) -> tuple[str, dict[str, Sums]]:
-        """Return a model's digest, and the sums of each silo that may tell them."""
+        """Return a model's digest, and the sums by silo if they leave in the clear."""
         request = EvaluateRequest(**self.conductor.about, candidate=candidate.name, arrays=candidate.arrays)
         requests = {silo: [request] for silo in self.conductor.nodes}
         replies = self.conductor.ask(
@@ -94,23 +94,23 @@ class Evaluation:
         return digest, {silo: reply.arrays["sums"] for silo, _, reply in replies if self.in_the_clear}
 
     def _check(self, silo: str, request: EvaluateRequest, reply: EvaluateReply) -> None:
-        name, found = request.candidate, reply.arrays.get("sums")
+        name, sums = request.candidate, reply.arrays.get("sums")
         if not self.in_the_clear:
             if reply.candidate != name or reply.arrays:
-                allowed = "has them summed" if self.secure else "lets none leave"
+                allowed = "only allows a secure sum" if self.secure else "lets no metrics leave"
                 raise FederationError(f"silo {silo!r} sent metrics of {name!r} in the clear; the plan {allowed}")
             return
         task = self.plan.task_of(silo)
-        if reply.candidate != name or found is None or found.shape != sums_shape(task):
+        if reply.candidate != name or sums is None or sums.shape != sums_shape(task):
             raise FederationError(
                 f"silo {silo!r} sent metrics of {reply.candidate!r} that do not fit; expected float64 sums of "
                 f"shape {sums_shape(task)} of {name!r}"
             )
-        if not are_sums(task, found):
-            raise FederationError(f"silo {silo!r} sent metrics of {name!r} that are no sums over examples")
+        if not are_sums(task, sums):
+            raise FederationError(f"silo {silo!r} sent metrics of {name!r} that cannot be sums over examples")
 
     def _summed(self, digests: Mapping[str, str], survivors: tuple[str, ...]) -> list[Measured]:
-        """Return what is to be reported of each model, from the secure sum."""
+        """Return the report's entry for each model, from the secure sum."""
         assert self.secure is not None  # noqa: S101
         (task,) = self.plan.tasks.values()
         entries = size(task) * len(digests)
@@ -118,8 +118,8 @@ class Evaluation:
         values = decode(words, METRICS_SCALE).reshape(len(digests), -1)
         if not all(is_sum(task, total) for total in values):
             raise SecurityError(
-                "what the sum of the metrics opened to is no sum over examples: the silos did not measure the same "
-                "models, or one of them sent what it did not measure. The report names the silos that were lost"
+                "the unmasked sum of the metrics cannot be a sum over examples: the silos measured different models, "
+                "or one of them sent a forged vector. The report names the silos that were lost"
             )
         return [
             _from_vector(self.plan, name, task, total, len(self.silos))
@@ -128,7 +128,7 @@ class Evaluation:
 
 
 def _from_vector(plan: Plan, name: str, task: Task, vector: Vector, silos: int) -> Measured:
-    """Return what a report says of a model whose sum left as a secure one; with noise, also what is known of it."""
+    """Return the report's entry for a model from its secure sum; with noise, including intervals."""
     if plan.epsilon is not None:
         return with_intervals(plan, name, task, vector, silos)
     model = Measured(name=name, kind=name, metrics=figures(task, vector))
@@ -136,65 +136,68 @@ def _from_vector(plan: Plan, name: str, task: Task, vector: Vector, silos: int) 
     return model.updated(labels=_labels({"": labels})) if labels else model
 
 
-def described(plan: Plan, name: str, kind: str, by: Mapping[str, Sums]) -> Measured:
-    """Return what a report says of a model.
+def to_measured(plan: Plan, name: str, kind: str, by_silo: Mapping[str, Sums]) -> Measured:
+    """Return the report's entry for a model.
 
     Args:
         name, kind: of the model.
-        by: held-out sums by silo.
+        by_silo: held-out sums by silo.
 
     Returns:
-        Its `metrics`, over the examples of all silos together; if silos have different tasks, also `tasks`; if there
-        are tasks with labels, `labels`; if the plan shows metrics silo by silo, `silos`.
+        `metrics` over the examples of all silos together; `tasks` if silos have different tasks; `labels` for tasks
+        with labels; `silos` if the plan shows metrics by silo.
     """
     joint: dict[str, Sums] = {}
     for task_name in plan.tasks:
-        theirs = [sums for silo, sums in by.items() if not plan.task or _task_name(plan, silo) == task_name]
+        theirs = [sums for silo, sums in by_silo.items() if not plan.task or _task_name(plan, silo) == task_name]
         if theirs:
             joint[task_name] = np.sum(theirs, axis=0)
-    model = _described(plan, name, kind, joint)
+    model = _joint_entry(plan, name, kind, joint)
     if plan.privacy.metrics == "silo":
-        return model.updated(silos={silo: metrics(plan.task_of(silo), sums) for silo, sums in by.items()})
+        return model.updated(silos={silo: metrics(plan.task_of(silo), sums) for silo, sums in by_silo.items()})
     return model
 
 
-def _described(plan: Plan, name: str, kind: str, joint: Mapping[str, Sums]) -> Measured:
-    """Return what `described` does of all silos together, from their sums by task."""
-    found = {task_name: metrics(plan.tasks[task_name], sums) for task_name, sums in joint.items()}
+def _joint_entry(plan: Plan, name: str, kind: str, joint: Mapping[str, Sums]) -> Measured:
+    """Return the entry of `to_measured` for all silos together, from their sums by task."""
+    by_task = {task_name: metrics(plan.tasks[task_name], sums) for task_name, sums in joint.items()}
     if plan.task:
-        scores = [of[primary(plan.tasks[task_name].task)] for task_name, of in found.items()]
-        examples = sum(of["examples"] for of in found.values())
+        scores = [figures[primary(plan.tasks[task_name].task)] for task_name, figures in by_task.items()]
+        examples = sum(figures["examples"] for figures in by_task.values())
         together = {"examples": examples, "mean-score": sum(scores) / len(scores)}
-        model = Measured(name=name, kind=kind, metrics=together, tasks=found)
+        model = Measured(name=name, kind=kind, metrics=together, tasks=by_task)
     else:
-        model = Measured(name=name, kind=kind, metrics=found[""])
+        model = Measured(name=name, kind=kind, metrics=by_task[""])
     labels = {task_name: by_label(plan.tasks[task_name], sums) for task_name, sums in joint.items()}
     if any(labels.values()):
-        return model.updated(labels=_labels({task_name: of for task_name, of in labels.items() if of}))
+        return model.updated(labels=_labels({task_name: figures for task_name, figures in labels.items() if figures}))
     return model
 
 
-def _labels(found: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Labels:
-    return {task: {label: LabelFigures.read(of) for label, of in labels.items()} for task, labels in found.items()}
+def _labels(by_task: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Labels:
+    return {
+        task: {label: LabelFigures.read(figures) for label, figures in labels.items()}
+        for task, labels in by_task.items()
+    }
 
 
-def of_silos(plan: Plan, found: Mapping[str, Mapping[str, Sums]]) -> list[Measured]:
-    """Return what a report says of the silos' own models.
+def silo_models(plan: Plan, sums: Mapping[str, Mapping[str, Sums]]) -> list[Measured]:
+    """Return the report's entries for the silos' own models.
 
-    Where silos keep their heads, each is a `body` under every silo's own head, and `alone` are all silos' own models,
-    each on its own examples.
+    If silos keep their heads, each `body` is measured with every silo's own head, and `alone` combines all silos' own
+    models, each on its own examples.
 
     Args:
-        found: held-out sums, by whose model it is and by silo.
+        sums: held-out sums, by the silo that owns the model, then by the silo that measured it.
     """
     if plan.model.head != "own":
-        return [described(plan, name, "silo", by) for name, by in found.items()]
-    bodies = [described(plan, name, "body", by) for name, by in found.items()]
-    return [*bodies, described(plan, "alone", "alone", {silo: by[silo] for silo, by in found.items()})]
+        return [to_measured(plan, name, "silo", by_silo) for name, by_silo in sums.items()]
+    bodies = [to_measured(plan, name, "body", by_silo) for name, by_silo in sums.items()]
+    return [*bodies, to_measured(plan, "alone", "alone", {silo: by_silo[silo] for silo, by_silo in sums.items()})]
 
 
 def ranked_by(plan: Plan) -> str:
-    """Return which of the `metrics` of `described` ranks models: the higher, the better."""
+    """Return the metric that ranks models, one of the `metrics` of `to_measured`; higher is better."""
     return "mean-score" if plan.task else primary(plan.task_of(plan.names[0]).task)
 
 

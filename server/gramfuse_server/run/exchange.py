@@ -1,4 +1,4 @@
-"""One run, from the first message to the merged model: one exchange, or, in a plan with rounds, several."""
+"""One run, from the first message to the merged model: one exchange, or several if the plan has rounds."""
 
 from __future__ import annotations
 
@@ -38,44 +38,43 @@ from gramfuse_server.report.schema import (
     SiloOfReport,
 )
 from gramfuse_server.report.studies import Studied
-from gramfuse_server.report.verdicts import told
+from gramfuse_server.report.verdicts import describe_bad
 from gramfuse_server.run.conductor import Conductor, Observer
-from gramfuse_server.run.evaluation import Candidate, described, of_silos
+from gramfuse_server.run.evaluation import Candidate, silo_models, to_measured
 from gramfuse_server.run.patience import Patience
 from gramfuse_server.run.round import Round
 from gramfuse_server.run_directory import PAGE, PLAN, REPORT, START, RunDirectory, of_round
 
 OUTCOME = "outcome"
-"""Under what the report of a round that is over is kept."""
+"""Checkpoint key of a completed round's report."""
 
 N = TypeVar("N", int, float)
 
 
 class Laboratory(Protocol):
-    """All silos of one round in one place, without a message in between: only whoever simulates them has that."""
+    """All silos of one round in one process, without messages; exists only in simulations."""
 
     def deltas(self, silo: str) -> Mapping[str, NDArray[Any]]:
         """Return a silo's own model: its differences from the base by parameter name, in the parameter's shape."""
 
     def measure(self, deltas: Mapping[str, NDArray[Any]]) -> Mapping[str, Sums]:
-        """Return each silo's held-out sums of the base model with differences added, exactly, by silo."""
+        """Return the exact held-out sums of base + deltas, by silo."""
 
 
 Simulated = Callable[[int, tuple[str, ...]], Laboratory]
-"""Returns the laboratory of a round, by its number, and of the silos that are in its merge."""
+"""Returns the laboratory for a round's number and the silos in its merge."""
 
 Study = Callable[[tuple[str, ...], Merged, Observer], tuple[Merged, Studied]]
-"""Looks at the merge of the last round before it is measured and written: for whoever has all silos' statistics and
-data.
+"""Studies the last round's merge before it is measured and written; needs all silos' statistics and data.
 
-It is given the survivors, the merge as differences from the base, and whom to tell how far it is. It returns the merge
-that is to be measured and written, and what to add to the report.
+Takes the survivors, the merge as differences from the base, and an observer of its progress. Returns the merge to
+measure and write, and what to add to the report.
 """
 
 
 Finish = Callable[[str, Mapping[str, NDArray[np.float32]], Path], None]
-"""Writes a silo's finished model: given its name, the merged body's differences from the base by block name, and the
-directory to make."""
+"""Writes a silo's finished model. Takes its name, the merged body's differences from the base by block name, and the
+directory to create."""
 
 
 class Exchange:
@@ -87,13 +86,13 @@ class Exchange:
         layout: the plan's.
         base: the plan's base model; it becomes the merged model.
         run: the run directory, entered.
-        simulated: if given, each silo's own model is measured too, at all silos, and beside every metric that leaves
-            with noise stands the exact one; for simulations only. No message is sent for it.
-        study: if given, looks at the merge; for simulations only.
+        simulated: if given, also measures each silo's own model at all silos, and reports the exact value of each noisy
+            metric; for simulations only. Sends no messages.
+        study: if given, studies the merge; for simulations only.
         own_heads: if given, and if silos keep their heads, writes each silo's finished model into the run directory;
             for simulations only.
         piece_bytes: most bytes of a contribution in one message; a multiple of 16.
-        patience: how long it waits for silos.
+        patience: how long to wait for silos.
     """
 
     def __init__(
@@ -130,14 +129,14 @@ class Exchange:
         self._rounds: list[Round] = []
 
     def start(self) -> Report:
-        """Run all rounds and write the run directory, but for its checksums and its final name.
+        """Run all rounds and write the run directory, except for its checksums and final name.
 
         Returns:
-            The report, as it stands in report.json.
+            The report, as in report.json.
 
         Raises:
-            GramfuseError: of the kind that fits; the message names the silo. The run directory knows then what there
-                is to say of the run.
+            GramfuseError: if the run fails; the message names the silo. `run.account` then returns the failed run's
+                report.
         """
         self.run.write(PLAN, self.plan.to_toml())
         self.run.write("layout.json", self.layout.to_json())
@@ -151,7 +150,7 @@ class Exchange:
         return report
 
     def finish(self) -> None:
-        """Have the silos wipe what they keep of the run; call it once the run directory is complete."""
+        """Have the silos wipe their state of the run; call it once the run directory is complete."""
         conductors = [current.conductor for current in self._rounds]
         last = {silo: conductor for conductor in conductors for silo in conductor.joined}
         for conductor in conductors:
@@ -159,20 +158,20 @@ class Exchange:
                 conductor.finish(silos)
 
     def _begin(self, number: int) -> Round:
-        """Return a round in which nothing was done, or what a run that was interrupted had done."""
+        """Return a round: a new one, or an interrupted one with its completed phases."""
         start = {} if number == 1 else self._read_start(number)
         current = Round(self._conductor(number=number), self.layout, start, self.piece_bytes)
         self._rounds.append(current)
-        self.run.account = partial(self._failed, current)
+        self.run.account = partial(self._failure_texts, current)
         return current
 
     def _pass_on(self, current: Round) -> None:
-        """Do a round that is not the last, and keep what the next one starts from."""
+        """Run a round that is not the last, and save the model that the next one starts from."""
         merged = current.merge()
         current.check(self.base.model, merged)
         if not current.sound:
             raise MergeError(
-                f"round {current.conductor.round}: {told(current.checks)}. The run does not go on from this merge"
+                f"round {current.conductor.round}: {describe_bad(current.checks)}. The run stops at this merge"
             )
         self._measure(current, merged)
         path = self._start(current.conductor.round + 1)
@@ -184,11 +183,11 @@ class Exchange:
             shutil.rmtree(current.conductor.place(spool), ignore_errors=True)
 
     def _earlier(self, number: int) -> list[RoundOfReport]:
-        """Return what was kept of the rounds before one."""
+        """Return the saved reports of the rounds before one."""
         return [RoundOfReport.read(self.run.done[of_round(OUTCOME, each)]) for each in range(1, number)]
 
     def _conclude(self, current: Round, earlier: list[RoundOfReport]) -> Report:
-        """Do the last round, write the model, and return the report."""
+        """Run the last round, write the model, and return the report."""
         conductor, merged = current.conductor, current.merge()
         studied = Studied()
         if self.study is not None:
@@ -203,7 +202,7 @@ class Exchange:
             with self.run.writing():
                 chosen = None if studied.tuning is None else studied.tuning.chosen
                 place = self.run.partial / "model"
-                doubt = "" if current.sound else told(current.checks)
+                doubt = "" if current.sound else describe_bad(current.checks)
                 about = (current.survivors, measured, chosen, doubt, self.layout, merged.steps)
                 deltas = merged.rounded()
                 write_model(place, self.base, deltas, self.plan, *about)
@@ -215,7 +214,7 @@ class Exchange:
         return report if studied.tuning is None else report.updated(tuning=studied.tuning)
 
     def _measure(self, current: Round, merged: Merged) -> None:
-        """Have the survivors measure the plan's candidates, and the laboratory, if there is one, all models."""
+        """Have the survivors measure the plan's candidates, and a simulation's laboratory measure all models."""
         candidates = self._candidates(merged)
         current.measure(
             Candidate(name, {delta_block(block): d for block, d in deltas.items()}) for name, deltas in candidates
@@ -227,55 +226,55 @@ class Exchange:
             laboratory = self.simulated(conductor.round, current.survivors)
 
             def measure(name: str, deltas: Mapping[str, NDArray[Any]]) -> dict[str, Sums]:
-                found = laboratory.measure(deltas)
+                sums = laboratory.measure(deltas)
                 conductor.tell("exact", "measured", name=name)
-                return {silo: found[silo] for silo in silos}
+                return {silo: sums[silo] for silo in silos}
 
             own = {silo: measure(silo, laboratory.deltas(silo)) for silo in silos}
             noisy = {model.name for model in current.models if model.privacy is not None}
             exact = {
-                name: _figures(described(self.plan, name, name, measure(name, deltas)))
+                name: _exact_figures(to_measured(self.plan, name, name, measure(name, deltas)))
                 for name, deltas in self._candidates(merged)
                 if name in noisy
             }
         models = [model.updated(exact=exact[model.name]) if model.name in exact else model for model in current.models]
-        current.models = of_silos(self.plan, own) + models
+        current.models = silo_models(self.plan, own) + models
 
     def _candidates(self, merged: Merged) -> Iterator[tuple[str, dict[str, NDArray[np.float32]]]]:
-        """Yield the models that silos measure, by name, as differences by parameter name; the merge is the last."""
+        """Yield (name, differences by parameter name) of the models that silos measure; the merge comes last."""
         deltas = {"simple": merged.mean, MERGED: merged.deltas}
         for name in sorted(self.plan.privacy.candidates, key=MERGED.__eq__):
             yield name, rounded(deltas[name])
 
     def _report(self, current: Round, earlier: list[RoundOfReport]) -> Report:
-        """Return the report: of the last round, but for what all of them took."""
+        """Return the report of the last round, with the traffic and seconds of all rounds."""
         rounds = (*earlier, current.report())
         silos = tuple(SiloOfReport(name=name, examples=current.trained[name]["examples"]) for name in current.survivors)
-        return Report(**self._about(), **self._came(current, rounds), silos=silos, rounds=rounds)
+        return Report(**self._settings(), **self._results(current, rounds), silos=silos, rounds=rounds)
 
-    def _failed(self, current: Round, error: GramfuseError, resumable: bool) -> dict[str, str]:
-        """Return what stays of a run that failed: its page, its report, as far as it came, and the plan."""
+    def _failure_texts(self, current: Round, error: GramfuseError, resumable: bool) -> dict[str, str]:
+        """Return the files of a failed run: its page, its report as far as it got, and the plan."""
         number = current.conductor.round
         earlier = self._earlier(number)
         failure = Failure(
             error=type(error).__name__,
             message=str(error),
-            phase=current.conductor.at,
+            phase=current.conductor.current_phase,
             round=number,
             exit_code=error.exit_code,
             resumable=resumable,
         )
         report = Report(
-            **self._about(),
-            **self._came(current, (*earlier, current.report())),
+            **self._settings(),
+            **self._results(current, (*earlier, current.report())),
             silos=current.silos,
             rounds=tuple(earlier),
             failure=failure,
         )
         return {PAGE: page(report, self.plan), REPORT: report.text, PLAN: self.plan.to_toml()}
 
-    def _about(self) -> dict[str, Any]:
-        """Return what a report says of the run before anything happened in it."""
+    def _settings(self) -> dict[str, Any]:
+        """Return the keys of the report that are known before the run starts."""
         names = ("gramfuse", "flwr", "torch", "transformers")
         generation = {name: task.generation for name, task in self.plan.tasks.items()}
         return {
@@ -288,29 +287,29 @@ class Exchange:
             "auto_class": merged_form(self.plan).auto,
             "head": self.plan.model.head,
             "tasks": {name: task.task for name, task in self.plan.tasks.items()},
-            "generation": {name: Generation.read(of) for name, of in generation.items() if of},
+            "generation": {name: Generation.read(settings) for name, settings in generation.items() if settings},
             "mode": "secure" if self.plan.privacy.secure_aggregation else "open",
             "identities": "made for this run" if self.simulated else "those of the plan",
             "versions": {name: importlib.metadata.version(name) for name in names},
         }
 
-    def _came(self, current: Round, rounds: Sequence[RoundOfReport]) -> dict[str, Any]:
-        """Return what came of the rounds; of a run that failed, what is there of it."""
-        came = {"examples": current.accumulator.examples} if current.merged is not None else {}
+    def _results(self, current: Round, rounds: Sequence[RoundOfReport]) -> dict[str, Any]:
+        """Return the keys of the report that the rounds filled; of a failed run, those that exist."""
+        examples = {"examples": current.accumulator.examples} if current.merged is not None else {}
         return {
-            **came,
+            **examples,
             **{
                 key: getattr(rounds[-1], key)
                 for key in ("lost", "models", "unmeasured", "solve", "checks")
                 if rounds[-1].has(key)
             },
-            "bytes": _total(of.bytes for of in rounds),
-            "bytes_to_silos": _total(of.bytes_to_silos for of in rounds),
-            "seconds": {phase: round(took, 3) for phase, took in _sum(of.seconds for of in rounds).items()},
+            "bytes": _total(one.bytes for one in rounds),
+            "bytes_to_silos": _total(one.bytes_to_silos for one in rounds),
+            "seconds": {phase: round(took, 3) for phase, took in _sum(one.seconds for one in rounds).items()},
         }
 
     def _start(self, number: int) -> Path:
-        """Return where the model that a round starts from is kept until the run is over."""
+        """Return the path of the model that a round starts from; it is removed when the run completes."""
         return self.run.partial / f"{of_round(START, number)}.safetensors"
 
     def _read_start(self, number: int) -> Mapping[str, NDArray[np.float32]]:
@@ -324,7 +323,7 @@ class Exchange:
         return start
 
 
-def _figures(model: Measured) -> ExactFigures:
+def _exact_figures(model: Measured) -> ExactFigures:
     figures = ExactFigures(metrics=model.metrics)
     return figures.updated(labels=model.labels) if model.labels else figures
 
@@ -332,8 +331,8 @@ def _figures(model: Measured) -> ExactFigures:
 def _sum(counts: Iterable[Mapping[str, N]]) -> dict[str, N]:
     """Return the sum of counts by name."""
     total: dict[str, N] = {}
-    for of in counts:
-        for name, count in of.items():
+    for by_name in counts:
+        for name, count in by_name.items():
             total[name] = total[name] + count if name in total else count
     return total
 
@@ -341,12 +340,12 @@ def _sum(counts: Iterable[Mapping[str, N]]) -> dict[str, N]:
 def _total(traffic: Iterable[Mapping[str, Mapping[str, int]]]) -> dict[str, dict[str, int]]:
     """Return the sum of traffic by silo and phase."""
     by_round = list(traffic)
-    silos = dict.fromkeys(silo for of in by_round for silo in of)
-    return {silo: _sum(of.get(silo, {}) for of in by_round) for silo in silos}
+    silos = dict.fromkeys(silo for by_silo in by_round for silo in by_silo)
+    return {silo: _sum(by_silo.get(silo, {}) for by_silo in by_round) for silo in silos}
 
 
 def needed_bytes(plan: Plan, layout: Layout, model_bytes: int) -> int:
-    """Bytes that a run writes at most: all contributions of a round, what rounds start from, models, some room."""
+    """Return the most bytes that a run writes: a round's contributions, start models, final models, and a margin."""
     each = layout.upload_bytes(masked=plan.privacy.secure_aggregation)
     starts = (plan.merge.rounds - 1) * ITEM_BYTES * sum(piece.block.entries for piece in layout.deltas)
     models = 2 + (len(plan.silo) if plan.model.head == "own" else 0)

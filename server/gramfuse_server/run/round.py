@@ -1,4 +1,4 @@
-"""One round of a run: silos train, their statistics are summed and merged, models are measured."""
+"""One round of a run: silos train, the coordinator merges their statistics, silos measure the merge."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ class Round:
     """The coordinator's side of one round.
 
     Args:
-        conductor: leads the silos; of this round.
+        conductor: of this round.
         layout: the plan's.
-        start: what silos go on from, as differences from the base by block name; empty in the first round.
+        start: the model that silos start from, as differences from the base by block name; empty in the first round.
         piece_bytes: most bytes of a contribution in one message; a multiple of 16.
 
     Attributes:
         trained: `examples` and `tokens` of each silo that trained, in roster order.
         survivors: the silos whose contributions are in the merge, in roster order.
-        merged: the merge, as differences from the base, once it is there; what is measured and reported.
-        checks: what can be seen of the merge, once it is there.
-        models: what was measured, as `gramfuse_server.run.evaluation` returns it.
-        measured: the silos whose held-out examples it was measured on, in roster order.
-        unmeasured: why nothing was, or None.
+        merged: the merge to measure and report, as differences from the base; None until it exists.
+        checks: checks of the merge; empty until it exists.
+        models: the measured models.
+        measured: the silos whose held-out examples were used, in roster order.
+        unmeasured: why nothing was measured, or None.
     """
 
     def __init__(self, conductor: Conductor, layout: Layout, start: Arrays, piece_bytes: int) -> None:
@@ -66,13 +66,13 @@ class Round:
         self.unmeasured: str | None = None
 
     def merge(self) -> Merged:
-        """Have the silos train, collect what they measured, and merge it.
+        """Have the silos train, collect their statistics, and merge them.
 
         Returns:
-            Differences from the base, not from what the round started from.
+            Differences from the base, not from the model that the round started from.
 
         Raises:
-            GramfuseError: of the kind that fits; the message names the silo.
+            GramfuseError: if the round fails; the message names the silo.
         """
         conductor = self.conductor
         try:
@@ -84,8 +84,8 @@ class Round:
             if not conductor.only:
                 raise
             raise type(error)(
-                f"{error}\nWith secure aggregation, round {conductor.round} must be over the silos of the first: "
-                f"{', '.join(conductor.only)}. Bring back those that are lost, and resume the run"
+                f"{error}\nWith secure aggregation, round {conductor.round} needs exactly the silos of the first: "
+                f"{', '.join(conductor.only)}. Bring back the lost ones, and resume the run"
             ) from None
         with conductor.phase("merge"):
             merged = self.accumulator.merge()
@@ -97,33 +97,33 @@ class Round:
         return self.merged
 
     def check(self, model: nn.Module, merged: Merged) -> None:
-        """Look at the model that the round ends with too.
+        """Add checks of the model that the round ends with.
 
         Args:
             model: the base.
-            merged: differences from it, of the model that is measured and written.
+            merged: differences from it of the model to measure and write.
         """
         self.checks += check_model(model, merged, self.plan.merge.maximum_change)
 
     @property
     def sound(self) -> bool:
-        """Whether no check of the merge is bad."""
+        """Whether no check of the merge is `bad`."""
         return worst(self.checks) != "bad"
 
     def measure(self, candidates: Iterable[Candidate]) -> None:
         """Have the survivors measure models.
 
-        Silos that keep their heads, or go on in another round, are given the merged model, the last candidate, even
-        if no metrics may leave. None is given a merge that is not sound.
+        Silos that keep their heads or continue in another round receive the merged model, the last candidate, even if
+        no metrics may leave. An unsound merge is sent to no silo.
 
-        The merge is done by now, so whatever goes wrong here costs the metrics and not the model.
+        The merge is already complete, so an error here costs the metrics, not the model.
         """
         if not self.sound:
-            self.unmeasured = "a check of the merge is bad, so no silo was given it"
+            self.unmeasured = "a check of the merge is bad, so it was not sent to any silo"
             return
         self.conductor.keep_only(self.survivors)
         if self.secure is not None:
-            self.secure.have_released(self.survivors)
+            self.secure.release_late(self.survivors)
         evaluation = Evaluation(self.conductor, self.layout, self.secure)
         try:
             if self.plan.privacy.metrics == "none":
@@ -139,27 +139,27 @@ class Round:
 
     @property
     def lost(self) -> dict[str, str]:
-        """Why silos are not among those of the merge, or were lost since."""
+        """Why silos are not in the merge, or were lost after it."""
         conductor = self.conductor
         before = {name: reason for name, reason in conductor.lost_before.items() if name not in self.survivors}
         return before | {name: str(error) for name, error in conductor.lost.items()}
 
     @property
     def silos(self) -> tuple[SiloOfReport, ...]:
-        """How far each silo of the roster came, for the report of a failed run."""
+        """How far each silo of the roster got, for the report of a failed run."""
         return tuple(
             SiloOfReport.read({"name": name, "state": self._state(name), **self._examples(name)})
             for name in self.plan.names
         )
 
     def report(self) -> RoundOfReport:
-        """Return what report.json says of this round; of one that failed, as far as it came."""
+        """Return this round's entry in report.json; of a failed round, as far as it got."""
         conductor = self.conductor
         report = RoundOfReport(
             round=conductor.round,
             lost=tuple(Loss(name=name, reason=reason) for name, reason in self.lost.items()),
-            bytes=self._of_silos(conductor.post.received),
-            bytes_to_silos=self._of_silos(conductor.post.sent),
+            bytes=self._traffic(conductor.post.received),
+            bytes_to_silos=self._traffic(conductor.post.sent),
             seconds={phase: round(seconds, 3) for phase, seconds in conductor.seconds.items()},
         )
         if self.merged is not None:
@@ -171,10 +171,10 @@ class Round:
     def _state(self, silo: str) -> str:
         if self.merged is not None and silo in self.survivors:
             return "merged"
-        came = self.conductor.came.get(silo, "absent")
-        if silo in self.conductor.lost_before or (silo in self.conductor.lost and came != "absent"):
+        progress = self.conductor.progress.get(silo, "absent")
+        if silo in self.conductor.lost_before or (silo in self.conductor.lost and progress != "absent"):
             return "lost"
-        return "trained" if silo in self.trained else came
+        return "trained" if silo in self.trained else progress
 
     def _examples(self, silo: str) -> dict[str, int]:
         examples = self.trained.get(silo, {}).get("examples")
@@ -182,7 +182,7 @@ class Round:
 
     def _train(self) -> dict[str, dict[str, Any]]:
         trained: dict[str, dict[str, Any]] = {}
-        self.trained = trained  # also of a run that fails before all have
+        self.trained = trained  # set now, for the report if not all silos get there
         request = TrainRequest(**self.conductor.about, arrays=self.start)
         open_mode = self.secure is None
 
@@ -190,7 +190,9 @@ class Round:
             if open_mode:
                 check_counts(self.layout, reply.examples or 0, reply.tokens, f"silo {silo!r}")
             elif reply.examples is not None or reply.tokens:
-                raise FederationError(f"silo {silo!r} reports counts, which secure aggregation keeps from everyone")
+                raise FederationError(
+                    f"silo {silo!r} reported its counts in the clear, which secure aggregation forbids"
+                )
 
         for silo, _, reply in self.conductor.ask(
             TrainReply,
@@ -208,7 +210,7 @@ class Round:
         spool, pieces = Spool(self.conductor.place("spool")), self.layout.pieces(self.piece_bytes)
         survivors = tuple(self.conductor.step("upload", lambda: self._upload(spool, tuple(self.trained))))
         if not all(spool.has(name, number) for name in survivors for number in range(len(pieces))):
-            survivors = tuple(self._upload(spool, survivors))  # of an interrupted run, whose disk lost some
+            survivors = tuple(self._upload(spool, survivors))  # an interrupted run's disk lost some
             self.conductor.keep("upload", list(survivors))
         for name in survivors:
             about = self.trained[name]
@@ -230,7 +232,7 @@ class Round:
 
         def check(silo: str, request: UploadRequest, reply: UploadReply) -> None:
             if reply.piece != request.piece:
-                raise FederationError(f"silo {silo!r} sent piece {reply.piece}; piece {request.piece} was asked for")
+                raise FederationError(f"silo {silo!r} sent piece {reply.piece}; expected piece {request.piece}")
             check_slices(pieces[reply.piece], reply.arrays, f"silo {silo!r}")
 
         complete = [name for name in silos if name not in requests and spool.has(name, len(pieces) - 1)]
@@ -243,12 +245,12 @@ class Round:
         return [name for name in silos if all(spool.has(name, number) for number in range(len(pieces)))]
 
     def _sum_masked(self, secure: SecureSums) -> tuple[str, ...]:
-        """Have the silos' statistics added under masks."""
+        """Sum the silos' statistics under masks."""
         secure.prepare()
         words, survivors = secure.statistics(self.layout.sum_entries, self.layout.digest)
         self.accumulator.load(words, len(self.plan.silo))
         return survivors
 
-    def _of_silos(self, traffic: Mapping[str, Mapping[str, int]]) -> Traffic:
-        """Return traffic by silo, without that of nodes which did not join as one."""
+    def _traffic(self, traffic: Mapping[str, Mapping[str, int]]) -> Traffic:
+        """Return traffic by silo, without nodes that did not join as one."""
         return {name: dict(traffic[name]) for name in self.plan.names if name in traffic}

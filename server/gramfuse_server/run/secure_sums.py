@@ -1,4 +1,4 @@
-"""The coordinator's part in a secure sum: passes keys and shares on, adds masked vectors, takes the masks off."""
+"""The coordinator's part in a secure sum: forwards keys and shares, adds masked vectors, removes the masks."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ UPLOADS = 2
 
 
 def add_up(spool: Spool, survivors: Sequence[str], pieces: Sequence[tuple[int, int]]) -> Words:
-    """Return the sum of the survivors' spooled vectors modulo 2^64, all masks still on; its memory is all it takes.
+    """Return the sum of the survivors' spooled vectors modulo 2^64, still masked; allocates only the result.
 
     Args:
-        pieces: how a vector is cut, as (start, stop).
+        pieces: (start, stop) of each piece of a vector.
     """
     words = np.zeros(pieces[-1][1], "<u8")
     for piece, (start, stop) in enumerate(pieces):
@@ -49,13 +49,13 @@ def add_up(spool: Spool, survivors: Sequence[str], pieces: Sequence[tuple[int, i
 
 
 class SecureSums:
-    """The secure sums of one session. Every phase is checkpointed, so that a resumed run goes on where it stopped.
+    """The secure sums of one session. Every phase is checkpointed, so that a run can resume where it stopped.
 
     Args:
         conductor: leads the silos.
         piece_bytes: most bytes of a vector in one message.
-        start: `gramfuse_protocol.secure_sum.statements.model_digest` of what silos started from; empty in the first
-            round.
+        start: `gramfuse_protocol.secure_sum.statements.model_digest` of the model that silos started from; empty in the
+            first round.
     """
 
     def __init__(self, conductor: Conductor, piece_bytes: int, start: str) -> None:
@@ -68,20 +68,20 @@ class SecureSums:
         self.sealed: Mapping[str, Mapping[str, str]] = {}
 
     def prepare(self) -> None:
-        """Exchange keys and shares among the silos that are there.
+        """Exchange keys and shares among the remaining silos.
 
         Raises:
-            GramfuseError: if fewer are left than the plan asks for.
+            GramfuseError: if fewer are left than the plan requires.
         """
         kept = self.conductor.step("keys", self._keys)
         self.adverts = tuple(Advert.model_validate_json(text) for text in kept)
         self.sealed = self.conductor.step("shares", self._shares)
 
     def statistics(self, entries: int, context: str) -> tuple[Words, tuple[str, ...]]:
-        """Return the sum of the silos' vectors and whose they are.
+        """Return the unmasked sum of the silos' vectors, and the silos in it.
 
         Args:
-            entries: words of a vector.
+            entries: length of a vector, in 64-bit words.
             context: the layout's digest.
         """
         members = [advert.silo for advert in self.adverts if advert.silo in self.sealed]
@@ -90,10 +90,10 @@ class SecureSums:
         }
         return self._sum("statistics", members, about, entries, context)
 
-    def have_released(self, survivors: Sequence[str]) -> None:
-        """Have survivors sign and release that were lost before they did, and are back in a resumed run.
+    def release_late(self, survivors: Sequence[str]) -> None:
+        """Have survivors that missed the unmask phase, and are back in a resumed run, sign and release their shares.
 
-        A silo measures nothing before its contribution was released. Whoever does not answer is lost.
+        A silo measures nothing before it released its shares. Silos that do not answer are lost.
         """
         done = self.conductor.done("unmask")
         late = [silo for silo in survivors if silo in self.conductor.nodes and silo not in done]
@@ -112,7 +112,7 @@ class SecureSums:
     def metrics(
         self, members: Sequence[str], candidates: Sequence[str], entries: int, context: str
     ) -> tuple[Words, tuple[str, ...]]:
-        """Return the sum of the metrics of all candidates, one after the other, and whose they are.
+        """Return the unmasked sum of the candidates' metrics, concatenated, and the silos in it.
 
         Args:
             members: survivors of the statistics.
@@ -132,10 +132,10 @@ class SecureSums:
             if advert.silo != silo:
                 raise SecurityError(f"silo {silo!r} sent the keys of {advert.silo!r}")
             secure_sum.check_advert(self.roster, conductor.nonce, advert)
-            own = {advert.channel, *advert.masks.values()}
-            if own & keys:
-                raise SecurityError(f"silo {silo!r} sent a key that another silo sent before")
-            keys.update(own)
+            public = {advert.channel, *advert.masks.values()}
+            if public & keys:
+                raise SecurityError(f"silo {silo!r} sent a key that another silo already sent")
+            keys.update(public)
 
         replies = self._gather(KeysReply, request, cohort, self.floor, check)
         present = [replies[name].advert for name in cohort if name in replies]
@@ -148,7 +148,7 @@ class SecureSums:
 
         def check(silo: str, _: SharesRequest, reply: SharesReply) -> None:
             if set(reply.sealed) != set(names) - {silo}:
-                raise SecurityError(f"silo {silo!r} did not seal shares for exactly its peers")
+                raise SecurityError(f"silo {silo!r} did not seal exactly one share for each peer")
 
         replies = self._gather(SharesReply, request, names, self.floor, check)
         return {silo: dict(reply.sealed) for silo, reply in replies.items()}
@@ -159,27 +159,29 @@ class SecureSums:
         suffix = "" if name == "statistics" else "-metrics"
         step = self.conductor.step
         spool = Spool(self.conductor.place(f"spool{suffix}"))
-        # Silos sign one list for a sum, whatever the round.
+        # Silos sign one list of survivors for a sum, in all rounds.
         only = self.conductor.earlier(f"masked{suffix}")
-        asked = about if only is None else {silo: about[silo] for silo in only if silo in about}
+        fields = about if only is None else {silo: about[silo] for silo in only if silo in about}
         needed = self.floor if only is None else len(only)
-        survivors = tuple(step(f"masked{suffix}", lambda: self._masked(name, spool, asked, entries, needed)))
+        survivors = tuple(step(f"masked{suffix}", lambda: self._masked(name, spool, fields, entries, needed)))
         self._restore(name, spool, {silo: about[silo] for silo in survivors}, entries)
         signed = Signed(survivors=survivors, context=context)
         signatures = step(f"survivors{suffix}", lambda: self._survivors(name, members, signed))
         shares = step(f"unmask{suffix}", lambda: self._unmask(name, members, signatures))
         words = add_up(spool, survivors, self._pieces(entries))
-        released = {silo: {owner: bytes.fromhex(share) for owner, share in of.items()} for silo, of in shares.items()}
+        released = {
+            silo: {owner: bytes.fromhex(share) for owner, share in theirs.items()} for silo, theirs in shares.items()
+        }
         masks.apply(words, self._unmasking(name, members, signed, released))
         return words, survivors
 
     def _unmasking(
         self, name: Sum, members: Sequence[str], signed: Signed, released: Mapping[str, Mapping[str, bytes]]
     ) -> list[Mask]:
-        """Return what takes the masks off; one silo that released wrong shares is lost, where the others are enough.
+        """Return the masks to subtract; a single silo with wrong shares is dropped if the others' shares suffice.
 
         Raises:
-            SecurityError: if more than one did, or there are no more shares than it takes.
+            SecurityError: if several silos released wrong shares, or the rest are below the threshold.
         """
 
         def unmasking(shares: Mapping[str, Mapping[str, bytes]]) -> list[Mask]:
@@ -190,10 +192,10 @@ class SecureSums:
         except SecurityError as error:
             for silo in released if len(released) > self.roster.threshold else ():
                 with suppress(SecurityError):
-                    found = unmasking({other: of for other, of in released.items() if other != silo})
+                    removal = unmasking({other: shares for other, shares in released.items() if other != silo})
                     self.conductor.lose("unmask", silo, SecurityError(f"silo {silo!r} released a wrong share"))
                     self.conductor.keep_only([other for other in self.conductor.nodes if other != silo])
-                    return found
+                    return removal
             raise error from None
 
     def _pieces(self, entries: int) -> list[tuple[int, int]]:
@@ -216,12 +218,12 @@ class SecureSums:
 
         def check(silo: str, request: MaskedRequest, reply: MaskedReply) -> None:
             start, stop = pieces[request.piece]
-            found = reply.arrays.get("masked")
+            masked = reply.arrays.get("masked")
             if (reply.sum_of, reply.piece) != (name, request.piece):
-                raise FederationError(f"silo {silo!r} sent piece {reply.piece}; piece {request.piece} was asked for")
-            if len(reply.arrays) != 1 or found is None or found.dtype != np.uint64 or found.shape != (stop - start,):
+                raise FederationError(f"silo {silo!r} sent piece {reply.piece}; expected piece {request.piece}")
+            if len(reply.arrays) != 1 or masked is None or masked.dtype != np.uint64 or masked.shape != (stop - start,):
                 raise FederationError(
-                    f"silo {silo!r} sent a piece of another form; expected uint64 {(stop - start,)} as 'masked'"
+                    f"silo {silo!r} sent a malformed piece; expected one array 'masked', uint64 {(stop - start,)}"
                 )
 
         complete = [silo for silo in about if silo not in requests and spool.has(silo, len(pieces) - 1)]
@@ -238,10 +240,10 @@ class SecureSums:
         return [silo for silo in about if all(spool.has(silo, piece) for piece in range(len(pieces)))]
 
     def _restore(self, name: Sum, spool: Spool, about: Mapping[str, Mapping[str, Any]], entries: int) -> None:
-        """Ask again for what an interrupted run's disk lost of the survivors' vectors; nobody else's can replace them.
+        """Request again the pieces of survivors' vectors that an interrupted run's disk lost.
 
         Raises:
-            ContributionError: if a silo has its vector no longer.
+            ContributionError: if a silo no longer has its vector.
         """
         pieces = range(len(self._pieces(entries)))
         if all(spool.has(silo, piece) for silo in about for piece in pieces):
@@ -252,8 +254,8 @@ class SecureSums:
             if not any(isinstance(self.conductor.lost.get(silo), RefusalError) for silo in about):
                 raise
             raise ContributionError(
-                f"a masked vector is damaged on this disk, and its silo does not send it again: {error}\n"
-                "This run cannot be resumed; start it anew"
+                f"a masked vector is damaged on this disk, and its silo refuses to send it again: {error}\n"
+                "This run cannot be resumed; start a new one"
             ) from None
 
     def _survivors(self, name: Sum, members: Sequence[str], signed: Signed) -> dict[str, str]:
@@ -276,7 +278,7 @@ class SecureSums:
     def _gather(
         self, kind: type[R], request: Q, silos: Sequence[str], needed: int, check: Callable[[str, Q, R], None]
     ) -> dict[str, R]:
-        """Send one request to those of the silos that are still there, and return their checked replies."""
+        """Send one request to those silos that remain, and return their checked replies by silo."""
         conductor, replies = self.conductor, {}
         requests = {silo: [request] for silo in silos if silo in conductor.nodes}
         for silo, _, reply in conductor.ask(kind, requests, needed=needed, check=check):

@@ -1,4 +1,4 @@
-"""Contributions on the coordinator's disk, so that its memory holds sums and never N silos."""
+"""Contributions on the coordinator's disk, so that its memory use does not grow with the number of silos."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from gramfuse_protocol.files import replacing
 Array = NDArray[Any]
 
 CHUNK = 2**19
-"""Elements that are read at a time where an array is only added to another."""
+"""Elements that `Spool.add_to` reads at a time."""
 
 
 SHA256 = "sha256"
 
 
 class Spool:
-    """A directory with one file for each silo and piece. Made if it is not there.
+    """A directory with one file for each silo and piece, created when the first piece is saved.
 
-    A file says the digest of what is in it. What an interrupted run left is read once and compared, so that a piece
-    that a crash or a bad disk damaged is as one that never came, and is asked for again.
+    Each file contains the digest of its arrays. Files of an interrupted run are verified once, so that a damaged piece
+    counts as missing and is requested again.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -38,7 +38,7 @@ class Spool:
         self._sound: set[Path] = set()
 
     def save(self, silo: str, piece: int, arrays: Mapping[str, Array]) -> None:
-        """Write one checked piece, under a temporary name first."""
+        """Write one checked piece atomically."""
         path = self._path(silo, piece)
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = {name: np.asarray(array, order="C") for name, array in arrays.items()}
@@ -47,10 +47,10 @@ class Spool:
         self._sound.add(path)
 
     def has(self, silo: str, piece: int) -> bool:
-        """Whether this piece was saved, and is what was saved; if it is not, it is removed.
+        """Whether this piece was saved and is intact; a damaged file is removed.
 
         Raises:
-            RunDirectoryError: if the disk does not let it be read.
+            RunDirectoryError: if the file cannot be read.
         """
         path = self._path(silo, piece)
         try:
@@ -69,7 +69,7 @@ class Spool:
             return np.asarray(file.get_tensor(name))
 
     def add_to(self, total: Array, silo: str, piece: int, name: str) -> None:
-        """Add one flat array of a piece to another, in place, without having it in memory as a whole."""
+        """Add one flat array of a piece to another, in place, in chunks."""
         with safe_open(self._path(silo, piece), "numpy") as file:
             kept = file.get_slice(name)
             for start in range(0, total.size, CHUNK):
@@ -111,8 +111,8 @@ class Spooled:
 def _is_sound(path: Path) -> bool:
     try:
         with safe_open(path, "numpy") as file:
-            said = (file.metadata() or {}).get(SHA256)
-        return said == _sha256(load_file(path))
+            digest = (file.metadata() or {}).get(SHA256)
+        return digest == _sha256(load_file(path))
     except (SafetensorError, ValueError, KeyError, TypeError):
         return False
 

@@ -1,6 +1,6 @@
-"""The ways to put silos' models together, other than RegMean: one file each.
+"""Methods of merging silos' models, other than RegMean: one file each.
 
-A new one is a new file here, and nothing else; `gramfuse_server.merging.methods.registry` shows what stands in it.
+To add a method, add a file here; `gramfuse_server.merging.methods.registry` has an example.
 """
 
 from importlib import import_module

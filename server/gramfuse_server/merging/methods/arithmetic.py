@@ -1,7 +1,7 @@
-"""What methods have in common: sums and means of the silos' differences from their common base.
+"""Arithmetic shared by methods: sums and means of the silos' differences from their common base.
 
-Everything is float64. Differences are by parameter name, in the parameter's own shape; a silo's weight for a parameter
-is a number, or an array that broadcasts to the parameter: a row that a silo has no part in has the weight 0 there.
+All arithmetic is in float64. Differences are by parameter name, in the parameter's shape; a silo's weight for a
+parameter is a scalar or an array that broadcasts to it, with 0 in rows that the silo did not train.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Differences = Mapping[str, NDArray[Any]]
 Weights = Mapping[str, NDArray[np.float64]]
 
 
-def added(arrays: Sequence[NDArray[Any]]) -> Float64:
+def summed(arrays: Sequence[NDArray[Any]]) -> Float64:
     """Return the sum of arrays of one shape."""
     total = np.zeros(arrays[0].shape)
     for array in arrays:
@@ -29,8 +29,8 @@ def added(arrays: Sequence[NDArray[Any]]) -> Float64:
 
 
 def averaged(values: Sequence[NDArray[Any]], weights: Sequence[NDArray[np.float64]]) -> Float64:
-    """Return the weighted mean, and 0 where nothing has a weight."""
-    total = added([np.asarray(weight * value, np.float64) for weight, value in zip(weights, values, strict=True)])
+    """Return the weighted mean, and 0 where all weights are 0."""
+    total = summed([np.asarray(weight * value, np.float64) for weight, value in zip(weights, values, strict=True)])
     weight = np.zeros(values[0].shape)
     for one in weights:
         weight += one
@@ -46,15 +46,15 @@ def weighted_mean(differences: Sequence[Differences], weights: Sequence[Weights]
     return {name: averaged([d[name] for d in differences], [w[name] for w in weights]) for name in differences[0]}
 
 
-def apart(silos: Silos) -> tuple[list[Differences], dict[str, Float64]]:
-    """Return how the silos' parameters differ from the base, and the mean of how their buffers do.
+def split_buffers(silos: Silos) -> tuple[list[Differences], dict[str, Float64]]:
+    """Return the silos' differences in parameters, and their mean difference in buffers.
 
-    Running means of activations are no weights: scaling or trimming their differences makes no sense.
+    Buffers such as running means are not weights: scaling or trimming their differences makes no sense.
     """
     differences, weights = silos.parents()
     names = {tensor.name for tensor in silos.layout.tensors if tensor.buffer}
-    buffers = [{name: delta for name, delta in of.items() if name in names} for of in differences]
+    buffers = [{name: delta for name, delta in each.items() if name in names} for each in differences]
     parameters: list[Differences] = [
-        {name: delta for name, delta in of.items() if name not in names} for of in differences
+        {name: delta for name, delta in each.items() if name not in names} for each in differences
     ]
     return parameters, weighted_mean(buffers, weights)

@@ -1,4 +1,4 @@
-"""The best of the silos' own models, picked with hindsight."""
+"""The best of the silos' own models, chosen with hindsight."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from gramfuse_server.merging.methods.registry import CandidateSums, Silos, metho
 @method(
     name="best",
     label="best",
-    words="the best of the silos' own models, picked with hindsight",
+    words="the best of the silos' own models, chosen with hindsight",
     needs=("models",),
 )
 def best(silos: Silos) -> CandidateSums:
-    """Measure all silos' own models, and return the one that does best on the very data that are reported."""
+    """Measure all silos' own models, and return the one that is best on the reported data themselves."""
     ranked = silos.ranked_by
-    found = {name: silos.measure(silos.deltas(name)) for name in silos.names}
-    scores = {name: silos.metrics(sums)[ranked] for name, sums in found.items()}
+    measured = {name: silos.measure(silos.deltas(name)) for name in silos.names}
+    scores = {name: silos.metrics(sums)[ranked] for name, sums in measured.items()}
     name = max(scores, key=scores.__getitem__)
-    note = f"chosen by {ranked} on the data of this report: no way of picking one silo's model does better"
-    return CandidateSums(found[name], (name,), {"silo": name, "note": note})
+    note = f"chosen by {ranked} on the data of this report: an upper bound for choosing one silo's model"
+    return CandidateSums(measured[name], (name,), {"silo": name, "note": note})

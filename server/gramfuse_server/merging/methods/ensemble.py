@@ -1,4 +1,4 @@
-"""All silos' models asked at once."""
+"""The ensemble of all silos' models."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from gramfuse_server.merging.methods.registry import DIFFERENT_TASKS, CandidateS
 @method(
     name="ensemble",
     label="ensemble",
-    words="all silos' models asked at once, and their answers averaged",
+    words="the ensemble of all silos' models, with averaged answers",
     needs=("models",),
     refusals=(DIFFERENT_TASKS,),
 )
 def ensemble(silos: Silos) -> CandidateSums:
-    """Measure the mean of all models' logits, and the majority vote on what they generate."""
+    """Measure the mean of all models' logits, or the majority vote of their generated texts."""
     return CandidateSums(silos.ask_together())

@@ -1,4 +1,4 @@
-"""Federated averaging: silos train, are averaged, and go on from the average, round after round."""
+"""Federated averaging: each round, silos train from the average of the previous round."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 REFUSALS = (
     NotAllowed(
         lambda plan: plan.model.head == "own",
-        "Flower's FedAvg averages whole models, and here heads stay at their silos; leave it out",
+        "Flower's FedAvg averages whole models, but heads stay at their silos here; leave it out",
     ),
     NotAllowed(
         lambda plan: any(silo.labels for silo in plan.silo),
-        "silos annotate different labels ('labels' of a [[silo]]), and Flower's FedAvg would average the outputs for "
-        "labels that a silo does not annotate; leave it out",
+        "silos annotate different labels ('labels' of a [[silo]]), and Flower's FedAvg would also average the outputs "
+        "for labels that a silo does not annotate; leave it out",
     ),
 )
 
@@ -28,25 +28,25 @@ REFUSALS = (
 @method(
     name="fedavg",
     label="fedavg",
-    words="federated averaging: silos train, are averaged, and go on from the average, round after round",
+    words="federated averaging: each round, silos train from the average of the previous round",
     paper="McMahan et al., AISTATS 2017",
     options=number(
-        "rounds", 5, 1000, "by Flower's FedAvg, with 5 rounds by default, each with all of the plan's local training"
+        "rounds", 5, 1000, "with Flower's FedAvg, 5 rounds by default, each with the plan's full local training"
     ),
     needs=("data",),
     refusals=REFUSALS,
 )
 def fedavg(silos: Silos, rounds: int) -> CandidateSums:
     """Run FedAvg, and measure the average after each round."""
-    found: list[Mapping[str, Sums]] = []
+    measured: list[Mapping[str, Sums]] = []
 
     def after(number: int, deltas: Differences) -> None:
-        found.append(silos.measure(deltas))
+        measured.append(silos.measure(deltas))
         silos.tell(f"fedavg, round {number} of {rounds}")
 
     sent = silos.federate(rounds, after)
-    by_round = tuple(silos.metrics(sums) for sums in found)
+    by_round = tuple(silos.metrics(sums) for sums in measured)
     ranked = silos.ranked_by
     note = f"{ranked} after each round: {', '.join(f'{metrics[ranked]:.3f}' for metrics in by_round)}"
     about = f"{rounds} round{'s' if rounds > 1 else ''}"
-    return CandidateSums(found[-1], (about,), {"rounds": by_round, "bytes": sent, "note": note})
+    return CandidateSums(measured[-1], (about,), {"rounds": by_round, "bytes": sent, "note": note})

@@ -17,13 +17,13 @@ VARIANTS = ("hard", "soft", "empirical")
 NORMS: dict[str, Norm] = {"tensor": "per tensor", "model": "per model", "none": "none"}
 
 FISHER_FLOOR = 1e-6
-"""What is added to every Fisher value, relative to the mean of its tensor over the silos: where all are zero, the
+"""Constant added to every Fisher value, relative to the mean of its tensor over the silos; if all values are zero, the
 result is the mean."""
 
 
 def _options(values: Sequence[str]) -> dict[str, Any]:
     options: dict[str, Any] = {"variant": None, "norm": "per tensor", "examples": EXAMPLES}
-    given: dict[str, str] = {}
+    seen: dict[str, str] = {}
     for value in values:
         if value in VARIANTS:
             key, options["variant"] = "variant", value
@@ -32,10 +32,10 @@ def _options(values: Sequence[str]) -> dict[str, Any]:
         elif value.isascii() and value.isdigit() and int(value):
             key, options["examples"] = "number of examples", int(value)
         else:
-            raise ValueError(f"{value!r} is neither a variant, nor a norm, nor a number of examples")
-        if key in given:
-            raise ValueError(f"{given[key]!r} and {value!r} are both a {key}")
-        given[key] = value
+            raise ValueError(f"{value!r} is not a variant, a norm or a number of examples")
+        if key in seen:
+            raise ValueError(f"{seen[key]!r} and {value!r} are both a {key}")
+        seen[key] = value
     return options
 
 
@@ -46,27 +46,27 @@ def _options(values: Sequence[str]) -> dict[str, Any]:
     paper="Matena and Raffel, NeurIPS 2022",
     options=Options(
         "[:hard|soft|empirical][:tensor|model|none][:EXAMPLES]",
-        "of the likeliest label, of all, or of the true one; normalised per tensor, per model, or not at all; over "
-        f"{EXAMPLES} examples of each silo by default",
+        "for the most likely label, all labels, or the true label; normalised per tensor, per model, or not at all; "
+        f"over {EXAMPLES} examples of each silo by default",
         _options,
     ),
     needs=("fisher",),
 )
 def fisher(silos: Silos, variant: str | None, norm: Norm, examples: int) -> Candidate:
-    """Measure each silo's Fisher information, normalise it, and return the mean that it weighs."""
-    found = [silos.fisher(name, variant, examples) for name in silos.names]
+    """Measure and normalise each silo's Fisher information, and return the mean weighted by it."""
+    fishers = [silos.fisher(name, variant, examples) for name in silos.names]
     differences, weights = silos.parents()
-    about = [*dict.fromkeys(chosen for chosen, _ in found), "not normalised" if norm == "none" else norm]
+    about = [*dict.fromkeys(chosen for chosen, _ in fishers), "not normalised" if norm == "none" else norm]
     if examples != EXAMPLES:
         about.append(f"{examples} examples")
-    return Candidate(fisher_mean(differences, [normalised(values, norm) for _, values in found], weights), about)
+    return Candidate(fisher_mean(differences, [normalised(values, norm) for _, values in fishers], weights), about)
 
 
 def normalised(fisher: Differences, norm: Norm) -> dict[str, Float64]:
-    """Return a silo's Fisher values divided by their Euclidean norm, so that no silo counts for its gradients' size.
+    """Return a silo's Fisher values divided by their Euclidean norm, so that large gradients do not dominate.
 
     Args:
-        norm: over each tensor, over the whole model, or not at all; what is all zero stays so.
+        norm: over each tensor, over the whole model, or none; zeros stay zero.
 
     Source: the code of Jin et al., "Dataless Knowledge Fusion by Merging Weights of Language Models", ICLR 2023.
     """
@@ -84,11 +84,11 @@ def fisher_mean(
     """Return Σ cᵢ Fᵢ Δᵢ / Σ cᵢ Fᵢ, element by element.
 
     Args:
-        fishers: each silo's diagonal Fisher information, ≥ 0, in the shapes of the differences; what has none, as
-            buffers have, gets the mean.
+        fishers: each silo's diagonal Fisher information, ≥ 0, in the shapes of the differences; tensors without it,
+            such as buffers, get the mean.
 
-    Source: Matena and Raffel, "Merging Models with Fisher-Weighted Averaging", NeurIPS 2022, equation 4, written for
-    the differences from a common base. FISHER_FLOOR stands for what they add to avoid a division by zero.
+    Source: Matena and Raffel, "Merging Models with Fisher-Weighted Averaging", NeurIPS 2022, equation 4, applied to
+    differences from a common base. FISHER_FLOOR replaces their constant against division by zero.
     """
     merged = {}
     for name in differences[0]:

@@ -1,4 +1,4 @@
-"""One model fine-tuned on the data of all silos, as if they could be pooled."""
+"""One model fine-tuned on the pooled data of all silos."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from gramfuse_server.merging.methods.registry import DIFFERENT_TASKS, CandidateS
 
 MASKED = NotAllowed(
     lambda plan: any(silo.labels and kind_of(plan.task_of(silo.name)).exclusive for silo in plan.silo),
-    "silos annotate different classes ('labels' of a [[silo]]), so a label of one silo does not say that another's "
-    "class is absent; leave it out",
+    "silos annotate different classes ('labels' of a [[silo]]), so a label of one silo does not rule out another "
+    "silo's class; leave it out",
 )
 
 
 @method(
     name="joint",
     label="joint",
-    words="fine-tuned on the pooled examples of all silos, which silos that keep their data cannot do",
+    words="fine-tuned on the pooled examples of all silos, impossible if silos keep their data",
     needs=("data",),
     refusals=(DIFFERENT_TASKS, MASKED),
 )

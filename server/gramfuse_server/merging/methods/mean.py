@@ -1,4 +1,4 @@
-"""The weighted mean of the silos' models, which every run measures."""
+"""The weighted mean of the silos' models; every run measures it."""
 
 from __future__ import annotations
 

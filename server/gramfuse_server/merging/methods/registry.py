@@ -1,4 +1,4 @@
-"""The registry of methods: what the command line, a report and its page know of each.
+"""The registry of merge methods, used by the command line, the report and its page.
 
 To add one, write a file in this folder:
 
@@ -13,8 +13,9 @@ To add one, write a file in this folder:
         differences, _ = silos.parents()
         return Candidate({name: np.median([d[name] for d in differences], axis=0) for name in differences[0]})
 
-`gramfuse simulate --compare median` then measures it, and tables show it as "median". Another package can do the same
-before it calls gramfuse. A file must not load torch when it is imported: the command line reads it for `--help`.
+`gramfuse simulate --compare median` then measures it, and tables show it as "median". Other packages can register
+methods too, before they call gramfuse. The file must not import torch at module level: the command line imports it for
+`--help`.
 """
 
 from __future__ import annotations
@@ -35,20 +36,20 @@ if TYPE_CHECKING:
     from gramfuse_server.merging.methods.arithmetic import Differences, Weights
 
 Need = Literal["models", "data", "fisher"]
-"""What a method takes of single silos: their models after one exchange, their training data, or their models' Fisher
-information. Whoever needs any of it cannot have secure aggregation."""
+"""What a method needs from single silos: their models after one exchange, their training data, or their models' Fisher
+information. Any of it rules out secure aggregation."""
 
 
 class Silos(Protocol):
-    """What a method may ask of the silos that are in a merge."""
+    """The silos in a merge, as a method sees them."""
 
     @property
     def plan(self) -> Plan:
-        """What the silos agreed on."""
+        """The plan of the run."""
 
     @property
     def layout(self) -> Layout:
-        """What is merged."""
+        """The layout of the merge."""
 
     @property
     def names(self) -> Sequence[str]:
@@ -59,49 +60,48 @@ class Silos(Protocol):
         """The base model with the head of the first silo's task."""
 
     def start(self) -> Mapping[str, NDArray[np.float32]]:
-        """Return the base model's parameters and buffers that are merged, by name."""
+        """Return the base model's merged parameters and buffers, by name."""
 
     def deltas(self, silo: str) -> Differences:
-        """Return how a silo's own model differs from the base."""
+        """Return the differences of a silo's own model from the base."""
 
     def parents(self) -> tuple[Sequence[Differences], Sequence[Weights]]:
-        """Return the differences of all silos, zero where they count for nothing, and what they count for."""
+        """Return the differences of all silos, zero where their weight is zero, and their weights."""
 
     def fisher(self, silo: str, variant: str | None, examples: int) -> tuple[str, Differences]:
-        """Return the variant, by default the one that fits the silo's task, and the diagonal Fisher information."""
+        """Return the Fisher variant, by default the one for the silo's task, and the diagonal Fisher information."""
 
     def measure(self, deltas: Differences) -> Mapping[str, Sums]:
-        """Return the held-out sums of the base with differences added, by silo."""
+        """Return the held-out sums of base + deltas, by silo."""
 
     def metrics(self, sums: Mapping[str, Sums]) -> Mapping[str, float]:
         """Return the metrics of all silos together."""
 
     @property
     def ranked_by(self) -> str:
-        """Which metric ranks models: the higher, the better."""
+        """The metric that ranks models; higher is better."""
 
     def ask_together(self) -> Mapping[str, Sums]:
-        """Return the held-out sums of all silos' own models asked together, by silo."""
+        """Return the held-out sums of the ensemble of all silos' own models, by silo."""
 
     def train_jointly(self) -> Mapping[str, Sums]:
         """Return the held-out sums of the base fine-tuned on all silos' data, by silo."""
 
     def federate(self, rounds: int, after: Callable[[int, Differences], None]) -> Mapping[str, int]:
-        """Run FedAvg, with a call after each round, and return the bytes that each silo sent."""
+        """Run FedAvg, call `after` with each round and its average, and return the bytes that each silo sent."""
 
     def tell(self, name: str) -> None:
-        """Tell whoever watches that something was measured."""
+        """Tell the observer that a model was measured."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One model that a method made, to be measured.
+    """A model made by a method, to be measured.
 
     Args:
         deltas: its differences from the base, by parameter name.
-        about: how it was made; tables show it in brackets.
-        more: what else a report says of it, by name of a field of `gramfuse_server.report.schema.Measured`; `note` is
-            shown beside it.
+        about: details, shown in brackets after its name.
+        more: further fields of its `gramfuse_server.report.schema.Measured`, by name; `note` is shown beside it.
     """
 
     deltas: Differences
@@ -111,11 +111,11 @@ class Candidate:
 
 @dataclass(frozen=True)
 class CandidateSums:
-    """What a method measured itself, where there is not one model that could be.
+    """Results of a method that does not produce a single model and measures itself.
 
     Args:
         sums: held-out sums by silo.
-        about, more: as `Candidate` has them.
+        about, more: as in `Candidate`.
     """
 
     sums: Mapping[str, Sums]
@@ -124,11 +124,11 @@ class CandidateSums:
 
 
 class NotAllowed(NamedTuple):
-    """A plan under which a method cannot be had.
+    """A condition on plans under which a method is not available.
 
     Args:
-        applies: whether a plan is one.
-        why: and what to do, for the error.
+        applies: whether a plan meets the condition.
+        why: the reason and the remedy, for the error.
     """
 
     applies: Callable[[Plan], bool]
@@ -136,13 +136,13 @@ class NotAllowed(NamedTuple):
 
 
 class Options(NamedTuple):
-    """What may stand behind a method's name.
+    """The options that can follow a method's name.
 
     Args:
-        written: how, for `--help`.
-        words: what it means and what is taken without it, for `--help`.
-        parse: takes what stands between colons, and returns keyword arguments of the method, all of them; raises
-            ValueError saying what is wrong.
+        written: their syntax, for `--help`.
+        words: their meaning and defaults, for `--help`.
+        parse: takes the values between colons and returns all keyword arguments of the method; raises ValueError with
+            the problem.
     """
 
     written: str
@@ -152,7 +152,7 @@ class Options(NamedTuple):
 
 def _nothing(values: Sequence[str]) -> dict[str, Any]:
     if values:
-        raise ValueError("it has no options")
+        raise ValueError("it takes no options")
     return {}
 
 
@@ -160,10 +160,10 @@ NOTHING = Options("", "", _nothing)
 
 
 def number(name: str, default: float, most: float, words: str) -> Options:
-    """Return the options of a method that has one: a number above 0, of the type of its default.
+    """Return the options of a method with a single numeric option, above 0, of the type of its default.
 
     Args:
-        words: as `Options` has them.
+        words: as in `Options`.
     """
 
     def parse(values: Sequence[str]) -> dict[str, Any]:
@@ -172,7 +172,7 @@ def number(name: str, default: float, most: float, words: str) -> Options:
         except ValueError:
             value = type(default)(0)
         if not 0 < value <= most:
-            raise ValueError(f"{name} is one {'whole ' if type(default) is int else ''}number in (0, {most:g}]")
+            raise ValueError(f"{name} must be one {'whole ' if type(default) is int else ''}number in (0, {most:g}]")
         return {name: value}
 
     return Options(f"[:{name.upper()}]", words, parse)
@@ -180,19 +180,19 @@ def number(name: str, default: float, most: float, words: str) -> Options:
 
 @dataclass(frozen=True)
 class Method:
-    """One way to put silos' models together.
+    """A method of merging silos' models.
 
     Args:
-        name: on the command line, and as the `kind` of a model in a report.
+        name: on the command line, and the `kind` of its models in a report.
         label: in tables.
-        words: what it is, for `--help` and for a report's page.
-        make: called with the silos and, by name, with the options.
-        paper: where it comes from.
-        options: what may stand behind its name.
-        needs: what of single silos it takes.
-        refusals: plans under which it cannot be had, beside those that follow from its needs.
-        ready: raises PlanError if something that it works with is not installed.
-        always: whether every run measures it, so that nobody has to ask for it.
+        words: description, for `--help` and the report's page.
+        make: called with the silos, and with the options as keyword arguments.
+        paper: its source.
+        options: the options that can follow its name.
+        needs: what it needs from single silos.
+        refusals: conditions under which it is not available, beside those that follow from its needs.
+        ready: raises PlanError if a library that it needs is not installed.
+        always: whether every run measures it without being asked.
     """
 
     name: str
@@ -214,17 +214,17 @@ Make = Callable[..., Candidate | CandidateSums]
 
 
 def method(**about: Any) -> Callable[[Make], Make]:
-    """Register a function as a method; keyword arguments as `Method` has them.
+    """Register a function as a method; keyword arguments as in `Method`.
 
     Raises:
-        ValueError: if there is one of this name, or no command line could name it.
+        ValueError: if the name is taken, or cannot be used on a command line.
     """
 
     def register(make: Make) -> Make:
-        one = Method(make=make, **about)
-        if one.name in METHODS or not one.name or set(one.name) & set(",: "):
-            raise ValueError(f"a method is called {one.name!r}, which is taken, or no name for one")
-        METHODS[one.name] = one
+        entry = Method(make=make, **about)
+        if entry.name in METHODS or not entry.name or set(entry.name) & set(",: "):
+            raise ValueError(f"the method name {entry.name!r} is taken or invalid")
+        METHODS[entry.name] = entry
         return make
 
     return register
@@ -232,7 +232,7 @@ def method(**about: Any) -> Callable[[Make], Make]:
 
 DIFFERENT_TASKS = NotAllowed(
     lambda plan: bool(plan.task),
-    "the silos have different tasks, so neither their outputs nor their data can be put together; leave it out",
+    "the silos have different tasks, so neither their outputs nor their data can be combined; leave it out",
 )
 
 OF_NEEDS: tuple[tuple[frozenset[Need], NotAllowed], ...] = (
@@ -240,9 +240,8 @@ OF_NEEDS: tuple[tuple[frozenset[Need], NotAllowed], ...] = (
         frozenset(("models", "data", "fisher")),
         NotAllowed(
             lambda plan: plan.privacy.secure_aggregation,
-            "needs each silo's own model or data, and with privacy.secure-aggregation all that is seen is their sum. "
-            "If all silos' data may be seen on this machine, simulate in open mode with --open; or compare with simple "
-            "only",
+            "needs each silo's own model or data, but privacy.secure-aggregation reveals only their sum. If this "
+            "machine may see all silos' data, simulate in open mode with --open; or compare with simple only",
         ),
     ),
     (
@@ -256,13 +255,13 @@ OF_NEEDS: tuple[tuple[frozenset[Need], NotAllowed], ...] = (
         frozenset(("models", "fisher")),
         NotAllowed(
             lambda plan: plan.merge.rounds > 1,
-            "is of the models that silos have after one exchange; use --set merge.rounds=1",
+            "needs the silos' models after a single exchange; use --set merge.rounds=1",
         ),
     ),
 )
-"""Plans under which no method can be had that needs any of these."""
+"""Conditions under which methods with any of these needs are not available."""
 
 
 def refused(method: Method) -> tuple[NotAllowed, ...]:
-    """Return all plans under which a method cannot be had."""
+    """Return all conditions under which a method is not available."""
     return (*(refusal for needs, refusal in OF_NEEDS if needs & set(method.needs)), *method.refusals)

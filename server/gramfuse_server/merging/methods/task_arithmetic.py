@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gramfuse_server.merging.methods.arithmetic import Differences, Float64, added, apart
+from gramfuse_server.merging.methods.arithmetic import Differences, Float64, split_buffers, summed
 from gramfuse_server.merging.methods.registry import Candidate, Silos, method, number
 
 SCALE = 0.3
-"""λ that Ilharco et al. found to do well for any number of tasks, where it cannot be chosen on held-out data."""
+"""λ that works for any number of tasks according to Ilharco et al., if it cannot be chosen on held-out data."""
 
 
 @method(
@@ -22,8 +22,8 @@ SCALE = 0.3
     needs=("models",),
 )
 def scaled_sum(silos: Silos, scale: float) -> Candidate:
-    """Return the scaled sum of what parameters changed by, and the mean of what buffers did."""
-    differences, buffers = apart(silos)
+    """Return the scaled sum of the parameters' differences, and the mean of the buffers'."""
+    differences, buffers = split_buffers(silos)
     return Candidate(task_arithmetic(differences, scale) | buffers, (f"scale {scale:g}",))
 
 
@@ -35,4 +35,4 @@ def task_arithmetic(differences: Sequence[Differences], scale: float = SCALE) ->
 
     Source: Ilharco et al., "Editing Models with Task Arithmetic", ICLR 2023, section 2: θ_new = θ_pre + λ Σ τᵢ.
     """
-    return {name: np.asarray(scale * added([d[name] for d in differences])) for name in differences[0]}
+    return {name: np.asarray(scale * summed([d[name] for d in differences])) for name in differences[0]}

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gramfuse_server.merging.methods.arithmetic import Differences, Float64, added, apart
+from gramfuse_server.merging.methods.arithmetic import Differences, Float64, split_buffers, summed
 from gramfuse_server.merging.methods.registry import Candidate, Silos, method, number
 
 DENSITY = 0.2
-"""Share of each silo's differences that is kept, of the largest magnitude; Yadav et al., section 4."""
+"""Share of each silo's differences to keep, by magnitude; Yadav et al., section 4."""
 
 
 @method(
@@ -22,16 +22,16 @@ DENSITY = 0.2
     needs=("models",),
 )
 def trimmed(silos: Silos, density: float) -> Candidate:
-    """Return TIES of what parameters changed by, and the mean of what buffers did."""
-    differences, buffers = apart(silos)
+    """Return TIES of the parameters' differences, and the mean of the buffers'."""
+    differences, buffers = split_buffers(silos)
     return Candidate(ties(differences, density) | buffers, (f"density {density:g}",))
 
 
 def ties(differences: Sequence[Differences], density: float = DENSITY, scale: float = 1.0) -> dict[str, Float64]:
-    """Trim each silo's differences, elect a sign for each element, and return λ times the mean of those that have it.
+    """Trim each silo's differences, elect a sign per element, and return λ times the mean of those with that sign.
 
     Args:
-        density: share of a silo's differences, over its whole model, that is kept, in (0, 1].
+        density: share of a silo's differences to keep, over its whole model, in (0, 1].
         scale: λ.
 
     Source: Yadav et al., "TIES-Merging: Resolving Interference When Merging Models", NeurIPS 2023, algorithm 1.
@@ -43,16 +43,16 @@ def ties(differences: Sequence[Differences], density: float = DENSITY, scale: fl
             np.where(np.abs(d[name]) >= least, d[name], 0.0).astype(np.float64)
             for d, least in zip(differences, thresholds, strict=True)
         ]
-        elected = np.sign(added(kept))
+        elected = np.sign(summed(kept))
         agreeing = [(np.sign(values) == elected) & (values != 0) for values in kept]
-        count = added([np.asarray(agrees, np.float64) for agrees in agreeing])
-        total = added([values * agrees for values, agrees in zip(kept, agreeing, strict=True)])
+        count = summed([np.asarray(agrees, np.float64) for agrees in agreeing])
+        total = summed([values * agrees for values, agrees in zip(kept, agreeing, strict=True)])
         merged[name] = scale * total / np.maximum(count, 1.0)
     return merged
 
 
 def _threshold(difference: Differences, density: float) -> float:
-    """Return the magnitude from which on an element is among the largest of a silo's whole model."""
+    """Return the smallest magnitude to keep, over a silo's whole model."""
     magnitudes = np.concatenate([np.abs(values).ravel() for values in difference.values()])
     kept = max(1, round(density * magnitudes.size))
     return float(np.partition(magnitudes, magnitudes.size - kept)[magnitudes.size - kept])

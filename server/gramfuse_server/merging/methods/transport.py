@@ -1,4 +1,4 @@
-"""Fuses two models by optimal transport: the hidden units of one are matched with those of the other, then averaged.
+"""Fuses two models by optimal transport: matches the hidden units of one with those of the other, then averages.
 
 Source: Singh and Jaggi, "Model Fusion via Optimal Transport", NeurIPS 2020, section 4, with uniform marginals and the
 Euclidean distance of incoming weights, on feed-forward pairs only, as in the comparisons of Jin et al., ICLR 2023.
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from gramfuse_model.layers import LinearModule
 
 SAME = 1e-9
-"""Relative difference, in float64, up to which two outputs of one model count as the same."""
+"""Relative difference, in float64, up to which two outputs of a model count as equal."""
 
 ITERATIONS = 10_000_000
 """Most steps of the network simplex; POT's own limit is too low for thousands of units."""
@@ -47,33 +47,33 @@ def load_pot() -> Any:
 @method(
     name="transport",
     label="transport",
-    words="units of two models matched before they are averaged",
+    words="two models averaged after matching their hidden units",
     paper="Singh and Jaggi, NeurIPS 2020",
     needs=("models",),
     refusals=(
         NotAllowed(
             lambda plan: len(plan.silo) != 2,
-            "the hidden units of two models are matched, so the plan must have two silos; leave it out",
+            "it matches the hidden units of two models, so the plan must have exactly two silos; leave it out",
         ),
     ),
     ready=load_pot,
 )
 def transport(silos: Silos) -> Candidate:
-    """Match the units of two silos' models, and return the mean.
+    """Match the hidden units of two silos' models, and return the mean.
 
     Raises:
-        PlanError: if a silo was lost, or the base model has no units that can be matched.
+        PlanError: if a silo was lost, or the base model has no feed-forward pair with matchable units.
     """
     from gramfuse_model.probing.public_batch import public_batch
 
     if len(silos.names) != 2:
-        raise PlanError(f"transport: matches the units of two models, and {len(silos.names)} silo is left")
+        raise PlanError(f"transport: needs exactly two models, but {len(silos.names)} silo is left")
     trained = [tensor.name for tensor in silos.layout.tensors]
     pairs, others = feed_forward_pairs(silos.base.model, public_batch(silos.base), trained)
     if not pairs:
         why = f": the units of {others[0]} depend on other weights, as in a gated block" if others else ""
         raise PlanError(
-            f"transport: no feed-forward pair of this base model has units that can be matched{why}; leave it out"
+            f"transport: the units of no feed-forward pair of this base model can be matched{why}; leave it out"
         )
     more: dict[str, Any] = {"pairs": len(pairs)}
     if others:
@@ -82,12 +82,12 @@ def transport(silos: Silos) -> Candidate:
 
 
 class Pair(NamedTuple):
-    """Two linear modules with nothing but a function of each unit alone between them.
+    """Two linear modules with only an elementwise function between them.
 
     Args:
-        first: weight whose outputs are the hidden units.
-        bias: its bias, or None.
-        second: weight whose inputs they are.
+        first: name of the weight whose outputs are the hidden units.
+        bias: name of its bias, or None.
+        second: name of the weight whose inputs they are.
         first_transposed, second_transposed: whether a weight is stored as Wᵀ, (d_out, d_in).
     """
 
@@ -103,17 +103,17 @@ def feed_forward_pairs(
 ) -> tuple[list[Pair], list[str]]:
     """Find the feed-forward pairs of a model.
 
-    Candidates are linear modules that follow one another in the same part of the model, the first with as many outputs
-    as the second has inputs, and more than it has inputs itself. Those are taken whose hidden units can be put into
-    another order without a change of the model's output; in a gated block, for one, they cannot without the gate.
+    Candidates are consecutive linear modules in the same part of the model; the first has as many outputs as the second
+    has inputs, and more outputs than inputs. A candidate is a pair if its hidden units can be permuted without changing
+    the model's output; in a gated block, for example, they cannot be permuted without the gate.
 
     Args:
-        model: the base model; it stays as it is.
-        batch: keyword arguments of its forward, on which its outputs are compared.
-        trained: names of the parameters that are fused.
+        model: the base model; unchanged.
+        batch: keyword arguments of its forward, to compare outputs on.
+        trained: names of the parameters to fuse.
 
     Returns:
-        The pairs, and the first weights of the candidates that are none.
+        The pairs, and the first weights of the other candidates.
     """
     import torch
 
@@ -126,7 +126,7 @@ def feed_forward_pairs(
         before = probe(**exact).logits
         pairs, skipped = [], []
         for first, second in pairwise(linear_modules(probe)):
-            if not _together(first, second) or not first.d_in < first.d_out == second.d_in:
+            if not _same_part(first, second) or not first.d_in < first.d_out == second.d_in:
                 continue
             bias = first.weight.removesuffix("weight") + "bias"
             pair = Pair(
@@ -138,7 +138,7 @@ def feed_forward_pairs(
             )
             if any(name not in trained for name in (pair.first, pair.second, pair.bias) if name is not None):
                 continue
-            if _unmoved(probe, parameters, pair, first.d_out, exact, before):
+            if _invariant(probe, parameters, pair, first.d_out, exact, before):
                 pairs.append(pair)
             else:
                 skipped.append(pair.first)
@@ -155,8 +155,8 @@ def transport_mean(
 
     Args:
         start: the base model's parameters.
-        differences: of the two models from it, by parameter name.
-        weights: of the two models in the mean, as `gramfuse_server.merging.methods.arithmetic` has them.
+        differences: of the two models from the base, by parameter name.
+        weights: of the two models in the mean, as in `gramfuse_server.merging.methods.arithmetic`.
 
     Returns:
         Differences of the mean from the base, float64.
@@ -180,13 +180,13 @@ def transport_mean(
 
 
 def match(units: Float64, others: Float64) -> Float64:
-    """Return the transport map that takes other units to units at the least total distance.
+    """Return the transport map from `others` to `units` with the least total distance.
 
     Args:
-        units, others: (n, features): a unit's incoming weights in each row.
+        units, others: (n, features), a unit's incoming weights in each row.
 
     Returns:
-        (n, n), rows and columns of sum 1: a permutation matrix, with equal distances possibly a mixture of some.
+        (n, n), with row and column sums of 1: a permutation matrix, or a mixture of several if distances tie.
 
     Raises:
         PlanError: if POT is not installed.
@@ -199,16 +199,16 @@ def match(units: Float64, others: Float64) -> Float64:
 
 
 def _rows(weight: Float64, transposed: bool) -> Float64:
-    """Return a weight as (d_out, d_in), or one that is so as it is stored."""
+    """Convert a weight between its stored form and (d_out, d_in); its own inverse."""
     return weight if transposed else weight.T
 
 
-def _together(first: LinearModule, second: LinearModule) -> bool:
-    """Whether both are in one part of the model: its body, or its head."""
+def _same_part(first: LinearModule, second: LinearModule) -> bool:
+    """Whether both are in the same part of the model: body or head."""
     return first.weight.split(".")[0] == second.weight.split(".")[0]
 
 
-def _unmoved(
+def _invariant(
     probe: nn.Module,
     parameters: Mapping[str, torch.Tensor],
     pair: Pair,
@@ -216,7 +216,7 @@ def _unmoved(
     batch: Mapping[str, torch.Tensor],
     before: torch.Tensor,
 ) -> bool:
-    """Whether the model's output stays when the hidden units are put into another order."""
+    """Whether the model's output is invariant under a permutation of the hidden units."""
     import torch
 
     order = torch.arange(units).roll(1)

@@ -1,4 +1,4 @@
-"""What is said of tokens that were added to models that are merged."""
+"""Explains which added tokens a merged model has."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ from gramfuse_protocol.text import quoted
 from gramfuse_server.report.schema import AddedToken, Report
 
 SHOWN = 50
-"""Most tokens that are named in one place."""
+"""Most tokens to list."""
 
 
-def tell_added(report: Report, mark: Callable[[str], str] = str) -> list[str]:
-    """Say what became of tokens that were added to models; nothing of a run, whose models have none.
+def explain_added_tokens(report: Report, mark: Callable[[str], str] = str) -> list[str]:
+    """Return sentences on the tokens that were added to models; empty for runs, whose models have none.
 
     Args:
-        mark: shows a token, which somebody else named.
+        mark: formats a token, whose text is untrusted.
     """
-    added, said = report.added_tokens, []
+    added, sentences = report.added_tokens, []
     if added is None:
         return []
     if added.kept:
-        said.append(
-            "Of the tokens that were added to models, these are kept, each with the weighted mean of its rows in the "
-            f"models that have it: {_named(added.kept, mark)}."
+        sentences.append(
+            "Added tokens in the merged model, each with the weighted mean of its rows over the models that have it: "
+            f"{_named(added.kept, mark)}."
         )
     if added.left_out:
-        said.append(
-            f"Of the tokens that were added to models, these are left out: {_named(added.left_out, mark)}. "
-            "gramfuse merge --tokenizer DIR keeps those that the tokenizer in DIR has."
+        sentences.append(
+            f"Added tokens that were left out: {_named(added.left_out, mark)}. To keep them, run gramfuse merge "
+            "--tokenizer DIR with a tokenizer that has them."
         )
-    return said
+    return sentences
 
 
 def _named(entries: Sequence[AddedToken], mark: Callable[[str], str]) -> str:

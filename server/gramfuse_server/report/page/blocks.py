@@ -1,4 +1,4 @@
-"""What the page of a report is made of; the template says what each looks like."""
+"""The building blocks of a report's page; the template renders them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from markupsafe import Markup
 
 WIDE = 3
-"""A table with more columns than this scrolls in itself where the page is narrow."""
+"""Tables with more columns than this scroll on narrow screens."""
 
 
 @dataclass(frozen=True)
@@ -16,8 +16,8 @@ class Bar:
     """A bar from zero.
 
     Args:
-        start, length: where it begins and how long it is, in percent of its room.
-        strong: whether it is that of the merged model.
+        start, length: position and length, in percent of the available width.
+        strong: whether it belongs to the merged model.
     """
 
     start: float
@@ -27,7 +27,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell of a table: text, perhaps with a bar under it."""
+    """A cell of a table: text, with an optional bar under it."""
 
     text: str
     bar: Bar | None = None
@@ -35,7 +35,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a table; numbers stand to the right."""
+    """A column of a table; numbers are right-aligned."""
 
     title: str
     number: bool = True
@@ -46,10 +46,10 @@ class Row:
     """A row of a table.
 
     Args:
-        head: what it is about.
-        cells: one for each column but the first.
+        head: text of the first column.
+        cells: one for each other column.
         note: small print under the head.
-        strong: whether it is that of the merged model.
+        strong: whether it belongs to the merged model.
     """
 
     head: str
@@ -69,13 +69,13 @@ class Table:
 
     @property
     def wide(self) -> bool:
-        """Whether it needs more room than a phone has."""
+        """Whether it is too wide for a phone."""
         return len(self.columns) > WIDE
 
 
 @dataclass(frozen=True)
 class Facts:
-    """Names and what they are."""
+    """A list of names and values."""
 
     entries: Sequence[tuple[str, str | Markup]]
     kind: str = field(default="facts", init=False)
@@ -100,7 +100,7 @@ class Code:
 
 @dataclass(frozen=True)
 class Dot:
-    """A point of a curve, x in percent of the width and y in pixels; the label of the x axis stands under it."""
+    """A point of a curve: x in percent of the width, y in pixels, and its label on the x axis."""
 
     x: float
     y: float
@@ -113,10 +113,10 @@ class Curve:
     """A line through points, in the order of x.
 
     Args:
-        title, description: what it shows, and what there is to see, for those who do not see it.
-        axis: what the x axis is.
+        title, description: its caption, and a text for screen readers.
+        axis: label of the x axis.
         dots: its points.
-        ticks: y in pixels and text of each tick of the y axis.
+        ticks: (y in pixels, text) of each tick on the y axis.
     """
 
     title: str
@@ -129,7 +129,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Folded:
-    """Blocks that are shown when they are asked for."""
+    """Blocks that are folded until the reader opens them."""
 
     summary: str
     blocks: Sequence[Block]
@@ -157,7 +157,7 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Side:
-    """A side of a run: what it could see, and what not."""
+    """What one side of a run could see, and what not."""
 
     name: str
     sees: str
@@ -166,7 +166,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Sides:
-    """All sides of a run; each has a heading of its own."""
+    """All sides of a run, each with its own heading."""
 
     sides: Sequence[Side]
     kind: str = field(default="sides", init=False)
@@ -174,7 +174,7 @@ class Sides:
 
 @dataclass(frozen=True)
 class Notice:
-    """Something that went wrong, or nearly: a word that says how bad it is, and what it is."""
+    """A warning or failure: a word for its severity, and a text."""
 
     word: str
     text: str
@@ -187,7 +187,7 @@ Block = Table | Facts | Text | Code | Curve | Folded | Tiles | Sides | Notice
 
 @dataclass(frozen=True)
 class PageSection:
-    """A part of the page under a heading of its own; `name` is what links go to."""
+    """A section of the page; `name` is its anchor."""
 
     name: str
     title: str

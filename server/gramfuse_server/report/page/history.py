@@ -1,4 +1,4 @@
-"""How a run went: the sections of a page on failures, losses, solves, checks, bytes and seconds."""
+"""Sections of a page on how a run went: failures, losses, solves, checks, bytes and seconds."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from gramfuse_server.report.verdicts import worst
 
 
 def failure(reading: Reading) -> PageSection:
-    """What went wrong, where, and what to do."""
+    """What failed, where, and what to do."""
     failure = reading.failure
     assert failure is not None  # noqa: S101
     code, phase = failure.exit_code, PHASES.get(failure.phase, failure.phase)
@@ -40,19 +40,19 @@ def failure(reading: Reading) -> PageSection:
     entries.append(("Error", f"{failure.error}, exit code {code}"))
     entries.append(("Causes, and what to do", Markup("<code>gramfuse explain {}</code>").format(code)))
     blocks: list[Block] = [
-        Notice("Failed", f"The run ended in the phase “{phase}”. There is no merged model.", grave=True),
+        Notice("Failed", f"The run failed in the phase “{phase}”. There is no merged model.", grave=True),
         Facts(entries),
     ]
     if failure.resumable:
         blocks += [
             Text(
-                "What was done is kept, and no silo trains again. Once the cause is gone, go on in the directory that "
-                "this one is in, with DIR and CONNECTION as before:"
+                "The progress is kept, and no silo trains again. Once the cause is fixed, resume the run from the "
+                "parent of this directory, with DIR and CONNECTION as before:"
             ),
             Code("Command to resume the run", f"gramfuse run DIR CONNECTION --resume {reading.report.run}"),
         ]
     else:
-        blocks.append(Text("Nothing of the run is kept but this report. Once the cause is gone, start it again."))
+        blocks.append(Text("Only this report is kept. Once the cause is fixed, start the run again."))
     return PageSection("result", "What failed", blocks)
 
 
@@ -87,13 +87,13 @@ def solve(reading: Reading) -> PageSection | None:
         blocks.append(
             Notice(
                 "Note",
-                f"{len(odd)} of {count(len(steps), 'groups')} of weights were not solved as they stand. They took the "
-                "simple average, or were drawn towards it; the model is whole.",
+                f"{len(odd)} of {count(len(steps), 'groups')} of weights were not solved exactly. They took the simple "
+                "average or were regularised towards it; the model is complete.",
             )
         )
         blocks.append(
             Table(
-                "Groups that were not solved as they stand",
+                "Groups that were not solved exactly",
                 [Column("Group"), Column("How it was solved", number=False)],
                 [Row(step.group, [Cell(explain(step))]) for step in odd],
             )
@@ -101,12 +101,12 @@ def solve(reading: Reading) -> PageSection | None:
     worst = min(steps, key=lambda step: (step.smallest_eigenvalue, step.group))
     dead = sum(step.dead_features for step in steps)
     unused = f" {count(dead, 'features')} were zero at every silo; their rows took the simple average." if dead else ""
-    clean = f"All {count(len(steps), 'groups')} of weights were solved as they stand. " if not odd else ""
+    clean = f"All {count(len(steps), 'groups')} of weights were solved exactly. " if not odd else ""
     blocks.append(
         Text(
             f"{clean}The least well-conditioned is {worst.group}, with a smallest eigenvalue of "
-            f"{worst.smallest_eigenvalue:.2g}; 1 is perfect, and below about 1e-6 the statistics say nothing in "
-            f"some direction.{unused}"
+            f"{worst.smallest_eigenvalue:.2g}; 1 is perfect, and below about 1e-6 the statistics carry no information "
+            f"in some direction.{unused}"
         )
     )
     rows = [
@@ -122,21 +122,23 @@ def solve(reading: Reading) -> PageSection | None:
 
 
 def checks(reading: Reading) -> PageSection | None:
-    """What can be seen of the merge from the sum alone."""
+    """Checks of the merge, from the sum alone."""
     listed = [
-        (check, of.round)
-        for of in reading.rounds
-        for check in of.checks
-        if of.round < reading.last and check.verdict != "ok"
+        (check, earlier.round)
+        for earlier in reading.rounds
+        for check in earlier.checks
+        if earlier.round < reading.last and check.verdict != "ok"
     ]
     listed += [(check, reading.last) for check in reading.report.checks]
     if not listed:
         return None
-    found = worst(check for check, _ in listed)
+    verdict = worst(check for check, _ in listed)
     blocks: list[Block] = []
-    if found != "ok":
+    if verdict != "ok":
         blocks.append(
-            Notice("Look" if found == "look" else "Bad", f"At least one check: {VERDICTS[found]}.", found == "bad")
+            Notice(
+                "Look" if verdict == "look" else "Bad", f"At least one check: {VERDICTS[verdict]}.", verdict == "bad"
+            )
         )
     rows = [
         Row(
@@ -161,10 +163,10 @@ def checks(reading: Reading) -> PageSection | None:
         Column("Usual"),
         Column("Possible"),
     ]
-    blocks.append(Table("Of each check, the place that is furthest from usual", titles, rows))
-    blocks.append(Folded("What these checks and verdicts are", [Facts([*CHECKS.items(), *VERDICTS.items()])]))
+    blocks.append(Table("The least usual place of each check", titles, rows))
+    blocks.append(Folded("What these checks and verdicts mean", [Facts([*CHECKS.items(), *VERDICTS.items()])]))
     blocks.append(
-        Text("Nothing shows which silo it is. A silo that bends the merge and stays within these ranges is not seen.")
+        Text("The checks cannot tell which silo it is, nor detect a silo that distorts the merge within these ranges.")
     )
     return PageSection("checks", "Checks of the merge", blocks)
 
@@ -176,11 +178,13 @@ def traffic(reading: Reading) -> PageSection | None:
     if isinstance(seconds, int | float):
         return PageSection("traffic", "Time", [Text(f"The merge took {charts.duration(seconds)}.")])
     sent, received = report.bytes, report.bytes_to_silos
-    phases = list(dict.fromkeys([*seconds, *(phase for of in (*sent.values(), *received.values()) for phase in of)]))
+    phases = list(
+        dict.fromkeys([*seconds, *(phase for phases in (*sent.values(), *received.values()) for phase in phases)])
+    )
     blocks: list[Block] = []
     silos = list(dict.fromkeys([*sent, *received]))
     if silos:
-        ways = [[float(sum(of.get(silo, {}).values())) for silo in silos] for of in (sent, received)]
+        ways = [[float(sum(way.get(silo, {}).values())) for silo in silos] for way in (sent, received)]
         drawn = charts.bars([*ways[0], *ways[1]])
         rows = [
             Row(
@@ -209,14 +213,14 @@ def traffic(reading: Reading) -> PageSection | None:
         ]
         titles = [Column("Phase"), Column("Time"), Column("From silos"), Column("To silos")]
         blocks.append(Table(f"Phases: {charts.duration(sum(seconds.values()))} in all", titles, rows))
-    for way, of in (("from", sent), ("to", received)):
-        if of:
-            blocks.append(Folded(f"Bytes {way} each silo by phase", [_by_phase(way, of, phases)]))
+    for way, by_silo in (("from", sent), ("to", received)):
+        if by_silo:
+            blocks.append(Folded(f"Bytes {way} each silo by phase", [_by_phase(way, by_silo, phases)]))
     return PageSection("traffic", "Bytes and time", blocks) if blocks else None
 
 
 def _in_phase(traffic: Mapping[str, Mapping[str, int]], phase: str) -> str:
-    total = sum(of.get(phase, 0) for of in traffic.values())
+    total = sum(by_phase.get(phase, 0) for by_phase in traffic.values())
     return charts.size(total) if total else charts.NONE
 
 
@@ -228,6 +232,6 @@ def _by_phase(way: str, traffic: Mapping[str, Mapping[str, int]], phases: Iterab
             [Cell(charts.size(traffic[silo][phase]) if phase in traffic[silo] else charts.NONE) for silo in silos],
         )
         for phase in phases
-        if any(phase in of for of in traffic.values())
+        if any(phase in by_phase for by_phase in traffic.values())
     ]
     return Table(f"Bytes {way} each silo by phase", [Column("Phase"), *map(Column, silos)], rows)

@@ -1,4 +1,4 @@
-"""The page of a run's report: one static file for people, which loads nothing and runs nothing."""
+"""The HTML page of a report: one static file without scripts or external resources."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from gramfuse_server.report.schema import Report
 
 
 def page(report: Report, plan: Plan | None) -> str:
-    """Return the page of a report, as HTML; the same report always gives the same text.
+    """Return the page of a report, as HTML; deterministic.
 
     Args:
-        report: of a run that is complete, of one that failed, or of a merge of files.
-        plan: that of the run, or None for files.
+        report: of a complete run, a failed run, or a merge of files.
+        plan: of the run, or None for files.
 
     Raises:
-        KeyError, ValueError, ArithmeticError: if its parts do not fit each other, or the plan.
+        KeyError, ValueError, ArithmeticError: if its parts contradict each other or the plan.
     """
-    title, told = heading(report, plan)
+    title, subtitle = heading(report, plan)
     return _template().render(
         title=title,
-        told=told,
+        subtitle=subtitle,
         failed=report.failure is not None,
         sections=sections(report, plan),
         version=report.versions["gramfuse"],
@@ -35,7 +35,7 @@ def page(report: Report, plan: Plan | None) -> str:
 
 
 def _shown(value: Any) -> Any:
-    """Return what stands in the page for a value: its text may be of silos, or of whoever gave the report."""
+    """Escape unprintable characters: a value can come from silos or from an untrusted report."""
     return lines_of(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 

@@ -1,4 +1,4 @@
-"""What was measured: the sections of a page on results, models, silos, labels, and the search."""
+"""Sections of a page on measurements: result, models, silos, labels, and the search."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ from gramfuse_server.report.ranges import Metrics
 from gramfuse_server.report.schema import LabelFigures, Measured, Tried, Tuning
 
 OPENLY = 24
-"""Most labels that are all shown at once."""
+"""Most labels to show unfolded."""
 ENDS = 10
-"""Of more labels, so many of the best and of the worst are."""
+"""If there are more, number of best and of worst labels to show unfolded."""
 
 At = Callable[[Mapping[str, Metrics] | None, str], float | None]
-"""Returns the metric that ranks models at a silo, from metrics by silo."""
+"""Returns the ranking metric at a silo, from metrics by silo."""
 
 
 def result(reading: Reading) -> PageSection:
-    """The merged model beside what there is without it."""
+    """The merged model next to its alternatives."""
     merged = reading.one("regmean")
     if merged is None:
         why = reading.report.unmeasured
         text = (
             f"No metrics: {why}."
             if why
-            else "Nothing was measured: files of statistics hold no held-out examples. gramfuse tune measures merges "
-            "of files on data of your own."
+            else "Nothing was measured: statistics files contain no held-out examples. gramfuse tune measures merges "
+            "of files on your own data."
         )
         return PageSection("result", "Result", [Notice("Not measured", text)])
     others = [
@@ -59,8 +59,8 @@ def result(reading: Reading) -> PageSection:
     tiles = [
         Tile(
             title,
-            _said(model, reading.ranked, value),
-            _beside(reading, model, values[0] - value),
+            _with_error(model, reading.ranked, value),
+            _compared(model, values[0] - value),
             bar,
             strong=model is merged,
         )
@@ -72,51 +72,50 @@ def result(reading: Reading) -> PageSection:
         Text(f"{reading.ranked.capitalize()} on {examples} of all silos together: {meaning}. Higher is better."),
         Tiles(tiles),
     ]
-    if (said := noise(reading.report, reading.ranked)) is not None:
-        blocks.append(Text(said))
+    if (sentence := noise(reading.report, reading.ranked)) is not None:
+        blocks.append(Text(sentence))
     if reading.tuning is not None:
-        blocks.append(Text("The merge was chosen on other examples than these; see the search below."))
+        blocks.append(Text("The merge was chosen on other examples; see the search below."))
     if reading.unsolved:
         groups = count(len(reading.unsolved), "groups")
-        blocks.append(
-            Notice("Note", f"{groups} of weights were not solved as they stand; see the quality of the solve.")
-        )
+        blocks.append(Notice("Note", f"{groups} of weights were not solved exactly; see the quality of the solve."))
     return PageSection("result", "Result", blocks)
 
 
-def _said(model: Measured, metric: str, value: float | None) -> str:
-    """Return a metric of a model, and how far the exact one may be from it."""
+def _with_error(model: Measured, metric: str, value: float | None) -> str:
+    """Return a metric of a model, with its error if it is noisy."""
     off = off_by(model, metric)
     return score(value) + ("" if off is None else f" ± {score(off)}")
 
 
-def _beside(reading: Reading, model: Measured, ahead: float) -> str:
+def _compared(model: Measured, lead: float) -> str:
     if model.kind == "regmean":
         return "RegMean"
-    told = f"the merge is {charts.difference(ahead)}"
-    return f"{model.name}; {told}" if model.kind == "silo" else told
+    note = f"the merge is {charts.difference(lead)}"
+    return f"{model.name}; {note}" if model.kind == "silo" else note
 
 
 def models(reading: Reading) -> PageSection | None:
     """All models and metrics."""
     earlier = reading.rounds if reading.failure is not None else reading.rounds[:-1]
-    listed = [(m.known, of.round) for of in earlier for m in of.models if m.kind in MERGES]
+    listed = [(m.without_noise, one.round) for one in earlier for m in one.models if m.kind in MERGES]
     listed += [(model, reading.last) for model in reading.models]
     if not listed:
         return None
-    found = [columns(model, reading.tasks) for model, _ in listed]
-    titles = list(dict.fromkeys([reading.ranked, *(title for row in found for title in row)]))
+    values = [columns(model, reading.tasks) for model, _ in listed]
+    titles = list(dict.fromkeys([reading.ranked, *(title for row in values for title in row)]))
     drawn = charts.bars(
-        [row.get(reading.ranked) for row in found],
+        [row.get(reading.ranked) for row in values],
         strong=[place for place, (model, _) in enumerate(listed) if model.kind == "regmean"],
         most=1.0,
     )
     timed = any(model.has("seconds") for model, _ in listed)
     sent = any(model.has("bytes") for model, _ in listed)
     rows = []
-    for (model, number), row, bar in zip(listed, found, drawn, strict=True):
+    for (model, number), row, bar in zip(listed, values, drawn, strict=True):
         cells = [
-            Cell(_said(model, title, row.get(title)), bar if title == reading.ranked else None) for title in titles
+            Cell(_with_error(model, title, row.get(title)), bar if title == reading.ranked else None)
+            for title in titles
         ]
         cells += [Cell(charts.duration(model.seconds) if model.has("seconds") else charts.NONE)] if timed else []
         cells += [Cell(charts.size(sum(model.bytes.values())) if model.has("bytes") else charts.NONE)] if sent else []
@@ -138,7 +137,7 @@ def models(reading: Reading) -> PageSection | None:
         if (about := words_of(kind)) is not None
     ]
     glossary += [(word, about) for word in dict.fromkeys(words) if (about := words_of_metric(word)) is not None]
-    blocks.append(Folded("What these models and metrics are", [Facts(glossary)]))
+    blocks.append(Folded("What these models and metrics mean", [Facts(glossary)]))
     return PageSection("models", "Models", blocks)
 
 
@@ -164,7 +163,7 @@ def _of_task(reading: Reading, task: str) -> Table:
 
 
 def by_silo(reading: Reading) -> PageSection | None:
-    """The models at each silo, where the report has that."""
+    """The models at each silo, if the report has metrics by silo."""
     measured = [model for model in reading.models if model.silos]
     merged = next((model for model in measured if model.kind == "regmean"), None)
     if merged is None:
@@ -174,8 +173,8 @@ def by_silo(reading: Reading) -> PageSection | None:
     alone = next((model.silos for model in measured if model.kind == "alone"), None)
     simple = next((model.silos for model in measured if model.kind == "simple"), None)
 
-    def at(found: Mapping[str, Metrics] | None, silo: str) -> float | None:
-        metrics = (found or {}).get(silo)
+    def at(by_silo: Mapping[str, Metrics] | None, silo: str) -> float | None:
+        metrics = (by_silo or {}).get(silo)
         return None if metrics is None else metrics.get(reading.primary(silo, metrics))
 
     each = [("Merged model", {silo: at(merged.silos, silo) for silo in silos})]
@@ -196,7 +195,7 @@ def by_silo(reading: Reading) -> PageSection | None:
     metric = "the metric of its task" if several else reading.ranked
     blocks: list[Block] = [
         Table(
-            f"By the held-out examples of each silo: {metric}",
+            f"On each silo's held-out examples: {metric}",
             [Column("Silo"), *(Column(title) for title, _ in each)],
             rows,
         ),
@@ -220,17 +219,17 @@ def _matrix(reading: Reading, measured: Sequence[Measured], silos: Sequence[str]
 
 
 def _metrics_by_silo(merged: Measured) -> Table:
-    found = merged.silos
-    titles = list(dict.fromkeys(title for metrics in found.values() for title in metrics if title != "examples"))
+    by_silo = merged.silos
+    titles = list(dict.fromkeys(title for metrics in by_silo.values() for title in metrics if title != "examples"))
     rows = [
         Row(silo, [Cell(f"{metrics['examples']:,.0f}"), *(Cell(score(metrics.get(title))) for title in titles)])
-        for silo, metrics in found.items()
+        for silo, metrics in by_silo.items()
     ]
     return Table("The merged model at each silo", [Column("Silo"), Column("examples"), *map(Column, titles)], rows)
 
 
 def by_label(reading: Reading) -> PageSection | None:
-    """F1 of each label, where the report has that."""
+    """F1 of each label, if the report has figures by label."""
     merged = reading.one("regmean")
     blocks: list[Block] = []
     for task, labels in (merged.labels if merged is not None else {}).items():
@@ -268,22 +267,22 @@ def _labels_of(reading: Reading, task: str, merged: Mapping[str, LabelFigures]) 
         titles = [*(f"F1, {title}" for title, _ in each), "precision, merged model", "recall, merged model"]
         return Table(caption, [Column(unit.capitalize()), *map(Column, titles)], rows)
 
-    unit, what = KINDS[reading.tasks[task]].unit
-    of = f" of task “{task}”" if task else ""
+    unit, units = KINDS[reading.tasks[task]].unit
+    scope = f" of task “{task}”" if task else ""
     if reading.alone is not None and reading.alone.kind == "silo":
-        of += f", beside {reading.alone.name} alone"
+        scope += f", beside {reading.alone.name} alone"
     if len(order) <= OPENLY:
-        return [table(f"All {len(order)} {what}{of}, the best first", order)]
+        return [table(f"All {len(order)} {units}{scope}, the best first", order)]
     middle = order[ENDS:-ENDS]
     return [
-        table(f"The {ENDS} best of {len(order)} {what}{of}", order[:ENDS]),
-        table(f"The {ENDS} worst of {len(order)} {what}{of}", order[-ENDS:]),
-        Folded(f"The {len(middle)} {what} between", [table(f"The {len(middle)} {what} between{of}", middle)]),
+        table(f"The {ENDS} best of {len(order)} {units}{scope}", order[:ENDS]),
+        table(f"The {ENDS} worst of {len(order)} {units}{scope}", order[-ENDS:]),
+        Folded(f"The {len(middle)} {units} between", [table(f"The {len(middle)} {units} between{scope}", middle)]),
     ]
 
 
 def _between(interval: Sequence[float] | None) -> str:
-    """Return the interval that a value may lie in, if it is not exact."""
+    """Return a noisy value's interval in brackets, or nothing for an exact one."""
     return "" if interval is None else f" [{score(interval[0])}, {score(interval[1])}]"
 
 
@@ -293,9 +292,9 @@ def search(reading: Reading) -> PageSection | None:
     if tuning is None:
         return None
     ranked, chosen = tuning.metric, tuning.chosen
-    on = count(sum(tuning.examples.values()), "validation examples")
+    examples = count(sum(tuning.examples.values()), "validation examples")
     blocks: list[Block] = [
-        Text(f"Merges were ranked by {ranked} on {on}, none of which is among those that models are reported on.")
+        Text(f"Merges were ranked by {ranked} on {examples}, none of which is among the reported examples.")
     ]
     curve = charts.curve(
         f"{ranked.capitalize()} over α on validation examples",
@@ -318,9 +317,7 @@ def search(reading: Reading) -> PageSection | None:
             for trial in tuning.weights
         ]
         weights = _trials(f"Weights of the silos, at α {chosen.alpha:g}", "Weights", trials, ranked)
-        blocks.append(
-            weights if len(trials) <= ENDS else Folded(f"All {len(trials)} weights that were tried", [weights])
-        )
+        blocks.append(weights if len(trials) <= ENDS else Folded(f"All {len(trials)} tried weights", [weights]))
     if tuning.order:
         trials = [(f"{place}. with {step.silos[-1]}", step, False) for place, step in enumerate(tuning.order, 1)]
         blocks.append(_trials("Silos added one after the other", "Merge", trials, ranked))
@@ -330,7 +327,7 @@ def search(reading: Reading) -> PageSection | None:
 
 
 def _trials(
-    caption: str, what: str, trials: Sequence[tuple[str, Tried, bool]], ranked: str, *, drawn: bool = True
+    caption: str, head: str, trials: Sequence[tuple[str, Tried, bool]], ranked: str, *, drawn: bool = True
 ) -> Table:
     chosen = [place for place, (_, _, mark) in enumerate(trials) if mark]
     scores = [trial.score for _, trial, _ in trials]
@@ -339,7 +336,7 @@ def _trials(
         Row(f"{name}, chosen" if mark else name, [Cell(score(trial.score), bar)], strong=mark)
         for (name, trial, mark), bar in zip(trials, bars, strict=True)
     ]
-    return Table(caption, [Column(what), Column(ranked)], rows)
+    return Table(caption, [Column(head), Column(ranked)], rows)
 
 
 def _influence(tuning: Tuning, ranked: str) -> Table:

@@ -1,4 +1,4 @@
-"""What the page of a report says, section by section. What the report does not know has no section."""
+"""The sections of a report's page; sections without content are left out."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from gramfuse_protocol.contract.who_sees_what import EXAMPLES, seen
 from gramfuse_protocol.tasks.registry import kind_of
 from gramfuse_protocol.text import one_line
 from gramfuse_server.report.page import charts, who_saw_what
-from gramfuse_server.report.page.added_tokens import tell_added
+from gramfuse_server.report.page.added_tokens import explain_added_tokens
 from gramfuse_server.report.page.blocks import Block, Cell, Code, Column, Facts, PageSection, Row, Sides, Table, Text
 from gramfuse_server.report.page.charts import count
 from gramfuse_server.report.page.history import checks, failure, losses, solve, traffic
@@ -22,20 +22,20 @@ STATES = {
     "trained": "had trained",
     "joined": "had joined",
     "connected": "was connected",
-    "lost": "was lost on the way",
-    "absent": "did not come",
+    "lost": "was lost",
+    "absent": "did not connect",
 }
 
 
 def sections(report: Report, plan: Plan | None) -> list[PageSection]:
-    """Return the sections of a report that have something to say.
+    """Return the non-empty sections of a report.
 
     Args:
-        report: of a run that is complete or that failed, or of a merge of files.
-        plan: that of the run, or None.
+        report: of a complete run, a failed run, or a merge of files.
+        plan: of the run, or None.
     """
     reading = Reading(report, plan)
-    made = [
+    candidates = [
         failure(reading) if reading.failure else result(reading),
         losses(reading),
         *([checks(reading)] if reading.unsound else []),
@@ -51,19 +51,19 @@ def sections(report: Report, plan: Plan | None) -> list[PageSection]:
         _load(reading),
         _check(reading),
     ]
-    return [section for section in made if section is not None]
+    return [section for section in candidates if section is not None]
 
 
 def heading(report: Report, plan: Plan | None) -> tuple[str, str]:
-    """Return the heading of the page, and what stands under it."""
+    """Return the heading and the subheading of the page."""
     reading = Reading(report, plan)
     if reading.failure is not None:
-        return f"{reading.title}: the run failed", f"Run {report.run}, a report of how far it came."
+        return f"{reading.title}: the run failed", f"Run {report.run}: how far it got."
     silos, examples = count(len(reading.silos), "silos"), count(report.examples, "examples")
     all_silos = len(plan.silo) if plan is not None else len(reading.silos)
     where = silos if all_silos == len(reading.silos) else f"{len(reading.silos)} of {all_silos} silos"
     if report.mode == "files":
-        way = "from files of statistics"
+        way = "from statistics files"
     else:
         way = f"in {len(reading.rounds)} rounds" if len(reading.rounds) > 1 else "in one exchange"
     title = f"{reading.title}: one {'body' if reading.own else 'model'} of {silos}"
@@ -73,7 +73,7 @@ def heading(report: Report, plan: Plan | None) -> tuple[str, str]:
 def _merged(reading: Reading) -> PageSection:
     """What was merged, from whom, under which plan."""
     title = "What was to be merged" if reading.failure else "What was merged"
-    added = [Text(said) for said in tell_added(reading.report)]
+    added = [Text(sentence) for sentence in explain_added_tokens(reading.report)]
     return PageSection("merged", title, [Facts(_terms(reading)), _roster(reading), *added])
 
 
@@ -87,7 +87,7 @@ def _terms(reading: Reading) -> list[tuple[str, str | Markup]]:
         entries.append(("Plan digest", _digest(report.plan_digest)))
     entries += [("Base model", base.name), ("Base model's SHA-256", _digest(base.sha256))]
     entries += [(f"Task “{name}”" if name else "Task", _task(reading, name)) for name in reading.tasks]
-    heads = {"same": "merged, from one start", "different": "merged, each from a start of its own", "own": "not merged"}
+    heads = {"same": "merged, from one start", "different": "merged, each from its own start", "own": "not merged"}
     head = report.heads if report.mode == "files" else report.head
     entries.append(("Heads", heads.get(head, "merged") + (": each silo keeps its own" if head == "own" else "")))
     alpha = plan.merge.alpha if plan is not None else report.alpha
@@ -95,13 +95,13 @@ def _terms(reading: Reading) -> list[tuple[str, str | Markup]]:
         before = f" instead of the plan's {alpha:g}" if plan is not None and alpha != tuned.alpha else ""
         entries.append(("α", f"{tuned.alpha:g}, chosen by the search{before}"))
     elif alpha is not None:
-        entries.append(("α", f"{alpha:g}, the share of each Gram matrix off its diagonal that is kept"))
+        entries.append(("α", f"{alpha:g}, the share of each Gram matrix's off-diagonal that is kept"))
     entries.append(("Weighting", _weighting(reading)))
     if plan is not None:
         gram = plan.merge.gram
         shapes = (f"{structure} for {pattern}" for pattern, structure in gram.items())
         entries.append(("Gram matrices", gram["*"] if list(gram) == ["*"] else ", ".join(shapes)))
-        entries.append(("Token rows", f"at most {plan.merge.tokens:,} for each Gram matrix and silo"))
+        entries.append(("Token rows", f"at most {plan.merge.tokens:,} per Gram matrix and silo"))
         training = plan.training
         entries.append(
             (
@@ -136,7 +136,7 @@ def _task(reading: Reading, name: str) -> str:
     generation = reading.report.generation.get(name)
     if generation is not None:
         first = f", beginning with “{generation.first_token}”" if generation.first_token else ""
-        return f"{kind}; texts were generated greedily, of at most {generation.max_new_tokens} tokens{first}"
+        return f"{kind}; texts were generated greedily, with at most {generation.max_new_tokens} tokens{first}"
     if task is None or not task.labels:
         return kind
     names, (one, several) = kind_of(task).names(task), kind_of(task).unit
@@ -146,27 +146,26 @@ def _task(reading: Reading, name: str) -> str:
 def _weighting(reading: Reading) -> str:
     plan, report = reading.plan, reading.report
     weighting = plan.merge.weighting if plan is not None else report.weighting
-    told = {"uniform": "every silo counts the same", "examples": "by number of examples"}[weighting]
-    given = {silo.name: silo.weight for silo in report.silos}
-    weights = given if reading.tuning is None else reading.tuning.chosen.weights
+    words = {"uniform": "all silos equally", "examples": "by number of examples"}[weighting]
+    factors = {silo.name: silo.weight for silo in report.silos}
+    weights = factors if reading.tuning is None else reading.tuning.chosen.weights
     if len(set(weights.values())) > 1:
-        told += "; times " + ", ".join(f"{weight:g} for {silo}" for silo, weight in weights.items())
-    return told
+        words += "; times " + ", ".join(f"{weight:g} for {silo}" for silo, weight in weights.items())
+    return words
 
 
 def _roster(reading: Reading) -> Table:
-    """The silos, with what the report has of them."""
+    """The table of silos."""
     silos, plan = reading.report.silos, reading.plan
     failed = any(silo.has("state") for silo in silos)
     tasks = {silo.name: silo.task or "" for silo in plan.silo} if plan is not None and plan.task else {}
-    known = [silo for silo in silos if silo.examples is not None]
-    most = [float(silo.examples) if silo.examples is not None else None for silo in silos]
-    drawn = charts.bars(most)
+    counted = any(silo.examples is not None for silo in silos)
+    drawn = charts.bars([float(silo.examples) if silo.examples is not None else None for silo in silos])
     titles = [
         Column("Silo"),
-        *([Column("How far it came", number=False)] if failed else []),
+        *([Column("How far it got", number=False)] if failed else []),
         *([Column("Task", number=False)] if tasks else []),
-        *([Column("Examples")] if known else []),
+        *([Column("Examples")] if counted else []),
         *([Column("SHA-256 of its file", number=False)] if any(silo.has("sha256") for silo in silos) else []),
     ]
     rows = []
@@ -174,13 +173,13 @@ def _roster(reading: Reading) -> Table:
         cells = [Cell(STATES[silo.state])] if failed else []
         cells += [Cell(tasks.get(silo.name, ""))] if tasks else []
         examples = silo.examples
-        cells += [Cell(charts.NONE if examples is None else f"{examples:,}", bar)] if known else []
+        cells += [Cell(charts.NONE if examples is None else f"{examples:,}", bar)] if counted else []
         cells += [Cell(silo.sha256 or "")] if silo.has("sha256") else []
         rows.append(Row(silo.name, cells))
     total = reading.report.examples
-    told = f", {total:,} examples in all" if total else ""
-    hidden = "; how many each has is known to itself only" if total and not known else ""
-    return Table(f"Silos{told}{hidden}", titles, rows)
+    sum_of_all = f", {total:,} examples in total" if total else ""
+    hidden = "; each silo's number is known only to itself" if total and not counted else ""
+    return Table(f"Silos{sum_of_all}{hidden}", titles, rows)
 
 
 def _sight(reading: Reading) -> PageSection:
@@ -189,7 +188,7 @@ def _sight(reading: Reading) -> PageSection:
     blocks: list[Block] = []
     if report.simulated:
         blocks.append(Text(who_saw_what.SIMULATED))
-    early = " The run ended early; what stands here is the most that was seen." if reading.failure else ""
+    early = " The run ended early; this is the most that anyone saw." if reading.failure else ""
     blocks.append(Text(f"{EXAMPLES.capitalize()} left no silo.{early}"))
     blocks.append(Sides(who_saw_what.sides(report, reading.plan)))
     blocks.append(Text(Markup("Assumptions, and what is not covered: <code>docs/threat-model.md</code>.")))
@@ -203,7 +202,7 @@ def _load(reading: Reading) -> PageSection | None:
         return None
     if report.mode == "files" and reading.own:
         blocks: list[Block] = [
-            Text("Each silo's model, the merged body under its own head, is in a directory of its name:")
+            Text("Each silo's model, the merged body with its own head, is in a directory of its name:")
         ]
         blocks += [Code(f"Loading {silo.name}", _loading(silo.auto_class or "", silo.name)) for silo in report.silos]
         return PageSection("load", "Load the model", blocks)
@@ -224,24 +223,24 @@ def _loading(auto: str, place: str) -> str:
 
 
 def _check(reading: Reading) -> PageSection:
-    """What can be checked, and with which versions it was made."""
+    """How to verify the files, and the versions that made them."""
     report = reading.report
     blocks: list[Block] = []
     if reading.failure is None:
         blocks += [
-            Text("Whether the files of this directory are as they were written:"),
+            Text("To check that the files of this directory are unchanged:"),
             Code("Checking the files", "sha256sum -c SHA256SUMS"),
         ]
     if report.plan_digest:
         blocks.append(
             Text(
                 Markup(
-                    "The plan digest above is what silos approve: it is the same in their files, under "
-                    "<code>approved</code>, and in what <code>gramfuse plan show</code> prints."
+                    "The plan digest above is what silos approve: it is the same under <code>approved</code> in their "
+                    "files, and in the output of <code>gramfuse plan show</code>."
                 )
             )
         )
-    blocks.append(Text(Markup("All numbers of this page are in <code>report.json</code> beside it.")))
+    blocks.append(Text(Markup("All numbers on this page are in <code>report.json</code> beside it.")))
     entries: list[tuple[str, str | Markup]] = [("Layout digest", _digest(report.layout_digest))]
     blocks.append(Facts([*entries, *((f"Version of {name}", number) for name, number in report.versions.items())]))
     return PageSection("check", "Check it", blocks)

@@ -1,4 +1,4 @@
-"""A report as the sections of its page read it."""
+"""A report with the derived values that its page needs."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from gramfuse_server.report.schema import Loss, Measured, Report, Step
 from gramfuse_server.report.verdicts import worst
 
 MOST_PROBLEMS = 5
-"""Most problems of one file that an error lists."""
+"""Most problems of a file that an error lists."""
 
 
 def read_report(path: Path) -> Report:
-    """Return the report in a file.
+    """Read a report from a file.
 
     Raises:
-        RunDirectoryError: if it cannot be read or is none; the message names the file and each key that is wrong.
+        RunDirectoryError: if it cannot be read or is not a report; the message names the file and each invalid key.
     """
     try:
         return Report.model_validate_json(path.read_text(encoding="utf-8"), by_alias=True, by_name=False)
@@ -40,26 +40,26 @@ def read_report(path: Path) -> Report:
         raise damaged(path, str(error)) from None
 
 
-def damaged(path: Path, what: str) -> RunDirectoryError:
-    """Return the error for a file that holds no report."""
+def damaged(path: Path, problem: str) -> RunDirectoryError:
+    """Return the error for a file that is not a valid report."""
     return RunDirectoryError(
-        f"{path}: is damaged, or no report of this version of gramfuse ({what}); take it from where it was copied"
+        f"{path}: is damaged, or not a report of this version of gramfuse ({problem}); copy it again from its source"
     )
 
 
 class Reading:
-    """A report with what the sections ask of it.
+    """A report with derived values for the sections of its page.
 
     Args:
         report: of a run, or of a merge of files.
-        plan: that of the run, or None.
+        plan: of the run, or None.
     """
 
     def __init__(self, report: Report, plan: Plan | None) -> None:
         self.report = report
         self.plan = plan
         self.failure = report.failure
-        self.models = [model.known for model in report.models]
+        self.models = [model.without_noise for model in report.models]
         self.tasks = report.tasks
         self.rounds = report.rounds
         self.tuning = report.tuning
@@ -67,28 +67,28 @@ class Reading:
 
     @property
     def title(self) -> str:
-        """What the run is called."""
+        """The display name of the run."""
         return self.report.name or self.report.run
 
     @cached_property
     def ranked(self) -> str:
-        """By which metric models are ranked."""
+        """The metric that ranks models."""
         return ranked_by(self.tasks)
 
     @cached_property
     def silos(self) -> list[str]:
-        """The silos that the report names."""
+        """Names of the silos in the report."""
         return [silo.name for silo in self.report.silos]
 
     @cached_property
     def lost(self) -> list[tuple[int, str, str]]:
-        """Round, silo and reason of each that was lost, once each."""
-        found: dict[tuple[str, str], int] = {}
-        by_round: list[tuple[int, tuple[Loss, ...]]] = [(of.round, of.lost) for of in self.rounds]
+        """Round, silo and reason of each loss, without repetitions."""
+        first_round: dict[tuple[str, str], int] = {}
+        by_round: list[tuple[int, tuple[Loss, ...]]] = [(one.round, one.lost) for one in self.rounds]
         for number, losses in [*by_round, (self.last, self.report.lost)]:
             for lost in losses:
-                found.setdefault((lost.name, lost.reason), number)
-        return [(number, name, reason) for (name, reason), number in found.items()]
+                first_round.setdefault((lost.name, lost.reason), number)
+        return [(number, name, reason) for (name, reason), number in first_round.items()]
 
     @property
     def last(self) -> int:
@@ -107,16 +107,16 @@ class Reading:
 
     @cached_property
     def alone(self) -> Measured | None:
-        """The best that silos have without the others: each its own model where heads are theirs, else one silo's."""
+        """The best result without merging: all silos' own models if they keep their heads, else the best single one."""
         return self.one("alone") or max(self.of_kind("silo"), key=self.value, default=None)
 
     def value(self, model: Measured) -> float:
-        """Return the metric that a model is ranked by."""
+        """Return a model's value of the ranking metric."""
         return float(model.metrics[self.ranked])
 
     @cached_property
     def unsolved(self) -> list[Step]:
-        """The groups that were not solved as they stand."""
+        """The groups that were not solved exactly."""
         return [step for step in self.report.solve if step.outcome != "clean"]
 
     @property
@@ -125,7 +125,7 @@ class Reading:
         return worst(self.report.checks) == "bad"
 
     def primary(self, silo: str, metrics: Mapping[str, float]) -> str:
-        """Return which of a silo's metrics ranks models there."""
+        """Return the ranking metric of a silo's task."""
         if self.plan is not None and silo in self.plan.names:
             return primary(self.plan.task_of(silo).task)
         return next(metric for metric in map(primary, self.tasks.values()) if metric in metrics)

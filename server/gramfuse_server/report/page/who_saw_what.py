@@ -1,4 +1,4 @@
-"""Who could see what in a run, in words; docs/threat-model.md has the reasons and the assumptions."""
+"""Who could see what in a run; docs/threat-model.md has the reasons and the assumptions."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from gramfuse_server.report.page.blocks import Side
 from gramfuse_server.report.schema import Report
 
 SIMULATED = (
-    "This was a simulation: all silos ran on one machine, and whoever ran it had all of their data. Between real silos "
-    "each side sees what stands here."
+    "This was a simulation: all silos ran on one machine, and the person who ran it had all their data. Between real "
+    "silos, each side sees only the following."
 )
 
 UNOPENED = ("start", "join", "train", "keys", "shares", "masked", "survivors", "unmask")
-"""Phases of the first round in which no sum was opened yet."""
+"""Phases of the first round before any sum was unmasked."""
 UNMEASURED = (*UNOPENED, "upload", "merge", "study")
-"""Those in which no model was sent to silos yet, and no result came back."""
+"""Phases of the first round before any model was sent to silos or any result came back."""
 
 
 def sides(report: Report, plan: Plan | None) -> list[Side]:
-    """Return all sides of a run.
+    """Return what each side of a run could see.
 
     Args:
-        plan: that of the run, or None for files that were measured without one.
+        plan: of the run, or None for files that were measured without one.
     """
     if report.mode == "files" or plan is None:
         return [_silo_of_files(), _merger(report), _reader()]
@@ -48,7 +48,7 @@ def sides(report: Report, plan: Plan | None) -> list[Side]:
 def _silo_of_files() -> Side:
     return Side(
         "Each silo",
-        "Its own data and model; of the others nothing, unless it was handed their files or the merged model.",
+        "Its own data and model; nothing of the others, unless it was given their files or the merged model.",
         f"Other silos' {EXAMPLES}.",
     )
 
@@ -58,7 +58,7 @@ def _merger(report: Report) -> Side:
     if report.added_tokens:
         kept += f"; {ADDED}"
     return Side(
-        "Whoever had the files",
+        "The person who merged the files",
         f"Of each silo: {STATISTICS}{kept}; so its fine-tuned model. {STATISTICS_SAY}",
         f"{EXAMPLES.capitalize()}.",
     )
@@ -66,9 +66,9 @@ def _merger(report: Report) -> Side:
 
 def _reader() -> Side:
     return Side(
-        "Whoever gets the merged model",
-        f"What the model says: it can be attacked like any model. {MODEL_SAYS}",
-        "Which silo a piece of what it learned came from.",
+        "Anyone with the merged model",
+        f"What the model reveals: it can be attacked like any model. {MODEL_SAYS}",
+        "From which silo the model learned something.",
     )
 
 
@@ -84,7 +84,7 @@ def _silo(plan: Plan, *, simulated: bool, measured: bool = True) -> Side:
     else:
         models = "no model"
     shown = (
-        " In this simulation each silo's own model was measured at all silos too; a real silo is not shown another's."
+        " In this simulation, each silo's own model was also measured at all silos; real silos never see each other's."
         if simulated and measured and plan.privacy.metrics != "none"
         else ""
     )
@@ -107,7 +107,7 @@ def _coordinator(plan: Plan, survivors: int, *, opened: bool = True, measured: b
         )
     who = "Who took part, when, and how many bytes each sent; "
     if not opened:
-        seen = "public keys, and masked vectors, which are random words while no sum is opened. No sum was opened."
+        seen = "public keys, and masked vectors, which look random until a sum is unmasked. No sum was unmasked."
         return Side(
             "The coordinator", who + seen, f"Any sum, or any silo's statistics, model, or numbers of examples{own}."
         )
@@ -122,5 +122,5 @@ def _coordinator(plan: Plan, survivors: int, *, opened: bool = True, measured: b
 
 
 def _summed(report: Report) -> int:
-    """Return how many silos are in the merge; 0 if there is none."""
+    """Return the number of silos in the merge; 0 without one."""
     return sum(1 for silo in report.silos if silo.state == "merged")
