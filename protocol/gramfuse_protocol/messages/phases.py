@@ -102,8 +102,14 @@ class Message(Body):
         plan: digest of the plan.
         session: nonce, 16 random bytes in hexadecimal, which the coordinator draws for each round of a run.
         round: the round, counted from 1.
+
+    Attributes:
+        title: a request's phase, in words.
+        form: how the content of a reply can be read: "open", "masked", …
     """
 
+    title: ClassVar[str] = ""
+    form: ClassVar[str] = "open"
     plan: Sha256
     session: Nonce
     round: Round = 1
@@ -118,6 +124,7 @@ class JoinRequest(Message):
     """Join a run. The silo checks the plan (TOML text) and the layout (JSON text) against its own file and base."""
 
     phase = "join"
+    title = "silos join"
     documents = frozenset({"plan_text"})
     characters = 2 * (LAYOUT_CHARACTERS + PLAN_CHARACTERS)
     items = FEATURES
@@ -140,6 +147,7 @@ class TrainRequest(Message):
     """
 
     phase = "train"
+    title = "silos fine-tune and measure"
     carries = DELTAS
 
 
@@ -156,6 +164,7 @@ class KeysRequest(Message):
     """Generate keys for this session; the cohort is in roster order."""
 
     phase = "keys"
+    title = "silos exchange keys"
     cohort: Names
 
 
@@ -163,6 +172,7 @@ class KeysReply(Message):
     """The silo's public keys, signed."""
 
     phase = "keys"
+    form = "public keys"
     silo: Name
     advert: Advert
 
@@ -171,6 +181,7 @@ class SharesRequest(Message):
     """Share the silo's secrets among the silos with these keys, which are in roster order."""
 
     phase = "shares"
+    title = "silos share their mask secrets"
     adverts: Annotated[Many[Advert], Field(max_length=SILOS)]
 
 
@@ -178,6 +189,7 @@ class SharesReply(Message):
     """Encrypted shares for each peer, hexadecimal."""
 
     phase = "shares"
+    form = "sealed shares"
     silo: Name
     sealed: Annotated[Mapping[Name, Sealed], Field(max_length=SILOS)]
 
@@ -191,6 +203,7 @@ class MaskedRequest(Message):
     """
 
     phase = "masked"
+    title = "silos upload masked vectors"
     sum_of: Sum
     sealed: Annotated[Mapping[Name, Sealed], Field(max_length=SILOS)] = {}
     candidates: Annotated[Many[Candidate], Field(max_length=2 * SILOS)] = ()
@@ -202,6 +215,7 @@ class MaskedReply(Message):
     """One piece: `arrays` has `masked`, uint64, the words from index piece · piece_bytes / 8."""
 
     phase = "masked"
+    form = "masked"
     carries: ClassVar[Mapping[str, str]] = {"masked": "uint64"}
     silo: Name
     sum_of: Sum
@@ -212,6 +226,7 @@ class SurvivorsRequest(Message):
     """Sign the list of silos whose contributions are in a sum, in roster order."""
 
     phase = "survivors"
+    title = "silos sign who is in the sum"
     sum_of: Sum
     survivors: Names
 
@@ -220,6 +235,7 @@ class SurvivorsReply(Message):
     """The silo's signature (`gramfuse_protocol.secure_sum.statements.survivors_statement`), hexadecimal."""
 
     phase = "survivors"
+    form = "signature"
     silo: Name
     sum_of: Sum
     signature: Hex64
@@ -229,6 +245,7 @@ class UnmaskRequest(Message):
     """Release one share for each member of a sum, given the survivors' signatures, hexadecimal."""
 
     phase = "unmask"
+    title = "unmask the sum"
     sum_of: Sum
     signatures: Annotated[Mapping[Name, Hex64], Field(max_length=SILOS)]
 
@@ -237,6 +254,7 @@ class UnmaskReply(Message):
     """Shares by the silo whose secret they share, hexadecimal."""
 
     phase = "unmask"
+    form = "shares"
     silo: Name
     sum_of: Sum
     shares: Annotated[Mapping[Name, Share], Field(max_length=SILOS)]
@@ -246,6 +264,7 @@ class UploadRequest(Message):
     """Send one piece of the contribution, in the clear."""
 
     phase = "upload"
+    title = "silos upload"
     piece: Piece
     piece_bytes: Annotated[int, Field(ge=4, le=PIECE_BYTES)]
 
@@ -263,6 +282,7 @@ class EvaluateRequest(Message):
     """Measure a model on held-out data: `arrays` has `delta:<parameter>` blocks, float32."""
 
     phase = "evaluate"
+    title = "measure on held-out data"
     carries = DELTAS
     candidate: Candidate
 
@@ -283,6 +303,7 @@ class FinishRequest(Message):
     """The run is over: wipe the session's state. Sent to all silos that joined, including those lost since."""
 
     phase = "finish"
+    title = "silos wipe their session state"
 
 
 class FinishReply(Message):
@@ -296,6 +317,8 @@ class Refusal(Message):
     """The silo declines, with an error type and a reason, never data."""
 
     phase = "refusal"
+    title = "silos refuse"
+    form = "reason"
     silo: Name
     error: Annotated[str, Field(pattern=r"^[A-Za-z]{1,64}$")]
     exit_code: Annotated[int, Field(ge=1, le=255)]

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from gramfuse_protocol.contract.coverage import experts
 from gramfuse_protocol.contract.task import TaskKind
 from gramfuse_protocol.held_out.metrics import primary
-from gramfuse_protocol.messages.phases import MERGED
+from gramfuse_protocol.messages.phases import MERGED, REQUESTS, Refusal
 from gramfuse_protocol.tasks.registry import KINDS as TASKS
 from gramfuse_server.merging.methods.registry import METHODS
 from gramfuse_server.report.schema import Check, Measured, Report, Step
@@ -52,24 +52,15 @@ VERDICTS = {
 
 PHASES = {
     "start": "start Flower",
-    "join": "silos join",
-    "train": "silos fine-tune and measure",
-    "upload": "silos upload",
-    "keys": "silos exchange keys",
-    "shares": "silos share their mask secrets",
-    "masked": "silos upload masked vectors",
-    "survivors": "silos sign who is in the sum",
-    "unmask": "unmask the sum",
+    **{phase: request.title for phase, request in REQUESTS.items()},
     "merge": "merge",
     "study": "try other merges",
-    "evaluate": "measure on held-out data",
     "exact": "measure all models exactly",
     "masked-metrics": "silos upload masked metrics",
     "survivors-metrics": "silos sign who is in the sum of metrics",
     "unmask-metrics": "unmask the sum of metrics",
     "write": "write the model",
-    "finish": "silos wipe their session state",
-    "refusal": "silos refuse",
+    "refusal": Refusal.title,
 }
 
 
