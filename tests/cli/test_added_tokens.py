@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from gramfuse_cli.main import cli
 from gramfuse_protocol.errors import ContributionError, GramfuseError, ModelError, PlanError
 from gramfuse_protocol.statistics.file import read_statistics
-from tests.server.test_report import read_back
+from tests.reports import read_back
 
 TEXTS = ["the old cat and a dog", "my horse near the big goat", "rain and wind", "the snow of a storm", "a small pan"]
 LABELS = ["animals", "weather"]

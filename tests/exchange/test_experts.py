@@ -26,7 +26,7 @@ from gramfuse_server.merging.files import Settings, merge_files
 from gramfuse_server.run import delivery
 from gramfuse_simulation.engine import laboratory_of, simulated_silo
 from tests.conftest import PicoProject
-from tests.server.test_report import read_back
+from tests.reports import read_back
 
 ROUTER = (1.0, -1.0, 2.0, -2.0, 0.0)
 """Multiples of one direction: a router that chooses two never chooses the last."""

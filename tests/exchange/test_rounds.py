@@ -53,7 +53,7 @@ from gramfuse_server.run.conductor import Conductor
 from gramfuse_server.run_directory import checkpoint_text, read_checkpoint
 from gramfuse_simulation.all_silos import Laboratory
 from gramfuse_simulation.engine import laboratory_of, simulated_silo
-from tests.server.test_report import read_back
+from tests.reports import read_back
 
 Arrays = Mapping[str, np.ndarray]
 Answer = Callable[[], RecordDict]

@@ -70,7 +70,7 @@ from gramfuse_server.run import delivery
 from gramfuse_server.run import exchange as exchange_module
 from gramfuse_server.run.exchange import Exchange
 from gramfuse_server.run_directory import RunDirectory
-from tests.server.test_report import read_back
+from tests.reports import read_back
 
 PIECE_BYTES = 16384
 A, B, C, D, E = NAMES = tuple(f"silo-{letter}" for letter in "abcde")

@@ -30,7 +30,7 @@ from gramfuse_model.project import Project
 from gramfuse_protocol.errors import DataError, GramfuseError
 from gramfuse_server.app import coordinate
 from gramfuse_simulation.engine import simulated_silo
-from tests.server.test_report import read_back
+from tests.reports import read_back
 
 
 def gramfuse(*arguments: Any) -> dict[str, Any]:

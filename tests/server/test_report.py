@@ -19,15 +19,6 @@ from tests.server.test_page import RUNS
 DOCS = Path(__file__).parents[2] / "docs"
 
 
-def read_back(run: Path) -> dict[str, Any]:
-    """Return the report in a run directory; it must say the same when it is written again."""
-    report = read_report(run / "report.json")
-    text = (run / "report.json").read_text(encoding="utf-8")
-    assert report.text == text
-    document: dict[str, Any] = json.loads(text)
-    return document
-
-
 def lay(place: Path, document: dict[str, Any]) -> Path:
     (place / "report.json").write_text(json.dumps(document), encoding="utf-8")
     return place

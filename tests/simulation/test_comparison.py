@@ -38,7 +38,7 @@ from gramfuse_simulation.all_silos import Laboratory
 from gramfuse_simulation.engine import laboratory_of, simulated_silo, study_of
 from gramfuse_simulation.fedavg import federated_average
 from gramfuse_simulation.terms import check_terms, parse_terms
-from tests.server.test_report import read_back
+from tests.reports import read_back
 
 ANIMALS, WEATHER, FILLERS = ["cat", "dog", "horse", "sheep"], ["rain", "snow", "wind", "sun"], ["the", "a", "of"]
 

@@ -39,7 +39,7 @@ from gramfuse_server.app import coordinate
 from gramfuse_server.report.schema import Report
 from gramfuse_server.run import delivery
 from gramfuse_simulation.engine import laboratory_of, simulated_silo, study_of
-from tests.server.test_report import read_back
+from tests.reports import read_back
 
 NEARLY = "how many examples are at most one grade off, and how many more"
 NEAR = "share of examples at most one label off"

@@ -26,7 +26,7 @@ from gramfuse_server.merging.accumulator import Accumulator
 from gramfuse_simulation import all_silos as laboratory_module
 from gramfuse_simulation.engine import laboratory_of, simulated_silo, study_of
 from gramfuse_simulation.tuning import Wanted
-from tests.server.test_report import read_back
+from tests.reports import read_back
 
 WANTED = Wanted(alphas=(0.0, 0.5, 0.9, 1.0), weights=True, order="greedy", influence=True)
 

@@ -25,8 +25,6 @@ from gramfuse_protocol.secure_sum.statements import Advert
 from tests.vectors import independent
 
 VECTORS = Path(__file__).parent
-
-
 Json = dict[str, Any]
 
 
@@ -36,14 +34,8 @@ def _read(name: str) -> Json:
 
 
 SESSIONS: list[Json] = _read("secure_sum.json")["sessions"]
-
-
 BY_NAME = {session["name"]: session for session in SESSIONS}
-
-
 PARTS = _read("parts.json")
-
-
 REFUSED: list[Json] = _read("refused.json")["refused"]
 
 
@@ -209,11 +201,7 @@ class Other:
 
 
 Silo = Ours | Other
-
-
 both = pytest.mark.parametrize("side", [Ours, Other], ids=["ours", "independent"])
-
-
 by_session = pytest.mark.parametrize("session", SESSIONS, ids=lambda session: session["name"].replace(" ", "-"))
 
 

@@ -14,10 +14,8 @@ from tests.vectors.replaying import BY_NAME, REFUSED, Json, Other, Ours, Replay,
 STEPS = ("advertise", "share", "receive", "contribute", "sign", "release", "unmask")
 """Of a session; what is refused elsewhere needs none."""
 
-
 OURS_ONLY = {"npy", "plan"}
 """What independent.py has no word for."""
-
 
 LOOSE = {
     "another protocol version",
