@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from gramfuse_protocol.messages import phases as m
-from tests.adversarial.conftest import METRICS, NONCE, STATISTICS, Liar
+from tests.adversarial.liar import METRICS, NONCE, STATISTICS, Liar
 
 MakeLiar = Callable[..., Liar]
 A = "silo-a"

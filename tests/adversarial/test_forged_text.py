@@ -50,7 +50,7 @@ from gramfuse_server.report.merged_model import card, front_matter
 from gramfuse_server.report.page.page import page
 from gramfuse_server.report.schema import Measured, Report
 from tests.grid import InProcessGrid
-from tests.server.test_page import open_run
+from tests.pages import open_run
 
 FAKE_KEY = "ab" * 32
 SCREEN = {

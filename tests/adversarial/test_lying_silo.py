@@ -37,7 +37,7 @@ from gramfuse_server.report.schema import Check, Report
 from gramfuse_server.run import delivery
 from gramfuse_server.run.exchange import Exchange
 from gramfuse_server.run_directory import RunDirectory
-from tests.adversarial.conftest import Liar
+from tests.adversarial.liar import Liar
 from tests.grid import InProcessGrid, _task_identity  # noqa: F401  # a fixture
 
 honest = sums.summands

@@ -29,7 +29,7 @@ from gramfuse_protocol.held_out.sums import Vector, size
 from gramfuse_protocol.secure_sum.fixed_point import decode
 from gramfuse_protocol.secure_sum.scales import METRICS_SCALE
 from gramfuse_protocol.tasks.classification import class_rows
-from tests.adversarial.conftest import METRICS, Liar
+from tests.adversarial.liar import METRICS, Liar
 
 GAMES = 1500
 """Sums that it gets in each of the two worlds."""

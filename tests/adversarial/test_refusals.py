@@ -19,7 +19,7 @@ import pytest
 from gramfuse_client.exchange import participant
 from gramfuse_client.guard import policy
 from gramfuse_protocol.messages import phases as m
-from tests.adversarial.conftest import METRICS, NONCE, STATISTICS, Detector, Liar, copied, regression
+from tests.adversarial.liar import METRICS, NONCE, STATISTICS, Detector, Liar, copied, regression
 
 MakeLiar = Callable[..., Liar]
 A, B = "silo-a", "silo-b"

@@ -17,7 +17,7 @@ BUILTINS = {"print", "input", "breakpoint"}
 LOGGING = {"basicConfig", "Formatter", "StreamHandler", "lastResort", "config"}
 
 ALLOWED = {
-    "simulation/gramfuse_simulation/engine.py: logging.basicConfig",  # into the log of the simulation, whose end is shown
+    "simulation/gramfuse_simulation/engine.py: logging.basicConfig",  # into its log, whose end is shown
     "simulation/gramfuse_simulation/engine.py: traceback.print_exc",  # there too
     "client/gramfuse_client/app.py: logging.Formatter",  # the base of the one that escapes
     "client/gramfuse_client/app.py: logging.StreamHandler",  # writes with it

@@ -14,7 +14,7 @@ from gramfuse_protocol.errors import RunDirectoryError
 from gramfuse_server.report.page.view import read_report
 from gramfuse_server.report.part import Part
 from gramfuse_server.report.schema import OPTIONAL, REQUIRED, Report
-from tests.server.test_page import RUNS
+from tests.pages import RUNS
 
 DOCS = Path(__file__).parents[2] / "docs"
 
