@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+from transformers import BertModel, PreTrainedTokenizerFast
 
 from gramfuse_client.exchange.participant import Participant
 from gramfuse_client.silo_file import Silo
@@ -22,6 +22,7 @@ from gramfuse_protocol.contract.layout import Layout
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.messages import phases as m
 from gramfuse_protocol.messages.wire import Frame, pack, unpack
+from tests.projects import bert_config
 
 Arrays = dict[str, np.ndarray]
 STATISTICS = ("keys", "shares", "masked", "survivors", "unmask")
@@ -148,16 +149,7 @@ class Detector:
 
     def __init__(self, path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
         torch.manual_seed(11)
-        config = BertConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            intermediate_size=64,
-            max_position_embeddings=32,
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-        )
+        config = bert_config(len(tokenizer), hidden_size=64, intermediate_size=64)
         self.path = path
         self.tokenizer = tokenizer
         model = BertModel(config).eval()

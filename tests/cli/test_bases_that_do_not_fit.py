@@ -10,32 +10,21 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from click.testing import CliRunner
 from PIL import Image
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedModel
 
-from gramfuse_cli.main import cli
 from gramfuse_client.data.examples import Examples
 from gramfuse_client.measuring.checkpoint import measure, open_checkpoint
 from gramfuse_protocol.contract.task import Task
-from gramfuse_protocol.errors import GramfuseError, ModelError
+from gramfuse_protocol.errors import ModelError
+from tests.commands import gramfuse
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
 BERT = {**SIZES, "max_position_embeddings": 64, "pad_token_id": 0}
 GENERATION = {"task": '"causal-lm"', "labels": "[]"}
-
-
-def gramfuse(*arguments: Any) -> dict[str, Any]:
-    """Run a command in this process and return its JSON; what it raises is raised here."""
-    result = CliRunner().invoke(cli, [*map(str, arguments), "--json"])
-    if isinstance(result.exception, GramfuseError):
-        raise result.exception
-    assert result.exit_code == 0, f"{result.output} {result.exception!r}"
-    report: dict[str, Any] = json.loads(result.stdout)
-    return report
 
 
 class Bases:

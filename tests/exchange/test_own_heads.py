@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,24 +15,18 @@ import transformers
 from safetensors.numpy import load_file
 
 from gramfuse_cli.show.results import show_report
-from gramfuse_client.app import SiloApp
 from gramfuse_client.data.batches import Encoded, batches
 from gramfuse_client.data.examples import load
-from gramfuse_client.exchange.local_model import Workbench
 from gramfuse_client.guard.disclosure import leaves
 from gramfuse_client.silo_file import Silo
-from gramfuse_client.state.state import State
 from gramfuse_client.training.evaluate import evaluate
 from gramfuse_model.heads import head_parameters
 from gramfuse_model.loading.auto_classes import FORMS
 from gramfuse_model.loading.base_model import load_base, own_head
-from gramfuse_model.project import Project
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.held_out.metrics import metrics
-from gramfuse_server.app import coordinate
 from gramfuse_server.report.schema import Report
-from gramfuse_server.run import delivery
-from gramfuse_simulation.engine import laboratory_of, simulated_silo
+from tests.projects import Simulated
 
 CPU = torch.device("cpu")
 ANIMALS, WEATHER = ["cat", "dog", "horse", "sheep"], ["rain", "snow", "wind", "sun"]
@@ -95,11 +87,6 @@ def write_silo(directory: Path, name: str, train: str, held_out: str) -> None:
     )
 
 
-@pytest.fixture(autouse=True)
-def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(delivery.time, "sleep", lambda _: None)
-
-
 @pytest.fixture
 def project(tmp_path: Path, pico_bert: Path) -> Path:
     """A project with three tasks at four silos."""
@@ -119,27 +106,9 @@ def project(tmp_path: Path, pico_bert: Path) -> Path:
 
 def run(directory: Path, place: Path, grid: Any, *settings: str) -> SimpleNamespace:
     """Run a whole exchange in this process, as a simulation does."""
-    plan, layout = Project.read(directory, settings).locked()
-    silos = {
-        name: simulated_silo(str(directory / "silos" / f"{name}.toml"), str(place / "state"), plan.digest)
-        for name in plan.names
-    }
-
-    def finish(name: str, arrays: Mapping[str, np.ndarray], to: Path) -> None:
-        Workbench(silos[name], plan).finish(layout, arrays, State(silos[name].state, plan.digest), to)
-
-    files = [str(directory / "silos" / f"{name}.toml") for name in plan.names]
-    spec = {"silos": files, "state": str(place / "state"), "directory": str(directory), "tune": None}
-    report = coordinate(
-        grid({name: SiloApp(lambda _, name=name: silos[name]) for name in plan.names}),
-        plan,
-        layout,
-        directory,
-        place / "run",
-        simulated=partial(laboratory_of, spec, plan, layout),
-        own_heads=finish,
-    ).document()
-    return SimpleNamespace(plan=plan, layout=layout, silos=silos, report=report, out=place / "run")
+    here = Simulated(directory, place, *settings)
+    report = here.run(grid, simulated=here.laboratory(), own_heads=here.finish).document()
+    return SimpleNamespace(plan=here.plan, layout=here.layout, silos=here.silos, report=report, out=here.out)
 
 
 def measured(model: Path, silo: Silo, plan: Plan) -> dict[str, float]:

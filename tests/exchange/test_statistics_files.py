@@ -30,17 +30,8 @@ from gramfuse_model.project import Project
 from gramfuse_protocol.errors import DataError, GramfuseError
 from gramfuse_server.app import coordinate
 from gramfuse_simulation.engine import simulated_silo
+from tests.commands import gramfuse
 from tests.reports import read_back
-
-
-def gramfuse(*arguments: Any) -> dict[str, Any]:
-    """Run a command in this process and return its JSON; what it raises is raised here."""
-    result = CliRunner().invoke(cli, [*map(str, arguments), "--json"])
-    if isinstance(result.exception, GramfuseError):
-        raise result.exception
-    assert result.exit_code == 0, result.output
-    report: dict[str, Any] = json.loads(result.stdout)
-    return report
 
 
 def lock(project: Any) -> str:

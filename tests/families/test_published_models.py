@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from gramfuse_cli.main import cli
+from tests.commands import gramfuse
 
 TAGS = ["O", "B-ANIMAL", "I-ANIMAL"]
 SHORT = ("--max-length", 16)
@@ -27,13 +28,6 @@ TEXTS = [
     "my pan",
     "a plate",
 ]
-
-
-def gramfuse(*arguments: Any) -> dict[str, Any]:
-    result = CliRunner().invoke(cli, [*map(str, arguments), "--json"])
-    assert result.exit_code == 0, f"{result.output} {result.exception!r}"
-    report: dict[str, Any] = json.loads(result.stdout)
-    return report
 
 
 def publish(directory: Path, base: Path, auto: str, seed: int, **settings: Any) -> Path:

@@ -11,7 +11,6 @@ import pytest
 from gramfuse_model.loading.base_model import load_base
 from gramfuse_model.project import Project
 from gramfuse_server.app import coordinate
-from gramfuse_server.run import delivery
 from tests.exchange.open.runs import SILOS, Honest, Recorder, laboratory, simulated
 
 
@@ -45,9 +44,3 @@ def place(tmp_path: Path) -> Iterator[Path]:
     directory = tmp_path / "runs"
     directory.mkdir()
     return directory
-
-
-@pytest.fixture(autouse=True)
-def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The coordinator looks for answers again at once."""
-    monkeypatch.setattr(delivery.time, "sleep", lambda _: None)

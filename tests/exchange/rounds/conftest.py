@@ -14,13 +14,7 @@ from gramfuse_client.silo_file import Silo
 from gramfuse_client.state.state import State
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.messages.phases import EvaluateRequest, TrainRequest
-from gramfuse_server.run import delivery
 from tests.exchange.rounds.runs import QUICK, Arrays, Done, Site
-
-
-@pytest.fixture(autouse=True)
-def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(delivery.time, "sleep", lambda _: None)
 
 
 @pytest.fixture(autouse=True)

@@ -20,7 +20,6 @@ from gramfuse_client.state.session import Session
 from gramfuse_model.loading.base_model import load_base
 from gramfuse_model.project import Project
 from gramfuse_protocol.statistics.contribution import Statistics
-from gramfuse_server.run import delivery
 from gramfuse_server.run import exchange as exchange_module
 from tests.exchange.secure.coordinator import STEPS, Coordinator
 from tests.exchange.secure.runs import NAMES, Arrays, Site, Watched, leaves
@@ -86,7 +85,6 @@ def watched(site: Site, monkeypatch: pytest.MonkeyPatch) -> Watched:
     monkeypatch.setattr(secure_phases, "write_masked", counted)
     monkeypatch.setattr(Session, "write", spied)
     monkeypatch.setattr(exchange_module, "write_model", write_model)
-    monkeypatch.setattr(delivery.time, "sleep", lambda _: None)
     return seen
 
 
