@@ -147,7 +147,7 @@ def test_a_plan_without_noise_is_joined_only_by_whom_that_does_not_trouble(liar:
     quiet = ('privacy.metrics-epsilon="none"',)
     refused = liar(*quiet, silos=3)
     reply = refused.join("silo-a", refused.about())
-    assert (reply.error, reply.reason) == ("RefusalError", "this silo gives no held-out counts without noise")
+    assert (reply.error, "without noise" in reply.reason) == ("RefusalError", True)
     willing = liar(*quiet, silos=3, name="willing", exact_metrics=True)
     assert not hasattr(willing.join("silo-a", willing.about()), "error")
 

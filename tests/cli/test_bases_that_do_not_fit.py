@@ -91,7 +91,7 @@ def test_a_model_that_sees_the_words_it_is_to_predict_is_locked_and_measured_by_
         lambda: bases.lock(base, **GENERATION),
         lambda: bases.measure(tuned, base, "--task", "causal-lm"),
     ):
-        with pytest.raises(ModelError, match=r"sees the tokens that it is to predict.*decoder.*\"is_decoder\": true"):
+        with pytest.raises(ModelError, match=r"decoder.*\"is_decoder\": true"):
             refused()
 
 
@@ -145,13 +145,13 @@ def test_a_tokenizer_that_does_not_say_which_token_is_unknown_is_refused_if_most
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]")
     assert tokenizer.unk_token is None
     base, _ = bases.make("bert", "AutoModelForSequenceClassification", tokenizer, **BERT)
-    with pytest.raises(ModelError, match="100% of plain" if share == 0 else r"\d\d% of plain English text is unknown"):
+    with pytest.raises(ModelError, match="100% of plain" if share == 0 else r"\d\d% of plain"):
         bases.lock(base)
 
 
 def test_a_type_of_model_that_no_class_of_the_task_is_for_is_named_and_no_other(bases: Bases) -> None:
     base, _ = bases.make("bert", "AutoModelForSequenceClassification", **BERT)
-    with pytest.raises(ModelError, match=r"type 'bert' is not for sequence-to-sequence") as caught:
+    with pytest.raises(ModelError, match=r"'bert' .*sequence-to-sequence") as caught:
         bases.lock(base, task='"sequence-to-sequence"', labels="[]")
     assert str(base) in str(caught.value)
     assert len(str(caught.value)) < 400

@@ -305,7 +305,7 @@ def test_a_forged_line_that_fits_is_found_by_the_line_after_it(ledger: Ledger) -
     lines = [ledger.append(ENTRY) for _ in range(4)]
     forged = lines[2].model_copy(update={"entry": REFUSAL})
     ledger.path.write_bytes(b"".join(line.serialised() for line in [*lines[:2], forged, *lines[2:]]))
-    with pytest.raises(LedgerError, match=":3: line 3 was inserted: line 4 is the one that follows line 2"):
+    with pytest.raises(LedgerError, match=":3: line 3 was inserted"):
         ledger.verify()
 
 

@@ -394,7 +394,7 @@ def test_a_second_contribution_is_refused_whoever_else_is_in_the_sum(site: Site,
     apps = {name: SiloApp(lambda _, name=name: site.silo(name)) for name in site.project.names}
     coordinate(in_process_grid(apps), site.plan, site.layout, site.project.directory, site.state.parent / "run")
     request = JoinRequest(**site.about(), plan_text=site.plan.to_toml(), layout=site.layout.to_json())
-    assert "contributed under this plan before" in refused(site.ask(request))
+    assert "contributed" in refused(site.ask(request))
     assert site.ledger()[-1].entry.kind == "refusal"
     kept = [path for path in (site.silo().state / site.plan.digest / "sessions").rglob("*") if path.is_file()]
     assert [path.name for path in kept] == ["session.json"]  # what the session kept was wiped when it was over

@@ -311,10 +311,10 @@ def test_a_head_that_cannot_give_targets_is_refused_before_a_plan_is_locked(
 
     forward = type(loaded.model.classifier).forward
     monkeypatch.setattr(type(loaded.model.classifier), "forward", lambda self, x: forward(self, x) ** 3)
-    with pytest.raises(ModelError, match="not linear in its last layer"):
+    with pytest.raises(ModelError, match="not linear"):
         check_suitable(loaded, task)
     loaded.model.classifier = torch.nn.Identity()
-    with pytest.raises(ModelError, match="no linear layer with one output"):
+    with pytest.raises(ModelError, match="one output"):
         check_suitable(loaded, task)
 
 
@@ -374,5 +374,5 @@ def test_what_travels_does_not_say_how_large_targets_are(tmp_path: Path, base: P
     (directory / "east-train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in far))
     with pytest.raises(Exception) as caught:  # noqa: PT011
         run(directory, tmp_path / "numbers", in_process_grid)
-    assert "its own log has the reason" in str(caught.value)
+    assert "own log" in str(caught.value)
     assert "scale" not in str(caught.value)

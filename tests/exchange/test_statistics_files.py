@@ -98,7 +98,7 @@ def test_files_give_the_model_of_a_simulation_bit_for_bit(
         gramfuse("merge", files[0], files[2], "-o", tmp_path / "two", "--base", plan.model.base)
     with project.train("silo-b").open("a") as data:
         data.write('{"text": "the dog", "label": "animals"}\n')
-    with pytest.raises(GramfuseError, match="other data were contributed under this plan before"):
+    with pytest.raises(GramfuseError, match="other data were contributed"):
         gramfuse("measure", "--plan", project.directory, "--silo", "silo-b", "-o", tmp_path / "other.safetensors")
     assert not (tmp_path / "other.safetensors").exists()
 
@@ -118,7 +118,7 @@ def test_bad_rows_that_a_silo_leaves_out_are_in_no_contribution(
     shutil.rmtree(Silo.read(project.silo("silo-a")).state)
     gramfuse(*arguments, tmp_path / "again.safetensors")
     assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "clean.safetensors").read_bytes()
-    assert "silo-a leaves out a bad row: " in caplog.text
+    assert "silo-a leaves out" in caplog.text
 
 
 def test_silos_that_keep_their_heads_get_whole_models_back(

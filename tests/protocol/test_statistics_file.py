@@ -208,9 +208,7 @@ def test_values_that_are_not_finite_are_refused_by_name(tmp_path: Path, good: by
     data = bytearray(good[8 + int.from_bytes(good[:8], "little") :])
     data[24:28] = np.float32(np.nan).tobytes()  # delta:a.bias comes after added:e
     path.write_bytes(rewritten(good, lambda header, document: None, bytes(data)))
-    with pytest.raises(
-        ContributionError, match=r"tensor 'delta:a.bias' holds 1 values that are NaN or infinite out of 2"
-    ):
+    with pytest.raises(ContributionError, match=r"tensor 'delta:a.bias' .*NaN"):
         read_statistics(path)
     blocks = dict(statistics().blocks)
     blocks["gram:a"] = np.full(6, np.inf, np.float32)

@@ -108,7 +108,7 @@ def test_every_silo_model_and_number_is_on_the_page_and_the_page_is_the_same_eve
 def test_a_bad_check_is_told_before_what_was_merged_and_a_good_one_where_it_belongs() -> None:
     for run, bad in ((secure_run, True), (open_run, False)):
         shown = Checked(page(*run())).text
-        assert ("do not use the model." in shown) is bad
+        assert ("do not use" in shown) is bad
         assert (shown.rindex("Checks of the merge") < shown.rindex("What was merged")) is bad
     report, plan = open_run()
     report["rounds"][0]["checks"] = [check_of("ratio", "layer.7", 9.125, (None, 8.0), (None, None)).document()]
@@ -119,7 +119,7 @@ def test_what_a_failed_run_says_comes_first() -> None:
     report, plan = failed_run()
     shown = Checked(page(report, plan)).text
     assert shown.index("desk: the run failed") < shown.index(report["failure"]["message"])
-    assert shown.index(report["failure"]["message"]) < shown.rindex("What was to be merged")
+    assert shown.index(report["failure"]["message"]) < shown.rindex("was to be merged")
     for words in ("silos upload, masked", "gramfuse explain 16", "--resume desk-1", "had trained", "did not come"):
         assert words in shown
     for words in ("from_pretrained", "sha256sum", "in the merge", "Whoever gets the merged model"):
@@ -133,9 +133,9 @@ def test_what_a_failed_run_says_comes_first() -> None:
 def test_the_page_says_who_saw_what_as_the_plan_has_it() -> None:
     secure, opened, own = (Checked(page(*run())).text for run in (secure_run, open_run, own_heads))
     assert "the sum over 3 silos" in secure
-    assert "This holds as long as at most 1 silo works together with the coordinator" in secure
+    assert "at most 1 silo works together" in secure
     assert "simulation" not in secure
-    assert "Of each silo by itself: Gram matrices" in opened
+    assert "silo by itself: Gram matrices" in opened
     assert "not harmless" in opened
     assert "This was a simulation" in opened
     assert "the silos' heads" in own
@@ -297,7 +297,7 @@ def test_what_is_no_report_is_named_and_nothing_is_written(
 def test_reports_that_are_not_there_or_were_changed_are_named(gramfuse: Callable[..., Any], tmp_path: Path) -> None:
     run = lay(tmp_path / "run", *open_run())
     (run / "report.json").write_text(json.dumps({**open_run()[0], "examples": 7}))
-    assert "was changed since the run wrote it" in gramfuse("report", run)[1]["error"]["message"]
+    assert "was changed" in gramfuse("report", run)[1]["error"]["message"]
     assert (run / "report.html").read_text() == "old"
     assert "has no report.json; expected" in gramfuse("report", tmp_path)[1]["error"]["message"]
     (tmp_path / "lost.failed").mkdir()

@@ -41,21 +41,21 @@ def test_a_silo_gives_away_one_kind_of_share_in_whatever_order_it_is_asked() -> 
             if story == first:
                 state, _ = secure_sum.sign(fed.roster, state, fed.identities[a], "statistics", stories[story])
             else:
-                with pytest.raises(SecurityError, match="second list of survivors came for the sum of statistics"):
+                with pytest.raises(SecurityError, match="second list of survivors"):
                     secure_sum.sign(fed.roster, state, fed.identities[a], "statistics", stories[story])
         for story in (*order, *order):
             if story == first:
                 for owner, share in secure_sum.release(fed.roster, state, "statistics", signatures[story]).items():
                     given[owner].add(share)
             else:
-                with pytest.raises(SecurityError, match=r"is no survivor|not signed with the key"):
+                with pytest.raises(SecurityError, match=r"no survivor|not signed"):
                     secure_sum.release(fed.roster, state, "statistics", signatures[story])
         # The same single share however often it was asked for, and of the kind that the first story says.
         everyone = {**state.held, a: state.own}
         for owner, shares in given.items():
             kind = "seed" if owner in stories[first] else "mask"
             assert shares == {bytes.fromhex(everyone[owner]["statistics"][kind])}
-    with pytest.raises(SecurityError, match="before its survivors were signed"):
+    with pytest.raises(SecurityError, match=r"before .* signed"):
         secure_sum.release(fed.roster, ready, "statistics", signatures["all"])
 
 

@@ -51,9 +51,7 @@ def test_a_key_that_the_coordinator_made_up_is_not_taken_for_a_peer_s() -> None:
             fed.identities["silo-d"].sign(statement).hex(),
         ):
             forged = changed.model_copy(update={"signature": signature})
-            with pytest.raises(
-                SecurityError, match=r"silo 'silo-c'.* not signed with the key that the plan's roster names"
-            ):
+            with pytest.raises(SecurityError, match=r"silo 'silo-c'.* not signed"):
                 secure_sum.share(
                     fed.roster, fresh["silo-a"], [*adverts[:2], forged, adverts[3]], random.Random(5).randbytes
                 )

@@ -48,7 +48,7 @@ def test_a_secret_that_its_owner_did_not_commit_to_is_not_used(owner: str, at: S
         n: {**secure_sum.release(at.roster, at.signed[n], "statistics", at.signatures), owner: wrong[k]}
         for k, n in enumerate(at.survivors, 1)
     }
-    with pytest.raises(SecurityError, match=rf"silo '{owner}' committed to; one of a, b, c, d"):
+    with pytest.raises(SecurityError, match=rf"silo '{owner}' .*a, b, c, d"):
         unmasking(at, shares)
 
 

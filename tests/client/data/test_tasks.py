@@ -59,13 +59,13 @@ def test_a_label_that_looks_like_a_list_of_labels_is_not_guessed(tmp_path: Path)
     rows = [{"text": "x", "label": "a, b"}, {"text": "x", "label": '["[]", "a"]'}]
     assert read(tmp_path, as_csv(tmp_path, rows), task).labels == [(1,), (0, 2)]
     message = failure(tmp_path, as_csv(tmp_path, [{"text": "x", "label": "[]"}]), task)
-    assert 'which is a label and a list of labels; write ["[]"]' in message
+    assert 'write ["[]"]' in message
 
 
 @pytest.mark.parametrize("printed", ["['EU', 'left']", "['EU' 'left']", "[\"EU\", 'left']"])
 def test_words_as_python_prints_them_are_not_taken_for_words(printed: str, tmp_path: Path) -> None:
     source = as_csv(tmp_path, [{"text": printed, "label": "O O"}])
-    assert "write it as in JSON" in failure(tmp_path, source, TAG)
+    assert "as in JSON" in failure(tmp_path, source, TAG)
     with pytest.raises(DataError, match="as in JSON"):
         load_measured(silo(tmp_path, source), TAG)
     source = as_csv(tmp_path, [{"text": '["EU", "left"]', "label": '["B-PER", "O"]'}])

@@ -46,7 +46,7 @@ def test_a_contribution_of_more_bytes_than_may_leave_is_refused_before_anything_
     check_bytes(willing(), plan, here.layout)
     with pytest.raises(RefusalError) as caught:
         check_bytes(willing(maximum_bytes=size - 1), plan, here.layout)
-    assert str(caught.value).startswith(f"{PATH}: a contribution under this plan has {size:,} bytes, and ")
+    assert str(caught.value).startswith(f"{PATH}: ")
     assert f"'limits.maximum-bytes' is {size - 1:,}" in str(caught.value)
     quotes_nothing(caught.value.reason, [str(PATH), str(size), f"{size:,}", str(size - 1), f"{size - 1:,}"])
     if not secure:
@@ -68,7 +68,7 @@ def test_what_was_contributed_is_contributed_again_in_its_own_session_only_unles
     assert isinstance(first, UploadReply)
     for _ in range(2):
         reply = refused(here, here.join(session=OTHER_SESSION), RefusalError)
-        assert reply.reason == "this silo contributed under this plan before"
+        assert "contributed" in reply.reason
     assert isinstance(here.answer(here.join()), JoinReply), "an interrupted session goes on"
     again = here.answer(here.upload())
     assert isinstance(again, UploadReply)

@@ -79,7 +79,7 @@ def test_keys_of_other_kinds_are_refused(kind: str) -> None:
     private = key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
     )
-    with pytest.raises(PlanError, match=r"n\.key: is not a P-384 private key in OpenSSH format"):
+    with pytest.raises(PlanError, match=r"n\.key: .*P-384"):
         node_key.public_of(private.decode(), "n.key")
 
 

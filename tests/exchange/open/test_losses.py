@@ -143,7 +143,7 @@ def test_a_request_that_flower_does_not_take_is_sent_again(
     grid = in_process_grid(honest.scripted())
     grid.untaken["silo-b", "train"] = delivery.ATTEMPTS
     message = failure(FederationError, grid, honest, tmp_path)
-    assert "silo 'silo-b' gave no answer in phase 'train' after 3 tries: Flower does not take the request" in message
+    assert all(part in message for part in ("silo 'silo-b'", "phase 'train'", "3 tries", "Flower"))
 
 
 def test_a_run_that_lost_a_silo_after_training_goes_on_where_it_stopped(

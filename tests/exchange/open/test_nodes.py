@@ -130,7 +130,7 @@ def test_a_silo_that_went_away_is_waited_for(
         exchange(grid, honest, place / "run", observer=observe, **settings)
         assert_identical(weights_of(place / "run"), honest.weights)
     else:
-        with pytest.raises(FederationError, match=r"'silo-b' went away in phase 'upload' and was not back"):
+        with pytest.raises(FederationError, match=r"'silo-b' went away in phase 'upload'"):
             exchange(grid, honest, place / "run", observer=observe, **settings)
     waited = [event for event in events if event["state"] == "waiting"]
     assert {(event["silo"], event["phase"], event["away"]) for event in waited} == {("silo-b", "upload", True)}
@@ -155,7 +155,7 @@ def test_a_node_that_was_started_anew_is_asked_again(
         assert_identical(weights_of(place / "run"), honest.weights)
         assert grid.sent.count(("silo-b", "upload")) == grid.sent.count(("silo-a", "upload")) + tries - 1
     else:
-        with pytest.raises(FederationError, match=r"'silo-b' gave no answer .*'upload' after 3 tries: its node was"):
+        with pytest.raises(FederationError, match=r"'silo-b' .*'upload' after 3 tries: its node"):
             exchange(grid, honest, place / "run")
 
 

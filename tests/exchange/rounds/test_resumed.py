@@ -73,7 +73,7 @@ def test_another_start_than_before_is_refused(site: Callable[..., Site], trainin
     for key in ("train-2", "session-2"):
         del done[key]  # as if they had been trained, and the coordinator did not know
     (partial / "checkpoint.json").write_text(checkpoint_text(done))
-    with pytest.raises(RefusalError, match="a second, different request for train came in round 2"):
+    with pytest.raises(RefusalError, match=r"second, different .* train .*round 2"):
         here.run(resume=True)
     assert set(trainings.values()) == {1}
     report = read_back(here.out.with_name("run.failed"))
@@ -102,16 +102,16 @@ def test_what_does_not_fit_a_round_is_refused(site: Callable[..., Site]) -> None
     silo = here.silo("silo-a")
     about: dict[str, Any] = {"plan": here.plan.digest, "session": "a" * 32}
     join = JoinRequest(**about, plan_text=here.plan.to_toml(), layout=here.layout.to_json())
-    assert refused(here, join.model_copy(update={"round": 3})) == "the plan has fewer rounds"
+    assert "fewer rounds" in refused(here, join.model_copy(update={"round": 3}))
     assert not (silo.state / here.plan.digest).exists()
     assert isinstance(Participant(silo).answer(join), JoinReply)
     model = {piece.name: np.zeros(piece.block.shape, np.float32) for piece in here.layout.deltas}
-    assert "is not in the layout" in refused(here, TrainRequest(**about, arrays=model))
+    assert "not in the layout" in refused(here, TrainRequest(**about, arrays=model))
     later = {**about, "round": 2}
     assert "is missing" in refused(here, TrainRequest(**later))
     wrong = {**model, next(iter(model)): np.full(next(iter(model.values())).shape, np.nan, np.float32)}
     assert "NaN" in refused(here, TrainRequest(**later, arrays=wrong))
-    assert refused(here, TrainRequest(**about, round=3, arrays=model)) == "the plan has fewer rounds"
+    assert "fewer rounds" in refused(here, TrainRequest(**about, round=3, arrays=model))
     assert refused(here, UploadRequest(**later, piece=0, piece_bytes=1000)) == "not trained"
     assert isinstance(Participant(silo).answer(TrainRequest(**later, arrays=model)), TrainReply)
     assert refused(here, UploadRequest(**about, piece=0, piece_bytes=1000)) == "not trained"
@@ -124,4 +124,4 @@ def test_a_session_belongs_to_one_round(site: Callable[..., Site]) -> None:
     join = JoinRequest(**about, plan_text=here.plan.to_toml(), layout=here.layout.to_json())
     assert isinstance(Participant(silo).answer(join), JoinReply)
     assert "round 2" in refused(here, join.model_copy(update={"round": 2}))
-    assert refused(here, TrainRequest(**about)) == "the session is over at this silo"
+    assert "session is over" in refused(here, TrainRequest(**about))

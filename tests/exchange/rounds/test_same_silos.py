@@ -57,7 +57,7 @@ def test_silos_sign_no_sum_over_others_in_a_later_round(
 ) -> None:
     here = site(silos=4, secure=True)
     monkeypatch.setattr(Conductor, "earlier", lambda self, phase: None)  # a coordinator that does not care
-    with pytest.raises(GramfuseError, match="a sum of statistics over other silos was signed under this plan before"):
+    with pytest.raises(GramfuseError, match="statistics over other silos"):
         here.run(fault=gone("silo-d", phase="masked", number=2, here=here))
     assert not [reply for _, reply in here.replies if isinstance(reply, UnmaskReply) and reply.round == 2]
 
@@ -101,6 +101,6 @@ def test_a_coordinator_that_does_not_check_keys_gets_no_shares_for_different_mod
             return request.model_copy(update={"arrays": arrays})
         return request
 
-    with pytest.raises(GramfuseError, match="silo 'silo-a' refused in phase 'shares': the keys of silo 'silo-b'"):
+    with pytest.raises(GramfuseError, match=r"silo 'silo-a' .* 'shares': .* silo 'silo-b'"):
         here.run(change=change)
     assert not [reply for _, reply in here.replies if reply.round == 2 and reply.phase in ("shares", "masked")]

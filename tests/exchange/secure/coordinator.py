@@ -141,7 +141,7 @@ def assert_over(script: Coordinator, place: Path, silo: str) -> None:
         reply = script.ask(silo, request, place)
         assert isinstance(reply, Refusal), request.phase
         assert not reply.arrays
-        assert (reply.error, reply.reason) == ("RefusalError", "the session is over at this silo"), request.phase
+        assert (reply.error, "session is over" in reply.reason) == ("RefusalError", True), request.phase
     (file,) = session_of(script, place, silo).iterdir()
     record = json.loads(file.read_text())
     assert (record["member"], record["answers"]) == (None, {})

@@ -31,7 +31,7 @@ def test_what_was_answered_is_answered_again_to_the_last_bit_and_in_the_end_no_s
             for request, before in zip(script.requests[step][name], script.replies[step][name], strict=True):
                 reply = script.ask(name, request, place)
                 if step.startswith("masked"):
-                    assert (reply.error, reply.reason) == ("RefusalError", "the sum is over at this silo")
+                    assert (reply.error, "sum is over" in reply.reason) == ("RefusalError", True)
                 else:
                     assert pack(reply).digest == pack(before).digest, step
         (file,) = session_of(script, place, name).iterdir()
@@ -43,7 +43,7 @@ def test_once_a_sum_was_signed_no_other_session_of_its_plan_begins(script: Coord
     again = Coordinator(script.site, script.plan, place, "ee" * 16)
     at(script, "unmask", place, A)
     reply = again.ask(A, again.honest("join", A)[0])
-    assert (reply.error, reply.reason) == ("RefusalError", "this silo contributed under this plan before")
+    assert (reply.error, "contributed" in reply.reason) == ("RefusalError", True)
     for step in ("join", "unmask"):  # the session itself goes on, and can be resumed
         assert not isinstance(script.ask(A, script.requests[step][A][0], place), Refusal)
 
