@@ -92,7 +92,9 @@ def test_a_silo_without_room_for_its_statistics_is_left_out(
     assert lost["name"] == "silo-d"
     assert "no space left" in lost["reason"]
     assert running.weights() == undisturbed(project, *project.names[:3])
-    assert refusals(project, "silo-d") == [("train", "RefusalError: no space left on this silo's disk")]
+    assert [(phase, said.partition(":")[0]) for phase, said in refusals(project, "silo-d")] == [
+        ("train", "RefusalError")
+    ]
     assert "no space left" in silos["silo-d"].said
     assert not (deployment.state("silo-d") / "statistics.safetensors").exists()
     deployment.check_silos()

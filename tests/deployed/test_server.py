@@ -122,10 +122,7 @@ def test_a_bad_certificate_is_refused(tmp_path: Path) -> None:
 
     open_key = certificates(tmp_path / "open")
     (open_key / "server.key").chmod(0o640)
-    assert (
-        refused(open_key)
-        == f"{open_key}/server.key: others on this machine can read it; run: chmod 600 {open_key}/server.key"
-    )
+    assert f"chmod 600 {open_key}/server.key" in refused(open_key)
 
     others_key = certificates(tmp_path / "others")
     (others_key / "server.key").write_bytes(key_pem(new_key()))

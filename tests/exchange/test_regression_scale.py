@@ -191,7 +191,7 @@ def with_targets(directory: Path, change: Targets) -> None:
         ("centre = 0\nscale = 1", lambda x: 50 + 5 * x, ["mean of 50", "centre = 50.0", "scale = 4.0"]),
         ("centre = 0\nscale = 2e6", lambda x: 2e6 + 1e3 * x, ["deviation of 0.000", "centre = 2000"]),
         ("centre = 0\nscale = 1", lambda _: 50.0, ["all targets are 50"]),
-        ("centre = 0\nscale = 2e6", lambda x: 2e6 + 0.005 * x, ["32 bits", "take the same number off", "2000000.0"]),
+        ("centre = 0\nscale = 2e6", lambda x: 2e6 + 0.005 * x, ["32 bits", "the same number", "2000000.0"]),
         ("centre = 2e6\nscale = 0.005", lambda x: 2e6 + 0.005 * x, ["32 bits", "centre = ", "scale = 0.004"]),
         ("centre = 2e6\nscale = 1", lambda x: 2e6 + 1e-9 * round(x), ["32 bits"]),
         ("centre = 0\nscale = 1", lambda x: 1e39 * x, ["another unit"]),
@@ -202,7 +202,7 @@ def with_targets(directory: Path, change: Targets) -> None:
         "all but alike",
         "alike and far off",
         "too fine",
-        "too fine on any scale",
+        "too fine",
         "finer still",
         "huge",
         "tiny",
@@ -228,7 +228,7 @@ def test_targets_on_a_scale_that_fits_badly_are_told_before_and_while_a_silo_tak
 ) -> None:
     directory = project(tmp_path / "numbers", base, "usual", "centre = 0\nscale = 1\nrange = [-1e3, 1e3]")
     with_targets(directory, lambda x: 5 + 2 * x)
-    advice = "the plan's centre and scale do not fit them; by these data: centre = 5.0, scale = "
+    advice = "by these data: centre = 5.0, scale = "
     with monkeypatch.context() as patch:
         patch.setattr(Project, "locked", lambda _: (_ for _ in ()).throw(ModelError("no further")))
         with pytest.raises(ModelError, match="no further"):

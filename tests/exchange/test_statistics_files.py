@@ -158,10 +158,10 @@ def test_a_silo_writes_no_file_that_its_own_file_or_the_plan_does_not_allow(
 
     secure = pico_project(silos=4, name="secure", secure=True)
     lock(secure)
-    refused("statistics masked .* and a file is read as it is", secure)
+    refused("masked .* file", secure)
     rounds = pico_project(silos=2, name="rounds")
     rounds.replace(rounds.plan, "alpha = 0.9", "alpha = 0.9\nrounds = 2")
-    refused("the plan is not locked; run: gramfuse plan lock", rounds)
+    refused("gramfuse plan lock", rounds)
     lock(rounds)
     refused("2 exchanges .merge.rounds., and files carry one", rounds)
     project = pico_project(silos=2, name="open")
@@ -177,7 +177,7 @@ def test_a_silo_writes_no_file_that_its_own_file_or_the_plan_does_not_allow(
     [
         (["MODEL", "--data", "D"], "--base is missing"),
         (["--base", "B", "--data", "D"], "MODEL is missing"),
-        (["--plan", ".", "--silo", "a", "--gram", "*=full"], "--gram does not go with --plan"),
+        (["--plan", ".", "--silo", "a", "--gram", "*=full"], "--gram .* --plan"),
         (["--plan", "."], "--plan needs --silo NAME"),
         (["MODEL", "--base", "B", "--data", "D", "--silo", "a"], "--silo goes with --plan"),
         (["MODEL", "--base", "B", "--data", "D", "--name", "A/B"], "small letters"),
@@ -383,21 +383,19 @@ def test_what_does_not_belong_together_is_refused(
         moved,
     )
     refused("name it with --base", "merge", good, three, "-o", out)
-    merge("a weight is given for 'four'", three, "--weight", "four=2")
+    merge("'four'", three, "--weight", "four=2")
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes(three.read_bytes()[:-1])
     merge("it was cut off", cut)
 
     # What measure refuses, before it measures.
     base = ("--data", model / "train.jsonl", "-o", out)
-    refused("has no head|no task that gramfuse knows", "measure", pico_bert, "--base", pico_bert, *base)
+    refused("no head|no task", "measure", pico_bert, "--base", pico_bert, *base)
     refused("of type 'bert' and base .* of type 'gpt2'", "measure", model, "--base", pico_gpt2, *base)
-    refused("different tokenizers or image processors", "measure", model, "--base", renamed[1], *base)
+    refused("different tokenizers", "measure", model, "--base", renamed[1], *base)
     (louder / "config.json").write_text(json.dumps({**config, "hidden_act": "relu"}), encoding="utf-8")
     refused("have another 'hidden_act'", "measure", model, "--base", louder, *base)
-    refused(
-        "is to be frozen and is not the same", "measure", model, "--base", pico_bert, *base, "--freeze", "*layer.0*"
-    )
+    refused("frozen", "measure", model, "--base", pico_bert, *base, "--freeze", "*layer.0*")
     renamed_column = ("--data", model / "train.jsonl", "-o", out, "--label", "topic")
     refused(
         r"(?s)column 'topic' is missing.*Name yours with --text", "measure", model, "--base", pico_bert, *renamed_column

@@ -18,9 +18,9 @@ from tests.adversarial.state_machine.stage import THRESHOLD, Stage, assert_tells
     [
         (
             lambda s: {k: v for k, v in s.items() if k != "e"},
-            "silo 'b' did not release exactly one share for each member",
+            "silo 'b' did not release",
         ),
-        (lambda s: {**s, "zz": s["a"]}, "silo 'b' did not release exactly one share for each member"),
+        (lambda s: {**s, "zz": s["a"]}, "silo 'b' did not release"),
         (lambda s: {**s, "c": s["c"][:-1]}, "what silo 'c' committed to"),
         (lambda s: {**s, "c": b"\xff" * SHARE_BYTES}, "what silo 'c' committed to"),
         (lambda s: {**s, "c": s["d"]}, "what silo 'c' committed to"),

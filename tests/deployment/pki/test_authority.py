@@ -35,7 +35,7 @@ def test_tls_accepts_the_hosts_of_the_certificate_and_the_machine_itself_and_nob
     # A server's certificate is no authority's, though a real authority signed it.
     shutil.copy(authority / "server.key", tmp_path / "other" / "ca.key")
     shutil.copy(authority / "server.crt", tmp_path / "other" / "ca.crt")
-    refuse("is not a certificate that gramfuse pki init made", pki, "server", tmp_path / "other")
+    refuse("gramfuse pki init", pki, "server", tmp_path / "other")
 
 
 def test_certificates_say_what_they_are_for_and_end_when_they_must() -> None:
@@ -96,7 +96,7 @@ def test_private_files_are_private_and_public_ones_hold_one_certificate(tmp_path
 
 def test_nothing_is_overwritten(authority: Path) -> None:
     before = tree(authority)
-    refuse("ca.key exists already; every silo trusts that authority", pki, "init", authority, "--host", "a")
+    refuse("ca.key exists already", pki, "init", authority, "--host", "a")
     refuse("server.key exists already; to replace it", pki, "server", authority)
     (authority / "server.key").unlink()
     refuse("server.crt exists already", pki, "server", authority)
@@ -146,9 +146,9 @@ def test_an_authority_that_cannot_be_used_is_refused(authority: Path, tmp_path: 
     refuse(f"run: chmod 600 {authority / 'ca.key'}", pki, "server", authority, "--renew")
     (authority / "ca.key").write_bytes(key_pem(new_key()))
     (authority / "ca.key").chmod(0o600)
-    refuse("is not the authority's certificate of ca.key", pki, "server", authority, "--renew")
+    refuse("certificate of ca.key", pki, "server", authority, "--renew")
     (authority / "ca.key").write_text("nothing")
-    refuse("ca.key: is not a private key", pki, "server", authority, "--renew")
+    refuse("ca.key: is not", pki, "server", authority, "--renew")
 
     old = Authority.create("old", server_names([]), NOW, 30)
     (authority / "ca.key").write_bytes(key_pem(old.key))

@@ -129,6 +129,7 @@ def test_a_private_key_in_another_format_is_refused_and_never_quoted() -> None:
     for text in (key_pem(new_key()).decode(), "", "secret-looking text", node_key.generate()[0][:200]):
         with pytest.raises(PlanError) as caught:
             node_key.public_of(text, "n.key")
-        assert str(caught.value) == (
-            "n.key: is not a P-384 private key in OpenSSH format; make one with: gramfuse pki silo SILO_TOML"
-        )
+        said = str(caught.value)
+        assert said.startswith("n.key: ")
+        assert "gramfuse pki silo" in said
+        assert not text or text not in said

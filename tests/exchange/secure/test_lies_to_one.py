@@ -88,7 +88,7 @@ ATTACKS: dict[str, tuple[str, Callable[[Coordinator], Any], str]] = {
         "shares", changed("shares", adverts=lambda c: c.advert(D, D, channel=c.adverts[2].channel)), "one key twice"
     ),
     "shares: a second list": ("masked", changed("shares", adverts=lambda c: c.adverts[:4]), "second, different"),
-    "masked: before the shares": ("shares", changed("masked"), "before the list of keys"),
+    "masked: before the shares": ("shares", changed("masked"), "before the list"),
     "masked: shares swapped": (
         "masked", changed("masked", sealed=lambda c: exchanged(c.sealed(A), B, C)), "do not open"
     ),
@@ -109,16 +109,16 @@ ATTACKS: dict[str, tuple[str, Callable[[Coordinator], Any], str]] = {
     "masked: in other pieces": ("survivors", changed("masked", piece_bytes=16), "different"),
     "masked: the metrics first": ("masked", changed("masked-metrics"), "metrics"),
     "upload: in the clear": (
-        "masked", lambda c: UploadRequest(**c.about, piece=0, piece_bytes=2**20), "the plan has them masked"
+        "masked", lambda c: UploadRequest(**c.about, piece=0, piece_bytes=2**20), "masked"
     ),
-    "survivors: before the upload": ("masked", changed("survivors"), "before its members are known"),
+    "survivors: before the upload": ("masked", changed("survivors"), "before its members"),
     "survivors: without it": ("survivors", changed("survivors", survivors=NAMES[1:]), "leaves out"),
     "survivors: one twice": ("survivors", changed("survivors", survivors=(*NAMES, E)), "twice"),
     "survivors: a stranger": ("survivors", changed("survivors", survivors=(*NAMES[:4], STRANGER)), STRANGER),
     "survivors: in another order": ("survivors", changed("survivors", survivors=(B, A, C, D, E)), "order"),
     "survivors: too few": ("survivors", changed("survivors", survivors=NAMES[:3]), "asks for 4"),
     "survivors: a second list": ("unmask", changed("survivors", survivors=NAMES[:4]), "different"),
-    "unmask: before signing": ("survivors", changed("unmask"), "before its survivors were signed"),
+    "unmask: before signing": ("survivors", changed("unmask"), "before its survivors"),
     "unmask: too few signatures": (
         "unmask", changed("unmask", signatures=lambda c: {s: signatures_of(c)[s] for s in (A, B, C)}), "threshold is 4"
     ),

@@ -55,7 +55,7 @@ def test_the_plan_of_every_key_has_every_key() -> None:
     texts = (EVERY_KEY, TASKS, ANSWERS)
     written = set().union(*(keys(tomllib.loads(text)) for text in texts))
     known = set().union(*(keys(Plan.parse(text).document()) for text in texts))
-    assert written == known - {".task.first-token"}, "a model that answers has no head of its own"
+    assert written == known - {".task.first-token"}, "a model that answers no head"
 
 
 def test_values_arrive_as_written() -> None:
@@ -203,12 +203,12 @@ def test_every_problem_of_a_file_is_listed() -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ('labels = ["no", "yes"]', 'labels = ["no", "yes", "no"]', "'model': a label is listed twice"),
-        ('labels = ["no", "yes"]', 'labels = ["no"]', "needs at least two labels"),
+        ('labels = ["no", "yes"]', 'labels = ["no", "yes", "no"]', "'model': .*twice"),
+        ('labels = ["no", "yes"]', 'labels = ["no"]', "two labels"),
         ('task = "classification"', 'task = "regression"', "task 'regression' has no labels"),
-        ('task = "classification"', 'task = "classification"\ncentre = 1', "has no targets with a 'centre'"),
+        ('task = "classification"', 'task = "classification"\ncentre = 1', "'centre'"),
         ('task = "classification"', 'task = "classification"\nfirst-token = "de"', "generates no texts"),
-        ('name = "b"', 'name = "a"', r"\[\[silo\]\] names a more than once"),
+        ('name = "b"', 'name = "a"', r"\[\[silo\]\] names a "),
         ("secure-aggregation = false", "secure-aggregation = true", "secure aggregation of 2 silos hides nothing"),
         ("secure-aggregation = false", "", "secure aggregation of 2 silos hides nothing"),
     ],
@@ -224,11 +224,11 @@ def test_what_contradicts_itself_is_refused(old: str, new: str, message: str) ->
     [
         ('head = "own"', 'head = "same"', "silos share a body and keep their heads: 'model.head' must be \"own\""),
         ('head = "own"', 'head = "own"\ntask = "regression"', "'model.task' stands in each"),
-        ('task = "mail"', 'task = "post"', "'b' needs 'task', one of mail, names"),
+        ('task = "mail"', 'task = "post"', "'b' .*mail, names"),
         ('task = "mail"', 'task = "names"', "no \\[\\[silo\\]\\] has the task mail"),
         ('name = "names"', 'name = "mail"', "gives one name twice"),
-        ('metrics = "silo"', 'metrics = "sum"', "do not add up over silos"),
-        ('task = "token-classification"\nlabels = ["O", "B-X", "I-X"]', 'task = "causal-lm"', "has no head of its own"),
+        ('metrics = "silo"', 'metrics = "sum"', "add up"),
+        ('task = "token-classification"\nlabels = ["O", "B-X", "I-X"]', 'task = "causal-lm"', "no head"),
         ('labels = ["O", "B-X", "I-X"]', 'labels = ["O", "B-X"]', "IOB2"),
         ('labels = ["O", "B-X", "I-X"]', 'labels = ["O", "X", "B-X", "I-X"]', "IOB2.*'X'"),
         ('task = "mail"', 'task = "mail"\nlabels = ["no"]', "'labels' of a .*needs 'model.task'"),
