@@ -29,7 +29,7 @@ SECOND = "ee" * 16
 def assert_failed(reply: Any) -> None:
     assert isinstance(reply, m.Refusal), reply
     assert (reply.error, reply.exit_code) == ("FailureError", 20)
-    assert reply.reason.startswith("this silo failed in phase ")
+    assert "failed in phase" in reply.reason
     assert not any(character.isdigit() for character in reply.reason), "no count crosses"
 
 

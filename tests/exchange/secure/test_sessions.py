@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from gramfuse_client.state.state import State
+from gramfuse_protocol.errors import FailureError
 from gramfuse_protocol.messages.phases import Refusal, UnmaskRequest
 from gramfuse_protocol.messages.wire import pack
 from tests.exchange.secure.coordinator import STEPS, Coordinator, assert_over, at, exchanged, session_of
@@ -103,7 +104,7 @@ def test_other_data_are_not_contributed_under_the_same_plan(script: Coordinator,
 
 def failed_in(phase: str) -> str:
     """All that a coordinator reads of a failure."""
-    return f"this silo failed in phase {phase}; its own log has the reason"
+    return FailureError("", phase=phase).reason
 
 
 def test_data_that_change_while_the_masked_vector_is_under_way_do_not_take_its_place(

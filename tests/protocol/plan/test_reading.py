@@ -118,10 +118,9 @@ def test_an_unknown_key_in_the_only_silo_is_the_only_complaint() -> None:
     text = edit(SMALL, '[[silo]]\nname = "b"\n', "") + "colour = 1\n"
     with pytest.raises(PlanError) as caught:
         Plan.parse(text, "plan.toml")
-    assert (
-        str(caught.value)
-        == "plan.toml: unknown key 'silo.0.colour'; known here: name, public-key, node-key, task, labels"
-    )
+    (said,) = str(caught.value).splitlines()
+    assert said.startswith("plan.toml: unknown key 'silo.0.colour'")
+    assert said.endswith("name, public-key, node-key, task, labels")
 
 
 @pytest.mark.parametrize(
