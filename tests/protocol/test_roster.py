@@ -77,7 +77,7 @@ def test_what_safe_terms_tolerate_is_the_most_that_they_do() -> None:
 
 def test_the_number_of_silos_is_bounded() -> None:
     check_terms(SILOS, 1, 513, 513)
-    with pytest.raises(ValueError, match="at most 1024 silos; the roster names 1025"):
+    with pytest.raises(ValueError, match=r"1024 silos.*1025"):
         check_terms(SILOS + 1, 1, 514, 514)
 
 

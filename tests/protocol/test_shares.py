@@ -73,7 +73,7 @@ def test_any_t_shares_or_more_give_the_secret_and_fewer_are_refused(
         for chosen in itertools.combinations(points, count):
             some = {point: shares[point] for point in chosen}
             if count < threshold:
-                with pytest.raises(SecurityError, match=f"{count} shares came; the threshold is {threshold}"):
+                with pytest.raises(SecurityError, match=rf"{count} shares .*{threshold}"):
                     combine(some, threshold)
             else:
                 assert combine(some, threshold) == secret
@@ -121,7 +121,7 @@ def test_fewer_than_t_shares_fit_every_secret(secret: bytes, candidates: list[by
     ids=["empty", "short", "long", "the prime", "beyond it", "all ones"],
 )
 def test_what_is_no_share_is_refused(share: bytes) -> None:
-    with pytest.raises(SecurityError, match="not a number below 2\\^521 − 1 in 66 bytes"):
+    with pytest.raises(SecurityError, match="66 bytes"):
         check_share(share)
     good = split(bytes(32), 2, [1, 2, 3], random.Random(1).randbytes)
     with pytest.raises(SecurityError, match="not a number below"):

@@ -81,7 +81,7 @@ def test_no_silo_has_another_s_secret_or_can_unmask_it() -> None:
         # Its one share opens nothing.
         for kind in KINDS:
             share = {fed.roster.index(spy): bytes.fromhex(state.held[victim]["statistics"][kind])}
-            with pytest.raises(SecurityError, match="1 shares came; the threshold is 4"):
+            with pytest.raises(SecurityError, match=r"1 shares.*4"):
                 combine(share, fed.roster.threshold)
             with pytest.raises(SecurityError, match="one secret"):
                 combine(share, 1)

@@ -54,12 +54,12 @@ def test_a_secret_that_its_owner_did_not_commit_to_is_not_used(owner: str, at: S
 
 def test_three_shares_open_nothing(at: Stage) -> None:
     shares = {n: secure_sum.release(at.roster, at.signed[n], "statistics", at.signatures) for n in at.survivors[:3]}
-    with pytest.raises(SecurityError, match=r"^3 .*shares.*; the threshold is 4"):
+    with pytest.raises(SecurityError, match=r"^3 .*shares.*4"):
         unmasking(at, shares)
 
 
 def test_a_share_from_one_that_is_no_survivor_is_not_taken(at: Stage) -> None:
     shares = {n: secure_sum.release(at.roster, at.signed[n], "statistics", at.signatures) for n in at.survivors}
     for stranger in ("e", "zz"):
-        with pytest.raises(SecurityError, match=f"shares came from '{stranger}', which is no survivor"):
+        with pytest.raises(SecurityError, match=f"'{stranger}'"):
             unmasking(at, {**shares, stranger: shares["a"]})
