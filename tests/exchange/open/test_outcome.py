@@ -6,7 +6,6 @@ import hashlib
 import json
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from gramfuse_protocol.messages.phases import TrainReply, UploadReply
 from gramfuse_server.app import coordinate
 from gramfuse_server.report.page.page import page
 from gramfuse_server.report.schema import Report
+from tests.conftest import write_jsonl
 from tests.exchange.open.runs import (
     SILOS,
     Arrays,
@@ -136,10 +136,6 @@ def text(rng: random.Random, topic: str, words: int = 2) -> str:
     return " ".join(chosen)
 
 
-def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
 def test_text_pairs_run_from_end_to_end(pico_project: Any, in_process_grid: Any, place: Path) -> None:
     project = pico_project(silos=2)
     project.replace(project.plan, '["animals", "weather", "kitchen"]', '["same", "other"]\npair = true')
@@ -154,7 +150,7 @@ def test_text_pairs_run_from_end_to_end(pico_project: Any, in_process_grid: Any,
                 second = first if i % 2 else rng.choice([topic for topic in TOPICS if topic != first])
                 pair = {"text": text(rng, first), "second": text(rng, second)}
                 rows.append({**pair, "label": "same" if first == second else "other"})
-            write_rows(project.directory / "data" / name / f"{part}.jsonl", rows)
+            write_jsonl(project.directory / "data" / name / f"{part}.jsonl", rows)
             held_out += rows if part == "held-out" else []
     plan, layout = Project.read(project.directory).locked()
     recorder = Recorder()
@@ -182,7 +178,7 @@ def test_regression_runs_from_end_to_end(pico_project: Any, in_process_grid: Any
             for _ in range(count):
                 words = rng.randint(0, 4)
                 rows.append({"text": text(rng, rng.choice(["cat", "rain"]), words), "label": words / 2 + n / 4})
-            write_rows(project.directory / "data" / name / f"{part}.jsonl", rows)
+            write_jsonl(project.directory / "data" / name / f"{part}.jsonl", rows)
             held_out += rows if part == "held-out" else []
     plan, layout = Project.read(project.directory).locked()
     recorder = Recorder()
