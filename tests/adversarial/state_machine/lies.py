@@ -232,7 +232,7 @@ RECEIVE = [
     Lie(
         "sealed, and beyond the prime",
         with_sealed(b=lambda at, _: at.seal(3 * bytes(SHARE_BYTES) + PRIME.to_bytes(SHARE_BYTES, "little"))),
-        (("silo 'b'", "no share"), "not a number below 2^521 − 1"),
+        ("silo 'b'", "no share", "not a number below 2^521 − 1"),
     ),
     Lie(
         "before the list of keys",
