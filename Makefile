@@ -45,7 +45,7 @@ bench-quick: $(READY) ## Every table and chart of accuracy, small, in 17 minutes
 bench: $(READY) ## Accuracy of the demo, secure against open, cost of a secure sum, memory (about 35 minutes)
 	$(BIN)/python benchmarks/accuracy desk
 	$(BIN)/python benchmarks/accuracy/equality.py desk
-	$(BIN)/python benchmarks/secure_cost.py
+	$(BIN)/python benchmarks/secure_cost
 	$(BIN)/python benchmarks/memory.py
 
 api: $(READY) ## Make docs/api.md from the docstrings, and docs/report.md from the schema of report.json

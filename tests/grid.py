@@ -17,6 +17,8 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, 
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.task_identity import TaskIdentity
 
+from gramfuse_server.run import delivery
+
 Node = Callable[[Message, Context], Message]
 """What answers at a node: a ClientApp is one."""
 
@@ -185,6 +187,12 @@ def _task_identity() -> Iterator[None]:
         for key in ("_run_id", "_node_id", "_task_id"):
             patch.setattr(TaskIdentity, key, 1)
         yield
+
+
+@pytest.fixture
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The coordinator looks for answers again at once."""
+    monkeypatch.setattr(delivery.time, "sleep", lambda _: None)
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from gramfuse_protocol.messages import phases as m
-from tests.adversarial.conftest import METRICS, NONCE, STATISTICS, Liar
+from tests.adversarial.liar import METRICS, NONCE, STATISTICS, Liar
 
 MakeLiar = Callable[..., Liar]
 A = "silo-a"
@@ -92,4 +92,4 @@ def test_a_held_out_record_that_is_added_between_models_or_rounds_is_a_failure(l
     with lied.project.train(A).with_name("held-out.jsonl").open("a") as file:
         file.write('{"text": "the old cat", "label": "animals"}\n')
     reply = lied.measure(A, about, lied.zero(), "regmean")
-    assert (reply.error, reply.reason.startswith("this silo failed in phase evaluate")) == ("FailureError", True)
+    assert (reply.error, "phase evaluate" in reply.reason) == ("FailureError", True)

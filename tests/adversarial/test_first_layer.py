@@ -23,7 +23,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+from transformers import BertForSequenceClassification, PreTrainedTokenizerFast
 
 from gramfuse_client.data.batches import Encoded, batches
 from gramfuse_client.data.examples import Examples
@@ -37,6 +37,7 @@ from gramfuse_protocol.contract.plan_sections import ContextFree, Merge, Trainin
 from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.secure_sum.fixed_point import decode, encode
 from gramfuse_protocol.secure_sum.scales import scales
+from tests.projects import bert_config
 
 Floats = NDArray[np.float64]
 
@@ -66,18 +67,8 @@ CONTEXT = ("attention.output.dense", "intermediate.dense")
 
 def a_model(width: int) -> BertForSequenceClassification:
     torch.manual_seed(4)
-    config = BertConfig(
-        vocab_size=len(SPECIAL) + len(WORDS),
-        hidden_size=width,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=width,
-        max_position_embeddings=16,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        initializer_range=0.2,
-        num_labels=2,
-    )
+    sizes = {"hidden_size": width, "intermediate_size": width, "max_position_embeddings": 16}
+    config = bert_config(len(SPECIAL) + len(WORDS), **sizes, initializer_range=0.2, num_labels=2)
     model = BertForSequenceClassification(config).eval()
     freeze(model, ("embeddings",))
     return model

@@ -37,7 +37,7 @@ from gramfuse_server.report.schema import Check, Report
 from gramfuse_server.run import delivery
 from gramfuse_server.run.exchange import Exchange
 from gramfuse_server.run_directory import RunDirectory
-from tests.adversarial.conftest import Liar
+from tests.adversarial.liar import Liar
 from tests.grid import InProcessGrid, _task_identity  # noqa: F401  # a fixture
 
 honest = sums.summands
@@ -302,8 +302,8 @@ def test_silos_are_not_given_a_replaced_model_and_the_run_says_so(
     assert "bad" in verdicts
     assert ("silo-a", "evaluate") not in grid.sent
     assert set(kept) == {False}
-    assert "do not use the model" in page
-    assert "Do not use this model" in card
+    assert "do not use" in page
+    assert "Do not use" in card
     for as_json in (False, True):
         with pytest.raises(MergeError) as caught:
             show_report(Report.read(report), out, as_json)

@@ -29,7 +29,7 @@ from gramfuse_protocol.held_out.sums import Vector, size
 from gramfuse_protocol.secure_sum.fixed_point import decode
 from gramfuse_protocol.secure_sum.scales import METRICS_SCALE
 from gramfuse_protocol.tasks.classification import class_rows
-from tests.adversarial.conftest import METRICS, Liar
+from tests.adversarial.liar import METRICS, Liar
 
 GAMES = 1500
 """Sums that it gets in each of the two worlds."""
@@ -147,7 +147,7 @@ def test_a_plan_without_noise_is_joined_only_by_whom_that_does_not_trouble(liar:
     quiet = ('privacy.metrics-epsilon="none"',)
     refused = liar(*quiet, silos=3)
     reply = refused.join("silo-a", refused.about())
-    assert (reply.error, reply.reason) == ("RefusalError", "this silo gives no held-out counts without noise")
+    assert (reply.error, "without noise" in reply.reason) == ("RefusalError", True)
     willing = liar(*quiet, silos=3, name="willing", exact_metrics=True)
     assert not hasattr(willing.join("silo-a", willing.about()), "error")
 

@@ -155,7 +155,7 @@ def test_no_plan_without_all_pins_is_joined(run: Run, tmp_path: Path) -> None:
         run.path.write_text(approved.replace("approved = [", f'approved = ["{run.plan.digest}", '), encoding="utf-8")
         reply = run.join(None)
         assert isinstance(reply, Refusal)
-        assert (reply.error, reply.reason) == ("RefusalError", "the plan is not locked")
+        assert (reply.error, "not locked" in reply.reason) == ("RefusalError", True)
         run.plan = Plan.parse(text)
 
 

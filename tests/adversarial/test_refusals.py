@@ -19,7 +19,7 @@ import pytest
 from gramfuse_client.exchange import participant
 from gramfuse_client.guard import policy
 from gramfuse_protocol.messages import phases as m
-from tests.adversarial.conftest import METRICS, NONCE, STATISTICS, Detector, Liar, copied, regression
+from tests.adversarial.liar import METRICS, NONCE, STATISTICS, Detector, Liar, copied, regression
 
 MakeLiar = Callable[..., Liar]
 A, B = "silo-a", "silo-b"
@@ -29,7 +29,7 @@ SECOND = "ee" * 16
 def assert_failed(reply: Any) -> None:
     assert isinstance(reply, m.Refusal), reply
     assert (reply.error, reply.exit_code) == ("FailureError", 20)
-    assert reply.reason.startswith("this silo failed in phase ")
+    assert "failed in phase" in reply.reason
     assert not any(character.isdigit() for character in reply.reason), "no count crosses"
 
 
@@ -64,13 +64,13 @@ def test_a_round_that_this_silo_did_not_come_to_is_not_begun(liar: MakeLiar, det
     later = lied.about(number=2)
     lied.join(A, later)
     reply = lied.train(A, later, detector.model(lied.zero(), min(words_of(lied, A)), 5e19))
-    assert (reply.error, reply.reason) == ("RefusalError", "this silo did not go through the round before")
+    assert (reply.error, "the round before" in reply.reason) == ("RefusalError", True)
     assert not lied.state(A, 2).trained
     lied.contribute(lied.about())
     later = lied.about(SECOND, 2)
     lied.join(A, later)
     reply = lied.train(A, later, lied.zero())  # contributed, but given no model
-    assert (reply.error, reply.reason) == ("RefusalError", "this silo did not go through the round before")
+    assert (reply.error, "the round before" in reply.reason) == ("RefusalError", True)
 
 
 @pytest.mark.parametrize("size", [1e30, 1e19, 3e4])
@@ -215,7 +215,7 @@ def test_what_is_known_before_the_data_is_said_before_and_nothing_is_noted(
         patch.setattr(participant, "load", untouched)
         patch.setattr(policy.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10})())
         reply = lied.train(A, about)
-        assert (reply.error, reply.reason) == ("RefusalError", "no space left on this silo's disk")
+        assert (reply.error, "no space left" in reply.reason) == ("RefusalError", True)
     closed = Liar(lied.project, lied.place, lied.plan, lied.layout, train_hours=_never())
     with monkeypatch.context() as patch:
         patch.setattr(participant, "load", untouched)

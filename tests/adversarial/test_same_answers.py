@@ -21,7 +21,7 @@ import pytest
 
 from gramfuse_protocol.messages import phases as m
 from gramfuse_protocol.messages.wire import Frame, unpack
-from tests.adversarial.conftest import METRICS, STATISTICS, Detector, Liar, regression
+from tests.adversarial.liar import METRICS, STATISTICS, Detector, Liar, regression
 
 A = "silo-a"
 

@@ -14,7 +14,7 @@ from gramfuse_client.silo_file import write_identity
 from gramfuse_model.project import Project
 from gramfuse_protocol.messages import phases as m
 from gramfuse_protocol.secure_sum.keys import Identity
-from tests.adversarial.conftest import METRICS, SPYING, STATISTICS, Liar
+from tests.adversarial.liar import METRICS, SPYING, STATISTICS, Liar
 
 MakeLiar = Callable[..., Liar]
 

@@ -18,34 +18,17 @@ from safetensors.torch import load_file, save_file
 from gramfuse_cli.main import cli
 from gramfuse_protocol.errors import ContributionError, GramfuseError, ModelError, PlanError
 from gramfuse_protocol.statistics.file import read_statistics
-from tests.server.test_report import read_back
+from tests.commands import gramfuse
+from tests.projects import bert_config
+from tests.reports import read_back
 
 TEXTS = ["the old cat and a dog", "my horse near the big goat", "rain and wind", "the snow of a storm", "a small pan"]
 LABELS = ["animals", "weather"]
 
 
-def gramfuse(*arguments: Any) -> dict[str, Any]:
-    """Run a command in this process and return its JSON; what it raises is raised here."""
-    result = CliRunner().invoke(cli, [*map(str, arguments), "--json"])
-    if isinstance(result.exception, GramfuseError):
-        raise result.exception
-    assert result.exit_code == 0, f"{result.output} {result.exception!r}"
-    report: dict[str, Any] = json.loads(result.stdout)
-    return report
-
-
 def _bert(tokens: int) -> Any:
-    config = transformers.BertConfig(
-        vocab_size=tokens,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=24,
-        max_position_embeddings=32,
-        id2label=dict(enumerate(LABELS)),
-        label2id={label: n for n, label in enumerate(LABELS)},
-    )
-    return transformers.BertForSequenceClassification(config)
+    labels = {"id2label": dict(enumerate(LABELS)), "label2id": {label: n for n, label in enumerate(LABELS)}}
+    return transformers.BertForSequenceClassification(bert_config(tokens, **labels))
 
 
 def _llama(tokens: int) -> Any:
@@ -268,7 +251,7 @@ def test_texts_are_measured_with_the_tokens_of_their_model(grown: Callable[..., 
         cli,
         [str(a) for a in ("measure", one, "--base", models.base, "--data", models.data, "-o", models.directory / "x")],
     )
-    assert "tokens that BASE has not: '<a>'" in spoken.stderr
+    assert "'<a>'" in spoken.stderr
     assert "--tokenizer" in spoken.stderr
 
 

@@ -144,7 +144,7 @@ def test_verify_says_where_the_chain_ends(ledger: Ledger, run: Callable[..., Out
     assert outcome.code == 0
     for words in ("lines   5", "2026-01-31T12:00:00Z", "2026-01-31T16:00:00Z", "16,600", head.digest):
         assert words in outcome.out
-    assert "Note this digest somewhere this machine cannot write" in outcome.err
+    assert "Note this digest" in outcome.err
     assert json.loads(run("verify", "--json").out) == {
         "ledger": str(ledger.path),
         "silo": "north",
@@ -162,7 +162,7 @@ def test_verify_holds_a_digest_that_was_noted_against_the_ledger(ledger: Ledger,
     assert run("verify", "--head", lines[2].digest).code == 0
     outcome = run("verify", "--head", "f" * 64)
     assert outcome.code == 18
-    assert "no line has the digest" in outcome.err
+    assert "no line has" in outcome.err
     outcome = run("verify", "--head", "F")
     assert outcome.code == 2
     assert "64 hexadecimal digits" in outcome.err
@@ -270,7 +270,7 @@ def test_a_file_that_another_process_makes_meanwhile_is_not_written_over(tmp_pat
 def test_a_place_that_cannot_be_written_is_named(ledger: Ledger, run: Callable[..., Outcome], tmp_path: Path) -> None:
     outcome = run("export", "--out", tmp_path / "nowhere" / "copy")
     assert outcome.code == 18
-    assert "cannot be written: No such file or directory" in outcome.err
+    assert "cannot be written" in outcome.err
 
 
 def test_help_says_what_the_words_mean(run: Callable[..., Outcome]) -> None:

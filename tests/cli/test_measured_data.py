@@ -138,7 +138,7 @@ def test_labels_change_nothing_of_what_is_measured(tmp_path: Path, model: Path, 
         assert all(np.array_equal(gram[group], found["numbers"][group]) for group in gram), name
     with pytest.raises(DataError, match=r"other names\.jsonl: 30 of 30 rows(?s:.*)--labels"):
         measure(model, pico_bert, write(tmp_path / "other names.jsonl", files["other names"][0]))
-    with pytest.raises(PlanError, match="expected 3 different names, one for each output of MODEL: 'LABEL_0'"):
+    with pytest.raises(PlanError, match=r"3 different names.*'LABEL_0'"):
         measure(model, pico_bert, tmp_path / "numbers.jsonl", "--labels", "good,bad")
 
 
@@ -196,7 +196,7 @@ def test_files_are_tuned_on_data_with_labels_of_its_own_and_bad_rows(
         tune(parts["names"])
     with pytest.raises(PlanError, match="expected 3 different names"):
         tune(parts["numbers"], "--labels", "good,bad")
-    with pytest.raises(DataError, match=r"^--validation: all 30 examples are among those of --test too; name others$"):
+    with pytest.raises(DataError, match=r"^--validation: .*30 examples.* --test"):
         tune({"validation": parts["numbers"]["test"], "test": parts["numbers"]["test"]})
 
 

@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
 
-from gramfuse_cli.main import cli
 from gramfuse_client.dry_run.findings import Findings
 from gramfuse_client.dry_run.of_inputs import check_base
 from gramfuse_client.exchange.participant import Participant
@@ -20,12 +18,7 @@ from gramfuse_model.project import Project
 from gramfuse_protocol.errors import GramfuseError, ModelError
 from gramfuse_protocol.messages.phases import JoinReply, JoinRequest, Message, Refusal
 from gramfuse_simulation.engine import simulated_silo
-
-
-def gramfuse(*arguments: Any) -> None:
-    result = CliRunner().invoke(cli, [*map(str, arguments), "--json"])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
+from tests.commands import gramfuse
 
 
 @pytest.fixture

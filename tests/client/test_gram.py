@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel
+from transformers import BertForSequenceClassification, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from gramfuse_client.measuring.collect import collect_statistics
@@ -25,6 +25,7 @@ from gramfuse_protocol.contract.plan_sections import Merge
 from gramfuse_protocol.errors import ContributionError, ModelError
 from gramfuse_protocol.statistics.contribution import Statistics
 from gramfuse_server.merging.accumulator import Accumulator
+from tests.projects import bert_config
 
 Batch = dict[str, torch.Tensor]
 UNLIMITED = 10**9
@@ -394,15 +395,7 @@ def test_a_layout_of_another_architecture_is_refused(pico_bert: Path, pico_gpt2:
 
 @pytest.mark.parametrize("width", [8, 32])
 def test_a_layout_of_a_model_of_another_width_is_refused(pico_bert: Path, width: int) -> None:
-    config = BertConfig(
-        vocab_size=60,
-        hidden_size=width,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=48,
-        max_position_embeddings=32,
-        num_labels=3,
-    )
+    config = bert_config(60, hidden_size=width, intermediate_size=48, num_labels=3)
     other = BertForSequenceClassification(config)
     with pytest.raises(ContributionError, match="weight"):
         collect_grams(other, padded(sentences(1), 4), layout_of(load(pico_bert)), limit=UNLIMITED)

@@ -61,7 +61,7 @@ def test_what_are_no_hours_is_refused_naming_file_and_key(hours: str, tmp_path: 
         read(path, tail=f"[limits]\ntrain-hours = {hours}")
     (line,) = str(caught.value).splitlines()
     assert line.startswith(f"{path}: 'limits.train-hours': ")
-    assert "expected hours such as 20:00-06:00" in line or "20:00-20:00 is no time at all" in line
+    assert "expected hours such as 20:00-06:00" in line or "20:00-20:00" in line
 
 
 @pytest.mark.parametrize("hours", ["20:00-06:00", "00:00-23:59"])

@@ -90,9 +90,11 @@ def test_a_silo_without_room_for_its_statistics_is_left_out(
     report = running.report()
     (lost,) = report["lost"]
     assert lost["name"] == "silo-d"
-    assert "no space left on this silo's disk" in lost["reason"]
+    assert "no space left" in lost["reason"]
     assert running.weights() == undisturbed(project, *project.names[:3])
-    assert refusals(project, "silo-d") == [("train", "RefusalError: no space left on this silo's disk")]
+    assert [(phase, said.partition(":")[0]) for phase, said in refusals(project, "silo-d")] == [
+        ("train", "RefusalError")
+    ]
     assert "no space left" in silos["silo-d"].said
     assert not (deployment.state("silo-d") / "statistics.safetensors").exists()
     deployment.check_silos()
@@ -216,7 +218,7 @@ def test_a_clock_that_is_ahead_is_named_and_once_it_is_right_the_silo_connects(
     clock.write_text("60")
     silo = deployment.start_silo("silo-a", connected=False)
     said = silo.wait_for("coordinator's clock: this clock is ")
-    assert "s ahead of the coordinator's" in said
+    assert "s ahead of" in said
     assert "timedatectl" in said
     assert "connected to" not in said
     clock.write_text("0")

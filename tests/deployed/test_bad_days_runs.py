@@ -87,7 +87,7 @@ def test_a_run_into_the_directory_of_one_that_goes_on_ends_and_leaves_it_alone(
     for refused in late:
         code, error = refused.end(60)
         assert code == 15
-        assert "run.partial exists already; a run is writing there; wait until it is over" in error["message"]
+        assert "run.partial" in error["message"]
     assert running.report()["lost"] == []
     assert running.weights() == undisturbed(project)
     deployment.check_silos()
@@ -110,13 +110,13 @@ def test_the_same_plan_is_run_twice_at_the_same_time(deploy: Run, pico_project: 
     assert second.report()["lost"] == []
     code, error = first.end()
     assert code in (13, 16)
-    assert "the session is over at this silo" in error["message"]
+    assert "session is over" in error["message"]
     assert not first.out.exists()
     failed = first.out.with_name("first.failed")
     assert error["report"] == str(failed / "report.html")
-    assert f"report of the failed run: {error['report']}" in first.log.read_text()
+    assert str(error["report"]) in first.log.read_text()
     assert {path.name for path in failed.iterdir()} == {"plan.toml", "report.html", "report.json", "transcript.jsonl"}
-    assert "the session is over at this silo" in json.loads((failed / "report.json").read_text())["failure"]["message"]
+    assert "session is over" in json.loads((failed / "report.json").read_text())["failure"]["message"]
     assert deployment.trained() == trained
     assert second.weights() == undisturbed(project)
     deployment.check_silos()

@@ -36,7 +36,7 @@ def test_a_connection_is_a_name_or_the_directory_of_a_server(tmp_path: Path, mon
     with pytest.raises(PlanError, match=r"'wire' goes to 10\.0\.0\.5:8000 without TLS"):
         Link.find("wire")
     for name in ("local", "nowhere", "near.example.org"):
-        with pytest.raises(PlanError, match=f"'{name}' is not a connection to a SuperLink; known: far, near, wire"):
+        with pytest.raises(PlanError, match=f"'{name}' .*far, near, wire"):
             Link.find(name)
 
     configure(
@@ -64,7 +64,7 @@ def test_over_tls_every_silo_of_the_plan_has_a_node_key(tmp_path: Path, pico_pro
     secure = Link("", tmp_path, "server", "127.0.0.1:8001", False, "/ca.crt")
     open_link = Link("", tmp_path, "server", "127.0.0.1:8001", True, None)
     check_roster(Project.read(project.directory), open_link)
-    with pytest.raises(PlanError, match=r"plan\.toml: has no node-key for silo-a, silo-b.*gramfuse silo keygen"):
+    with pytest.raises(PlanError, match=r"plan\.toml: .*silo-a, silo-b.*gramfuse silo keygen"):
         check_roster(Project.read(project.directory), secure)
     for name in project.names:
         with pytest.raises(PlanError, match="no node-key"):

@@ -63,7 +63,7 @@ def test_what_does_not_start_is_an_error_with_its_last_lines(tmp_path: Path) -> 
 
 def test_what_is_never_ready_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervisor, "START_SECONDS", 0.5)
-    with pytest.raises(FederationError, match=r"idle is not ready after 0 s"), supervised(tmp_path) as running:
+    with pytest.raises(FederationError, match=r"idle .*0 s"), supervised(tmp_path) as running:
         running.start(shell(tmp_path, "idle", "sleep 60"))
     assert not left(tmp_path)
 

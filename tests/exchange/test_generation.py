@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +12,12 @@ import torch
 import transformers
 from transformers import T5Config, T5ForConditionalGeneration
 
-from gramfuse_client.app import SiloApp
 from gramfuse_client.data.batches import Encoded, batches
 from gramfuse_client.data.examples import Examples
 from gramfuse_client.training.evaluate import outputs
 from gramfuse_model.project import Project
 from gramfuse_protocol.errors import ModelError
-from gramfuse_server.app import coordinate
-from gramfuse_server.run import delivery
-from gramfuse_simulation.engine import laboratory_of, simulated_silo
+from tests.projects import Simulated, write_project
 
 SILOS = ("north", "south")
 FORCING = {
@@ -35,11 +31,6 @@ FORCING = {
     "begin_suppress_tokens": [18, 19, 20],
 }
 """What some published model says of generation, for the task that it was made for."""
-
-
-@pytest.fixture(autouse=True)
-def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(delivery.time, "sleep", lambda _: None)
 
 
 def project(directory: Path, tokenizer: Any, settings: dict[str, Any], more: str = "") -> Path:
@@ -65,41 +56,24 @@ def project(directory: Path, tokenizer: Any, settings: dict[str, Any], more: str
         path = base / "generation_config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | settings))
     tokenizer.save_pretrained(base)
-    (directory / "silos").mkdir()
     rng = random.Random(5)
+    words = ["rain", "snow", "wind"]
+    silos = {}
     for name in SILOS:
-        for part, count in (("train", 48), ("held-out", 16)):
-            rows = [{"text": rng.choice(["rain", "snow", "wind"]), "label": "cat dog cat"} for _ in range(count)]
-            (directory / f"{name}-{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        (directory / "silos" / f"{name}.toml").write_text(
-            f'name = "{name}"\ndevice = "cpu"\nthreads = 1\n[data]\ntrain = "../{name}-train.jsonl"\n'
-            f'held-out = "../{name}-held-out.jsonl"\n[limits]\nminimum-examples = 10\nopen-uploads = true\n'
-            'metrics = "silo"\n'
-        )
-    roster = "".join(f'[[silo]]\nname = "{name}"\n' for name in SILOS)
-    (directory / "plan.toml").write_text(
+        train, held_out = ([{"text": rng.choice(words), "label": "cat dog cat"} for _ in range(n)] for n in (48, 16))
+        silos[name] = ("", train, held_out)
+    return write_project(
+        directory,
         f'[plan]\nname = "answers"\n[model]\nbase = "{base}"\ntask = "sequence-to-sequence"\nmax-length = 8\n'
         f"target-length = 6\n{more}\n[training]\nepochs = 12\nlearning-rate = 1e-2\nbatch-size = 8\n"
-        f'[privacy]\nsecure-aggregation = false\nmetrics = "silo"\n{roster}'
+        '[privacy]\nsecure-aggregation = false\nmetrics = "silo"\n',
+        silos,
     )
-    return directory
 
 
 def run(directory: Path, place: Path, grid: Any) -> dict[str, Any]:
-    plan, layout = Project.read(directory).locked()
-    files = [str(directory / "silos" / f"{name}.toml") for name in SILOS]
-    spec = {"silos": files, "state": str(place / "state"), "directory": str(directory), "tune": None}
-    silos = {
-        name: simulated_silo(file, str(place / "state"), plan.digest) for name, file in zip(SILOS, files, strict=True)
-    }
-    report = coordinate(
-        grid({name: SiloApp(lambda _, name=name: silos[name]) for name in SILOS}),
-        plan,
-        layout,
-        directory,
-        place / "run",
-        simulated=partial(laboratory_of, spec, plan, layout),
-    ).document()
+    here = Simulated(directory, place)
+    report = here.run(grid, simulated=here.laboratory()).document()
     assert report["unmeasured"] is None
     return report
 
@@ -115,9 +89,9 @@ def test_a_model_that_knows_the_answer_is_right_whatever_its_base_says_of_genera
             assert (model["metrics"]["exact-match"], model["metrics"]["token-f1"]) == (1.0, 1.0), model["name"]
     assert report["generation"] == {"": {"strategy": "greedy", "max-new-tokens": 6, "first-token": None}}
     assert json.loads((tmp_path / "run" / "report.json").read_text())["generation"] == report["generation"]
-    assert "generated greedily, of at most 6 tokens" in (tmp_path / "run" / "report.html").read_text()
+    assert "at most 6 tokens" in (tmp_path / "run" / "report.html").read_text()
     card = (tmp_path / "run" / "model" / "README.md").read_text()
-    assert "generated greedily, of at most 6 tokens" in card
+    assert "at most 6 tokens" in card
     written = transformers.GenerationConfig.from_pretrained(tmp_path / "run" / "model").to_dict()
     assert {key: written[key] for key in settings} == settings, "the files keep what the base says"
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,24 +15,18 @@ import transformers
 from safetensors.numpy import load_file
 
 from gramfuse_cli.show.results import show_report
-from gramfuse_client.app import SiloApp
 from gramfuse_client.data.batches import Encoded, batches
 from gramfuse_client.data.examples import load
-from gramfuse_client.exchange.local_model import Workbench
 from gramfuse_client.guard.disclosure import leaves
 from gramfuse_client.silo_file import Silo
-from gramfuse_client.state.state import State
 from gramfuse_client.training.evaluate import evaluate
 from gramfuse_model.heads import head_parameters
 from gramfuse_model.loading.auto_classes import FORMS
 from gramfuse_model.loading.base_model import load_base, own_head
-from gramfuse_model.project import Project
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.held_out.metrics import metrics
-from gramfuse_server.app import coordinate
 from gramfuse_server.report.schema import Report
-from gramfuse_server.run import delivery
-from gramfuse_simulation.engine import laboratory_of, simulated_silo
+from tests.projects import Simulated, write_project
 
 CPU = torch.device("cpu")
 ANIMALS, WEATHER = ["cat", "dog", "horse", "sheep"], ["rain", "snow", "wind", "sun"]
@@ -81,65 +73,27 @@ def rows(task: str, count: int, seed: int) -> list[dict[str, Any]]:
     return found
 
 
-def write_rows(path: Path, found: list[Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")
-
-
-def write_silo(directory: Path, name: str, train: str, held_out: str) -> None:
-    path = directory / "silos" / f"{name}.toml"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(
-        f'name = "{name}"\ndevice = "cpu"\nthreads = 1\n[data]\ntrain = "{train}"\nheld-out = "{held_out}"\n'
-        '[limits]\nminimum-examples = 10\nopen-uploads = true\nmetrics = "silo"\n'
-    )
-
-
-@pytest.fixture(autouse=True)
-def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(delivery.time, "sleep", lambda _: None)
-
-
 @pytest.fixture
 def project(tmp_path: Path, pico_bert: Path) -> Path:
     """A project with three tasks at four silos."""
-    directory = tmp_path / "project"
-    for number, (name, task) in enumerate(SILOS.items()):
-        write_rows(directory / "data" / f"{name}.jsonl", rows(task, 60, number))
-        write_rows(directory / "data" / f"{name}-held-out.jsonl", rows(task, 20, 100 + number))
-        write_silo(directory, name, f"../data/{name}.jsonl", f"../data/{name}-held-out.jsonl")
-    roster = "".join(f'[[silo]]\nname = "{name}"\ntask = "{task}"\n' for name, task in SILOS.items())
-    (directory / "plan.toml").write_text(
+    silos = {
+        name: (f'task = "{task}"', rows(task, 60, number), rows(task, 20, 100 + number))
+        for number, (name, task) in enumerate(SILOS.items())
+    }
+    return write_project(
+        tmp_path / "project",
         f'[plan]\nname = "tasks"\n[model]\nbase = "{pico_bert}"\nhead = "own"\n{TASKS}\n'
         "[training]\nepochs = 2\nlearning-rate = 1e-2\nbatch-size = 8\n"
-        f'[privacy]\nsecure-aggregation = false\nmetrics = "silo"\n{roster}'
+        '[privacy]\nsecure-aggregation = false\nmetrics = "silo"\n',
+        silos,
     )
-    return directory
 
 
 def run(directory: Path, place: Path, grid: Any, *settings: str) -> SimpleNamespace:
     """Run a whole exchange in this process, as a simulation does."""
-    plan, layout = Project.read(directory, settings).locked()
-    silos = {
-        name: simulated_silo(str(directory / "silos" / f"{name}.toml"), str(place / "state"), plan.digest)
-        for name in plan.names
-    }
-
-    def finish(name: str, arrays: Mapping[str, np.ndarray], to: Path) -> None:
-        Workbench(silos[name], plan).finish(layout, arrays, State(silos[name].state, plan.digest), to)
-
-    files = [str(directory / "silos" / f"{name}.toml") for name in plan.names]
-    spec = {"silos": files, "state": str(place / "state"), "directory": str(directory), "tune": None}
-    report = coordinate(
-        grid({name: SiloApp(lambda _, name=name: silos[name]) for name in plan.names}),
-        plan,
-        layout,
-        directory,
-        place / "run",
-        simulated=partial(laboratory_of, spec, plan, layout),
-        own_heads=finish,
-    ).document()
-    return SimpleNamespace(plan=plan, layout=layout, silos=silos, report=report, out=place / "run")
+    here = Simulated(directory, place, *settings)
+    report = here.run(grid, simulated=here.laboratory(), own_heads=here.finish).document()
+    return SimpleNamespace(plan=here.plan, layout=here.layout, silos=here.silos, report=report, out=here.out)
 
 
 def measured(model: Path, silo: Silo, plan: Plan) -> dict[str, float]:
@@ -215,7 +169,7 @@ def test_a_silo_gets_its_finished_model_even_if_no_metrics_leave(
 ) -> None:
     done = run(project, tmp_path, in_process_grid, "privacy.metrics=none")
     assert done.report["models"] == []
-    assert done.report["unmeasured"] == "the plan lets no metrics leave"
+    assert "metrics" in done.report["unmeasured"]
     for name, silo in done.silos.items():
         own = load_file(silo.state / done.plan.digest / "model" / "model.safetensors")
         expected = load_file(done.out / "models" / name / "model.safetensors")
@@ -252,24 +206,26 @@ def test_a_silo_learns_and_counts_only_the_labels_that_it_annotates(
     """Each silo is blind to one label; the merged model knows all, so it is better than every silo's own."""
     words = dict(zip("abc", (ANIMALS, WEATHER, KITCHEN), strict=True))
     own = {"north": "ab", "east": "bc", "south": "ca"}
-    directory = tmp_path / "project"
-    for number, (name, labels) in enumerate(own.items()):
-        for source, count, seed in (("train", 240, number), ("held-out", 40, 100 + number)):
-            rng = random.Random(seed)
-            found = []
-            for _ in range(count):
-                applying = [label for label in "abc" if rng.random() < 0.25]
-                text = [rng.choice(words[label]) for label in applying] + rng.choices(FILLERS, k=3)
-                found.append({"text": " ".join(text), "label": [label for label in applying if label in labels]})
-            write_rows(directory / f"{name}-{source}.jsonl", found)
-        write_silo(directory, name, f"../{name}-train.jsonl", f"../{name}-held-out.jsonl")
-    roster = "".join(
-        f'[[silo]]\nname = "{name}"\nlabels = {json.dumps(list(labels))}\n' for name, labels in own.items()
-    )
-    (directory / "plan.toml").write_text(
+
+    def annotated(labels: str, count: int, seed: int) -> list[dict[str, Any]]:
+        rng = random.Random(seed)
+        found = []
+        for _ in range(count):
+            applying = [label for label in "abc" if rng.random() < 0.25]
+            text = [rng.choice(words[label]) for label in applying] + rng.choices(FILLERS, k=3)
+            found.append({"text": " ".join(text), "label": [label for label in applying if label in labels]})
+        return found
+
+    silos = {
+        name: (f"labels = {json.dumps(list(ls))}", annotated(ls, 240, number), annotated(ls, 40, 100 + number))
+        for number, (name, ls) in enumerate(own.items())
+    }
+    directory = write_project(
+        tmp_path / "project",
         f'[plan]\nname = "masked"\n[model]\nbase = "{pico_bert}"\ntask = "multi-label"\nlabels = ["a", "b", "c"]\n'
         "max-length = 16\nthreshold = 0.2\n[training]\nepochs = 15\nlearning-rate = 3e-3\nbatch-size = 8\n"
-        f'[privacy]\nsecure-aggregation = false\nmetrics = "silo"\n{roster}'
+        '[privacy]\nsecure-aggregation = false\nmetrics = "silo"\n',
+        silos,
     )
     done = run(directory, tmp_path, in_process_grid)
     models = {model["name"]: model for model in done.report["models"]}

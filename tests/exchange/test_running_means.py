@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import random
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,28 +18,24 @@ from PIL import Image
 from transformers import LevitConfig, LevitForImageClassification, ResNetConfig, ResNetForImageClassification
 
 from gramfuse_cli.main import cli
-from gramfuse_client.app import SiloApp
 from gramfuse_client.data.batches import Encoded, batches
 from gramfuse_client.data.examples import load
-from gramfuse_client.exchange.local_model import Workbench, train
+from gramfuse_client.exchange.local_model import train
 from gramfuse_client.measuring.checkpoint import measure, open_checkpoint, task_of_model
 from gramfuse_client.state.state import State
 from gramfuse_client.training.evaluate import evaluate
 from gramfuse_model.buffers import saved_buffers
 from gramfuse_model.differences import add_differences
 from gramfuse_model.loading.base_model import load_base
-from gramfuse_model.project import Project
 from gramfuse_protocol.contract.layout import delta_block
 from gramfuse_protocol.errors import ContributionError, DataError, ModelError
 from gramfuse_protocol.held_out.metrics import metrics
-from gramfuse_server.app import coordinate
 from gramfuse_server.merging.accumulator import Accumulator
 from gramfuse_server.merging.files import Settings, merge_files
-from gramfuse_server.run import delivery
 from gramfuse_simulation.all_silos import AllSilos, Bench
 from gramfuse_simulation.comparison import Comparison
-from gramfuse_simulation.engine import laboratory_of, simulated_silo
 from gramfuse_simulation.terms import parse_terms
+from tests.projects import Simulated, write_project
 
 CPU = torch.device("cpu")
 SILOS = ("north", "south", "east")
@@ -60,11 +55,6 @@ MODELS = {
         )
     ),
 }
-
-
-@pytest.fixture(autouse=True)
-def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(delivery.time, "sleep", lambda _: None)
 
 
 def picture(label: int, brightness: float, rng: random.Random) -> bytes:
@@ -95,35 +85,24 @@ def project(directory: Path, family: str) -> Path:
     torch.manual_seed(3)
     pretrained(MODELS[family]()).save_pretrained(base)
     transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(base)
-    (directory / "silos").mkdir()
+    data: dict[str, tuple[str, list[Any], list[Any]]] = {}
     for number, name in enumerate(SILOS):
         rng = random.Random(number)
+        parts = []
         for part, count in (("train", 48), ("held-out", 24)):
-            rows = []
-            for n in range(count):
-                image = directory / f"{name}-{part}-{n}.png"
+            images = [directory / f"{name}-{part}-{n}.png" for n in range(count)]
+            for n, image in enumerate(images):
                 image.write_bytes(picture(n % 2, 1 - 0.25 * number, rng))
-                rows.append({"image": str(image), "label": "ab"[n % 2]})
-            (directory / f"{name}-{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        (directory / "silos" / f"{name}.toml").write_text(
-            f'name = "{name}"\ndevice = "cpu"\nthreads = 1\n[data]\ntrain = "../{name}-train.jsonl"\n'
-            f'held-out = "../{name}-held-out.jsonl"\n[limits]\nminimum-examples = 10\nopen-uploads = true\n'
-            'metrics = "silo"\nexact-metrics = true\n'
-        )
-    roster = "".join(f'[[silo]]\nname = "{name}"\n' for name in SILOS)
-    (directory / "plan.toml").write_text(
+            parts.append([{"image": str(image), "label": "ab"[n % 2]} for n, image in enumerate(images)])
+        data[name] = ("", *parts)
+    return write_project(
+        directory,
         f'[plan]\nname = "pictures"\n[model]\nbase = "{base}"\ntask = "image-classification"\nlabels = ["a", "b"]\n'
         "[training]\nepochs = 16\nlearning-rate = 3e-3\nbatch-size = 8\n"
-        f"[privacy]\nsecure-aggregation = false\n{roster}"
+        "[privacy]\nsecure-aggregation = false\n",
+        data,
+        "exact-metrics = true\n",
     )
-    return directory
-
-
-def silos_of(directory: Path, plan: Any) -> dict[str, Any]:
-    return {
-        name: simulated_silo(str(directory / "silos" / f"{name}.toml"), str(directory / "state"), plan.digest)
-        for name in plan.names
-    }
 
 
 def accuracy(model: Any, base: Any, silo: Any, task: Any) -> float:
@@ -135,8 +114,8 @@ def accuracy(model: Any, base: Any, silo: Any, task: Any) -> float:
 def test_a_silos_own_model_merged_alone_is_as_good_as_before_and_two_have_the_mean_of_their_running_means(
     tmp_path: Path, family: str
 ) -> None:
-    plan, layout = Project.read(project(tmp_path, family)).locked()
-    silos, task = silos_of(tmp_path, plan), plan.task_of("north")
+    here = Simulated(project(tmp_path, family), tmp_path)
+    plan, layout, silos, task = here.plan, here.layout, here.silos, here.plan.task_of("north")
     tuned, statistics, alone = {}, {}, {}
     for name in ("north", "south"):
         base = load_base(plan, tmp_path)
@@ -183,24 +162,10 @@ def test_secure_and_open_runs_write_the_same_running_means_and_silos_measure_the
     directory = project(tmp_path, "resnet")
     written: dict[str, Any] = {}
     for mode in ("false", "true"):
-        settings = [f"privacy.secure-aggregation={mode}", EXACT]
-        plan, layout = Project.read(directory, settings).locked()
-        place, files = tmp_path / mode, [str(directory / "silos" / f"{name}.toml") for name in SILOS]
-        if mode == "true":
-            plan = with_keys(plan, place)
-        silos = {
-            name: simulated_silo(file, str(place / "state"), plan.digest)
-            for name, file in zip(SILOS, files, strict=True)
-        }
-        spec = {"silos": files, "state": str(place / "state"), "directory": str(directory), "tune": None}
-        report = coordinate(
-            in_process_grid({name: SiloApp(lambda _, name=name, silos=silos: silos[name]) for name in SILOS}),
-            plan,
-            layout,
-            directory,
-            place / "run",
-            simulated=partial(laboratory_of, spec, plan, layout),
-        ).document()
+        place = tmp_path / mode
+        here = Simulated(directory, place, f"privacy.secure-aggregation={mode}", EXACT, identities=mode == "true")
+        plan, layout, silos = here.plan, here.layout, here.silos
+        report = here.run(in_process_grid, simulated=here.laboratory()).document()
         assert report["unmeasured"] is None, [c for c in report["checks"] if c["verdict"] != "ok"]
         model = transformers.AutoModelForImageClassification.from_pretrained(place / "run" / "model")
         written[mode] = model.state_dict()
@@ -223,8 +188,8 @@ def test_secure_and_open_runs_write_the_same_running_means_and_silos_measure_the
 
 def test_what_a_merge_is_compared_with_has_the_mean_of_the_running_means_too(tmp_path: Path) -> None:
     directory = project(tmp_path, "resnet")
-    plan, layout = Project.read(directory).locked()
-    silos, task = silos_of(directory, plan), plan.task_of("north")
+    here = Simulated(directory, tmp_path)
+    plan, layout, silos, task = here.plan, here.layout, here.silos, here.plan.task_of("north")
     statistics, tuned = {}, {}
     for name in ("north", "south"):
         base = load_base(plan, directory)
@@ -246,38 +211,13 @@ def test_what_a_merge_is_compared_with_has_the_mean_of_the_running_means_too(tmp
     assert metrics(task, joint)["accuracy"] == 1.0
 
 
-def with_keys(plan: Any, place: Path) -> Any:
-    from gramfuse_client.silo_file import write_identity
-    from gramfuse_protocol.secure_sum.keys import Identity
-
-    identities = {name: Identity(bytes([number] * 32)) for number, name in enumerate(SILOS, 1)}
-    for name, identity in identities.items():
-        write_identity(place / "state" / name / "identity.pem", identity)
-    return plan.with_keys({name: identity.public.hex() for name, identity in identities.items()})
-
-
 def test_models_that_silos_keep_have_their_own_running_means_of_the_head_and_the_merged_ones_of_the_body(
     tmp_path: Path, in_process_grid: Any
 ) -> None:
     directory = project(tmp_path, "levit")
-    plan, layout = Project.read(directory, ["model.head=own", "privacy.metrics=silo"]).locked()
-    files = [str(directory / "silos" / f"{name}.toml") for name in SILOS]
-    silos = {
-        name: simulated_silo(file, str(tmp_path / "state"), plan.digest)
-        for name, file in zip(SILOS, files, strict=True)
-    }
-
-    def finish(name: str, arrays: Any, to: Path) -> None:
-        Workbench(silos[name], plan).finish(layout, arrays, State(silos[name].state, plan.digest), to)
-
-    report = coordinate(
-        in_process_grid({name: SiloApp(lambda _, name=name: silos[name]) for name in SILOS}),
-        plan,
-        layout,
-        directory,
-        tmp_path / "run",
-        own_heads=finish,
-    ).document()
+    here = Simulated(directory, tmp_path, "model.head=own", "privacy.metrics=silo")
+    plan, silos = here.plan, here.silos
+    report = here.run(in_process_grid, own_heads=here.finish).document()
     (found,) = (entry["silos"] for entry in report["models"] if entry["name"] == "regmean")
     means = {}
     for name in SILOS:
@@ -292,8 +232,8 @@ def test_models_that_silos_keep_have_their_own_running_means_of_the_head_and_the
 
 def test_files_of_fine_tuned_models_hold_their_running_means(tmp_path: Path) -> None:
     directory = project(tmp_path, "resnet")
-    plan, layout = Project.read(directory).locked()
-    silo, task = silos_of(directory, plan)["north"], plan.task_of("north")
+    here = Simulated(directory, tmp_path)
+    plan, layout, silo, task = here.plan, here.layout, here.silos["north"], here.plan.task_of("north")
     tuned = load_base(plan, directory)
     train(silo, plan, layout, tuned, load(silo, task)[0])
     tuned.model.save_pretrained(tmp_path / "tuned")
@@ -358,17 +298,19 @@ def test_a_silo_stops_if_training_changes_a_buffer_that_is_not_merged(
     tmp_path: Path,
 ) -> None:
     directory = project(tmp_path, "resnet")
-    plan, layout = Project.read(directory, ["training.epochs=1"]).locked()
+    here = Simulated(directory, tmp_path, "training.epochs=1")
+    plan, layout = here.plan, here.layout
     without = layout.model_copy(update={"tensors": tuple(t for t in layout.tensors if not t.name.endswith("_var"))})
-    silo = silos_of(directory, plan)["north"]
+    silo = here.silos["north"]
     with pytest.raises(ContributionError, match="running_var"):
         train(silo, plan, without, load_base(plan, directory), load(silo, plan.task_of("north"))[0])
 
 
 def test_a_last_batch_of_one_that_cannot_be_normalised_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
     directory = project(tmp_path, "levit")
-    plan, layout = Project.read(directory, ["training.epochs=1", "training.batch-size=47"]).locked()
-    silo = silos_of(directory, plan)["north"]
+    here = Simulated(directory, tmp_path, "training.epochs=1", "training.batch-size=47")
+    plan, layout = here.plan, here.layout
+    silo = here.silos["north"]
     examples, _ = load(silo, plan.task_of("north"))
     base = load_base(plan, directory)
     before = {name: tensor.clone() for name, tensor in base.model.state_dict().items()}
@@ -376,7 +318,7 @@ def test_a_last_batch_of_one_that_cannot_be_normalised_is_refused_before_anythin
         train(silo, plan, layout, base, examples)
     assert all(torch.equal(tensor, before[name]) for name, tensor in base.model.state_dict().items())
     alone = plan.training.model_copy(update={"batch_size": 1})
-    with pytest.raises(DataError, match=r"each batch has one of the 48 examples.*batch-size = 2 or 3"):
+    with pytest.raises(DataError, match=r"48 examples.*batch-size = 2 or 3"):
         train(silo, plan.model_copy(update={"training": alone}), layout, base, examples)
     for size in (46, 48):
         fitting = plan.training.model_copy(update={"batch_size": size})
@@ -392,16 +334,18 @@ def test_a_last_batch_of_one_that_cannot_be_normalised_is_refused_before_anythin
 
 def test_a_model_that_normalises_over_many_places_trains_on_a_last_batch_of_one(tmp_path: Path) -> None:
     directory = project(tmp_path, "resnet")
-    plan, layout = Project.read(directory, ["training.epochs=1", "training.batch-size=47"]).locked()
-    silo = silos_of(directory, plan)["north"]
+    here = Simulated(directory, tmp_path, "training.epochs=1", "training.batch-size=47")
+    plan, layout = here.plan, here.layout
+    silo = here.silos["north"]
     examples, _ = load(silo, plan.task_of("north"))
     assert train(silo, plan, layout, load_base(plan, directory), examples).examples == 48
 
 
 def test_models_that_are_tried_one_after_the_other_do_not_see_each_others_weights(tmp_path: Path) -> None:
     """LeViT keeps biases of the model that it was until it is in training mode again."""
-    plan, layout = Project.read(project(tmp_path, "levit")).locked()
-    silo = silos_of(tmp_path, plan)["north"]
+    here = Simulated(project(tmp_path, "levit"), tmp_path)
+    plan, layout = here.plan, here.layout
+    silo = here.silos["north"]
     base = load_base(plan, tmp_path)
     bench = Bench(silo, plan, base, {})
     image = torch.randn(2, 3, 32, 32)

@@ -30,17 +30,8 @@ from gramfuse_model.project import Project
 from gramfuse_protocol.errors import DataError, GramfuseError
 from gramfuse_server.app import coordinate
 from gramfuse_simulation.engine import simulated_silo
-from tests.server.test_report import read_back
-
-
-def gramfuse(*arguments: Any) -> dict[str, Any]:
-    """Run a command in this process and return its JSON; what it raises is raised here."""
-    result = CliRunner().invoke(cli, [*map(str, arguments), "--json"])
-    if isinstance(result.exception, GramfuseError):
-        raise result.exception
-    assert result.exit_code == 0, result.output
-    report: dict[str, Any] = json.loads(result.stdout)
-    return report
+from tests.commands import gramfuse
+from tests.reports import read_back
 
 
 def lock(project: Any) -> str:
@@ -107,7 +98,7 @@ def test_files_give_the_model_of_a_simulation_bit_for_bit(
         gramfuse("merge", files[0], files[2], "-o", tmp_path / "two", "--base", plan.model.base)
     with project.train("silo-b").open("a") as data:
         data.write('{"text": "the dog", "label": "animals"}\n')
-    with pytest.raises(GramfuseError, match="other data were contributed under this plan before"):
+    with pytest.raises(GramfuseError, match="other data were contributed"):
         gramfuse("measure", "--plan", project.directory, "--silo", "silo-b", "-o", tmp_path / "other.safetensors")
     assert not (tmp_path / "other.safetensors").exists()
 
@@ -127,7 +118,7 @@ def test_bad_rows_that_a_silo_leaves_out_are_in_no_contribution(
     shutil.rmtree(Silo.read(project.silo("silo-a")).state)
     gramfuse(*arguments, tmp_path / "again.safetensors")
     assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "clean.safetensors").read_bytes()
-    assert "silo-a leaves out a bad row: " in caplog.text
+    assert "silo-a leaves out" in caplog.text
 
 
 def test_silos_that_keep_their_heads_get_whole_models_back(
@@ -167,10 +158,10 @@ def test_a_silo_writes_no_file_that_its_own_file_or_the_plan_does_not_allow(
 
     secure = pico_project(silos=4, name="secure", secure=True)
     lock(secure)
-    refused("statistics masked .* and a file is read as it is", secure)
+    refused("masked .* file", secure)
     rounds = pico_project(silos=2, name="rounds")
     rounds.replace(rounds.plan, "alpha = 0.9", "alpha = 0.9\nrounds = 2")
-    refused("the plan is not locked; run: gramfuse plan lock", rounds)
+    refused("gramfuse plan lock", rounds)
     lock(rounds)
     refused("2 exchanges .merge.rounds., and files carry one", rounds)
     project = pico_project(silos=2, name="open")
@@ -186,7 +177,7 @@ def test_a_silo_writes_no_file_that_its_own_file_or_the_plan_does_not_allow(
     [
         (["MODEL", "--data", "D"], "--base is missing"),
         (["--base", "B", "--data", "D"], "MODEL is missing"),
-        (["--plan", ".", "--silo", "a", "--gram", "*=full"], "--gram does not go with --plan"),
+        (["--plan", ".", "--silo", "a", "--gram", "*=full"], "go with --plan"),
         (["--plan", "."], "--plan needs --silo NAME"),
         (["MODEL", "--base", "B", "--data", "D", "--silo", "a"], "--silo goes with --plan"),
         (["MODEL", "--base", "B", "--data", "D", "--name", "A/B"], "small letters"),
@@ -334,6 +325,24 @@ def test_models_of_different_labels_keep_their_heads(
     assert all(np.array_equal(body[0][name], body[1][name]) for name in body[0])
 
 
+def moved_base(base: Path, to: Path) -> Path:
+    """Copy a base and change one number of one tensor."""
+    shutil.copytree(base, to)
+    changed = AutoModelForSequenceClassification.from_pretrained(base)
+    with torch.no_grad():
+        changed.bert.encoder.layer[0].output.dense.bias[3] += 1
+    changed.bert.save_pretrained(to)
+    return to
+
+
+def with_another_word(model: Path, to: Path) -> Path:
+    """Copy a model and change one word of its tokenizer."""
+    shutil.copytree(model, to)
+    text = (to / "tokenizer.json").read_text(encoding="utf-8")
+    (to / "tokenizer.json").write_text(text.replace('"cat"', '"lynx"'), encoding="utf-8")
+    return to
+
+
 def test_what_does_not_belong_together_is_refused(
     tmp_path: Path, published: Callable[..., Path], pico_bert: Path, pico_gpt2: Path
 ) -> None:
@@ -351,11 +360,7 @@ def test_what_does_not_belong_together_is_refused(
         refused(message, "merge", good, other, "-o", out, "--base", pico_bert, *options)
 
     # Another base: one number of one tensor is enough; another layout; another tokenizer.
-    moved = shutil.copytree(pico_bert, tmp_path / "moved")
-    changed = AutoModelForSequenceClassification.from_pretrained(pico_bert)
-    with torch.no_grad():
-        changed.bert.encoder.layer[0].output.dense.bias[3] += 1
-    changed.bert.save_pretrained(moved)
+    moved = moved_base(pico_bert, tmp_path / "moved")
     merge(
         r"different base models .*'bert.encoder.layer.0.output.dense.bias'",
         measured(model, moved, "--name", "moved", out=tmp_path / "moved.safetensors"),
@@ -363,10 +368,7 @@ def test_what_does_not_belong_together_is_refused(
     blocks = measured(model, pico_bert, "--name", "blocks", "--gram", "*=block:4", out=tmp_path / "blocks.safetensors")
     merge(r"different layouts: group .* is full and block:4", blocks)
     merge(r"different layouts: group .* is block:4 and full", blocks, "--heads", "own")
-    renamed = [shutil.copytree(path, tmp_path / f"renamed-{path.name}") for path in (model, pico_bert)]
-    for path in renamed:
-        text = (path / "tokenizer.json").read_text(encoding="utf-8")
-        (path / "tokenizer.json").write_text(text.replace('"cat"', '"lynx"'), encoding="utf-8")
+    renamed = [with_another_word(path, tmp_path / f"renamed-{path.name}") for path in (model, pico_bert)]
     other = measured(renamed[0], renamed[1], "--name", "lynx", out=tmp_path / "lynx.safetensors")
     merge("bases with different tokenizers", other)
     refused("their tokenizers .* differ", "merge", good, "-o", out, "--base", renamed[1])
@@ -381,32 +383,22 @@ def test_what_does_not_belong_together_is_refused(
     refused("their configurations differ", "merge", good, "-o", out, "--base", louder)
     merge("both called 'good'", good)
     three = measured(model, pico_bert, "--name", "three", out=tmp_path / "three.safetensors")
-    refused(
-        "'bert.encoder.layer.0.output.dense.bias' is another, 1 in all",
-        "merge",
-        good,
-        three,
-        "-o",
-        out,
-        "--base",
-        moved,
-    )
+    dense = "'bert.encoder.layer.0.output.dense.bias' is another"
+    refused(dense, "merge", good, three, "-o", out, "--base", moved)
     refused("name it with --base", "merge", good, three, "-o", out)
-    merge("a weight is given for 'four'", three, "--weight", "four=2")
+    merge("'four'", three, "--weight", "four=2")
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes(three.read_bytes()[:-1])
     merge("it was cut off", cut)
 
     # What measure refuses, before it measures.
     base = ("--data", model / "train.jsonl", "-o", out)
-    refused("has no head|no task that gramfuse knows", "measure", pico_bert, "--base", pico_bert, *base)
+    refused("no head|no task", "measure", pico_bert, "--base", pico_bert, *base)
     refused("of type 'bert' and base .* of type 'gpt2'", "measure", model, "--base", pico_gpt2, *base)
-    refused("different tokenizers or image processors", "measure", model, "--base", renamed[1], *base)
+    refused("different tokenizers", "measure", model, "--base", renamed[1], *base)
     (louder / "config.json").write_text(json.dumps({**config, "hidden_act": "relu"}), encoding="utf-8")
     refused("have another 'hidden_act'", "measure", model, "--base", louder, *base)
-    refused(
-        "is to be frozen and is not the same", "measure", model, "--base", pico_bert, *base, "--freeze", "*layer.0*"
-    )
+    refused("frozen", "measure", model, "--base", pico_bert, *base, "--freeze", "*layer.0*")
     renamed_column = ("--data", model / "train.jsonl", "-o", out, "--label", "topic")
     refused(
         r"(?s)column 'topic' is missing.*Name yours with --text", "measure", model, "--base", pico_bert, *renamed_column

@@ -188,7 +188,7 @@ def two_towers() -> PreTrainedModel:
 
 def test_what_a_model_asks_for_that_a_batch_has_not_is_said() -> None:
     images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-    with pytest.raises(ModelError, match=r"CLIPModel cannot compute .*pixel_values.*You have to specify input_ids"):
+    with pytest.raises(ModelError, match=r"CLIPModel .*pixel_values.*input_ids"):
         derive_layout(two_towers(), {"pixel_values": images})
     ids = torch.tensor([[1, 5, 6, 2], [1, 7, 2, 0], [1, 8, 9, 2], [1, 10, 2, 0]])
     both = {"pixel_values": images, "input_ids": ids, "attention_mask": (ids != 0).long()}

@@ -95,8 +95,8 @@ def test_the_bound_for_every_silo_at_once_does_not_wrap_and_a_little_more_is_ref
 @pytest.mark.parametrize(
     ("values", "told"),
     [
-        ([1.0, math.nan, 2.0], "holds 1 values that are NaN or infinite out of 3"),
-        ([math.nan, 1e300, math.inf, -math.inf], "holds 3 values that are NaN or infinite out of 4"),
+        ([1.0, math.nan, 2.0], "holds 1 values .*out of 3"),
+        ([math.nan, 1e300, math.inf, -math.inf], "holds 3 values .*out of 4"),
         ([1e300, 0.0], "holds 1 values out of 2 beyond"),  # finite, and the product is not
         ([-1e300, 1e300], "holds 2 values out of 2 beyond"),
     ],

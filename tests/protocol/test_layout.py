@@ -295,7 +295,7 @@ def test_experts_that_do_not_fit_their_tensor_are_refused(changes: dict[str, Any
 
 
 def test_a_group_whose_weights_do_not_see_the_same_is_refused() -> None:
-    with pytest.raises(PlanError, match="group 'q' has weights of layers without context and others"):
+    with pytest.raises(PlanError, match=r"group 'q' .*without context"):
         Layout.parse(_with("tensors.1.context_free", value=False))
 
 

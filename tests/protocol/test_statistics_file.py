@@ -163,26 +163,26 @@ def rewritten(
         (lambda header, document: header.update(more=header["gram:a"]), "tensor 'more' is .* expects not there"),
         (
             lambda header, document: header.update({"gram:a": header.pop("gram:a")}),
-            "header is not as gramfuse writes it",
+            "header",
         ),
         (
             lambda header, document: document.update(version=2),
-            "version 2 of the format, and this gramfuse reads version 1",
+            "version 2 .*version 1",
         ),
         (
             lambda header, document: document.update(examples=0),
-            "'examples': Input should be greater than or equal to 1",
+            "'examples'",
         ),
-        (lambda header, document: document.update(examples="7"), "'examples': Input should be a valid integer"),
+        (lambda header, document: document.update(examples="7"), "'examples'"),
         (lambda header, document: document.update(name="../x"), "'name': String should match"),
         (lambda header, document: document.update(more=1), "unknown key 'more'"),
-        (lambda header, document: document["tokens"].pop("a"), "token counts do not fit the layout"),
+        (lambda header, document: document["tokens"].pop("a"), "token counts"),
         (lambda header, document: document["layout"]["groups"].pop(), "'layout': .* do not fit together"),
         (lambda header, document: document["layout"]["tensors"].pop(), "tensor 'delta:a.bias' is .* expects not there"),
-        (lambda header, document: document["task"].update(labels=["one"]), "'task': .* needs at least two labels"),
+        (lambda header, document: document["task"].update(labels=["one"]), "'task': .*two labels"),
         (lambda header, document: document["base"].update(weights={}), "'base.weights'"),
         (lambda header, document: document.update(added=None), "tensor 'added:e' is .* expects not there"),
-        (lambda header, document: document["added"]["tokens"].pop(), "'added': .*'e' has not one row for each of 2"),
+        (lambda header, document: document["added"]["tokens"].pop(), "'added': .*'e' "),
         (lambda header, document: document["added"]["tokens"].__setitem__(0, "\\n"), "'added': .* comes twice"),
         (lambda header, document: document["added"]["tokens"].__setitem__(0, "漢"), "'added.tokens.0': .*no token as"),
         (
@@ -209,9 +209,7 @@ def test_values_that_are_not_finite_are_refused_by_name(tmp_path: Path, good: by
     data = bytearray(good[8 + int.from_bytes(good[:8], "little") :])
     data[24:28] = np.float32(np.nan).tobytes()  # delta:a.bias comes after added:e
     path.write_bytes(rewritten(good, lambda header, document: None, bytes(data)))
-    with pytest.raises(
-        ContributionError, match=r"tensor 'delta:a.bias' holds 1 values that are NaN or infinite out of 2"
-    ):
+    with pytest.raises(ContributionError, match=r"tensor 'delta:a.bias' .*NaN"):
         read_statistics(path)
     blocks = dict(statistics().blocks)
     blocks["gram:a"] = np.full(6, np.inf, np.float32)

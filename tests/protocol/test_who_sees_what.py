@@ -10,7 +10,7 @@ import pytest
 from gramfuse_client.guard.disclosure import leaves
 from gramfuse_protocol.contract.layout import Layout, Tensor
 from gramfuse_protocol.contract.who_sees_what import FACTS, STATISTICS_SAY, Mode, full_row, holds, leaving, row, seen
-from tests.server.test_page import SILOS, Checked, card, open_run, page, plan_of, secure_run
+from tests.pages import SILOS, Checked, card, open_run, page, plan_of, secure_run
 
 ROOT = Path(__file__).parents[2]
 LAYOUT = Layout(groups=(), tensors=(Tensor(name="bias", shape=(2,), merge="mean"),), frozen=())

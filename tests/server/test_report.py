@@ -15,18 +15,9 @@ from gramfuse_protocol.errors import RunDirectoryError
 from gramfuse_server.report.page.view import read_report
 from gramfuse_server.report.part import ReportPart
 from gramfuse_server.report.schema import OPTIONAL, REQUIRED, Report
-from tests.server.test_page import RUNS
+from tests.pages import RUNS
 
 DOCS = Path(__file__).parents[2] / "docs"
-
-
-def read_back(run: Path) -> dict[str, Any]:
-    """Return the report in a run directory; it must say the same when it is written again."""
-    report = read_report(run / "report.json")
-    text = (run / "report.json").read_text(encoding="utf-8")
-    assert report.text == text
-    document: dict[str, Any] = json.loads(text)
-    return document
 
 
 def lay(place: Path, document: dict[str, Any]) -> Path:

@@ -103,7 +103,7 @@ def test_nobody_takes_or_removes_the_directory_of_a_run_that_goes_on(tmp_path: P
         run.write("report.json", "{}")
         run.keep("train", {})
         for resume in (False, True):
-            assert "a run is writing there; wait until it is over, or choose another --out" in refused(resume=resume)
+            assert "choose another --out" in refused(resume=resume)
         discard(tmp_path / "one")
         assert (run.partial / "report.json").exists()
     assert "resume it with --resume" in refused()
@@ -339,7 +339,7 @@ def test_a_disk_that_fills_up_is_an_error_and_nothing_stays(
             run.record({"phase": "join"})
             fill(run)
 
-    with pytest.raises(RunDirectoryError, match="no space left on the disk") as caught:
+    with pytest.raises(RunDirectoryError, match="no space left") as caught:
         run_out()
     assert str(small_disk / "one") in str(caught.value)
     assert list(small_disk.iterdir()) == []
@@ -356,7 +356,7 @@ def test_a_full_disk_leaves_the_report_if_there_is_room_once_the_rest_is_gone(tr
             with run.writing():
                 (run.partial / "model.bin").write_bytes(b"\0" * 1_000_000)
 
-    with pytest.raises(RunDirectoryError, match="no space left on the disk") as caught:
+    with pytest.raises(RunDirectoryError, match="no space left") as caught:
         run_out()
     report = small_disk / "one.failed" / "report.json"
     assert caught.value.report == (None if trained else report)

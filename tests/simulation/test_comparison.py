@@ -6,7 +6,6 @@ import json
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,36 +15,30 @@ import torch
 from transformers import T5Config, T5ForConditionalGeneration
 
 from gramfuse_cli.show.results import show_report
-from gramfuse_client.app import SiloApp
 from gramfuse_client.data.batches import Encoded, batches
 from gramfuse_client.data.examples import Examples, load
 from gramfuse_client.training.finetune import finetune
 from gramfuse_model.digests import weights_digest
 from gramfuse_model.loading.base_model import load_base
-from gramfuse_model.project import Project
 from gramfuse_protocol.contract.layout import delta_block
 from gramfuse_protocol.contract.plan_sections import Privacy
 from gramfuse_protocol.errors import PlanError
 from gramfuse_protocol.held_out.metrics import metrics
-from gramfuse_server.app import coordinate
 from gramfuse_server.merging.methods.arithmetic import weighted_mean
 from gramfuse_server.merging.methods.registry import METHODS, Candidate, Options, Silos, method
 from gramfuse_server.report.page.page import page
 from gramfuse_server.report.schema import Report
-from gramfuse_server.run import delivery
 from gramfuse_server.run.evaluation import to_measured
 from gramfuse_simulation.all_silos import AllSilos
-from gramfuse_simulation.engine import laboratory_of, simulated_silo, study_of
 from gramfuse_simulation.fedavg import federated_average
 from gramfuse_simulation.terms import check_terms, parse_terms
-from tests.server.test_report import read_back
+from tests.projects import Simulated, write_project
+from tests.reports import read_back
 
 ANIMALS, WEATHER, FILLERS = ["cat", "dog", "horse", "sheep"], ["rain", "snow", "wind", "sun"], ["the", "a", "of"]
 
 
-@pytest.fixture(autouse=True)
-def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(delivery.time, "sleep", lambda _: None)
+pytestmark = pytest.mark.usefixtures("no_waiting")
 
 
 @dataclass(frozen=True, repr=False)
@@ -67,30 +60,16 @@ def compare(in_process_grid: Any, tmp_path: Path) -> Callable[[Path, str], Compa
     """Return a function that runs the project of a directory and compares the merge with these terms."""
 
     def run(directory: Path, terms: str) -> Compared:
-        plan, layout = Project.read(directory).locked()
-        state = tmp_path / "state"
-        files = {name: str(directory / "silos" / f"{name}.toml") for name in plan.names}
-        silos = {name: simulated_silo(file, str(state), plan.digest) for name, file in files.items()}
-        spec = {
-            "silos": list(files.values()),
-            "state": str(state),
-            "directory": str(directory),
-            "tune": None,
-            "compare": terms,
-            "opened": False,
-        }
+        here = Simulated(directory, tmp_path)
+        wanted = {"compare": terms, "opened": False}
         events: list[dict[str, Any]] = []
-        report = coordinate(
-            in_process_grid({name: SiloApp(lambda _, silo=silo: silo) for name, silo in silos.items()}),
-            plan,
-            layout,
-            directory,
-            tmp_path / "run",
-            simulated=partial(laboratory_of, spec, plan, layout),
-            study=study_of(spec, plan, layout),
+        report = here.run(
+            in_process_grid,
+            simulated=here.laboratory(**wanted),
+            study=here.study(**wanted),
             observer=events.append,
         ).document()
-        compared = Compared(report, tmp_path / "run", events, laboratory_of(spec, plan, layout, 1, plan.names))
+        compared = Compared(report, here.out, events, here.laboratory(**wanted)(1, here.plan.names))
         check_exchange(compared)
         return compared
 
@@ -111,26 +90,13 @@ def check_exchange(run: Compared) -> None:
         assert weights_digest(bench.base.model, loaded.shared) == weights_digest(loaded.model, loaded.shared)
 
 
-def write_project(
+def open_project(
     directory: Path, plan: str, silos: Mapping[str, tuple[str, list[Any], list[Any]]], epochs: int = 2
 ) -> Path:
     """Write an open project: of each silo, what its section of the plan says, and what its data are."""
-    (directory / "silos").mkdir(parents=True)
-    roster = ""
-    for name, (section, train, held_out) in silos.items():
-        for part, rows in (("train", train), ("held-out", held_out)):
-            (directory / f"{name}-{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        (directory / "silos" / f"{name}.toml").write_text(
-            f'name = "{name}"\ndevice = "cpu"\nthreads = 1\n[data]\ntrain = "../{name}-train.jsonl"\n'
-            f'held-out = "../{name}-held-out.jsonl"\n[limits]\nminimum-examples = 10\nopen-uploads = true\n'
-            'metrics = "silo"\n'
-        )
-        roster += f'[[silo]]\nname = "{name}"\n{section}\n'
-    (directory / "plan.toml").write_text(
-        f'[plan]\nname = "p"\n{plan}\n[training]\nepochs = {epochs}\nlearning-rate = 1e-2\nbatch-size = 8\n'
-        f'[privacy]\nsecure-aggregation = false\nmetrics = "silo"\n{roster}'
-    )
-    return directory
+    settings = f"[training]\nepochs = {epochs}\nlearning-rate = 1e-2\nbatch-size = 8\n"
+    privacy = '[privacy]\nsecure-aggregation = false\nmetrics = "silo"\n'
+    return write_project(directory, f'[plan]\nname = "p"\n{plan}\n{settings}{privacy}', silos)
 
 
 def rows(label: Callable[[list[str]], Any], count: int, seed: int, *, split: bool = False) -> list[dict[str, Any]]:
@@ -212,11 +178,11 @@ def test_a_method_of_another_package_is_measured_and_shown_by_its_label(
         report = Report.read(run.report)
         show_report(report, run.out, False)
         shown = " ".join(capsys.readouterr().out.split())
-        assert "toy median (times 0.5): as robust as it gets" in shown
+        assert "toy median (times 0.5)" in shown
         told = page(report, run.laboratory.plan)
         assert told == (run.out / "report.html").read_text(encoding="utf-8")
         assert "toy median (times 0.5)" in told
-        assert "the median of the silos&#39; parameters" in told
+        assert "median of the silos&#39; parameters" in told
         with pytest.raises(ValueError, match="toy"):
             method(name="toy", label="", words="")(toy)
     finally:
@@ -299,7 +265,7 @@ def test_models_that_generate_text(tmp_path: Path, pico_tokenizer: Any, compare:
     pico_tokenizer.save_pretrained(tmp_path / "t5")
     task = f'[model]\nbase = "{tmp_path / "t5"}"\ntask = "sequence-to-sequence"\nmax-length = 16\ntarget-length = 8'
     data = {name: ("", rows(lambda w: w[0], 24, n), rows(lambda w: w[0], 10, 10 + n)) for n, name in enumerate("ab")}
-    project = write_project(tmp_path / "project", task, data, epochs=20)
+    project = open_project(tmp_path / "project", task, data, epochs=20)
     run = compare(project, "fisher:16,ensemble,joint,fedavg:1,transport")
     assert run.report["models"][4]["name"] == "fisher (empirical, per tensor, 16 examples)"
     assert run.of("transport")["pairs"] == 2
@@ -339,7 +305,7 @@ def test_silos_that_annotate_different_labels(
             return [kind for kind in own if set(words) & set(kinds[kind])]
 
         data[name] = (f"labels = {json.dumps(own)}", rows(label, 24, n), rows(label, 10, 10 + n))
-    run = compare(write_project(tmp_path / "project", task, data), "fisher,fisher:soft,ensemble,ties,best")
+    run = compare(open_project(tmp_path / "project", task, data), "fisher,fisher:soft,ensemble,ties,best")
     assert run.of("ties")["metrics"]["examples"] == 30
     differences, weights = run.laboratory.parents()
     (head,) = (tensor.name for tensor in run.laboratory.layout.tensors if tensor.parted and len(tensor.shape) == 2)
@@ -366,7 +332,7 @@ def test_different_tasks_with_heads_of_their_own(
         split = task == "tags"
         data[name] = (f'task = "{task}"', rows(label, 24, n, split=split), rows(label, 10, 10 + n, split=split))
     plan = f'[model]\nbase = "{pico_bert}"\nhead = "own"\n{tasks}'
-    run = compare(write_project(tmp_path / "project", plan, data), "fisher:12,task-arithmetic:0.5,best")
+    run = compare(open_project(tmp_path / "project", plan, data), "fisher:12,task-arithmetic:0.5,best")
     assert run.of("fisher")["name"] == "fisher (hard, empirical, per tensor, 12 examples)"
     assert set(run.of("task-arithmetic")["tasks"]) == {"tags", "count"}
     bodies = {model["name"]: model["metrics"] for model in run.report["models"] if model["kind"] == "body"}

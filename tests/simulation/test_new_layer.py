@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,10 @@ from torch import nn
 from transformers.models.bert import modeling_bert
 
 from gramfuse_cli.commands.plan import _preview
-from gramfuse_client.app import SiloApp
 from gramfuse_model.layers import KINDS, register_layer
 from gramfuse_model.project import Project
-from gramfuse_server.app import coordinate
 from gramfuse_server.run import delivery
-from gramfuse_simulation.engine import laboratory_of, simulated_silo
+from tests.projects import Simulated
 
 WEIGHT = "bert.encoder.layer.0.intermediate.dense.weight"
 
@@ -77,24 +74,10 @@ def test_a_layer_of_another_package_is_merged_in_closed_form_and_shown_everywher
 ) -> None:
     project = pico_project(silos=3, base=base)
     read = Project.read(project.directory)
-    plan, layout = read.locked()
-    shown = [weight for group in _preview(read, plan, layout)["groups"] for weight in group["weights"]]
+    here = Simulated(project.directory, tmp_path)
+    shown = [weight for group in _preview(read, here.plan, here.layout)["groups"] for weight in group["weights"]]
     assert WEIGHT in shown
-    files, state = [str(project.silo(name)) for name in project.names], str(tmp_path / "state")
-    silos = {name: simulated_silo(file, state, plan.digest) for name, file in zip(project.names, files, strict=True)}
-    report = coordinate(
-        in_process_grid({name: SiloApp(lambda _, silo=silo: silo) for name, silo in silos.items()}),
-        plan,
-        layout,
-        project.directory,
-        tmp_path / "run",
-        simulated=partial(
-            laboratory_of,
-            {"silos": files, "state": state, "directory": str(project.directory), "tune": None},
-            plan,
-            layout,
-        ),
-    )
+    report = here.run(in_process_grid, simulated=here.laboratory())
     assert WEIGHT.removesuffix(".weight") in {step.group for step in report.solve}
     assert WEIGHT.removesuffix(".weight") in (tmp_path / "run" / "report.json").read_text()
     assert (tmp_path / "run" / "report.html").exists()

@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ import numpy as np
 import pytest
 
 from gramfuse_cli.show.results import show_report
-from gramfuse_client.app import SiloApp
 from gramfuse_client.dry_run import of_inputs
 from gramfuse_client.dry_run.findings import Findings
 from gramfuse_client.guard.disclosure import leaves
@@ -24,7 +22,6 @@ from gramfuse_client.tasks.registry import AT_SILO
 from gramfuse_client.tasks.registry import register as register_at_silo
 from gramfuse_client.training.fisher import choose_variant
 from gramfuse_model.loading.auto_classes import FORMS, head_settings
-from gramfuse_model.project import Project
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.errors import ModelError, PlanError
@@ -35,11 +32,9 @@ from gramfuse_protocol.tasks.classification import Classification
 from gramfuse_protocol.tasks.registry import KINDS, Measure, register
 from gramfuse_protocol.tasks.rows import RowGroup, Vector, sum_rows
 from gramfuse_protocol.tasks.scores import Sums, examples_in, share
-from gramfuse_server.app import coordinate
 from gramfuse_server.report.schema import Report
-from gramfuse_server.run import delivery
-from gramfuse_simulation.engine import laboratory_of, simulated_silo, study_of
-from tests.server.test_report import read_back
+from tests.projects import Simulated
+from tests.reports import read_back
 
 NEARLY = "how many examples are at most one grade off, and how many more"
 NEAR = "share of examples at most one label off"
@@ -81,9 +76,7 @@ class OrdinalAtSilo(ClassificationAtSilo):
     fisher = ("empirical",)
 
 
-@pytest.fixture(autouse=True)
-def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(delivery.time, "sleep", lambda _: None)
+pytestmark = pytest.mark.usefixtures("no_waiting")
 
 
 @pytest.fixture
@@ -106,28 +99,12 @@ def run(
     def go(compare: str = "", **about: Any) -> tuple[Plan, Report, Path]:
         project = pico_project(**about)
         project.replace(project.plan, 'task = "classification"', 'task = "ordinal"')
-        plan, layout = Project.read(project.directory).locked()
-        state, silos = tmp_path / "state", {}
+        here = Simulated(project.directory, tmp_path)
+        plan, layout, silos = here.plan, here.layout, here.silos
         for name in plan.names:
-            write_identity(state / name / "identity.pem", Identity(hashlib.sha256(name.encode()).digest()))
-            silos[name] = simulated_silo(str(project.silo(name)), str(state), plan.digest)
-        spec = {
-            "silos": [str(project.silo(name)) for name in plan.names],
-            "state": str(state),
-            "directory": str(project.directory),
-            "tune": None,
-            "compare": compare,
-            "opened": False,
-        }
-        report = coordinate(
-            in_process_grid({name: SiloApp(lambda _, silo=silo: silo) for name, silo in silos.items()}),
-            plan,
-            layout,
-            project.directory,
-            tmp_path / "run",
-            simulated=partial(laboratory_of, spec, plan, layout),
-            study=study_of(spec, plan, layout),
-        )
+            write_identity(silos[name].state / "identity.pem", Identity(hashlib.sha256(name.encode()).digest()))
+        wanted = {"compare": compare, "opened": False}
+        report = here.run(in_process_grid, simulated=here.laboratory(**wanted), study=here.study(**wanted))
         told = str(leaves(plan.names[0], plan, layout).departures)
         assert NEARLY in told if plan.summed else Ordinal.summed in told
         found = Findings()

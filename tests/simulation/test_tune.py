@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +12,17 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from gramfuse_client.app import SiloApp
 from gramfuse_client.data.examples import load, load_validation
 from gramfuse_client.silo_file import Silo
 from gramfuse_client.state.state import State
 from gramfuse_model.loading.base_model import load_base
-from gramfuse_model.project import Project
 from gramfuse_protocol.contract.layout import Layout
 from gramfuse_protocol.contract.plan import Plan
-from gramfuse_server.app import coordinate
 from gramfuse_server.merging.accumulator import Accumulator
 from gramfuse_simulation import all_silos as laboratory_module
-from gramfuse_simulation.engine import laboratory_of, simulated_silo, study_of
 from gramfuse_simulation.tuning import Wanted
-from tests.server.test_report import read_back
+from tests.projects import Simulated
+from tests.reports import read_back
 
 WANTED = Wanted(alphas=(0.0, 0.5, 0.9, 1.0), weights=True, order="greedy", influence=True)
 
@@ -60,11 +56,7 @@ def tuned(
     def tune(wanted: Wanted = WANTED, change: Callable[[Any], None] = lambda project: None) -> Tuned:
         project = pico_project(silos=3)
         change(project)
-        plan, layout = Project.read(project.directory).locked()
-        state = tmp_path / "state"
-        silos = {
-            name: simulated_silo(str(project.silo(name)), str(state), plan.digest, tuned=True) for name in project.names
-        }
+        here = Simulated(project.directory, tmp_path, tuned=True)
         seen: dict[str, set[str]] = {"validation": set(), "held-out": set()}
         evaluate = laboratory_module.Bench.evaluate
 
@@ -73,24 +65,9 @@ def tuned(
             return evaluate(bench, model, part)  # type: ignore[arg-type]
 
         monkeypatch.setattr(laboratory_module.Bench, "evaluate", noted)
-        spec = {
-            "silos": [str(project.silo(name)) for name in project.names],
-            "state": str(state),
-            "directory": str(project.directory),
-            "tune": asdict(wanted),
-            "compare": "ties",
-            "opened": False,
-        }
-        report = coordinate(
-            in_process_grid({name: SiloApp(lambda _, silo=silo: silo) for name, silo in silos.items()}),
-            plan,
-            layout,
-            project.directory,
-            tmp_path / "run",
-            simulated=partial(laboratory_of, spec, plan, layout),
-            study=study_of(spec, plan, layout),
-        ).document()
-        return Tuned(project, plan, layout, tmp_path / "run", report, seen)
+        asked = {"tune": asdict(wanted), "compare": "ties", "opened": False}
+        report = here.run(in_process_grid, simulated=here.laboratory(**asked), study=here.study(**asked)).document()
+        return Tuned(project, here.plan, here.layout, here.out, report, seen)
 
     return tune
 
