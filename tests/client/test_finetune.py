@@ -77,6 +77,19 @@ def test_bfloat16_is_for_products_only(tuned: Callable[..., dict[str, np.ndarray
     assert 0 < max(apart.values()) < 0.05
 
 
+def test_after_training_in_bfloat16_the_model_is_measured_in_float32(pico_project: Callable[..., Any]) -> None:
+    project = pico_project(silos=2)
+    silo, plan = Silo.read(project.silo("silo-a")), Plan.read(project.plan).override(["training.precision=bfloat16"])
+    base = load_base(plan, Path(project.directory))
+    encoded = Encoded(load(silo, plan.task_of(silo.name))[0], base.tokenizer, plan.task_of(silo.name))
+    finetune(base.model, encoded, plan.training, CPU)
+    received: list[torch.dtype] = []
+    base.model.classifier.register_forward_pre_hook(lambda module, inputs: received.append(inputs[0].dtype))
+    with torch.no_grad():
+        logits = base.model(**base.tokenizer("a b", return_tensors="pt")).logits
+    assert {logits.dtype, *received} == {torch.float32}
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_a_device_that_is_not_there_is_refused() -> None:
     assert choose_device("auto").type in ("cpu", "mps")

@@ -98,6 +98,8 @@ def finetune(
             )
             trainer.remove_callback(PrinterCallback)  # it writes to standard output, which is the command's
             trainer.train()
+            # Else the model would go on in autocast, and what is measured would be in the precision of training.
+            trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
         finally:
             logging.set_verbosity(level)
     model.eval()
