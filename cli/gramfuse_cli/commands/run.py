@@ -116,7 +116,7 @@ def run(
     with serving(Path(str(connection)), host, port) if serve else nullcontext() as server:
         link = Link.find(connection)
         check_roster(project, link)
-        with tempfile.TemporaryDirectory(prefix="gramfuse-") as scratch, server.kept() if server else nullcontext():
+        with tempfile.TemporaryDirectory(prefix="gramfuse-") as scratch, server.polling() if server else nullcontext():
             app = Path(scratch) / "app"
             write_app(app, project.plan, layout)
             link.admit(project.plan)
@@ -170,7 +170,7 @@ def _kept(project: Project, link: Link, out: Path, seconds: float = 0.0) -> str:
 
     try:
         if RESUMABLE in read_checkpoint(out):
-            command = ["gramfuse", "run", str(project.directory), link.given, "--resume", str(out)]
+            command = ["gramfuse", "run", str(project.directory), link.argument, "--resume", str(out)]
             return f"what was done is kept; go on with: {shlex.join(command)}"
     except RunDirectoryError:
         pass
