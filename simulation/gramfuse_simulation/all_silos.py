@@ -125,7 +125,7 @@ class Bench:
             models: differences, and the values of what is not merged.
             annotated: indices of the labels that each model was trained with.
         """
-        from gramfuse_client.training.ensemble import together
+        from gramfuse_client.training.ensemble import combine
         from gramfuse_client.training.evaluate import count, outputs
 
         total: Sums = np.zeros(sums_shape(self.task), np.float64)
@@ -134,7 +134,7 @@ class Bench:
             for deltas, head in models:
                 with self.model(deltas, head) as model:
                     said.append(outputs(model.eval(), batch, self.task, self.base.tokenizer))
-            total += count(batch, together(said, annotated), self.task, self.base.tokenizer)
+            total += count(batch, combine(said, annotated), self.task, self.base.tokenizer)
         return total
 
     def finetune(
@@ -160,7 +160,7 @@ class Bench:
         with self.model(deltas, head={}) as model:
             if threads:
                 torch.set_num_threads(threads)
-            finetune(model, encoded, self.plan.training.in_round(number), self.device, whose=whose)
+            finetune(model, encoded, self.plan.training.in_round(number), self.device, owner=whose)
             return trainable(model)
 
     def fisher(self, deltas: Deltas, variant: Variant, examples: int) -> dict[str, NDArray[np.float32]]:
