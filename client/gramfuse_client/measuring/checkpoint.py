@@ -204,8 +204,8 @@ def _growth(model: str, base: str, tuned: Base, origin: Base) -> Growth | None:
     if rowless is not None:
         raise ModelError(
             f"token {quoted(rowless, 60)} was added to the tokenizer of model {model!r}, but the model has no "
-            "embedding row for it; load the model, call its resize_token_embeddings(len(tokenizer)), and save it; or use the "
-            "base's tokenizer"
+            "embedding row for it; load the model, call its resize_token_embeddings(len(tokenizer)), and save it; or "
+            "use the base's tokenizer"
         )
     return growth
 
