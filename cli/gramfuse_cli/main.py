@@ -1,4 +1,4 @@
-"""Entry point: commands, and what their errors become."""
+"""Entry point: registers the commands, and turns errors into messages and exit codes."""
 
 from __future__ import annotations
 
@@ -39,20 +39,20 @@ def cli() -> None:
 
     \b
     See it work:            gramfuse demo
-    Start your own:         gramfuse init my-merge
+    Start a project:        gramfuse init my-merge
     Try it on one machine:  gramfuse simulate my-merge
     Choose α and weights:   gramfuse tune my-merge
     Make a silo's keys:     gramfuse silo keygen silo.toml
     Make certificates:      gramfuse pki init DIR --host HOST
-    Agree on the contract:  gramfuse plan lock my-merge
-    Be the coordinator:     gramfuse server start DIR
-    Be a silo:              gramfuse silo start silo.toml
-    Merge between silos:    gramfuse run my-merge DIR
+    Lock the plan:          gramfuse plan lock my-merge
+    Run the coordinator:    gramfuse server start DIR
+    Run a silo:             gramfuse silo start silo.toml
+    Merge real silos:       gramfuse run my-merge DIR
     Without a network:      gramfuse measure, gramfuse merge
-    The page of a run:      gramfuse report RUN
-    What an error means:    gramfuse explain CODE
+    Remake a run's page:    gramfuse report RUN
+    Explain an error:       gramfuse explain CODE
 
-    Every command takes --json: one JSON object on standard output, everything else on standard error.
+    Every command accepts --json: it prints one JSON object on standard output, everything else on standard error.
     """
 
 
@@ -73,7 +73,7 @@ cli.add_command(tune.tune)
 
 def main() -> NoReturn:
     """Run the command line and exit: 0, 2 for wrong usage, 130 after Ctrl-C, else the error's own code."""
-    for stop in (signal.SIGTERM, signal.SIGHUP):  # a closed terminal stops a run as Ctrl-C does, unless under nohup
+    for stop in (signal.SIGTERM, signal.SIGHUP):  # closing the terminal stops a run like Ctrl-C, except under nohup
         if signal.getsignal(stop) is not signal.SIG_IGN:
             signal.signal(stop, _interrupt)
     as_json = "--json" in sys.argv
@@ -91,15 +91,17 @@ def main() -> NoReturn:
         _fail("UsageError", error.format_message(), error.exit_code, as_json)
     except (click.Abort, KeyboardInterrupt):
         _fail("Interrupted", "interrupted; no process was left", INTERRUPTED, as_json)
-    except Exception:  # noqa: BLE001  # the last line of defence: the user gets JSON even for our own bugs
+    except Exception:  # noqa: BLE001  # so that --json prints JSON even for our own bugs
         _fail("InternalError", f"this is a bug in gramfuse\n{traceback.format_exc()}", 1, as_json)
 
 
 def _fail(kind: str, message: str, code: int, as_json: bool, report: Path | None = None) -> NoReturn:
-    """End with an error.
+    """Print an error and exit.
 
     Args:
-        report: of the run that it ended, if one was left.
+        kind: the error's class name.
+        code: the exit code.
+        report: the failed run's report, if it left one.
     """
     if as_json:
         left = {} if report is None else {"report": str(report)}

@@ -22,7 +22,7 @@ def as_json(command: F) -> F:
         "--json",
         "as_json",
         is_flag=True,
-        help="Print one JSON object on standard output; all else goes to standard error.",
+        help="Print one JSON object on standard output; everything else goes to standard error.",
     )(command)
 
 
@@ -37,13 +37,13 @@ def settings(command: F) -> F:
         click.option(
             "-o", "--out", type=click.Path(path_type=Path), help="Run directory to make.  [default: runs/<plan>-<time>]"
         ),
-        click.option("--seed", type=click.IntRange(0), help="The same as --set training.seed=SEED."),
+        click.option("--seed", type=click.IntRange(0), help="Same as --set training.seed=SEED."),
         click.option(
             "--set",
             "settings",
             multiple=True,
             metavar="KEY=VALUE",
-            help="Use another value for a key of the plan, for instance --set merge.alpha=1.0. Can be repeated.",
+            help="Override a key of the plan, for instance --set merge.alpha=1.0. Can be repeated.",
         ),
     ):
         command = option(command)
@@ -68,19 +68,19 @@ def open_mode(command: F) -> F:
         "--open",
         "opened",
         is_flag=True,
-        help="Simulate in open mode: the same as --set privacy.secure-aggregation=false, and silos allow open uploads, "
+        help="Simulate in open mode: same as --set privacy.secure-aggregation=false, and silos allow open uploads "
         "whatever their files say. Nothing leaves this machine.",
     )(command)
 
 
 def all_settings(settings: tuple[str, ...], seed: int | None, *, opened: bool = False) -> tuple[str, ...]:
-    """Return the settings with --seed and --open among them."""
+    """Return the values of --set, with --seed and --open added."""
     seeds = () if seed is None else (f"training.seed={seed}",)
     return (*settings, *seeds, *(("privacy.secure-aggregation=false",) if opened else ()))
 
 
 def run_path(out: Path | None, plan: Plan) -> Path:
-    """Return the run directory: as asked for, or a new one under ./runs."""
+    """Return the run directory: `out`, or a new one under ./runs."""
     return (out or Path("runs") / f"{plan.plan.name}-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
 
 
@@ -98,6 +98,6 @@ def compare_option(command: Callable[..., Any]) -> Callable[..., Any]:
         "--compare",
         callback=parse,
         metavar="TERM,…",
-        help="Measure other models on the same held-out examples, for instance fisher:soft,ensemble,fedavg:5. All but "
-        f"simple need open mode (see --open).\n\n{methods}",
+        help="Measure other models on the same held-out examples, for instance fisher:soft,ensemble,fedavg:5. All "
+        f"except simple need open mode (see --open).\n\n{methods}",
     )(command)

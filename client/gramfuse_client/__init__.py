@@ -1,1 +1,1 @@
-"""What runs at a silo."""
+"""The silo's side of gramfuse."""

@@ -1,4 +1,4 @@
-"""The Flower ClientApp: requests in, replies out through `Egress`, nothing else."""
+"""The Flower ClientApp: takes requests, and sends replies only through `Egress`."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from gramfuse_protocol.messages.wire import pack
 from gramfuse_protocol.text import lines_of, one_line
 
 SiloOf = Callable[[Context], Silo]
-"""Finds a node's silo in the node's own context, never in what a run brings along."""
+"""Finds a node's silo from the node's own context, never from a run's configuration."""
 
 log = logging.getLogger(__name__)
 
 
 def silo_of_node(context: Context) -> Silo:
-    """Return the silo whose file the SuperNode was started with: `--node-config 'silo="/path/to/silo.toml"'`."""
+    """Read the silo file that the SuperNode was started with: `--node-config 'silo="/path/to/silo.toml"'`."""
     path = context.node_config.get("silo")
     if not isinstance(path, str):
         raise PlanError("start the silo with: gramfuse silo start SILO_TOML")
@@ -34,12 +34,12 @@ def silo_of_node(context: Context) -> Silo:
 
 
 class SiloApp(ClientApp):
-    """Answers for a silo. It overrides how Flower calls an app, so that its mod sees unknown types of message too.
+    """Answers for a silo. Overrides how Flower calls an app, so that the mod also sees unknown message types.
 
     Args:
         silo_of: finds the silo.
-        bundle: the app bundle that the run brought, to be checked; None where nobody could bring another
-            (a simulation), or where Flower itself runs bundles (the stock SuperNode).
+        bundle: the run's app bundle, to check; None in a simulation, which has no foreign bundles, and under the stock
+            SuperNode, where Flower itself runs bundles.
     """
 
     def __init__(self, silo_of: SiloOf = silo_of_node, bundle: bytes | None = None) -> None:
@@ -54,7 +54,7 @@ class SiloApp(ClientApp):
             silo = self._silo_of(context)
         except GramfuseError as error:
             log.error("%s", error)
-            return failed(message, PlanError("", reason="this silo's own file cannot be used"))
+            return failed(message, PlanError("", reason="this silo cannot use its own silo file"))
 
         def answer(message: Message, context: Context) -> Message:
             if self._bundle is not None:
@@ -66,7 +66,7 @@ class SiloApp(ClientApp):
 
 
 class _Formatter(logging.Formatter):
-    """Writes what others sent, where a message or an error quotes it, so that it cannot begin a line of the log."""
+    """Formats log records so that text quoted from others cannot start a new line of the log."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  # logging's own name
         record.message = one_line(record.message)
@@ -79,7 +79,7 @@ class _Formatter(logging.Formatter):
 
 
 def _show_log() -> None:
-    """Let the silo's operator see what this silo does; Flower shows only its own log."""
+    """Show this silo's log to its operator; Flower shows only its own."""
     logger = logging.getLogger("gramfuse_client")
     if not logger.handlers:
         handler = logging.StreamHandler()
@@ -89,16 +89,16 @@ def _show_log() -> None:
 
 
 def write_log(path: Path) -> None:
-    """Have what the silo that answers now does in a file of its own too; one process may answer for several silos."""
+    """Also write the log of the silo that answers now to its own file; one process can answer for several silos."""
     logger = logging.getLogger("gramfuse_client")
     for handler in logger.handlers[:]:
         if isinstance(handler, logging.FileHandler):
             logger.removeHandler(handler)
             handler.close()
     path.touch(mode=0o600)
-    own = logging.FileHandler(path, encoding="utf-8")
-    own.setFormatter(_Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logger.addHandler(own)
+    to_file = logging.FileHandler(path, encoding="utf-8")
+    to_file.setFormatter(_Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger.addHandler(to_file)
 
 
 app = SiloApp()

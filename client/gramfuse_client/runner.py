@@ -1,9 +1,9 @@
-"""A silo's SuperExec: Flower's own, but all that it starts is `gramfuse_client.worker`, and it starts it fast.
+"""A silo's SuperExec: Flower's own, changed to start only `gramfuse_client.worker`, and to start it fast.
 
-Flower's SuperExec runs a command for each message, which loads Flower, torch and transformers anew: seconds for each
-phase, and on a slow disk more than the 30 s after which Flower gives a task up. This one forks each worker off a
-process that has them loaded (a forkserver of Python's multiprocessing), and takes no other kind of task. A task's token
-is handed over by a pipe, not on a command line that others can read.
+Flower's SuperExec runs a new command for each message, which imports Flower, torch and transformers again. That takes
+seconds per phase, and on a slow disk longer than the 30 s after which Flower abandons a task. This one forks each
+worker from a process that has imported them already (multiprocessing's forkserver), and refuses other kinds of task. It
+passes a task's token through a pipe, because other users can read command lines.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from gramfuse_client import worker
 command = importlib.import_module("flwr.supercore.cli.flower_superexec")
 
 PRELOADED = ["gramfuse_client.worker", "gramfuse_model.loading.base_model"]
-"""What loads Flower, and what loads torch and transformers. Not what reads data: pyarrow starts a thread, and a process
-with threads that are not made for it must not be forked."""
+"""Modules that import Flower, torch and transformers. None that reads data: pyarrow starts a thread, and it is not safe
+to fork a process with threads."""
 
 
 class ForkingExecutor(SubprocessExecutor):
-    """Starts a worker for each task that is a silo's, and fails every other task."""
+    """Forks a worker for each ClientApp task, and fails every other task."""
 
     def __init__(self) -> None:
         self._context = multiprocessing.get_context("forkserver")
@@ -42,12 +42,12 @@ class ForkingExecutor(SubprocessExecutor):
         arguments = ["--runtime-api-address", spec.runtime_api_address, "--token", spec.token]
         arguments += ["--parent-pid", str(spec.parent_pid)]
         arguments += ["--insecure"] if spec.insecure else []
-        # A daemon: it is told to end when the SuperExec ends.
+        # A daemon process is terminated when the SuperExec exits.
         self._context.Process(target=_work, args=(arguments,), daemon=True).start()
         return LaunchResult.accepted()
 
     def reconcile(self) -> None:
-        """Let go of the workers that have ended; Flower calls this several times a second."""
+        """Reap ended workers. Flower calls this several times a second."""
         multiprocessing.active_children()
 
 

@@ -1,4 +1,4 @@
-"""The silo file: what a silo brings and what it allows. Private to the silo."""
+"""The silo file: what a silo contributes and what it allows. Private to the silo."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
-from gramfuse_client.data.setting_names import OF_FILES, SettingNames
+from gramfuse_client.data.setting_names import FILE_SETTINGS, SettingNames
 from gramfuse_protocol.contract.node_key import public_of
 from gramfuse_protocol.contract.plan_sections import ContextFree, Experts, Name, Sha256
 from gramfuse_protocol.documents import Section, parse, read_text
@@ -23,41 +23,41 @@ from gramfuse_protocol.text import Legible
 
 def _source_or_fraction(value: str | float) -> str | float:
     if not isinstance(value, str) and not 0 < value < 1:
-        raise ValueError(f"a fraction lies between 0 and 1 (got {value})")
+        raise ValueError(f"expected a fraction between 0 and 1 (got {value})")
     return value
 
 
 class Data(Section):
-    """`[data]`: where the examples are and which columns count.
+    """`[data]`: where the examples are, and which columns to use.
 
-    A source is a path to a .jsonl, .ndjson, .json, .csv or .tsv file, packed with gzip or not, or to a .parquet file;
-    or it is `hf:<hub id or folder>[:config][#split]` (`gramfuse_client.data.formats`). What a column must hold depends
-    on the plan's task (`gramfuse_client.data.examples`).
+    A source is a path to a .jsonl, .ndjson, .json, .csv or .tsv file, optionally compressed with gzip, or to a .parquet
+    file; or it is `hf:<hub id or folder>[:config][#split]` (`gramfuse_client.data.formats`). The plan's task determines
+    what a column must contain (`gramfuse_client.data.examples`).
     """
 
     train: Annotated[str, Field(min_length=1)]
     held_out: Annotated[str | float, AfterValidator(_source_or_fraction)]
     """A source, or the fraction of `train` that is set aside."""
     validation: Annotated[str | float, AfterValidator(_source_or_fraction)] | None = None
-    """What `gramfuse tune` chooses by: a source, or the fraction of the held-out examples that is set aside for it.
+    """Validation examples for `gramfuse tune`: a source, or the fraction of the held-out examples that is set aside.
 
-    Metrics are never of examples that are set aside.
+    Metrics never include examples that are set aside.
     """
     split_seed: int = 0
     text: str = "text"
-    """Text, or for `token-classification` words."""
+    """Column of the text, or for `token-classification` of the words."""
     text_pair: str | None = None
-    """The second text of a pair."""
+    """Column of a pair's second text."""
     image: str = "image"
-    """For `image-classification`: an image, or its path from where the source is."""
+    """Column of the image for `image-classification`: its bytes, or its path relative to the source."""
     label: str = "label"
-    """Label, labels, number, tags or target text; `causal-lm` has none."""
+    """Column of the label, labels, number, tags or target text; `causal-lm` uses none."""
     skip_bad: Annotated[int, Field(ge=0)] = 0
-    """So many rows of each source may be bad, and are left out; more are an error."""
+    """Bad rows of each source to leave out; more than that are an error."""
 
 
 class Hours(Legible):
-    """A stretch of the day, by the silo's own clock; it may go over midnight."""
+    """A period of the day, by the silo's own clock. It can include midnight."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -80,91 +80,91 @@ class Hours(Legible):
             raise ValueError(f"expected hours such as 20:00-06:00 (got {text!r})")
         start, end = text.split("-")
         if start == end:
-            raise ValueError(f"{text} is no time at all; leave the key out to train at any hour")
+            raise ValueError(f"{text} is an empty period; leave the key out to train at any hour")
         return Hours(start=time.fromisoformat(start), end=time.fromisoformat(end))
 
 
 class Limits(Section):
-    """`[limits]`: what this silo refuses."""
+    """`[limits]`: what this silo allows at most; it refuses more."""
 
     minimum_examples: Annotated[int, Field(ge=1)] = 100
     open_uploads: bool = False
-    """Whether this silo's own statistics may leave it unmasked."""
+    """Whether this silo may send its own statistics unmasked."""
     metrics: Literal["none", "sum", "silo"] = "sum"
-    """The most that may leave of its held-out metrics."""
+    """The most that this silo sends of its held-out metrics."""
     exact_metrics: bool = False
     """Whether held-out counts may be in a secure sum without noise (a plan with privacy.metrics-epsilon = "none").
 
     Then a coordinator that sends two crafted models learns single held-out examples from the difference of their sums.
     """
     context_free: ContextFree = "mean"
-    """The most that a secure plan may ask for (`merge.context-free`) of layers that see tokens without context.
+    """The most that a secure plan may ask for (`merge.context-free`) from layers that see tokens without context.
 
-    From the sum of what leaves under `full`, and often under `diagonal`, it can be told which words occur in the silos'
-    data, and how often.
+    Under `full`, and often under `diagonal`, the sum reveals which words occur in the silos' data, and how often.
     """
     experts: Experts = "mean"
-    """The most that a secure plan may ask for (`merge.experts`) of the experts of a mixture.
+    """The most that a secure plan may ask for (`merge.experts`) from the experts of a mixture.
 
-    Under `full`, the sum of the Gram matrices of an expert that only this silo uses is this silo's own.
+    Under `full`, if only this silo uses an expert, the sum of that expert's Gram matrices is this silo's own.
     """
     maximum_bytes: Annotated[int, Field(ge=1)] | None = None
-    """The most that one contribution may have; None is as much as the plan asks for."""
+    """Maximum size of one contribution; None means as much as the plan asks for."""
     repeat_contributions: bool = False
-    """Whether what was contributed under a plan may be contributed again, in another session of the same plan."""
+    """Whether this silo may repeat its contribution under a plan, in another session of the same plan."""
     differing_survivors: bool = False
-    """Whether sums over some of the same rows may differ by a few silos, or by how the plan reads the rows.
+    """Whether sums that share some of this silo's rows may differ by a few silos, or by how the plan reads the rows.
 
-    Whoever reads both sums can subtract them: what is left is the part of the silos in which they differ, or of those
-    whose rows are read in another way, and if that is this silo alone, its own statistics.
+    Anyone who has both sums can subtract them. The difference is the contribution of the silos by which they differ, or
+    of the silos whose rows are read differently; if that is only this silo, it is its own statistics.
     """
     train_hours: Annotated[Hours, BeforeValidator(Hours.parse)] | None = None
-    """When this silo trains and measures, for instance 20:00-06:00; None is at any hour."""
+    """When this silo trains and measures, for instance 20:00-06:00; None means at any hour."""
 
 
-def _port(address: str) -> str:
-    """Refuse a port that there is not."""
+def _check_port(address: str) -> str:
     if int(address.rpartition(":")[2]) > 65535:
         raise ValueError("its port is above 65535")
     return address
 
 
 class Coordinator(Section):
-    """`[coordinator]`: where the coordinator is, and how each knows the other."""
+    """`[coordinator]`: where the coordinator is, and how the two authenticate each other."""
 
     address: Annotated[
-        str, Field(pattern=r"^(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9][A-Za-z0-9.-]*):[1-9][0-9]{0,4}$"), AfterValidator(_port)
+        str,
+        Field(pattern=r"^(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9][A-Za-z0-9.-]*):[1-9][0-9]{0,4}$"),
+        AfterValidator(_check_port),
     ]
     """host:port of its proxy."""
     ca: str = "ca.crt"
-    """PEM file with the certificate authority that signed the coordinator's certificate."""
+    """PEM file of the authority that signed the coordinator's certificate."""
     node_key: str | None = None
-    """The key that this silo's connection is authenticated with; its public half is in the plan's roster.
+    """The private key that authenticates this silo's connection; the plan's roster has the public key.
 
-    None is north.key beside a silo file north.toml.
+    None means north.key beside a silo file north.toml.
     """
 
 
 class SiloFile(Section):
-    """A whole silo file. Relative paths start at the directory that the file lies in.
+    """A whole silo file. Paths are relative to the file's directory.
 
-    What is the silo's own is named after the file by default, so that two silo files in one directory share nothing.
+    Default file names are derived from the silo file's name, so two silo files in one directory share nothing.
     """
 
     name: Name
     identity: str | None = None
-    """The silo's Ed25519 private key, made by `gramfuse silo keygen`; its public half is in the plan's roster.
+    """The silo's Ed25519 private key, made by `gramfuse silo keygen`; the plan's roster has the public key.
 
-    None is north.pem beside a silo file north.toml.
+    None means north.pem beside a silo file north.toml.
     """
     state: str | None = None
-    """Directory for what must survive a restart; it holds fine-tuned weights, so keep it private.
+    """Directory for state that must survive a restart. It holds fine-tuned weights, so keep it private.
 
-    None is north.state beside a silo file north.toml.
+    None means north.state beside a silo file north.toml.
     """
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     threads: Annotated[int, Field(ge=0)] = 0
-    """CPU threads; 0 takes what torch finds. Floating-point sums depend on it in their last bits."""
+    """CPU threads; 0 means torch's own choice. The last bits of floating-point sums depend on it."""
     base: str | None = None
     """Where this silo keeps the base model, if not where the plan says."""
     approved: tuple[Sha256, ...] = ()
@@ -182,14 +182,14 @@ def read_silos(project: Path, names: Iterable[str]) -> dict[str, Silo]:
         project: directory of the plan.
 
     Raises:
-        PlanError: if one is missing, or is another silo's.
+        PlanError: if a file is missing, or belongs to another silo.
     """
     silos = {}
     for name in names:
         path = project / "silos" / f"{name}.toml"
         silo = Silo.read(path)
         if silo.name != name:
-            raise PlanError(f"{path}: 'name' is {silo.name!r}; expected {name!r}, as the file is called")
+            raise PlanError(f"{path}: 'name' is {silo.name!r}; expected {name!r}, the file's name")
         silos[name] = silo
     return silos
 
@@ -198,14 +198,14 @@ def write_identity(path: Path, identity: Identity) -> None:
     """Write a private key to a new file that only its owner can read.
 
     Raises:
-        PlanError: if the file is there already, or cannot be made.
+        PlanError: if the file exists already, or cannot be made.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = open_private(path, os.O_EXCL)
     except FileExistsError:
         raise PlanError(
-            f"{path} exists already; a silo keeps its key, since plans name it. Move it away first"
+            f"{path} exists already; plans name the key, so it is not replaced. Move it away first"
         ) from None
     except OSError as error:
         raise PlanError(f"{path}: cannot be made: {error}") from None
@@ -214,15 +214,17 @@ def write_identity(path: Path, identity: Identity) -> None:
 
 
 class Silo:
-    """A silo file and the directory that its paths start at.
+    """A silo file, and the directory that its paths are relative to.
 
     Args:
-        project: directory of the plan file, where a path in the plan starts: in a simulation, and where a silo without
-            a network has the plan as a file. Over the network there is none.
-        words: what errors of data call settings.
+        project: directory of the plan file, which paths in the plan are relative to. Set in a simulation, and for a
+            silo without a network, which has the plan as a file; None over the network.
+        words: names of settings in errors about data.
     """
 
-    def __init__(self, path: Path, file: SiloFile, project: Path | None = None, words: SettingNames = OF_FILES) -> None:
+    def __init__(
+        self, path: Path, file: SiloFile, project: Path | None = None, words: SettingNames = FILE_SETTINGS
+    ) -> None:
         self.path = path
         self.file = file
         self.directory = path.parent.resolve()
@@ -241,7 +243,7 @@ class Silo:
 
     @property
     def base(self) -> str | None:
-        """Where this silo keeps the base model, if its file says so; a directory in full."""
+        """Where this silo keeps the base model, or None; a directory as a full path."""
         if self.file.base is None:
             return None
         path = self.directory / Path(self.file.base).expanduser()
@@ -249,23 +251,23 @@ class Silo:
 
     @property
     def identity_path(self) -> Path:
-        """Where the silo's private key is."""
-        return self._own(self.file.identity, ".pem").resolve()
+        """Path of the silo's private key."""
+        return self._path_of(self.file.identity, ".pem").resolve()
 
     def identity(self) -> Identity:
         """Read the silo's private key.
 
         Raises:
-            PlanError: if it is not there, is no such key, or others on this machine can read it.
+            PlanError: if it is missing or invalid, or others on this machine can read it.
         """
         return Identity.parse(self._secret(self.identity_path), str(self.identity_path))
 
     @property
     def coordinator(self) -> Coordinator:
-        """Where the coordinator is.
+        """The `[coordinator]` section.
 
         Raises:
-            PlanError: if the file does not say.
+            PlanError: if the file has none.
         """
         if self.file.coordinator is None:
             raise PlanError(
@@ -275,29 +277,29 @@ class Silo:
 
     @property
     def node_key_path(self) -> Path:
-        """Where the key of this silo's connection is."""
-        return self._own(self.file.coordinator.node_key if self.file.coordinator else None, ".key").resolve()
+        """Path of the private key that authenticates this silo's connection."""
+        return self._path_of(self.file.coordinator.node_key if self.file.coordinator else None, ".key").resolve()
 
     def node_key(self) -> str:
-        """Return the public half of the key that this silo's connection is authenticated with.
+        """Return the public key line of the node key.
 
         Raises:
-            PlanError: if it is not there, is no such key, or others on this machine can read it.
+            PlanError: if the private key is missing or invalid, or others on this machine can read it.
         """
         return public_of(self._secret(self.node_key_path), str(self.node_key_path))
 
     @property
     def ca_path(self) -> Path:
-        """Where the certificate authority is that signed the coordinator's certificate."""
+        """Path of the certificate of the authority that signed the coordinator's certificate."""
         return (self.directory / self.coordinator.ca).resolve()
 
     @property
     def ledger(self) -> Path:
-        """Where everything that leaves is written down."""
+        """Path of the ledger, which records everything that the silo sends."""
         return self.state / "ledger.jsonl"
 
     def _secret(self, path: Path) -> str:
-        """Return the text of a file that only its owner may read."""
+        """Return the text of a file; raise PlanError if it is missing or others can read it."""
         try:
             mode = path.stat().st_mode
         except OSError:
@@ -310,9 +312,9 @@ class Silo:
 
     @property
     def state(self) -> Path:
-        """Directory for what must survive a restart."""
-        return self._own(self.file.state, ".state")
+        """Directory for state that must survive a restart."""
+        return self._path_of(self.file.state, ".state")
 
-    def _own(self, name: str | None, suffix: str) -> Path:
-        """Return the path that the silo file names, or else the one called as the silo file is, with the suffix."""
+    def _path_of(self, name: str | None, suffix: str) -> Path:
+        """Return the path that the silo file names; by default, the silo file's own name with another suffix."""
         return self.directory / (f"{self.path.stem}{suffix}" if name is None else name)

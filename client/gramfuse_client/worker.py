@@ -1,9 +1,9 @@
-"""A silo's `flwr-clientapp`: Flower's own worker, but it runs the installed gramfuse and nothing that a run brings.
+"""A silo's `flwr-clientapp`: Flower's worker, changed to run only the installed gramfuse and no code from a run.
 
-A silo's SuperExec (`gramfuse_client.runner`) starts this for each message. The stock worker unpacks the run's app
-bundle, puts it in front of what is installed, and runs it. This one hands the bundle's bytes to `SiloApp`, which checks
-them, and loads nothing. All private functions of Flower that are replaced, here and in the runner, are listed here;
-`check_flower` finds out at start-up whether they still are what they were.
+A silo's SuperExec (`gramfuse_client.runner`) starts it for each message. The stock worker unpacks the run's app bundle,
+puts it on `sys.path` before the installed packages, and runs it. This one loads nothing from the bundle; it passes the
+bundle's bytes to `SiloApp`, which checks them. This module lists all private functions of Flower that it and the runner
+replace; `check_flower` verifies their signatures at start-up.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ REPLACED = {
     "install_app_dependencies": ["project_dir", "launch_id", "run_id", "index_context"],
     "get_load_client_app_fn": ["default_app_ref", "app_path", "multi_app"],
 }
-"""Functions that Flower's worker calls, and the parameters that they had in VERSIONS."""
+"""Functions of Flower's worker to replace, and their parameters in VERSIONS."""
 
 REPLACED_IN_RUNNER = {"get_executor": ["executor_type", "executor_config", "insecure", "root_certificates_path"]}
-"""The same of Flower's SuperExec."""
+"""The same for Flower's SuperExec."""
 
 
 def check_flower() -> None:
-    """Raise FederationError if the installed Flower is not one that this worker knows how to hold."""
+    """Raise FederationError if this worker does not support the installed version of Flower."""
     version = importlib.metadata.version("flwr")
     changed = [
         name
@@ -47,30 +47,30 @@ def check_flower() -> None:
         if list(inspect.signature(getattr(module, name, lambda: None)).parameters) != parameters
     ]
     if not version.startswith(VERSIONS) or changed:
-        known = " and ".join(f"{one}*" for one in VERSIONS)
+        supported = " and ".join(f"{prefix}*" for prefix in VERSIONS)
         raise FederationError(
-            f"Flower {version} is installed and differs from {known} in {', '.join(changed) or 'its version'}; the "
-            f"silo runs nothing with it. Install: flwr=={VERSIONS[-1]}*"
+            f"Flower {version} is installed and differs from {supported} in {', '.join(changed) or 'its version'}; the "
+            f"silo does not run with it. Install: flwr=={VERSIONS[-1]}*"
         )
 
 
-class _Held:
-    """Stands in for all that the stock worker does with a bundle: keeps its bytes for the app to check."""
+class _BundleKeeper:
+    """Replaces the stock worker's handling of a bundle: only keeps its bytes, for the app to check."""
 
     def __init__(self) -> None:
         self.bundle = b""
 
     def install_from_fab(self, fab_file: bytes, **_: Any) -> Path:
-        """Unpack nothing."""
+        """Keep the bundle; unpack nothing."""
         self.bundle = fab_file
         return Path()
 
     def get_project_dir(self, *_: str) -> Path:
-        """There is no such directory."""
+        """Return a placeholder: no directory was unpacked."""
         return Path()
 
     def install_app_dependencies(self, *_: Any, **__: Any) -> None:
-        """Install nothing, even if Flower was told to."""
+        """Install nothing, even if Flower is configured to."""
 
     def get_load_client_app_fn(self, **_: Any) -> Callable[[str, str, str], SiloApp]:
         """Load the installed app, whatever the bundle names."""
@@ -80,9 +80,9 @@ class _Held:
 def main() -> None:
     """Answer one message, as `flwr-clientapp` does."""
     check_flower()
-    held = _Held()
+    keeper = _BundleKeeper()
     for name in REPLACED:
-        setattr(runtime, name, getattr(held, name))
+        setattr(runtime, name, getattr(keeper, name))
     command.flwr_clientapp()
 
 

@@ -1,12 +1,12 @@
-"""Certificates: a private authority's own, and those of the servers that it vouches for.
+"""Certificates of a private authority and of the servers that it certifies.
 
-Keys and times are arguments; nothing is written here.
+Keys and times are arguments; nothing is written to disk here.
 
-An authority is bound to the hosts that it was made for: whoever steals its key can pose as one of them, to those who
-trust the authority, and as nobody else.
+An authority is restricted to the hosts that it was made for: a thief of its key can pose as one of these hosts, but as
+no other.
 
-Sources: RFC 5280 (certificates; 4.2.1.10: name constraints), RFC 9525 (a server is known by its alternative names, not
-by its subject).
+Sources: RFC 5280 (certificates; 4.2.1.10: name constraints), RFC 9525 (a server is identified by its subject
+alternative names, not by its subject).
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ KEY_FILE = "ca.key"
 CERTIFICATE_FILE = "ca.crt"
 
 LEAST_PASSPHRASE = 20
-"""Characters of an authority's passphrase: a stolen file can be tried at leisure, some thousand times a second."""
+"""Minimum length of an authority's passphrase: a thief of the file can try some thousand per second, offline."""
 
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
-"""In every server's certificate: the processes that a SuperLink starts dial it on its own machine."""
+"""Names in every server certificate: processes that a SuperLink starts connect to it locally."""
 
 _SLACK = timedelta(days=1)
-"""A certificate is valid from this long ago, for machines whose clocks are behind."""
+"""Certificates are backdated by this much, for machines whose clocks are slow."""
 _LABEL = re.compile(r"(?!-)[a-z0-9-]{1,63}(?<!-)")
 
 
@@ -50,12 +50,13 @@ class Authority:
 
     @staticmethod
     def create(name: str, hosts: Iterable[x509.GeneralName], now: datetime, days: int) -> Authority:
-        """Make an authority that vouches for these hosts as servers: not for others, nor for other authorities.
+        """Make an authority that can certify these hosts as servers, but no others, and no other authorities.
 
         Args:
-            name: what its certificate calls it, 1 to 64 characters.
-            hosts: see `server_names`; with a name, the names under it.
-            now: the time, with its zone; it ends that many days later.
+            name: its common name, 1 to 64 characters.
+            hosts: from `server_names`; a DNS name includes its subdomains.
+            now: the current time, with a time zone.
+            days: how long the certificate is valid.
         """
         key = new_key()
         subject = _name(name)
@@ -74,11 +75,12 @@ class Authority:
         """Read ca.key and ca.crt.
 
         Args:
-            passphrase: asked for the key's, if it has one.
+            now: the current time, with a time zone.
+            passphrase: called for the passphrase if the key is encrypted.
 
         Raises:
-            PlanError: if one is not there or is something else, the two do not belong together, others on this machine
-                can read the key, its passphrase is another or is not known, or the certificate is not valid now.
+            PlanError: if a file is missing or invalid, the two do not match, others on this machine can read the key,
+                its passphrase is wrong or missing, or the certificate is not valid now.
         """
         key = _read_key(directory / KEY_FILE, passphrase)
         path = directory / CERTIFICATE_FILE
@@ -90,25 +92,25 @@ class Authority:
             certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier)
             certificate.extensions.get_extension_for_class(x509.NameConstraints)
         except (ValueError, UnsupportedAlgorithm, x509.ExtensionNotFound):
-            raise PlanError(f"{path}: is not a certificate that gramfuse pki init made; put that one there") from None
+            raise PlanError(f"{path}: not a certificate made by gramfuse pki init; put that one there") from None
         if not certifies or not constraints.ca:
-            raise PlanError(f"{path}: is not the authority's certificate of {KEY_FILE} beside it; put that one there")
+            raise PlanError(f"{path}: not the authority's certificate for {KEY_FILE} beside it; put that one there")
         begin, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
         if not begin <= now < end:
             raise PlanError(
-                f"{path}: valid from {begin:%Y-%m-%d} to {end:%Y-%m-%d} only, and today is {now:%Y-%m-%d}; "
+                f"{path}: valid only from {begin:%Y-%m-%d} to {end:%Y-%m-%d}, but today is {now:%Y-%m-%d}; "
                 "if this machine's clock is right, make a new authority with gramfuse pki init in another directory"
             )
         return Authority(key, certificate)
 
     @property
     def hosts(self) -> list[x509.GeneralName]:
-        """All that it vouches for, as a server's certificate names it."""
+        """All hosts that it can certify, in the form that server certificates use."""
         allowed = self.certificate.extensions.get_extension_for_class(x509.NameConstraints).value.permitted_subtrees
-        return [_of_subtree(subtree) for subtree in allowed or ()]
+        return [_host_of_subtree(subtree) for subtree in allowed or ()]
 
     def vouches(self, host: x509.GeneralName) -> bool:
-        """Return whether a host is one of its own, or a name under one."""
+        """Return whether it can certify a host: one of `hosts`, or a subdomain of one."""
         names = [name.value for name in self.hosts if isinstance(name, x509.DNSName)]
         under = isinstance(host, x509.DNSName) and any(host.value.endswith(f".{name}") for name in names)
         return under or host in self.hosts
@@ -116,41 +118,44 @@ class Authority:
     def certify(
         self, key: ec.EllipticCurvePublicKey, names: Iterable[x509.GeneralName], now: datetime, days: int
     ) -> x509.Certificate:
-        """Return a server's certificate; it ends after that many days, or with the authority's own if that is sooner.
+        """Return a server certificate.
 
         Args:
-            names: all that clients dial the server by; see `server_names`.
+            key: the server's public key.
+            names: all names that clients use to connect to the server; from `server_names`.
+            now: the current time, with a time zone.
+            days: how long the certificate is valid, but never longer than the authority's own.
 
         Raises:
-            PlanError: if it does not vouch for one of them.
+            PlanError: if the authority cannot certify one of the names.
         """
         names = list(names)
         if others := [str(name.value) for name in names if not self.vouches(name)]:
             raise PlanError(
-                f"this authority does not vouch for {', '.join(others)}, but for "
-                f"{', '.join(str(name.value) for name in self.hosts)} only; leave --host out, or make another "
-                "authority for it (gramfuse pki init OTHER_DIR --host HOST), whose ca.crt every silo needs"
+                f"this authority cannot certify {', '.join(others)}, only "
+                f"{', '.join(str(name.value) for name in self.hosts)}; leave --host out, or make another authority for "
+                "that host (gramfuse pki init OTHER_DIR --host HOST), whose ca.crt every silo needs"
             )
         end = min(now + timedelta(days=days), self.certificate.not_valid_after_utc)
-        own = self.certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
+        identifier = self.certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
         return (
             _builder(_name("gramfuse coordinator"), self.certificate.subject, key, now, end)
             .add_extension(x509.SubjectAlternativeName(names), critical=False)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(_usage("digital_signature"), critical=True)
             .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
-            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(own), critical=False)
+            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(identifier), critical=False)
             .sign(self.key, hashes.SHA384())
         )
 
 
 def new_key() -> ec.EllipticCurvePrivateKey:
-    """Make a P-384 key."""
+    """Generate a P-384 key."""
     return ec.generate_private_key(ec.SECP384R1())
 
 
 def key_pem(key: ec.EllipticCurvePrivateKey, passphrase: bytes | None = None) -> bytes:
-    """Return a private key as PKCS#8 in PEM, encrypted if there is a passphrase (AES-256, PBKDF2)."""
+    """Return a private key as PKCS#8 PEM, encrypted if there is a passphrase (AES-256, PBKDF2)."""
     encryption: serialization.KeySerializationEncryption = serialization.NoEncryption()
     if passphrase is not None:
         encryption = serialization.BestAvailableEncryption(passphrase)
@@ -158,7 +163,7 @@ def key_pem(key: ec.EllipticCurvePrivateKey, passphrase: bytes | None = None) ->
 
 
 def certificate_pem(certificate: x509.Certificate) -> bytes:
-    """Return a certificate in PEM."""
+    """Return a certificate as PEM."""
     return certificate.public_bytes(serialization.Encoding.PEM)
 
 
@@ -168,10 +173,10 @@ def fingerprint(certificate: x509.Certificate) -> str:
 
 
 def server_names(hosts: Iterable[str]) -> list[x509.GeneralName]:
-    """Return what a server's certificate names: each host once, then this machine's own names.
+    """Return the names for a server certificate: each host once, then LOCAL_HOSTS.
 
     Raises:
-        ValueError: saying which host is none.
+        ValueError: naming a host that is not valid.
     """
     return list(dict.fromkeys(_host(host) for host in (*hosts, *LOCAL_HOSTS)))
 
@@ -185,20 +190,21 @@ def _host(text: str) -> x509.GeneralName:
         if len(name) > 253 or not all(_LABEL.fullmatch(label) for label in labels) or labels[-1].isdigit():
             raise ValueError(
                 f"{text!r} is not a host; expected a name such as merge.example.org (without https:// and port, "
-                "letters beyond a-z in their xn-- form) or an IP address such as 10.0.0.5"
+                "international names in xn-- form) or an IP address such as 10.0.0.5"
             ) from None
         return x509.DNSName(name)
     if address.is_unspecified or "%" in text:
-        raise ValueError(f"{text!r} is not an address that others can dial; give the one that silos use")
+        raise ValueError(f"{text!r} is not an address that others can connect to; give the one that silos use")
     return x509.IPAddress(address)
 
 
 def _subtree(host: x509.GeneralName) -> x509.GeneralName:
-    """Return a host as a name constraint has it; an address is a network of one there."""
+    """Return a host in the form that name constraints use: an address becomes a network of one."""
     return x509.IPAddress(ipaddress.ip_network(host.value)) if isinstance(host, x509.IPAddress) else host
 
 
-def _of_subtree(subtree: x509.GeneralName) -> x509.GeneralName:
+def _host_of_subtree(subtree: x509.GeneralName) -> x509.GeneralName:
+    """Undo `_subtree`."""
     if isinstance(subtree, x509.IPAddress):
         return x509.IPAddress(ipaddress.ip_network(subtree.value).network_address)
     return subtree
@@ -215,16 +221,16 @@ def _read_key(path: Path, passphrase: Callable[[], bytes] | None) -> ec.Elliptic
     secret = None
     if "BEGIN ENCRYPTED PRIVATE KEY" in text:
         if passphrase is None:
-            raise PlanError(f"{path}: has a passphrase; give it by --passphrase-file, or at a terminal")
+            raise PlanError(f"{path}: is encrypted; give its passphrase with --passphrase-file, or at a terminal")
         secret = passphrase()
     try:
         key = serialization.load_pem_private_key(text.encode("utf-8"), secret)
     except (ValueError, TypeError, UnsupportedAlgorithm):
         if secret is not None:
-            raise PlanError(f"{path}: its passphrase is another; give that one") from None
+            raise PlanError(f"{path}: wrong passphrase; give the one that encrypts it") from None
         key = None
     if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise PlanError(f"{path}: is not a private key that gramfuse pki init made; put that one there")
+        raise PlanError(f"{path}: not a private key made by gramfuse pki init; put that one there")
     return key
 
 

@@ -1,4 +1,4 @@
-"""The coordinator's side: SuperLink, SuperExec and nginx, kept running on one machine."""
+"""The coordinator's side: keeps a SuperLink, a SuperExec and nginx running on one machine."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from gramfuse_deployment.endpoint import (
     port_of,
 )
 from gramfuse_deployment.nginx import find_nginx, write_configuration
-from gramfuse_deployment.processes import BIN, GIVE_BACK
+from gramfuse_deployment.processes import BIN, MALLOC_SETTINGS
 from gramfuse_deployment.superlink import SERVER, home_of
 from gramfuse_deployment.supervisor import Service, Supervisor, say, supervised
 from gramfuse_protocol.errors import FederationError, PlanError
@@ -37,45 +37,46 @@ from gramfuse_protocol.files import write_private
 
 @contextmanager
 def serving(directory: Path, host: str | None, port: int, *, insecure_loopback: bool = False) -> Iterator[Supervisor]:
-    """Start the coordinator's side; on leaving, all of it is ended.
+    """Start the coordinator's processes; end all of them on exit.
 
     Args:
-        directory: with ca.crt, server.crt and server.key.
-        host: IP address that silos come in by; None is all of them, or with `insecure_loopback` 127.0.0.1.
+        directory: holds ca.crt, server.crt and server.key.
+        host: IP address to listen on for silos; None means all addresses, or 127.0.0.1 with `insecure_loopback`.
+        insecure_loopback: run without TLS and node keys, for silos on this machine only.
 
     Raises:
-        PlanError: if something that it needs is missing or taken.
-        FederationError: if one of its processes does not come up.
+        PlanError: if a file or program is missing, or the directory is in use.
+        FederationError: if the port is taken, or a process does not start.
     """
     nginx = find_nginx()
     if insecure_loopback:
         host = host or "127.0.0.1"
         if not is_loopback(host):
             raise PlanError(
-                f"--insecure-loopback is for this machine's own silos, and {host} is for others; leave it out"
+                f"--insecure-loopback is only for silos on this machine, but others can reach {host}; leave it out"
             )
         hosts = [host]
     else:
-        host = host or "0.0.0.0"  # noqa: S104  # nginx is there for everyone, and behind it node keys decide
+        host = host or "0.0.0.0"  # noqa: S104  # nginx is open to all; node keys authenticate silos behind it
         hosts = check_certificate(directory)
     listen = listening_address(host, port)
-    own = directory.resolve() / "superlink"
+    state = directory.resolve() / "superlink"
     home = home_of(directory.resolve())
-    with supervised(own, ended=lambda: _compact(own / "state.db")) as supervisor:
+    with supervised(state, ended=lambda: _compact(state / "state.db")) as supervisor:
         check_free(host, port)
         home.mkdir(mode=0o700, exist_ok=True)
-        link = own_port(home)
+        link = superlink_port(home)
         ca = None if insecure_loopback else directory.resolve() / "ca.crt"
-        write_private(own / "secret", secrets.token_hex(32).encode("ascii"))
+        write_private(state / "secret", secrets.token_hex(32).encode("ascii"))
         write_private(home / "config.toml", _connection(link, ca).encode("utf-8"))
-        write_configuration(own / "nginx.conf", host, port, link, tls=not insecure_loopback)
+        write_configuration(state / "nginx.conf", host, port, link, tls=not insecure_loopback)
         for service in (
-            _superlink(own, home, link, ca),
-            _superexec(own, home, link, ca),
-            _nginx(own, nginx, host, port),
+            _superlink(state, home, link, ca),
+            _superexec(state, home, link, ca),
+            _nginx(state, nginx, host, port),
         ):
             supervisor.start(service)
-        say(f"the SuperLink is up, on 127.0.0.1:{link}; silos come in at {listen}")
+        say(f"the SuperLink is up, on 127.0.0.1:{link}; silos connect to {listen}")
         say(
             f'in each silo file: [coordinator] address = "{hosts[0]}:{port}"'
             + ("" if ca is None else f", ca = copy of {ca}")
@@ -84,11 +85,11 @@ def serving(directory: Path, host: str | None, port: int, *, insecure_loopback: 
 
 
 def check_certificate(directory: Path) -> list[str]:
-    """Return the names that silos can dial by the certificate in DIR.
+    """Check the server's key and certificate in a directory, and return the host names that silos can dial.
 
     Raises:
-        PlanError: if a file is missing, others can read the key, the certificate is not the key's, is not valid now, or
-            lacks one of this machine's own names.
+        PlanError: if a file is missing, others can read the key, or the certificate does not match the key, is not
+            valid now, or does not name localhost and 127.0.0.1.
     """
     ca, certificate, key = (directory / name for name in ("ca.crt", "server.crt", "server.key"))
     renew = f"gramfuse pki server {directory}"
@@ -99,32 +100,32 @@ def check_certificate(directory: Path) -> list[str]:
         raise PlanError(f"{key}: others on this machine can read it; run: chmod 600 {key}")
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key)
-        found = x509.load_pem_x509_certificate(certificate.read_bytes())
-        names = [str(name) for name in _names(found)]
+        parsed = x509.load_pem_x509_certificate(certificate.read_bytes())
+        names = [str(name) for name in _names(parsed)]
     except (ssl.SSLError, ValueError, x509.ExtensionNotFound) as error:
         raise PlanError(
-            f"{certificate}: is not a server's certificate of {key} ({error}); make both anew: {renew} --renew"
+            f"{certificate}: not a server certificate for {key} ({error}); make both again: {renew} --renew"
         ) from None
-    if not found.not_valid_before_utc <= datetime.now(UTC) < found.not_valid_after_utc:
+    if not parsed.not_valid_before_utc <= datetime.now(UTC) < parsed.not_valid_after_utc:
         raise PlanError(
-            f"{certificate}: is valid from {found.not_valid_before_utc:%Y-%m-%d} to "
-            f"{found.not_valid_after_utc:%Y-%m-%d}; make another: {renew} --renew"
+            f"{certificate}: valid only from {parsed.not_valid_before_utc:%Y-%m-%d} to "
+            f"{parsed.not_valid_after_utc:%Y-%m-%d}; make a new one: {renew} --renew"
         )
     missing = [host for host in LOCAL_HOSTS[:2] if host not in names]
     if missing:
         raise PlanError(
-            f"{certificate}: does not name {' and '.join(missing)}, where the SuperLink is dialled on its own machine; "
-            f"it names {', '.join(names)}. Make another: {renew} --renew"
+            f"{certificate}: does not name {' and '.join(missing)}, which local processes use to reach the SuperLink; "
+            f"it names {', '.join(names)}. Make a new one: {renew} --renew"
         )
     return [name for name in names if name not in LOCAL_HOSTS] or names
 
 
-def own_port(home: Path) -> int:
-    """Return the SuperLink's port: as before, so that whoever used it finds it again, or else a free one."""
+def superlink_port(home: Path) -> int:
+    """Return a port for the SuperLink: the same as last time if it is free, so that clients find it again."""
     with suppress(OSError, ValueError, KeyError, FederationError):
-        before = tomllib.loads((home / "config.toml").read_text(encoding="utf-8"))["superlink"][SERVER]["address"]
-        check_free(host_of(before), port_of(before))
-        return port_of(before)
+        address = tomllib.loads((home / "config.toml").read_text(encoding="utf-8"))["superlink"][SERVER]["address"]
+        check_free(host_of(address), port_of(address))
+        return port_of(address)
     return free_port()
 
 
@@ -139,9 +140,9 @@ def _connection(port: int, ca: Path | None) -> str:
 
 
 def _compact(database: Path) -> None:
-    """Rewrite the SuperLink's database once it is closed, since what was deleted in it would still stand in its files.
+    """Compact the SuperLink's closed database, so that its files hold no deleted rows.
 
-    Between runs it holds nothing but which silos are registered; masked vectors and released shares went through it.
+    Masked vectors and released shares went through it; between runs, only the silos' registrations remain.
     """
     if not database.exists():
         return
@@ -150,31 +151,32 @@ def _compact(database: Path) -> None:
             for command in ("PRAGMA wal_checkpoint(TRUNCATE)", "VACUUM", "PRAGMA wal_checkpoint(TRUNCATE)"):
                 connection.execute(command)
     except sqlite3.Error as error:
-        say(f"{database}: cannot be compacted, so it may still hold what silos sent: {error}")
+        say(f"{database}: cannot be compacted, so it may still hold messages that silos sent: {error}")
 
 
-def _superlink(own: Path, home: Path, port: int, ca: Path | None) -> Service:
+def _superlink(state: Path, home: Path, port: int, ca: Path | None) -> Service:
     command = [str(BIN / "flower-superlink"), "--host", "127.0.0.1", "--port", str(port), "--isolation", "process"]
-    command += ["--superexec-auth-secret-file", str(own / "secret"), "--database", str(own / "state.db")]
+    command += ["--superexec-auth-secret-file", str(state / "secret"), "--database", str(state / "state.db")]
     command += ["--disable-runtime-dependency-installation"]
     if ca is None:
         command += ["--insecure"]
     else:
         command += ["--enable-supernode-auth", "--ssl-ca-certfile", str(ca)]
         command += ["--ssl-certfile", str(ca.with_name("server.crt")), "--ssl-keyfile", str(ca.with_name("server.key"))]
-    environment = {**GIVE_BACK, "FLWR_HOME": str(home)}
-    return Service("SuperLink", command, own / "superlink.log", environment, ready=lambda: healthy(port, ca))
+    environment = {**MALLOC_SETTINGS, "FLWR_HOME": str(home)}
+    return Service("SuperLink", command, state / "superlink.log", environment, ready=lambda: healthy(port, ca))
 
 
-def _superexec(own: Path, home: Path, port: int, ca: Path | None) -> Service:
+def _superexec(state: Path, home: Path, port: int, ca: Path | None) -> Service:
     command = [str(BIN / "flower-superexec"), "--runtime-api-address", f"127.0.0.1:{port}"]
-    command += ["--superexec-auth-secret-file", str(own / "secret")]
+    command += ["--superexec-auth-secret-file", str(state / "secret")]
     command += ["--insecure"] if ca is None else ["--root-certificates", str(ca)]
     path = f"{BIN}{os.pathsep}{os.environ.get('PATH', os.defpath)}"  # it starts flwr-serverapp by name
-    return Service("SuperExec", command, own / "superexec.log", {**GIVE_BACK, "FLWR_HOME": str(home), "PATH": path})
+    environment = {**MALLOC_SETTINGS, "FLWR_HOME": str(home), "PATH": path}
+    return Service("SuperExec", command, state / "superexec.log", environment)
 
 
-def _nginx(own: Path, nginx: str, host: str, port: int) -> Service:
-    command = [nginx, "-e", "stderr", "-p", f"{own}/", "-c", "nginx.conf"]
+def _nginx(state: Path, nginx: str, host: str, port: int) -> Service:
+    command = [nginx, "-e", "stderr", "-p", f"{state}/", "-c", "nginx.conf"]
     dialled = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104
-    return Service("nginx", command, own / "nginx.log", {}, ready=lambda: listens(dialled, port))
+    return Service("nginx", command, state / "nginx.log", {}, ready=lambda: listens(dialled, port))

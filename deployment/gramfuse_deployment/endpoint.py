@@ -1,4 +1,4 @@
-"""An address of the deployment: its host and port, and whether this machine listens there or can."""
+"""Addresses of the deployment: parse hosts and ports, and probe whether a port is free, listening or healthy."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SECONDS = 5.0
 
 
 def host_of(address: str) -> str:
-    """Return the host of `host:port`; an IPv6 address has brackets there, and none here."""
+    """Return the host of `host:port`, without the brackets of an IPv6 address."""
     return address.rpartition(":")[0].strip("[]")
 
 
@@ -25,7 +25,7 @@ def port_of(address: str) -> int:
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether a host, as it is written, is this machine itself. Other names are not looked up."""
+    """Return whether a host is a loopback address or "localhost". Other names are not resolved."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -33,11 +33,11 @@ def is_loopback(host: str) -> bool:
 
 
 def listening_address(host: str, port: int) -> str:
-    """Return `host:port` for a configuration; an IPv6 address gets brackets.
+    """Return `host:port` for a configuration file, with brackets around an IPv6 address.
 
     Raises:
-        PlanError: if the host is no plain IP address (a scope such as %eth0 is none of it, and may be any text), or the
-            port is none.
+        PlanError: if the host is not a plain IP address (without a scope such as %eth0, which could be any text), or
+            the port is out of range.
     """
     try:
         address = ipaddress.ip_address(host)
@@ -51,13 +51,13 @@ def listening_address(host: str, port: int) -> str:
 
 
 def free_port() -> int:
-    """Return a TCP port of 127.0.0.1 that nobody listens on."""
+    """Return a free TCP port on 127.0.0.1."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         return int(probe.getsockname()[1])
 
 
 def check_free(host: str, port: int) -> None:
-    """Raise FederationError if this machine cannot listen there.
+    """Raise FederationError if this machine cannot listen on an address.
 
     Args:
         host: an IP address.
@@ -67,12 +67,13 @@ def check_free(host: str, port: int) -> None:
         socket.create_server((host, port), family=family).close()
     except OSError as error:
         raise FederationError(
-            f"{host}:{port}: cannot listen there: {error.strerror}; end what does, or choose --host and --port anew"
+            f"{host}:{port}: cannot listen there: {error.strerror}; end the program that uses it, or choose another "
+            "--host or --port"
         ) from None
 
 
 def listens(host: str, port: int) -> bool:
-    """Return whether somebody listens there."""
+    """Return whether a TCP connection to an address succeeds."""
     try:
         socket.create_connection((host, port), SECONDS).close()
     except OSError:
@@ -81,13 +82,13 @@ def listens(host: str, port: int) -> bool:
 
 
 def healthy(port: int, ca: Path | None) -> bool:
-    """Return whether a Flower server on 127.0.0.1 says that it is up.
+    """Return whether a Flower server on 127.0.0.1 reports that it is up.
 
     Args:
-        ca: PEM file of the authority that it is trusted by; None is without TLS.
+        ca: PEM file of the authority to trust; None means no TLS.
 
     Raises:
-        FederationError: if its certificate is not to be trusted.
+        FederationError: if its certificate is not trusted.
     """
     context = ssl.create_default_context(cafile=ca) if ca else None
     url = f"http{'s' if ca else ''}://127.0.0.1:{port}/health"
@@ -97,8 +98,8 @@ def healthy(port: int, ca: Path | None) -> bool:
     except urllib.error.URLError as error:
         if isinstance(error.reason, ssl.SSLCertVerificationError):
             raise FederationError(
-                f"127.0.0.1:{port} cannot be trusted ({error.reason.verify_message}); expected a certificate for this "
-                f"machine by the authority in {ca}; make one with: gramfuse pki server DIR --renew"
+                f"127.0.0.1:{port}: the certificate is not trusted ({error.reason.verify_message}); expected one for "
+                f"127.0.0.1, signed by the authority in {ca}; make it with: gramfuse pki server DIR --renew"
             ) from None
         return False
     except OSError:

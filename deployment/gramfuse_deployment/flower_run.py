@@ -1,4 +1,4 @@
-"""One run as Flower has it: the app that is sent around, and its log and end as they come."""
+"""One Flower run: writes the app that Flower distributes, and follows the run's log until it ends."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from gramfuse_server.run.patience import Patience
 DEFAULT = Patience()
 
 AWAY_SECONDS = 300.0
-"""How long a SuperLink may be away that somebody starts again."""
+"""How long the SuperLink may be down before the run is given up."""
 
 
 def write_app(directory: Path, plan: Plan, layout: Layout) -> None:
-    """Write the Flower app that is sent around: configuration only, no code.
+    """Write the Flower app that the run distributes: configuration only, no code.
 
-    Both components are modules of the installed gramfuse; the same plan always gives the same bundle.
+    Both components are modules of the installed gramfuse. The same plan always gives the same bundle.
     """
     directory.mkdir()
     document = {
@@ -58,23 +58,23 @@ def write_app(directory: Path, plan: Plan, layout: Layout) -> None:
 
 
 def check_roster(project: Project, link: Link) -> None:
-    """Raise PlanError if a silo of the roster could not connect, since the SuperLink asks for a key that it lacks."""
-    lacking = [] if link.insecure else [silo.name for silo in project.plan.silo if silo.node_key is None]
-    if lacking:
+    """Raise PlanError if the SuperLink requires node keys and a silo of the roster has none."""
+    keyless = [] if link.insecure else [silo.name for silo in project.plan.silo if silo.node_key is None]
+    if keyless:
         raise PlanError(
-            f"{project.plan_path}: has no node-key for {', '.join(lacking)}, and the SuperLink at {link.address} lets "
-            "nobody connect without one; have each print it with gramfuse silo keygen, write it into its [[silo]], and "
-            f"run: gramfuse plan lock {project.directory}"
+            f"{project.plan_path}: no node-key for {', '.join(keyless)}, and the SuperLink at {link.address} requires "
+            "one; have each of these silos print its key with gramfuse silo keygen, write it into the silo's "
+            f"[[silo]], and run: gramfuse plan lock {project.directory}"
         )
 
 
 def watch(run_id: str, link: Link, take: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """Hand on the events of a run until it is finished, and return what Flower says of it then.
+    """Pass a run's events to `take` until the run is finished, and return Flower's record of the run.
 
-    The SuperLink may go away meanwhile and come back, and the run goes on; its log is read again from the beginning.
+    The SuperLink may restart meanwhile: the run goes on, and its log is read again from the beginning.
 
     Raises:
-        FederationError: if the SuperLink stays away for AWAY_SECONDS.
+        FederationError: if the SuperLink stays down for AWAY_SECONDS.
     """
     done, answered = 0, time.monotonic()
     while True:
@@ -84,7 +84,7 @@ def watch(run_id: str, link: Link, take: Callable[[dict[str, Any]], None]) -> di
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
-            env={**link.environment, "PYTHONUNBUFFERED": "1"},  # into a pipe, Flower's command writes in blocks
+            env={**link.environment, "PYTHONUNBUFFERED": "1"},  # without it, Flower's command block-buffers a pipe
         ) as log:
             try:
                 for number, line in enumerate(log.stdout or (), 1):
@@ -107,7 +107,7 @@ def watch(run_id: str, link: Link, take: Callable[[dict[str, Any]], None]) -> di
 
 
 def _event(line: str) -> dict[str, Any] | None:
-    """Return the event that a line of the ServerApp's log is, or None."""
+    """Parse a line of the ServerApp's log as an event; None if it is not one."""
     try:
         event = json.loads(line)
     except ValueError:

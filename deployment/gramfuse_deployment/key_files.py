@@ -1,4 +1,4 @@
-"""Keys and certificates as files: all of them whole or none, the private ones for their owner only."""
+"""Writes keys and certificates to files: all or none, with private keys readable by their owner only."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Content:
-    """What a new file holds and who may read it."""
+    """The content of a new file, and its mode."""
 
     data: bytes
     mode: int = 0o600
 
 
 def write_new(files: Mapping[Path, Content], advice: str, *, renew: bool = False) -> list[Path]:
-    """Write files, all of them whole or none of them. Directories that are missing are made for the owner only.
+    """Write files, all or none. Missing directories are made with mode 0700.
 
     Args:
-        files: a private file is never readable by others, not for a moment.
-        advice: what to do if one of them is there already.
-        renew: replace those that are there, and keep each under its name with '.old' after it.
+        files: content by path. A private file is never readable by others, not even for a moment.
+        advice: what the error tells the user to do if a file exists already.
+        renew: replace existing files, and keep each old one under its name with '.old' appended.
 
     Returns:
         The old files that were kept.
@@ -54,7 +54,7 @@ def write_new(files: Mapping[Path, Content], advice: str, *, renew: bool = False
                     undo.callback(_put_back, old[path], path)
                     os.replace(new, path)
                 else:
-                    os.link(new, path)  # unlike a rename it never replaces what another process made meanwhile
+                    os.link(new, path)  # unlike a rename, it never replaces a file that another process just made
                     undo.callback(path.unlink)
             undo.pop_all()
     except OSError as error:
@@ -78,18 +78,18 @@ def _write_beside(path: Path, content: Content, cleanup: ExitStack) -> Path:
 
 def _put_back(old: Path, path: Path) -> None:
     os.replace(old, path)
-    old.unlink(missing_ok=True)  # if both were names of one file still, replacing did nothing
+    old.unlink(missing_ok=True)  # os.replace does nothing if both names are links to the same file
 
 
 def make_node_key(silo: Silo, *, renew: bool = False) -> tuple[str, list[Path]]:
-    """Make a silo's node key in the file that its silo file names.
+    """Make a silo's node key, in the file that the silo file names.
 
     Returns:
-        The public line, and the old key's file if one was kept.
+        The public key line, and the files of old keys that were kept.
 
     Raises:
-        PlanError: if the key is there already (and not to be renewed), or cannot be written.
+        PlanError: if a key exists already and `renew` is false, or the key cannot be written.
     """
     private, public = node_key.generate()
-    advice = f"a silo keeps its key, since plans name it. To replace it: gramfuse pki silo {silo.path} --renew"
+    advice = f"plans name the key, so it is not replaced. To replace it: gramfuse pki silo {silo.path} --renew"
     return public, write_new({silo.node_key_path: Content(private.encode("ascii"))}, advice, renew=renew)

@@ -1,7 +1,7 @@
-"""The proxy in front of a SuperLink: nginx, which lets silos through to Flower's fleet API and to nothing else.
+"""The proxy in front of a SuperLink: nginx, which gives silos access to Flower's fleet API and to nothing else.
 
-Flower's control and runtime APIs stand on the same port and are open to whoever reaches it: to push code to all silos,
-to register nodes, to take a task. So the SuperLink listens on this machine only, and this is what silos reach.
+Flower serves its control and runtime APIs on the same port, open to anyone who can reach it: to push code to all
+silos, to register nodes, to take a task. So the SuperLink listens on loopback only, and silos connect to this proxy.
 """
 
 from __future__ import annotations
@@ -17,25 +17,26 @@ from gramfuse_deployment.processes import CHUNK_BYTES
 from gramfuse_protocol.errors import PlanError
 
 BODY_BYTES = CHUNK_BYTES + 2**20
-"""Of one request at most. Flower cuts arrays into chunks; what it does not cut, a message's header, is far smaller."""
+"""Maximum size of a request: Flower splits arrays into chunks, and a header, which it does not split, is small."""
 HEADER_SECONDS = 10
-"""For the TLS handshake and for all of a request's header, each."""
+"""Time limit of the TLS handshake, and of reading a request's header."""
 STALL_SECONDS = 20
-"""Between two pieces of a body, or of an answer that is being read. Flower's own client gives up after 30."""
+"""Longest pause between two reads of a request's body, or two writes of a response. Flower's client waits 30 s."""
 ADDRESS_AT_ONCE = 16
-"""Requests of one address that are under way at once: a silo has up to four, and several may share an address."""
+"""Concurrent requests from one address: a silo makes up to four, and several silos may share an address."""
 ADDRESS_PER_SECOND = 50
-"""Requests of one address; what is above waits. With full chunks that is 250 MB/s, more than a SuperLink can take."""
+"""Request rate of one address; excess requests wait. In full chunks, 250 MB/s: more than a SuperLink can handle."""
 ADDRESS_WAITING = 200
-"""Requests of one address that may wait for their turn; beyond that they are refused, to be repeated."""
+"""Waiting requests from one address; nginx refuses any more, and clients repeat them."""
 ALL_AT_ONCE = 32
-"""Requests that the SuperLink has at once, of all addresses: what bounds its memory, whoever sends."""
+"""Concurrent requests at the SuperLink, from all addresses: this bounds its memory, whoever sends."""
 
-# All paths are relative to the file, so that they need no quoting.
-# The name of a call is matched as nginx understands the path (decoded, without '..' and doubled slashes), and only the
-# match is passed on: what was checked is what the SuperLink sees.
-# A SuperLink has all of a request in memory before it looks at who sent it. So a body is small, it waits on the disk
-# until it is complete, and only so many are passed on at once. Flower's clients repeat what is refused with 502 or 503.
+# All paths are relative to the file, so they need no quoting.
+# nginx matches the name of a call in the normalised path (decoded, without '..' and doubled slashes) and passes on the
+# match only: the SuperLink sees exactly what was checked.
+# A SuperLink reads a whole request into memory before it authenticates the sender. So bodies are limited in size, they
+# are buffered on disk until complete, and only ALL_AT_ONCE are passed on at a time. Flower's clients repeat requests
+# that are refused with 502 or 503.
 _CONFIGURATION = """\
 daemon off;
 {user}worker_processes 1;
@@ -106,16 +107,16 @@ proxy_ssl_trusted_certificate ../ca.crt;
 
 
 def find_nginx() -> str:
-    """Return the path of nginx.
+    """Return the path of the nginx binary.
 
     Raises:
-        PlanError: if there is none.
+        PlanError: if nginx is not installed.
     """
     path = shutil.which("nginx", path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"]))
     if path is None:
         raise PlanError(
-            "nginx is not installed, and without it Flower's own port, which anybody may command, would have to be "
-            "open to silos; install it (Debian, Ubuntu: apt-get install nginx-light; macOS: brew install nginx)"
+            "nginx is not installed; without it, silos would need access to Flower's own port, which lets anyone "
+            "command all silos. Install it (Debian, Ubuntu: apt-get install nginx-light; macOS: brew install nginx)"
         )
     return path
 
@@ -124,17 +125,17 @@ def write_configuration(path: Path, host: str, port: int, superlink: int, *, tls
     """Write nginx's configuration.
 
     Args:
-        path: in a directory of a directory with ca.crt, server.crt and server.key.
-        host, port: IP address and port that silos come in by.
-        superlink: the SuperLink's port, on 127.0.0.1.
-        tls: whether both of them speak TLS.
+        path: the file; with TLS, the directory above its own holds ca.crt, server.crt and server.key.
+        host, port: IP address and port that silos connect to.
+        superlink: the SuperLink's port on 127.0.0.1.
+        tls: whether nginx and the SuperLink use TLS.
 
     Raises:
-        PlanError: if `host` is no plain IP address, or a port is out of range.
+        PlanError: if `host` is not a plain IP address, or a port is out of range.
     """
     listen, _ = listening_address(host, port), listening_address("127.0.0.1", superlink)
     user = ""
-    if os.geteuid() == 0:  # otherwise nginx would take another user, who may not read here
+    if os.geteuid() == 0:  # by default, root's nginx runs workers as another user, who cannot read this directory
         names = pwd.getpwuid(0).pw_name, grp.getgrgid(os.getegid()).gr_name
         user = f"user {' '.join(map(_quoted, names))};\n"
     path.write_text(
@@ -159,8 +160,8 @@ def write_configuration(path: Path, host: str, port: int, superlink: int, *, tls
 
 
 def _quoted(name: str) -> str:
-    """Return a name as one word of nginx's configuration."""
+    """Quote a name for nginx's configuration."""
     if not name.isprintable():
-        raise PlanError(f"the user or group {name!r} has a name that nginx cannot be given; start it as another one")
+        raise PlanError(f"nginx's configuration cannot name the user or group {name!r}; start it as another user")
     escaped = name.replace("\\", "\\\\").replace('"', '\\"')
     return f'"{escaped}"'

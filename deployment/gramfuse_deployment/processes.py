@@ -1,4 +1,4 @@
-"""How processes are started here, and how they end with everything that they started."""
+"""Starts processes, and ends them together with everything that they started."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from pathlib import Path
 import psutil
 
 BIN = Path(sys.executable).parent
-"""Where Flower's commands are installed, beside this Python."""
+"""Directory of Flower's commands: they are installed beside this Python."""
 
 MARK = "GRAMFUSE_PROCESS_MARK"
 GRACE_SECONDS = 10.0
 
 CHUNK_BYTES = 5 * 2**20
-"""Flower sends an array in chunks of this size, each as one request."""
+"""Flower sends an array in chunks of this size, one request each."""
 
-FLOWER_OFF = {
+FLOWER_ENVIRONMENT = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
@@ -32,33 +32,33 @@ FLOWER_OFF = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "TOKENIZERS_PARALLELISM": "false",
 }
-"""Flower and Ray: no telemetry, no update check, nothing installed at run time, and chunks that the proxy lets pass."""
+"""For Flower and Ray: no telemetry, no update check, no installation at run time, and chunks that the proxy accepts."""
 
-GIVE_BACK = {"MALLOC_ARENA_MAX": "2", "MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
-"""glibc: the memory of a large message goes back to the system once the message is gone."""
+MALLOC_SETTINGS = {"MALLOC_ARENA_MAX": "2", "MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
+"""For glibc: return the memory of a large message to the system as soon as it is freed."""
 
 
 @contextmanager
 def contained(
     command: Sequence[str], log: Path, environment: Mapping[str, str | None]
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a command with its output in `log`; on leaving, kill it and all its descendants, however they detached.
+    """Run a command with its output in `log`; on exit, kill it and all its descendants, even detached ones.
 
-    Descendants are found by a mark in their environment, which detaching and re-parenting do not take away.
+    Descendants are found by a mark in their environment, which survives detaching and re-parenting.
 
     Args:
-        environment: what is added to ours, and by None what is taken away.
+        environment: variables to add to ours; None removes one.
     """
     mark = secrets.token_hex(8)
-    ours = {**os.environ, **FLOWER_OFF, **environment, MARK: mark}
+    variables = {**os.environ, **FLOWER_ENVIRONMENT, **environment, MARK: mark}
     with log.open("ab") as output:
         process = subprocess.Popen(  # noqa: S603  # the command is ours
             command,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C reaches us, and we end the rest in order
-            env={name: value for name, value in ours.items() if value is not None},
+            start_new_session=True,  # so that only we get Ctrl-C, and end the rest in order
+            env={name: value for name, value in variables.items() if value is not None},
         )
     try:
         yield process
@@ -68,13 +68,13 @@ def contained(
 
 
 def end(leaders: Sequence[psutil.Process], mark: str) -> None:
-    """End processes in the reverse order of their start, then kill whatever they started that is still there.
+    """Terminate processes in reverse start order, then kill all their remaining descendants.
 
-    All of them together have GRACE_SECONDS to end by themselves.
+    All processes together have GRACE_SECONDS to end by themselves.
 
     Args:
-        leaders: each the first process of a session of its own.
-        mark: in the environment of all of them; what they started inherits it.
+        leaders: session leaders.
+        mark: the mark in their environment, which their descendants inherit.
     """
     deadline = time.monotonic() + GRACE_SECONDS
     for process in reversed(leaders):
@@ -87,28 +87,28 @@ def end(leaders: Sequence[psutil.Process], mark: str) -> None:
 
 
 def kill_session(leader: int) -> None:
-    """Kill what is left of a session's process group.
+    """Kill what remains of a session leader's process group.
 
-    The mark alone does not find all of it: a process that hides its environment, as Flower's SuperExec does, can be
-    read by root only.
+    The mark alone does not find every process: only root can read the environment of one that hides it, as Flower's
+    SuperExec does.
     """
-    with suppress(ProcessLookupError, PermissionError):  # macOS says the latter of a group of zombies
+    with suppress(ProcessLookupError, PermissionError):  # macOS raises the latter for a group of zombies
         os.killpg(leader, signal.SIGKILL)
 
 
 def kill_marked(mark: str) -> None:
     """Kill every process with this mark in its environment."""
-    while found := marked(mark):
-        for process in found:
+    while processes := marked(mark):
+        for process in processes:
             try:
                 process.kill()
             except psutil.NoSuchProcess:
                 continue
-        psutil.wait_procs(found, timeout=5)
+        psutil.wait_procs(processes, timeout=5)
 
 
 def marked(mark: str) -> list[psutil.Process]:
-    """Return the processes that run with this mark in their environment, as far as we may read it."""
+    """Return the running processes with this mark in their environment, among those whose environment we can read."""
     return [process for process in psutil.process_iter() if _has_mark(process, mark)]
 
 

@@ -1,4 +1,4 @@
-"""Says what a silo's node does."""
+"""Reports what a silo's node does."""
 
 from __future__ import annotations
 
@@ -20,34 +20,34 @@ if TYPE_CHECKING:
 PROBE_SECONDS = 30.0
 
 FORGET_SECONDS = 90.0
-"""A SuperLink takes up to 60 s to notice that a node is gone; until then it refuses the same node."""
+"""A SuperLink takes up to 60 s to notice that a node died, and refuses the same node until then."""
 
 SENT_SECONDS = 60.0
-"""With --once: how long the last answer may take from the ledger to the coordinator, at most."""
+"""With --once: how long to wait for the last reply to reach the coordinator, once it is in the ledger."""
 
-FORSAKEN_SECONDS = 90.0
-"""Flower notices within 60 s that a worker is gone which had its request, and never that one is gone which had not."""
+STALLED_SECONDS = 90.0
+"""Flower notices within 60 s that a worker died, but only if it had already fetched its request."""
 
 WORKER_SECONDS = 5.0
-"""How often to look whether there is a worker."""
+"""How often to check for a worker."""
 
 _COMPLAINT = re.compile(r"\d{4}-\d\d-\d\d \S+ (?:WARNING|ERROR) (.*)")
-"""What gramfuse_client logs for the silo's operator, in a worker."""
+"""A warning or error that gramfuse_client logs in a worker, for the silo's operator."""
 
 _RUN = re.compile(r"\[RUN (\d+)")
-"""A SuperNode logs it before it logs that it receives or sends a message of the run."""
+"""A SuperNode logs this before it logs that it receives or sends a message of the run."""
 
 _DROPPED = ("Failed to receive", "Ignoring message")
-"""What a SuperNode logs of a request that it will not answer."""
+"""A SuperNode logs these for a request that it will not answer."""
 
 
 class Watch:
-    """Says what a node does: from its logs, its ledger, its progress, and a look at the coordinator's port.
+    """Reports what a node does, from its logs, its ledger, its progress, and probes of the coordinator's port.
 
     Args:
-        address: the coordinator's.
-        directory: where the logs are.
-        tls: whether the coordinator is reached by it.
+        address: `host:port` of the coordinator.
+        directory: holds the logs.
+        tls: whether the coordinator uses TLS.
     """
 
     def __init__(self, silo: Silo, address: str, directory: Path, *, tls: bool) -> None:
@@ -55,135 +55,135 @@ class Watch:
         self.address = address
         self.tls = tls
         self.node_log = Growing(directory / "supernode.log")
-        self.worker_log = Growing(directory / "superexec.log")  # a SuperExec's output is that of its workers too
+        self.worker_log = Growing(directory / "superexec.log")  # includes the output of the SuperExec's workers
         self.ledger = Growing(silo.ledger)
         self.replies = self.refusals = self.bytes = 0
         self._state: Literal["connecting", "connected", "lost"] = "connecting"
-        self._known = time.monotonic()  # when the coordinator may last have taken this node for connected
-        self._asked = -PROBE_SECONDS
+        self._last_connected = time.monotonic()  # when the coordinator may last have seen this node as connected
+        self._probed = -PROBE_SECONDS
         self._obstacle = ""
-        self._progress = dict(self._tenths())
+        self._progress = dict(self._progress_in_tenths())
         self._finished: float | None = None
         self._sent = False
         self._failing = False
-        self._run = ""  # that the SuperNode's log is about
-        self._held: float | None = None  # when a request that is not answered yet came, or was last seen worked on
-        self._held_of = ""  # the request's run
-        self._looked = 0.0
+        self._run = ""  # the run that the SuperNode's log last named
+        self._pending: float | None = None  # when an unanswered request came in, or last had a live worker
+        self._pending_run = ""
+        self._checked = 0.0
 
     @property
     def over(self) -> bool:
-        """Whether an exchange is finished, and the last answer had its time to leave."""
+        """Whether an exchange is finished, and its last reply was sent or had SENT_SECONDS to be."""
         return self._finished is not None and (self._sent or time.monotonic() > self._finished + SENT_SECONDS)
 
     def look(self) -> None:
-        """Say what is new."""
-        for plan, progress in self._tenths():
+        """Print what is new."""
+        for plan, progress in self._progress_in_tenths():
             if progress != self._progress.get(plan):
                 self._progress[plan] = progress
                 say(f"{progress[0]}: {10 * progress[1]} %")
         for line in self.ledger.lines():
-            self._left(line)
+            self._report_ledger_line(line)
         for line in self.worker_log.lines():
-            self._worked(line)
+            self._report_worker_line(line)
         for line in self.node_log.lines():
-            self._happened(line)
-        if self._state != "connected" and time.monotonic() > self._asked + PROBE_SECONDS:
-            self._look_for_obstacles()
+            self._report_node_line(line)
+        if self._state != "connected" and time.monotonic() > self._probed + PROBE_SECONDS:
+            self._probe_coordinator()
 
-    def forsaken(self, works: Callable[[], bool]) -> bool:
-        """Return whether a request is here that nothing works on; of each request it is said once.
+    def request_stalled(self, has_worker: Callable[[], bool]) -> bool:
+        """Return whether a request waits here without a worker; true only once for each request.
 
         Args:
-            works: whether there is a worker.
+            has_worker: whether there is a live worker.
         """
         now = time.monotonic()
-        if self._held is not None and now > self._looked + WORKER_SECONDS:
-            self._looked = now
-            if works():
-                self._held = now
-        if self._held is None or now <= self._held + FORSAKEN_SECONDS:
+        if self._pending is not None and now > self._checked + WORKER_SECONDS:
+            self._checked = now
+            if has_worker():
+                self._pending = now
+        if self._pending is None or now <= self._pending + STALLED_SECONDS:
             return False
-        self._held = None
+        self._pending = None
         return True
 
     def advice(self, output: str) -> str:
-        """Return what it means that the SuperNode ended, and what to do."""
-        self._held = None
+        """Return why the SuperNode ended, and what to do."""
+        self._pending = None
         if self._state != "connecting":
-            self._known = time.monotonic()
+            self._last_connected = time.monotonic()
         self._state = "connecting"
         if "[code: 2001]" in output:
-            return "the coordinator asks for a node key; leave out --insecure-loopback"
+            return "the coordinator requires a node key; leave out --insecure-loopback"
         if "[code: 2004]" not in output:
-            self._asked, self._obstacle = time.monotonic(), obstacle(self.silo, tls=self.tls)
+            self._probed, self._obstacle = time.monotonic(), obstacle(self.silo, tls=self.tls)
             return self._obstacle
-        if time.monotonic() < self._known + FORGET_SECONDS:
+        if time.monotonic() < self._last_connected + FORGET_SECONDS:
             return (
-                "that is normal for a minute after a crash, until the coordinator has noticed it, and until the "
+                "this is normal for a minute after a crash, until the coordinator notices it, and until the "
                 "coordinator registers the plan's silos (gramfuse server register, or the first run)"
             )
         return (
-            "the coordinator does not know this node key, or revoked it: it takes the keys of a plan's roster by "
-            "gramfuse server register, or when it first runs that plan. Give it the output of: gramfuse silo keygen "
-            f"{self.silo.path}"
+            "the coordinator does not know this node key, or has revoked it: it registers the keys of a plan's roster "
+            "with gramfuse server register, or when it first runs the plan. Give it the output of: gramfuse silo "
+            f"keygen {self.silo.path}"
         )
 
-    def _look_for_obstacles(self) -> None:
-        self._asked = time.monotonic()
-        found = obstacle(self.silo, tls=self.tls)
-        if found and found != self._obstacle:
-            say(found)
-        self._obstacle = found
+    def _probe_coordinator(self) -> None:
+        self._probed = time.monotonic()
+        problem = obstacle(self.silo, tls=self.tls)
+        if problem and problem != self._obstacle:
+            say(problem)
+        self._obstacle = problem
 
-    def _happened(self, line: str) -> None:
+    def _report_node_line(self, line: str) -> None:
         if "SuperNode ID: " in line:
             self._state = "connected"
             say(f"connected to {self.address}")
         elif "Connection attempt failed" in line and self._state == "connected":
             self._state = "lost"
-            say(f"the connection to {self.address} is lost; it is tried again without end")
+            say(f"lost the connection to {self.address}; retrying until it is back")
         elif "Connection successful" in line and self._state == "lost":
             self._state = "connected"
             say(f"connected to {self.address} again")
-        elif found := _RUN.search(line):
-            self._run = found[1]
+        elif match := _RUN.search(line):
+            self._run = match[1]
         elif "Receiving: " in line:
-            self._held, self._held_of = time.monotonic(), self._run
-        elif ("Sending: " in line and self._run == self._held_of) or any(words in line for words in _DROPPED):
-            self._held = None
+            self._pending, self._pending_run = time.monotonic(), self._run
+        elif ("Sending: " in line and self._run == self._pending_run) or any(words in line for words in _DROPPED):
+            self._pending = None
         elif "Sent successfully" in line and self._finished is not None:
             self._sent = True
 
-    def _worked(self, line: str) -> None:
-        if said := _COMPLAINT.match(line):
-            say(said[1])
+    def _report_worker_line(self, line: str) -> None:
+        if match := _COMPLAINT.match(line):
+            say(match[1])
         elif line.startswith("Traceback "):
             self._failing = True
         elif self._failing and not line.startswith(" "):
             self._failing = False
             say(f"a worker failed: {line}; the rest is in {self.worker_log.path}")
 
-    def _left(self, text: str) -> None:
+    def _report_ledger_line(self, text: str) -> None:
         from gramfuse_client.guard.ledger_lines import Line
 
         try:
             entry = Line.model_validate_json(text).entry
         except ValidationError:
-            say(f"{self.ledger.path}: a line cannot be read; look at it with: gramfuse silo ledger verify")
+            say(f"{self.ledger.path}: cannot read a line; check the ledger with: gramfuse silo ledger verify")
             return
         self.bytes += entry.bytes
         if entry.kind == "reply":
             self.replies += 1
-            say(f"{entry.phase}: {entry.bytes:,} bytes left ({entry.form})")
+            say(f"sent {entry.phase}: {entry.bytes:,} bytes, {entry.form}")
             if entry.phase == "finish":
                 self._finished = time.monotonic()
         else:
             self.refusals += 1
-            say(f"{entry.phase}: refused: {entry.note}")
+            say(f"refused {entry.phase}: {entry.note}")
 
-    def _tenths(self) -> Iterator[tuple[str, tuple[str, int]]]:
-        """Yield what the silo does for each plan, and how many tenths of it are done."""
+    def _progress_in_tenths(self) -> Iterator[tuple[str, tuple[str, int]]]:
+        """Yield (plan digest, (phase, tenths done)) for each plan."""
         from gramfuse_client.state.state import read_progress
 
         for path in self.silo.state.glob("*/progress.json"):

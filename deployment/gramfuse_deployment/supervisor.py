@@ -1,7 +1,7 @@
-"""Keeps the processes of a deployment running: starts them in order, starts again what ends, and ends all with itself.
+"""Keeps the processes of a deployment running: starts them in order, restarts them, and ends them when it ends.
 
-Whatever ends the supervisor, its processes end: on the way out it ends them itself, and if it was killed and has no
-way out, its watchdog does (`gramfuse_deployment.watchdog`).
+However the supervisor ends, its processes end too: it ends them itself on exit, and if it is killed, its watchdog does
+(`gramfuse_deployment.watchdog`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 import psutil
 
 from gramfuse_deployment import terminal
-from gramfuse_deployment.processes import FLOWER_OFF, MARK, end, kill_marked, kill_session
+from gramfuse_deployment.processes import FLOWER_ENVIRONMENT, MARK, end, kill_marked, kill_session
 from gramfuse_protocol.errors import FederationError, PlanError
 from gramfuse_protocol.files import open_private
 from gramfuse_protocol.text import QUOTE_LIMIT, one_line
@@ -31,26 +31,26 @@ START_SECONDS = 120.0
 POLL_SECONDS = 0.2
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0
 STEADY_SECONDS = 120.0
-"""A process that ran this long is started again at once when it ends."""
+"""After running this long, a process that ends is restarted after FIRST_WAIT again."""
 LOG_BYTES = 10 * 2**20
 TAIL_BYTES = 65536
 LOG_LINES = 15
 
 
 def say(line: str) -> None:
-    """Tell the operator something: one line with the time, on standard error."""
+    """Print one line for the operator on standard error, with the time."""
     terminal.say(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}", err=True)
 
 
 @dataclass(frozen=True)
 class Service:
-    """A process that is to run all the time.
+    """A process to keep running.
 
     Args:
-        log: gets its output, added to what is there; its parent is where the process works.
-        ready: asked until it is true before the next service starts. Without it the next one starts at once, and if
-            this one ends meanwhile that is no error: it is started again.
-        advice: from what it wrote last, what its end means and what to do; empty if nothing can be said.
+        log: file that the output is appended to; its directory is the process's working directory.
+        ready: polled until it returns true, before the next service starts. Without it, the next service starts at
+            once, and if this process ends early, it is restarted without an error.
+        advice: maps the process's last output to an explanation of why it ended and what to do; empty if unknown.
     """
 
     name: str
@@ -66,42 +66,43 @@ class _Running:
     service: Service
     process: subprocess.Popen[bytes]
     output: int
-    """Where its own output begins in the log."""
+    """Offset in the log at which this process's output begins."""
     since: float = field(default_factory=time.monotonic)
     wait: float = FIRST_WAIT
-    again: float | None = None
-    """When it is to be started again; None while it runs."""
-    told: str = ""
-    """What was said of its end the last time."""
+    restart_at: float | None = None
+    """When to restart it; None while it runs."""
+    last_ending: str = ""
+    """The message printed when it last ended."""
 
-    def written(self) -> str:
-        """Return what it wrote last, without colours; nothing if its log was taken away."""
+    def last_output(self) -> str:
+        """Return the last output, without colours; empty if the log was removed."""
         with suppress(FileNotFoundError), self.service.log.open("rb") as log:
             log.seek(max(self.output, os.fstat(log.fileno()).st_size - TAIL_BYTES))
             return terminal.uncoloured(log.read().decode("utf-8", "replace"))
         return ""
 
-    def shorten(self) -> None:
-        """Begin its log anew once it is long, and keep the old one; a SuperLink writes a line for each request."""
+    def rotate_log(self) -> None:
+        """Rotate a log of more than LOG_BYTES; a SuperLink logs every request."""
         log = self.service.log
         if log.exists() and log.stat().st_size > LOG_BYTES:
             shutil.copyfile(log, log.with_suffix(".log.old"))
-            os.truncate(log, 0)  # the process adds to the end, wherever that is
+            os.truncate(log, 0)  # the process has it open for appending
             self.output = 0
 
     def ending(self) -> str:
-        """Return how it ended, and why as far as it said."""
+        """Return how the process ended, and the reason if its output gives one."""
         code = self.process.returncode
         if code < 0:
-            return f"was ended by signal {-code}" + (" (somebody's, or for want of memory)" if code == -9 else "")
-        return ": ".join(filter(None, [f"ended with status {code}", one_line(reason(self.written()), QUOTE_LIMIT)]))
+            return f"was killed by signal {-code}" + (" (by someone, or out of memory)" if code == -9 else "")
+        return ": ".join(filter(None, [f"ended with status {code}", one_line(reason(self.last_output()), QUOTE_LIMIT)]))
 
 
 class Supervisor:
     """Starts services and keeps them running; made by `supervised`.
 
     Args:
-        watchdog: where the watchdog reads.
+        mark: environment mark of all processes that it starts.
+        watchdog: file descriptor of the pipe to the watchdog.
     """
 
     def __init__(self, mark: str, watchdog: int) -> None:
@@ -113,7 +114,7 @@ class Supervisor:
         """Start a service and wait until it is ready.
 
         Raises:
-            FederationError: if it ends, or is not ready after START_SECONDS; with the last lines of its log.
+            FederationError: if it ends, or is not ready after START_SECONDS; quotes the last lines of its log.
         """
         running = self._launch(service)
         self._all.append(running)
@@ -121,36 +122,36 @@ class Supervisor:
         while service.ready and not service.ready():
             ended = running.process.poll() is not None
             if ended or time.monotonic() > deadline:
-                what = running.ending() if ended else f"is not ready after {START_SECONDS:.0f} s"
-                lines = "\n".join(running.written().splitlines()[-LOG_LINES:])
-                raise FederationError(f"{service.name} {what}; the last lines of {service.log}:\n{lines}")
+                problem = running.ending() if ended else f"is not ready after {START_SECONDS:.0f} s"
+                lines = "\n".join(running.last_output().splitlines()[-LOG_LINES:])
+                raise FederationError(f"{service.name} {problem}; the last lines of {service.log}:\n{lines}")
             time.sleep(0.1)
 
     def poll(self) -> None:
-        """Start again what has ended; to be called a few times a second."""
+        """Restart services that have ended. Call this a few times a second."""
         for running in self._all:
             now = time.monotonic()
-            running.shorten()
-            if running.again is None:
+            running.rotate_log()
+            if running.restart_at is None:
                 if running.process.poll() is not None:
-                    self._ended(running, now)
-            elif now >= running.again:
-                self._start_again(running, now)
+                    self._schedule_restart(running, now)
+            elif now >= running.restart_at:
+                self._restart(running, now)
 
-    def works(self, name: str) -> bool:
-        """Return whether a worker of a service runs: what a process that the service started has forked."""
+    def has_worker(self, name: str) -> bool:
+        """Return whether a service has a live worker: a grandchild, forked by a process that the service started."""
         with suppress(psutil.Error):
             started = psutil.Process(self._named(name).process.pid).children()
             return any(worker.status() != psutil.STATUS_ZOMBIE for process in started for worker in process.children())
         return False
 
     def restart(self, name: str) -> None:
-        """Have a service end; `poll` starts it again."""
+        """Terminate a service; `poll` starts it again."""
         self._named(name).process.terminate()
 
     @contextmanager
-    def kept(self) -> Iterator[None]:
-        """Keep the services running while something else is done here."""
+    def polling(self) -> Iterator[None]:
+        """Poll in a background thread."""
         over = threading.Event()
 
         def keep() -> None:
@@ -166,7 +167,7 @@ class Supervisor:
             thread.join()
 
     def stop(self) -> None:
-        """End all services, in the reverse order of their start."""
+        """End all services, in reverse start order."""
         leaders = []
         for running in self._all:
             if running.process.poll() is None:
@@ -189,8 +190,8 @@ class Supervisor:
                     stdout=output,
                     stderr=subprocess.STDOUT,
                     cwd=service.log.parent,
-                    env={**os.environ, **FLOWER_OFF, **service.environment, MARK: self.mark},
-                    start_new_session=True,  # Ctrl-C reaches us, and we end the rest in order
+                    env={**os.environ, **FLOWER_ENVIRONMENT, **service.environment, MARK: self.mark},
+                    start_new_session=True,  # so that only we get Ctrl-C, and end the rest in order
                     umask=0o077,
                 )
             except OSError as error:
@@ -199,28 +200,29 @@ class Supervisor:
             os.write(self._watchdog, b"%d\n" % process.pid)
         return _Running(service, process, begin)
 
-    def _start_again(self, running: _Running, now: float) -> None:
+    def _restart(self, running: _Running, now: float) -> None:
         try:
-            again = self._launch(running.service)
-        except FederationError as error:  # its program is being replaced, perhaps
+            new = self._launch(running.service)
+        except FederationError as error:  # perhaps its program is being replaced
             say(str(error))
-            running.again = now + LONGEST_WAIT
+            running.restart_at = now + LONGEST_WAIT
         else:
-            running.process, running.output, running.since, running.again = again.process, again.output, now, None
+            running.process, running.output, running.since, running.restart_at = new.process, new.output, now, None
 
-    def _ended(self, running: _Running, now: float) -> None:
+    def _schedule_restart(self, running: _Running, now: float) -> None:
         kill_session(running.process.pid)
         if now - running.since >= STEADY_SECONDS:
             running.wait = FIRST_WAIT
-        running.again = now + running.wait
-        what = "; ".join(filter(None, [running.ending(), running.service.advice(running.written())]))
-        told, running.told = running.told, what
-        say(f"{running.service.name} {'ended as before' if what == told else what}; again in {running.wait:.0f} s")
+        running.restart_at = now + running.wait
+        ending = "; ".join(filter(None, [running.ending(), running.service.advice(running.last_output())]))
+        last, running.last_ending = running.last_ending, ending
+        shown = "ended as before" if ending == last else ending
+        say(f"{running.service.name} {shown}; restarting in {running.wait:.0f} s")
         running.wait = min(2 * running.wait, LONGEST_WAIT)
 
 
 def reason(output: str) -> str:
-    """Return, as one line, what a process said of its own end: from Flower's exit code on, else its last words."""
+    """Return the reason for a process's end from its output, as one line: Flower's exit code, or the last two lines."""
     lines = [line.strip() for line in output.splitlines()]
     for number, line in enumerate(lines):
         if "Exit Code: " in line:
@@ -230,28 +232,28 @@ def reason(output: str) -> str:
 
 
 def mark_of(directory: Path) -> str:
-    """Return the mark of all processes that the supervisor of a directory starts."""
+    """Return the environment mark of all processes that the supervisor of a directory starts."""
     return hashlib.sha256(os.fsencode(directory.resolve())).hexdigest()[:16]
 
 
 @contextmanager
 def supervised(directory: Path, ended: Callable[[], None] = lambda: None) -> Iterator[Supervisor]:
-    """Make the one supervisor of a directory; on leaving, all that it started is ended.
+    """Make the only supervisor of a directory; end all its processes on exit.
 
-    What an earlier one left behind, if that one and its watchdog were killed, is ended first.
+    First, end any processes that an earlier supervisor left behind because it and its watchdog were killed.
 
     Args:
-        directory: made if it is not there, for its owner only.
-        ended: called when all of it has ended, and nobody else has the directory yet.
+        directory: made with mode 0700 if it does not exist.
+        ended: called once all processes have ended, while the directory is still locked.
 
     Raises:
-        PlanError: if another one has the directory, or it cannot be made.
+        PlanError: if another supervisor uses the directory, or it cannot be made.
     """
     mark = mark_of(directory)
     with ExitStack() as stack:
         try:
-            for made in reversed([directory, *directory.parents]):
-                made.mkdir(mode=0o700, exist_ok=True)
+            for path in reversed([directory, *directory.parents]):
+                path.mkdir(mode=0o700, exist_ok=True)
             directory.chmod(0o700)
             lock = stack.enter_context(os.fdopen(open_private(directory / "lock", os.O_APPEND), "ab"))
         except OSError as error:
@@ -260,8 +262,8 @@ def supervised(directory: Path, ended: Callable[[], None] = lambda: None) -> Ite
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise PlanError(
-                f"{directory}: is in use: the same command runs already, or was killed a moment ago and its processes "
-                "are still ending. End it first, or give this one a directory of its own"
+                f"{directory}: is in use: the same command is already running, or was just killed and its processes "
+                "are still ending. End it first, or use another directory"
             ) from None
         kill_marked(mark)
         watchdog = stack.enter_context(
@@ -272,7 +274,7 @@ def supervised(directory: Path, ended: Callable[[], None] = lambda: None) -> Ite
                 stderr=subprocess.DEVNULL,
                 cwd="/",
                 start_new_session=True,
-                pass_fds=(lock.fileno(),),  # the directory is free again once the watchdog is through
+                pass_fds=(lock.fileno(),),  # the directory stays locked until the watchdog has finished
             )
         )
         assert watchdog.stdin is not None  # noqa: S101

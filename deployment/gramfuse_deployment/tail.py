@@ -1,4 +1,4 @@
-"""Files that others add lines to, read as they grow."""
+"""Follows files that other processes append lines to."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 @dataclass
 class Growing:
-    """A file that lines are added to, read from where it ended at first."""
+    """A file that other processes append to, read from where it ended when this object was made."""
 
     path: Path
     _inode: int = 0
@@ -18,16 +18,16 @@ class Growing:
 
     def __post_init__(self) -> None:
         with suppress(FileNotFoundError):
-            found = self.path.stat()
-            self._inode, self._position = found.st_ino, found.st_size
+            status = self.path.stat()
+            self._inode, self._position = status.st_ino, status.st_size
 
     def lines(self) -> list[str]:
-        """Return the whole lines that were added since the last call."""
+        """Return the complete lines added since the last call."""
         try:
             with self.path.open("rb") as file:
-                found = os.fstat(file.fileno())
-                if found.st_ino != self._inode or found.st_size < self._position:  # another file took its place
-                    self._inode, self._position = found.st_ino, 0
+                status = os.fstat(file.fileno())
+                if status.st_ino != self._inode or status.st_size < self._position:  # replaced or truncated
+                    self._inode, self._position = status.st_ino, 0
                 file.seek(self._position)
                 added = file.read()
         except FileNotFoundError:

@@ -1,9 +1,9 @@
-"""The one way to a terminal. Whatever is printed goes through here, and nothing in it is obeyed.
+"""The only way to the terminal: everything is printed through this module, as plain text.
 
-Much of what gramfuse prints was written by others: names, labels, reasons, logs. So nothing is markup, an emoji code or
-a control, each line that is said is one line (`gramfuse_protocol.text.one_line`), and a line that a terminal has to
-fold shows that it goes on: text cannot move the cursor over other text, begin a line, or push the rest out of sight.
-A test sees to it that nothing is printed past this module.
+Much of what gramfuse prints was written by others: names, labels, reasons, logs. So markup, emoji codes and control
+characters have no effect, each printed line stays one line (`gramfuse_protocol.text.one_line`), and a mark shows where
+a terminal folds it: text cannot move the cursor over other text, start a new line, or push the rest out of sight.
+A test checks that nothing bypasses this module.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from rich.text import Text
 from gramfuse_protocol.text import one_line
 
 LINE = 2000
-"""Most characters of a line or of a table's cell."""
+"""Maximum number of characters in a line or a table cell."""
 PIPE_COLUMNS = 160
-"""A pipe has no width, and lines that are folded in one are of no use to grep."""
+"""Width to assume for a pipe, which has none; grep needs unfolded lines."""
 FOLD = "│ "
-"""Stands where a folded line goes on."""
+"""Marks the continuation of a folded line."""
 
 
 def console(*, err: bool = False) -> Console:
-    """Return a console that takes no markup and no emoji codes, and colours nothing by itself."""
+    """Return a console without markup, emoji codes and automatic highlighting."""
     stream = sys.stderr if err else sys.stdout
     return Console(
         stderr=err, width=None if stream.isatty() else PIPE_COLUMNS, markup=False, emoji=False, highlight=False
@@ -49,60 +49,61 @@ def say(
     copied: bool = False,
     on: Console | None = None,
 ) -> None:
-    """Print lines, each on one line of its own, folded only on a terminal that is too narrow.
+    """Print each line on a line of its own, folded only if the terminal is too narrow.
 
     Args:
-        err: on standard error.
-        style: of all of it.
-        lead: words of ours before the first line, and their style.
-        indent: where a line that is folded goes on.
-        copied: for lines that are copied from the terminal, which are whole: none may hold free text of others.
-        on: the console that bars are drawn on, where there are some; `err` does not count then.
+        err: print on standard error.
+        style: rich style of all lines.
+        lead: our own text before the first line, and its style.
+        indent: column at which a folded line continues.
+        copied: print lines whole and unfolded, because users copy them from the terminal. Such a line must not contain
+            free text from others.
+        on: the console that shows progress bars, if there are any; overrides `err`.
     """
-    here = on or console(err=err)
+    target = on or console(err=err)
     for number, line in enumerate(lines):
         text = Text.assemble(lead if number == 0 else "", one_line(line, None if copied else LINE), style=style)
         parts = [text]
-        if not copied and here.is_terminal and cell_len(text.plain) > here.width:
-            fold = " " * min(indent, here.width // 2) + FOLD
-            first, *_ = text.wrap(here, here.width)
-            rest = text[len(first.plain) :]
-            parts = [first, *(Text.assemble(fold, part) for part in _left(rest).wrap(here, here.width - len(fold)))]
-        here.print(Text("\n").join(parts), soft_wrap=True)
+        if not copied and target.is_terminal and cell_len(text.plain) > target.width:
+            fold = " " * min(indent, target.width // 2) + FOLD
+            first, *_ = text.wrap(target, target.width)
+            rest = _lstrip(text[len(first.plain) :])
+            parts = [first, *(Text.assemble(fold, part) for part in rest.wrap(target, target.width - len(fold)))]
+        target.print(Text("\n").join(parts), soft_wrap=True)
 
 
-def _left(text: Text) -> Text:
-    """Return text without the spaces at its beginning."""
+def _lstrip(text: Text) -> Text:
+    """Return text without leading white space."""
     return text[len(text.plain) - len(text.plain.lstrip()) :]
 
 
 def say_text(text: str, **options: Any) -> None:
-    """Print text of several lines that is ours, as `say` prints them; what it quotes is one line already."""
+    """Print our own text of several lines with `say`. Whatever it quotes must already be one line."""
     say(*text.split("\n"), **options)
 
 
 def uncoloured(text: str) -> str:
-    """Return what a program that we run wrote to its log, without its colours."""
+    """Strip ANSI colours from the log of a program that we run."""
     return re.sub(r"\x1b\[[0-9;]*m", "", text)
 
 
 def show_json(document: Any) -> None:
-    """Print one JSON object, in visible ASCII."""
+    """Print one JSON object, in printable ASCII."""
     click.echo(json.dumps(document).replace("\x7f", "\\u007f"))
 
 
-def ask_secret(what: str, *, twice: bool = False) -> str:
-    """Ask for a secret on the terminal, on standard error, and show none of it; `twice` has it typed again."""
-    return str(click.prompt(one_line(what), hide_input=True, confirmation_prompt=twice, err=True))
+def ask_secret(prompt: str, *, twice: bool = False) -> str:
+    """Prompt for a secret on standard error without echo; with `twice`, ask for it again to confirm."""
+    return str(click.prompt(one_line(prompt), hide_input=True, confirmation_prompt=twice, err=True))
 
 
 class Table(table.Table):
-    """A table whose text is plain: a cell is one line, or several that are given one by one.
+    """A table of plain text. A cell is one line, or a tuple of lines.
 
     Args:
-        title: over it, to the left.
-        plain: without borders but for a line under the heads.
-        footer: whether columns have something at their foot.
+        title: printed above the table, left-aligned.
+        plain: draw only a line under the column heads, no borders.
+        footer: whether columns have footers.
     """
 
     def __init__(self, title: str = "", *, plain: bool = True, footer: bool = False) -> None:
@@ -116,7 +117,7 @@ class Table(table.Table):
     def column(
         self, head: str, foot: str = "", *, justify: Literal["left", "right"] = "left", fold: bool = False
     ) -> None:
-        """Add a column; one that folds gives way where the table is too wide."""
+        """Add a column; with `fold`, it wraps if the table is too wide."""
         self.add_column(
             Text(one_line(head, LINE)),
             Text(one_line(foot, LINE)),
@@ -126,17 +127,17 @@ class Table(table.Table):
         )
 
     def row(self, *cells: str | tuple[str, ...], style: str = "") -> None:
-        """Add a row; a cell that is a tuple has several lines."""
+        """Add a row; a tuple is a cell of several lines."""
         parts = ((cell,) if isinstance(cell, str) else cell for cell in cells)
         self.add_row(*(Text("\n".join(one_line(line, LINE) for line in part)) for part in parts), style=style)
 
     def show(self) -> None:
-        """Print it on standard output."""
+        """Print the table on standard output."""
         console().print(self)
 
 
 def say_list(lines: Iterable[str]) -> None:
-    """Print lines as a list; a line that is folded goes on where it began."""
+    """Print lines as a bulleted list with hanging indent."""
     grid = table.Table.grid(padding=(0, 1, 0, 0))
     for line in lines:
         grid.add_row("  •", Text(one_line(line, LINE)))
@@ -144,18 +145,18 @@ def say_list(lines: Iterable[str]) -> None:
 
 
 def bars(*fields: str) -> Progress:
-    """Return bars on standard error, which are drawn only on a terminal.
+    """Return progress bars on standard error; they are drawn only on a terminal.
 
     Args:
-        fields: what stands before each bar, as formats of its task.
+        fields: rich format strings of the columns before each bar.
     """
-    here = console(err=True)
+    target = console(err=True)
     return Progress(
         *(TextColumn(field, markup=False) for field in fields),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        console=here,
+        console=target,
         transient=True,
-        disable=not here.is_terminal,
+        disable=not target.is_terminal,
     )

@@ -1,7 +1,8 @@
-"""The process that ends a supervisor's processes if the supervisor itself was killed and cannot.
+"""Ends a supervisor's processes if the supervisor was killed and cannot do so itself.
 
-Its standard input is a pipe that only the supervisor writes to: the process id of each session that it starts, a line
-each. The pipe's end is the supervisor's end, however that came about. Called with the supervisor's mark.
+The watchdog's only argument is the supervisor's mark. Its standard input is a pipe that only the supervisor writes to:
+one line with the process id of each session that it starts. End of file means that the supervisor ended, for whatever
+reason.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from gramfuse_deployment.processes import end
 
 
 def main() -> None:
-    """Wait for the supervisor's end, then end what is left."""
+    """Wait until the supervisor ends, then end its remaining processes."""
     for stop in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(stop, signal.SIG_IGN)
     leaders = []
     for line in sys.stdin:
         with suppress(psutil.NoSuchProcess):
-            leaders.append(psutil.Process(int(line)))  # which is never mistaken for a later process of the same number
+            leaders.append(psutil.Process(int(line)))  # psutil also compares start times, so a reused id does not match
     end([leader for leader in leaders if leader.is_running()], sys.argv[1])
 
 

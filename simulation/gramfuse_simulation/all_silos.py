@@ -123,7 +123,7 @@ class Bench:
             models: (differences, values of the parameters that are not merged) of each.
             annotated: indices of the labels that each model was trained on.
         """
-        from gramfuse_client.training.ensemble import together
+        from gramfuse_client.training.ensemble import combine
         from gramfuse_client.training.evaluate import count, outputs
 
         total: Sums = np.zeros(sums_shape(self.task), np.float64)
@@ -132,7 +132,7 @@ class Bench:
             for deltas, head in models:
                 with self.model(deltas, head) as model:
                     answers.append(outputs(model.eval(), batch, self.task, self.base.tokenizer))
-            total += count(batch, together(answers, annotated), self.task, self.base.tokenizer)
+            total += count(batch, combine(answers, annotated), self.task, self.base.tokenizer)
         return total
 
     def finetune(
@@ -158,7 +158,7 @@ class Bench:
         with self.model(deltas, head={}) as model:
             if threads:
                 torch.set_num_threads(threads)
-            finetune(model, encoded, self.plan.training.in_round(number), self.device, whose=owner)
+            finetune(model, encoded, self.plan.training.in_round(number), self.device, owner=owner)
             return trainable(model)
 
     def fisher(self, deltas: Deltas, variant: Variant, examples: int) -> dict[str, NDArray[np.float32]]:

@@ -172,7 +172,7 @@ def _bench(collection: Collection, base: str | None, data: TuningData) -> Bench:
     validation examples.
     """
     from gramfuse_client.data.examples import outputs
-    from gramfuse_client.data.setting_names import of_options
+    from gramfuse_client.data.setting_names import option_settings
     from gramfuse_client.silo_file import Data as Sources
     from gramfuse_client.silo_file import Silo, SiloFile
     from gramfuse_model.loading.zero_head import plan_for
@@ -184,7 +184,7 @@ def _bench(collection: Collection, base: str | None, data: TuningData) -> Bench:
         train=data.test, held_out=data.test, validation=data.validation, skip_bad=data.skip_bad, **data.columns
     )
     file, task = SiloFile(name=first.name, data=sources), first.about.task
-    silo = Silo(Path.cwd() / "--validation", file, words=of_options(COLUMNS))
+    silo = Silo(Path.cwd() / "--validation", file, words=option_settings(COLUMNS))
     names = outputs(task, label_names(data.labels, task))
     bench = Bench(silo, plan_for(first.name, str(base), task), model, {}, names)
     for part in get_args(Split):

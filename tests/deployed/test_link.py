@@ -44,7 +44,7 @@ def test_a_connection_is_a_name_or_the_directory_of_a_server(tmp_path: Path, mon
         '[superlink.server]\naddress = "127.0.0.1:8001"\nroot-certificates = "/ca.crt"\n',
     )
     server = Link.find("near")
-    assert (server.given, server.name, server.address) == ("near", "server", "127.0.0.1:8001")
+    assert (server.argument, server.name, server.address) == ("near", "server", "127.0.0.1:8001")
     assert server.home == tmp_path / "near" / "superlink" / "flwr"
     assert Link.of_server(Path("near")) == server
     with pytest.raises(PlanError, match="run: gramfuse server start elsewhere"):

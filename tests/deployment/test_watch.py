@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from gramfuse_deployment import silo_watch
-from gramfuse_deployment.silo_watch import FORSAKEN_SECONDS, WORKER_SECONDS, Watch
+from gramfuse_deployment.silo_watch import STALLED_SECONDS, WORKER_SECONDS, Watch
 
 RECEIVED = ["[RUN 7]", "Receiving: query.join message (ID: a)", "Received successfully"]
 ANSWERED = ["[RUN 7]", "Sending: query.join message (ID: b)", "Sent successfully"]
@@ -58,24 +58,24 @@ def test_a_request_that_no_worker_answers_is_forsaken(
     lines: list[str], forsaken: bool, tmp_path: Path, clock: Clock
 ) -> None:
     watch = watch_of(tmp_path, lines)
-    clock.now += FORSAKEN_SECONDS - 1
-    assert not watch.forsaken(lambda: False)
+    clock.now += STALLED_SECONDS - 1
+    assert not watch.request_stalled(lambda: False)
     clock.now += 2
-    assert watch.forsaken(lambda: False) is forsaken
-    assert not watch.forsaken(lambda: False)  # a node takes its time to end
+    assert watch.request_stalled(lambda: False) is forsaken
+    assert not watch.request_stalled(lambda: False)  # a node takes its time to end
 
 
 def test_a_worker_may_take_as_long_as_it_likes(tmp_path: Path, clock: Clock) -> None:
     watch = watch_of(tmp_path, RECEIVED)
     for _ in range(100):
         clock.now += WORKER_SECONDS + 1
-        assert not watch.forsaken(lambda: True)
-    clock.now += FORSAKEN_SECONDS + 1
-    assert watch.forsaken(lambda: False)
+        assert not watch.request_stalled(lambda: True)
+    clock.now += STALLED_SECONDS + 1
+    assert watch.request_stalled(lambda: False)
 
 
 def test_a_node_that_ended_holds_nothing(tmp_path: Path, clock: Clock) -> None:
     watch = watch_of(tmp_path, RECEIVED)
     watch.advice("[code: 2001]")
-    clock.now += FORSAKEN_SECONDS + 1
-    assert not watch.forsaken(lambda: False)
+    clock.now += STALLED_SECONDS + 1
+    assert not watch.request_stalled(lambda: False)

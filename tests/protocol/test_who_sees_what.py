@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from gramfuse_client.guard.disclosure import leaves
+from gramfuse_client.guard.disclosure import disclose
 from gramfuse_protocol.contract.layout import Layout, Tensor
 from gramfuse_protocol.contract.who_sees_what import FACTS, STATISTICS_SAY, Mode, full_row, holds, leaving, row, seen
 from tests.pages import SILOS, Checked, card, open_run, page, plan_of, secure_run
@@ -34,7 +34,7 @@ def test_every_assumption_is_one_of_the_threat_model() -> None:
 
 @pytest.mark.parametrize("mode", ["secure", "open"])
 def test_every_message_that_leaves_is_a_fact_and_every_fact_that_leaves_is_a_message(mode: Mode) -> None:
-    found = leaves(SILOS[0], plan_of(secure=mode == "secure"), LAYOUT)
+    found = disclose(SILOS[0], plan_of(secure=mode == "secure"), LAYOUT)
     phases = {departure.phase for departure in found.departures} - {"any"}
     said = {phase for name in leaving(mode) for phase in FACTS[name].read[mode].when.replace(",", "").split()}
     assert phases <= said
@@ -47,7 +47,7 @@ def test_page_card_and_check_say_it_in_these_words() -> None:
         shown = Checked(page(report, plan)).text
         assert seen(mode) in shown
         assert seen(mode, past=True) in card(plan, SILOS, report["models"][-1])
-        claims = " ".join(leaves(SILOS[0], plan, LAYOUT).claims)
+        claims = " ".join(disclose(SILOS[0], plan, LAYOUT).claims)
         assert (STATISTICS_SAY in shown) is (STATISTICS_SAY in claims) is (mode == "open")
         for text in (shown, claims):
             assert (holds(plan.privacy.colluding) in text) is (mode == "secure")

@@ -1,4 +1,4 @@
-"""`gramfuse demo`: see it work."""
+"""`gramfuse demo`: simulates a merge of four front desks."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from gramfuse_simulation.simulate import run_simulation
 def demo(settings: tuple[str, ...], seed: int | None, out: Path | None, as_json: bool) -> None:
     """Merge four front desks: a hospital, a bank, a telephone company and a town hall, simulated on this machine.
 
-    All four sort incoming messages by what the writer wants, with the same eight labels, but each sees mostly two of
-    them. MiniLM (22 million parameters) is fine-tuned at each, on about 300 messages, and merged in one exchange.
+    All four classify incoming messages by what the writer wants, with the same eight labels, but each sees mostly two
+    of them. Each fine-tunes MiniLM (22 million parameters) on about 300 messages; one exchange merges the models.
     """
     project = Project.read(DESK, options.all_settings(settings, seed))
     say(
-        "Four silos, about 300 messages each, eight labels of which each silo sees mostly two.",
-        "MiniLM is fine-tuned at each; the models are merged in one exchange.",
+        "Four silos, about 300 messages each; eight labels, of which each silo sees mostly two.",
+        "Each silo fine-tunes MiniLM; one exchange merges the models.",
         "",
         err=True,
     )

@@ -1,4 +1,4 @@
-"""`gramfuse explain`: what an exit code means, and what to do."""
+"""`gramfuse explain`: explains an exit code, and what to do."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from gramfuse_cli.options import as_json as json_option
 from gramfuse_deployment.terminal import say_text, show_json
 
 PLACES = (Path(__file__).parents[1] / "exit_codes", Path(__file__).parents[3] / "docs" / "exit-codes")
-"""Where the pages are: in the package that was installed, or in the sources."""
+"""Directories of the pages: in the installed package, or in the source tree."""
 
 ALL = "README"
-"""The page of all codes."""
+"""The page that lists all codes."""
 
 ON_ALL = (0, 1, 2, 130)
-"""Codes that have a line there, and no page of their own."""
+"""Codes that only this page explains."""
 
 
 @click.command()
 @click.argument("code", type=click.IntRange(0, 255), required=False)
 @json_option
 def explain(code: int | None, as_json: bool) -> None:
-    """Say what the exit code CODE means, what causes it, and what to do; without CODE, list all of them.
+    """Explain the exit code CODE: what it means, what causes it, and what to do. Without CODE, list all codes.
 
-    An error ends with its exit code: 'exit code 11' is explained by: gramfuse explain 11
+    Error messages end with the exit code. For 'exit code 11', run: gramfuse explain 11
     """
     name, text = ALL if code is None or code in ON_ALL else str(code), None
     for place in PLACES:

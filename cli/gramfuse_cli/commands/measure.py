@@ -1,4 +1,4 @@
-"""`gramfuse measure`: statistics as a file."""
+"""`gramfuse measure`: measures a fine-tuned model, and writes its statistics file."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
     from gramfuse_protocol.statistics.contribution import Contribution
 
 LENGTH = Task.model_fields["max_length"].default
-"""Most tokens of an example, where nothing is said."""
+"""Default maximum number of tokens in an example."""
 
 FEW = 100
-"""Examples under which a warning is worth it; silos take part in no run with fewer, unless their files say so."""
+"""Warn if there are fewer examples; also the default of a silo's `limits.minimum-examples`."""
 
 EVERY = 50
-"""Steps between two lines of progress where there is no terminal."""
+"""Steps between two lines of progress without a terminal."""
 
 
 @click.command()
@@ -44,32 +44,32 @@ EVERY = 50
 @click.option(
     "--data",
     metavar="DATA",
-    help="What MODEL was fine-tuned on: .jsonl, .json, .csv, .tsv, .parquet, or hf:NAME[:config][#split].",
+    help="The training data of MODEL: .jsonl, .json, .csv, .tsv, .parquet, or hf:NAME[:config][#split].",
 )
 @click.option(
     "-o", "--out", required=True, type=click.Path(path_type=Path), help="The statistics file; must not exist."
 )
-@click.option("--name", help="What the file calls MODEL.  [default: the last part of MODEL]")
-@click.option("--task", type=click.Choice(list(KINDS)), help="What MODEL is for.  [default: as its config says]")
+@click.option("--name", help="Name of MODEL in the file.  [default: the last part of MODEL]")
+@click.option("--task", type=click.Choice(list(KINDS)), help="The task of MODEL.  [default: from its config]")
 @column_options
 @row_options()
 @click.option(
     "--max-length",
     type=click.IntRange(2),
-    help="Most tokens of an example.  [default: 128, or as many as MODEL has places for]",
+    help="Maximum tokens of an example; longer ones are cut.  [default: 128, or fewer if MODEL takes fewer]",
 )
 @click.option(
     "--tokens",
     type=click.IntRange(1),
     default=Merge().tokens,
     show_default=True,
-    help="Most token rows for one Gram matrix; examples are drawn.",
+    help="Maximum token rows for one Gram matrix; examples are sampled.",
 )
 @click.option(
     "--gram",
     multiple=True,
     metavar="PATTERN=STRUCTURE",
-    help="Keep these weights' Gram matrices as full, block:<width> or diagonal. Can be repeated.  [default: *=full]",
+    help="Store these weights' Gram matrices as full, block:<width> or diagonal. Can be repeated.  [default: *=full]",
 )
 @click.option(
     "--freeze",
@@ -77,72 +77,70 @@ EVERY = 50
     metavar="PATTERN",
     help="Leave out parameters that fine-tuning did not change, such as 'embeddings'. Can be repeated.",
 )
-@click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Examples at a time.")
-@click.option("--threads", type=click.IntRange(0), default=0, help="CPU threads.  [default: as torch finds]")
+@click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Examples in a batch.")
+@click.option("--threads", type=click.IntRange(0), default=0, help="CPU threads.  [default: torch's own choice]")
 @click.option(
     "--device",
     type=click.Choice(["auto", "cpu", "cuda", "mps"]),
     default="auto",
     show_default=True,
-    help="Where to run.",
+    help="Device to run on.",
 )
 @click.option(
     "--plan",
     type=click.Path(path_type=Path, exists=True),
     metavar="DIR",
-    help="In place of MODEL: fine-tune and measure as a silo of this plan would.",
+    help="Instead of MODEL: fine-tune and measure as a silo of this plan would.",
 )
-@click.option(
-    "--silo", metavar="NAME", help="With --plan: which silo; its file is DIR/silos/NAME.toml, or give the file."
-)
+@click.option("--silo", metavar="NAME", help="With --plan: the silo, with the file DIR/silos/NAME.toml, or its file.")
 @json_option
 @click.pass_context
 def measure(context: click.Context, /, model: str | None, out: Path, as_json: bool, **options: Any) -> None:
-    """Measure a fine-tuned model on its training data, and write what others need to merge it.
+    """Measure a fine-tuned model on its training data, and write a file with everything needed to merge it.
 
     \b
     gramfuse measure MODEL --base BASE --data train.jsonl -o mine.safetensors
     gramfuse measure --plan DIR --silo NAME -o silo.safetensors
 
-    The first form is for a model that is there already. Models that others measured against the same base can be merged
-    with it: gramfuse merge. All must use the same --gram and --freeze. Rows need no label, but for target texts; one
-    that is there must be the model's. MODEL may have tokens that were added to BASE's.
+    The first form takes an existing fine-tuned model. gramfuse merge merges its file with those of other models that
+    were measured against the same base. All must use the same --gram and --freeze. Rows need no label, except where the
+    label is a target text; a label that is present must be one of the model's. MODEL can have tokens added to BASE's.
 
-    The second is for a silo of a locked, open plan that has no network: it fine-tunes and measures as it would in
-    a run, by the same rules of the silo file, with a line in the ledger; gramfuse merge makes of the silos' files what
-    gramfuse simulate makes of the plan.
+    The second form is for a silo without a network, under a locked, open plan. The silo fine-tunes and measures as it
+    would in a run, by the same rules of its silo file, and writes a line into the ledger. From the silos' files,
+    gramfuse merge makes the same model that gramfuse simulate makes from the plan.
 
-    The file gives away MODEL itself (its difference from BASE) and the Gram matrices of its layers' inputs on the
-    data: with few examples, which tokens stood where; with many, still whether a text was among them. Give it to
-    whomever you would give MODEL and a summary of its data. Only you can read it until you change its mode (0600).
-    docs/statistics-format.md has it byte for byte.
+    The file reveals MODEL itself (as its difference from BASE) and the Gram matrices of its layers' inputs on the data:
+    with few examples, which tokens stood where; with many, still whether a given text was among them. Give it only to
+    people to whom you would give MODEL and a summary of its data. Its mode is 0600, so only you can read it until you
+    change that. docs/statistics-format.md describes it byte by byte.
     """
-    given = {
+    named = {
         parameter
         for parameter in context.params
         if context.get_parameter_source(parameter) is click.core.ParameterSource.COMMANDLINE
     }
     if options["plan"] is not None:
-        odd = sorted(given - {"plan", "silo", "out", "as_json"})
-        if odd:
+        excess = sorted(named - {"plan", "silo", "out", "as_json"})
+        if excess:
             raise click.UsageError(
-                f"{_spelled(odd[0])} does not go with --plan: the plan and the silo file say all of that"
+                f"{_option(excess[0])} cannot be used with --plan: the plan and the silo file determine it"
             )
         if options["silo"] is None:
             raise click.UsageError("--plan needs --silo NAME")
-        report = _silo(options["plan"], options["silo"], out)
+        report = _measure_silo(options["plan"], options["silo"], out)
     else:
-        missing = [name for name in ("model", "base", "data") if name not in given]
+        missing = [name for name in ("model", "base", "data") if name not in named]
         if missing:
-            raise click.UsageError(f"{_spelled(missing[0])} is missing (or give --plan DIR --silo NAME)")
+            raise click.UsageError(f"{_option(missing[0])} is missing (or give --plan DIR --silo NAME)")
         if options["silo"] is not None:
-            raise click.UsageError("--silo goes with --plan")
+            raise click.UsageError("--silo needs --plan")
         assert model is not None  # noqa: S101
-        report = _checkpoint(model, out, options, labelled="label" in given)
+        report = _measure_model(model, out, options, labelled="label" in named)
     if report["examples"] < FEW:
         say(
-            f"{report['examples']} examples are few: the file says much of each, and gramfuse merge gives this model "
-            "as much weight as one of many, unless it is told --weighting examples",
+            f"{report['examples']} examples are few: the file reveals much about each, and gramfuse merge gives this "
+            "model as much weight as one trained on many, unless you use --weighting examples",
             style="yellow",
             err=True,
         )
@@ -150,34 +148,34 @@ def measure(context: click.Context, /, model: str | None, out: Path, as_json: bo
         show_json(report)
         return
     if report.get("left_out"):
-        say(f"{len(report['left_out'])} bad rows are left out:", *report["left_out"], err=True)
+        say(f"left out {len(report['left_out'])} bad rows:", *report["left_out"], err=True)
     say(
-        f"{out} has {report['bytes'] / 1e6:,.1f} MB: {report['name']!r}, measured on {report['examples']:,} examples.",
+        f"{out}: {report['bytes'] / 1e6:,.1f} MB: {report['name']!r}, measured on {report['examples']:,} examples.",
         f"sha256 {report['sha256']}",
         *coverage_lines(Coverage(report["closed"], report["unmatched"])),
-        "It holds the fine-tuned model and says much about its data. Merge it with others: gramfuse merge",
+        "It contains the fine-tuned model and reveals much about its data. To merge it with others: gramfuse merge",
     )
 
 
-def _spelled(parameter: str) -> str:
+def _option(parameter: str) -> str:
     return "MODEL" if parameter == "model" else f"--{parameter.replace('_', '-')}"
 
 
-def _checkpoint(model: str, out: Path, options: dict[str, Any], *, labelled: bool) -> dict[str, Any]:
-    """Measure a model that is there already, and return what is to be said of it.
+def _measure_model(model: str, out: Path, options: dict[str, Any], *, labelled: bool) -> dict[str, Any]:
+    """Measure an existing model, and return the command's report.
 
     Args:
-        labelled: whether a column of labels was named, which must be there then.
+        labelled: whether the user named a label column; then every row must have a label.
     """
     structures = _structures(options["gram"])
     name = options["name"] or re.sub(r"[^a-z0-9]+", "-", Path(model).resolve().name.lower()).strip("-")[:63]
     if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,62}", name):
-        raise click.UsageError(f"--name {name!r}: expected small letters, digits and '-', 63 at most")
+        raise click.UsageError(f"--name {name!r}: expected at most 63 lowercase letters, digits and '-'")
     check_absent(out)
     import torch
 
     from gramfuse_client.data.examples import load_measured
-    from gramfuse_client.data.setting_names import of_options
+    from gramfuse_client.data.setting_names import option_settings
     from gramfuse_client.measuring.checkpoint import measure as measure_checkpoint
     from gramfuse_client.measuring.checkpoint import open_checkpoint, task_of_model
     from gramfuse_client.silo_file import Data, Silo, SiloFile
@@ -194,7 +192,7 @@ def _checkpoint(model: str, out: Path, options: dict[str, Any], *, labelled: boo
     columns = {key: options[key] for key in ("text", "text_pair", "image", "label")}
     data = Data(train=options["data"], held_out=0.5, skip_bad=options["skip_bad"], **columns)
     names = label_names(options["labels"], task)
-    words = of_options(COLUMNS, unlabelled=not labelled)
+    words = option_settings(COLUMNS, unlabelled=not labelled)
     silo = Silo(here / "--data", SiloFile(name=name, data=data), words=words)
     examples = load_measured(silo, task, names, labelled=labelled)
     checkpoint = open_checkpoint(
@@ -207,9 +205,9 @@ def _checkpoint(model: str, out: Path, options: dict[str, Any], *, labelled: boo
         shorten=options["max_length"] is None,
     )
     if checkpoint.task.max_length < task.max_length:
-        say(f"examples are cut to {checkpoint.task.max_length} tokens, as many as MODEL has places for", err=True)
+        say(f"cutting examples to {checkpoint.task.max_length} tokens, the most that MODEL takes", err=True)
     added = checkpoint.added
-    _tell_growth(checkpoint)
+    _say_growth(checkpoint)
     with _progress() as show:
         statistics = measure_checkpoint(
             checkpoint,
@@ -237,24 +235,25 @@ def _checkpoint(model: str, out: Path, options: dict[str, Any], *, labelled: boo
     }
 
 
-def _tell_growth(checkpoint: Checkpoint) -> None:
-    """Say which tokens were added to a model, and what becomes of them."""
+def _say_growth(checkpoint: Checkpoint) -> None:
+    """Print which tokens were added to a model, and how they are handled."""
     growth = checkpoint.growth
     if growth is None:
         return
     if growth.tokens:
         say(
-            f"MODEL has tokens that BASE has not: {listed(growth.tokens, 20)}. Rows of BASE's tokens are measured as "
-            "always. Those of the others are in the file as they are; gramfuse merge leaves them out, and keeps them "
-            "if --tokenizer names a tokenizer that has the tokens",
+            f"MODEL has tokens that BASE lacks: {listed(growth.tokens, 20)}. Rows of BASE's tokens are measured as "
+            "usual; the file stores the rows of added tokens as they are. gramfuse merge leaves them out, unless "
+            "--tokenizer names a tokenizer that has these tokens",
             style="yellow",
             err=True,
         )
     if growth.idle:
-        say(f"rows of MODEL's table that are no token's are left out: {growth.idle:,}", style="yellow", err=True)
+        say(f"left out {growth.idle:,} rows of MODEL's embedding table that no token uses", style="yellow", err=True)
 
 
-def _silo(directory: Path, name: str, out: Path) -> dict[str, Any]:
+def _measure_silo(directory: Path, name: str, out: Path) -> dict[str, Any]:
+    """Fine-tune and measure a silo of a plan, and return the command's report."""
     check_absent(out)
     project = Project.read(directory)
     layout = project.locked_layout()
@@ -266,7 +265,7 @@ def _silo(directory: Path, name: str, out: Path) -> dict[str, Any]:
     silo = Silo(path, Silo.read(path).file, project.directory)
     plan = project.plan
     with _progress() as show:
-        sha256 = contribute(silo, plan, layout, out, _shown(State(silo.state, plan.digest), show))
+        sha256 = contribute(silo, plan, layout, out, _with_progress(State(silo.state, plan.digest), show))
     statistics = State(silo.state, plan.digest).contribution()
     return {
         **_report(out, silo.name, statistics.examples, sha256, layout, statistics),
@@ -274,8 +273,8 @@ def _silo(directory: Path, name: str, out: Path) -> dict[str, Any]:
     }
 
 
-def _shown(state: State, show: Any) -> State:
-    """Have a state show progress on the terminal beside noting it on its disk."""
+def _with_progress(state: State, show: Any) -> State:
+    """Make a state show its progress on the terminal, besides writing it to disk."""
     note = state.progress
 
     def progress(phase: str, done: int, total: int) -> None:
@@ -287,15 +286,15 @@ def _shown(state: State, show: Any) -> State:
 
 
 def check_absent(out: Path) -> None:
-    """Raise RunDirectoryError if a file has this name already, or its directory is not there."""
+    """Raise RunDirectoryError if a file exists already, or its directory does not."""
     if out.exists():
         raise RunDirectoryError(f"{out} exists already; choose another -o, or remove it")
     if not out.absolute().parent.is_dir():
-        raise RunDirectoryError(f"{out}: there is no directory {out.absolute().parent}; make it first")
+        raise RunDirectoryError(f"{out}: no directory {out.absolute().parent}; make it first")
 
 
 def _structures(settings: tuple[str, ...]) -> dict[str, str]:
-    """Return --gram as `merge.gram` of a plan has it."""
+    """Return the values of --gram in the form of a plan's `merge.gram`."""
     structures = {"*": "full"} if settings else {}
     for setting in settings:
         pattern, separator, structure = setting.rpartition("=")
@@ -327,16 +326,16 @@ def _report(
 
 @contextmanager
 def _progress() -> Iterator[Any]:
-    """Yield a function (phase, done, total) that shows how far a phase is, on standard error."""
+    """Yield a function (phase, done, total) that shows a phase's progress on standard error."""
     names = {"train": "fine-tune", "measure": "measure"}
-    with bars("{task.description:<10}") as shown:
+    with bars("{task.description:<10}") as progress:
         tasks: dict[str, Any] = {}
 
         def show(phase: str, done: int, total: int) -> None:
             if phase not in tasks:
-                tasks[phase] = shown.add_task(names.get(phase, phase), total=total)
-            shown.update(tasks[phase], completed=done)
-            if not shown.console.is_terminal and (done % EVERY == 0 or done == total):
+                tasks[phase] = progress.add_task(names.get(phase, phase), total=total)
+            progress.update(tasks[phase], completed=done)
+            if not progress.console.is_terminal and (done % EVERY == 0 or done == total):
                 say(f"{names.get(phase, phase)}: {done} of {total}", err=True)
 
         yield show

@@ -1,4 +1,4 @@
-"""`gramfuse merge`: statistics files become a model."""
+"""`gramfuse merge`: merges models from their statistics files."""
 
 from __future__ import annotations
 
@@ -15,12 +15,16 @@ from gramfuse_server.report.page.added_tokens import explain_added_tokens
 
 @click.command()
 @click.argument("files", metavar="STATS...", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The model; must not exist.")
 @click.option(
-    "--base", metavar="BASE", help="The base model, where it is here: directory, hub id or bundled name. Always needed."
+    "-o", "--out", required=True, type=click.Path(path_type=Path), help="Directory for the model; must not exist."
 )
 @click.option(
-    "--alpha", type=click.FloatRange(0, 1), help="Share of off-diagonals kept.  [default: the plan's, or 0.9]"
+    "--base", metavar="BASE", help="The base model on this machine: directory, hub id or bundled name. Required."
+)
+@click.option(
+    "--alpha",
+    type=click.FloatRange(0, 1),
+    help="Share of the Gram matrices' off-diagonals to keep.  [default: the plan's, or 0.9]",
 )
 @click.option("--weighting", type=click.Choice(["uniform", "examples"]), help="[default: the plan's, or uniform]")
 @click.option(
@@ -29,15 +33,15 @@ from gramfuse_server.report.page.added_tokens import explain_added_tokens
 @click.option(
     "--heads",
     type=click.Choice(["merged", "own"]),
-    help="own: merge the bodies only; each model keeps its head, in OUT/NAME.  [default: the plan's, or merged]",
+    help="own: merge only the bodies; each model keeps its head, in OUT/NAME.  [default: the plan's, or merged]",
 )
 @click.option(
     "--tokenizer",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="Keep added tokens: those that the tokenizer in DIR has beside BASE's.  [default: BASE's tokens only]",
+    help="Keep the added tokens that the tokenizer in DIR has besides BASE's.  [default: BASE's tokens only]",
 )
-@click.option("--threads", type=click.IntRange(0), default=0, help="CPU threads.  [default: as torch finds]")
+@click.option("--threads", type=click.IntRange(0), default=0, help="CPU threads.  [default: torch's own choice]")
 @json_option
 def merge(
     files: tuple[Path, ...],
@@ -51,21 +55,21 @@ def merge(
     threads: int,
     as_json: bool,
 ) -> None:
-    """Merge fine-tuned models by RegMean, from the files that gramfuse measure wrote of them.
+    """Merge fine-tuned models with RegMean, from their statistics files made by gramfuse measure.
 
     \b
     gramfuse merge mine.safetensors yours.safetensors --base BASE -o merged
 
-    All STATS must be of one base model, and measured with the same --gram and --freeze. What a file says that its base
-    is called is a stranger's word: nothing is loaded for it, and BASE is compared with what the file says of its
-    weights, configuration and tokenizer. OUT is an ordinary Hugging Face model with its card, and with report.json and
-    SHA256SUMS; nothing is left there if the merge fails. The order of the files does not matter.
+    All STATS must have the same base model, and be measured with the same --gram and --freeze. The name that a file
+    gives its base is not trusted: nothing is loaded by that name, and the file's digests of weights, configuration and
+    tokenizer are compared with BASE's. OUT is an ordinary Hugging Face model with a model card, report.json and
+    SHA256SUMS; nothing remains there if the merge fails. The order of the files does not matter.
 
-    Models may have tokens that were added to BASE's (resize_token_embeddings). They are left out, unless --tokenizer
-    names a tokenizer that has them: the row of each is the weighted mean over the models that have that token.
+    Models can have tokens that were added to BASE's (resize_token_embeddings). They are left out, unless --tokenizer
+    names a tokenizer that has them. Then the row of each token is the weighted mean over the models that have it.
 
-    Files of a plan's silos (gramfuse measure --plan) become the model that gramfuse simulate makes of that plan, bit
-    for bit where all used as many threads.
+    Files of a plan's silos (gramfuse measure --plan) give the same model that gramfuse simulate makes from that plan,
+    bit for bit if all use the same number of threads.
     """
     factors = dict(map(_factor, weights))
     import torch
@@ -75,7 +79,7 @@ def merge(
 
     if threads:
         torch.set_num_threads(threads)
-    say("read the files and the base model", err=True)
+    say("reading the files and the base model", err=True)
     disable_progress_bar()
     settings = Settings(
         alpha=alpha,
@@ -88,7 +92,7 @@ def merge(
     report = merge_files(files, out.absolute(), settings, Path.cwd())
     if len(files) == 1:
         say(
-            "One model, merged with no other, is that model again; name the files of others too",
+            "One model merged with no other is that same model; name the files of other models too",
             style="yellow",
             err=True,
         )
@@ -100,8 +104,8 @@ def merge(
     show_checks(report, err=True)
     names = ", ".join(silo.name for silo in report.silos)
     say(*coverage_lines(report), *explain_added_tokens(report), err=True)
-    many = "1 model" if len(files) == 1 else f"{len(files)} models"
-    say(f"{many} merged ({names}), alpha {report.alpha}, in {report.seconds:.0f} s: {out}")
+    count = "1 model" if len(files) == 1 else f"{len(files)} models"
+    say(f"merged {count} ({names}), alpha {report.alpha}, in {report.seconds:.0f} s: {out}")
     check_sound(report, out.absolute())
 
 
@@ -112,5 +116,5 @@ def _factor(setting: str) -> tuple[str, float]:
     except ValueError:
         factor = -1.0
     if not separator or not 0 < factor < float("inf"):
-        raise click.UsageError(f"--weight {setting}: expected NAME=W with a number above zero, for instance north=2")
+        raise click.UsageError(f"--weight {setting}: expected NAME=W with W above zero, for instance north=2")
     return name, factor

@@ -36,7 +36,7 @@ MOST_DAYS = 36500
 
 def _name(_: click.Context, __: click.Parameter, value: str) -> str:
     if not 0 < len(value) <= 64 or not value.isprintable():
-        raise click.BadParameter(f"{value!r} has not 1 to 64 printable characters")
+        raise click.BadParameter(f"expected 1 to 64 printable characters (got {value!r})")
     return value
 
 
@@ -51,33 +51,33 @@ passphrase_file = click.option(
     "--passphrase-file",
     metavar="FILE",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="The passphrase of ca.key is the first line of this file.",
+    help="Read the passphrase of ca.key from the first line of this file.",
 )
 
 
 def _read_passphrase(path: Path) -> bytes:
-    """Return the passphrase in a file.
+    """Read a passphrase from the first line of a file.
 
     Raises:
-        PlanError: if it cannot be read, or others can read it too, or it is too short.
+        PlanError: if the file cannot be read, others can read it too, or the passphrase is too short.
     """
     lines = read_text(path).splitlines()
     if path.stat().st_mode & 0o077:
         raise PlanError(f"{path}: others on this machine can read it; run: chmod 600 {path}")
-    return _long_enough(lines[0] if lines else "", str(path))
+    return _check_length(lines[0] if lines else "", str(path))
 
 
-def _long_enough(text: str, where: str) -> bytes:
+def _check_length(text: str, where: str) -> bytes:
     if len(text) < LEAST_PASSPHRASE:
         raise PlanError(
-            f"{where}: the passphrase has {len(text)} characters and needs {LEAST_PASSPHRASE} at least; six words "
-            "drawn by dice are a good one"
+            f"{where}: the passphrase has {len(text)} characters, and needs at least {LEAST_PASSPHRASE}; six words "
+            "chosen by dice make a good one"
         )
     return text.encode("utf-8")
 
 
-def _asked(path: Path | None) -> Callable[[], bytes] | None:
-    """Return how to learn the passphrase of an authority's key; None if there is no way."""
+def _passphrase_source(path: Path | None) -> Callable[[], bytes] | None:
+    """Return a function that reads the passphrase of the authority's key; None without a file or terminal."""
     if path is not None:
         return lambda: _read_passphrase(path)
     if sys.stdin.isatty():
@@ -87,16 +87,16 @@ def _asked(path: Path | None) -> Callable[[], bytes] | None:
 
 @click.group()
 def pki() -> None:
-    """A private certificate authority, for those who have none.
+    """Make a private certificate authority, and certificates.
 
     \b
     Once, where the authority is kept:  gramfuse pki init DIR --host merge.example.org
     For the coordinator's SuperLink:    gramfuse pki server DIR
     At each silo:                       gramfuse silo keygen silo.toml
 
-    Silos connect to the coordinator's SuperLink by TLS. They know it by a certificate that an authority signed, and it
-    knows each of them by its node key. Whoever has a certificate already, from a public authority or their
-    organisation's, needs 'gramfuse silo keygen' only.
+    Silos connect to the coordinator's SuperLink with TLS. They authenticate it by a certificate that an authority
+    signed, and it authenticates each of them by its node key. If you already have a certificate, from a public
+    authority or from your organisation's, you only need 'gramfuse silo keygen'.
     """
 
 
@@ -109,23 +109,23 @@ def pki() -> None:
     required=True,
     metavar="HOST",
     callback=_hosts,
-    help="A name or IP address that silos dial the coordinator by, now or later. Can be repeated.",
+    help="A name or IP address at which silos reach the coordinator, now or later. Can be repeated.",
 )
 @click.option(
     "--name",
     default="gramfuse CA",
     show_default=True,
     callback=_name,
-    help="What the certificate calls the authority.",
+    help="The authority's common name.",
 )
 @click.option(
     "--days",
     default=3650,
     show_default=True,
     type=click.IntRange(1, MOST_DAYS),
-    help="How long the authority lasts.",
+    help="Days that the authority is valid.",
 )
-@click.option("--passphrase", is_flag=True, help="Ask for a passphrase, and encrypt ca.key with it.")
+@click.option("--passphrase", is_flag=True, help="Prompt for a passphrase, and encrypt ca.key with it.")
 @passphrase_file
 @json_option
 def init(
@@ -139,17 +139,17 @@ def init(
 ) -> None:
     """Make an authority in DIR: its key DIR/ca.key and its certificate DIR/ca.crt.
 
-    The authority vouches for every --host and for names under it, for localhost, and for nothing else, as its
-    certificate says: give all that silos will ever dial. Another host needs another authority.
+    The authority can certify every --host and its subdomains, localhost, and nothing else; its certificate says so.
+    Give every host that silos will ever use. Another host needs another authority.
 
-    DIR/ca.key is for its owner only. Whoever has it can pose as the coordinator to every silo, so keep it away from the
-    coordinator's machine; with a passphrase, a copy of the file alone is not enough. DIR/ca.crt goes to the coordinator
-    and to every silo ('--root-certificates' of flower-supernode), and is no secret; let each silo compare its SHA-256,
-    which is printed, over another way.
+    Only the owner can read DIR/ca.key. Anyone who has it can pose as the coordinator to every silo, so keep it away
+    from the coordinator's machine. With a passphrase, a copy of the file alone is not enough. DIR/ca.crt goes to the
+    coordinator and to every silo ('--root-certificates' of flower-supernode). It is not secret, but each silo should
+    compare its SHA-256, which this command prints, over another channel.
     """
     secret = _read_passphrase(passphrase_file) if passphrase_file is not None else None
     if secret is None and passphrase:
-        secret = _long_enough(ask_secret("Passphrase of the authority's key", twice=True), "--passphrase")
+        secret = _check_length(ask_secret("Passphrase of the authority's key", twice=True), "--passphrase")
     authority = Authority.create(name, hosts, datetime.now(UTC), days)
     key, certificate = directory / KEY_FILE, directory / CERTIFICATE_FILE
     write_new(
@@ -157,7 +157,7 @@ def init(
             key: Content(key_pem(authority.key, secret)),
             certificate: Content(certificate_pem(authority.certificate), 0o644),
         },
-        "every silo trusts that authority; to make another one, take another directory",
+        "every silo trusts that authority; to make another one, use another directory",
     )
     end, digest = authority.certificate.not_valid_after_utc, fingerprint(authority.certificate)
     names = [str(host.value) for host in hosts]
@@ -177,16 +177,17 @@ def init(
     multiple=True,
     metavar="HOST",
     callback=_hosts,
-    help="A name or IP address that silos dial the coordinator by. Can be repeated.  [default: all of the authority's]",
+    help="A name or IP address at which silos reach the coordinator. Can be repeated.  [default: all that DIR/ca.crt "
+    "allows]",
 )
 @click.option(
     "--days",
     default=397,
     show_default=True,
     type=click.IntRange(1, MOST_DAYS),
-    help="How long the certificate lasts; never longer than the authority.",
+    help="Days that the certificate is valid; never longer than the authority.",
 )
-@click.option("--renew", is_flag=True, help="Replace server.key and server.crt, and keep the old ones as .old.")
+@click.option("--renew", is_flag=True, help="Replace server.key and server.crt; keep the old files as .old.")
 @passphrase_file
 @json_option
 def server(
@@ -199,27 +200,27 @@ def server(
 ) -> None:
     """Make the coordinator's key DIR/server.key and its certificate DIR/server.crt, signed by the authority in DIR.
 
-    The certificate names the authority's hosts, or of them each --host, and localhost, since what a SuperLink starts
-    dials it there. A silo that dials another name is refused. Both files go to the coordinator's machine, with
-    DIR/ca.crt:
+    The certificate names all hosts of the authority, or only each --host, and localhost, because the processes that a
+    SuperLink starts connect to it there. Silos refuse the connection if they use any other name. Both files go to the
+    coordinator's machine, with DIR/ca.crt:
 
     \b
     flower-superlink --ssl-ca-certfile ca.crt --ssl-certfile server.crt --ssl-keyfile server.key
 
-    Silos notice nothing of a renewal, as long as the authority is the same.
+    A renewal does not affect silos, as long as the authority stays the same.
     """
     now = datetime.now(UTC)
-    authority = Authority.read(directory, now, _asked(passphrase_file))
+    authority = Authority.read(directory, now, _passphrase_source(passphrase_file))
     private = new_key()
     names = names or authority.hosts
-    made = authority.certify(private.public_key(), names, now, days)
+    signed = authority.certify(private.public_key(), names, now, days)
     key, certificate = directory / "server.key", directory / "server.crt"
     kept = write_new(
-        {key: Content(key_pem(private)), certificate: Content(certificate_pem(made), 0o644)},
+        {key: Content(key_pem(private)), certificate: Content(certificate_pem(signed), 0o644)},
         f"to replace it: gramfuse pki server {directory} --renew",
         renew=renew,
     )
-    hosts, end = [str(name.value) for name in names], made.not_valid_after_utc
+    hosts, end = [str(name.value) for name in names], signed.not_valid_after_utc
     if as_json:
         _echo(key=key, certificate=certificate, hosts=hosts, valid_until=end, kept=kept)
         return
@@ -230,15 +231,15 @@ def server(
 
 @pki.command()
 @click.argument("file", metavar="SILO_TOML", type=click.Path(path_type=Path, exists=True, dir_okay=False))
-@click.option("--renew", is_flag=True, help="Replace the node key, and keep the old one as .old.")
+@click.option("--renew", is_flag=True, help="Replace the node key; keep the old file as .old.")
 @json_option
 def silo(file: Path, renew: bool, as_json: bool) -> None:
-    """Make a silo's node key only, the one that Flower asks for, and print the public half.
+    """Make only a silo's node key, with which it authenticates to Flower, and print the public key.
 
-    'gramfuse silo keygen' makes it too, with the silo's identity. The private half goes into the file that SILO_TOML
-    names as 'node-key' of [coordinator] (by default, for north.toml, north.key beside it), readable by its owner only
-    ('--auth-supernode-private-key' of flower-supernode). The public half goes into the plan, as 'node-key' of this
-    silo's [[silo]]. After --renew the plan needs the new one: lock it again, and have each silo approve it.
+    'gramfuse silo keygen' makes it too, together with the silo's identity. The private key goes into the file that
+    SILO_TOML names as 'node-key' of [coordinator] (by default, for north.toml, north.key beside it), readable by its
+    owner only ('--auth-supernode-private-key' of flower-supernode). The public key goes into the plan, as 'node-key' of
+    this silo's [[silo]]. After --renew, put the new one into the plan, lock it again, and have each silo approve it.
     """
     from gramfuse_client.silo_file import Silo
 
@@ -254,11 +255,11 @@ def silo(file: Path, renew: bool, as_json: bool) -> None:
 
 def _say_kept(kept: list[Path]) -> None:
     for path in kept:
-        say(f"the old one is kept as {path}", err=True)
+        say(f"the old file is kept as {path}", err=True)
 
 
 def _echo(**values: Any) -> None:
-    """Print one JSON object; paths as text, times in ISO 8601."""
+    """Print values as one JSON object: paths as text, times in ISO 8601."""
     show_json({name: _plain(value) for name, value in values.items()})
 
 

@@ -1,4 +1,4 @@
-"""`gramfuse plan`: the contract of a merge."""
+"""`gramfuse plan`: locks or shows the contract of a merge."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from gramfuse_protocol.text import listed, quoted
 def plan() -> None:
     """Lock a plan, or show what it means.
 
-    A plan (DIR/plan.toml) is the contract of one merge: base model, training, merge, privacy, silos. Its digest is what
-    every silo approves and what binds every message.
+    A plan (DIR/plan.toml) is the contract of one merge: base model, training, merge, privacy, silos. Every silo
+    approves its digest, and every message is bound to it.
     """
 
 
@@ -38,15 +38,15 @@ def plan() -> None:
 def lock(directory: Path, as_json: bool) -> None:
     """Pin the base model and the layout in DIR/plan.toml, and print the plan's digest.
 
-    A plan that is not safe is refused, and so is one with secure aggregation in which a silo has no public key.
-    Writes model.sha256 (of the weights), model.config, model.processor (tokenizer or image processor), for a hub model
+    This refuses an unsafe plan, and a plan with secure aggregation in which a silo has no public key. It writes
+    model.sha256 (of the weights), model.config, model.processor (tokenizer or image processor), for a hub model
     model.revision (the newest commit, unless the plan names one), and merge.layout into plan.toml, and the layout into
-    layout.json. Do it again after any change; each silo then has to approve the new digest ('approved' in its silo
-    file).
+    layout.json. Lock the plan again after any change; each silo must then approve the new digest ('approved' in its
+    silo file).
     """
     project = Project.read(directory)
     if project.plan.privacy.secure_aggregation:
-        _ = project.plan.roster  # without the silos' keys there is nothing to agree on
+        _ = project.plan.roster  # raises PlanError if a silo has no key
     locked, layout = Project(project.directory, project.plan.unlocked()).locked()
     project.write_lock(locked, layout)
     if as_json:
@@ -67,9 +67,9 @@ def lock(directory: Path, as_json: bool) -> None:
 
 
 def _pins(plan: Plan) -> dict[str, str]:
-    """Return what a plan holds its base model to, by what it is called on the terminal."""
-    named = {"revision": "commit", "sha256": "weights"}
-    return {named.get(key, key): value for key, value in plan.pins._asdict().items() if value is not None}
+    """Return the pins of a plan's base model, by their names on the terminal."""
+    shown = {"revision": "commit", "sha256": "weights"}
+    return {shown.get(key, key): value for key, value in plan.pins._asdict().items() if value is not None}
 
 
 @plan.command()
@@ -78,8 +78,8 @@ def _pins(plan: Plan) -> dict[str, str]:
 def show(directory: Path, as_json: bool) -> None:
     """Show what DIR/plan.toml merges in closed form, what it averages, and what it costs.
 
-    Nothing is sent or written. Times are measured on this machine for its matrix products and stated for an upload of
-    20 MB/s; fine-tuning itself is not in them.
+    Nothing is sent or written. Times are estimates, from matrix products measured on this machine and an upload rate of
+    20 MB/s; they do not include fine-tuning.
     """
     project = Project.read(directory)
     locked, layout = project.locked()
@@ -89,26 +89,26 @@ def show(directory: Path, as_json: bool) -> None:
         return
     _show_model(locked, preview)
     say("")
-    # What is approved comes last: nothing that a plan's author writes follows it, or pushes it off the screen.
-    state = "locked" if project.plan.locked else "not locked yet; locking would give this digest"
+    # The digest to approve comes last, so that nothing in a plan's own text follows it or pushes it off the screen.
+    state = "locked" if project.plan.locked else "not locked yet; locking it would give this digest"
     say(*_privacy(locked), *_keys(locked), copied=True)
     say(f"plan {locked.plan.name}, version {locked.plan.version}, digest {locked.digest} ({state})", copied=True)
 
 
 def _show_model(plan: Plan, preview: dict[str, Any]) -> None:
-    """Print what is trained and merged, and what it costs."""
+    """Print what a plan trains and merges, and what it costs."""
     say(f"base {quoted(plan.model.base)}, alpha {plan.merge.alpha}, silos {', '.join(plan.names)}")
     say(*(f"  {name:<9} {value}" for name, value in _pins(plan).items()), copied=True)
     say(*_tasks(plan), f"weighting {plan.merge.weighting}: {WEIGHTING[plan.merge.weighting]}", "")
-    table = Table("Merged in closed form; one line for each Gram matrix, or those of all experts of a layer")
+    table = Table("Merged in closed form; one row for each Gram matrix, or for all experts of a layer")
     table.column("modules", fold=True)
     for column in ("d_in", "structure", "entries", "bytes"):
         table.column(column, justify="left" if column == "structure" else "right")
     for group in preview["groups"]:
         numbers = [f"{group['d_in']:,}", group["structure"], f"{group['entries']:,}", f"{group['bytes']:,}"]
-        of = f" (labels of {', '.join(group['silos'])})" if group["silos"] else ""
-        of += f" ({group['experts']} experts, one Gram matrix each)" if group["experts"] else ""
-        table.row(_modules(group["weights"]) + of, *numbers)
+        note = f" (labels of {', '.join(group['silos'])})" if group["silos"] else ""
+        note += f" ({group['experts']} experts, one Gram matrix each)" if group["experts"] else ""
+        table.row(_modules(group["weights"]) + note, *numbers)
     table.show()
     say(
         "",
@@ -116,61 +116,61 @@ def _show_model(plan: Plan, preview: dict[str, Any]) -> None:
         f"Averaged: {families(preview['averaged'])}",
     )
     if preview["summed"]:
-        say(f"Added up, as counters: {families(preview['summed'])}")
+        say(f"Summed, as counters: {families(preview['summed'])}")
     if preview["context_free"]:
         modules = families([name.removesuffix(".weight") for name in preview["context_free"]])
         say(f"See tokens or patches without context, {CONTEXT_FREE[plan.merge.context_free]}: {modules}")
     say(f"Frozen, never sent: {families(preview['frozen'])}")
     for task, names in preview["kept"].items():
         if names:
-            say(f"Kept at the silo, never sent{f' ({task})' if task else ''}: {families(names)}")
+            say(f"Kept at the silos, never sent{f' ({task})' if task else ''}: {families(names)}")
     cost = preview["cost"]
     say(
         "",
         f"Each silo sends {cost['upload_bytes'] / 1e6:.1f} MB (Gram matrices {cost['gram_bytes'] / 1e6:.1f}, "
         f"differences {cost['delta_bytes'] / 1e6:.1f}{_products(cost)}): "
         f"about {cost['upload_seconds']:.0f} s at 20 MB/s.",
-        f"Each silo needs {cost['silo_memory_bytes'] / 1e6:.0f} MB of memory beside the training; Gram matrices of "
-        f"{plan.merge.tokens:,} tokens, the most that the plan allows, take about {cost['gram_seconds']:.0f} s on "
-        f"this machine.",
-        f"The coordinator holds {cost['coordinator_memory_bytes'] / 1e6:.0f} MB of sums, whatever the number of silos, "
-        f"and {cost['coordinator_disk_bytes'] / 1e6:.0f} MB on disk.",
+        f"Each silo needs {cost['silo_memory_bytes'] / 1e6:.0f} MB of memory besides training; Gram matrices of "
+        f"{plan.merge.tokens:,} tokens, the plan's maximum, take about {cost['gram_seconds']:.0f} s on this machine.",
+        f"The coordinator holds {cost['coordinator_memory_bytes'] / 1e6:.0f} MB of sums in memory, whatever the number "
+        f"of silos, and {cost['coordinator_disk_bytes'] / 1e6:.0f} MB on disk.",
     )
 
 
 WEIGHTING = {
-    "uniform": "all silos weigh the same, those of few examples too",
-    "examples": "silos weigh as much as they have examples",
+    "uniform": "all silos have the same weight, however few examples they have",
+    "examples": "each silo's weight is its number of examples",
 }
-"""What the weights of silos are."""
+"""Explains `merge.weighting`."""
 
 CONTEXT_FREE = {
-    "mean": "and so are averaged",
-    "diagonal": "and the diagonals of their Gram matrices leave, which may tell words and how often they occur",
-    "full": "and their Gram matrices leave, which tell words and how often they occur",
+    "mean": "so they are averaged",
+    "diagonal": "and silos send the diagonals of their Gram matrices, which can reveal words and how often they occur",
+    "full": "and silos send their Gram matrices, which reveal words and how often they occur",
 }
-"""What becomes of weights whose layers see tokens without context."""
+"""How `merge.context-free` treats weights whose layers see tokens without context."""
 
 SINGLE_EXPERTS = (
-    '  merge.experts = "full": each silo refuses, unless its silo file has limits.experts = "full"; of an expert that '
-    "only one silo uses, the sum is that silo's own"
+    '  merge.experts = "full": a silo refuses, unless its silo file has limits.experts = "full"; if only one silo uses '
+    "an expert, the sum for it is that silo's own Gram matrix"
 )
-"""What a secure plan asks of silos that has Gram matrices of experts."""
+"""Shown for a secure plan with Gram matrices of experts."""
 
 HEADS = {
-    "same": "all silos start from one head, and it is merged",
-    "different": "each silo starts from a head of its own, and they are merged",
-    "own": "each silo keeps a head of its own; bodies are merged, and what is written by the coordinator is a body",
+    "same": "all silos start from the same head, and it is merged",
+    "different": "each silo starts from its own head, and the heads are merged",
+    "own": "each silo keeps its own head; only bodies are merged, and the coordinator writes a body",
 }
+"""Explains `model.head`."""
 
 
 def _tasks(plan: Plan) -> list[str]:
-    """Say what silos fine-tune for, and what becomes of their heads."""
+    """Describe the silos' tasks, and how heads are merged."""
     lines = []
     for name, task in plan.tasks.items():
         labels = f", {len(task.labels)} labels: {listed(task.labels)}" if task.labels else ""
         silos = f" ({', '.join(_silos_of(plan, name))})" if name else ""
-        lines.append(f"task {f'{name}: ' if name else ''}{task.task}{labels}{_asked(task)}{silos}")
+        lines.append(f"task {f'{name}: ' if name else ''}{task.task}{labels}{_targets(task)}{silos}")
     lines += [
         f"  {silo.name} annotates {len(silo.labels)} of the labels: {listed(silo.labels)}"
         for silo in plan.silo
@@ -179,10 +179,11 @@ def _tasks(plan: Plan) -> list[str]:
     return [*lines, f"head {plan.model.head}: {HEADS[plan.model.head]}"]
 
 
-def _asked(task: Task) -> str:
-    """Say on which scale a model learns targets, and how it is asked for texts."""
-    told = f", targets less {task.centre:g}, over {task.scale:g}" if (task.centre, task.scale) != (0.0, 1.0) else ""
-    return told + (f", texts begin with {quoted(task.first_token)}" if task.first_token is not None else "")
+def _targets(task: Task) -> str:
+    """Describe the scale of a regression's targets, or the first token of generated texts."""
+    rescaled = (task.centre, task.scale) != (0.0, 1.0)
+    scale = f", targets: (value − {task.centre:g}) / {task.scale:g}" if rescaled else ""
+    return scale + (f", texts begin with {quoted(task.first_token)}" if task.first_token is not None else "")
 
 
 def _silos_of(plan: Plan, task: str) -> list[str]:
@@ -190,29 +191,29 @@ def _silos_of(plan: Plan, task: str) -> list[str]:
 
 
 def _keys(plan: Plan) -> list[str]:
-    """Say who is who. Silos compare these with each other, in a way that the coordinator cannot tamper with."""
+    """List the silos' keys. Silos compare them with each other on a channel that the coordinator cannot change."""
     lines = []
     for silo in plan.silo:
         if silo.public_key is not None:
             lines.append(f"  {silo.name:<16} public key {silo.public_key}")
         if silo.node_key is not None:
             lines.append(f"  {silo.name:<16} node key   {fingerprint(silo.node_key)}")
-    return ["keys, to be compared with those silos:", *lines] if lines else []
+    return ["keys; compare them with these silos:", *lines] if lines else []
 
 
 def _privacy(plan: Plan) -> list[str]:
-    """Say who sees what, and what a secure sum tolerates."""
+    """Describe who sees what, and what a secure sum tolerates."""
     metrics = f"metrics {SHOWN[plan.privacy.metrics]}{_noise(plan)}"
     if not plan.privacy.secure_aggregation:
         return [f"mode open: {seen('open')}; {metrics}"]
     silos, threshold, minimum = len(plan.silo), plan.threshold, plan.minimum_survivors
-    withstands = tolerated(silos, threshold, minimum)
+    tolerates = tolerated(silos, threshold, minimum)
     missing = [silo.name for silo in plan.silo if silo.public_key is None]
     return [
         f"mode secure: {seen('secure', least=str(minimum))}; {metrics}",
-        f"  silos {silos}, threshold {threshold}, minimum of survivors {minimum}",
-        f"  may drop out                              {withstands['dropouts']}",
-        f"  may collude with a coordinator that lies  {withstands['colluding']} (the plan asks for "
+        f"  silos {silos}, threshold {threshold}, minimum survivors {minimum}",
+        f"  may drop out                              {tolerates['dropouts']}",
+        f"  may collude with a malicious coordinator  {tolerates['colluding']} (the plan asks for "
         f"{plan.privacy.colluding})",
         *([f"  no public key yet: {', '.join(missing)}; they run: gramfuse silo keygen"] if missing else []),
         *([SINGLE_EXPERTS] if plan.merge.experts == "full" else []),
@@ -220,13 +221,13 @@ def _privacy(plan: Plan) -> list[str]:
 
 
 def _noise(plan: Plan) -> str:
-    """Say how private held-out examples are in the sum of metrics."""
+    """Describe the noise in the sum of metrics, and its privacy."""
     if not plan.summed:
         return ""
     if plan.epsilon is None:
         return ", without noise"
     return (
-        f", with noise: epsilon {plan.epsilon:g} of a held-out example for each of {plan.releases} sums, "
+        f", with noise: epsilon {plan.epsilon:g} per held-out example for each of {plan.releases} sums, "
         f"{spent(plan):.2f} in all, at delta {DELTA:g}"
     )
 
@@ -236,7 +237,7 @@ def _products(cost: dict[str, Any]) -> str:
 
 
 def _modules(weights: list[str]) -> str:
-    """Write the modules that share a Gram matrix as one name, `attention.{query,key,value}`."""
+    """Join the names of modules that share a Gram matrix: `attention.{query,key,value}`."""
     modules = [weight.removesuffix(".weight") for weight in weights]
     if len(modules) == 1:
         return modules[0]
@@ -315,12 +316,12 @@ def _preview(project: Project, plan: Plan, layout: Layout) -> dict[str, Any]:
 
 
 def _flops_per_second() -> float:
-    """Measure this machine's float32 matrix products."""
+    """Measure this machine's rate of float32 matrix products."""
     import torch
 
     x = torch.ones(1024, 512)
-    done, began = 0, time.perf_counter()
-    while time.perf_counter() - began < 0.2:
+    count, start = 0, time.perf_counter()
+    while time.perf_counter() - start < 0.2:
         x.T @ x
-        done += 1
-    return done * 2 * 1024 * 512 * 512 / (time.perf_counter() - began)
+        count += 1
+    return count * 2 * 1024 * 512 * 512 / (time.perf_counter() - start)

@@ -1,4 +1,4 @@
-"""`gramfuse report`: the page of a run, made again from what lies in its directory."""
+"""`gramfuse report`: makes a run's page again, from the files in its directory."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from gramfuse_protocol.errors import RunDirectoryError
 def report(run: Path, as_json: bool) -> None:
     """Make RUN/report.html again, from report.json and plan.toml there.
 
-    RUN is a directory that a run left, also a failed one (NAME.failed), or that gramfuse merge or tune made of files.
-    The page is one static file: it loads nothing, runs nothing, and can be mailed or printed. Its line of
-    RUN/SHA256SUMS follows.
+    RUN is the directory of a run, of a failed run (NAME.failed), or of a gramfuse merge or tune of files. The page is
+    one static file: it loads nothing and runs no script, and you can mail or print it. This also updates the page's
+    line in RUN/SHA256SUMS.
     """
     from gramfuse_server.run_directory import PAGE, rewrite
 
     rewrite(run, PAGE, _page_of(run))
-    place = run / PAGE
+    path = run / PAGE
     if as_json:
-        show_json({"page": str(place.absolute())})
+        show_json({"page": str(path.absolute())})
     else:
-        say(str(place), copied=True)
+        say(str(path), copied=True)
 
 
 def _page_of(run: Path) -> str:
-    """Return the page of what lies in a run directory.
+    """Return the HTML page of a run directory.
 
     Raises:
-        RunDirectoryError: if that is no run directory, or its report is damaged.
-        PlanError: if its plan is.
+        RunDirectoryError: if it is not a run directory, or its report is damaged.
+        PlanError: if its plan is damaged.
     """
     from gramfuse_protocol.contract.plan import Plan
     from gramfuse_server.report.page.page import page
@@ -45,8 +45,10 @@ def _page_of(run: Path) -> str:
 
     file = run / REPORT
     if not file.is_file():
-        there = failed_of(run) if (failed_of(run) / REPORT).is_file() else None
-        hint = f"the run failed, and its report is in {there}" if there else "expected what a run, merge or tune made"
+        failed = failed_of(run) if (failed_of(run) / REPORT).is_file() else None
+        hint = (
+            f"the run failed; its report is in {failed}" if failed else "expected a directory of a run, merge or tune"
+        )
         raise RunDirectoryError(f"{run}: has no {REPORT}; {hint}")
     plan = None
     for name in (REPORT, PLAN):
@@ -56,5 +58,5 @@ def _page_of(run: Path) -> str:
         plan = Plan.read(run / PLAN)
     try:
         return page(read_report(file), plan)
-    except (ValueError, LookupError, ArithmeticError) as error:  # its parts do not fit each other, or the plan
+    except (ValueError, LookupError, ArithmeticError) as error:  # inconsistent in itself, or with the plan
         raise damaged(file, f"{type(error).__name__}: {error}") from None

@@ -1,4 +1,4 @@
-"""`gramfuse run`: an exchange between real silos."""
+"""`gramfuse run`: runs a plan between real silos."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from gramfuse_server.run.patience import Patience
 from gramfuse_server.run_directory import REPORT
 
 STOP_SECONDS = 30.0
-"""How long a ServerApp may take to end that was told to."""
+"""How long to wait for a stopped ServerApp to end."""
 
 
 @click.command()
@@ -40,33 +40,32 @@ STOP_SECONDS = 30.0
     "--resume",
     metavar="RUN",
     type=click.Path(path_type=Path),
-    help="Go on with an interrupted run, given by the run directory that it was to make.",
+    help="Resume an interrupted run; RUN is the run directory that it was going to make.",
 )
 @click.option(
     "--wait",
     type=click.FloatRange(min=0),
     default=DEFAULT.wait,
     show_default=True,
-    help="Seconds to wait for all silos; then the run goes on without the missing ones, if the plan allows it.",
+    help="Seconds to wait for all silos; then the run continues without the missing ones, if the plan allows it.",
 )
 @click.option(
     "--grace",
     type=click.FloatRange(min=0),
     default=DEFAULT.grace,
     show_default=True,
-    help="Seconds to wait for a silo that went away in the middle, before the run goes on without it.",
+    help="Seconds to wait for a silo that disconnects during the run, before continuing without it.",
 )
 @click.option(
     "--patience",
     type=click.FloatRange(min=0),
     default=0.0,
-    help="Seconds to wait for the answer of a silo that is connected, except while it trains or measures.  "
-    "[default: without end]",
+    help="Seconds to wait for a connected silo's answer, except while it trains or measures.  [default: forever]",
 )
 @click.option(
     "--serve",
     is_flag=True,
-    help="Start the coordinator's side in CONNECTION for this run, as 'gramfuse server start' does, and stop it then.",
+    help="Start the coordinator in CONNECTION for this run, as 'gramfuse server start' does, and stop it afterwards.",
 )
 @listening
 @json_option
@@ -85,23 +84,24 @@ def run(
 ) -> None:
     """Run the locked plan in DIR between real silos.
 
-    CONNECTION is the directory of 'gramfuse server start', on whose machine this runs: the ServerApp writes the run
-    directory there. It can also be the name of a SuperLink in Flower's configuration ($FLWR_HOME/config.toml, by
-    default ~/.flwr/config.toml), where each has an address and its certificates; without it, Flower's default is taken.
+    CONNECTION is the directory of 'gramfuse server start'. Run this command on the same machine: the ServerApp writes
+    the run directory there. CONNECTION can also be the name of a SuperLink in Flower's configuration
+    ($FLWR_HOME/config.toml, by default ~/.flwr/config.toml), with its address and certificates; without it, Flower's
+    default connection is used.
 
-    Each silo runs 'gramfuse silo start SILO_TOML' and has the plan's digest among 'approved'. The node keys of the
-    plan's roster are registered at the SuperLink first, so that these silos may connect; over TLS a silo without one
-    could not.
+    Each silo runs 'gramfuse silo start SILO_TOML' and lists the plan's digest in 'approved'. This command first
+    registers the node keys of the plan's roster at the SuperLink, so that these silos can connect; over TLS, a silo
+    without a node key cannot.
 
-    A silo that goes away and is not back in time is left out, as long as the plan's minimum-survivors are there. A run
-    that was interrupted after the silos had trained (Ctrl-C, a full disk, too many silos went away) can go on with
+    A silo that disconnects and does not return in time is left out, as long as the plan's minimum-survivors remain. You
+    can resume a run that was interrupted after the silos had trained (Ctrl-C, a full disk, too many silos lost) with
     --resume: no silo trains again.
     """
     from gramfuse_model.loading.source import source_of
     from gramfuse_server.run_directory import check_free, read_checkpoint
 
     if out is not None and resume is not None:
-        raise click.UsageError("--resume goes on in the directory of the interrupted run; leave out --out")
+        raise click.UsageError("--resume continues in the interrupted run's directory; leave out --out")
     project = Project.read(directory)
     layout = project.locked_layout()
     source_of(project.plan, project.directory)
@@ -116,17 +116,26 @@ def run(
     with serving(Path(str(connection)), host, port) if serve else nullcontext() as server:
         link = Link.find(connection)
         check_roster(project, link)
-        with tempfile.TemporaryDirectory(prefix="gramfuse-") as scratch, server.kept() if server else nullcontext():
+        with tempfile.TemporaryDirectory(prefix="gramfuse-") as scratch, server.polling() if server else nullcontext():
             app = Path(scratch) / "app"
             write_app(app, project.plan, layout)
             link.admit(project.plan)
-            patient = Patience(wait, patience, grace, authenticated=not link.insecure)
-            report = _follow(app, link, project, path, {"resume": resume is not None, **patient.to_config()})
+            limits = Patience(wait, patience, grace, authenticated=not link.insecure)
+            report = _follow(app, link, project, path, {"resume": resume is not None, **limits.to_config()})
     show_report(report, path, as_json)
 
 
-def _follow(app: Path, link: Link, project: Project, out: Path, how: dict[str, Any]) -> Report:
-    settings = tomlkit.dumps({"directory": str(project.directory), "run-directory": str(out), **how})
+def _follow(app: Path, link: Link, project: Project, out: Path, config: dict[str, Any]) -> Report:
+    """Start a Flower run, show its progress, and return its report.
+
+    Args:
+        out: the run directory to make.
+        config: run configuration, besides the two directories.
+
+    Raises:
+        GramfuseError: the error that ended the run.
+    """
+    settings = tomlkit.dumps({"directory": str(project.directory), "run-directory": str(out), **config})
     overrides = app.parent / "run.toml"
     overrides.write_text(settings, encoding="utf-8")
     started = link.flwr("run", str(app), link.name, "--run-config", str(overrides))
@@ -144,24 +153,24 @@ def _follow(app: Path, link: Link, project: Project, out: Path, how: dict[str, A
             status = watch(run_id, link, take)
     except KeyboardInterrupt:
         link.flwr("stop", run_id, link.name)
-        say(_kept(project, link, out, STOP_SECONDS) or "nothing of the run is kept", err=True)
+        say(_keep_or_discard(project, link, out, STOP_SECONDS) or "nothing of the run is kept", err=True)
         raise
-    go_on = f"\n{_kept(project, link, out)}".rstrip()
+    hint = f"\n{_keep_or_discard(project, link, out)}".rstrip()
     if failures:
         failed = failures[-1]
-        error = error_types().get(failed["error"], FederationError)(failed["message"] + go_on)
+        error = error_types().get(failed["error"], FederationError)(failed["message"] + hint)
         error.report = Path(failed["report"]) if failed["report"] else None
         raise error
     if status["status"] != "finished:completed" or not out.exists():
         raise FederationError(
             f"Flower run {run_id} ended as {status['status']} ({status.get('status-details') or 'no details'}); "
-            f"see: FLWR_HOME={link.home} flwr log {run_id} {link.name} --show{go_on}"
+            f"see: FLWR_HOME={link.home} flwr log {run_id} {link.name} --show{hint}"
         )
     return read_report(out / REPORT)
 
 
-def _kept(project: Project, link: Link, out: Path, seconds: float = 0.0) -> str:
-    """Say how to go on with a run that was interrupted after the silos had trained; of any other, keep nothing for it.
+def _keep_or_discard(project: Project, link: Link, out: Path, seconds: float = 0.0) -> str:
+    """Return how to resume an interrupted run; if the silos had not trained yet, discard it and return "".
 
     Args:
         seconds: how long its ServerApp may take to end.
@@ -170,8 +179,8 @@ def _kept(project: Project, link: Link, out: Path, seconds: float = 0.0) -> str:
 
     try:
         if RESUMABLE in read_checkpoint(out):
-            command = ["gramfuse", "run", str(project.directory), link.given, "--resume", str(out)]
-            return f"what was done is kept; go on with: {shlex.join(command)}"
+            command = ["gramfuse", "run", str(project.directory), link.argument, "--resume", str(out)]
+            return f"the finished phases are kept; resume with: {shlex.join(command)}"
     except RunDirectoryError:
         pass
     discard(out, seconds)

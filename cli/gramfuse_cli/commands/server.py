@@ -1,4 +1,4 @@
-"""`gramfuse server`: what the coordinator's operator does."""
+"""`gramfuse server`: commands of the coordinator's operator."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ def _address(_: click.Context, __: click.Parameter, value: str | None) -> str | 
 
 @click.group()
 def server() -> None:
-    """Run the coordinator's side, and say which silos may connect.
+    """Run the coordinator, and manage which silos can connect.
 
-    DIR holds what 'gramfuse pki' made: ca.crt, server.crt and server.key. All else goes to DIR/superlink, among it the
-    SuperLink's database: which silos are registered, and what they sent until it was fetched.
+    DIR holds the files that 'gramfuse pki' made: ca.crt, server.crt and server.key. Everything else goes to
+    DIR/superlink, including the SuperLink's database: the registered silos, and their messages until they are fetched.
     """
 
 
@@ -53,7 +53,7 @@ def listening(command: F) -> F:
             "--host",
             metavar="IP",
             callback=_address,
-            help="Address of this machine that silos come in by.  [default: 0.0.0.0, which is all of them]",
+            help="Address of this machine to listen on for silos.  [default: 0.0.0.0, all addresses]",
         ),
     ):
         command = option(command)
@@ -66,30 +66,30 @@ def listening(command: F) -> F:
 @click.option(
     "--insecure-loopback",
     is_flag=True,
-    help="Without TLS and node keys, for silos on this very machine only. To try things out.",
+    help="Run without TLS and node keys, only for silos on this same machine. For trying things out.",
 )
 @json_option
 def start(directory: Path, host: str | None, port: int, insecure_loopback: bool, as_json: bool) -> None:
-    """Start the coordinator's side and keep it running, until Ctrl-C or SIGTERM.
+    """Start the coordinator and keep it running, until Ctrl-C or SIGTERM.
 
-    Flower's SuperLink and its SuperExec run on this machine's loopback, where whoever may log in here can command them.
-    Silos reach nothing but an nginx in front, by TLS, and through it only the part of Flower that is meant for them;
-    each is known by its node key. Silos come in at --host and --port; their silo files say so:
+    Flower's SuperLink and SuperExec run on this machine's loopback, where any user of this machine can command them.
+    Silos reach only an nginx in front of them, over TLS, and through it only the part of Flower meant for silos. Each
+    silo authenticates with its node key. Silos connect to --host and --port, as their silo files say:
 
     \b
     [coordinator]
-    address = "HOST:9443"   # by a name that is in server.crt
+    address = "HOST:9443"   # a name that is in server.crt
     ca = "ca.crt"           # a copy of DIR/ca.crt
 
-    Then, here, for each exchange: gramfuse run PROJECT DIR. It survives that the SuperLink is killed: this command
-    starts it again, with its database. With --json, standard output gets an object at the end.
+    Then, on this machine, for each exchange: gramfuse run PROJECT DIR. A run survives a crash of the SuperLink: this
+    command restarts it with its database. With --json, one object is printed at the end.
     """
     with suppress(KeyboardInterrupt), serving(directory, host, port, insecure_loopback=insecure_loopback) as supervisor:
         say(f"to run an exchange, on this machine: gramfuse run PROJECT {shlex.quote(str(directory))}")
         while True:
             supervisor.poll()
             time.sleep(POLL_SECONDS)
-    say("all of it has ended")
+    say("stopped")
     if as_json:
         terminal.show_json({"directory": str(directory), "port": port})
 
@@ -99,38 +99,38 @@ def start(directory: Path, host: str | None, port: int, insecure_loopback: bool,
 @click.argument("project", metavar="PROJECT", type=click.Path(path_type=Path, exists=True))
 @json_option
 def register(directory: Path, project: Path, as_json: bool) -> None:
-    """Let the silos of a plan connect, before its first run, which would do it too.
+    """Register the silos of a plan, so that they can connect before its first run, which also registers them.
 
-    The server in DIR must be up. PROJECT is the directory of the plan, whose roster has the silos' node keys.
+    The server in DIR must be running. PROJECT is the directory of the plan; its roster has the silos' node keys.
     """
     plan = Project.read(project).plan
     Link.of_server(directory).admit(plan)
     if as_json:
         terminal.show_json({"registered": list(plan.names)})
         return
-    terminal.say(f"may connect: {', '.join(plan.names)}")
+    terminal.say(f"registered: {', '.join(plan.names)}")
 
 
 @server.command()
 @directory_argument
 @json_option
 def silos(directory: Path, as_json: bool) -> None:
-    """List the silos that are registered, with the fingerprints of their node keys, and which are connected.
+    """List the registered silos, the fingerprints of their node keys, and which of them are connected.
 
-    DIR is that of 'gramfuse server start', which must be running. A silo sees the same fingerprint by
-    ssh-keygen -l -f NODE_KEY.
+    DIR is the directory of 'gramfuse server start', which must be running. A silo gets the same fingerprint with:
+    ssh-keygen -l -f NODE_KEY
     """
     nodes = Link.of_server(directory).nodes()
     if as_json:
-        found = [
+        entries = [
             {"name": n.name, "status": _status(n.status), "fingerprint": n.fingerprint, "node_id": n.id} for n in nodes
         ]
-        terminal.show_json({"silos": found})
+        terminal.show_json({"silos": entries})
         return
     for node in nodes:
         terminal.say(f"{node.name or node.id:<20} {_status(node.status):<11} {node.fingerprint}")
     if not nodes:
-        terminal.say("none yet; gramfuse server register does it, or the first run of a plan", err=True)
+        terminal.say("none yet; register silos with gramfuse server register, or run a plan", err=True)
 
 
 @server.command()
@@ -138,17 +138,17 @@ def silos(directory: Path, as_json: bool) -> None:
 @click.argument("silo", metavar="SILO")
 @json_option
 def revoke(directory: Path, silo: str, as_json: bool) -> None:
-    """Let a silo connect no more: cut its connection, and never take its node key again.
+    """Disconnect a silo and block its node key permanently.
 
-    SILO is a name or a fingerprint, as 'gramfuse server silos DIR' lists them; the server must be running. To come
-    back the silo needs another node key ('gramfuse pki silo --renew'), in another plan.
+    SILO is a name or a fingerprint, as listed by 'gramfuse server silos DIR'; the server must be running. To return,
+    the silo needs a new node key ('gramfuse pki silo --renew'), in a new plan.
     """
     link = Link.of_server(directory)
     nodes = [node for node in link.nodes() if node.status != UNREGISTERED]
     revoked = [node for node in nodes if silo in (node.name, node.fingerprint)]
     if not revoked:
-        known = ", ".join(sorted({node.name for node in nodes})) or "none"
-        raise PlanError(f"{directory}: no silo {silo!r} is registered; registered: {known}")
+        names = ", ".join(sorted({node.name for node in nodes})) or "none"
+        raise PlanError(f"{directory}: no silo {silo!r} is registered; registered: {names}")
     for node in revoked:
         link.unregister(node)
     fingerprints = [node.fingerprint for node in revoked]
@@ -159,5 +159,5 @@ def revoke(directory: Path, silo: str, as_json: bool) -> None:
         terminal.say(f"revoked {fingerprint}")
 
 
-def _status(word: str) -> str:
-    return "revoked" if word == UNREGISTERED else word
+def _status(status: str) -> str:
+    return "revoked" if status == UNREGISTERED else status

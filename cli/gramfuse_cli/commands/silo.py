@@ -1,4 +1,4 @@
-"""`gramfuse silo`: what a silo's operator does."""
+"""`gramfuse silo`: commands of a silo's operator."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from gramfuse_protocol.secure_sum.keys import KEY_BYTES, Identity
 
 @click.group()
 def silo() -> None:
-    """Take part as a silo: make its keys, check it, start it, see what left it.
+    """Take part as a silo: make its keys, check it, start it, see what it sent.
 
     \b
-    Once, the silo's keys:    gramfuse silo keygen silo.toml
+    Once, make the keys:      gramfuse silo keygen silo.toml
     Before approving a plan:  gramfuse silo check silo.toml --plan plan.toml
     To take part:             gramfuse silo start silo.toml
-    What left, at any time:   gramfuse silo ledger show silo.toml
+    To see what it sent:      gramfuse silo ledger show silo.toml
     After a failure:          gramfuse silo clear silo.toml --plan DIGEST
 
-    A silo file (silo.toml) says what a silo brings and what it allows. It is private to the silo. 'check' is a dry run,
-    and sends nothing of the silo's; do it again before a run. 'start' answers a coordinator for plans that the file
-    approves, until it is stopped. Each message that leaves has a line in the ledger before it leaves.
+    A silo file (silo.toml) says what a silo contributes and what it allows. It is private to the silo. 'check' is a dry
+    run and sends none of the silo's data; repeat it before a run. 'start' answers a coordinator, for plans that the
+    file approves, until you stop it. The silo writes a line into its ledger before each message that it sends.
     """
 
 
@@ -42,20 +42,20 @@ silo.add_command(silo_start.start)
 @click.argument("file", metavar="SILO_TOML", type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @json_option
 def keygen(file: Path, as_json: bool) -> None:
-    """Make the keys by which others know this silo, and print their public halves.
+    """Make the keys that authenticate this silo, and print their public keys.
 
-    There are two: the identity, by which other silos know this one, and the node key, by which the coordinator's Flower
-    does. The private halves go into the files that SILO_TOML names as 'identity' and as 'node-key' of [coordinator] (by
-    default, for north.toml, north.pem and north.key beside it), readable by their owner only. A key that is there
-    already is left alone, since plans name it, and its public half is printed all the same. The public halves go into
-    the plan, as 'public-key' and 'node-key' of this silo's [[silo]]. Hand them over in a way that nobody can tamper
-    with: whoever can put keys of their own into the plan is that silo.
+    There are two: the identity authenticates this silo to other silos, and the node key authenticates it to the
+    coordinator's Flower. The private keys go into the files that SILO_TOML names as 'identity' and as 'node-key' of
+    [coordinator] (by default, for north.toml, north.pem and north.key beside it), readable by their owner only. A key
+    that exists already is not replaced, because plans name it, but its public key is printed too. The public keys go
+    into the plan, as 'public-key' and 'node-key' of this silo's [[silo]]. Hand them over on a channel that nobody can
+    tamper with: anyone who can put their own keys into the plan can pose as this silo.
     """
     from gramfuse_client.silo_file import Silo, write_identity
 
     silo = Silo.read(file)
     has_identity, has_node_key = silo.identity_path.exists(), silo.node_key_path.exists()
-    # The one that is there is read before the other is made, so that nothing is written if it is of no use.
+    # Read the key that exists before making the other, so that nothing is written if it is invalid.
     identity = silo.identity() if has_identity else Identity(secrets.token_bytes(KEY_BYTES))
     node_key = silo.node_key() if has_node_key else make_node_key(silo)[0]
     if not has_identity:
@@ -73,8 +73,8 @@ def keygen(file: Path, as_json: bool) -> None:
             }
         )
         return
-    for path, was_there in ((silo.identity_path, has_identity), (silo.node_key_path, has_node_key)):
-        say(f"private key {'was there already:' if was_there else 'written to'} {path}", err=True)
+    for path, existed in ((silo.identity_path, has_identity), (silo.node_key_path, has_node_key)):
+        say(f"private key {'exists already:' if existed else 'written to'} {path}", err=True)
     say(f"fingerprint of the node key: {fingerprint(node_key)}", err=True)
     lines = (f'name = "{silo.name}"', f'public-key = "{public}"', f'node-key = "{node_key}"')
     say("[[silo]]", *lines, copied=True)

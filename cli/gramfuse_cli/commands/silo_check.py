@@ -1,4 +1,4 @@
-"""`gramfuse silo check`: prints what a silo's dry run found, and what would leave."""
+"""`gramfuse silo check`: prints the findings of a silo's dry run, and what a run would send."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from gramfuse_protocol.errors import CheckError
 if TYPE_CHECKING:
     from gramfuse_client.dry_run.check import DryRun
     from gramfuse_client.dry_run.findings import Finding
-    from gramfuse_client.guard.disclosure import Departure, Leaving, SentArray
+    from gramfuse_client.guard.disclosure import Departure, Disclosure, SentArray
 
 MOST_LINES = 60
-"""Lines of one contribution's table that are still read; with more, those that differ in a number only become one."""
+"""Longest table of one contribution's arrays; in a longer one, arrays that differ only in a number share a row."""
 
 WIDE = 130
-"""Columns from which on what a message says, and to whom, stand side by side."""
+"""Minimum terminal width for showing content, recipient and readers in separate columns."""
 
 COPIED = re.compile(r" *(gramfuse |[a-z-]+ = )")
-"""How a line begins that is a command or a line for a file: with words of ours, and nothing of others follows."""
+"""Matches a command or a line for a file, which users copy. Such a line contains only our own text."""
 
 MARKS = {
     "ok": ("ok", "green"),
@@ -43,40 +43,42 @@ MARKS = {
     "--plan",
     type=click.Path(path_type=Path, exists=True),
     metavar="PLAN",
-    help="The locked plan.toml, or the directory that it and its layout.json are in.  "
+    help="The locked plan.toml, or the directory that holds it and layout.json.  "
     "[default: the plan that this silo joined last]",
 )
-@click.option("--offline", is_flag=True, help="Leave the coordinator alone; what is not looked at counts as well.")
+@click.option(
+    "--offline", is_flag=True, help="Do not contact the coordinator. Skipped checks do not count as problems."
+)
 @click.option(
     "--skip-bad",
     type=click.IntRange(0),
     metavar="N",
-    help="Look on as if skip-bad = N stood in the silo file: up to N bad rows of each source are left out.",
+    help="Check as if the silo file had skip-bad = N: leave out up to N bad rows of each source.",
 )
-@click.option("--all", "complete", is_flag=True, help="List every array that would leave, however many there are.")
+@click.option("--all", "complete", is_flag=True, help="List every array that a run would send, however many.")
 @json_option
 def check(file: Path, plan: Path | None, offline: bool, skip_bad: int | None, complete: bool, as_json: bool) -> None:
-    """Say whether the silo of SILO_TOML is ready for a plan, and exactly what would leave it.
+    """Check whether the silo of SILO_TOML is ready for a plan, and show exactly what a run would send.
 
-    This is a dry run: nothing is trained, nothing is written, and nothing of the silo's data is sent. Do it before you
-    approve a plan, and again before a run.
+    This is a dry run: it trains nothing, writes nothing, and sends nothing of the silo's data. Do it before you approve
+    a plan, and again before a run.
 
     \b
     gramfuse silo check silo.toml --plan plan.toml
 
-    First comes what was looked at, with what to do about each problem: the silo file, the plan against what the file
-    allows, keys, state directory, ledger, data, base model, disk, memory, device, clock, and the connection to the
-    coordinator. Then comes what one run would have leave, message by message: what it is, in what form, how much, to
-    whom, and who could read it.
+    First come the findings, with what to do about each problem: the silo file, the plan against what the file allows,
+    keys, state directory, ledger, data, base model, disk, memory, device, clock, and the connection to the coordinator.
+    Then comes everything that one run would send, message by message: its content, form, size and recipient, and who
+    could read it.
 
-    Ends with 0 only if all is well, else with 19.
+    Exits with 0 if there is no problem, otherwise with 19.
     """
-    from gramfuse_client.dry_run.check import check as look
+    from gramfuse_client.dry_run.check import check as dry_run
 
-    report = look(file, plan, offline=offline, skip_bad=skip_bad, progress=lambda line: say(line, err=True))
+    report = dry_run(file, plan, offline=offline, skip_bad=skip_bad, progress=lambda line: say(line, err=True))
     subjects = [finding.subject for finding in report.findings.problems]
-    many = "1 problem" if len(subjects) == 1 else f"{len(subjects)} problems"
-    error = CheckError(f"{file}: {many}: {', '.join(dict.fromkeys(subjects))}; what to do is said above")
+    count = "1 problem" if len(subjects) == 1 else f"{len(subjects)} problems"
+    error = CheckError(f"{file}: {count}: {', '.join(dict.fromkeys(subjects))}; see above for what to do")
     if as_json:
         show_json(_document(report, error if subjects else None))
     else:
@@ -89,15 +91,15 @@ def check(file: Path, plan: Path | None, offline: bool, skip_bad: int | None, co
 
 
 def _document(report: DryRun, error: CheckError | None) -> dict[str, Any]:
-    """Return all of a report; `error` is there as for any command that fails."""
-    leaving = report.leaving
+    """Return a report as JSON; `error` has the same form as for any command that fails."""
+    disclosure = report.disclosure
     document: dict[str, Any] = {
         "ready": error is None,
         "file": report.file,
         "silo": report.silo,
         "plan": dict(report.plan),
         "findings": [asdict(finding) for finding in report.findings],
-        "leaves": None if leaving is None else {**asdict(leaving), "bytes": leaving.bytes},
+        "leaves": None if disclosure is None else {**asdict(disclosure), "bytes": disclosure.bytes},
     }
     if error is not None:
         document["error"] = {"type": "CheckError", "message": str(error), "exit_code": CheckError.exit_code}
@@ -105,24 +107,22 @@ def _document(report: DryRun, error: CheckError | None) -> dict[str, Any]:
 
 
 def _print(report: DryRun, complete: bool) -> None:
-    say("What was looked at", style="bold")
+    say("Findings", style="bold")
     width = max(len(finding.subject) for finding in report.findings)
     for finding in report.findings:
         _print_finding(finding, width)
-    if report.leaving is None:
+    if report.disclosure is None:
         return
-    leaving, name = report.leaving, report.plan["name"]
+    disclosure, name = report.disclosure, report.plan["name"]
     say("")
-    form = "masked" if leaving.secure else "open"
-    title = (
-        f"What would leave {report.silo} in one run of the plan {name}: {leaving.bytes:,} bytes, contribution {form}"
-    )
+    form = "masked" if disclosure.secure else "open"
+    title = f"What {report.silo} would send in one run of plan {name}: {disclosure.bytes:,} bytes, contribution {form}"
     say(title, style="bold")
-    _messages(leaving, wide=console().width >= WIDE).show()
-    _print_list("Who could read it", leaving.claims)
-    _print_list("What does not leave", leaving.stays)
-    _print_list("Words", [f"{word}: {said}" for word, said in leaving.words.items()])
-    for departure in leaving.departures:
+    _messages(disclosure, wide=console().width >= WIDE).show()
+    _print_list("Who could read it", disclosure.claims)
+    _print_list("What stays here", disclosure.stays)
+    _print_list("Terms", [f"{term}: {meaning}" for term, meaning in disclosure.words.items()])
+    for departure in disclosure.departures:
         if departure.parts:
             _print_parts(departure, complete)
 
@@ -137,35 +137,33 @@ def _print_finding(finding: Finding, width: int) -> None:
         say(indent + line, indent=len(indent), copied=COPIED.match(line) is not None)
 
 
-def _messages(leaving: Leaving, *, wide: bool) -> Table:
+def _messages(disclosure: Disclosure, *, wide: bool) -> Table:
     table = Table(footer=True)
-    table.column("message", "in all")
+    table.column("message", "total")
     table.column("form")
-    table.column("bytes", f"{leaving.bytes:,}", justify="right")
-    for column in (
-        ("what it says", "goes to", "can be read by") if wide else ("what it says, to whom, and who can read it",)
-    ):
+    table.column("bytes", f"{disclosure.bytes:,}", justify="right")
+    for column in ("content", "recipient", "readable by") if wide else ("content, recipient, and who can read it",):
         table.column(column, fold=True)
-    for departure in leaving.departures:
+    for departure in disclosure.departures:
         size = "small" if departure.bytes is None else f"{departure.bytes:,}"
-        said: list[str | tuple[str, ...]] = [departure.what, departure.to, departure.readers]
+        cells: list[str | tuple[str, ...]] = [departure.what, departure.to, departure.readers]
         if not wide:
-            said = [(departure.what, f"to: {departure.to}", f"read by: {departure.readers}")]
-        table.row(departure.phase, departure.form, size, *said)
+            cells = [(departure.what, f"to: {departure.to}", f"readable by: {departure.readers}")]
+        table.row(departure.phase, departure.form, size, *cells)
     return table
 
 
 def _print_parts(departure: Departure, complete: bool) -> None:
-    """List the arrays of one message; those that differ in a number only in one line, if there are too many."""
+    """List the arrays of one message; if there are too many, arrays that differ only in a number share a row."""
     lines = [(part.name, part, 1) for part in departure.parts]
     if len(lines) > MOST_LINES and not complete:
         lines = _alike(departure.parts)
     title = f"In detail: {departure.what.partition(',')[0]}"
     if len(lines) < len(departure.parts):
-        title += f"; arrays that differ in a number only are one line, --all lists all {len(departure.parts)}"
+        title += f"; arrays that differ only in a number share a row, --all lists all {len(departure.parts)}"
     table = Table(title, footer=True)
-    table.column("name", "in all", fold=True)
-    table.column("what it is", fold=True)
+    table.column("name", "total", fold=True)
+    table.column("content", fold=True)
     table.column("shape")
     table.column("type")
     table.column("bytes", f"{sum(part.bytes for part in departure.parts):,}", justify="right")
@@ -177,11 +175,13 @@ def _print_parts(departure: Departure, complete: bool) -> None:
 
 
 def _alike(parts: Iterable[SentArray]) -> list[tuple[str, SentArray, int]]:
-    """Return a line for all parts that are the same but for numbers in their names: `layer.*.weight`, and how many."""
+    """Group parts that differ only in numbers in their names; return each group's name, first part and size."""
     groups: dict[tuple[Any, ...], list[SentArray]] = {}
     for part in parts:
         groups.setdefault((family(part.name), part.dtype, part.shape, part.what), []).append(part)
-    return [(key[0] if len(of) > 1 else of[0].name, of[0], len(of)) for key, of in groups.items()]
+    return [
+        (key[0] if len(members) > 1 else members[0].name, members[0], len(members)) for key, members in groups.items()
+    ]
 
 
 def _print_list(title: str, lines: Iterable[str]) -> None:

@@ -1,4 +1,4 @@
-"""`gramfuse silo ledger`: shows, verifies and copies a silo's egress ledger, and never writes it."""
+"""`gramfuse silo ledger`: shows, verifies and exports a silo's egress ledger; never modifies it."""
 
 from __future__ import annotations
 
@@ -25,33 +25,34 @@ COLUMNS = (
     "number", "time", "silo", "plan", "session", "round", "run", "phase", "kind", "form", "note",
     "item", "dtype", "shape", "bytes", "sha256", "previous", "digest",
 )  # fmt: skip
-"""Of a spreadsheet: those of the line again for each of its items."""
+"""Columns of the CSV: one row for each item, with the columns of its line repeated."""
 
 silo_file = click.argument("file", metavar="SILO_TOML", type=click.Path(path_type=Path, exists=True, dir_okay=False))
 
 
 @click.group()
 def ledger() -> None:
-    """What left this silo: show it, verify it, copy it.
+    """Show, verify or export the record of what this silo sent.
 
-    A silo writes a line into its ledger before each message leaves, with the name, shape, size and SHA-256 of all that
-    the message carries, and the digest of the line before. The ledger is ledger.jsonl in the state directory that
-    SILO_TOML names. These commands read it and write nothing into it.
+    A silo writes a line into its ledger before it sends a message: the name, shape, size and SHA-256 of everything in
+    the message, and the digest of the previous line. The ledger is ledger.jsonl in the state directory that SILO_TOML
+    names. These commands only read it.
     """
 
 
 @ledger.command()
 @silo_file
 @click.option(
-    "--last", type=click.IntRange(1), metavar="N", help="Only the last N lines; all are verified all the same."
+    "--last", type=click.IntRange(1), metavar="N", help="Show only the last N lines; all lines are still verified."
 )
-@click.option("--items", is_flag=True, help="List all that each message carried, with its SHA-256.")
+@click.option("--items", is_flag=True, help="List every item of each message, with its SHA-256.")
 @json_option
 def show(file: Path, last: int | None, items: bool, as_json: bool) -> None:
     """Show the lines of the ledger of SILO_TOML, oldest first.
 
-    'form' says how the content could be read: 'masked' as random words, 'sealed shares' by the silo that each was for,
-    'open' as it is; 'no data' says that the message had nothing but its header. A refusal has its reason as note.
+    'form' says who could read the content: 'masked' is random to anyone, only its recipient can open each of the
+    'sealed shares', and 'open' is readable as it is. A message with 'no data' had only a header. The note of a refusal
+    is its reason.
     """
     source = _ledger(file)
     lines = deque(source.lines(), maxlen=last)
@@ -60,7 +61,7 @@ def show(file: Path, last: int | None, items: bool, as_json: bool) -> None:
         show_json({"ledger": str(source.path), "silo": source.silo, "lines": shown})
         return
     if not lines:
-        say(f"{source.path}: no line yet: nothing left {source.silo}")
+        say(f"{source.path}: no lines yet: {source.silo} has sent nothing")
         return
     table = Table()
     for column in ("", "time (UTC)", "phase", "kind", "form", "bytes", "note"):
@@ -68,11 +69,11 @@ def show(file: Path, last: int | None, items: bool, as_json: bool) -> None:
     for line in lines:
         entry = line.entry
         style = "" if entry.kind == "reply" else "yellow"
-        when = line.time.replace("T", " ").removesuffix("Z")
-        cells = [f"{line.number:,}", when, entry.phase, entry.kind, entry.form, f"{entry.bytes:,}", entry.note]
+        time = line.time.replace("T", " ").removesuffix("Z")
+        cells = [f"{line.number:,}", time, entry.phase, entry.kind, entry.form, f"{entry.bytes:,}", entry.note]
         table.row(*cells, style=style)
         for item in entry.items if items else ():
-            table.row("", "", "", "", f"  {item.name}", f"{item.bytes:,}", _about(item), style="dim")
+            table.row("", "", "", "", f"  {item.name}", f"{item.bytes:,}", _summary(item), style="dim")
     table.show()
 
 
@@ -81,21 +82,21 @@ def show(file: Path, last: int | None, items: bool, as_json: bool) -> None:
 @click.option(
     "--head",
     metavar="DIGEST",
-    help="A head digest that was noted before; the line that has it must still be there.",
+    help="A head digest noted earlier; some line must still have it.",
 )
 @json_option
 def verify(file: Path, head: str | None, as_json: bool) -> None:
-    """Go through the whole ledger of SILO_TOML, and print where its chain of digests ends.
+    """Verify the whole ledger of SILO_TOML, and print the head of its hash chain.
 
-    A line that was changed, removed, inserted or moved is named, with exit code 18. Who can write the silo's files can
-    write the whole ledger anew, though. Against that, note the head digest now and then where they cannot write, and
-    give it as --head later.
+    This names a line that was changed, removed, inserted or moved, and exits with 18. But someone who can write the
+    silo's files can rewrite the whole ledger. To detect that, note the head digest now and then in a place that they
+    cannot write, and give it as --head later.
     """
     if head is not None and not re.fullmatch(r"[0-9a-f]{64}", head):
         raise click.BadParameter("expected 64 hexadecimal digits, as this command prints them", param_hint="--head")
     source = _ledger(file)
     end = source.verify(head)
-    whole = source.path.with_suffix(".head").exists() or not end.number
+    end_is_known = source.path.with_suffix(".head").exists() or not end.number
     if as_json:
         show_json(
             {
@@ -106,17 +107,17 @@ def verify(file: Path, head: str | None, as_json: bool) -> None:
                 "last": end.last or None,
                 "bytes": end.bytes,
                 "head": end.digest,
-                "end_is_known": whole,
+                "end_is_known": end_is_known,
             }
         )
         return
-    say(f"ledger  {source.path}", f"lines   {end.number:,}, which hold together")
+    say(f"ledger  {source.path}", f"lines   {end.number:,}, verified")
     if end.number:
-        say(f"first   {end.first}", f"last    {end.last}", f"bytes   {end.bytes:,} left in all")
+        say(f"first   {end.first}", f"last    {end.last}", f"bytes   {end.bytes:,} sent in all")
         say(f"head    {end.digest}", copied=True)
-        say("Note this digest somewhere this machine cannot write.", err=True)
-    if not whole:
-        say("ledger.head is missing: lines that were cut off at the end are not noticed", err=True)
+        say("Note this digest in a place that this machine cannot write.", err=True)
+    if not end_is_known:
+        say("ledger.head is missing, so lines cut off at the end go unnoticed", err=True)
 
 
 @ledger.command()
@@ -125,30 +126,30 @@ def verify(file: Path, head: str | None, as_json: bool) -> None:
     "--out", type=click.Path(path_type=Path, dir_okay=False), required=True, help="File to make; it must not exist."
 )
 @click.option(
-    "--csv", "as_csv", is_flag=True, help="For a spreadsheet: a row for each item. Otherwise the lines as they are."
+    "--csv", "as_csv", is_flag=True, help="Write CSV for a spreadsheet, one row per item; otherwise copy the lines."
 )
 @json_option
 def export(file: Path, out: Path, as_csv: bool, as_json: bool) -> None:
     """Verify the ledger of SILO_TOML and copy it to a file that only you can read.
 
-    Without --csv the copy is the ledger itself, line by line as it is, so that whoever gets it can follow the chain:
-    each line's 'previous' is the SHA-256 of the line before, without its newline. Neither form holds data of the silo:
-    names, shapes, sizes and digests of what left.
+    Without --csv, the copy has the same lines as the ledger, so its recipient can verify the hash chain: each line's
+    'previous' is the SHA-256 of the previous line, without its newline. Neither form contains the silo's data, only
+    names, shapes, sizes and digests of what it sent.
     """
     source = _ledger(file)
     if os.path.lexists(out):
         raise click.BadParameter(f"{out} exists already; name another file", param_hint="--out")
-    seen: deque[Line] = deque(maxlen=1)
+    last: deque[Line] = deque(maxlen=1)
     plans: dict[str, None] = {}
 
     def lines() -> Iterator[Line]:
         for line in source.lines():
-            seen.append(line)
+            last.append(line)
             plans.update({line.entry.plan: None} if line.entry.plan else {})
             yield line
 
     _write_new(out, _rows(lines()) if as_csv else (line.serialised() for line in lines()))
-    number, digest = (seen[0].number, seen[0].digest) if seen else (0, None)
+    number, digest = (last[0].number, last[0].digest) if last else (0, None)
     if as_json:
         about = {
             "ledger": str(source.path),
@@ -173,13 +174,13 @@ def _ledger(file: Path) -> Ledger:
     return Ledger(silo.ledger, silo.name)
 
 
-def _about(item: Item) -> str:
+def _summary(item: Item) -> str:
     shape = f"{item.dtype} {list(item.shape)}" if item.shape else item.dtype
     return f"{shape} {item.sha256}"
 
 
 def _rows(lines: Iterator[Line]) -> Iterator[bytes]:
-    """Yield a spreadsheet, one row at a time."""
+    """Yield the CSV, one row at a time."""
     yield _row(*COLUMNS)
     for line in lines:
         entry = line.entry
@@ -199,17 +200,17 @@ def _row(*cells: Any) -> bytes:
 
 
 def _cell(value: Any) -> Any:
-    """Return a cell that a spreadsheet takes for text: one that begins with = and the like it would calculate."""
+    """Quote a cell that a spreadsheet would run as a formula, because it begins with = or the like."""
     text = str(value)
     return f"'{text}" if text.lstrip().startswith(("=", "+", "-", "@")) or text.startswith(("\t", "\r")) else value
 
 
 def _write_new(path: Path, chunks: Iterator[bytes]) -> None:
-    """Write a new file, 0600, which is there whole or not at all.
+    """Write a new file with mode 0600, atomically.
 
     Raises:
-        LedgerError: if it cannot be written, or what is to be written cannot be read.
-        BadParameter: if another process made it meanwhile.
+        LedgerError: if it cannot be written, or the ledger cannot be read.
+        BadParameter: if another process has made it meanwhile.
     """
     from gramfuse_protocol.files import replacing
 
@@ -219,4 +220,4 @@ def _write_new(path: Path, chunks: Iterator[bytes]) -> None:
     except FileExistsError:
         raise click.BadParameter(f"{path} exists already; name another file", param_hint="--out") from None
     except OSError as error:
-        raise LedgerError(f"{path}: the copy cannot be written: {error.strerror}; name another place") from None
+        raise LedgerError(f"{path}: cannot write the copy: {error.strerror}; choose another place") from None

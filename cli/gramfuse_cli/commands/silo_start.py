@@ -1,7 +1,7 @@
-"""`gramfuse silo start`: a silo's node, which connects to the coordinator and answers what it asks.
+"""`gramfuse silo start`: runs a silo's node, which connects to the coordinator and answers its requests.
 
-Flower's SuperNode carries messages. For each it has a SuperExec start a worker; the SuperExec is ours, so that nothing
-but the installed gramfuse ever runs (`gramfuse_client.runner`, `gramfuse_client.worker`).
+Flower's SuperNode transports messages. For each message it has a SuperExec start a worker. The SuperExec is our own, so
+that only the installed gramfuse ever runs (`gramfuse_client.runner`, `gramfuse_client.worker`).
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ if TYPE_CHECKING:
 @click.option(
     "--insecure-loopback",
     is_flag=True,
-    help="Without TLS and node key, to a coordinator on this very machine only. To try things out.",
+    help="Connect without TLS and node key, only to a coordinator on this same machine. For trying things out.",
 )
-@click.option("--once", is_flag=True, help="End, with exit code 0, when one exchange is over.")
+@click.option("--once", is_flag=True, help="Exit with 0 when one exchange is over.")
 @json_option
 def start(file: Path, insecure_loopback: bool, once: bool, as_json: bool) -> None:
-    """Connect this silo to its coordinator and answer what it asks, until Ctrl-C or SIGTERM.
+    """Connect this silo to its coordinator and answer its requests, until Ctrl-C or SIGTERM.
 
-    The coordinator's address, its authority's certificate and this silo's node key are in [coordinator] of SILO_TOML.
-    The silo trains and contributes when a coordinator runs a plan whose digest is among its 'approved', within its
-    'limits', and by the gramfuse that is installed here: code that a coordinator sends is never run. Each message that
-    leaves is shown here, and in the ledger. Processes that end are started again. With --json, standard output gets an
-    object at the end: how many replies and refusals left, and how many bytes.
+    [coordinator] of SILO_TOML names the coordinator's address, its authority's certificate and this silo's node key.
+    The silo trains and contributes when the coordinator runs a plan whose digest is listed in 'approved', within
+    [limits]. Only the gramfuse installed here runs, never code that a coordinator sends. Each message that the silo
+    sends is shown here and recorded in the ledger. Processes that end are restarted. With --json, one object is printed
+    at the end: the numbers of replies, refusals and bytes sent.
     """
     from gramfuse_client.silo_file import Silo
     from gramfuse_client.worker import check_flower

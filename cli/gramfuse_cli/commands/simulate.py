@@ -1,4 +1,4 @@
-"""`gramfuse simulate`: a whole exchange on one machine, with Flower's simulation engine."""
+"""`gramfuse simulate`: runs a whole exchange on one machine, with Flower's simulation engine."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def simulate(
     out: Path | None,
     as_json: bool,
 ) -> None:
-    """Run a whole exchange on this machine: all silos of DIR/plan.toml, by Flower's simulation engine.
+    """Run a whole exchange on this machine: all silos of DIR/plan.toml, with Flower's simulation engine.
 
-    Each silo works from its own file (DIR/silos/NAME.toml) as it would in a deployment, but for the approval of the
-    plan, and for its key, which is made for the run. Every silo's own model, their simple average and the RegMean merge
-    are measured on all silos' held-out examples together. With --set, other values can be tried without touching the
-    plan, and with --compare, other ways to put the silos' models or data together are measured too.
+    Each silo works from its own file (DIR/silos/NAME.toml) as it would in a deployment, except that it need not approve
+    the plan, and that its key is made for the run. The silos' own models, their simple average and the RegMean merge
+    are measured on all silos' held-out examples together. Use --set to try other values without changing the plan, and
+    --compare to measure other ways of combining the silos' models or data.
     """
     project = Project.read(directory, options.all_settings(settings, seed, opened=opened))
     run = options.run_path(out, project.plan)

@@ -1,4 +1,4 @@
-"""`gramfuse tune`: α, silo weights, order and influence, chosen on held-out data that are not those of the report."""
+"""`gramfuse tune`: chooses α and silo weights, and tries orders and leave-one-out, on validation examples."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from gramfuse_simulation.tuning import TuningData, Wanted, tune_files
 
 GRID = ",".join(f"{n / 10:g}" for n in range(11))
 
-OF_FILES = ("base", "validation", "test", "text", "text_pair", "image", "label", "labels", "skip_bad")
-OF_PROJECTS = ("compare", "opened", "settings", "seed")
+FILE_OPTIONS = ("base", "validation", "test", "text", "text_pair", "image", "label", "labels", "skip_bad")
+PROJECT_OPTIONS = ("compare", "opened", "settings", "seed")
 
 
 def _grid(_: click.Context, __: click.Parameter, text: str) -> tuple[float, ...]:
@@ -33,7 +33,7 @@ def _grid(_: click.Context, __: click.Parameter, text: str) -> tuple[float, ...]
     except ValueError:
         raise click.BadParameter(f"expected numbers such as {GRID} (got {text!r})") from None
     if not all(0 <= value <= 1 for value in values):
-        raise click.BadParameter(f"every value lies between 0 and 1 (got {text!r})")
+        raise click.BadParameter(f"expected values from 0 to 1 (got {text!r})")
     return tuple(dict.fromkeys(values))
 
 
@@ -50,17 +50,16 @@ def _grid(_: click.Context, __: click.Parameter, text: str) -> tuple[float, ...]
     callback=_grid,
     help="Values to try, each from 0 to 1.",
 )
-@click.option("--weights", is_flag=True, help="Search silo weights too, by doubling and halving one at a time.")
+@click.option("--weights", is_flag=True, help="Also search silo weights, by doubling and halving one at a time.")
 @click.option(
     "--order",
     type=click.Choice(["given", "greedy"]),
-    help="Try merges of the first 1, 2, … silos: in roster order (files: by their names), or each time with the one "
-    "that helps most.",
+    help="Try merges of 1, 2, … silos: in roster order (files: by name), or adding the silo that helps most.",
 )
-@click.option("--influence", is_flag=True, help="Try the merge without each silo.")
-@click.option("--base", metavar="BASE", help="Files: the base model, where it is here. Always needed.")
-@click.option("--validation", metavar="DATA", help="Files: examples to choose by.")
-@click.option("--test", metavar="DATA", help="Files: examples to report on.")
+@click.option("--influence", is_flag=True, help="Try the merge without each silo in turn.")
+@click.option("--base", metavar="BASE", help="Files: the base model on this machine. Required.")
+@click.option("--validation", metavar="DATA", help="Files: examples to choose by. Required.")
+@click.option("--test", metavar="DATA", help="Files: examples to report on. Required.")
 @options.columns
 @row_options("Files: ")
 @compare_option
@@ -89,30 +88,30 @@ def tune(
     as_json: bool,
     **columns: str | None,
 ) -> None:
-    """Choose α, and with --weights the silos' weights, by held-out data that are not those of the report.
+    """Choose α, and with --weights the silos' weights, on validation examples that the report does not use.
 
     \b
     gramfuse tune DIR --open
-    gramfuse tune mine.safetensors yours.safetensors --validation DATA --test DATA -o merged
+    gramfuse tune mine.safetensors yours.safetensors --base BASE --validation DATA --test DATA -o merged
 
-    The first form simulates all silos of DIR/plan.toml; they train once. Merges are ranked on data.validation of each
-    silo file, or, if there is none, on one half of the silo's held-out examples; the report is on the others only, and
-    so are the models of --compare. Needs open mode: a secure sum is of one α.
+    The first form simulates all silos of DIR/plan.toml; they train once. It ranks merges on data.validation of each
+    silo file, or on one half of the silo's held-out examples if the file names none. The report, and the models of
+    --compare, use only the other held-out examples. This needs open mode: a secure sum is made with one α.
 
-    The second is for STATS, files of gramfuse measure. DATA are as in a silo file: .jsonl, .json, .csv, .tsv, .parquet,
-    or hf:NAME[:config][#split].
+    The second form takes STATS, files made by gramfuse measure. DATA is a source as in a silo file: .jsonl, .json,
+    .csv, .tsv, .parquet, or hf:NAME[:config][#split].
 
-    The merge that is chosen is written as the model, and all that was tried is in report.json under "tuning". Orders
-    and influences are for you to read: no silo is left out by itself.
+    The chosen merge is written as the model, and report.json lists everything that was tried under "tuning". Orders and
+    influences are for you to judge: tune never leaves a silo out on its own.
     """
     wanted = Wanted(alphas, weights, order, influence)
-    of_project = len(sources) == 1 and (sources[0].is_dir() or sources[0].name == "plan.toml")
-    for name in OF_FILES if of_project else OF_PROJECTS:
+    is_project = len(sources) == 1 and (sources[0].is_dir() or sources[0].name == "plan.toml")
+    for name in FILE_OPTIONS if is_project else PROJECT_OPTIONS:
         if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
-            spelled = {"opened": "open", "settings": "set"}.get(name, name.replace("_", "-"))
-            what = "statistics files" if of_project else "a project directory"
-            raise click.UsageError(f"--{spelled} is for {what}")
-    if of_project:
+            option = {"opened": "open", "settings": "set"}.get(name, name.replace("_", "-"))
+            expected = "statistics files" if is_project else "a project directory"
+            raise click.UsageError(f"--{option} is for {expected}")
+    if is_project:
         project = Project.read(sources[0], options.all_settings(settings, seed, opened=opened))
         check_tunable(project.plan)
         run = options.run_path(out, project.plan)
@@ -131,7 +130,7 @@ def tune(
         show_json({**report.document(), "run": str(out.absolute())})
         return
     if report.left_out:
-        say(f"{len(report.left_out)} bad rows are left out:", *report.left_out, err=True)
+        say(f"left out {len(report.left_out)} bad rows:", *report.left_out, err=True)
     if report.tuning is not None:
         show_tuning(report.tuning)
     show_models(report, "test examples")
@@ -146,33 +145,33 @@ def _say(line: str) -> None:
 
 
 def check_tunable(plan: Plan) -> None:
-    """Raise PlanError, saying what to do, if merges of a plan cannot be compared with one another."""
+    """Raise PlanError, with what to do, if merges under a plan cannot be compared."""
     if plan.privacy.secure_aggregation:
         raise PlanError(
-            "tune needs each silo's statistics; with privacy.secure-aggregation the coordinator has one sum, of one α "
-            "and one set of weights. Agree on merge.alpha before the run; or, if all of the data may be seen on this "
-            "machine, tune in the clear with --open, and write the α that it finds into the plan"
+            "tune needs each silo's statistics; with privacy.secure-aggregation the coordinator has only a sum, for "
+            "one α and one set of weights. Agree on merge.alpha before the run; or, if this machine may see all data, "
+            "tune in the clear with --open, and write the α that it finds into the plan"
         )
     if plan.privacy.metrics == "none":
         raise PlanError(
-            'tune compares merges by held-out metrics, and privacy.metrics = "none" lets none leave; '
+            'tune compares merges by held-out metrics, but under privacy.metrics = "none" silos send none; '
             "use --set privacy.metrics=sum"
         )
     if plan.merge.rounds > 1:
-        raise PlanError("tune looks at one exchange; use --set merge.rounds=1, and then the α that it finds")
+        raise PlanError("tune works on one exchange; use --set merge.rounds=1, and then the α that it finds")
 
 
 def show_tuning(tuning: Tuning) -> None:
-    """Print what was tried, with the chosen merge marked."""
+    """Print every merge that was tried, with the chosen one marked."""
     metric, chosen = tuning.metric, tuning.chosen
     examples = sum(tuning.examples.values())
-    say(f"Chosen on {examples:,} validation examples, none of which is reported on:")
+    say(f"Chosen on {examples:,} validation examples, which the report does not use:")
     table = Table(plain=False)
     table.column("merge", fold=True)
     table.column(metric, justify="right", fold=True)
     for trial in tuning.alpha:
-        mark = trial.alpha == chosen.alpha and not tuning.weights
-        _row(table, f"α = {trial.alpha:g}", trial.score, mark)
+        is_chosen = trial.alpha == chosen.alpha and not tuning.weights
+        _row(table, f"α = {trial.alpha:g}", trial.score, is_chosen)
     for weighted in tuning.weights:
         text = f"α = {chosen.alpha:g}, " + ", ".join(f"{silo} × {w:g}" for silo, w in weighted.weights.items())
         _row(table, text, weighted.score, weighted.weights == chosen.weights)
@@ -184,6 +183,6 @@ def show_tuning(tuning: Tuning) -> None:
     table.show()
 
 
-def _row(table: Table, what: str, score: float | None, chosen: bool = False) -> None:
-    shown = "-" if score is None else f"{score:.3f}"
-    table.row(f"{what}, chosen" if chosen else what, shown, style="bold" if chosen else "")
+def _row(table: Table, merge: str, score: float | None, chosen: bool = False) -> None:
+    cell = "-" if score is None else f"{score:.3f}"
+    table.row(f"{merge}, chosen" if chosen else merge, cell, style="bold" if chosen else "")

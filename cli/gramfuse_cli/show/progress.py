@@ -1,4 +1,4 @@
-"""What a run looks like on a terminal, and as plain lines where there is none. All of it on standard error."""
+"""Shows a run's progress on standard error: bars on a terminal, plain lines otherwise."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from gramfuse_server.report.page.words import PHASES
 
 
 class RunProgress:
-    """Shows phases as they come, and each silo's training steps while they last.
+    """Shows the phases of a run, and each silo's training steps.
 
     Args:
         silos: names, in roster order.
-        poll: returns the last note of a silo's progress (phase, done, total), or None; only asked while training.
+        poll: returns a silo's latest progress (phase, done, total), or None; called only during training.
     """
 
     def __init__(self, silos: tuple[str, ...], poll: Callable[[str], Mapping[str, Any] | None]) -> None:
@@ -33,13 +33,13 @@ class RunProgress:
         self._progress.stop()
 
     def take(self, event: Mapping[str, Any]) -> None:
-        """Show one event of the exchange."""
+        """Show one event of the run."""
         phase = event["phase"]
         match event["state"]:
             case "start":
                 self.phase = phase
-                which = f" (round {event['round']} of {event['rounds']})" if "round" in event else ""
-                self._say(f"{PHASES[phase]}{which}", "bold")
+                number = f" (round {event['round']} of {event['rounds']})" if "round" in event else ""
+                self._say(f"{PHASES[phase]}{number}", "bold")
                 if phase == "train":
                     self._bars = {s: self._progress.add_task(s, total=None, doing="") for s in self.silos}
             case "silo":
@@ -59,7 +59,7 @@ class RunProgress:
                 self._say(f"  {event['seconds']:.1f} s", "dim")
 
     def refresh(self) -> None:
-        """Look how far the silos are."""
+        """Update the bars with each silo's progress."""
         if self.phase != "train" or not self._progress.console.is_terminal:
             return
         for silo, bar in self._bars.items():

@@ -1,4 +1,4 @@
-"""Shows the report of a run."""
+"""Prints the report of a run."""
 
 from __future__ import annotations
 
@@ -24,10 +24,13 @@ from gramfuse_server.run_directory import PAGE, REPORT
 
 
 def show_report(report: Report, run: Path, as_json: bool) -> None:
-    """Print a report: one JSON object, or a table and how to load the model.
+    """Print a report: one JSON object, or a table and the code that loads the model.
+
+    Args:
+        run: the run directory.
 
     Raises:
-        MergeError: if a check of the merge is bad; then no JSON is printed, and the error names the report.
+        MergeError: if a check of the merge is bad. The error names the report; no JSON is printed.
     """
     if as_json:
         check_sound(report, run)
@@ -38,16 +41,16 @@ def show_report(report: Report, run: Path, as_json: bool) -> None:
     else:
         say(f"No metrics: {report.unmeasured}", style="yellow")
     for lost in report.lost:
-        say(f"Lost on the way: {lost.name}: {lost.reason}", style="yellow")
+        say(f"Lost during the run: {lost.name}: {lost.reason}", style="yellow")
     show_steps(report.solve)
     show_checks(report)
     sent = sum(sum(phases.values()) for phases in report.bytes.values())
-    said = who_sees_what.seen(report.mode, past=True)
-    seen = f"{said[0].upper()}{said[1:]}."
+    seen = who_sees_what.seen(report.mode, past=True)
+    sentence = f"{seen[0].upper()}{seen[1:]}."
     if report.mode == "secure":
-        seen += f" Their keys are {report.identities}."
-    sums = f"{sent / 1e6:.1f} MB in all, in {report.total_seconds:.0f} s"
-    say("", f"{len(report.silos)} silos sent {sums}. {seen}")
+        sentence += f" Their keys are {report.identities}."
+    amount = f"{sent / 1e6:.1f} MB in all, in {report.total_seconds:.0f} s"
+    say("", f"{len(report.silos)} silos sent {amount}. {sentence}")
     say(f"plan    {report.plan_digest}", f"run     {run}", f"report  {run / PAGE}", "", copied=True)
     say_text(_how_to_load(report, run), copied=True)
     check_sound(report, run)
@@ -57,12 +60,12 @@ def check_sound(report: Report, run: Path) -> None:
     """Raise MergeError if a check of the merge is bad.
 
     Args:
-        run: directory of the report.
+        run: the run directory.
     """
     if worst(report.checks) == "bad":
         error = MergeError(
-            f"{run}: {describe_bad(report.checks)}. A silo's training diverged, or a silo did not send what it "
-            "measured; the sum does not say which. The model is there to be looked at, not to be used"
+            f"{run}: {describe_bad(report.checks)}. A silo's training diverged, or a silo did not send what it measured; "
+            "the sum does not show which. Do not use the model; it is kept for inspection only"
         )
         error.report = run / REPORT
         raise error
@@ -76,13 +79,13 @@ def show_checks(report: Report, *, err: bool = False) -> None:
 
 
 def show_models(report: Report, on: str = "held-out examples of all silos together") -> None:
-    """Print the models that were measured, and their metrics; of the rounds before the last, the merges only.
+    """Print all measured models and their metrics; for rounds before the last, only the merged models.
 
     Args:
-        on: what they were measured on.
+        on: the examples that they were measured on.
     """
     earlier, last = report.rounds[:-1], report.rounds[-1].round if report.rounds else 1
-    models = [(model.without_noise, each.round) for each in earlier for model in each.models if model.kind in MERGES]
+    models = [(model.without_noise, entry.round) for entry in earlier for model in entry.models if model.kind in MERGES]
     models += [(model.without_noise, last) for model in report.models]
     measured = models[-1][0]
     about = "about " if measured.privacy is not None else ""
@@ -99,16 +102,16 @@ def show_models(report: Report, on: str = "held-out examples of all silos togeth
         name = name_of(model)
         table.row(f"{name}, round {number}" if earlier and model.kind in MERGES else name, *cells, style=style)
     table.show()
-    if (said := noise(report, ranked_by(report.tasks))) is not None:
-        say(said)
+    if (sentence := noise(report, ranked_by(report.tasks))) is not None:
+        say(sentence)
     for model in report.models:
         if model.note:
             say(f"{model.name}: {model.note}", style="dim")
 
 
 def _spread(model: Measured, title: str) -> str:
-    off = off_by(model, title)
-    return "" if off is None else f" ± {off:.3f}"
+    spread = off_by(model, title)
+    return "" if spread is None else f" ± {spread:.3f}"
 
 
 def _how_to_load(report: Report, run: Path) -> str:
@@ -116,13 +119,13 @@ def _how_to_load(report: Report, run: Path) -> str:
     lines = f'from transformers import {auto}\nmodel = {auto}.from_pretrained("{run / "model"}")'
     if report.head != "own":
         return lines
-    kept = run / "models"
-    where = f"in {kept}" if kept.is_dir() else "at each silo, in 'model' beside its statistics"
-    return f"{lines}  # the body; with each silo's own head it is {where}"
+    models = run / "models"
+    where = f"in {models}" if models.is_dir() else "at each silo, in 'model' beside its statistics"
+    return f"{lines}  # the body; the models with each silo's own head are {where}"
 
 
 def show_steps(steps: Sequence[Step], *, err: bool = False) -> None:
-    """Print how each group was solved for which it was not plain; with `err` on standard error."""
+    """Print each group whose solve was not clean, and how it was solved; with `err`, on standard error."""
     for step in steps:
         if step.outcome != "clean":
             say(f"{step.group}: {explain(step)}", style="yellow", err=err)

@@ -1,1 +1,1 @@
-"""A silo's examples: read, checked, split, and as batches of tensors."""
+"""Reads, checks and splits a silo's examples, and makes batches of tensors."""

@@ -1,4 +1,4 @@
-"""Examples as batches of tensors."""
+"""Encodes examples, and makes batches of tensors."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from gramfuse_protocol.errors import DataError
 
 
 class Encoded(Dataset[dict[str, Any]]):
-    """Examples as a model of a task takes them, unpadded; images are read when they are asked for.
+    """Examples encoded for a model, unpadded. Images are read lazily.
 
-    A row has the tokenizer's or image processor's arrays, and `labels`: what is to be learned, as the kind of task has
-    it (`gramfuse_client.tasks`), or None, where the examples have no labels. For `token-classification`, a row has
-    `words` too: for each word, whether it has a label among the tokens, and its tag. A word has none that `max_length`
-    cuts, or that the tokenizer makes nothing of, as of U+200B.
+    A row has the arrays of the tokenizer or image processor, and `labels`: the training target in the form of the kind
+    of task (`gramfuse_client.tasks`), or None if the examples have no labels. For `token-classification`, a row also
+    has `words`: for each word, whether it has a token, and its tag. A word has no token if `max_length` cuts it off, or
+    if the tokenizer drops all its characters, such as U+200B.
 
     Args:
-        tokenizer: `gramfuse_model.loading.base_model.Base.tokenizer`: for images, the image processor.
-        task: the silo's own.
+        tokenizer: `gramfuse_model.loading.base_model.Base.tokenizer`; for images, the image processor.
+        task: the silo's task.
     """
 
     def __init__(self, examples: Examples, tokenizer: Any, task: Task) -> None:
@@ -48,19 +48,18 @@ class Encoded(Dataset[dict[str, Any]]):
         return self.kind.encode_one(self.examples, index, self.tokenizer)
 
     def check_learnable(self) -> None:
-        """Raise DataError if there is nothing to learn from an example: of a batch of such, the loss is no number."""
-        if empty := self.kind.unlearnable(self.rows or ()):
-            what = self.kind.nothing_to_learn
-            raise DataError(f"{empty:,} of {len(self):,} {what}; leave them out")
+        """Raise DataError if an example has nothing to learn: a batch of only such examples has loss NaN."""
+        if count := self.kind.unlearnable(self.rows or ()):
+            raise DataError(f"{count:,} of {len(self):,} {self.kind.nothing_to_learn}; leave them out")
 
     def lengths(self) -> list[int]:
-        """Return the number of tokens of each example; images are all of one size."""
+        """Return each example's number of tokens; 1 for images, which all have the same size."""
         return [1] * len(self) if self.rows is None else [len(row["input_ids"]) for row in self.rows]
 
     def collate(self, rows: Sequence[Mapping[str, Any]]) -> Batch:
-        """Return rows as one batch: texts padded on the side that the tokenizer has, targets at their end.
+        """Return rows as one batch: texts padded on the tokenizer's side, targets padded on the right.
 
-        For `sequence-to-sequence`, there is a `decoder_attention_mask` too.
+        For `sequence-to-sequence`, the batch also has a `decoder_attention_mask`.
         """
         batch = self.kind.inputs([{k: v for k, v in row.items() if k not in ANSWERS} for row in rows], self.tokenizer)
         labels = [row["labels"] for row in rows]
@@ -68,33 +67,36 @@ class Encoded(Dataset[dict[str, Any]]):
 
 
 def pooled(parts: Sequence[Encoded]) -> Encoded:
-    """Return the examples of several silos together, one silo after the other; all have one task, but for labels that
-    one of them does not annotate (`multi-label`).
+    """Concatenate the examples of several silos.
+
+    Args:
+        parts: of one task, but silos may annotate different labels (`multi-label`).
     """
-    whole = copy.copy(parts[0])
+    pool = copy.copy(parts[0])
     examples = [part.examples for part in parts]
     pairs = [pair for each in examples for pair in each.pairs or ()]
-    whole.examples = Examples(
-        [given for each in examples for given in each.inputs],
+    pool.examples = Examples(
+        [item for each in examples for item in each.inputs],
         pairs or None,
         [label for each in examples for label in each.labels],
     )
-    whole.rows = None if parts[0].rows is None else [row for part in parts for row in part.rows or ()]
-    return whole
+    pool.rows = None if parts[0].rows is None else [row for part in parts for row in part.rows or ()]
+    return pool
 
 
 def batches(
     encoded: Encoded, size: int, device: torch.device, *, by_length: bool = False, seed: int | None = None
 ) -> Iterator[Batch]:
-    """Yield padded batches, with what is to be predicted: `labels`, and for `token-classification` `words`.
+    """Yield padded batches, including the targets `labels`, and for `token-classification` `words`.
 
-    `words` is (batch, words, 2), IGNORED behind an example's last word: as rows of `Encoded` have it.
+    `words` is (batch, words, 2), in the form of the rows of `Encoded`, and IGNORED after an example's last word.
 
     Args:
-        by_length: sort by length, which saves padding; otherwise in the order of the examples.
-        seed: draw an order by it, so that the first examples stand for all.
+        size: examples in a batch.
+        by_length: sort by length, which saves padding; otherwise keep the order.
+        seed: shuffle with this seed, so that the first examples are a random sample; None keeps the order.
     """
-    order = drawn(len(encoded), seed)
+    order = batch_order(len(encoded), seed)
     if by_length:
         order.sort(key=encoded.lengths().__getitem__)
     for start in range(0, len(order), size):
@@ -106,8 +108,8 @@ def batches(
         yield {key: value.to(device) for key, value in batch.items()}
 
 
-def drawn(count: int, seed: int | None) -> list[int]:
-    """Return the order in which so many examples are in batches that are not sorted by length."""
+def batch_order(count: int, seed: int | None) -> list[int]:
+    """Return the order of `count` examples in batches that are not sorted by length; None does not shuffle."""
     order = list(range(count))
     if seed is not None:
         random.Random(seed).shuffle(order)  # noqa: S311  # a sample, not a secret

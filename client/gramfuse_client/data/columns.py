@@ -1,7 +1,7 @@
-"""What kinds of task have in common in how they read a row of a silo's data.
+"""Reads columns of a row of a silo's data, for all kinds of task.
 
-A label that is a whole number is known by its digits, 1.0 by those of 1. Whatever else is no text (nothing, NaN, true)
-is no label. Where a format has no lists, as CSV, they are written as in JSON: `["a", "b"]`.
+A label that is a whole number is identified by its digits; 1.0 is the same as 1. Any other value that is not text
+(None, NaN, true) is not a label. In a format without lists, such as CSV, lists are written as JSON: `["a", "b"]`.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from gramfuse_protocol.errors import DataError
 from gramfuse_protocol.text import listed, quoted
 
 WHOLE = re.compile(r"-?[0-9]+\.0+")
-"""A whole number as tables write it whose column has gaps."""
+"""Matches a whole number written as a float, as in tables whose column has gaps."""
 
 Input = str | tuple[str, ...] | Path | bytes
-"""A text; words; an image, as a file or as what is in one."""
+"""A text; words; an image, as a file or as the bytes of one."""
 
 Label = int | float | tuple[int, ...] | str | None
-"""Index of a label; a number; indices of labels, or of a tag for each word; a target text; nothing."""
+"""The index of a label; a number; indices of labels, or of each word's tag; a target text; or no label."""
 
 
 @dataclass(frozen=True)
 class Reader:
-    """Reads what is in the rows of one source; all methods raise DataError, which names the row and what was expected.
+    """Reads the rows of one source. All methods raise DataError, naming the row and what was expected.
 
     Args:
-        columns: which of them count.
-        task: of the examples.
-        known: index of each label by what the data call it.
-        folder: where paths of images start.
-        words: what errors call settings.
-        labelled: whether each row must have a label; one that is an input of the model it must have in any case.
+        columns: names of the columns to use.
+        task: the examples' task.
+        known: index of each label by its name in the data.
+        folder: paths of images start here.
+        words: names of settings in errors.
+        labelled: whether each row must have a label. A label that is an input of the model is always required.
     """
 
     columns: Data
@@ -51,10 +51,10 @@ class Reader:
     labelled: bool
 
     def value(self, row: Row, column: str, where: str) -> Any:
-        """Return what a row has in a column.
+        """Return a row's value in a column.
 
         Args:
-            where: the file and the line, for errors.
+            where: file and line, for errors.
         """
         if column not in row:
             raise DataError(
@@ -63,7 +63,7 @@ class Reader:
         return row[column]
 
     def text(self, row: Row, column: str, where: str) -> str:
-        """Return the text in a column."""
+        """Return a row's text in a column."""
         value = self.value(row, column, where)
         if not isinstance(value, str) or not value.strip():
             raise DataError(f"{where}: column {column!r} must hold text, found {quoted(value)}")
@@ -76,25 +76,27 @@ class Reader:
         if name is None:
             raise DataError(
                 f"{where}: a label must be text or a whole number, found {quoted(value)}; write it as text, or leave "
-                "the row out. The datasets library makes None of NA, null and empty fields of CSV, and True of true: "
-                "name the .csv file itself to have them as they are"
+                "the row out. The datasets library reads NA, null and empty fields of CSV as None, and true as True: "
+                "name the .csv file itself to read them as text"
             )
         if name not in known and name not in labels and WHOLE.fullmatch(name):
             name = name.partition(".")[0]
         index = known.get(name)
         if index is not None:
             return index
-        few = listed(known, 20)
+        names = listed(known, 20)
         if name in labels:
             raise DataError(
-                f"{where}: label {quoted(value)} is not among those {self.words.annotated} ({few}); "
+                f"{where}: label {quoted(value)} is not among those {self.words.annotated} ({names}); "
                 f"{self.words.foreign}"
             )
-        raise DataError(f"{where}: unknown label {quoted(value)}; {self.words.labels} are {few}. {self.words.unknown}")
+        raise DataError(
+            f"{where}: unknown label {quoted(value)}; {self.words.labels} are {names}. {self.words.unknown}"
+        )
 
 
 def unpacked(value: Any) -> Any:
-    """Return the list that a text holds as JSON, and any other value as it is."""
+    """Parse a text that holds a JSON list; return any other value unchanged."""
     if not isinstance(value, str) or not value.lstrip().startswith("["):
         return value
     try:
@@ -104,13 +106,15 @@ def unpacked(value: Any) -> Any:
 
 
 def check_characters(text: str, column: str, where: str) -> None:
-    """Raise DataError if a text holds what no text is made of."""
+    """Raise DataError if a text holds an unpaired surrogate."""
     if any("\ud800" <= character <= "\udfff" for character in text):
-        raise DataError(f"{where}: column {column!r} holds half of a surrogate pair, which is no text: {quoted(text)}")
+        raise DataError(
+            f"{where}: column {column!r} holds half of a surrogate pair, which is not valid text: {quoted(text)}"
+        )
 
 
 def _name(value: Any) -> str | None:
-    """Return what a label is called; None if it is none."""
+    """Return a label's name; None if the value is not a label."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     return str(value) if isinstance(value, str | int) and not isinstance(value, bool) and value != "" else None

@@ -1,9 +1,9 @@
-"""Tables as text: a header and rows, with fields between delimiters.
+"""Reads delimited text: a header and rows of fields.
 
-In a .csv file a field that begins with a quotation mark ends with the next single one; that is what CSV means. Between
-tabs or bars people write that as well as text with quotation marks of its own, and a sentence that begins with one
-would swallow all rows up to the next. So such a file is read in both ways. Where they differ, it must be plain which
-way was meant, by what no writer does who means the other; or else the file is refused.
+In CSV, a field that begins with a quotation mark ends at the next single one. Tab- and bar-separated files may follow
+that rule, or may contain quotation marks as plain text; then a field that begins with one would swallow all rows up to
+the next. So such a file is parsed both ways. If the results differ, the file must contain something that only one kind
+of writer produces; otherwise it is refused.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ from gramfuse_protocol.errors import DataError
 from gramfuse_protocol.text import listed
 
 DELIMITERS = ",;\t|"
-"""What may stand between the fields of a .csv file; of two that fit alike, the first."""
+"""Possible delimiters of a .csv file; if two fit equally well, the first is used."""
 
 QUOTING = ",;"
-"""Delimiters with which quotation marks are those of CSV."""
+"""Delimiters with which quotation marks follow the CSV rule."""
 
 LONGEST_FIELD = 2**31 - 1
-"""Most characters of a field in CSV."""
+"""Maximum number of characters in a CSV field."""
 
 LONGEST_HEADER = 2**16
-"""So many characters are looked at for the delimiter."""
+"""Number of characters to examine for the delimiter."""
 
 SPREADSHEET = re.compile(r"sep=([^\r\n\"])(?:\r\n|\r|\n|\Z)", re.IGNORECASE)
-"""A line before the header that tells a spreadsheet the delimiter."""
+"""Matches a line before the header that tells spreadsheets the delimiter."""
 
 WHOLE = re.compile(r'"(?:[^"\\]|""|\\.)*"', re.DOTALL)
-"""A field in quotation marks with those inside doubled, or after a backslash."""
+"""Matches a field in quotation marks, with inner ones doubled or after a backslash."""
 
 INSIDE = re.compile(r'""|\\"')
-"""A quotation mark inside of such a field."""
+"""Matches a quotation mark inside such a field."""
 
 
 class _Record(NamedTuple):
-    """A row: its first and its last line, from 1 on, and its fields."""
+    """A row: its first and last line, counted from 1, and its fields."""
 
     first: int
     last: int
@@ -49,12 +49,12 @@ class _Record(NamedTuple):
 
 
 class _Reading(NamedTuple):
-    """A table as it is in one of the two ways.
+    """The result of parsing a table in one of the two ways.
 
     Args:
-        records: all rows, the header first; blank lines are none.
-        error: why there are no further ones, if so.
-        line: where that is.
+        records: all rows, starting with the header; without blank lines.
+        error: why parsing stopped, if it did.
+        line: the line at which it stopped.
     """
 
     records: list[_Record]
@@ -65,23 +65,23 @@ class _Reading(NamedTuple):
 def delimited(
     path: Path, text: str, delimiters: str, columns: Collection[str]
 ) -> Iterator[tuple[str, dict[str, str] | DataError]]:
-    """Yield the rows of a table.
+    """Yield (file and line, row) for the rows of a table; a row with a wrong number of fields is a DataError.
 
     Args:
-        path: of the file, for errors.
-        delimiters: that may be; a first line as spreadsheets have it (`sep=;`) goes before.
-        columns: names that are looked for, by which the delimiter is told.
+        path: the file, for errors.
+        delimiters: the possible delimiters; a spreadsheet's first line (`sep=;`) overrides them.
+        columns: names of wanted columns, which decide between delimiters.
 
     Raises:
-        DataError: naming the line, if it is no table, or can be read in two ways.
+        DataError: naming the line, if the text is not a table, or is ambiguous.
     """
-    told = SPREADSHEET.match(text)
-    before = csv.field_size_limit(LONGEST_FIELD)  # one for the whole process
+    sep = SPREADSHEET.match(text)
+    limit = csv.field_size_limit(LONGEST_FIELD)  # a setting of the whole process
     try:
-        delimiter = told[1] if told else _delimiter(text[:LONGEST_HEADER], delimiters, columns)
-        records = _records(path, text[told.end() :] if told else text, 1 if told is None else 2, delimiter)
+        delimiter = sep[1] if sep else _delimiter(text[:LONGEST_HEADER], delimiters, columns)
+        records = _records(path, text[sep.end() :] if sep else text, 1 if sep is None else 2, delimiter)
     finally:
-        csv.field_size_limit(before)
+        csv.field_size_limit(limit)
     header = records[0].fields if records else []
     twice = sorted({name for name in header if header.count(name) > 1 and name in columns})
     if twice:
@@ -89,13 +89,13 @@ def delimited(
     for record in records[1:]:
         where = f"{path}:{record.last}"
         if len(record.fields) != len(header):
-            yield where, DataError(f"{where}: has not as many fields as the header's {len(header)}")
+            yield where, DataError(f"{where}: has {len(record.fields)} fields, but the header has {len(header)}")
         else:
             yield where, dict(zip(header, record.fields, strict=True))
 
 
 def _delimiter(text: str, delimiters: str, columns: Collection[str]) -> str:
-    """Return the delimiter by which the header has most of the columns, or else most fields."""
+    """Return the delimiter that gives the header most wanted columns; of a tie, the one that gives most fields."""
 
     def fit(delimiter: str) -> tuple[int, int]:
         header = next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter), [])
@@ -105,7 +105,7 @@ def _delimiter(text: str, delimiters: str, columns: Collection[str]) -> str:
 
 
 def _parse(text: str, line: int, delimiter: str, *, quoted: bool) -> _Reading:
-    """Read a table in one way; its first line has the number `line`."""
+    """Parse a table, with or without the CSV rule for quotation marks; its first line has the number `line`."""
     reader = csv.reader(
         io.StringIO(text, newline=""),
         delimiter=delimiter,
@@ -126,7 +126,7 @@ def _parse(text: str, line: int, delimiter: str, *, quoted: bool) -> _Reading:
 
 
 def _records(path: Path, text: str, line: int, delimiter: str) -> Sequence[_Record]:
-    """Return the rows in the way that was meant."""
+    """Return the rows, parsed in the way that the writer meant."""
     quoted = _parse(text, line, delimiter, quoted=True)
     plain = _parse(text, line, delimiter, quoted=False) if '"' in text else quoted
     if quoted == plain:
@@ -140,14 +140,14 @@ def _records(path: Path, text: str, line: int, delimiter: str) -> Sequence[_Reco
     if delimiter not in QUOTING and _fits(plain) and surely_text:
         return plain.records
     raise DataError(
-        f"{path}:{_difference(quoted, plain)}: quotation marks can be read here as those of CSV, around a field, or as "
-        "part of the text, and nothing says which is meant; write the file as .jsonl, or put all fields in quotation "
-        "marks, the header's too (in Python: csv.QUOTE_ALL)"
+        f"{path}:{_difference(quoted, plain)}: quotation marks here could enclose a field, as in CSV, or be part of "
+        "the text; write the file as .jsonl, or put all fields in quotation marks, including the header's (in Python: "
+        "csv.QUOTE_ALL)"
     )
 
 
 def _is_csv(quoted: _Reading, plain: _Reading, delimiter: str) -> bool:
-    """Whether quotation marks are those of CSV for certain."""
+    """Return whether quotation marks certainly follow the CSV rule."""
     if delimiter in QUOTING:
         several = _fits(plain) and _is_filled(quoted, plain) and _joins(quoted, delimiter)
         return bool(quoted.error) or _is_marked(plain) or not several
@@ -157,31 +157,31 @@ def _is_csv(quoted: _Reading, plain: _Reading, delimiter: str) -> bool:
 
 
 def _fits(plain: _Reading) -> bool:
-    """Whether each line has as many fields as the header, if quotation marks are text."""
+    """Return whether each line has as many fields as the header, if quotation marks are text."""
     return all(len(record.fields) == len(plain.records[0].fields) for record in plain.records)
 
 
 def _is_marked(plain: _Reading) -> bool:
-    """Whether a field in quotation marks has others inside as CSV writers have them."""
+    """Return whether a quoted field has inner quotation marks escaped the way CSV writers do."""
     fields = (field for record in plain.records for field in record.fields)
     return any(WHOLE.fullmatch(field) and INSIDE.search(field, 1, len(field) - 1) for field in fields)
 
 
 def _is_enclosed(plain: _Reading) -> bool:
-    """Whether all of a column is in quotation marks."""
+    """Return whether every field of some column is in quotation marks."""
     columns = zip(*(record.fields for record in plain.records[1:]), strict=False)
     return any(all(map(WHOLE.fullmatch, column)) for column in columns)
 
 
 def _is_text(quoted: _Reading, plain: _Reading, delimiter: str) -> bool:
-    """Whether there are quotation marks that no CSV writer makes, or a row over lines that is likely to be several."""
+    """Return whether quotation marks are used as no CSV writer would, or a multi-line row is likely several rows."""
     fields = len(quoted.records[0].fields)
     torn = any(record.first < record.last and len(record.fields) != fields for record in quoted.records)
     return bool(quoted.error) or torn or _joins(quoted, delimiter) or _has_bare(quoted, plain)
 
 
 def _joins(quoted: _Reading, delimiter: str) -> bool:
-    """Whether a field holds a delimiter and the end of a line, as if rows had been swallowed."""
+    """Return whether a field holds a delimiter and a line break, as if it had swallowed rows."""
     return any(
         delimiter in field and ("\n" in field or "\r" in field)
         for record in quoted.records
@@ -191,13 +191,13 @@ def _joins(quoted: _Reading, delimiter: str) -> bool:
 
 
 def _is_filled(quoted: _Reading, plain: _Reading) -> bool:
-    """Whether no field of the lines that one row takes up is empty, as after `"Dear all,`, if they are several."""
+    """Return whether the lines of each multi-line row, split as text, have no empty field (as after `"Dear all,`)."""
     lines = {number for record in quoted.records for number in range(record.first, record.last)}
     return all(all(record.fields) for record in plain.records if record.last in lines)
 
 
 def _has_bare(quoted: _Reading, plain: _Reading) -> bool:
-    """Whether there is a quotation mark in a field that is in none."""
+    """Return whether an unquoted field contains a quotation mark."""
     as_text = {record.last: record.fields for record in plain.records}
     return any(
         '"' in field and field == as_text[record.last][number]
@@ -208,7 +208,7 @@ def _has_bare(quoted: _Reading, plain: _Reading) -> bool:
 
 
 def _is_needed(quoted: _Reading, plain: _Reading) -> bool:
-    """Whether a row has the header's fields only if quotation marks are those of CSV."""
+    """Return whether a row has as many fields as the header only under the CSV rule."""
     as_text = {record.last: len(record.fields) for record in plain.records}
     fields = len(quoted.records[0].fields)
     return any(
@@ -218,7 +218,7 @@ def _is_needed(quoted: _Reading, plain: _Reading) -> bool:
 
 
 def _difference(quoted: _Reading, plain: _Reading) -> int:
-    """Return the first line that the two ways do not have alike."""
+    """Return the first line at which the two readings differ."""
     for one, other in zip(quoted.records, plain.records, strict=False):
         if one != other:
             return one.first

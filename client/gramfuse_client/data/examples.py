@@ -1,8 +1,7 @@
-"""A silo's examples: read, checked against the task, split.
+"""Reads a silo's examples, checks them against the task, and splits them.
 
-What the columns of a source hold (`text`, `text-pair`, `image`, `label`, as [data] names them), the file of each kind
-of task in `gramfuse_client.tasks` says. Rows that do not fit are all counted; `skip-bad` of [data] says how many may be
-left out.
+The file of each kind of task in `gramfuse_client.tasks` defines what its columns contain (`text`, `text-pair`, `image`,
+`label`, as named in [data]). All bad rows are counted; `skip-bad` of [data] is the number to leave out at most.
 """
 
 from __future__ import annotations
@@ -24,10 +23,10 @@ from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.errors import DataError
 
 HALF = 0.5
-"""Share of the held-out examples that is set aside for validation, where the silo file does not say."""
+"""Default share of the held-out examples that is set aside for validation."""
 
 SHOWN = 5
-"""Of so many bad rows a message says what is wrong with each."""
+"""Number of bad rows that an error describes."""
 
 NUMBER = re.compile(r"-?[0-9]+")
 
@@ -37,11 +36,11 @@ class Examples:
     """Examples of one task.
 
     Args:
-        inputs: what is given of each example: all of one type.
-        pairs: the second text of each, or None.
-        labels: what is to be learned of each: all of one type; None of each where that is not known, or there is none.
-        left_out: what is wrong with each row of the source that was left out.
-        numbers: of each example's row or line in the source; nothing if there is no source.
+        inputs: each example's input; all of one type.
+        pairs: each example's second text, or None.
+        labels: each example's label; all of one type, or all None if they are unknown or the task has none.
+        left_out: describes each bad row of the source that was left out.
+        numbers: each example's row or line number in the source; empty without a source.
     """
 
     inputs: Sequence[Input]
@@ -64,33 +63,33 @@ class Examples:
         )
 
     @property
-    def given(self) -> list[tuple[str | tuple[str, ...], str | None]]:
-        """What tells an example's input from others."""
-        return [(_stated(one), None if self.pairs is None else self.pairs[i]) for i, one in enumerate(self.inputs)]
+    def input_keys(self) -> list[tuple[str | tuple[str, ...], str | None]]:
+        """Each example's input as a hashable key, with its second text; an image is the SHA-256 of its file."""
+        return [(_key(each), None if self.pairs is None else self.pairs[i]) for i, each in enumerate(self.inputs)]
 
     @property
     def digest(self) -> str:
-        """SHA-256 over all examples in order; tells whether a silo's data changed. It stays at the silo."""
+        """SHA-256 over all examples in order, to detect changes of a silo's data. It never leaves the silo."""
         hasher = hashlib.sha256()
-        for i, given in enumerate(self.inputs):
-            row = [_stated(given), None if self.pairs is None else self.pairs[i], self.labels[i]]
+        for i, each in enumerate(self.inputs):
+            row = [_key(each), None if self.pairs is None else self.pairs[i], self.labels[i]]
             hasher.update(json.dumps(row, ensure_ascii=False).encode() + b"\n")
         return hasher.hexdigest()
 
 
-def _stated(given: Input) -> str | tuple[str, ...]:
-    """Return what an example's input is to its digest: an image is what is in its file."""
-    if isinstance(given, Path):
-        given = given.read_bytes()
-    return hashlib.sha256(given).hexdigest() if isinstance(given, bytes) else given
+def _key(value: Input) -> str | tuple[str, ...]:
+    """Return an input itself, or the SHA-256 of an image's file."""
+    if isinstance(value, Path):
+        value = value.read_bytes()
+    return hashlib.sha256(value).hexdigest() if isinstance(value, bytes) else value
 
 
 def load(silo: Silo, task: Task, names: Mapping[str, int] | None = None) -> tuple[Examples, Examples]:
-    """Return a silo's training and held-out examples; what is set aside for `gramfuse tune` is in neither.
+    """Return a silo's training and held-out examples, without those set aside for `gramfuse tune`.
 
     Args:
-        task: the silo's own (`gramfuse_protocol.contract.plan.Plan.task_of`).
-        names: index of each label by what the data call it; by default by the task's names.
+        task: the silo's task (`gramfuse_protocol.contract.plan.Plan.task_of`).
+        names: index of each label by its name in the data; by default the task's names.
 
     Raises:
         DataError: naming the file, the line and what was expected.
@@ -103,16 +102,15 @@ def load(silo: Silo, task: Task, names: Mapping[str, int] | None = None) -> tupl
 
 
 def load_validation(silo: Silo, task: Task, names: Mapping[str, int] | None = None) -> Examples:
-    """Return the examples that `gramfuse tune` chooses by: as `data.validation` says, half of the held-out ones if not.
+    """Return the validation examples for `gramfuse tune`: from `data.validation`, by default half of the held-out ones.
 
-    What a model was trained on or is reported on tells nothing, so examples whose input is also a training or a
-    held-out example's are left out.
+    Examples whose input also occurs among the training or the remaining held-out examples are left out.
 
     Args:
-        task, names: as `load` has them.
+        task, names: as for `load`.
 
     Raises:
-        DataError: as `load`, and if nothing is left.
+        DataError: as for `load`, and if no example is left.
     """
     train, held_out = _train_and_held_out(silo, task, names)
     source = silo.file.data.validation
@@ -120,37 +118,37 @@ def load_validation(silo: Silo, task: Task, names: Mapping[str, int] | None = No
         validation = _read(source, silo, task, names)
     else:
         held_out, validation = _set_aside(held_out, HALF if source is None else source, silo, "validation")
-    known = {*train.given, *held_out.given}
-    left = validation.take([i for i, given in enumerate(validation.given) if given not in known])
-    if not left:
+    used = {*train.input_keys, *held_out.input_keys}
+    unused = validation.take([i for i, key in enumerate(validation.input_keys) if key not in used])
+    if not unused:
         raise DataError(silo.words.validation.format(path=silo.path, count=len(validation)))
-    return left
+    return unused
 
 
 def load_training(silo: Silo, task: Task, names: Mapping[str, int] | None = None) -> Examples:
-    """Return all examples of `data.train`, those that are set aside of it too; takes and raises what `load` does."""
+    """Return all examples of `data.train`, including those set aside. Arguments and errors are those of `load`."""
     return _read(silo.file.data.train, silo, task, names)
 
 
 def left_out(train: Examples, held_out: Examples) -> tuple[str, ...]:
-    """Return what is wrong with each row that was left out; those of one source once."""
+    """Return a description of each bad row that was left out, once for each source."""
     return (*train.left_out, *(() if held_out.left_out is train.left_out else held_out.left_out))
 
 
 def load_measured(silo: Silo, task: Task, names: Sequence[str] = (), *, labelled: bool = False) -> Examples:
-    """Return all examples of `data.train`, for statistics of a model that was fine-tuned on them.
+    """Return all examples of `data.train`, to measure a model that was fine-tuned on them.
 
-    Statistics need no labels, except as the inputs of a decoder (`sequence-to-sequence`), so all others are None. A
-    label that is there must be one of the model's all the same, or the data are not the model's: by name, or by the
-    number of the model's output where no name is a number itself.
+    Statistics need labels only as inputs of a decoder (`sequence-to-sequence`), so all other labels are dropped. But a
+    label that is present must be one of the model's, or the data are not the model's: by name, or by index if no name
+    is a number itself.
 
     Args:
-        task: of the model.
-        names: what the data call the model's outputs, in their order; by default as the task does.
+        task: the model's task.
+        names: names of the model's outputs in the data, in order; by default the task's.
         labelled: whether each row must have a label.
 
     Raises:
-        DataError: as `load`.
+        DataError: as for `load`.
     """
     examples = _read(silo.file.data.train, silo, task, outputs(task, names), labelled=labelled)
     if at_silo(task).label_is_input:
@@ -159,16 +157,16 @@ def load_measured(silo: Silo, task: Task, names: Sequence[str] = (), *, labelled
 
 
 def outputs(task: Task, names: Sequence[str] = ()) -> dict[str, int]:
-    """Return the outputs of a task's model by what data call them: a name, or a number where no name is one itself.
+    """Return the index of each output of a task's model by its names in the data, and by number if no name is a number.
 
     Args:
-        names: of the outputs, in their order; by default the task's.
+        names: names of the outputs, in order; by default the task's.
     """
     names = names or task.labels
-    known = {name: index for index, name in enumerate(names)}
+    indices = {name: index for index, name in enumerate(names)}
     if not any(NUMBER.fullmatch(name) for name in names):
-        known |= {str(index): index for index in range(len(names))}
-    return {name: index for name, index in known.items() if index in task.annotated}
+        indices |= {str(index): index for index in range(len(names))}
+    return {name: index for name, index in indices.items() if index in task.annotated}
 
 
 def _train_and_held_out(silo: Silo, task: Task, names: Mapping[str, int] | None) -> tuple[Examples, Examples]:
@@ -179,16 +177,17 @@ def _train_and_held_out(silo: Silo, task: Task, names: Mapping[str, int] | None)
 
 
 def _set_aside(examples: Examples, fraction: float, silo: Silo, key: str) -> tuple[Examples, Examples]:
-    """Return the examples that stay and those that are set aside, drawn by `data.split-seed`; both in order.
+    """Split examples randomly by `data.split-seed`, and return those that stay and those set aside, both in order.
 
     Args:
-        key: where the silo file says how many, for the error.
+        fraction: share to set aside.
+        key: the key of [data] with the fraction, for the error.
     """
     order = list(range(len(examples)))
     random.Random(silo.file.data.split_seed).shuffle(order)  # noqa: S311  # a split, not a secret
     aside = max(1, round(fraction * len(examples)))
     if aside >= len(examples):
-        raise DataError(f"{silo.path}: data.{key} = {fraction} leaves nothing of {len(examples)} examples")
+        raise DataError(f"{silo.path}: data.{key} = {fraction} leaves none of the {len(examples)} examples")
     return examples.take(sorted(order[aside:])), examples.take(sorted(order[:aside]))
 
 
@@ -198,8 +197,8 @@ def _read(
     """Read a source.
 
     Args:
-        names: index of each label by what the data call it; by default by the task's names.
-        labelled: whether each row must have a label; a target text it must have in any case.
+        names: index of each label by its name in the data; by default the task's names.
+        labelled: whether each row must have a label; a target text is always required.
     """
     columns = silo.file.data
     if task.pair and columns.text_pair is None:
@@ -218,20 +217,20 @@ def _read(
         except DataError as error:
             if count - len(good) <= max(columns.skip_bad, SHOWN):
                 bad.append(str(error))
-    place = source if source.startswith(HUB) else str(silo.directory / source)
+    where = source if source.startswith(HUB) else str(silo.directory / source)
     if count - len(good) > columns.skip_bad or (count and not good):
-        raise DataError(_complaint(place, bad, count - len(good), count, columns.skip_bad, silo.words))
+        raise DataError(_complaint(where, bad, count - len(good), count, columns.skip_bad, silo.words))
     if not good:
-        raise DataError(f"{place}: holds no examples; expected at least one")
+        raise DataError(f"{where}: holds no examples; expected at least one")
     inputs, pairs, labels, numbers = map(list, zip(*good, strict=True))
     return Examples(inputs, pairs if task.pair else None, labels, tuple(bad), numbers)
 
 
 def _example(reader: Reader, row: Row, where: str) -> tuple[Input, str, Label]:
-    """Return the input, its second text and the label in a row.
+    """Return a row's input, second text and label.
 
     Args:
-        where: the file and the line, for errors.
+        where: file and line, for errors.
     """
     kind, columns = at_silo(reader.task), reader.columns
     given = kind.input(row, reader, where)
@@ -242,35 +241,37 @@ def _example(reader: Reader, row: Row, where: str) -> tuple[Input, str, Label]:
 
 
 def _names(columns: Data) -> set[str]:
-    """Return the names of the columns that count."""
+    """Return the names of the columns to use."""
     return {columns.text, columns.image, columns.label, *filter(None, [columns.text_pair])}
 
 
 def _folder(source: str, directory: Path) -> Path:
-    """Return the directory that paths of images start at."""
+    """Return the directory that image paths are relative to."""
     if source.startswith(HUB):
         return (directory / Dataset.parse(source, directory).name).resolve()
     return (directory / source).resolve().parent
 
 
-def _complaint(place: str, bad: Sequence[str], count: int, rows: int, allowed: int, words: SettingNames) -> str:
-    """Say what is wrong with rows: all of it of a single one, and of several what is wrong with the first.
+def _complaint(where: str, bad: Sequence[str], count: int, rows: int, allowed: int, words: SettingNames) -> str:
+    """Return the error about bad rows: the full message for one row, a list of the first few for several.
 
     Args:
-        bad: what is wrong with each of the first.
-        count, rows: how many are bad, of how many.
-        words: what settings are called.
+        where: the source.
+        bad: the errors of the first bad rows.
+        count, rows: number of bad rows, and of all rows.
+        allowed: number of bad rows to leave out.
+        words: names of settings.
     """
     if count == 1:
         return bad[0]
     remedy = bad[0].partition("; ")[2] or "correct them"
-    shown = [one.partition("; ")[0] for one in bad[:SHOWN]]
+    shown = [error.partition("; ")[0] for error in bad[:SHOWN]]
     more = [f"and {count - SHOWN:,} more"] if count > SHOWN else []
-    left = words.skipping if count < rows else ""
-    allowance = f", and {words.skip_bad} allows {allowed:,}" if left else ""
-    skipping = f". {left.format(count=count)}" if left else ""
+    hint = words.skipping if count < rows else ""
+    allowance = f", and {words.skip_bad} allows {allowed:,}" if hint else ""
+    skipping = f". {hint.format(count=count)}" if hint else ""
     return (
-        f"{place}: {count:,} of {rows:,} rows cannot be used{allowance}:\n"
+        f"{where}: {count:,} of {rows:,} rows cannot be used{allowance}:\n"
         + "\n".join((*shown, *more))
         + f"; {remedy}{skipping}"
     )

@@ -1,14 +1,14 @@
-"""A silo's rows as they come: from files in several formats, and from Hugging Face datasets.
+"""Reads a silo's rows from files in several formats, and from Hugging Face datasets.
 
-| suffix, in any case | what is in it                                                                                |
+| suffix, in any case | content                                                                                      |
 |---------------------|----------------------------------------------------------------------------------------------|
 | `.jsonl`, `.ndjson` | a JSON object on each line                                                                   |
 | `.json`             | an array of JSON objects, or an object on each line                                          |
-| `.csv`              | a header and rows; of `,`, `;`, tab and bar, the delimiter gives the header its columns      |
-| `.tsv`              | the same between tabs; quotation marks as in CSV, or as part of the text (`delimited`)       |
+| `.csv`              | a header and rows; the delimiter is the one of `,`, `;`, tab and bar that fits the header    |
+| `.tsv`              | the same, between tabs; quotation marks as in CSV, or as part of the text (`delimited`)      |
 | `.parquet`          | a table                                                                                      |
 
-All but Parquet may be packed with gzip (`.csv.gz`). Text is UTF-8.
+All except Parquet can be compressed with gzip (`.csv.gz`). Text is UTF-8.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from gramfuse_protocol.text import listed, quoted
 READABLE = ".jsonl, .ndjson, .json, .csv, .tsv (all with .gz too), .parquet, or hf:<hub id or folder>[:config][#split]"
 
 HUB = "hf:"
-"""How a source begins that is a Hugging Face dataset."""
+"""Prefix of a source that is a Hugging Face dataset."""
 
 FEATURES = b"huggingface"
-"""Where in a Parquet file the datasets library writes what its columns are."""
+"""Metadata key of a Parquet file under which the datasets library stores its features."""
 
 Row = dict[str, Any]
 
 Rows = Iterator[tuple[str, Row | DataError]]
-"""(Where: the file and line; the row there, or what is wrong with it)."""
+"""(file and line, the row or its error)."""
 
 
 class Dataset(NamedTuple):
-    """What a source names that begins with `hf:`; `config` and `split` are empty where it does not say."""
+    """A source that begins with `hf:`; `config` and `split` are empty if it does not name them."""
 
     name: str
     config: str
@@ -48,13 +48,13 @@ class Dataset(NamedTuple):
 
     @staticmethod
     def parse(source: str, directory: Path) -> Dataset:
-        """Parse `hf:<hub id or folder>[:config][#split]`; a folder may have a colon in its name."""
+        """Parse `hf:<hub id or folder>[:config][#split]`; a folder's name can contain a colon."""
         whole, _, split = source.removeprefix(HUB).partition("#")
         name, _, config = (whole, "", "") if (directory / whole).is_dir() else whole.rpartition(":")
         return Dataset(name or whole, config if name else "", split)
 
     def folder(self, directory: Path) -> Path | None:
-        """Return the folder that it is, if it is none of the hub's."""
+        """Return its local folder, or None if it is on the hub."""
         folder = directory / self.name
         return folder if folder.is_dir() else None
 
@@ -63,11 +63,11 @@ def rows(source: str, directory: Path, columns: Collection[str]) -> Rows:
     """Yield the rows of a source.
 
     Args:
-        directory: where relative paths start.
-        columns: names that are looked for, by which the delimiter of a .csv file is told.
+        directory: relative paths start here.
+        columns: names of wanted columns, which decide the delimiter of a .csv file.
 
     Raises:
-        DataError: naming the file and the line, if the source cannot be read, or from there on.
+        DataError: naming the file and the line, if the source cannot be read, or cannot be read further.
     """
     if source.startswith(HUB):
         yield from _hugging_face(source, directory)
@@ -80,7 +80,7 @@ def rows(source: str, directory: Path, columns: Collection[str]) -> Rows:
         yield from _parquet(path)
         return
     if kind not in (".jsonl", ".ndjson", ".json", ".csv", ".tsv"):
-        raise DataError(f"{path}: not a format that is read here; a source is {READABLE}")
+        raise DataError(f"{path}: unsupported format; a source is {READABLE}")
     try:
         with (gzip.open if packed else open)(path, "rt", encoding="utf-8-sig", newline="") as lines:
             if kind in (".csv", ".tsv"):
@@ -96,13 +96,13 @@ def rows(source: str, directory: Path, columns: Collection[str]) -> Rows:
 
 
 def _format(path: Path) -> tuple[str, bool]:
-    """Return a file's suffix in small letters, and whether .gz stands behind it."""
+    """Return a file's suffix in lower case, without .gz, and whether it had .gz."""
     packed = path.suffix.lower() == ".gz"
     return Path(path.stem if packed else path.name).suffix.lower(), packed
 
 
 def _line_not_utf8(path: Path, *, packed: bool) -> int:
-    """Return the number of the first line that is not UTF-8; text is decoded in chunks, which know no lines."""
+    """Return the number of the first line that is not UTF-8; a UnicodeDecodeError knows only its chunk."""
     with (gzip.open if packed else open)(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
             try:
@@ -113,20 +113,20 @@ def _line_not_utf8(path: Path, *, packed: bool) -> int:
 
 
 def _json(path: Path, lines: TextIO) -> Rows:
-    """Yield the objects of an array, or those on each line if the file is no array."""
+    """Yield the objects of a JSON array; if the file is not an array, the object on each line."""
     text = lines.read()
     if not text.lstrip().startswith("["):
         lines.seek(0)
         yield from _json_lines(path, lines)
         return
     try:
-        found = json.loads(text)
+        items = json.loads(text)
     except json.JSONDecodeError as error:
         raise DataError(f"{path}:{error.lineno}: not valid JSON: {error.msg} at column {error.colno}") from None
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: JSON that cannot be read here: {error}") from None
-    for where, row in _table(str(path), found):
-        yield where, row if isinstance(row, dict) else _no_object(where, row)
+        raise DataError(f"{path}: cannot read this JSON: {error}") from None
+    for where, row in _table(str(path), items):
+        yield where, row if isinstance(row, dict) else _not_an_object(where, row)
 
 
 def _json_lines(path: Path, lines: TextIO) -> Rows:
@@ -140,13 +140,13 @@ def _json_lines(path: Path, lines: TextIO) -> Rows:
         except json.JSONDecodeError as error:
             yield where, DataError(f"{where}: not valid JSON: {error.msg} at column {error.colno}")
         except (ValueError, RecursionError) as error:
-            yield where, DataError(f"{where}: JSON that cannot be read here: {error}")
+            yield where, DataError(f"{where}: cannot read this JSON: {error}")
         else:
-            yield where, row if isinstance(row, dict) else _no_object(where, row)
+            yield where, row if isinstance(row, dict) else _not_an_object(where, row)
 
 
 def _check_lines(path: Path, lines: TextIO) -> None:
-    """Raise one DataError, in place of one for each line, if no line is JSON by itself; lines start anew."""
+    """Raise one DataError, instead of one per line, if no line is JSON by itself; then rewind `lines`."""
     first = next(filter(str.strip, lines), "")
     lines.seek(0)
     if not first or _is_json(first):
@@ -168,11 +168,11 @@ def _check_lines(path: Path, lines: TextIO) -> None:
         return
     else:
         last = text.count("\n", 0, end) + 1
-        raise DataError(f"{path}:{begin}: one JSON value goes on to line {last}; {expected}")
+        raise DataError(f"{path}:{begin}: one JSON value extends to line {last}; {expected}")
 
 
 def _is_json(line: str) -> bool:
-    """Whether there is JSON in a line, and nothing else."""
+    """Return whether a line is exactly one JSON value."""
     try:
         json.loads(line)
     except (ValueError, RecursionError):
@@ -180,7 +180,7 @@ def _is_json(line: str) -> bool:
     return True
 
 
-def _no_object(where: str, row: Any) -> DataError:
+def _not_an_object(where: str, row: Any) -> DataError:
     return DataError(f"{where}: expected a JSON object, found {type(row).__name__}")
 
 
@@ -190,48 +190,48 @@ def _parquet(path: Path) -> Rows:
 
     try:
         table = pyarrow.parquet.read_table(path)
-        found = table.to_pylist()
+        records = table.to_pylist()
     except pyarrow.ArrowException as error:
         raise DataError(f"{path}: not a readable Parquet file: {error}") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error}") from None
-    given: Rows = _table(str(path), found)
-    if about := (table.schema.metadata or {}).get(FEATURES):
+    rows: Rows = _table(str(path), records)
+    if metadata := (table.schema.metadata or {}).get(FEATURES):
         import datasets
 
         try:
-            features = datasets.Features.from_dict(json.loads(about).get("info", {}).get("features") or {})
+            features = datasets.Features.from_dict(json.loads(metadata).get("info", {}).get("features") or {})
         except (ValueError, TypeError, AttributeError, KeyError) as error:
             raise DataError(
-                f"{path}: what the datasets library wrote into it of its columns cannot be read: {error}; write the "
-                "file again"
+                f"{path}: cannot read the features that the datasets library stored in it: {error}; write the file "
+                "again"
             ) from None
-        given = _with_names(given, features)
-    yield from given
+        rows = _with_names(rows, features)
+    yield from rows
 
 
 def _hugging_face(source: str, directory: Path) -> Rows:
     import datasets
 
-    named = Dataset.parse(source, directory)
-    folder = named.folder(directory)
+    parsed = Dataset.parse(source, directory)
+    folder = parsed.folder(directory)
     datasets.disable_progress_bars()
-    # From a folder, the library copies into a cache that all can read; a silo's data must not stay there.
+    # The library copies a folder's data into a cache that all users can read; a silo's data must not stay there.
     with tempfile.TemporaryDirectory(prefix="gramfuse-") as cache:
-        settings = {"path": named.name if folder is None else str(folder), "name": named.config or None}
+        settings = {"path": parsed.name if folder is None else str(folder), "name": parsed.config or None}
         if folder is not None:
             settings["cache_dir"] = cache
         try:
             if folder is not None and any((folder / name).exists() for name in ("state.json", "dataset_dict.json")):
-                dataset = _split(datasets.load_from_disk(str(folder)), named.split, source)
+                dataset = _split(datasets.load_from_disk(str(folder)), parsed.split, source)
             else:
-                dataset = datasets.load_dataset(**settings, split=named.split or "train")
+                dataset = datasets.load_dataset(**settings, split=parsed.split or "train")
         except DataError:
             raise
-        except Exception as error:  # noqa: BLE001  # the library raises its own and its dependencies' errors alike
+        except Exception as error:  # noqa: BLE001  # the library raises its own and its dependencies' errors
             first, *_ = str(error).splitlines() or [type(error).__name__]
             raise DataError(
-                f"{source}: the datasets library cannot load it: {first}{_offered(named, settings)}"
+                f"{source}: the datasets library cannot load it: {first}{_choices(parsed, settings)}"
             ) from None
         features = dataset.features
         for column, feature in features.items():
@@ -241,52 +241,52 @@ def _hugging_face(source: str, directory: Path) -> Rows:
 
 
 def _split(saved: Any, split: str, source: str) -> Any:
-    """Return what `save_to_disk` wrote, or the split of it."""
+    """Return the named split of a dataset from `load_from_disk`, or the dataset if it has no splits."""
     if not isinstance(saved, dict):
         if split and split != str(saved.split):
-            raise DataError(f"{source}: holds one data set without splits; leave #{split} out")
+            raise DataError(f"{source}: the dataset has no splits; leave #{split} out")
         return saved
     if (split or "train") not in saved:
         raise DataError(f"{source}: has no split {quoted(split or 'train')}; its splits are {listed(saved, 20)}")
     return saved[split or "train"]
 
 
-def _offered(named: Dataset, settings: dict[str, Any]) -> str:
-    """Say which configurations or splits a dataset has, as far as it can be found out."""
+def _choices(dataset: Dataset, settings: dict[str, Any]) -> str:
+    """List a dataset's configurations or splits, if it lacks the wanted one; empty if they are unknown."""
     import datasets
 
-    about = {key: value for key, value in settings.items() if key != "name"}
+    arguments = {key: value for key, value in settings.items() if key != "name"}
     try:
-        configs = datasets.get_dataset_config_names(**about)
-        if named.config not in configs and (named.config or len(configs) > 1):
-            return f"; its configurations are {listed(configs, 20)}: name one as {HUB}{named.name}:CONFIG"
-        splits = datasets.get_dataset_split_names(**about, config_name=named.config or None)
-    except Exception:  # noqa: BLE001  # what is said without it is enough
+        configs = datasets.get_dataset_config_names(**arguments)
+        if dataset.config not in configs and (dataset.config or len(configs) > 1):
+            return f"; its configurations are {listed(configs, 20)}: name one as {HUB}{dataset.name}:CONFIG"
+        splits = datasets.get_dataset_split_names(**arguments, config_name=dataset.config or None)
+    except Exception:  # noqa: BLE001  # this is only a hint, added to another error
         return ""
-    return "" if (named.split or "train") in splits else f"; its splits are {listed(splits, 20)}"
+    return "" if (dataset.split or "train") in splits else f"; its splits are {listed(splits, 20)}"
 
 
-def _with_names(found: Iterator[tuple[str, Any]], features: Mapping[str, Any]) -> Rows:
-    """Yield rows with the names of labels that the datasets library numbers."""
+def _with_names(rows: Iterator[tuple[str, Any]], features: Mapping[str, Any]) -> Rows:
+    """Yield rows, with label numbers of the datasets library replaced by names."""
     import datasets
 
     lists = datasets.List | datasets.LargeList
     inner = {name: feature.feature if isinstance(feature, lists) else feature for name, feature in features.items()}
     labels = {name: feature.names for name, feature in inner.items() if isinstance(feature, datasets.ClassLabel)}
-    for where, row in found:
+    for where, row in rows:
         try:
-            yield where, row | {name: _named(row[name], labels[name]) for name in labels if name in row}
+            yield where, row | {name: _label_name(row[name], labels[name]) for name in labels if name in row}
         except IndexError:
-            yield where, DataError(f"{where}: a label's number is beyond the names that the data set has for them")
+            yield where, DataError(f"{where}: a label number is beyond the label names of the dataset")
 
 
-def _named(value: Any, names: Sequence[str]) -> Any:
-    """Return the name of a label that a dataset numbers, or the names of several; what has none stays."""
+def _label_name(value: Any, names: Sequence[str]) -> Any:
+    """Replace a label number, or each number in a list, by its name; return any other value unchanged."""
     if isinstance(value, list):
-        return [_named(one, names) for one in value]
+        return [_label_name(item, names) for item in value]
     return names[value] if isinstance(value, int) and value >= 0 else value
 
 
-def _table(source: str, found: Any) -> Iterator[tuple[str, Any]]:
-    for number, row in enumerate(found, 1):
+def _table(source: str, rows: Any) -> Iterator[tuple[str, Any]]:
+    for number, row in enumerate(rows, 1):
         yield f"{source}: row {number}", row

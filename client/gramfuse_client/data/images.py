@@ -1,4 +1,4 @@
-"""Images as an image processor takes them: upright, in three channels of 8 bits, or in one."""
+"""Reads images for an image processor: upright, in three or one channels of 8 bits."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import numpy as np
 from gramfuse_protocol.errors import DataError
 
 BITS_PER_SAMPLE = 258
-"""The tag of a TIFF file that says how many of 16 bits are used."""
+"""TIFF tag: how many of 16 bits are used."""
 
 
 PHOTOMETRIC = 262
-"""The tag of a TIFF file that says whether its lowest value is black or white."""
+"""TIFF tag: whether the lowest value is black or white."""
 
 WHITE_IS_ZERO = 0
 
@@ -29,19 +29,20 @@ def check_pillow() -> None:
 
 
 def check_image(image: Path | bytes, where: str) -> None:
-    """Look at the first bytes of an image; raises as `read_image`, but for damage further on."""
+    """Check an image by its first bytes; raise what `read_image` raises, except for damage further on."""
     with _open(image, where):
         pass
 
 
 def read_image(image: Path | bytes, where: str, mode: str = "RGB") -> Any:
-    """Read an image with Pillow: turned as its EXIF data say; greyscale of 16 bits is scaled to 8, black at 0.
+    """Read an image with Pillow, rotated by its EXIF orientation; 16-bit greyscale is scaled to 8 bits, black at 0.
 
     Args:
-        mode: Pillow's name for its channels, RGB or L, of `gramfuse_model.probing.public_images.mode_of`.
+        where: names the image in errors.
+        mode: Pillow's mode, RGB or L, from `gramfuse_model.probing.public_images.mode_of`.
 
     Raises:
-        DataError: if Pillow is not installed, cannot read it, or cannot tell which of its values is white.
+        DataError: if Pillow is not installed or cannot read the image, or its white value is unknown.
     """
     from PIL import ImageOps
 
@@ -64,17 +65,17 @@ def _open(image: Path | bytes, where: str) -> Any:
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"{where}: not a readable image: {error}") from None
     mode = opened.mode
-    if mode == "F" or (mode == "I" and opened.format != "PPM"):  # in PPM, that is 16 bits, scaled by Pillow
+    if mode == "F" or (mode == "I" and opened.format != "PPM"):  # for PPM, mode I is 16 bits, scaled by Pillow
         opened.close()
         raise DataError(
-            f"{where}: its values are {'fractions' if mode == 'F' else 'signed, or have 32 bits'}, and nothing says "
-            "which of them is white; convert it to 8 or 16 bits"
+            f"{where}: its values are {'floating-point' if mode == 'F' else 'signed or 32-bit'}, so its white value is "
+            "unknown; convert it to 8 or 16 bits"
         )
     return opened
 
 
 def _black_and_white(opened: Any) -> tuple[int, int]:
-    """Return the values that are black and white in greyscale of more than 8 bits; Pillow leaves that to us."""
+    """Return the black and the white value of greyscale with more than 8 bits, which Pillow does not scale."""
     tags = getattr(opened, "tag_v2", {})
     most = (1 << int(tags.get(BITS_PER_SAMPLE, (16,))[0])) - 1
     return (most, 0) if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO else (0, most)

@@ -1,7 +1,7 @@
-"""The targets of a regression: how large they are here, and which centre, scale and range of a plan fit them.
+"""Targets of a regression: checks them against a plan's centre and scale, and proposes values that fit.
 
-A model learns numbers of about 1. What a plan's `centre` and `scale` should be, a silo finds in its own data; it is for
-the silos to agree on one pair, and what is proposed here is rounded so that no target can be read from it.
+A model learns best if targets are about 1 in size. Each silo finds a `centre` and `scale` that fit its own data, and
+the silos agree on one pair. A proposal is rounded, so that it reveals no single target.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.errors import DataError
 
 LEARNABLE = (0.01, 100.0)
-"""Deviation of (target − centre) / scale beyond which nothing of use is learned."""
+"""Range of the standard deviation of (target − centre) / scale in which a model can learn anything useful."""
 
 REACHABLE = 10.0
-"""Mean of it, above or below 0, that training does not come to from there."""
+"""Largest absolute mean of (target − centre) / scale that training can reach."""
 
 USUAL, NEAR = (0.1, 2.0), 2.0
-"""The same, within which all is as it should be."""
+"""Good values of the standard deviation, and of the absolute mean."""
 
 STEPS = 8.0
-"""Fewest steps of a number of 32 bits in a deviation, for a model's answers to be told apart."""
+"""Minimum standard deviation, in float32 steps at the targets' size, for outputs to be distinguishable."""
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """What fits some targets, in round numbers.
+    """Round numbers that fit some targets.
 
     Args:
         centre: about their mean.
-        scale: about their standard deviation; a power of ten times 1 to 10.
-        low, high: what none of them is beyond.
+        scale: about their standard deviation: a power of ten times 1 to 10.
+        low, high: bounds of all targets.
     """
 
     centre: float
@@ -48,12 +48,12 @@ class Proposal:
 
     @property
     def lines(self) -> tuple[str, str, str]:
-        """As they stand in a plan."""
+        """The lines for a plan."""
         return f"centre = {self.centre}", f"scale = {self.scale}", f"range = [{self.low}, {self.high}]"
 
 
 def propose(targets: Sequence[float] | NDArray[np.float64]) -> Proposal | None:
-    """Return what fits targets, or None if all of them are the same number."""
+    """Return a proposal that fits the targets, or None if all targets are equal."""
     values = np.asarray(targets, np.float64)
     deviation = float(values.std())
     if not deviation > 1e-9 * float(np.abs(values).max()):
@@ -68,62 +68,65 @@ def propose(targets: Sequence[float] | NDArray[np.float64]) -> Proposal | None:
     return Proposal(rounded(round(values.mean() / step)), rounded(scale), rounded(low), rounded(max(high, low + 1)))
 
 
-def learned(task: Task, targets: Sequence[float]) -> tuple[float, float]:
-    """Return the mean and the deviation of targets as a model learns them: less the plan's centre, over its scale."""
+def scaled_moments(task: Task, targets: Sequence[float]) -> tuple[float, float]:
+    """Return the mean and standard deviation of (target − centre) / scale, which a model learns."""
     values = (np.asarray(targets, np.float64) - task.centre) / task.scale
     return float(values.mean()), float(values.std()) if values.min() < values.max() else 0.0
 
 
 def check_targets(path: Path, task: Task, labels: Sequence[Any]) -> None:
-    """Raise DataError if, by the plan's centre and scale, nothing can be learned of targets.
+    """Raise DataError if a model could not learn the targets with the plan's centre and scale.
 
     Args:
-        path: of the silo file, for the error.
-        labels: of the training examples. Where all are the same number, only how far from the centre that is.
+        path: the silo file, for the error.
+        labels: the training targets. If all are equal, only their distance from the centre is checked.
     """
     check_apart(str(path), labels)
-    mean, deviation = learned(task, labels)
+    mean, deviation = scaled_moments(task, labels)
     if abs(mean) <= REACHABLE and (not deviation or LEARNABLE[0] <= deviation <= LEARNABLE[1]):
         return
     fitting = propose(labels)
-    here = f"all targets are {labels[0]:g}" if fitting is None else f"it would be: {', '.join(fitting.lines)}"
+    hint = f"all targets are {labels[0]:g}" if fitting is None else f"this would fit: {', '.join(fitting.lines)}"
     raise DataError(
-        f"{path}: the targets of data.train, less the plan's centre of {task.centre:g} and over its scale of "
-        f"{task.scale:g}, have a mean of {mean:.3g} and a deviation of {deviation:.3g}, and a model learns numbers of "
-        f"about 1 around 0; agree on a plan with what fits all silos. Here {here}"
+        f"{path}: with the plan's centre {task.centre:g} and scale {task.scale:g}, the targets of data.train, (target "
+        f"− centre) / scale, have mean {mean:.3g} and standard deviation {deviation:.3g}, but a model learns numbers "
+        f"of about 1 around 0; agree on a plan with values that fit all silos. Here, {hint}"
     )
 
 
 def check_apart(where: str, targets: Sequence[float]) -> None:
-    """Raise DataError if targets differ, but by less than a model can say: its answers are numbers of 32 bits."""
+    """Raise DataError if the targets differ by less than float32 outputs can distinguish."""
     values = np.asarray(targets, np.float64)
     largest, deviation = float(np.abs(values).max()), float(values.std())
     if values.min() == values.max():
         return
     if largest > float(np.finfo(np.float32).max) or not deviation:
         raise DataError(
-            f"{where}: the targets are up to {largest:.2g} and have a deviation of {deviation:.2g}, and a model's "
-            "answers are numbers of 32 bits; give them in another unit"
+            f"{where}: the targets are up to {largest:.2g}, with standard deviation {deviation:.2g}, which a model's "
+            "float32 outputs cannot represent; use another unit"
         )
     step = float(np.spacing(np.float32(largest)))
     if deviation >= STEPS * step:
         return
     size = 10.0 ** math.floor(math.log10(deviation))
-    taken = float(f"{round(values.mean() / size) * size:.12g}")
-    fitting = propose(values - taken)
-    rest = "" if fitting is None else f", and agree on a plan with what then fits: {', '.join(fitting.lines)}"
+    offset = float(f"{round(values.mean() / size) * size:.12g}")
+    fitting = propose(values - offset)
+    rest = "" if fitting is None else f", and agree on a plan with values that then fit: {', '.join(fitting.lines)}"
     raise DataError(
-        f"{where}: the targets are about {values.mean():g} and differ by about {deviation:.2g}, and a model's answers "
-        f"are numbers of 32 bits, which at that size are {step:.2g} apart; take the same number off all of them at "
-        f"every silo, such as {taken}{rest}"
+        f"{where}: the targets are about {values.mean():g} and differ by about {deviation:.2g}, but a model's float32 "
+        f"outputs of that size are {step:.2g} apart; subtract the same number from all targets at every silo, such as "
+        f"{offset}{rest}"
     )
 
 
-def described(task: Task, labels: Sequence[Any]) -> tuple[str, str]:
-    """Return what is to be said of targets to their owner, and, if centre and scale do not fit, what would."""
+def describe_targets(task: Task, labels: Sequence[Any]) -> tuple[str, str]:
+    """Return a description of the targets for their owner, and a proposal if the plan's centre and scale do not fit."""
     values = np.asarray(labels, np.float64)
-    what = f"targets from {values.min():g} to {values.max():g}, mean {values.mean():.3g}, deviation {values.std():.3g}"
-    fitting, (mean, deviation) = propose(labels), learned(task, labels)
+    text = (
+        f"targets from {values.min():g} to {values.max():g}, mean {values.mean():.3g}, standard deviation "
+        f"{values.std():.3g}"
+    )
+    fitting, (mean, deviation) = propose(labels), scaled_moments(task, labels)
     if fitting is None or (USUAL[0] <= deviation <= USUAL[1] and abs(mean) <= NEAR):
-        return what, ""
-    return what, f"the plan's centre and scale do not fit them; by these data: {', '.join(fitting.lines)}"
+        return text, ""
+    return text, f"the plan's centre and scale do not fit them; for these data: {', '.join(fitting.lines)}"

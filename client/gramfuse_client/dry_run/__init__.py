@@ -1,1 +1,1 @@
-"""`gramfuse silo check`: what keeps a silo from taking part, and what would leave it."""
+"""`gramfuse silo check`: finds what prevents a silo from taking part, and lists what it would send."""

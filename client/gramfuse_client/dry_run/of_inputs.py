@@ -1,4 +1,4 @@
-"""What a silo works on under a plan, as it is here: its data, the base model, and the layout that follows from it."""
+"""Checks the inputs of a silo's work under a plan: its data, the base model, and the layout derived from it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from gramfuse_client.data.examples import Examples, left_out, load
 from gramfuse_client.data.formats import HUB, Dataset
 from gramfuse_client.dry_run.findings import Findings
-from gramfuse_client.dry_run.of_plan import Given
+from gramfuse_client.dry_run.of_plan import LocatedPlan
 from gramfuse_client.guard import policy
 from gramfuse_client.silo_file import Silo
 from gramfuse_client.state.state import Contributed
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def check_data(
-    found: Findings,
+    findings: Findings,
     silo: Silo,
     plan: Plan,
     contributed: Contributed | None,
@@ -33,8 +33,9 @@ def check_data(
     """Read the data as a run would, and return the training and the held-out examples.
 
     Args:
-        contributed: what was contributed under the plan before.
-        skip_bad: in place of the silo file's `data.skip-bad`.
+        contributed: the record of earlier contributions under the plan.
+        offline: do not read data from the Hugging Face hub.
+        skip_bad: overrides the silo file's `data.skip-bad`.
     """
     allowed = silo.file.data.skip_bad
     if skip_bad is not None:
@@ -42,49 +43,52 @@ def check_data(
         silo = Silo(silo.path, silo.file.model_copy(update={"data": data}))
     source, task = silo.file.data.train, plan.task_of(silo.name)
     if offline and source.startswith(HUB) and Dataset.parse(source, silo.directory).folder(silo.directory) is None:
-        found.skip("data", f"{source} is on the Hugging Face hub, and the check is offline")
+        findings.skip("data", f"{source} is on the Hugging Face hub, but the check is offline")
         return None
     try:
         train, held_out = load(silo, task)
         policy.check_examples(silo, len(train))
         at_silo(task).check_labels(silo.path, task, train.labels)
     except DataError as error:
-        found.error("data", error, f"correct the data, or [data] in {silo.path}")
+        findings.error("data", error, f"correct the data, or [data] in {silo.path}")
         return None
     except RefusalError as error:
-        found.error("data", error)
+        findings.error("data", error)
         return train, held_out
     bad = left_out(train, held_out)
     if most := max(map(len, (train.left_out, held_out.left_out))):
         what = f"{len(bad)} bad rows are left out:\n" + "\n".join(bad)
         if most > allowed:
-            found.problem("bad rows", what, f"correct them, or write under [data] of {silo.path}:\nskip-bad = {most}")
+            remedy = f"correct them, or write under [data] of {silo.path}:\nskip-bad = {most}"
+            findings.problem("bad rows", what, remedy)
         else:
-            found.ok("bad rows", what, f"data.skip-bad of {silo.path} allows {allowed:,}")
+            findings.ok("bad rows", what, f"data.skip-bad of {silo.path} allows {allowed:,}")
     weighed = plan.privacy.secure_aggregation and plan.merge.weighting == "examples"
     if contributed is not None and contributed.data != train.digest:
-        found.problem(
+        findings.problem(
             "data",
-            "other data were contributed under this plan before; the difference of the sums would show what changed",
-            "put the data back as they were; a new plan must end with the same silos over these rows",
+            "this silo contributed other data under this plan before; the difference of the sums would reveal what "
+            "changed",
+            "restore the earlier data; a new plan must end with the same silos over these rows",
         )
     elif weighed and len(train) > MOST_WEIGHED:
-        found.problem(
+        findings.problem(
             "data",
             f"{len(train):,} training examples are more than the {MOST_WEIGHED:,} that a secure sum can weigh",
             "agree on a plan with merge.weighting = 'uniform'",
         )
     else:
-        counts = f"{len(train):,} training examples ({at_silo(task).counted(train, task)}), {len(held_out):,} held out"
+        labels = at_silo(task).describe_labels(train, task)
+        counts = f"{len(train):,} training examples ({labels}), {len(held_out):,} held out"
         notice = at_silo(task).notice(train, task)
-        found.ok("data", f"{counts}\n{_what_leaves_of_counts(plan, task)}", notice)
+        findings.ok("data", f"{counts}\n{_disclosed_counts(plan, task)}", notice)
     return train, held_out
 
 
 def check_encoding(
-    found: Findings, silo: Silo, plan: Plan, base: Base | None, data: tuple[Examples, Examples] | None
+    findings: Findings, silo: Silo, plan: Plan, base: Base | None, data: tuple[Examples, Examples] | None
 ) -> None:
-    """Look at what the base model's tokenizer makes of the data: a run that stops at it gives no reason."""
+    """Check how the base model's tokenizer encodes the data; a run that fails there gives no reason."""
     task = plan.task_of(silo.name)
     if base is None or data is None:
         return
@@ -94,20 +98,20 @@ def check_encoding(
     try:
         train.check_learnable()
     except DataError as error:
-        found.error("tokens", error)
+        findings.error("tokens", error)
         return
     words = [seen for encoded in (train, held_out) for row in encoded.rows or () for seen, _ in row.get("words", ())]
     if missed := words.count(False):
-        found.ok(
+        findings.ok(
             "tokens",
-            f"{missed:,} of {len(words):,} words have no token: the {task.max_length} that an example may have are over"
-            " before them, or the tokenizer drops their characters. In the metrics no entity is predicted there",
-            "raise max-length in the plan, if they are many",
+            f"{missed:,} of {len(words):,} words have no token: they come after the {task.max_length} tokens of "
+            "max-length, or the tokenizer drops their characters. Metrics treat them as outside any entity",
+            "raise max-length in the plan, if there are many",
         )
 
 
-def check_last_batch(found: Findings, silo: Silo, plan: Plan, base: Base | None, train: Examples | None) -> None:
-    """Look whether a batch of one example would stop training."""
+def check_last_batch(findings: Findings, silo: Silo, plan: Plan, base: Base | None, train: Examples | None) -> None:
+    """Check whether a batch of one example would stop training."""
     if base is None or train is None:
         return
     from gramfuse_client.data.batches import Encoded
@@ -117,20 +121,21 @@ def check_last_batch(found: Findings, silo: Silo, plan: Plan, base: Base | None,
         encoded = Encoded(train, base.tokenizer, plan.task_of(silo.name))
         check_batches(base.model, encoded, plan.training.batch_size, silo.name)
     except DataError as error:
-        found.error("batches", error)
+        findings.error("batches", error)
 
 
-def _what_leaves_of_counts(plan: Plan, task: Task) -> str:
+def _disclosed_counts(plan: Plan, task: Task) -> str:
+    """Describe which counts of examples leave, and how."""
     if plan.privacy.secure_aggregation and plan.privacy.metrics != "silo":
-        return "these numbers are shown to you only; they leave masked, to be read in the sum over the silos"
+        return "only you see these numbers; they leave masked, so others see only their sums over the silos"
     training = "masked" if plan.privacy.secure_aggregation else "in the clear"
     if plan.privacy.metrics == "none":
-        return f"how many training examples there are leaves {training}; the other numbers do not"
-    each = ", of each label," if task.labels else ""
-    return f"how many training examples there are leaves {training}; how many are held out{each} in the clear"
+        return f"the number of training examples leaves {training}; the other numbers do not leave"
+    each = " of each label" if task.labels else ""
+    return f"the number of training examples leaves {training}; the number of held-out examples{each}, in the clear"
 
 
-def check_base(found: Findings, silo: Silo, plan: Plan) -> Base | None:
+def check_base(findings: Findings, silo: Silo, plan: Plan) -> Base | None:
     """Load the base model from this machine; nothing is downloaded."""
     import torch
 
@@ -145,34 +150,34 @@ def check_base(found: Findings, silo: Silo, plan: Plan) -> Base | None:
         base = load_base(plan, silo.project, silo=silo.name, override=source)
         check_suitable(base, plan.task_of(silo.name))
     except ModelError as error:
-        remedy = f"get the files of whoever locked the plan, and name their directory above [data] in {silo.path}:"
-        found.error("base model", error, f'{remedy}\nbase = "DIRECTORY"')
+        remedy = f"get the files from the plan's author, and name their directory above [data] in {silo.path}:"
+        findings.error("base model", error, f'{remedy}\nbase = "DIRECTORY"')
         return None
     about = f"{source}, SHA-256 {base.pins.sha256}"
-    found.ok("base model", about if plan.model.sha256 else f"{about}; the plan names none yet")
+    findings.ok("base model", about if plan.model.sha256 else f"{about}; the plan does not pin one yet")
     return base
 
 
-def check_layout(found: Findings, silo: Silo, given: Given, base: Base | None) -> Layout | None:
-    """Derive the layout, or, without a base model, take the one that came with the plan."""
+def check_layout(findings: Findings, silo: Silo, located: LocatedPlan, base: Base | None) -> Layout | None:
+    """Derive the layout; without a base model, read the plan's layout.json instead."""
     from gramfuse_model.derive_layout import plan_layout
     from gramfuse_model.loading.base_model import load_base
     from gramfuse_model.probing.lengths import check_lengths
 
-    plan, path = given.plan, given.path.with_name("layout.json")
+    plan, path = located.plan, located.path.with_name("layout.json")
     try:
-        named = Layout.read(path) if path.exists() else None
+        received = Layout.read(path) if path.exists() else None
         if base is None:
-            known = named if named is not None and named.digest == plan.merge.layout else None
-            more = f"; what follows is by {path}" if known else ""
-            found.skip("layout", f"it is derived from the base model{more}")
-            return known
+            trusted = received if received is not None and received.digest == plan.merge.layout else None
+            more = f"; the following uses {path}" if trusted else ""
+            findings.skip("layout", f"it is derived from the base model{more}")
+            return trusted
         check_lengths(base, [plan.task_of(silo.name)], trains=True)
-        if plan.task:  # the layout is derived from one task's model, the same everywhere
+        if plan.task:  # all silos derive the layout from the same task's model
             base = load_base(plan, silo.project, override=silo.base)
-        layout = plan_layout(plan, base, named)
+        layout = plan_layout(plan, base, received)
     except (ModelError, PlanError) as error:
-        found.error("layout", error, f"and have the author's own layout.json as {path}, since rounding may differ")
+        findings.error("layout", error, f"and use the author's own layout.json as {path}, since rounding may differ")
         return None
-    found.ok("layout", f"derived here, digest {layout.digest}" + (", as in the plan" if plan.merge.layout else ""))
+    findings.ok("layout", f"derived here, digest {layout.digest}" + (", as in the plan" if plan.merge.layout else ""))
     return layout

@@ -1,4 +1,4 @@
-"""What a silo has of its machine for a run: a place for its state, its ledger, a device, room on the disk, memory."""
+"""Checks a silo's machine for a run: state directory, ledger, device, disk space, memory."""
 
 from __future__ import annotations
 
@@ -25,76 +25,81 @@ if TYPE_CHECKING:
     from gramfuse_model.loading.base_model import Base
 
 ROOM_BYTES = 64 * 2**20
-"""Room on the disk for the session, the ledger and the layout."""
+"""Disk space for the session, the ledger and the layout."""
 RUNTIME_BYTES = 2**30
-"""Memory of Python, torch and Flower, and of one piece on its way out."""
+"""Memory of Python, torch and Flower, and of one piece being sent."""
 TEXT_BYTES = 16
-"""Memory for each character of an example, which is tokenised into Python's lists."""
+"""Memory per character of an example, which is tokenised into Python lists."""
 LESS_MEMORY = (
-    "stop what else runs here; or ask for a plan with a smaller training.batch-size or model.max-length, or "
+    "stop other programs on this machine; or ask for a plan with a smaller training.batch-size or model.max-length, or "
     'with smaller Gram matrices: merge.gram = { "*" = "block:128" }'
 )
 
 
-def check_state(found: Findings, silo: Silo) -> None:
-    """Look at the state directory, or at where it will be made."""
+def check_state(findings: Findings, silo: Silo) -> None:
+    """Check the state directory, or the place where it will be made."""
     directory, user = silo.state.resolve(), os.geteuid()
     if not directory.exists():
         parent = _nearest(directory)
         if os.access(parent, os.W_OK | os.X_OK):
-            found.ok("state", f"{directory} will be made with the first run; {parent} can be written")
+            findings.ok("state", f"the first run will make {directory}; {parent} is writable")
         else:
-            what = f"{directory} is not there, and this user cannot write {parent}"
-            found.problem("state", what, f"as a user who can: install -d -m 700 -o {user} {directory}")
+            what = f"{directory} does not exist, and this user cannot write {parent}"
+            findings.problem("state", what, f"as a user who can: install -d -m 700 -o {user} {directory}")
         return
-    about = directory.stat()
+    status = directory.stat()
     if not directory.is_dir():
-        found.problem("state", f"{directory} is no directory", f"move it away, or name another 'state' in {silo.path}")
-    elif about.st_mode & 0o077:
-        found.problem(
+        remedy = f"move it away, or name another 'state' in {silo.path}"
+        findings.problem("state", f"{directory} is not a directory", remedy)
+    elif status.st_mode & 0o077:
+        findings.problem(
             "state",
-            f"{directory}: others on this machine have rights on it (mode {about.st_mode & 0o777:o}); it holds "
-            "fine-tuned weights",
+            f"{directory}: others on this machine can access it (mode {status.st_mode & 0o777:o}); it holds fine-tuned "
+            "weights",
             f"chmod 700 {directory}",
         )
     elif not os.access(directory, os.R_OK | os.W_OK | os.X_OK):
-        remedy = f"run the silo as its owner (user {about.st_uid}), or: chown -R {user} {directory}"
-        found.problem("state", f"{directory}: this user cannot write there", remedy)
+        remedy = f"run the silo as its owner (user {status.st_uid}), or: chown -R {user} {directory}"
+        findings.problem("state", f"{directory}: this user cannot write there", remedy)
     else:
-        found.ok("state", f"{directory}, for its owner only")
+        findings.ok("state", f"{directory}, accessible to its owner only")
 
 
 def _nearest(path: Path) -> Path:
-    """Return a path, or the nearest directory above it that is there."""
-    return next(place for place in (path, *path.parents) if place.exists())
+    """Return a path, or its nearest parent that exists."""
+    return next(each for each in (path, *path.parents) if each.exists())
 
 
-def check_ledger(found: Findings, silo: Silo) -> str:
-    """Go through the ledger, and return when its last line was written; empty if there is none."""
+def check_ledger(findings: Findings, silo: Silo) -> str:
+    """Verify the ledger, and return the time of its last line; empty if there is none."""
     path, head = silo.ledger.resolve(), Head()
     try:
         mode = path.stat().st_mode & 0o777 if path.exists() else 0
         if mode & 0o077:
-            found.problem("ledger", f"{path}: others have rights on it (mode {mode:o})", f"chmod 600 {path}")
+            findings.problem("ledger", f"{path}: others can access it (mode {mode:o})", f"chmod 600 {path}")
             return ""
         for line in Ledger(path, silo.name).lines():
             head = head.after(line)
     except LedgerError as error:
         if _cut_short(path, head.number):
-            what = f"{head.number:,} lines hold together; the last was not finished, and its message never left"
-            found.ok("ledger", what)
+            what = f"{head.number:,} lines verified; the last line is incomplete, and its message never left"
+            findings.ok("ledger", what)
         else:
-            found.problem("ledger", str(error), "keep the ledger and its .head, and see: gramfuse explain 18")
+            findings.problem("ledger", str(error), "keep the ledger and its .head, and see: gramfuse explain 18")
     except OSError as error:
-        found.problem("ledger", f"{path}: cannot be read: {error}", "run the check as the user who runs the silo")
+        findings.problem("ledger", f"{path}: cannot be read: {error}", "run the check as the user who runs the silo")
     else:
-        lines = f"{head.number:,} lines hold together, last of {head.last}\nhead {head.digest}"
-        found.ok("ledger", lines if head.number else f"{path} begins with the first message")
+        lines = f"{head.number:,} lines verified, last of {head.last}\nhead {head.digest}"
+        findings.ok("ledger", lines if head.number else f"the first message will begin {path}")
     return head.last
 
 
 def _cut_short(path: Path, read: int) -> bool:
-    """Whether all lines were read but for one that the silo stopped in; it is cut off before the next is written."""
+    """Return whether the only damage is an incomplete last line, which the silo removes before the next one.
+
+    Args:
+        read: number of lines that were verified.
+    """
     try:
         content = path.read_bytes()
     except OSError:
@@ -102,8 +107,8 @@ def _cut_short(path: Path, read: int) -> bool:
     return not content.endswith(b"\n") and content.count(b"\n") == read
 
 
-def check_device(found: Findings, silo: Silo) -> str:
-    """Return the kind of device that the silo would compute on."""
+def check_device(findings: Findings, silo: Silo) -> str:
+    """Check the device, and return its type."""
     import torch
 
     from gramfuse_client.training.finetune import choose_device
@@ -112,17 +117,18 @@ def check_device(found: Findings, silo: Silo) -> str:
     try:
         device = choose_device(asked).type
     except PlanError as error:
-        found.error("device", error, f'write in {silo.path}, above [data]:\ndevice = "auto"')
+        findings.error("device", error, f'write in {silo.path}, above [data]:\ndevice = "auto"')
         return "cpu"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     used = silo.file.threads or torch.get_num_threads()
     about = f"{device}{' (auto)' if asked == 'auto' else ''}, {used} threads on {cores} processors"
-    found.ok("device", about, f"more threads than processors only slow down: threads = {cores}" if used > cores else "")
+    notice = f"more threads than processors only slow it down: threads = {cores}" if used > cores else ""
+    findings.ok("device", about, notice)
     return device
 
 
-def check_disk(found: Findings, silo: Silo, plan: Plan, layout: Layout, base: Base | None) -> None:
-    """Look at whether what a run keeps has room where the state is."""
+def check_disk(findings: Findings, silo: Silo, plan: Plan, layout: Layout, base: Base | None) -> None:
+    """Check whether the state's disk has space for a run."""
     statistics = layout.contribution_bytes
     masked = 8 * layout.sum_entries if plan.privacy.secure_aggregation else 0
     finished = _bytes_of(base) if plan.model.head == "own" and base is not None else 0
@@ -132,21 +138,21 @@ def check_disk(found: Findings, silo: Silo, plan: Plan, layout: Layout, base: Ba
     where = _nearest(silo.state.resolve())
     free = shutil.disk_usage(where).free
     about = (
-        f"{_mb(free)} are free at {where}, and a run may need {_mb(needed)}: statistics, with fine-tuned weights in "
-        f"them, {_mb(statistics)} and again while they are replaced; "
-        f"{f'{_mb(later)} for those of later rounds and what they start from; ' if later else ''}"
+        f"{_mb(free)} free at {where}; a run can need {_mb(needed)}: statistics with fine-tuned weights "
+        f"{_mb(statistics)}, twice while they are replaced; "
+        f"{f'statistics and start models of later rounds {_mb(later)}; ' if later else ''}"
         f"{f'masked vector {_mb(masked)}; ' if masked else ''}"
-        f"{f'the finished model {_mb(finished)} and again while it is replaced; ' if finished else ''}"
-        f"{_mb(ROOM_BYTES)} for the rest"
+        f"{f'finished model {_mb(finished)}, twice while it is replaced; ' if finished else ''}"
+        f"other files {_mb(ROOM_BYTES)}"
     )
     if free < needed:
-        found.problem("disk", about, f"make room, or name a 'state' on another disk in {silo.path}")
+        findings.problem("disk", about, f"free space, or name a 'state' on another disk in {silo.path}")
     else:
-        found.ok("disk", about)
+        findings.ok("disk", about)
 
 
 def check_memory(
-    found: Findings,
+    findings: Findings,
     plan: Plan,
     task: Task,
     layout: Layout,
@@ -155,44 +161,45 @@ def check_memory(
     device: str,
     available: int,
 ) -> None:
-    """Look at whether fine-tuning and measuring have memory, on the device and here.
+    """Check whether there is memory to fine-tune and measure, on the device and on this machine.
 
     Args:
-        task: the silo's own.
-        available: bytes of this machine's that are free.
+        task: the silo's task.
+        device: the device's type.
+        available: free memory of this machine in bytes.
     """
     needed = memory(plan, task, layout, base, examples)
-    about, enough = _weighed(needed, device, available)
+    about, enough = _compare_memory(needed, device, available)
     if enough:
-        found.ok("memory", about)
+        findings.ok("memory", about)
     else:
-        found.problem("memory", about, LESS_MEMORY)
+        findings.problem("memory", about, LESS_MEMORY)
 
 
 def lacking_memory(plan: Plan, task: Task, layout: Layout, base: Base, device: str) -> str | None:
-    """Return what memory is lacking to fine-tune or measure, whatever the data are; None if there is enough."""
-    about, enough = _weighed(memory(plan, task, layout, base, None), device, available_memory())
+    """Describe the lack of memory to fine-tune or measure, not counting the data; None if there is enough."""
+    about, enough = _compare_memory(memory(plan, task, layout, base, None), device, available_memory())
     return None if enough else f"{about}; {LESS_MEMORY}"
 
 
-def _weighed(needed: tuple[int, int], device: str, available: int) -> tuple[str, bool]:
-    """Say what memory fine-tuning and measuring take and what there is, and whether that is enough."""
+def _compare_memory(needed: tuple[int, int], device: str, available: int) -> tuple[str, bool]:
+    """Describe the memory needed and available, and return whether it is enough."""
     training, measuring = needed
-    free, room = available, f"{_mb(available)} are free"
+    free, room = available, f"{_mb(available)} free"
     if device == "cuda":
         import torch
 
         free, _ = torch.cuda.mem_get_info()
-        room = f"{_mb(free)} of the GPU's and {_mb(available)} of this machine's are free"
+        room = f"{_mb(free)} free on the GPU, {_mb(available)} free on this machine"
     about = f"fine-tuning takes about {_mb(training)}, measuring about {_mb(measuring)}; {room}"
     return about, training <= free and measuring <= available
 
 
 def memory(plan: Plan, task: Task, layout: Layout, base: Base, examples: Examples | None) -> tuple[int, int]:
-    """Return the bytes that a silo holds at most, about, while it fine-tunes and while it measures.
+    """Estimate a silo's peak memory in bytes, while it fine-tunes and while it measures.
 
-    Fine-tuning: all parameters; of the trained ones a copy as they were, gradients and AdamW's two moments; what the
-    layers keep for the backward pass. Measuring: all parameters; of the trained ones two copies; the statistics.
+    Fine-tuning: all parameters; for trained ones, the original copy, gradients and AdamW's two moments; activations for
+    the backward pass. Measuring: all parameters; for trained ones, two copies; the statistics.
     """
     parameters = _bytes_of(base)
     trained = ITEM_BYTES * sum(delta.block.entries for delta in layout.deltas)
@@ -210,18 +217,18 @@ def _bytes_of(base: Base) -> int:
 
 
 def _characters(given: Input) -> int:
-    """Return how long a text is; images are read one batch at a time."""
+    """Return the length of a text; 0 for an image, since images are read one batch at a time."""
     return 0 if isinstance(given, Path | bytes) else sum(map(len, given))
 
 
 def statistics_memory(layout: Layout) -> int:
-    """Return the bytes of Gram matrices, square and in float64, and of the statistics, twice as they are written."""
+    """Return the bytes of the square Gram matrices in float64, and of two copies of the statistics."""
     squares = sum(count * width * width for group in layout.groups for _, count, width in group.blocks.parts)
     return 8 * squares + 2 * layout.contribution_bytes
 
 
 def available_memory() -> int:
-    """Return how much memory there is, also where a container may have only some of it."""
+    """Return the free memory in bytes, at most the container's limit."""
     free = int(psutil.virtual_memory().available)
     try:
         return min(free, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))

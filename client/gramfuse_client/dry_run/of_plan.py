@@ -1,4 +1,4 @@
-"""Whether a silo's file and keys agree with a plan: all that stands in the way, where a run names the first only."""
+"""Checks a silo's file and keys against a plan: reports every obstacle, where a run stops at the first."""
 
 from __future__ import annotations
 
@@ -22,73 +22,78 @@ from gramfuse_protocol.errors import PlanError, RefusalError
 from gramfuse_protocol.held_out.noise import spent
 
 VOCABULARY = {
-    "mean": "layers that see tokens without context are averaged; no Gram matrix of theirs leaves",
-    "diagonal": "of layers that see tokens without context, diagonals of Gram matrices leave, which may tell the words",
-    "full": "of layers that see tokens without context, Gram matrices leave, which tell the words and their counts",
+    "mean": "layers that see tokens without context are averaged; none of their Gram matrices leave",
+    "diagonal": "layers that see tokens without context: diagonals of Gram matrices leave, which may reveal the words",
+    "full": "layers that see tokens without context: Gram matrices leave, which reveal the words and their counts",
 }
-"""What leaves of layers that see tokens without context, by `merge.context-free`."""
+"""What leaves for layers that see tokens without context, by `merge.context-free`."""
 
 EXPERTS = {
-    "mean": "experts of a mixture are averaged; no Gram matrix of theirs leaves",
-    "full": "of each expert of a mixture, a Gram matrix leaves; one that only this silo uses is its own",
+    "mean": "experts of a mixture are averaged; none of their Gram matrices leave",
+    "full": "a Gram matrix leaves for each expert of a mixture; that of an expert used only here is this silo's own",
 }
-"""What leaves of the experts of a mixture, by `merge.experts`."""
+"""What leaves for the experts of a mixture, by `merge.experts`."""
 
 
 @dataclass(frozen=True)
-class Given:
-    """The plan that a check is about."""
+class LocatedPlan:
+    """The plan to check, and its file."""
 
     path: Path
     plan: Plan
 
     @property
     def about(self) -> dict[str, Any]:
-        """The plan in a few words."""
+        """The plan's name, version, digest and path, for the report."""
         header = self.plan.plan
         return {"name": header.name, "version": header.version, "digest": self.plan.digest, "path": str(self.path)}
 
 
-def find_plan(found: Findings, silo: Silo, where: Path | None) -> Given | None:
-    """Return the plan that is named, or the first of those that were joined."""
-    joined = _joined(silo) if where is None else [where / "plan.toml" if where.is_dir() else where]
-    if not joined:
-        found.problem(
+def find_plan(findings: Findings, silo: Silo, where: Path | None) -> LocatedPlan | None:
+    """Return the named plan, or the first of the joined plans.
+
+    Args:
+        where: the plan's file or directory; None means a joined plan.
+    """
+    paths = _joined(silo) if where is None else [where / "plan.toml" if where.is_dir() else where]
+    if not paths:
+        findings.problem(
             "plan",
-            "this silo joined no plan so far, and none was named",
+            "this silo has joined no plan yet, and none was named",
             "get the locked plan (plan.toml and layout.json) from its author, and name it:\n"
             f"gramfuse silo check {silo.path} --plan PLAN_DIRECTORY",
         )
         return None
     try:
-        given = Given(joined[0], Plan.read(joined[0]))
+        located = LocatedPlan(paths[0], Plan.read(paths[0]))
     except PlanError as error:
-        found.problem("plan", str(error), "get plan.toml and layout.json from the plan's author again")
+        findings.problem("plan", str(error), "get plan.toml and layout.json from the plan's author again")
         return None
-    others = f"; {len(joined) - 1} more were joined before, name one with --plan to check it" if joined[1:] else ""
-    header = given.plan.plan
-    found.ok("plan", f"{header.name}, version {header.version}, from {given.path}{others}\ndigest {given.plan.digest}")
-    return given
+    others = f"; the silo joined {len(paths) - 1} more, use --plan to check one of them" if paths[1:] else ""
+    header = located.plan.plan
+    text = f"{header.name}, version {header.version}, from {located.path}{others}\ndigest {located.plan.digest}"
+    findings.ok("plan", text)
+    return located
 
 
 def _joined(silo: Silo) -> list[Path]:
-    """Return the plans that were joined, the one to check first: approved before others, then the newest."""
+    """Return the files of all joined plans: approved ones first, then the newest first."""
     paths = [path for path in silo.state.glob("*/plan.toml") if len(path.parent.name) == 64]
     return sorted(paths, key=lambda p: (p.parent.name in silo.file.approved, p.stat().st_mtime), reverse=True)
 
 
-def check_terms(found: Findings, silo: Silo, given: Given) -> None:
-    """Look at each rule of `gramfuse_client.guard.policy` for a plan."""
-    plan = given.plan
+def check_terms(findings: Findings, silo: Silo, located: LocatedPlan) -> None:
+    """Check a plan against each rule of `gramfuse_client.guard.policy`."""
+    plan = located.plan
     secure, metrics = plan.privacy.secure_aggregation, plan.privacy.metrics
     others = [name for name in plan.names if name != silo.name]
-    fine = {
+    passed = {
         "lock": "base model and layout are pinned",
         "approval": f"{silo.path} lists the plan's digest in 'approved'",
         "roster": f"{silo.name}, with {', '.join(others[:8])}{', …' if others[8:] else ''}",
         "uploads": "masked"
         if secure
-        else "open, as 'limits.open-uploads' allows: the coordinator can read what this silo uploads",
+        else "open, as 'limits.open-uploads' allows: the coordinator can read this silo's uploads",
         "metrics": SHOWN[metrics]
         + ("; the coordinator can read this silo's own" if metrics == "sum" and not secure else "")
         + _noise(plan),
@@ -96,19 +101,19 @@ def check_terms(found: Findings, silo: Silo, given: Given) -> None:
         "experts": EXPERTS[plan.merge.experts_in(secure=secure)],
     }
     if not plan.locked:
-        del fine["approval"]  # a plan has its digest when it is locked
+        del passed["approval"]  # a plan has no final digest before it is locked
     digests = ", ".join(f'"{digest}"' for digest in (*silo.file.approved, plan.digest))
-    approve = f"gramfuse plan show {given.path.parent}\nin {silo.path}, above [data]:\napproved = [{digests}]"
+    approve = f"gramfuse plan show {located.path.parent}\nin {silo.path}, above [data]:\napproved = [{digests}]"
     refused = dict(policy.refusals(silo, plan))
-    for subject in fine | refused:
+    for subject in passed | refused:
         if subject in refused:
-            found.error(subject, refused[subject], approve if subject == "approval" else "")
+            findings.error(subject, refused[subject], approve if subject == "approval" else "")
         else:
-            found.ok(subject, fine[subject])
+            findings.ok(subject, passed[subject])
 
 
 def _noise(plan: Plan) -> str:
-    """Say what noise does for held-out results, and what they cost."""
+    """Describe the noise in held-out results, and its privacy budget."""
     if not plan.summed:
         return ""
     if plan.epsilon is None:
@@ -116,85 +121,87 @@ def _noise(plan: Plan) -> str:
     return f", with noise: epsilon {plan.epsilon:g} for each of {plan.releases} sums, {spent(plan):.2f} in all"
 
 
-def check_hours(found: Findings, silo: Silo, moment: datetime) -> None:
-    """Look at the hours in which the silo trains; outside of them it is ready all the same."""
+def check_hours(findings: Findings, silo: Silo, moment: datetime) -> None:
+    """Check the silo's training hours; being outside them is not a problem."""
     hours = silo.file.limits.train_hours
     try:
         policy.check_hours(silo, moment)
-        found.ok("hours", f"trains {hours}" if hours else "trains at any hour")
+        findings.ok("hours", f"trains {hours}" if hours else "trains at any hour")
     except RefusalError:
-        now = f"it is {moment:%H:%M}, and this silo trains {hours} only"
-        found.ok("hours", now, "a run that starts now is refused; agree on a time")
+        now = f"it is {moment:%H:%M}, but this silo trains only {hours}"
+        findings.ok("hours", now, "it would refuse a run that starts now; agree on a time")
 
 
-def check_repeat(found: Findings, silo: Silo, plan: Plan) -> Contributed | None:
-    """Look at whether the silo contributed under the plan before, and return what."""
+def check_repeat(findings: Findings, silo: Silo, plan: Plan) -> Contributed | None:
+    """Check whether the silo contributed under the plan before, and return the record of it."""
     state = State(silo.state, plan.digest)
     contributed = None
     try:
         contributed = state.contributed()
         policy.check_repeat(silo, state, "")
-        found.ok("repeat", "'limits.repeat-contributions' allows it" if contributed else "the first under this plan")
+        findings.ok("repeat", "'limits.repeat-contributions' allows it" if contributed else "the first under this plan")
     except RefusalError as error:
-        found.error("repeat", error)
+        findings.error("repeat", error)
     except OSError as error:
-        found.skip("repeat", f"the state directory cannot be read: {error.strerror}")
+        findings.skip("repeat", f"the state directory cannot be read: {error.strerror}")
     except ValueError:
-        found.problem(
+        findings.problem(
             "repeat",
-            f"{state.directory / 'contributed.json'}: is damaged, or another version's",
-            "look in the ledger whether this silo contributed under the plan; if so, a new plan must end with the same "
-            "silos:\n"
+            f"{state.directory / 'contributed.json'}: is damaged, or from another version",
+            "check in the ledger whether this silo contributed under the plan; if so, a new plan must end with the "
+            "same silos:\n"
             f"gramfuse silo ledger show {silo.path}",
         )
     return contributed
 
 
-def check_attempts(found: Findings, silo: Silo, plan: Plan) -> None:
-    """Look at whether an attempt under the plan failed, which is final until it is cleared."""
+def check_attempts(findings: Findings, silo: Silo, plan: Plan) -> None:
+    """Check whether an attempt under the plan failed; a failure is final until it is cleared."""
     clear = f"look into this silo's log, remove the cause, then:\ngramfuse silo clear {silo.path} --plan {plan.digest}"
     try:
         attempts = State(silo.state, plan.digest).attempts.read()
     except (OSError, ValueError):
-        found.problem("failures", "the record of what was attempted is damaged, or another version's", clear)
+        findings.problem("failures", "the record of attempts is damaged, or from another version", clear)
         return
     failed = [attempt for attempt in attempts if attempt.outcome == "failed"]
     if failed:
         works = ", ".join(f"{attempt.work} in round {attempt.round}" for attempt in failed)
-        found.problem("failures", f"failed, and takes no further part: {works}", clear)
+        findings.problem("failures", f"this silo failed, so it takes no further part: {works}", clear)
     else:
-        found.ok("failures", "none under this plan")
+        findings.ok("failures", "none under this plan")
 
 
-def check_releases(found: Findings, silo: Silo, plan: Plan, examples: Examples | None) -> None:
-    """Look at whether a sum over the whole roster could be subtracted from one that this silo was in."""
+def check_releases(findings: Findings, silo: Silo, plan: Plan, examples: Examples | None) -> None:
+    """Check whether a sum over the whole roster could be subtracted from an earlier sum with this silo."""
     if not plan.privacy.secure_aggregation or silo.name not in plan.names:
         return
     releases = Releases(silo.state / "releases")
     try:
         if not (earlier := releases.read()):
-            found.ok("earlier sums", "this silo was in none")
+            findings.ok("earlier sums", "this silo was in none")
             return
         if examples is None:
-            found.skip("earlier sums", f"this silo was in {len(earlier)}; its data were not read")
+            findings.skip("earlier sums", f"this silo was in {len(earlier)}; its data were not read")
             return
         cohort = Cohort.of(plan, silo.name, plan.names)
-        shared = releases.conflict(releases.rows(examples.given), "statistics", cohort)
+        conflict = releases.conflict(releases.rows(examples.input_keys), "statistics", cohort)
     except (OSError, ValueError, PlanError) as error:
-        found.problem(
+        findings.problem(
             "earlier sums",
-            f"what this silo remembers of them cannot be used: {error}",
+            f"this silo's record of them cannot be used: {error}",
             f"restore {releases.directory}, or forget them knowingly:\ngramfuse silo clear {silo.path} --releases",
         )
         return
-    if shared is None or silo.file.limits.differing_survivors:
-        found.ok("earlier sums", f"{len(earlier)}; a sum over all silos of this plan may follow them")
+    if conflict is None or silo.file.limits.differing_survivors:
+        findings.ok("earlier sums", f"{len(earlier)}; a sum over all silos of this plan may follow them")
     else:
-        found.problem("earlier sums", shared, "agree on the silos with the plan's author, see docs/threat-model.md")
+        findings.problem(
+            "earlier sums", conflict, "agree on the silos with the plan's author, see docs/threat-model.md"
+        )
 
 
-def check_keys(found: Findings, silo: Silo, plan: Plan | None) -> None:
-    """Look at the silo's private keys, and at what the plan's roster has of them."""
+def check_keys(findings: Findings, silo: Silo, plan: Plan | None) -> None:
+    """Check the silo's private keys against the plan's roster."""
     entry = next((entry for entry in plan.silo if entry.name == silo.name), None) if plan else None
     kinds: tuple[tuple[str, str, Path, Callable[[], str]], ...] = (
         ("identity", "public_key", silo.identity_path, lambda: silo.identity().public.hex()),
@@ -202,29 +209,31 @@ def check_keys(found: Findings, silo: Silo, plan: Plan | None) -> None:
     )
     for subject, field, path, read in kinds:
         try:
-            held = read()
+            key = read()
         except PlanError as error:
-            found.error(subject, error)
+            findings.error(subject, error)
             continue
-        named = getattr(entry, field, held)
-        needless = subject == "identity" and plan is not None and not plan.privacy.secure_aggregation
-        if named == held or (named is None and needless):
-            shown = f"public key {held}" if subject == "identity" else f"fingerprint {fingerprint(held)}"
-            found.ok(subject, f"{path}, readable by its owner only\n{shown}")
+        in_roster = getattr(entry, field, key)
+        optional = subject == "identity" and plan is not None and not plan.privacy.secure_aggregation
+        if in_roster == key or (in_roster is None and optional):
+            shown = f"public key {key}" if subject == "identity" else f"fingerprint {fingerprint(key)}"
+            findings.ok(subject, f"{path}, readable by its owner only\n{shown}")
             continue
-        found.problem(
+        findings.problem(
             subject,
-            f"the plan's roster has {'another key' if named else 'no key'} for {silo.name} than {path} holds",
-            "make sure that the file is the right one, and have its public half put into the plan, then locked:\n"
-            f'{field.replace("_", "-")} = "{held}"',
+            f"the plan's roster has another key for {silo.name} than {path}"
+            if in_roster
+            else f"the plan's roster has no key for {silo.name}, but {path} has one",
+            "make sure that this is the right file, then have its public key put into the plan, and the plan locked:\n"
+            f'{field.replace("_", "-")} = "{key}"',
         )
 
 
-def check_size(found: Findings, silo: Silo, plan: Plan, layout: Layout) -> None:
-    """Look at how much one contribution would have."""
+def check_size(findings: Findings, silo: Silo, plan: Plan, layout: Layout) -> None:
+    """Check the size of one contribution."""
     size, most = layout.upload_bytes(masked=plan.privacy.secure_aggregation), silo.file.limits.maximum_bytes
     try:
         policy.check_bytes(silo, plan, layout)
-        found.ok("size", f"a contribution has {size:,} bytes" + (f", of {most:,} that may leave" if most else ""))
+        findings.ok("size", f"a contribution has {size:,} bytes" + (f", of {most:,} allowed" if most else ""))
     except RefusalError as error:
-        found.error("size", error)
+        findings.error("size", error)

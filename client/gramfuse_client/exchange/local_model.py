@@ -1,6 +1,6 @@
-"""What a silo does with its data and the model: the part that needs torch.
+"""The silo's work on its data and the model: the part that needs torch.
 
-Flower starts a new process for every message, and only three of the phases come here; the others need not load it.
+Flower starts a new process for every message. Only three phases use this module, so the others need not import torch.
 """
 
 from __future__ import annotations
@@ -47,37 +47,43 @@ class Workbench:
         self.silo = silo
         self.plan = plan
         self.task = plan.task_of(silo.name)
-        self._looked_at: Base | None = None
+        self._loaded: Base | None = None  # the base model, unmodified
         if silo.file.threads:
             torch.set_num_threads(silo.file.threads)
 
-    def check_layout(self, given: Layout) -> Layout:
-        """Return the layout that came with the plan, if it is what the base model as it is here gives.
+    def check_layout(self, received: Layout) -> Layout:
+        """Return the plan's layout, after checking that it matches this silo's copy of the base model.
+
+        Args:
+            received: the layout that came with the plan.
 
         Raises:
-            ModelError: if the base model cannot be loaded or is another one, or the layout is.
+            ModelError: if the base model cannot be loaded, or the base model or the layout is not the plan's.
             PlanError: if the plan's texts are longer than the base model takes.
             RefusalError: if this machine has too little memory to fine-tune or measure.
         """
-        base = own = self._base()
-        if self.plan.task:  # the layout is derived from one task's model, the same everywhere
+        base = of_task = self._base()
+        if self.plan.task:  # all silos derive the layout from the same task's model
             base = load_base(self.plan, self.silo.project, override=self.silo.base)
-        check_lengths(own, [self.task], trains=True)
-        layout = plan_layout(self.plan, base, given)
-        check_suitable(own, self.task)
-        lack = lacking_memory(self.plan, self.task, layout, own, choose_device(self.silo.file.device).type)
+        check_lengths(of_task, [self.task], trains=True)
+        layout = plan_layout(self.plan, base, received)
+        check_suitable(of_task, self.task)
+        lack = lacking_memory(self.plan, self.task, layout, of_task, choose_device(self.silo.file.device).type)
         if lack is not None:
             raise RefusalError(f"{self.silo.path}: {lack}", reason="this silo has too little memory for the plan")
         return layout
 
     def check_model(self, layout: Layout, arrays: Mapping[str, NDArray[Any]]) -> None:
-        """Refuse differences from the base (`delta:<parameter>`, float32) that are larger than silos agreed on.
+        """Check that a model changes no tensor by more than the plan's `merge.maximum-change`.
+
+        Args:
+            arrays: differences from the base (`delta:<parameter>`, float32).
 
         Raises:
-            RefusalError: naming the tensor; the silo's data have no part in it.
+            RefusalError: naming the tensor. It does not depend on the silo's data.
         """
-        self._looked_at = self._base()
-        check_changes(self._looked_at.model, layout, arrays, self.plan.merge.maximum_change)
+        self._loaded = self._base()
+        check_changes(self._loaded.model, layout, arrays, self.plan.merge.maximum_change)
 
     def measure(
         self, layout: Layout, examples: Examples, state: State, start: Mapping[str, NDArray[Any]]
@@ -85,8 +91,8 @@ class Workbench:
         """Fine-tune on the silo's examples and measure.
 
         Args:
-            start: what a round after the first starts from, as differences from the base (`delta:<parameter>`,
-                float32); empty in the first.
+            start: the model that a later round starts from, as differences from the base (`delta:<parameter>`,
+                float32); empty in the first round.
         """
         base = self._base()
         if start:
@@ -102,15 +108,16 @@ class Workbench:
         *,
         keep: bool = False,
     ) -> Sums:
-        """Return the held-out sums of the base model with differences added (`delta:<parameter>`, float32).
+        """Return the held-out sums of a model: the base plus differences.
 
-        Where they leave in a secure sum, they are those of `gramfuse_protocol.held_out.sums`, and otherwise those of
+        For a secure sum, they are the bounded sums of `gramfuse_protocol.held_out.sums`, otherwise the exact sums of
         `gramfuse_protocol.held_out.metrics`.
 
         Args:
-            state: where the silo's own head is, if it keeps one.
-            held_out: what it is measured on.
-            keep: whether the model is this silo's finished one; it is written into the state.
+            arrays: differences from the base (`delta:<parameter>`, float32).
+            state: has the silo's own head, if it keeps one.
+            held_out: examples to evaluate on.
+            keep: whether this is the silo's finished model; if so, write it into the state.
         """
         base = self._merged(layout, arrays, state)
         device = choose_device(self.silo.file.device)
@@ -118,22 +125,22 @@ class Workbench:
         if self.plan.summed:
             sums = evaluate_for_sum(model, encoded, device, self.task, base.tokenizer)
         else:
-            given = batches(encoded, EVALUATION_BATCH, device, by_length=True)
-            sums = evaluate(model, given, self.task, base.tokenizer)
+            held_out_batches = batches(encoded, EVALUATION_BATCH, device, by_length=True)
+            sums = evaluate(model, held_out_batches, self.task, base.tokenizer)
         if keep:
             save_privately(base, self.task, state.model)
         return sums
 
     def keep(self, layout: Layout, arrays: Mapping[str, NDArray[Any]], state: State) -> None:
-        """Write this silo's finished model into its state: the base model with differences added, and its own head."""
+        """Write this silo's finished model into its state: the base plus differences, with its own head."""
         save_privately(self._merged(layout, arrays, state), self.task, state.model)
 
     def finish(self, layout: Layout, arrays: Mapping[str, NDArray[Any]], state: State, directory: Path) -> None:
-        """Write the base model with differences added and this silo's own head, as `from_pretrained` loads it.
+        """Write the base plus differences, with this silo's own head, for `from_pretrained`.
 
         Args:
-            arrays, state: as `evaluate` has them.
-            directory: made if it is not there.
+            arrays, state: as for `evaluate`.
+            directory: made if it does not exist.
         """
         base = self._merged(layout, arrays, state)
         fold(base.model, self.task)
@@ -148,13 +155,13 @@ class Workbench:
         return base
 
     def _base(self) -> Base:
-        """Return the base model for the caller to change: the one that was only looked at, or it is loaded."""
-        looked_at, self._looked_at = self._looked_at, None
-        return looked_at or load_base(self.plan, self.silo.project, silo=self.silo.name, override=self.silo.base)
+        """Return the base model for the caller to modify: the loaded one if it is unmodified, or a new copy."""
+        loaded, self._loaded = self._loaded, None
+        return loaded or load_base(self.plan, self.silo.project, silo=self.silo.name, override=self.silo.base)
 
 
 def save_privately(base: Base, task: Task, directory: Path) -> None:
-    """Replace a model on the disk that only its owner may read; it gives targets as the data have them."""
+    """Write or replace a model that only its owner can read; it predicts targets on the data's own scale."""
     fold(base.model, task)
     temporary = directory.with_suffix(".partial")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -172,16 +179,16 @@ def train(
 ) -> Statistics:
     """Fine-tune a model on a silo's examples, in place, and measure it.
 
-    If the silo has a head of its own to start from (`model.head`), it takes that in the first round, while differences
-    are taken from the head that all have. A head that is not merged stays in the state, from round to round.
+    A silo with its own head (`model.head`) starts from it in the first round, but differences are still computed from
+    the common head. A head that is not merged stays in the state from round to round.
 
     Args:
-        base: what is fine-tuned; differences are taken from it.
-        state: says which round it is, and takes notes of progress; without one it is the first.
+        base: the model to fine-tune; differences are computed from it.
+        state: has the round, and records progress; None means the first round.
 
     Raises:
         ContributionError: naming the tensor, if training changes a buffer that all silos share and the layout does not
-            merge, or a value is NaN or infinite.
+            merge, or if a value is NaN or infinite.
     """
     device = choose_device(silo.file.device)
     merged = {tensor.name for tensor in layout.tensors}
@@ -199,13 +206,13 @@ def train(
         plan.training.in_round(1 if state is None else state.round),
         device,
         progress=None if state is None else lambda done, total: state.progress("train", done, total),
-        whose=silo.name,
+        owner=silo.name,
     )
-    odd = first_difference(fixed, saved_buffers(base.model))
-    if odd is not None:
+    changed = first_difference(fixed, saved_buffers(base.model))
+    if changed is not None:
         raise ContributionError(
-            f"training changed the buffer {odd!r}, which did not change when the layout was made, so it would not be "
-            "merged; choose another base model"
+            f"training changed the buffer {changed!r}, which did not change when the layout was made, so it would not "
+            "be merged; choose another base model"
         )
     if plan.model.head == "own" and state is not None:
         state.save_head({name: value for name, value in trainable(base.model).items() if name not in base.shared})

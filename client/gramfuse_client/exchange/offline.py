@@ -1,7 +1,8 @@
-"""A silo without a network: all that it does in an open run, with a file in place of the messages.
+"""A silo without a network: does the work of an open run, and writes a file instead of sending messages.
 
-The silo file allows or refuses as it does in a run, and the ledger has what leaves before it leaves. One thing is
-otherwise: a head that the silo keeps to itself in a run is in the file, so that whoever merges can write whole models.
+The silo file allows and refuses the same as in a run, and the ledger records the contribution before it leaves. There
+is one difference: the file includes a head that the silo would keep to itself in a run, so that the recipient can write
+whole models.
 """
 
 from __future__ import annotations
@@ -31,30 +32,33 @@ from gramfuse_protocol.statistics.file import write_statistics
 from gramfuse_protocol.text import one_line
 
 SESSION = "file"
-"""What stands for a session's number where a contribution leaves as a file."""
+"""Stands for the session's nonce if a contribution leaves as a file."""
 
 
 def contribute(silo: Silo, plan: Plan, layout: Layout, path: Path, state: State) -> str:
-    """Fine-tune, measure, and write the contribution that an open run would have collected; return its digest.
+    """Fine-tune, measure, and write the contribution that an open run would collect; return the file's SHA-256.
 
-    What was measured under this plan on the same data is not measured again.
+    Statistics measured earlier under this plan, on the same data, are used again.
 
     Args:
-        layout: the plan's.
-        path: of the file; must not exist.
-        state: of this silo under this plan.
+        layout: the plan's layout.
+        path: the file to write; must not exist.
+        state: the silo's state under this plan.
 
     Raises:
-        GramfuseError: of the kind that fits; a RefusalError names the key of the silo file.
+        PlanError: if the plan needs a network, because it masks statistics or has several rounds.
+        RefusalError: naming the key of the silo file that does not allow this.
+        GramfuseError: of another type, if the data, the model or the file cannot be used.
     """
     if plan.privacy.secure_aggregation:
         raise PlanError(
-            "the plan has the statistics masked (privacy.secure-aggregation = true), and a file is read as it is; "
-            "agree on a plan with secure-aggregation = false, or take part over the network"
+            "the plan masks statistics (privacy.secure-aggregation = true), but a file is not masked; agree on a plan "
+            "with secure-aggregation = false, or take part over the network"
         )
     if plan.merge.rounds > 1:
         raise PlanError(
-            f"the plan has {plan.merge.rounds} exchanges (merge.rounds), and files carry one; agree on a plan with one"
+            f"the plan has {plan.merge.rounds} exchanges (merge.rounds), but a file carries only one; agree on a plan "
+            "with one"
         )
     check_plan(silo, plan)
     if path.exists():
@@ -69,8 +73,8 @@ def contribute(silo: Silo, plan: Plan, layout: Layout, path: Path, state: State)
         contributed = state.contributed()
         if contributed is not None and contributed.data != examples.digest:
             raise RefusalError(
-                f"{silo.path}: other data were contributed under this plan before; the difference of the two merges "
-                "would show what changed. Put the data back as they were"
+                f"{silo.path}: this silo contributed other data under this plan before; the difference of the two "
+                "merges would reveal what changed. Restore the earlier data"
             )
         measured_on = MeasuredOn(examples.digest, start="")
         if not state.trained or state.origin() != measured_on:
@@ -81,11 +85,11 @@ def contribute(silo: Silo, plan: Plan, layout: Layout, path: Path, state: State)
             state.save(workbench.measure(layout, examples, state, {}), measured_on, {})
         contribution = state.contribution()
         base = load_base(plan, silo.project, silo=silo.name, override=silo.base)
-        own = state.head() if plan.model.head == "own" else {}
+        head = state.head() if plan.model.head == "own" else {}
         state.contribute_openly(SESSION)
         items = (
             *(_item(block.name, contribution.block(block.name)) for block in layout.blocks),
-            *(_item(own_block(name), array) for name, array in own.items()),
+            *(_item(own_block(name), array) for name, array in head.items()),
         )
         note = one_line(str(path), 2000)
         entry = Entry(plan=plan.digest, phase="measure", kind="reply", form="open", note=note, items=items)
@@ -98,12 +102,12 @@ def contribute(silo: Silo, plan: Plan, layout: Layout, path: Path, state: State)
             task=task,
             layout=layout,
             head=head_parameters(base.model),
-            own=own,
+            own=head,
             plan=plan.to_toml(),
         )
 
 
 def _item(name: str, array: NDArray[Any]) -> Item:
-    """Return the ledger's record of one tensor."""
+    """Return the ledger item for one tensor."""
     sha256 = hashlib.sha256(array.reshape(-1).view("uint8").data).hexdigest()
     return Item(name=name, dtype=str(array.dtype), shape=array.shape, bytes=array.nbytes, sha256=sha256)

@@ -1,4 +1,4 @@
-"""What a silo does with each message of the protocol. Knows nothing of Flower."""
+"""Answers each message of the protocol for a silo. Does not depend on Flower."""
 
 from __future__ import annotations
 
@@ -58,13 +58,13 @@ if TYPE_CHECKING:
     from gramfuse_client.exchange.local_model import Workbench
 
 NOTHING_SENT = "0" * 64
-"""Content of an attempt whose request brings no model: the first round's training, and uploads."""
+"""Content digest of an attempt whose request contains no model: training in the first round, and uploads."""
 
 log = logging.getLogger(__name__)
 
 
 class Participant:
-    """One silo's side of the protocol; all that it remembers is on its disk."""
+    """One silo's side of the protocol. All its state is on disk."""
 
     def __init__(self, silo: Silo) -> None:
         self.silo = silo
@@ -72,14 +72,14 @@ class Participant:
     def answer(self, request: Message) -> Message:
         """Return the reply to a request.
 
-        What is refused before the silo's data are touched says why. Whatever goes wrong afterwards, bugs too, is one
-        failure, with one text for each phase: what the other side reads must not depend on the data.
+        A refusal before the silo's data are touched gives its reason. Any error after that, including a bug, becomes a
+        failure with one fixed text for each phase, so that what the other side reads does not depend on the data.
 
-        One is answered after the other: a worker may still be at a request that its node, started anew, got again.
+        A lock serialises requests: a worker may still be busy with a request that its restarted node fetched again.
         """
         log.info("silo %s, phase %s, plan %s", self.silo.name, request.phase, request.plan)
         try:
-            # What is refused before anything was kept leaves no trace, not even a lock.
+            # A request that is refused before there is any state leaves no trace, not even a lock.
             with exclusive(self.silo.state / "lock") if self.silo.state.is_dir() else nullcontext():
                 return self._answer(request)
         except GramfuseError as error:
@@ -90,15 +90,15 @@ class Participant:
             return self._declined(request, FailureError(str(error), phase=request.phase))
 
     def _declined(self, request: Message, error: GramfuseError) -> Message:
-        """Return the refusal of a request. A lie ends the session; so does a failure once there are secrets in it."""
+        """Return the refusal of a request. End the session after a protocol violation, or a failure with secrets."""
         state = self._state(request)
-        lie = isinstance(error, SecurityError)
-        if lie or (isinstance(error, FailureError) and state.attempts.failed(request)):
+        violation = isinstance(error, SecurityError)
+        if violation or (isinstance(error, FailureError) and state.attempts.failed(request)):
             try:
                 session = state.session(request.session)
-                if lie or session.begun:
+                if violation or session.begun:
                     session.end(str(error))
-            except Exception:  # the state itself may be what is damaged; nothing leaves in it either way
+            except Exception:  # the state itself may be damaged; then nothing leaves in the session either
                 log.exception("silo %s: the session could not be ended", self.silo.name)
         return refusal(request, self.silo.name, error)
 
@@ -116,17 +116,15 @@ class Participant:
                 return self._finish(request)
             case KeysRequest() | SharesRequest() | MaskedRequest() | SurvivorsRequest() | UnmaskRequest():
                 return self._membership(request).answer(request)
-        raise FederationError(f"phase {request.phase!r} is not a silo's to answer")
+        raise FederationError(f"a silo does not answer phase {request.phase!r}")
 
     def _join(self, request: JoinRequest) -> JoinReply:
-        """Join; the silo's data are not touched, so that a refusal may say why."""
+        """Join. This does not touch the silo's data, so a refusal can give its reason."""
         plan = Plan.parse(request.plan_text, "the coordinator's plan")
         if plan.digest != request.plan:
-            raise FederationError(
-                "the plan that came has another digest than its message", reason="plan digest differs"
-            )
+            raise FederationError("the plan's digest differs from the one in its message", reason="plan digest differs")
         check_plan(self.silo, plan)
-        if text_digest(request.layout) != plan.merge.layout:  # of what is not the plan's, nothing is parsed
+        if text_digest(request.layout) != plan.merge.layout:  # never parse a layout that is not the plan's
             raise FederationError("the coordinator's layout is not the plan's", reason="layout digest differs")
         _check_round(plan, request)
         state = self._state(request)
@@ -134,9 +132,9 @@ class Participant:
         check_repeat(self.silo, state, request.session)
         if not state.trained:
             check_hours(self.silo, datetime.now())
-        given = Layout.parse(request.layout, "the coordinator's layout")
-        check_bytes(self.silo, plan, given)
-        layout = self._workbench(plan).check_layout(given)
+        received = Layout.parse(request.layout, "the coordinator's layout")
+        check_bytes(self.silo, plan, received)
+        layout = self._workbench(plan).check_layout(received)
         if not state.trained:
             check_disk(self.silo, plan, layout)
         state.join(request.plan_text, layout)
@@ -152,28 +150,28 @@ class Participant:
             check_hours(self.silo, datetime.now())
             check_disk(self.silo, plan, layout)
         with state.attempts.attempt(request, "train", start or NOTHING_SENT):
-            self._have_statistics(state, plan, layout, request, start)
-            kept = state.contribution()
+            self._ensure_statistics(state, plan, layout, request, start)
+            statistics = state.contribution()
         secure = plan.privacy.secure_aggregation
         return TrainReply(
             **request.about,
             silo=self.silo.name,
-            examples=None if secure else kept.examples,
-            tokens={} if secure else kept.tokens,
+            examples=None if secure else statistics.examples,
+            tokens={} if secure else statistics.tokens,
         )
 
-    def _have_statistics(self, state: State, plan: Plan, layout: Layout, request: TrainRequest, start: str) -> None:
-        """Fine-tune and measure, unless that was done with the same data and from the same model."""
+    def _ensure_statistics(self, state: State, plan: Plan, layout: Layout, request: TrainRequest, start: str) -> None:
+        """Fine-tune and measure, unless statistics exist from the same data and the same start model."""
         task = plan.task_of(self.silo.name)
         examples, held_out = load(self.silo, task)
         check_data(self.silo, task, examples, held_out)
         contributed = state.contributed()
         if contributed is not None and contributed.data != examples.digest:
             raise DataError(
-                f"{self.silo.path}: other data were contributed under this plan before; the difference of the two sums "
-                "would show what changed. Put the data back as they were, or agree on a new plan"
+                f"{self.silo.path}: this silo contributed other data under this plan before; the difference of the two "
+                "sums would reveal what changed. Restore the earlier data, or agree on a new plan"
             )
-        rows = self.releases.keep_rows(examples.given)  # again, where the owner had this silo forget them
+        rows = self.releases.keep_rows(examples.input_keys)  # again, in case the owner cleared them
         if state.trained and state.origin()[:2] == (examples.digest, start):
             return
         check_hours(self.silo, datetime.now())
@@ -183,35 +181,35 @@ class Participant:
         state.save(statistics, MeasuredOn(examples.digest, start, rows), request.arrays)
 
     def _check_start(self, state: State, layout: Layout, request: TrainRequest, *, secure: bool) -> str:
-        """Return the digest of the model that a round starts from; empty in the first, which starts from the base.
+        """Return the digest of the model that a round starts from; empty in the first round.
 
-        Under secure aggregation, a later round starts from the merged model that this silo was given in the round
-        before, after it contributed there: any other start would be a question that the coordinator asks of this
+        Under secure aggregation, a later round must start from the merged model of the previous round, and this silo
+        must have received it after contributing there. With any other start model, the coordinator could probe this
         silo's data.
 
         Raises:
-            ContributionError: if it does not fit the layout.
-            RefusalError: if it is another model, or this silo was given none.
+            ContributionError: if the model does not fit the layout.
+            RefusalError: if it is another model, or this silo received no merged model.
         """
-        check_slices(layout.deltas if request.round > 1 else (), request.arrays, "the model to go on from")
+        check_slices(layout.deltas if request.round > 1 else (), request.arrays, "the model to start from")
         if request.round == 1:
             return ""
         start = model_digest(request.arrays[piece.name] for piece in layout.deltas)
-        if not secure:  # the coordinator reads what this silo contributes; who was away may come back
+        if not secure:  # the coordinator can read contributions anyway, and an absent silo may return
             return start
-        before = State(self.silo.state, request.plan, request.round - 1)
+        previous = State(self.silo.state, request.plan, request.round - 1)
         contributed = state.contributed()
-        given = before.measurements.of(before.round).get(MERGED)
-        if given is None or contributed is None or not contributed.sessions.get(before.round):
+        merged = previous.measurements.of(previous.round).get(MERGED)
+        if merged is None or contributed is None or not contributed.sessions.get(previous.round):
             raise RefusalError(
-                f"{self.silo.path}: round {request.round} was asked for, and this silo did not contribute to round "
-                f"{before.round} or was not given the merged model there",
+                f"{self.silo.path}: the coordinator asked for round {request.round}, but this silo did not contribute "
+                f"to round {previous.round}, or did not receive its merged model",
                 reason="this silo did not go through the round before",
             )
-        if start != given.model:
+        if start != merged.model:
             raise RefusalError(
-                f"{self.silo.path}: round {request.round} was asked for from another model than the merged one that "
-                f"this silo was given in round {before.round}. Go on with the run that was interrupted (gramfuse run "
+                f"{self.silo.path}: the coordinator asked for round {request.round} from a model other than the merged "
+                f"one that this silo received in round {previous.round}. Resume the interrupted run (gramfuse run "
                 "--resume)",
                 reason="the model to go on from is not the merged one of the round before",
             )
@@ -221,10 +219,12 @@ class Participant:
         state = self._state(request)
         plan, layout = self._joined(state, request)
         if plan.privacy.secure_aggregation:
-            raise SecurityError("statistics were asked for in the clear, and the plan has them masked")
+            raise SecurityError("the coordinator asked for unmasked statistics, but the plan masks them")
         count = layout.piece_count(request.piece_bytes)
         if request.piece >= count:
-            raise FederationError(f"piece {request.piece} was asked for; there are {count}", reason="no such piece")
+            raise FederationError(
+                f"the coordinator asked for piece {request.piece}, but there are only {count}", reason="no such piece"
+            )
         piece = layout.piece(request.piece, request.piece_bytes)
         state.check_trained()
         with state.attempts.attempt(request, "upload", NOTHING_SENT):
@@ -234,7 +234,7 @@ class Participant:
         return UploadReply(**request.about, silo=self.silo.name, piece=request.piece, arrays=arrays)
 
     def _evaluate(self, request: EvaluateRequest) -> EvaluateReply:
-        """Measure a model: one of the plan's, once in a round, after this silo's contribution was released."""
+        """Measure one of the plan's candidate models, once per round, after this silo's contribution was released."""
         state = self._state(request)
         plan, layout = self._joined(state, request)
         unmeasured = plan.privacy.metrics == "none"
@@ -244,32 +244,32 @@ class Participant:
             raise FederationError("the plan lets no metrics leave", reason="the plan lets no metrics leave")
         if request.candidate not in plan.privacy.candidates:
             raise SecurityError(
-                f"the plan has {', '.join(plan.privacy.candidates)} measured, and another candidate came"
+                f"the coordinator sent a candidate other than those of the plan: {', '.join(plan.privacy.candidates)}"
             )
         check_slices(layout.deltas, request.arrays, "the coordinator's model")
         self._check_released(state, plan, request)
         model = model_digest(request.arrays[piece.name] for piece in layout.deltas)
-        known = state.measurements.of(request.round).get(request.candidate)
-        if known is not None and known.model != model:
-            raise SecurityError(f"two different models came as {request.candidate!r}")
+        measurement = state.measurements.of(request.round).get(request.candidate)
+        if measurement is not None and measurement.model != model:
+            raise SecurityError(f"the coordinator sent two different models as {request.candidate!r}")
         workbench = self._workbench(plan)
-        if known is None:
+        if measurement is None:
             workbench.check_model(layout, request.arrays)
             if not unmeasured:
                 check_hours(self.silo, datetime.now())
         with state.attempts.attempt(request, f"evaluate {request.candidate}", model):
-            if known is None:
-                known = self._measure(workbench, state, layout, request, model)
+            if measurement is None:
+                measurement = self._measure(workbench, state, layout, request, model)
         reply = EvaluateReply(**request.about, silo=self.silo.name, candidate=request.candidate)
-        if not known.sums:
+        if not measurement.sums:
             return reply
         shape = sums_shape(plan.task_of(self.silo.name))
-        return reply.model_copy(update={"arrays": {"sums": np.array(known.sums).reshape(shape)}})
+        return reply.model_copy(update={"arrays": {"sums": np.array(measurement.sums).reshape(shape)}})
 
     def _measure(
         self, workbench: Workbench, state: State, layout: Layout, request: EvaluateRequest, model: str
     ) -> Measurement:
-        """Measure a model, and keep what leaves of it."""
+        """Measure a model, and store exactly what leaves."""
         plan = workbench.plan
         finished = plan.model.head == "own" and request.candidate == MERGED
         if plan.privacy.metrics == "none":
@@ -280,17 +280,17 @@ class Participant:
             return measurement
         task = plan.task_of(self.silo.name)
         _, held_out = load(self.silo, task)
-        known = state.measurements.held_out()
-        if known.data not in ("", held_out.digest):
+        earlier = state.measurements.held_out()
+        if earlier.data not in ("", held_out.digest):
             raise DataError(
-                f"{self.silo.path}: other held-out examples were measured on under this plan before; the difference of "
-                "the two sums would show what changed. Put them back as they were"
+                f"{self.silo.path}: this silo measured on other held-out examples under this plan before; the "
+                "difference of the two sums would reveal what changed. Restore the earlier examples"
             )
         sums = workbench.evaluate(layout, request.arrays, state, held_out, keep=finished)
         if plan.privacy.secure_aggregation and plan.privacy.metrics == "sum":
             words = noisy_words(plan, task, sums, secrets.token_bytes)
             measurement = Measurement(model=model, words=tuple(words.tolist()))
-            rows = self.releases.keep_rows(held_out.given)
+            rows = self.releases.keep_rows(held_out.input_keys)
         else:
             measurement = Measurement(model=model, sums=tuple(np.nan_to_num(sums).reshape(-1).tolist()))
             rows = ""
@@ -299,7 +299,7 @@ class Participant:
         return measurement
 
     def _check_released(self, state: State, plan: Plan, request: EvaluateRequest) -> None:
-        """Raise RefusalError unless this silo's contribution to the round was released in this session."""
+        """Raise RefusalError if this session has not yet released this silo's contribution to the round."""
         if plan.privacy.secure_aggregation:
             released = state.session(request.session).read().released("statistics")
         else:
@@ -307,7 +307,8 @@ class Participant:
             released = contributed is not None and request.session in contributed.sessions.get(request.round, ())
         if not released:
             raise RefusalError(
-                f"{self.silo.path}: a model came to be measured before this silo's contribution was released",
+                f"{self.silo.path}: the coordinator sent a model to measure before this silo's contribution was "
+                "released",
                 reason="this silo measures models after its contribution was released",
             )
 
@@ -321,7 +322,11 @@ class Participant:
         return Membership(self.silo, plan, layout, state, self.releases, request.session)
 
     def _joined(self, state: State, request: Message) -> tuple[Plan, Layout]:
-        """Return what was joined, if the silo file still allows it, nothing failed, and the session goes on."""
+        """Return the joined plan and layout, if the silo file still allows them, nothing failed, and the session is on.
+
+        Raises:
+            GramfuseError: otherwise.
+        """
         plan, layout = state.joined()
         check_plan(self.silo, plan)
         _check_round(plan, request)
@@ -334,13 +339,12 @@ class Participant:
 
     @property
     def releases(self) -> Releases:
-        """The sums that this silo signed, over all plans."""
+        """The sums that this silo signed, across all plans."""
         return Releases(self.silo.state / "releases")
 
     def _workbench(self, plan: Plan) -> Workbench:
-        from gramfuse_client.exchange.local_model import (
-            Workbench,  # torch takes seconds to load, and few phases need it
-        )
+        # Imported here because torch takes seconds to import, and few phases need it.
+        from gramfuse_client.exchange.local_model import Workbench
 
         return Workbench(self.silo, plan)
 
@@ -351,6 +355,6 @@ class Participant:
 def _check_round(plan: Plan, request: Message) -> None:
     if request.round > plan.merge.rounds:
         raise FederationError(
-            f"round {request.round} was asked for, and the plan has merge.rounds = {plan.merge.rounds}",
+            f"the coordinator asked for round {request.round}, but the plan has merge.rounds = {plan.merge.rounds}",
             reason="the plan has fewer rounds",
         )

@@ -1,8 +1,8 @@
-"""What a silo does in the phases of the secure sum: keys, shares, masked, survivors, unmask.
+"""The silo's part in the secure sum's phases: keys, shares, masked, survivors, unmask.
 
-The cryptography is `gramfuse_protocol.secure_sum.member`; here is what it is fed with, and what is kept on disk. A
-message that breaks the protocol raises SecurityError; `Participant` then ends the session: its secrets are wiped and
-nothing more leaves.
+`gramfuse_protocol.secure_sum.member` has the cryptography; this module provides its inputs and stores its state on
+disk. A message that violates the protocol raises SecurityError. `Participant` then ends the session: it wipes the
+secrets, and nothing more leaves.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ class Membership:
         """Return the reply to a request of the secure phases.
 
         Raises:
-            SecurityError: if it breaks the protocol; the session must be ended then.
-            GramfuseError: of another kind, for what is no attack; the session goes on.
+            SecurityError: if it violates the protocol; the caller must end the session.
+            GramfuseError: of another type, if it is not an attack; the session continues.
         """
         if isinstance(request, MaskedRequest):
             return self._masked(request)
@@ -120,19 +120,27 @@ class Membership:
         if key not in record.answers:
             self._write_vector(record, request, key, whole)
         elif record.answers[key].request != whole:
-            raise SecurityError(f"a second, different request for the sum of {name} came")
+            raise SecurityError(f"the coordinator sent a second, different request for the sum of {name}")
         path, words = self.session.masked(name), request.piece_bytes // 8
         if not path.exists():
             raise RefusalError(
-                f"{path}: the masked vector was removed; it cannot be made again", reason="the sum is over at this silo"
+                f"{path}: the masked vector was removed, and cannot be made again",
+                reason="the sum is over at this silo",
             )
-        found = read_masked(path, request.piece * words, words)
-        if not found.size:
-            raise FederationError(f"piece {request.piece} was asked for; there are fewer", reason="no such piece")
-        return MaskedReply(**self._about(request), sum_of=name, piece=request.piece, arrays={"masked": found})
+        piece = read_masked(path, request.piece * words, words)
+        if not piece.size:
+            raise FederationError(
+                f"the coordinator asked for piece {request.piece}, but there are fewer", reason="no such piece"
+            )
+        return MaskedReply(**self._about(request), sum_of=name, piece=request.piece, arrays={"masked": piece})
 
     def _write_vector(self, record: Record, request: MaskedRequest, key: str, whole: str) -> None:
-        """Mask this silo's vector once and for all; from here on it is read from disk."""
+        """Mask this silo's vector, once only, and write it to disk.
+
+        Args:
+            key: what the session keeps the answer under.
+            whole: digest of the request without its piece.
+        """
         member, name, roster = self._member(record), request.sum_of, self._roster(record)
         if name == "statistics":
             sealed = {peer: bytes.fromhex(data) for peer, data in request.sealed.items()}
@@ -141,9 +149,9 @@ class Membership:
                 raise SecurityError("the statistics start from another model than the keys were made for")
         else:
             if self.plan.privacy.metrics != "sum":
-                raise SecurityError("a sum of metrics was asked for; the plan has none")
+                raise SecurityError("the coordinator asked for a sum of metrics, but the plan has none")
             if request.candidates != self.plan.privacy.candidates or set(self._measured()) != set(request.candidates):
-                raise SecurityError("a sum of metrics was asked for, of other models than were measured here")
+                raise SecurityError("the coordinator asked for a sum of metrics of models that were not measured here")
         check_space(self.silo, 8 * self._entries(name))
         with self.state.attempts.attempt(request, key, whole, anew=True):
             member, masks = secure_sum.contribute(roster, member, name, whole, self._context(name))
@@ -163,13 +171,13 @@ class Membership:
         return self.state.measurements.of(self.state.round)
 
     def _entries(self, name: Sum) -> int:
-        """Return how many words a vector has."""
-        return (
-            self.layout.sum_entries if name == "statistics" else sum(len(of.words) for of in self._measured().values())
-        )
+        """Return the number of words in a vector."""
+        if name == "statistics":
+            return self.layout.sum_entries
+        return sum(len(measurement.words) for measurement in self._measured().values())
 
     def _context(self, name: Sum) -> str:
-        """Return what a sum is about, as this silo knows it."""
+        """Return the digest of what a sum is about, from this silo's own state."""
         if name == "statistics":
             return self.layout.digest
         measured = self._measured()
@@ -180,41 +188,41 @@ class Membership:
         member, signature = secure_sum.sign(
             self._roster(record), self._member(record), self.silo.identity(), name, request.survivors
         )
-        contributed = self._including(record, request)
+        contributed = self._contributed_with(record, request)
         content = pack(request).digest
         with self.state.attempts.attempt(request, answer_key("survivors", name), content, anew=True):
             if contributed.data != record.data:
                 raise DataError(
-                    "a sum of other data of this silo was signed under this plan before, and the difference of the two "
-                    "would show what changed; put the data back as they were, or agree on a new plan"
+                    "this silo signed a sum over other data under this plan before, and the difference of the two "
+                    "would reveal what changed; restore the earlier data, or agree on a new plan"
                 )
             self._release(record, request)
             self.state.contribute(contributed)
         return SurvivorsReply(**self._about(request), sum_of=name, signature=signature.hex()), member
 
-    def _including(self, record: Record, request: SurvivorsRequest) -> Contributed:
-        """Return what this silo contributed to under the plan, with this sum.
+    def _contributed_with(self, record: Record, request: SurvivorsRequest) -> Contributed:
+        """Return the record of this silo's contributions under the plan, with this sum added.
 
         Raises:
-            SecurityError: if another set was signed under this plan, in whichever round: the difference of two sums is
-                somebody's input.
+            SecurityError: if this silo signed another set of survivors under this plan, in any round: the difference
+                of the two sums would be the input of a few silos.
         """
         name = request.sum_of
         contributed = self.state.contributed() or Contributed(data=record.data)
         if contributed.survivors.get(name, request.survivors) != request.survivors:
             raise SecurityError(
-                f"a sum of {name} over other silos was signed under this plan before, and the difference of the two "
-                "would show single silos' part"
+                f"this silo signed a sum of {name} over other silos under this plan before, and the difference of the "
+                "two would reveal single silos' contributions"
             )
         survivors = {**contributed.survivors, name: request.survivors}
         contributed = contributed.including(self.state.round, self.session.directory.name, record.start)
         return contributed.model_copy(update={"survivors": survivors})
 
     def _release(self, record: Record, request: SurvivorsRequest) -> None:
-        """Note that a sum over these survivors may become known, before anything is signed.
+        """Record, before signing, that a sum over these survivors may become known.
 
         Raises:
-            RefusalError: if its difference from an earlier sum would be the part of a few silos.
+            RefusalError: if its difference from an earlier sum would be the contribution of a few silos.
         """
         rows = record.rows if request.sum_of == "statistics" else self.state.measurements.held_out().rows
         release = Release(
@@ -239,12 +247,12 @@ class Membership:
         return reply, None if last else secure_sum.forget(member, name)
 
     def _read(self, request: SecureRequest) -> Record:
-        """Return what is kept of the session; from the keys on, it is bound to what the statistics start from."""
+        """Return the session's record; in the keys phase, bind it to the model that the statistics start from."""
         record = self.session.read()
         if not isinstance(request, KeysRequest) or record.answers:
             return record
         if not self.state.trained:
-            raise FederationError("keys were asked for before training", reason="not trained")
+            raise FederationError("the coordinator asked for keys before training", reason="not trained")
         return record.model_copy(update={"start": self.state.origin().start})
 
     def _roster(self, record: Record) -> Roster:
@@ -252,7 +260,7 @@ class Membership:
 
     def _member(self, record: Record) -> Member:
         if record.member is None:
-            raise SecurityError("a message of a secure phase came before the keys, or after the last sum was opened")
+            raise SecurityError("a message of a secure phase came before the keys, or after the last sum was unmasked")
         return record.member
 
     def _about(self, request: Message) -> dict[str, Any]:
@@ -262,8 +270,8 @@ class Membership:
 def statistics_blocks(
     silo: Silo, plan: Plan, layout: Layout, contribution: Contribution
 ) -> Iterator[tuple[str, NDArray[np.float64], Scale]]:
-    """Yield what a silo adds to the sum of statistics: name, values and scale of each block."""
-    import torch  # nothing else in the secure phases needs it, and it takes seconds to load
+    """Yield (name, values, scale) of each block that a silo adds to the sum of statistics."""
+    import torch  # takes seconds to import, and nothing else in the secure phases needs it
 
     from gramfuse_model.normal_equations import summands
 
@@ -281,9 +289,9 @@ def statistics_blocks(
 
 
 def check_range(silo: Silo, plan: Plan, layout: Layout, contribution: Contribution) -> None:
-    """Raise ContributionError if statistics have no place in a secure sum, before they are kept.
+    """Raise ContributionError if statistics do not fit the range of a secure sum. Called before they are stored.
 
-    Later, a silo that cannot mask its vector would have the others' masks opened.
+    If a silo failed only later, while masking, it would drop out, and the others would have to reveal its mask key.
     """
     for name, values, scale in statistics_blocks(silo, plan, layout, contribution):
         encode(values, scale, len(plan.silo), name, lambda count: np.empty(count, np.uint64))

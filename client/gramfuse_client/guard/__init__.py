@@ -1,1 +1,1 @@
-"""What may leave a silo: its policy, its ledger, and the way out."""
+"""Controls what leaves a silo: its policy, its ledger, and the egress mod."""

@@ -1,7 +1,7 @@
-"""The app bundle (Flower's FAB) that a run brings along: checked, never unpacked, never executed.
+"""Checks a run's app bundle (Flower's FAB), which is never unpacked or executed.
 
-A bundle of `gramfuse run` is a zip file of Flower's manifest and `pyproject.toml`, which says which plan the run has.
-A silo runs what is installed there; a bundle that carries anything else was not made by `gramfuse run`.
+A bundle made by `gramfuse run` is a zip file with Flower's manifest and `pyproject.toml`, which contains the run's
+plan. A silo runs only its installed gramfuse; a bundle with anything else was not made by `gramfuse run`.
 """
 
 from __future__ import annotations
@@ -20,22 +20,21 @@ MANIFEST = ".info/CONTENT"
 CONFIGURATION = "pyproject.toml"
 COMPONENTS = {"serverapp": "gramfuse_server.app:app", "clientapp": "gramfuse_client.app:app"}
 MOST_BYTES = 64 * 2**20
-"""Of either file, unpacked: a layout has some hundred bytes for each tensor."""
+"""Maximum size of each file, unpacked; a layout has some hundred bytes per tensor."""
 
 
 def check_bundle(silo: Silo, content: bytes) -> None:
-    """Raise RefusalError unless a bundle holds configuration only, for a plan that the silo has approved.
+    """Raise RefusalError unless a bundle contains only configuration, for a plan that the silo has approved.
 
     Args:
-        content: the bundle's bytes, from whoever can push a run to the coordinator's SuperLink.
+        content: the bundle's bytes. They are untrusted: anyone who can push a run to the SuperLink chooses them.
     """
     digest = hashlib.sha256(content).hexdigest()
     try:
         plan = _plan(content)
     except (ValueError, KeyError, TypeError, GramfuseError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as e:
         raise RefusalError(
-            f"the run brings an app bundle (SHA-256 {digest}) that is not one of gramfuse's: {e}; nothing of it was "
-            "unpacked or run",
+            f"the run's app bundle (SHA-256 {digest}) was not made by gramfuse: {e}; nothing in it was unpacked or run",
             reason="the app bundle is not one of gramfuse's, which carry no code",
         ) from None
     if plan.digest not in silo.file.approved:
@@ -52,7 +51,7 @@ def _plan(content: bytes) -> Plan:
         names = sorted(file.filename for file in files)
         if names != [MANIFEST, CONFIGURATION]:
             shown = ", ".join(name for name in names if name not in (MANIFEST, CONFIGURATION))
-            raise ValueError(f"it has {shown[:200]!r} where only {CONFIGURATION} and {MANIFEST} are allowed")
+            raise ValueError(f"it contains {shown[:200]!r}, but only {CONFIGURATION} and {MANIFEST} are allowed")
         if any(file.file_size > MOST_BYTES for file in files):
             raise ValueError(f"one of its files is larger than {MOST_BYTES} bytes")
         app: dict[str, Any] = tomllib.loads(bundle.read(CONFIGURATION).decode("utf-8"))["tool"]["flwr"]["app"]

@@ -1,6 +1,6 @@
-"""What one run under a plan has leave a silo: each message, its size, its form, and who could read it.
+"""Lists what a silo would send in one run under a plan: each message, its size, its form, and who could read it.
 
-Nothing is made up: the messages are those of the protocol, of the size that they will have, with nothing in them.
+The list is derived from the protocol's own messages, in their real sizes, with blank content.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ from gramfuse_protocol.secure_sum.statements import SUMS, Advert, Sum
 from gramfuse_protocol.tasks.registry import kind_of
 
 LARGEST_COUNT = 10**12
-"""More than a silo has; what leaves in the clear is said to have room for so many."""
+"""More examples than any silo has; gives the size of a count that leaves in the clear."""
 
 FORMS = {
     "keys": "public keys",
@@ -63,24 +63,25 @@ FORMS = {
     "unmask": "shares",
     "refusal": "reason",
 }
-"""How content can be read, by phase; in others it is open, if there is any."""
+"""How content can be read, by phase; in other phases it is open, if there is any."""
 
 WORDS = {
-    "every message": "has the plan's digest, the session's number and this silo's name, beside what it says",
-    "Gram matrix": "for each pair of features of what enters a layer, the mean of their product over the training "
-    "tokens: one number for all tokens together",
-    "change": "a parameter's value after fine-tuning, less its value in the base model",
+    "every message": "also has the plan's digest, the session's nonce and this silo's name",
+    "Gram matrix": "for each pair of a layer's input features, the mean of their product over the training tokens: one "
+    "number for all tokens together",
+    "change": "a parameter's value after fine-tuning, minus its value in the base model",
     "masked": "a random number is added to each number; they cancel when the vectors of all silos in the sum are added",
 }
+"""Definitions of terms in the list."""
 
 
 @dataclass(frozen=True)
 class SentArray:
-    """One array of a message, or, where one masked vector holds them all, of what was masked.
+    """One array of a message; for a masked vector, one of the arrays that it contains.
 
     Args:
-        dtype: numpy's name.
-        what: what it says.
+        dtype: numpy's name of the dtype.
+        what: describes its content.
     """
 
     name: str
@@ -95,13 +96,13 @@ class Departure:
     """One message of a run, or several of one kind, that would leave.
 
     Args:
-        phase: as the ledger names it.
-        what: what it says, in words.
-        form: how its content can be read, in the ledger's words.
-        bytes: of header and arrays, as the ledger counts them; None for what Flower itself says.
-        to: who gets it.
+        phase: the phase's name in the ledger.
+        what: describes its content.
+        form: how its content can be read, as in the ledger.
+        bytes: size of header and arrays, as in the ledger; None for a message of Flower itself.
+        to: recipient.
         readers: who can read its content.
-        parts: the arrays that it carries, beside a header.
+        parts: its arrays.
     """
 
     phase: str
@@ -114,15 +115,15 @@ class Departure:
 
 
 @dataclass(frozen=True)
-class Leaving:
-    """All that would leave in one run.
+class Disclosure:
+    """Everything that would leave in one run.
 
     Args:
         secure: whether contributions are masked.
-        departures: in the order of the protocol.
-        claims: who can learn what, and on which condition.
+        departures: the messages, in the protocol's order.
+        claims: who can learn what, under which conditions.
         stays: what does not leave.
-        words: what the words mean that are used for what leaves.
+        words: definitions of terms.
     """
 
     secure: bool
@@ -133,22 +134,22 @@ class Leaving:
 
     @property
     def bytes(self) -> int:
-        """Of all messages."""
+        """Total bytes of all messages."""
         return sum(departure.bytes or 0 for departure in self.departures)
 
 
 def form_of(reply: Message) -> str:
-    """Return, in a word, how a reply's content can be read; the ledger has the same word."""
+    """Return how a reply's content can be read, in a word or two; the ledger uses it too."""
     counts = isinstance(reply, TrainReply) and (reply.examples is not None or reply.tokens)
     return FORMS.get(reply.phase) or ("open" if reply.arrays or counts else "no data")
 
 
-def leaves(silo: str, plan: Plan, layout: Layout) -> Leaving:
-    """Return what one run has leave a silo, if all goes well and nobody is lost.
+def disclose(silo: str, plan: Plan, layout: Layout) -> Disclosure:
+    """Return everything that a silo would send in one run without failures.
 
     Args:
-        silo: its name.
-        layout: the plan's.
+        silo: the silo's name.
+        layout: the plan's layout.
     """
     secure = plan.privacy.secure_aggregation
     about: dict[str, Any] = {"plan": plan.digest, "session": "0" * 32, "silo": silo}
@@ -159,27 +160,27 @@ def leaves(silo: str, plan: Plan, layout: Layout) -> Leaving:
     departures = (
         Departure(
             "connection",
-            "that this silo is there, and from which address; signatures over the time of day, by its node key",
+            "that this silo is online, and its address; signatures of the time, by its node key",
             "signature",
             None,
             "the coordinator's SuperLink, as long as the silo runs",
-            f"{COORDINATOR}; the network sees address, times and amounts",
+            f"{COORDINATOR}; the network sees addresses, times and sizes",
         ),
         *(_in_rounds(departure, plan.merge.rounds) for departure in each_round),
         _departure(FACTS["end"].what, FinishReply(**about)),
         Departure(
             "any",
-            "instead of any of these, that it declines, with a reason, before it touched its data, or that it failed",
+            "instead of any of these: that it refuses, with a reason, before it touches its data; or that it failed",
             "reason",
             None,
         ),
     )
-    words = {word: said for word, said in WORDS.items() if secure or word != "masked"}
-    return Leaving(secure, departures, _claims(plan), _stays(plan, layout), words)
+    words = {term: meaning for term, meaning in WORDS.items() if secure or term != "masked"}
+    return Disclosure(secure, departures, _claims(plan), _stays(plan, layout), words)
 
 
 def _in_rounds(departure: Departure, rounds: int) -> Departure:
-    """Return a departure of one round as it leaves in all of them; its parts stay those of one."""
+    """Return one round's departure, with the total size of all rounds; its parts stay those of one round."""
     if rounds == 1:
         return departure
     what = f"{departure.what}; in each of {rounds} rounds"
@@ -193,16 +194,16 @@ def _masked_run(about: Mapping[str, Any], plan: Plan, layout: Layout) -> Iterato
     advert = Advert(silo=about["silo"], channel=key, masks=keys, commitments=keys, signature=signature)
     yield _departure("that fine-tuning is done; no numbers", TrainReply(**about))
     yield _departure(
-        "the keys that it made for this session: one for shares, two for masks, two fingerprints of secrets, signed",
+        "its public keys for this session: one for shares, two for masks, and two commitments to secrets, signed",
         KeysReply(**about, advert=advert),
         to=f"{COORDINATOR}, and through it all other silos",
-        readers="all of them; keys are there to be read",
+        readers="all of them; the keys are public",
     )
     yield _departure(
         f"for each of the {len(others)} other silos, its shares of this silo's secrets, sealed for it",
         SharesReply(**about, sealed=dict.fromkeys(others, "00" * SEALED_BYTES)),
-        to=f"{COORDINATOR}, who hands each to the silo that it is for",
-        readers=f"the silo that it is for; {plan.threshold} of {len(plan.names)} shares give a secret back",
+        to=f"{COORDINATOR}, which passes each to its recipient",
+        readers=f"its recipient; {plan.threshold} of {len(plan.names)} shares recover a secret",
     )
     yield from _masked_sum("statistics", "its contribution", about, plan, _parts(layout.sums, "uint64", layout))
     if plan.privacy.metrics != "sum":
@@ -221,16 +222,16 @@ def _masked_run(about: Mapping[str, Any], plan: Plan, layout: Layout) -> Iterato
 def _masked_sum(
     name: Sum, what: str, about: Mapping[str, Any], plan: Plan, parts: tuple[SentArray, ...], added: str = ", masks"
 ) -> Iterator[Departure]:
-    """Yield what leaves for one of the two sums: the vector, a signature, and what opens the sum.
+    """Yield the departures of one of the two sums: the vector, a signature, and shares to unmask the sum.
 
     Args:
         added: what is added to each word.
     """
     words, silos, signature = sum(part.bytes for part in parts) // 8, len(plan.names), "00" * SIGNATURE_BYTES
     pieces = [min(PIECE_BYTES // 8, words - start) for start in range(0, words, PIECE_BYTES // 8)]
-    many = f", in {len(pieces)} pieces" if len(pieces) > 1 else ""
+    in_pieces = f", in {len(pieces)} pieces" if len(pieces) > 1 else ""
     yield _departure(
-        f"{what}, as one vector of {words:,} words of 64 bits{many}{added} added to each",
+        f"{what}, as one vector of {words:,} words of 64 bits{in_pieces}{added} added to each",
         *(
             MaskedReply(**about, sum_of=name, piece=piece, arrays={"masked": _blank("uint64", (count,))})
             for piece, count in enumerate(pieces)
@@ -242,47 +243,50 @@ def _masked_sum(
         FACTS["signature"].what,
         SurvivorsReply(**about, sum_of=name, signature=signature),
         to=f"{COORDINATOR}, and through it all silos in the sum",
-        readers="all of them; a signature is there to be read",
+        readers="all of them; the signature is public",
     )
     yield _departure(
         FACTS["opening"].what,
         UnmaskReply(**about, sum_of=name, shares=dict.fromkeys(plan.names, "00" * SHARE_BYTES)),
-        readers=f"{COORDINATOR}; {plan.threshold} of {silos} shares open the sum",
+        readers=f"{COORDINATOR}; {plan.threshold} of {silos} shares unmask the sum",
     )
 
 
 def _open_run(about: Mapping[str, Any], plan: Plan, layout: Layout) -> Iterator[Departure]:
     tokens = {group.name: plan.merge.tokens for group in layout.groups}
     yield _departure(
-        "how many training examples it has, and how many tokens are behind each Gram matrix",
+        "the number of training examples, and of tokens behind each Gram matrix",
         TrainReply(**about, examples=LARGEST_COUNT, tokens=tokens),
     )
     replies = []
     for piece, slices in enumerate(layout.pieces()):
-        shapes = {s.name: s.block.shape if s.name == s.block.name else (s.stop - s.start,) for s in slices}
+        shapes = {
+            part.name: part.block.shape if part.name == part.block.name else (part.stop - part.start,)
+            for part in slices
+        }
         arrays = {name: _blank("float32", shape) for name, shape in shapes.items()}
         replies.append(UploadReply(**about, piece=piece, arrays=arrays))
     yield _departure(
-        f"its contribution, as it is, in {len(layout.blocks)} arrays: its Gram matrices, and how its parameters differ "
-        "from the base model's",
+        f"its contribution, unmasked, in {len(layout.blocks)} arrays: its Gram matrices, and the differences of its "
+        "parameters from the base model's",
         *replies,
-        readers=f"{COORDINATOR}: base model and differences are this silo's own model",
+        readers=f"{COORDINATOR}: base model plus differences give this silo's own model",
         parts=_parts(layout.blocks, "float32", layout),
     )
     yield from _results(about, plan)
 
 
 def _results(about: Mapping[str, Any], plan: Plan) -> Iterator[Departure]:
-    """Yield how held-out results leave in the clear, or that there are none."""
+    """Yield the departures of held-out results in the clear, if there are any."""
     if plan.privacy.metrics == "none":
         if plan.model.head == "own":
             yield _departure("that it has the merged body; no numbers", EvaluateReply(**about, candidate=MERGED))
         return
     task = plan.task_of(about["silo"])
     sums = _blank("float64", sums_shape(task))
-    said = "shown as a sum, read one by one" if plan.privacy.metrics == "sum" else "shown silo by silo"
+    shown = "reported as a sum, but read silo by silo" if plan.privacy.metrics == "sum" else "reported silo by silo"
     yield _departure(
-        f"its held-out results, for {_models(plan)}: {kind_of(task).summed}; {said}",
+        f"its held-out results, for {_models(plan)}: {kind_of(task).summed}; {shown}",
         *(EvaluateReply(**about, candidate=name, arrays={"sums": sums}) for name in plan.privacy.candidates),
         parts=tuple(
             _array(f"sums of {name}", "float64", sums_shape(task), kind_of(task).summed)
@@ -292,7 +296,7 @@ def _results(about: Mapping[str, Any], plan: Plan) -> Iterator[Departure]:
 
 
 def _models(plan: Plan) -> str:
-    """Say which models a silo measures."""
+    """Name the models that a silo measures."""
     names = {"simple": "the simple average", MERGED: "the merged model"}
     return " and ".join(names[name] for name in plan.privacy.candidates)
 
@@ -300,29 +304,29 @@ def _models(plan: Plan) -> str:
 def _departure(
     what: str, *replies: Message, to: str = COORDINATOR, readers: str = COORDINATOR, parts: tuple[SentArray, ...] = ()
 ) -> Departure:
-    """Return what is to be said of replies of one kind."""
+    """Describe replies of one kind."""
     size = sum(map(_size, replies))
     return Departure(replies[0].phase, what, form_of(replies[0]), size, to, readers, parts)
 
 
 def _size(reply: Message) -> int:
-    """Return the bytes of a message: `gramfuse_protocol.messages.wire`, without its buffers."""
+    """Return the size of a message in bytes, as `gramfuse_protocol.messages.wire` packs it."""
     index = [[name, str(array.dtype), list(array.shape)] for name, array in reply.arrays.items()]
     header = {"phase": reply.phase, "body": reply.model_dump(mode="json"), "arrays": index}
     return len(canonical_json(header)) + sum(array.nbytes for array in reply.arrays.values())
 
 
 def _blank(dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
-    """Return an array that takes no memory, whatever its shape."""
+    """Return an array of any shape that takes no memory."""
     return np.broadcast_to(np.zeros((), dtype), shape)
 
 
 def _parts(blocks: tuple[Block, ...], dtype: str, layout: Layout) -> tuple[SentArray, ...]:
-    return tuple(_array(block.name, dtype, block.shape, _says(block, layout)) for block in blocks)
+    return tuple(_array(block.name, dtype, block.shape, _content(block, layout)) for block in blocks)
 
 
 def _vector_parts(plan: Plan, silo: str) -> tuple[SentArray, ...]:
-    """Return what a silo's held-out results are in a secure sum: a group of numbers each."""
+    """Return the parts of a silo's held-out results in a secure sum, one for each group of numbers."""
     task = plan.task_of(silo)
     return tuple(
         _array(f"{group.name} of {candidate}", "uint64", (group.size,), group.words)
@@ -335,36 +339,36 @@ def _array(name: str, dtype: str, shape: tuple[int, ...], what: str) -> SentArra
     return SentArray(name, dtype, shape, np.dtype(dtype).itemsize * math.prod(shape), what)
 
 
-def _says(block: Block, layout: Layout) -> str:
-    """Say in words what a block of a contribution is."""
+def _content(block: Block, layout: Layout) -> str:
+    """Describe the content of a block of a contribution."""
     kind, _, name = block.name.partition(":")
     if kind == "count":
-        return "this silo's weight in the merge, its number of examples, and of tokens for each Gram matrix"
+        return "this silo's weight in the merge, and its numbers of examples and of tokens for each Gram matrix"
     if kind in ("m", "delta"):
         tensor = next(tensor for tensor in layout.tensors if tensor.name == name)
         if not tensor.buffer:
             return "change of a parameter"
-        return "how many batches were trained on" if tensor.merge == "sum" else "change of a running mean"
+        return "number of batches trained on" if tensor.merge == "sum" else "change of a running mean"
     group = next(group for group in layout.groups if group.name == name)
     if kind == "t":
         return "Gram matrix times change of the layer's weights"
     square = f"{group.d_in:,} × {group.d_in:,}"
     structure = parse_structure(group.structure)
-    of = f" of each of {group.experts} experts" if group.experts else ""
+    experts = f" of each of {group.experts} experts" if group.experts else ""
     if structure is None:
-        return f"Gram matrix{of}, {square}, upper half"
+        return f"Gram matrix{experts}, {square}, upper half"
     if structure == 1:
-        return f"Gram matrix{of}, diagonal of {square}"
-    return f"Gram matrix{of}, {square}, in blocks of {structure}, upper halves"
+        return f"Gram matrix{experts}, diagonal of {square}"
+    return f"Gram matrix{experts}, {square}, in blocks of {structure}, upper halves"
 
 
 def _claims(plan: Plan) -> tuple[str, ...]:
-    """Return who can learn what; docs/threat-model.md has the reasons."""
-    after = f"The merged model goes to the coordinator and from there to others. {MODEL_SAYS}"
+    """Describe who can learn what; docs/threat-model.md gives the reasons."""
+    after = f"The coordinator gets the merged model, and passes it on to others. {MODEL_SAYS}"
     if not plan.privacy.secure_aggregation:
         return (
             f"Open: {seen('open')}: it can read this silo's own. {STATISTICS_SAY}",
-            "On the way, TLS is what keeps others from reading it. Other silos do not get it.",
+            "TLS keeps the network from reading it. Other silos do not get it.",
             after,
         )
     silos, minimum = len(plan.names), plan.minimum_survivors
@@ -373,18 +377,18 @@ def _claims(plan: Plan) -> tuple[str, ...]:
         ()
         if plan.merge.rounds == 1
         else (
-            f"Each of the {plan.merge.rounds} rounds has a sum of its own, all over the same silos. In later rounds "
-            "this silo goes on from a model that the coordinator says is the merged one; all silos in a sum went on "
-            "from the same.",
+            f"Each of the {plan.merge.rounds} rounds has its own sum, all over the same silos. In later rounds this "
+            "silo continues from the model that the coordinator presents as the merged one; all silos in a sum "
+            "continued from the same model.",
         )
     )
     asked = f" The plan asks for {plan.privacy.colluding}." if most != plan.privacy.colluding else ""
     return (
-        f"Masked: {seen('secure', least=f'{minimum} of the {silos}')}. Of each silo it gets random words. Other silos "
-        "cannot read even the sum, nor, because of TLS, can the network.",
-        f"{holds(most)}{asked} Those who work together can take their own parts out of the sum; what is left is a sum "
-        f"over at least {minimum - most} silos, this one among them.",
-        f"If more than {most} work together with the coordinator, they may be able to read this silo's own part.",
+        f"Masked: {seen('secure', least=f'{minimum} of the {silos}')}. From each silo it gets random words. Other "
+        "silos cannot read the sum, and neither can the network, because of TLS.",
+        f"{holds(most)}{asked} Colluding silos can subtract their own contributions from the sum; what remains is a "
+        f"sum over at least {minimum - most} silos, including this one.",
+        f"If more than {most} collude with the coordinator, they may be able to read this silo's own contribution.",
         SUM_SAYS,
         *rounds,
         *_noise(plan),
@@ -393,36 +397,36 @@ def _claims(plan: Plan) -> tuple[str, ...]:
 
 
 def _noise(plan: Plan) -> Iterator[str]:
-    """Yield what the sum of held-out results says of a single example."""
+    """Describe what the sum of held-out results reveals about a single example."""
     if not plan.summed:
         return
     if plan.epsilon is None:
         yield (
-            "Held-out results are in their sum without noise: a coordinator that sends crafted models can learn single "
+            "The sum of held-out results has no noise: a coordinator that sends crafted models can learn single "
             "held-out examples, with their labels, from the difference of two sums."
         )
         return
     times = _models(plan) + (f", in each of {plan.merge.rounds} rounds" if plan.merge.rounds > 1 else "")
     yield (
-        "The sum of held-out results has noise, which all silos make together: whatever model was sent, one sum tells "
-        f"of a single held-out example no more than epsilon = {plan.epsilon:g}, delta = {DELTA:g} allow. There is one "
-        f"for {times}; together they cost epsilon = {spent(plan):.2f}."
+        "The sum of held-out results has noise, to which all silos contribute: for any model, one sum is "
+        f"differentially private in a single held-out example, with epsilon = {plan.epsilon:g} and delta = {DELTA:g}. "
+        f"There is one for {times}; together they cost epsilon = {spent(plan):.2f}."
     )
 
 
 def _stays(plan: Plan, layout: Layout) -> tuple[str, ...]:
-    """Return what does not leave."""
-    what = " and ".join(sorted({at_silo(task).of for task in plan.tasks.values()}))
+    """List what does not leave."""
+    inputs = " and ".join(sorted({at_silo(task).inputs_name for task in plan.tasks.values()}))
     stays = [
-        f"{what} and labels, of training and held-out examples alike",
-        "predictions, losses, or anything else of one example",
+        f"{inputs} and labels, of both training and held-out examples",
+        "predictions, losses, or anything else about a single example",
     ]
     if plan.privacy.secure_aggregation:
-        stays.append("this silo's own fine-tuned model, Gram matrices and numbers of examples, other than masked")
+        stays.append("this silo's own fine-tuned model, Gram matrices and numbers of examples, except masked")
     if plan.model.head == "own":
-        stays.append("this silo's own head, and the finished model that it keeps: the merged body under that head")
+        stays.append("this silo's own head, and its finished model: the merged body with that head")
     if plan.privacy.metrics == "none":
         stays.append("held-out results")
     if layout.frozen:
         stays.append(f"the {len(layout.frozen)} parameters that the plan freezes")
-    return (*stays, "the silo file, private keys, the ledger, logs, and what error messages quote")
+    return (*stays, "the silo file, private keys, the ledger, logs, and text quoted in error messages")

@@ -1,7 +1,7 @@
-"""The way out of a silo: a Flower mod around the whole app. What leaves is in the ledger before it leaves.
+"""The only way out of a silo: a Flower mod around the whole app, which writes each message to the ledger first.
 
-Only two things pass: a message of the protocol, and an error with a fixed reason. Whatever else the app returns or
-raises becomes such an error. If the ledger cannot be written, that is what leaves, and nothing more.
+It lets only two things pass: a message of the protocol, and an error with a fixed reason. Anything else that the app
+returns or raises becomes such an error. If the ledger cannot be written, only an error that says so leaves.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from gramfuse_protocol.messages.wire import pack, unpack
 from gramfuse_protocol.text import one_line
 
 REFUSED = 6
-"""Flower's code for what a mod stopped."""
+"""Flower's error code for a message stopped by a mod."""
 
 UNEXPECTED = "an unexpected error at the silo"
 
@@ -32,10 +32,10 @@ log = logging.getLogger(__name__)
 
 
 class Egress:
-    """A Flower mod.
+    """A Flower mod that records and filters everything that leaves.
 
     Args:
-        silo: whose ledger is written.
+        silo: the silo whose ledger to write.
     """
 
     def __init__(self, silo: Silo) -> None:
@@ -43,7 +43,7 @@ class Egress:
         self.ledger = Ledger(silo.ledger, silo.name)
 
     def __call__(self, message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-        """Have the app answer, write the answer into the ledger, and return it."""
+        """Call the app, write its reply into the ledger, and return the reply."""
         try:
             reply = call_next(message, context)
             entry = self._entry(message, reply)
@@ -51,7 +51,7 @@ class Egress:
             log.error("silo %s: %s: %s", self.silo.name, type(error).__name__, error)
             reply, entry = self._declined(message, error)
         except Exception:
-            # Flower would send the exception's text to the coordinator; it may quote data.
+            # Flower would send the exception's text to the coordinator, and it may quote data.
             log.exception("silo %s: unexpected error", self.silo.name)
             reply, entry = self._declined(message, GramfuseError("", reason=UNEXPECTED))
         try:
@@ -62,7 +62,7 @@ class Egress:
         return reply
 
     def _declined(self, message: Message, error: GramfuseError) -> tuple[Message, Entry]:
-        """Return a refusal if the request can be read, else one of Flower's errors."""
+        """Return a refusal if the request can be read, otherwise a Flower error."""
         try:
             refusal = phases.refusal(request_of(message), self.silo.name, error)
             reply = Message(to_record(pack(refusal)), reply_to=message)
@@ -75,10 +75,10 @@ class Egress:
 
     def _entry(self, message: Message, reply: Message) -> Entry:
         frame = from_record(reply.content)
-        said = unpack(frame, REPLIES)
+        body = unpack(frame, REPLIES)
         header = frame.header.encode("utf-8")
         items = [Item(name="header", dtype="json", shape=(), bytes=len(header), sha256=_sha256(header))]
-        for name, array in said.arrays.items():
+        for name, array in body.arrays.items():
             items.append(
                 Item(
                     name=name,
@@ -88,22 +88,21 @@ class Egress:
                     sha256=_sha256(array.reshape(-1).view("uint8").data),
                 )
             )
-        refused = isinstance(said, Refusal)
         return Entry(
-            plan=said.plan,
-            session=said.session,
-            round=said.round,
+            plan=body.plan,
+            session=body.session,
+            round=body.round,
             run=message.metadata.run_id,
             phase=_phase(message),
-            kind="refusal" if refused else "reply",
-            form=form_of(said),
-            note=f"{said.error}: {said.reason}"[:2000] if isinstance(said, Refusal) else "",
+            kind="refusal" if isinstance(body, Refusal) else "reply",
+            form=form_of(body),
+            note=f"{body.error}: {body.reason}"[:2000] if isinstance(body, Refusal) else "",
             items=tuple(items),
         )
 
 
 def failed(message: Message, error: GramfuseError) -> Message:
-    """Return one of Flower's errors, with nothing in it but an error's type and its reason for the other side."""
+    """Return a Flower error that contains only an error's type and its reason."""
     return Message(Error(REFUSED, one_line(f"{type(error).__name__}: {error.reason}", 2000)), reply_to=message)
 
 

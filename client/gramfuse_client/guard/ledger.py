@@ -1,12 +1,12 @@
-"""The egress ledger: what left a silo, one line for each message, written before the message is sent.
+"""The egress ledger: a record of what left a silo, one line per message, written before the message is sent.
 
 A line means that the message was about to leave. After a crash or a full disk, the last line's message may not have
-left; what has no line never did. Each line names the digest of the line before it, so damage is found and located.
-`ledger.head`, beside the ledger, names the last line, so that lines cut off at the end are missed.
+left, but a message without a line never did. The lines form a hash chain: each contains the digest of the previous one,
+so damage is detected and located. `ledger.head`, beside the ledger, names the last line, so that a truncated end is
+detected.
 
-All of this finds accidents and careless hands. Who can write the silo's files can write the whole ledger anew, and
-`ledger.head` with it. Only a digest that was noted elsewhere, where they cannot write, holds against that: see
-`Ledger.verify`.
+This detects accidents and careless edits. Someone who can write the silo's files can rewrite the whole ledger and
+`ledger.head`. Only a digest noted in a place that they cannot write protects against that: see `Ledger.verify`.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class Ledger:
     """A silo's ledger on its disk.
 
     Args:
-        path: the file; its lock and its head lie beside it, with the suffixes .lock and .head.
-        silo: whose it is.
+        path: the file; its lock and its head are beside it, with the suffixes .lock and .head.
+        silo: name of the silo.
     """
 
     def __init__(self, path: Path, silo: str) -> None:
@@ -47,13 +47,13 @@ class Ledger:
         self.silo = silo
 
     def append(self, entry: Entry, now: datetime | None = None) -> Line:
-        """Write a line and have it on the disk before returning. The message may leave after that, not before.
+        """Append a line, and sync it to disk before returning. Only then may the message leave.
 
         Args:
-            now: the present by default.
+            now: by default the present.
 
         Raises:
-            LedgerError: if it cannot be written, or if the ledger's end is not as it was left. Nothing may leave then.
+            LedgerError: if the line cannot be written, or the ledger's end was changed. Then nothing may leave.
         """
         time = (now or datetime.now(UTC)).astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         try:
@@ -62,18 +62,18 @@ class Ledger:
                 return self._append(file, entry, time)
         except OSError as error:
             raise LedgerError(
-                f"{self.path}: cannot be written: {error}; make room on the disk, or let this user write there, and "
-                "start again; until then nothing leaves this silo",
+                f"{self.path}: cannot be written: {error}; free disk space, or let this user write there, and start "
+                "again; until then nothing leaves this silo",
                 reason=REASON,
             ) from error
 
     def lines(self) -> Iterator[Line]:
-        """Yield all lines, each after the line that follows it, or `ledger.head`, bore it out.
+        """Yield all lines, each once it is verified by the next line or by `ledger.head`.
 
-        Without `ledger.head` beside it, as for a copy, lines cut off at the end are not noticed.
+        Without `ledger.head`, as for a copy, a truncated end is not detected.
 
         Raises:
-            LedgerError: naming file, line and damage, at the first that is found.
+            LedgerError: naming file, line and damage, at the first damage.
         """
         try:
             file, size, head = self._snapshot()
@@ -86,24 +86,24 @@ class Ledger:
             raise LedgerError(f"{self.path}: cannot be read: {error}") from error
 
     def verify(self, head: str | None = None) -> Head:
-        """Go through all lines and return where they end.
+        """Verify all lines, and return where they end.
 
         Args:
-            head: digest of a line, noted earlier and elsewhere; some line must still have it.
+            head: digest of a line, noted earlier in another place; some line must still have it.
 
         Raises:
             LedgerError: naming file, line and damage.
         """
-        found, known = Head(), head is None or head == NO_LINE
+        end, head_found = Head(), head is None or head == NO_LINE
         for line in self.lines():
-            found = found.after(line)
-            known = known or found.digest == head
-        if not known:
+            end = end.after(line)
+            head_found = head_found or end.digest == head
+        if not head_found:
             raise LedgerError(
-                f"{self.path}: no line has the digest {head}: lines up to it were changed or removed, or the digest is "
-                "of another ledger"
+                f"{self.path}: no line has the digest {head}: lines up to it were changed or removed, or the digest "
+                "belongs to another ledger"
             )
-        return found
+        return end
 
     @property
     def _head_path(self) -> Path:
@@ -125,7 +125,7 @@ class Ledger:
             mode = os.fstat(file).st_mode & 0o777
             if mode & 0o077:
                 raise LedgerError(
-                    f"{self.path}: others than its owner have rights on it (mode {mode:o}); run: chmod 600 {self.path}",
+                    f"{self.path}: others than its owner can access it (mode {mode:o}); run: chmod 600 {self.path}",
                     reason=REASON,
                 )
             yield file
@@ -136,15 +136,15 @@ class Ledger:
         last = self._last(raw)
         head = self._check_last(last)
         if end < size:
-            log.warning("%s: cut off an incomplete line at the end; its message never left", self.path)
+            log.warning("%s: removed an incomplete line at the end; its message never left", self.path)
             os.ftruncate(file, end)
         mark = last.mark if last else Mark()
         if not last:
             sync(self.path.parent)
-        elif head != mark:  # with the head two lines behind, the next crash would look like damage
+        elif head != mark:  # if the head stayed two lines behind, the next crash would look like damage
             if head is None and mark.number > 1:
-                log.warning("%s: was missing, so lines cut off before now are not noticed", self._head_path)
-            os.fsync(file)  # the head must never name a line that is not on the disk yet
+                log.warning("%s: was missing, so lines cut off before now go unnoticed", self._head_path)
+            os.fsync(file)  # the head must never name a line that is not on disk yet
             self._write_head(mark)
         line = Line(number=mark.number + 1, time=time, silo=self.silo, previous=mark.digest, entry=entry)
         _write(file, line.serialised(), end)
@@ -161,7 +161,7 @@ class Ledger:
         return ReadLine(line.number, line, digest(raw))
 
     def _check_last(self, last: ReadLine | None) -> Mark | None:
-        """Return what the head names, or raise LedgerError if the last line does not go with it."""
+        """Return the head, or raise LedgerError if it does not match the last line."""
         try:
             head = self._head()
             self._check_end(last, head)
@@ -187,7 +187,7 @@ class Ledger:
         return LedgerError(f"{self.path}:{position}: {problem}")
 
     def _snapshot(self) -> tuple[IO[bytes] | None, int, Mark | None]:
-        """Return the file, how much of it to read, and the head: as they are between two lines being written."""
+        """Return the file, its size and the head, consistent with each other: no line is being written."""
         with suppress(FileNotFoundError), _closing(os.open(self._lock_path, os.O_RDONLY)) as lock:
             fcntl.flock(lock, fcntl.LOCK_SH)
             return self._unlocked_snapshot()
@@ -202,7 +202,7 @@ class Ledger:
         return file, os.fstat(file.fileno()).st_size, head
 
     def _verified(self, raws: Iterator[bytes], head: Mark | None) -> Iterator[Line]:
-        last: ReadLine | None = None  # read, but nothing bore it out yet
+        last: ReadLine | None = None  # read, but not verified yet
         raw, position = next(raws, b""), 0
         while raw:
             position += 1
@@ -214,35 +214,37 @@ class Ledger:
                     yield last.line
                 raise self._damage(
                     position,
-                    f"line {position} is incomplete: the silo stopped while it wrote it, so its message never left; "
-                    "the line is cut off before the next one is written",
+                    f"line {position} is incomplete: the silo stopped while writing it, so its message never left; it "
+                    "is removed before the next line is written",
                 )
             try:
-                found = ReadLine(position, parse(raw, self.silo), digest(raw))
+                line = ReadLine(position, parse(raw, self.silo), digest(raw))
             except ValueError as problem:
                 raise self._damage(position, f"line {position} {problem}") from None
             raw = next(raws, b"")
-            self._check_follows(found, last.mark if last else Mark())
+            self._check_follows(line, last.mark if last else Mark())
             if last:
                 yield last.line
-            last = found
+            last = line
         self._check_end(last, head)
         if last:
             yield last.line
 
-    def _check_follows(self, found: ReadLine, mark: Mark) -> None:
-        """Raise LedgerError unless a line has the number and the digest that the line before it asks for."""
-        here, number = found.position, found.line.number
+    def _check_follows(self, line: ReadLine, mark: Mark) -> None:
+        """Raise LedgerError unless a line continues the hash chain after the line `mark`."""
+        position, number = line.position, line.line.number
         if number != mark.number + 1:
             raise self._damage(
-                here,
-                f"line {here} has number {number} instead of {mark.number + 1}: lines were removed, added or moved",
+                position,
+                f"line {position} has number {number} instead of {mark.number + 1}: lines were removed, added or moved",
             )
-        if not found.follows(mark):
-            raise self._damage(here, f"line {here} does not follow line {here - 1}: one of the two was changed")
+        if not line.follows(mark):
+            raise self._damage(
+                position, f"line {position} does not follow line {position - 1}: one of the two was changed"
+            )
 
     def _check_end(self, last: ReadLine | None, head: Mark | None) -> None:
-        """Raise LedgerError unless the head names the last line, or, as after a crash, the one before it."""
+        """Raise LedgerError unless the head names the last line or, after a crash, the one before it."""
         mark, position = (last.mark, last.position) if last else (Mark(), 0)
         if head is None or head == mark or (last and last.follows(head)):
             return
@@ -255,16 +257,14 @@ class Ledger:
             raise self._damage(position, f"the last line, {position}, was changed: {named} with another digest")
         if head.number == mark.number - 1:
             raise self._damage(position, f"line {position - 1} or {position} was changed: {named} with another digest")
-        raise self._damage(position, f"{named}, and lines up to {mark.number} are there: one of the two was replaced")
+        raise self._damage(position, f"{named}, but there are lines up to {mark.number}: one of the two was replaced")
 
 
-_KEEP = (
-    "move the ledger and its .head away, keep both, and find out why; a new ledger then begins with the next message"
-)
+_KEEP = "move the ledger and its .head away, keep both, and find out why; the next message then begins a new ledger"
 
 
 def _last_line(file: int, size: int) -> tuple[bytes, int]:
-    """Return the last complete line, empty if there is none, and where it ends. Reads little more than that line."""
+    """Return the last complete line, or b"", and its end offset. Reads little more than that line."""
     span = BLOCK_BYTES
     while True:
         start = max(0, size - span)
@@ -277,7 +277,7 @@ def _last_line(file: int, size: int) -> tuple[bytes, int]:
 
 
 def _write(file: int, content: bytes, end: int) -> None:
-    """Append a line as a whole, on the disk before this returns, or leave the file `end` bytes long, as it was."""
+    """Append a line and sync it to disk; on any error, truncate the file to `end` bytes, its earlier size."""
     try:
         rest = memoryview(content)
         while rest:
@@ -291,7 +291,7 @@ def _write(file: int, content: bytes, end: int) -> None:
 
 
 def _cut(file: IO[bytes], size: int) -> Iterator[bytes]:
-    """Yield the lines of the first `size` bytes; the last, and one that is longer than any, lack their newlines."""
+    """Yield the lines of the first `size` bytes; an incomplete or overlong line is yielded without a newline."""
     while size > 0 and (raw := file.readline(min(size, HEADER_CHARACTERS))):
         size -= len(raw)
         yield raw

@@ -1,4 +1,4 @@
-"""The lines of an egress ledger: what each holds, how it is written, and how it is read."""
+"""Lines of an egress ledger: their content, and how to write and parse them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 Count = Annotated[int, Field(ge=0, lt=2**53)]
 
-# Flower's run ids have 64 bits, more than canonical JSON has for a number, so they are written as text.
+# Flower's run ids have 64 bits, more than a number in canonical JSON, so they are written as text.
 RunId = Annotated[int, Field(ge=0, lt=2**64), BeforeValidator(_from_text), PlainSerializer(str, when_used="json")]
 
 
@@ -35,8 +35,8 @@ class Item(_Frozen):
     """One array or value that left.
 
     Args:
-        dtype: numpy's name; "json" or "text" for what is no array, which has the shape ().
-        bytes: how many.
+        dtype: numpy's name of an array's dtype; otherwise "json" or "text", with shape ().
+        bytes: size in bytes.
         sha256: digest of those bytes.
     """
 
@@ -48,17 +48,17 @@ class Item(_Frozen):
 
 
 class Entry(_Frozen):
-    """What is recorded about one message, or, of kind "clear", about what the silo's owner cleared.
+    """The record of one message or, with kind "clear", of what the silo's owner cleared.
 
     Args:
-        plan: digest of the plan; empty if it is not known.
-        session: nonce of the session; empty if it is not known.
-        round: of the plan; 0 if it is not known.
-        run: Flower's run id; 0 if it is not known.
-        phase: of the request that the message answers.
-        form: in a word, how the content can be read: "open", "masked", "sealed" and the like.
+        plan: digest of the plan; empty if unknown.
+        session: nonce of the session; empty if unknown.
+        round: the plan's round; 0 if unknown.
+        run: Flower's run id; 0 if unknown.
+        phase: phase of the request that the message answers.
+        form: how the content can be read, in a word or two: "open", "masked", "sealed shares" and the like.
         note: a refusal's reason, or the like.
-        items: all that the message carries.
+        items: everything in the message.
     """
 
     plan: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")] = ""
@@ -73,7 +73,7 @@ class Entry(_Frozen):
 
     @property
     def bytes(self) -> int:
-        """How many bytes all items have together."""
+        """Total bytes of all items."""
         return sum(item.bytes for item in self.items)
 
 
@@ -81,10 +81,10 @@ class Line(_Frozen):
     """One line of the ledger.
 
     Args:
-        number: 1 for the first.
-        time: UTC, as 2026-01-31T12:00:00Z. Clocks may be set back, so times may go down.
-        silo: the name of the silo whose ledger it is.
-        previous: digest of the line before it; zeros for the first.
+        number: counted from 1.
+        time: UTC, in the form 2026-01-31T12:00:00Z. Clocks can be set back, so times can decrease.
+        silo: name of the ledger's silo.
+        previous: digest of the previous line; zeros for the first.
     """
 
     number: Annotated[int, Field(ge=1, lt=2**53)]
@@ -94,7 +94,7 @@ class Line(_Frozen):
     entry: Entry
 
     def serialised(self) -> bytes:
-        """Return the line as it stands in the file, with its newline."""
+        """Return the line's bytes in the file, with its newline."""
         return canonical_json(self.model_dump(mode="json")) + b"\n"
 
     @property
@@ -105,12 +105,12 @@ class Line(_Frozen):
 
 @dataclass(frozen=True)
 class Head:
-    """Where a ledger ends.
+    """The end of a ledger.
 
     Args:
-        number: of the last line; 0 if there is none.
-        digest: of the last line; zeros if there is none. Noted elsewhere, it holds all lines up to it.
-        bytes: of all items of all lines.
+        number: number of the last line; 0 if there is none.
+        digest: digest of the last line; zeros if there is none. It commits to all lines up to it.
+        bytes: total bytes of all items of all lines.
         first: time of the first line, or empty.
         last: time of the last line, or empty.
     """
@@ -122,13 +122,13 @@ class Head:
     last: str = ""
 
     def after(self, line: Line) -> Head:
-        """Return where the ledger ends with one more line."""
+        """Return the end of the ledger after one more line."""
         bytes_ = self.bytes + line.entry.bytes
         return Head(line.number, line.digest, bytes_, self.first or line.time, line.time)
 
 
 class Mark(_Frozen):
-    """A line by number and digest: what `ledger.head` holds, and what the next line has to follow."""
+    """A line's number and digest: the content of `ledger.head`, and what the next line must follow."""
 
     number: Count = 0
     digest: Sha256 = NO_LINE
@@ -136,7 +136,7 @@ class Mark(_Frozen):
 
 @dataclass(frozen=True)
 class ReadLine:
-    """A line that was read, and where it stands."""
+    """A parsed line, and its position in the file."""
 
     position: int
     line: Line
@@ -144,16 +144,16 @@ class ReadLine:
 
     @property
     def mark(self) -> Mark:
-        """The line by number and digest."""
+        """The line's number and digest."""
         return Mark(number=self.line.number, digest=self.digest)
 
     def follows(self, mark: Mark) -> bool:
-        """Whether it is the line after another."""
+        """Return whether this line directly follows another."""
         return self.line.number == mark.number + 1 and self.line.previous == mark.digest
 
 
 def parse(raw: bytes, silo: str) -> Line:
-    """Return a line, or raise ValueError with what is wrong with it."""
+    """Parse a line; raise ValueError that describes what is wrong with it."""
     try:
         check_size(raw, HEADER_CHARACTERS)
         line = Line.model_validate_json(raw[:-1])
@@ -166,7 +166,7 @@ def parse(raw: bytes, silo: str) -> Line:
     if line.serialised() != raw:
         raise ValueError("was changed: it is not in canonical form")
     if line.silo != silo:
-        raise ValueError(f"is of the silo {line.silo!r}, and this is the ledger of {silo!r}")
+        raise ValueError(f"belongs to silo {line.silo!r}, but this is the ledger of {silo!r}")
     return line
 
 

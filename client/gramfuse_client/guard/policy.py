@@ -1,4 +1,4 @@
-"""What a silo refuses, by its own file."""
+"""A silo's policy: refuses what its silo file does not allow."""
 
 from __future__ import annotations
 
@@ -25,51 +25,51 @@ _CONTEXT_FREE = get_args(ContextFree)
 
 
 def check_plan(silo: Silo, plan: Plan) -> None:
-    """Raise the first of `refusals`, or RefusalError if the plan's roster has other keys than this silo."""
+    """Raise the first of `refusals`, or RefusalError if the plan's roster has other keys for this silo."""
     for _, error in refusals(silo, plan):
         raise error
     if plan.privacy.secure_aggregation and plan.roster.keys[silo.name] != silo.identity().public:
         raise RefusalError(
-            f"{silo.path}: the plan's roster has another public key for {silo.name!r} than {silo.identity_path} holds; "
-            f"here it is {silo.identity().public.hex()}",
+            f"{silo.path}: the plan's roster has another public key for {silo.name!r} than {silo.identity_path}; the "
+            f"key here is {silo.identity().public.hex()}",
             reason="the plan's roster has another key for this silo",
         )
     node_key = next(entry.node_key for entry in plan.silo if entry.name == silo.name)
     if node_key is not None and silo.file.coordinator is not None and node_key != silo.node_key():
         raise RefusalError(
-            f"{silo.path}: the plan's roster has another node key for {silo.name!r} than {silo.node_key_path} holds; "
-            f"here it is {silo.node_key()}",
+            f"{silo.path}: the plan's roster has another node key for {silo.name!r} than {silo.node_key_path}; the key "
+            f"here is {silo.node_key()}",
             reason="the plan's roster has another node key for this silo",
         )
 
 
 def refusals(silo: Silo, plan: Plan) -> Iterator[tuple[str, GramfuseError]]:
-    """Yield all in a plan that the silo file does not allow: its subject in a word, and the error to raise.
+    """Yield (subject, error) for everything in a plan that the silo file does not allow.
 
-    Each error names the key of the silo file and, after the first semicolon, says what to do.
+    Each error names the key of the silo file and, after the first semicolon, what to do.
     """
     limits, privacy = silo.file.limits, plan.privacy
 
-    def refusal(subject: str, what: str, reason: str) -> tuple[str, RefusalError]:
-        return subject, RefusalError(f"{silo.path}: {what}", reason=reason)
+    def refusal(subject: str, message: str, reason: str) -> tuple[str, RefusalError]:
+        return subject, RefusalError(f"{silo.path}: {message}", reason=reason)
 
     if not plan.locked:
         yield refusal(
             "lock",
-            "the plan is not locked, so base model and layout are not pinned; its author runs: gramfuse plan lock",
+            "the plan is not locked, so base model and layout are not pinned; its author must run: gramfuse plan lock",
             "the plan is not locked",
         )
     elif plan.digest not in silo.file.approved:
         yield refusal(
             "approval",
-            f"plan {plan.digest} is not approved here; read the plan, and if you agree, add the digest to 'approved'",
+            f"plan {plan.digest} is not approved here; read the plan and, if you agree, add the digest to 'approved'",
             "this silo has not approved the plan",
         )
     if silo.name not in plan.names:
         yield refusal(
             "roster",
-            f"'name' is {silo.name!r}, and the plan's roster names {', '.join(plan.names)}; correct 'name', or have "
-            "this silo added to the plan, which is locked again then",
+            f"'name' is {silo.name!r}, but the plan's roster names {', '.join(plan.names)}; correct 'name', or have "
+            "this silo added to the plan, and the plan locked again",
             "the plan's roster does not name this silo",
         )
     elif privacy.secure_aggregation:
@@ -80,48 +80,48 @@ def refusals(silo: Silo, plan: Plan) -> Iterator[tuple[str, GramfuseError]]:
     if not privacy.secure_aggregation and not limits.open_uploads:
         yield refusal(
             "uploads",
-            "the plan has the statistics leave in the clear (privacy.secure-aggregation = false), and "
-            "'limits.open-uploads' is false here; ask for a plan with secure aggregation, or, only if the coordinator "
-            "may read this silo's own statistics and weights, write under [limits]: open-uploads = true",
+            "under the plan, statistics leave unmasked (privacy.secure-aggregation = false), but 'limits.open-uploads' "
+            "is false here; ask for a plan with secure aggregation or, only if the coordinator may read this silo's "
+            "own statistics and weights, write under [limits]: open-uploads = true",
             "this silo allows no open uploads",
         )
     if _ORDER.index(privacy.metrics) > _ORDER.index(limits.metrics):
         yield refusal(
             "metrics",
-            f"the plan asks for privacy.metrics = {privacy.metrics!r}, and 'limits.metrics' here is "
-            f"{limits.metrics!r}; ask for a plan that shows less, or, only if so much may be shown, write under "
-            f'[limits]: metrics = "{privacy.metrics}"',
+            f"the plan asks for privacy.metrics = {privacy.metrics!r}, but 'limits.metrics' here is "
+            f"{limits.metrics!r}; ask for a plan that discloses less or, only if this silo may disclose so much, write "
+            f'under [limits]: metrics = "{privacy.metrics}"',
             "this silo does not give that much of its metrics",
         )
     elif plan.summed and plan.epsilon is None and not limits.exact_metrics:
         yield refusal(
             "metrics",
-            'the plan adds no noise to held-out counts (privacy.metrics-epsilon = "none"), and '
-            "'limits.exact-metrics' is false here; ask for a plan with an epsilon, or, only if a lying coordinator may "
-            "learn single held-out examples, write under [limits]: exact-metrics = true",
+            'the plan adds no noise to held-out counts (privacy.metrics-epsilon = "none"), but '
+            "'limits.exact-metrics' is false here; ask for a plan with an epsilon or, only if a malicious coordinator "
+            "may learn single held-out examples, write under [limits]: exact-metrics = true",
             "this silo gives no held-out counts without noise",
         )
     asked, allowed = plan.merge.context_free, limits.context_free
     if privacy.secure_aggregation and _CONTEXT_FREE.index(asked) > _CONTEXT_FREE.index(allowed):
         yield refusal(
             "vocabulary",
-            f"the plan asks for merge.context-free = {asked!r}, and 'limits.context-free' here is {allowed!r}; ask for "
-            f"a plan with merge.context-free = {allowed!r}, or, only if the coordinator may learn which words occur in "
+            f"the plan asks for merge.context-free = {asked!r}, but 'limits.context-free' here is {allowed!r}; ask for "
+            f"a plan with merge.context-free = {allowed!r} or, only if the coordinator may learn which words occur in "
             f'the silos\' data and how often, write under [limits]: context-free = "{asked}"',
             "this silo does not give Gram matrices of layers that see tokens without context",
         )
     if privacy.secure_aggregation and plan.merge.experts == "full" and limits.experts != "full":
         yield refusal(
             "experts",
-            'the plan asks for merge.experts = "full", and \'limits.experts\' here is "mean"; ask for a plan without '
-            "merge.experts, or, only if the coordinator may learn this silo's own Gram matrices of experts that no "
+            'the plan asks for merge.experts = "full", but \'limits.experts\' here is "mean"; ask for a plan without '
+            "merge.experts or, only if the coordinator may learn this silo's own Gram matrices of experts that no "
             'other silo uses, write under [limits]: experts = "full"',
             "this silo does not give Gram matrices of single experts",
         )
 
 
 def check_examples(silo: Silo, examples: int) -> None:
-    """Raise RefusalError if there are fewer training examples than the silo's own minimum."""
+    """Raise RefusalError if there are fewer training examples than `limits.minimum-examples`."""
     if examples < silo.file.limits.minimum_examples:
         raise RefusalError(
             f"{silo.path}: {examples} training examples, fewer than 'limits.minimum-examples' = "
@@ -131,11 +131,11 @@ def check_examples(silo: Silo, examples: int) -> None:
 
 
 def check_data(silo: Silo, task: Task, train: Examples, held_out: Examples) -> None:
-    """Check what a silo is to train on; its log names the bad rows that it leaves out, and labels that do not fit.
+    """Check a silo's training data; log bad rows that are left out, and labels that do not fit the plan well.
 
     Raises:
-        RefusalError: of `check_examples`.
-        DataError: if the plan's `centre` and `scale` are not those of the targets.
+        RefusalError: from `check_examples`.
+        DataError: if the plan's `centre` and `scale` do not fit the targets at all.
     """
     for row in left_out(train, held_out):
         log.warning("silo %s leaves out a bad row: %s", silo.name, row)
@@ -147,12 +147,12 @@ def check_data(silo: Silo, task: Task, train: Examples, held_out: Examples) -> N
 
 
 def check_bytes(silo: Silo, plan: Plan, layout: Layout) -> None:
-    """Raise RefusalError if one contribution has more bytes than the silo lets leave."""
+    """Raise RefusalError if one contribution has more bytes than `limits.maximum-bytes`."""
     most = silo.file.limits.maximum_bytes
     size = layout.upload_bytes(masked=plan.privacy.secure_aggregation)
     if most is not None and size > most:
         raise RefusalError(
-            f"{silo.path}: a contribution under this plan has {size:,} bytes, and 'limits.maximum-bytes' is {most:,}; "
+            f"{silo.path}: a contribution under this plan has {size:,} bytes, but 'limits.maximum-bytes' is {most:,}; "
             'ask for a plan that sends less, for instance merge.gram = { "*" = "block:128" }, or write under [limits]: '
             f"maximum-bytes = {size}",
             reason="a contribution under this plan has more bytes than this silo lets leave",
@@ -160,46 +160,46 @@ def check_bytes(silo: Silo, plan: Plan, layout: Layout) -> None:
 
 
 def check_disk(silo: Silo, plan: Plan, layout: Layout) -> None:
-    """Raise RefusalError if the disk has no room for what a run keeps: statistics and, once, the masked vector."""
+    """Raise RefusalError if the disk has no space for a run's statistics and masked vector."""
     masked = 8 * layout.sum_entries if plan.privacy.secure_aggregation else 0
     check_space(silo, layout.contribution_bytes + masked)
 
 
 def check_space(silo: Silo, needed: int) -> None:
-    """Raise RefusalError if less than `needed` bytes are free where the silo's state is."""
-    place = silo.state.resolve()
-    free = shutil.disk_usage(next(path for path in (place, *place.parents) if path.exists())).free
+    """Raise RefusalError if fewer than `needed` bytes are free on the disk of the silo's state."""
+    directory = silo.state.resolve()
+    free = shutil.disk_usage(next(path for path in (directory, *directory.parents) if path.exists())).free
     if free < needed:
         raise RefusalError(
-            f"{place}: no space left: {free:,} bytes are free, and {needed:,} are needed; make room, or name a 'state' "
-            f"on another disk in {silo.path}",
+            f"{directory}: no space left: {free:,} bytes are free, but {needed:,} are needed; free space, or name a "
+            f"'state' on another disk in {silo.path}",
             reason="no space left on this silo's disk",
         )
 
 
 def check_hours(silo: Silo, now: datetime) -> None:
-    """Raise RefusalError outside of the hours in which the silo trains.
+    """Raise RefusalError outside the silo's training hours.
 
     Args:
-        now: by the silo's own clock, in its own time zone.
+        now: time by the silo's own clock, in its own time zone.
     """
     hours = silo.file.limits.train_hours
     if hours is not None and now.time() not in hours:
         raise RefusalError(
-            f"{silo.path}: it is {now:%H:%M}; 'limits.train-hours' is {hours}",
+            f"{silo.path}: it is {now:%H:%M}, outside 'limits.train-hours' = {hours}; run the plan at another time",
             reason=f"this silo trains between {hours} by its own clock",
         )
 
 
 def check_repeat(silo: Silo, state: State, session: str) -> None:
-    """Raise RefusalError if something was contributed to this round in another session, unless that is allowed."""
+    """Raise RefusalError if the silo contributed to this round in another session, unless its file allows that."""
     contributed = state.contributed()
     sessions = contributed.sessions.get(state.round, ()) if contributed else ()
     if not sessions or session in sessions or silo.file.limits.repeat_contributions:
         return
     raise RefusalError(
-        f"{silo.path}: this silo contributed under this plan before; go on with the run that was interrupted (gramfuse "
-        "run --resume), agree on a new plan, which must end with the same silos over these rows, or set "
+        f"{silo.path}: this silo contributed under this plan before; resume the interrupted run (gramfuse run "
+        "--resume), agree on a new plan, which must end with the same silos over these rows, or set "
         "'limits.repeat-contributions = true'",
         reason="this silo contributed under this plan before",
     )

@@ -1,14 +1,15 @@
-"""Which rows a silo's sums were over, and with which silos, over all plans and for ever.
+"""Remembers, across all plans and permanently, which rows were in which of a silo's sums, and with which silos.
 
-The difference of two sums is what one of them holds and the other does not. Where both hold the same rows of this silo
-and differ by a few other silos, that is those silos' own part; where they differ by this silo, it is its own. So a silo
-signs no sum whose survivors differ, by one silo up to one more than may collude, from an earlier sum over rows of which
-some are the same. A silo is the same if its public key is, or else its name: either may change from plan to plan. A
-silo of which a plan says something else (its labels, its task) differs too. Over the same survivors, both plans have to
-read rows in the same way: a length that only one silo's texts exceed, raised, makes the difference that silo's own.
+Anyone who has two sums can subtract them. If both contain the same rows of this silo and differ by a few other silos,
+the difference is those silos' own contribution; if they differ by this silo, it is its own. So a silo refuses to sign a
+sum that shares rows with an earlier sum if their survivors differ by at least one silo, and at most one more than may
+collude. Two silos are the same if their public keys are, or else their names; either can change from plan to plan. A
+silo whose terms differ between the plans (its labels, its task) counts as a difference too. If the survivors are the
+same, both plans must read rows in the same way. For example, if only one silo has texts longer than `max-length`, then
+raising it makes the difference that silo's own.
 
-A row is known by salted hashes of its texts, each without its label, case and white space. The salt never leaves the
-silo. Differences of more than two sums are not looked at.
+A row is identified by salted hashes of its texts, ignoring label, case and white space. The salt never leaves the silo.
+Differences of more than two sums are not checked.
 """
 
 from __future__ import annotations
@@ -31,16 +32,16 @@ from gramfuse_protocol.files import make_private_directory, write_private
 from gramfuse_protocol.secure_sum.statements import Nonce, Sum
 
 Rows = NDArray[np.uint64]
-"""Salted hashes of rows: sorted, each once."""
+"""Salted hashes of rows: sorted and unique."""
 
-Given = tuple[str | tuple[str, ...], str | None]
-"""What an example's input is (`gramfuse_client.data.examples.Examples.given`)."""
+InputKey = tuple[str | tuple[str, ...], str | None]
+"""The key of an example's input (`gramfuse_client.data.examples.Examples.input_keys`)."""
 
 SALT_BYTES = 32
 
 
 class Survivor(BaseModel):
-    """One silo of a sum: its name and public key, and a digest of what the plan says of it alone."""
+    """One silo of a sum: its name, its public key, and a digest of its terms in the plan."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -50,12 +51,12 @@ class Survivor(BaseModel):
 
 
 class Cohort(BaseModel):
-    """The silos of a sum, and the plan that they made it under.
+    """The silos of a sum, and their plan.
 
     Args:
-        plan: its digest.
-        reading: digest of what decides which rows of the data count, and how (`Plan.reading`).
-        colluding: how many silos may collude.
+        plan: the plan's digest.
+        reading: digest of the settings that determine which rows are used, and how (`Plan.reading`).
+        colluding: number of silos that may collude.
         own: this silo, which is in the sum.
         others: the other silos, in roster order.
     """
@@ -70,12 +71,16 @@ class Cohort(BaseModel):
 
     @classmethod
     def of(cls, plan: Plan, own: str, survivors: Iterable[str]) -> Cohort:
-        """Return the cohort of a plan's silos, of which one is this one; raises PlanError for silos without keys."""
-        keys, among = plan.roster.keys, {own, *survivors}
+        """Return the cohort of a plan's survivors; raise PlanError if a silo has no key.
+
+        Args:
+            own: this silo's name.
+        """
+        keys, members = plan.roster.keys, {own, *survivors}
         silos = {
             name: Survivor(name=name, key=keys[name].hex(), terms=plan.terms_of(name))
             for name in plan.names
-            if name in among
+            if name in members
         }
         return cls(
             plan=plan.digest,
@@ -86,12 +91,12 @@ class Cohort(BaseModel):
         )
 
     def differing(self, other: Cohort) -> int:
-        """Return by how many silos two sums of this silo's differ."""
+        """Return by how many silos two sums of this silo differ."""
         count, ours, theirs = int(self.own.terms != other.own.terms), list(self.others), list(other.others)
-        for mark in ("key", "name"):
-            there = {getattr(silo, mark): silo for silo in theirs}
+        for attribute in ("key", "name"):
+            candidates = {getattr(silo, attribute): silo for silo in theirs}
             for silo in tuple(ours):
-                if same := there.get(getattr(silo, mark)):
+                if same := candidates.get(getattr(silo, attribute)):
                     ours.remove(silo)
                     theirs.remove(same)
                     count += silo.terms != same.terms
@@ -102,9 +107,9 @@ class Release(BaseModel):
     """One sum that this silo signed.
 
     Args:
-        round: of the plan.
-        cohort: whose sum it is, and under which plan.
-        rows: what this silo's rows in the sum are kept by (`Releases.keep_rows`).
+        round: the plan's round.
+        cohort: the silos in the sum, and their plan.
+        rows: digest of this silo's rows in the sum (`Releases.keep_rows`).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -123,20 +128,20 @@ class Releases:
     """The sums that a silo signed.
 
     Args:
-        directory: of its own, in the silo's state.
+        directory: its own directory in the silo's state.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
 
-    def rows(self, given: Iterable[Given]) -> Rows:
-        """Return the salted hashes of examples' inputs; the first call draws the salt.
+    def rows(self, inputs: Iterable[InputKey]) -> Rows:
+        """Return the salted hashes of examples' inputs. The first call generates the salt.
 
         Raises:
-            ValueError: if sums were signed, and the salt that their rows were hashed with is gone.
+            ValueError: if the salt is missing although sums were signed.
         """
         salt = self._salt()
-        hashes = {hmac.digest(salt, text, "sha256")[:8] for one in given for text in _normal(one)}
+        hashes = {hmac.digest(salt, text, "sha256")[:8] for key in inputs for text in _normalised(key)}
         return np.sort(np.frombuffer(b"".join(hashes), "<u8"))
 
     def read(self) -> tuple[Release, ...]:
@@ -150,66 +155,67 @@ class Releases:
         except FileNotFoundError:
             return ()
 
-    def keep_rows(self, given: Iterable[Given]) -> str:
-        """Keep the salted hashes of examples' inputs, and return the digest that they are kept by; raises as `rows`."""
-        rows = self.rows(given).astype("<u8").tobytes()
+    def keep_rows(self, inputs: Iterable[InputKey]) -> str:
+        """Store the salted hashes of examples' inputs, and return their digest; raise what `rows` raises."""
+        rows = self.rows(inputs).astype("<u8").tobytes()
         digest = hashlib.sha256(rows).hexdigest()
         if not self._rows(digest).exists():
             write_private(self._rows(digest), rows, durable=True)
         return digest
 
     def check(self, release: Release) -> None:
-        """Raise RefusalError if the difference of a sum and an earlier one would be the part of a few silos.
+        """Raise RefusalError if a sum minus an earlier one would give the contribution of a few silos.
 
         Raises:
-            ValueError: if what is kept is damaged.
+            ValueError: if a stored file is damaged.
         """
         rows = self._load(release.rows)
         if problem := self.conflict(rows, release.sum_of, release.cohort):
             raise RefusalError(f"{self._index}: {problem}")
 
     def conflict(self, rows: Rows, sum_of: Sum, cohort: Cohort) -> str | None:
-        """Say which earlier sum a sum could be subtracted from, and how many silos would be left; None if none.
+        """Describe an earlier sum that conflicts with a new one; None if there is none.
 
         Args:
-            rows: of this silo in the sum.
-            cohort: whose sum it is.
+            rows: this silo's rows in the new sum.
+            cohort: the silos in the new sum.
 
         Raises:
-            ValueError: if what is kept is damaged.
+            ValueError: if a stored file is damaged.
         """
         for earlier in self.read():
             differing = cohort.differing(earlier.cohort)
             most = max(earlier.cohort.colluding, cohort.colluding) + 1
-            read_otherwise = differing == 0 and cohort.reading != earlier.cohort.reading
-            if earlier.sum_of != sum_of or not (1 <= differing <= most or read_otherwise):
+            read_differently = differing == 0 and cohort.reading != earlier.cohort.reading
+            if earlier.sum_of != sum_of or not (1 <= differing <= most or read_differently):
                 continue
             shared = len(np.intersect1d(self._load(earlier.rows), rows, assume_unique=True))
             if shared:
                 problem = (
-                    "the silos are the same, but the plan reads rows in another way ([model], [[task]], "
-                    "'merge.tokens', 'training.batch-size' or 'training.seed'): where that changes one silo's rows "
-                    "only, the difference of the two sums is that silo's own. Leave these keys as they were"
-                    if read_otherwise
-                    else f"the silos, or what the plan says of each, differ by {differing}: the difference of the two "
-                    f"sums is what those silos hold. Take the same silos as in that sum, or {most + 1} others at least"
+                    "the silos are the same, but the plan reads rows differently ([model], [[task]], 'merge.tokens', "
+                    "'training.batch-size' or 'training.seed'): if that changes only one silo's rows, the difference "
+                    "of the two sums is that silo's own contribution. Keep the earlier values of these keys"
+                    if read_differently
+                    else f"the silos, or their terms in the plan, differ by {differing}: the difference of the two "
+                    "sums is the contribution of those silos. Use the same silos as in that sum, or at least "
+                    f"{most + 1} others"
                 )
                 return (
-                    f"{shared} texts of this sum of {sum_of} were in a sum under plan {earlier.cohort.plan} already, "
-                    f"and {problem}, or rows that were in none; or set 'limits.differing-survivors = true', which "
-                    "gives that difference away"
+                    f"{shared} texts of this sum of {sum_of} were already in a sum under plan {earlier.cohort.plan}, "
+                    f"and {problem}, or use rows that were in no sum; or set 'limits.differing-survivors = true', "
+                    "which discloses that difference"
                 )
         return None
 
     def add(self, release: Release) -> None:
-        """Keep a release, before anything is signed."""
-        known = self.read()
-        if release not in known:
-            content = json.dumps([each.model_dump() for each in (*known, release)])
+        """Store a release. Call this before signing."""
+        releases = self.read()
+        if release not in releases:
+            content = json.dumps([each.model_dump() for each in (*releases, release)])
             write_private(self._index, content.encode(), durable=True)
 
     def clear(self) -> int:
-        """Forget all releases, and return how many there were; of a record that cannot be read, 1."""
+        """Forget all releases, and return how many there were; 1 if the record cannot be read."""
         try:
             count = len(self.read())
         except ValueError:
@@ -231,14 +237,14 @@ class Releases:
         except FileNotFoundError:
             content = b""
         if hashlib.sha256(content).hexdigest() != digest:
-            raise ValueError(f"{self._rows(digest)}: is damaged or gone")
+            raise ValueError(f"{self._rows(digest)}: is damaged or missing")
         return np.frombuffer(content, "<u8")
 
     def _salt(self) -> bytes:
         path = self.directory / "salt"
         if not path.exists():
             if self._index.exists():
-                raise ValueError(f"{path}: is gone, so rows of earlier sums cannot be told any more")
+                raise ValueError(f"{path}: is missing, so rows of earlier sums cannot be recognised")
             make_private_directory(self.directory)
             write_private(path, secrets.token_bytes(SALT_BYTES), durable=True)
         salt = path.read_bytes()
@@ -247,8 +253,8 @@ class Releases:
         return salt
 
 
-def _normal(given: Given) -> list[bytes]:
-    """Return of each text of an input what stays the same when only its case and white space change."""
-    text, pair = given
+def _normalised(key: InputKey) -> list[bytes]:
+    """Return each text of an input, with case folded and white space collapsed."""
+    text, pair = key
     texts = [text if isinstance(text, str) else " ".join(text), *([] if pair is None else [pair])]
     return [" ".join(text.casefold().split()).encode("utf-8", "surrogatepass") for text in texts]

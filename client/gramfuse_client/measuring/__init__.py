@@ -1,1 +1,1 @@
-"""What a silo measures of a fine-tuned model."""
+"""Measures a fine-tuned model's statistics."""

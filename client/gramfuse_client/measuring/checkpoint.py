@@ -1,4 +1,4 @@
-"""A model that was fine-tuned elsewhere, measured on its training data as a silo measures its own."""
+"""Measures a model that was fine-tuned elsewhere, on its training data, the way a silo measures its own."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoConfig
 
-from gramfuse_client.data.batches import Encoded, batches, drawn
+from gramfuse_client.data.batches import Encoded, batch_order, batches
 from gramfuse_client.data.examples import Examples
 from gramfuse_client.measuring.collect import collect_statistics
 from gramfuse_model.added_tokens import Growth, growth_of
@@ -36,21 +36,21 @@ from gramfuse_protocol.statistics.contribution import Statistics
 from gramfuse_protocol.tasks.registry import KINDS
 from gramfuse_protocol.text import one_line, quoted
 
-RETURNED = {"use_cache", "return_dict", "output_hidden_states", "initializer_range", "initializer_factor"}
-"""Keys of a configuration that change neither what a model computes from its weights nor how it is trained."""
+IGNORED_KEYS = {"use_cache", "return_dict", "output_hidden_states", "initializer_range", "initializer_factor"}
+"""Configuration keys that affect neither what a model computes from its weights nor how it is trained."""
 
-MOST = 64
-"""Most rows that an error names."""
+MOST_ROWS = 64
+"""Maximum number of rows that an error names."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A fine-tuned model and its base, of which it was checked that they belong together.
+    """A fine-tuned model and its base, checked to belong together.
 
     Args:
-        base: with a head of zeros.
+        base: the base model, with a head of zeros.
         layout: without scales, which only secure sums need, and which differ between machines.
-        growth: what the model has beyond its base, if tokens were added to it.
+        growth: the added tokens and their rows, if the model has any.
     """
 
     tuned: Base
@@ -61,22 +61,22 @@ class Checkpoint:
 
     @property
     def added(self) -> AddedTokens | None:
-        """Tokens that the model has beside those of its base, with their rows, if there are any."""
+        """Tokens that the model has besides those of its base, with their rows; None if there are none."""
         return None if self.growth is None else self.growth.added(self.tuned.model)
 
 
-def task_of_model(model: str, directory: Path, given: TaskKind | None = None, **settings: Any) -> Task:
-    """Return what a model was fine-tuned for, by its configuration: kind and labels.
+def task_of_model(model: str, directory: Path, override: TaskKind | None = None, **settings: Any) -> Task:
+    """Return the task that a model was fine-tuned for, with kind and labels from its configuration.
 
     Args:
         model: hub id, directory or bundled name.
-        directory: where a relative path starts.
-        given: the kind, if the configuration does not say it or says it wrongly.
-        settings: what else a task has, with kebab-case keys: `pair`, `max-length`, ….
+        directory: relative paths start here.
+        override: the kind of task, if the configuration lacks it or has it wrong.
+        settings: further keys of the task, in kebab case: `pair`, `max-length`, ….
 
     Raises:
-        ModelError: if there is no such model, or its configuration does not say what it is for.
-        PlanError: if its labels are none of such a task.
+        ModelError: if there is no such model, or its configuration does not name a known task.
+        PlanError: if its labels are not valid for such a task.
     """
     where = locate(model, directory, "model")
     source = where if Path(where).is_dir() else download(where, called="model").directory
@@ -84,12 +84,12 @@ def task_of_model(model: str, directory: Path, given: TaskKind | None = None, **
         config = AutoConfig.from_pretrained(check_files(source), trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"model {model!r} ({source}) cannot be loaded: {library_message(error)}") from None
-    kind = given or kind_of_checkpoint(config)
+    kind = override or kind_of_checkpoint(config)
     if kind is None:
         raise ModelError(
-            f"model {model!r}: its configuration says that it is a {', '.join(config.architectures or ('?',))}, which "
-            "is no task that gramfuse knows; MODEL must be the fine-tuned model, head included. If it is, say what it "
-            "is for with --task"
+            f"model {model!r}: its configuration names the architecture {', '.join(config.architectures or ('?',))}, "
+            "which is not for a task that gramfuse knows; MODEL must be the fine-tuned model, including its head. If "
+            "it is, name its task with --task"
         )
     labels = [config.id2label[index] for index in sorted(config.id2label)] if KINDS[kind].least_labels else []
     return build(Task, {"task": kind, "labels": labels, **settings}, f"model {model!r}")
@@ -109,13 +109,13 @@ def open_checkpoint(
 
     Args:
         model, base: hub ids, directories or bundled names.
-        directory: where relative paths start.
-        freeze: patterns of the parameters that are as they are in the base; they are not measured.
+        directory: relative paths start here.
+        freeze: patterns of parameters that fine-tuning did not change; they are not measured.
         gram: structures of Gram matrices by pattern.
-        shorten: whether the task's lengths are no more than a wish: texts are cut to what the model has places for.
+        shorten: reduce the task's lengths to what the model takes, instead of raising PlanError.
 
     Raises:
-        ModelError: naming the parameter, if there is one that does not fit.
+        ModelError: if the two do not belong together; names the parameter, if one does not fit.
         PlanError: if the task's texts are longer than the model takes.
     """
     tuned = load_base(plan_for("model", model, task, freeze=freeze), directory, whole=True)
@@ -143,78 +143,77 @@ def _check_belong_together(model: str, base: str, tuned: Base, origin: Base) -> 
     saved = tuned.model.config.architectures or ()
     if architecture not in saved:
         raise ModelError(
-            f"model {model!r} is a {', '.join(saved) or 'model without a head'}, and this task needs a {architecture}: "
-            "its head would be a new one. MODEL must be the fine-tuned model, head included"
+            f"model {model!r} is a {', '.join(saved) or 'model without a head'}, but this task needs a {architecture}, "
+            "so its head would be newly initialised. MODEL must be the fine-tuned model, including its head"
         )
     kinds = tuned.model.config.model_type, origin.model.config.model_type
     if kinds[0] != kinds[1]:
         raise ModelError(
-            f"model {model!r} is of type {kinds[0]!r} and base {base!r} of type {kinds[1]!r}; --base must be the model "
+            f"model {model!r} has type {kinds[0]!r}, but base {base!r} has type {kinds[1]!r}; --base must be the model "
             "that it was fine-tuned from"
         )
     growth = _growth(model, base, tuned, origin)
     mine, theirs = (dict(one.model.named_parameters()) | saved_buffers(one.model) for one in (tuned, origin))
     for name in sorted(mine.keys() | theirs.keys()):
-        shapes = [tuple(one[name].shape) if name in one else "not there" for one in (mine, theirs)]
-        if growth is not None and name in growth.axes and "not there" not in shapes:
+        shapes = [tuple(tensors[name].shape) if name in tensors else "missing" for tensors in (mine, theirs)]
+        if growth is not None and name in growth.axes and "missing" not in shapes:
             shapes[0] = tuple(growth.shared(name, mine[name], theirs[name]).shape)
         if shapes[0] != shapes[1]:
             raise ModelError(
-                f"parameter {name!r} is {shapes[0]} in model {model!r} and {shapes[1]} in base {base!r}; --base must "
+                f"parameter {name!r} is {shapes[0]} in model {model!r}, but {shapes[1]} in base {base!r}; --base must "
                 "be the model that it was fine-tuned from"
             )
         common = mine[name] if growth is None else growth.shared(name, mine[name], theirs[name])
         if _is_frozen(mine[name]) and not _same(common, theirs[name]):
             raise ModelError(
-                f"parameter {name!r} is to be frozen and is not the same in model {model!r} and base {base!r}: fine-"
-                "tuning changed it, or --base is another model. Leave it out of --freeze"
+                f"--freeze covers parameter {name!r}, but it differs between model {model!r} and base {base!r}: "
+                "fine-tuning changed it, or --base is another model. Leave it out of --freeze"
             )
     if tuned.pins.sha256 == origin.pins.sha256:
         raise ModelError(
-            f"model {model!r} and base {base!r} have the same weights, so the difference to merge is zero; --base must "
-            "be the model as it was before fine-tuning"
+            f"model {model!r} and base {base!r} have the same weights, so there is no difference to merge; --base must "
+            "be the model before fine-tuning"
         )
-    odd = _other_settings(tuned, origin, growth)
-    if odd:
+    differing = _differing_settings(tuned, origin, growth)
+    if differing:
         raise ModelError(
-            f"model {model!r} and base {base!r} have another {odd[0]!r} in their configurations, so the same weights "
-            "do not compute the same in both; --base must be the model that it was fine-tuned from"
+            f"the configurations of model {model!r} and base {base!r} differ in {differing[0]!r}, so the same weights "
+            "do not compute the same function; --base must be the model that it was fine-tuned from"
         )
     return growth
 
 
 def _growth(model: str, base: str, tuned: Base, origin: Base) -> Growth | None:
-    """Return what a model has beyond its base, if tokens were added to it; else the two take the same inputs."""
+    """Return the tokens added to a model, or None; raise ModelError if it otherwise encodes inputs differently."""
     growth = growth_of(tuned, origin)
     if growth is not None and growth.rows < growth.common:
         raise ModelError(
-            f"the table of tokens has {growth.rows:,} rows in model {model!r} and {growth.common:,} in base {base!r}; "
-            "--base must be the model that it was fine-tuned from. If the table was cut to its tokenizer's tokens, "
+            f"the token embedding has {growth.rows:,} rows in model {model!r}, but {growth.common:,} in base {base!r}; "
+            "--base must be the model that it was fine-tuned from. If the embedding was cut to the tokenizer's tokens, "
             f"load the model, call its resize_token_embeddings({growth.common}), and save it in another directory"
         )
     other = other_inputs(tuned.tokenizer, origin.tokenizer)
     if other is not None:
         raise ModelError(
-            f"model {model!r} and base {base!r} have different tokenizers or image processors ({other}), so their "
-            "inputs are not the same; only models with that of their base can be merged, or with tokens that were "
-            "added to it. If fine-tuning did not use another, save the base's beside the model's weights; if it did, "
-            "fine-tune again with the base's"
+            f"model {model!r} and base {base!r} have different tokenizers or image processors ({other}), so they "
+            "encode inputs differently; a model must use its base's, apart from added tokens. If fine-tuning did use "
+            "the base's, save it beside the model's weights; if not, fine-tune again with it"
         )
     new = new_tokens(tuned.tokenizer, origin.tokenizer)
     rowless = next((token for token in new if growth is None or token not in growth.tokens), None)
     if rowless is not None:
         raise ModelError(
-            f"token {quoted(rowless, 60)} was added to the tokenizer of model {model!r}, and the model has no row for "
-            "it; load the model, call its resize_token_embeddings(len(tokenizer)), and save it; or take the base's "
-            "tokenizer"
+            f"token {quoted(rowless, 60)} was added to the tokenizer of model {model!r}, but the model has no "
+            "embedding row for it; load the model, call its resize_token_embeddings(len(tokenizer)), and save it; or "
+            "use the base's tokenizer"
         )
     return growth
 
 
 def _same(tuned: torch.Tensor, origin: torch.Tensor) -> bool:
-    """Whether a parameter was not trained; it may have been saved in half precision since."""
+    """Return whether a parameter is unchanged, apart from rounding to half precision."""
     halves = (origin.to(half).float() for half in (torch.bfloat16, torch.float16))
-    return any(torch.equal(tuned, one) for one in (origin, *halves))
+    return any(torch.equal(tuned, values) for values in (origin, *halves))
 
 
 def _is_frozen(tensor: torch.Tensor) -> bool:
@@ -226,30 +225,30 @@ def _check_buffers(model: str, base: str, tuned: Base, origin: Base, layout: Lay
     if growth is not None:
         mine = {name: growth.shared(name, buffer, theirs[name]) for name, buffer in mine.items()}
     merged = {tensor.name for tensor in layout.tensors}
-    odd = first_difference({name: buffer for name, buffer in mine.items() if name not in merged}, theirs)
-    if odd is not None:
+    differing = first_difference({name: buffer for name, buffer in mine.items() if name not in merged}, theirs)
+    if differing is not None:
         raise ModelError(
-            f"the buffer {odd!r} is not the same in model {model!r} and base {base!r}, and training does not change "
+            f"the buffer {differing!r} differs between model {model!r} and base {base!r}, but training does not change "
             "it; --base must be the model that it was fine-tuned from"
         )
 
 
-def _other_settings(tuned: Base, origin: Base, growth: Growth | None) -> list[str]:
-    """Return the keys of two configurations that differ, of those that transformers' models know.
+def _differing_settings(tuned: Base, origin: Base, growth: Growth | None) -> list[str]:
+    """Return the configuration keys in which two models differ, among those that transformers defines.
 
-    What a model does in training only (dropout) is its owner's choice, and so is what it gives back beside its outputs.
+    Differences that only matter in training (dropout), or that only add outputs, are allowed.
     """
-    mine, theirs = (_settled(config_document(one.model)["config"], growth) for one in (tuned, origin))
-    known = {field.name for field in fields(type(origin.model.config))} - RETURNED
-    odd = sorted(key for key in known if "drop" not in key and mine.get(key) != theirs.get(key))
+    mine, theirs = (_without_vocabulary(config_document(one.model)["config"], growth) for one in (tuned, origin))
+    keys = {field.name for field in fields(type(origin.model.config))} - IGNORED_KEYS
+    differing = sorted(key for key in keys if "drop" not in key and mine.get(key) != theirs.get(key))
     added = set() if growth is None else set(growth.tokens.values())
-    return [key for key in odd if key != "pad_token_id" or mine.get(key) not in added]
+    return [key for key in differing if key != "pad_token_id" or mine.get(key) not in added]
 
 
-def _settled(config: Mapping[str, Any], growth: Growth | None) -> dict[str, Any]:
-    """Return a configuration, without the number of tokens where tokens were added, in those of its parts too."""
+def _without_vocabulary(config: Mapping[str, Any], growth: Growth | None) -> dict[str, Any]:
+    """Return a configuration; if tokens were added, without `vocab_size`, at any depth."""
     return {
-        key: _settled(value, growth) if isinstance(value, Mapping) else value
+        key: _without_vocabulary(value, growth) if isinstance(value, Mapping) else value
         for key, value in config.items()
         if growth is None or key != "vocab_size"
     }
@@ -268,9 +267,9 @@ def measure(
     """Return the statistics of a fine-tuned model on its training data.
 
     Args:
-        examples: the training data; where the limit does not take all, examples are drawn.
-        names: of the model and of the data, for errors.
-        limit: most token rows for one Gram matrix.
+        examples: the training data, used in random order up to the limit.
+        names: names of the model and the data, for errors.
+        limit: maximum token rows for one Gram matrix.
         progress: called with (batches done, batches in all).
 
     Raises:
@@ -291,7 +290,7 @@ def measure(
         statistics = collect_statistics(
             checkpoint.tuned.model.to(device),
             batches(encoded, batch_size, device, seed=Training().seed),
-            checkpoint.layout if growth is None else _widened(checkpoint.layout, growth),
+            checkpoint.layout if growth is None else _with_added_rows(checkpoint.layout, growth),
             base=_start(checkpoint),
             examples=len(examples),
             limit=limit,
@@ -299,43 +298,42 @@ def measure(
         )
     except GramfuseError:
         raise
-    except Exception as error:  # models raise what they like
-        batch = drawn(len(encoded), Training().seed)[done * batch_size : (done + 1) * batch_size]
+    except Exception as error:  # models can raise anything
+        batch = batch_order(len(encoded), Training().seed)[done * batch_size : (done + 1) * batch_size]
         rows = sorted(examples.numbers[i] for i in batch) if examples.numbers else []
         raise ModelError(
-            f"model {names[0]!r} cannot compute a batch of {names[1]}, {_told(rows)}: {type(error).__name__}: "
-            f"{one_line(str(error), 1000)}. {_remedy(checkpoint.task)}; with --batch-size 1, the row is named that it "
-            "cannot compute"
+            f"model {names[0]!r} cannot compute a batch of {names[1]}, {_list_rows(rows)}: {type(error).__name__}: "
+            f"{one_line(str(error), 1000)}. {_remedy(checkpoint.task)}; use --batch-size 1 to find the row that fails"
         ) from error
-    return statistics if growth is None else _narrowed(statistics, growth)
+    return statistics if growth is None else _without_added_rows(statistics, growth)
 
 
 def _remedy(task: Task) -> str:
-    """Say what may be the matter with a batch that a model cannot compute, and what to try."""
+    """Return what to try if a model cannot compute a batch."""
     if task.task == "image-classification":
         return "The device may have too little memory: try another --batch-size"
     return (
-        "It may not take texts of that length, or the device has too little memory: try another --max-length or "
+        "The texts may be too long for it, or the device may have too little memory: try another --max-length or "
         "--batch-size"
     )
 
 
-def _told(rows: Sequence[int]) -> str:
-    """Name rows, of many the first."""
-    more = f" and {len(rows) - MOST:,} more" if len(rows) > MOST else ""
-    return f"row {', '.join(map(str, rows[:MOST]))}{more}"
+def _list_rows(rows: Sequence[int]) -> str:
+    """List row numbers, at most MOST_ROWS."""
+    more = f" and {len(rows) - MOST_ROWS:,} more" if len(rows) > MOST_ROWS else ""
+    return f"row {', '.join(map(str, rows[:MOST_ROWS]))}{more}"
 
 
 def _start(checkpoint: Checkpoint) -> dict[str, NDArray[np.float32]]:
-    """Return what differences are taken from: of added tokens, zeros."""
+    """Return the values that differences are computed from: the base's, and zeros for added tokens."""
     start, growth = trainable(checkpoint.base.model), checkpoint.growth
     if growth is None:
         return start
     return {name: growth.padded(name, torch.from_numpy(values)).numpy() for name, values in start.items()}
 
 
-def _widened(layout: Layout, growth: Growth) -> Layout:
-    """Return the layout of a model with added tokens: that of its base, with rows for them."""
+def _with_added_rows(layout: Layout, growth: Growth) -> Layout:
+    """Return the base's layout with rows for the added tokens."""
     document = layout.model_dump()
     for tensor in document["tensors"]:
         axis = growth.axes.get(tensor["name"])
@@ -350,8 +348,8 @@ def _widened(layout: Layout, growth: Growth) -> Layout:
     return Layout.model_validate(document)
 
 
-def _narrowed(statistics: Statistics, growth: Growth) -> Statistics:
-    """Return what was measured without the rows of added tokens; where these took rows of the base, nothing changed."""
+def _without_added_rows(statistics: Statistics, growth: Growth) -> Statistics:
+    """Return statistics without the rows of added tokens; a base row that such a token uses has difference zero."""
     blocks = dict(statistics.blocks)
     for name, axis in growth.axes.items():
         block = delta_block(name)

@@ -1,4 +1,4 @@
-"""Puts together what a silo contributes."""
+"""Collects the statistics that a silo contributes."""
 
 from __future__ import annotations
 
@@ -28,30 +28,31 @@ def collect_statistics(
     limit: int = Merge().tokens,
     progress: Callable[[int], None] | None = None,
 ) -> Statistics:
-    """Measure a fine-tuned model: its Gram matrices on local data and its difference from the base.
+    """Measure a fine-tuned model: its Gram matrices on local data, and its difference from the base.
 
     Example:
         >>> statistics = gramfuse.collect_statistics(tuned, [batch], layout, base=start, examples=2)
         >>> statistics.block("delta:classifier.weight").shape
         (2, 8)
 
-    The model runs in the dtype that it has. What its layers receive is multiplied in float32, whatever that dtype is,
-    and summed in float64; the differences are float32. Of a model in half precision the Gram matrices are those of what
-    its layers receive in half precision.
+    The model runs in its own dtype. Its layers' inputs are multiplied in float32 and summed in float64, whatever that
+    dtype is; differences are float32. The Gram matrices of a half-precision model are those of its half-precision
+    activations.
 
     Args:
         model: the fine-tuned model.
         batches: its training data as keyword arguments of forward (see `gramfuse_client.measuring.gram.collect_grams`),
-            in an order that was drawn: beyond the limit, nothing counts.
+            in random order, because rows beyond the limit are not used.
         layout: from `gramfuse_model.derive_layout`, made on the base model.
-        base: of the base model, by name, float32, what training may change
-            (`gramfuse_model.loading.base_model.trainable`); what is not in the layout is left out.
+        base: the base model's trainable values by name, float32 (`gramfuse_model.loading.base_model.trainable`); values
+            that are not in the layout are ignored.
         examples: how many examples the model was fine-tuned on, ≥ 1.
-        limit: most token rows for one Gram matrix.
+        limit: maximum token rows for one Gram matrix.
+        progress: called with the number of batches done.
 
     Raises:
-        ContributionError: naming an argument of a wrong type; naming the tensor, if the model does not fit the layout
-            or a value is NaN or infinite; if there are no batches, or they have no token.
+        ContributionError: if an argument has the wrong type, the model does not fit the layout, a value is NaN or
+            infinite, or the batches contain no token. Names the argument or the tensor.
     """
     check_argument("collect_statistics: model", model, nn.Module, "a torch.nn.Module", ContributionError)
     if isinstance(batches, Mapping) or not isinstance(batches, Iterable):
@@ -64,13 +65,13 @@ def collect_statistics(
     grams = collect_grams(model, batches, layout, limit=limit, progress=progress)
     if grams and not any(gram.tokens for gram in grams.values()):
         raise ContributionError(
-            "no token was measured: there are no batches, or all that is in them is padding. A generator gives its "
-            "batches once; make a new one for each model"
+            "no token was measured: there are no batches, or they contain only padding. A generator yields its batches "
+            "only once; make a new one for each model"
         )
     blocks = {gram_block(name): gram.mean() for name, gram in grams.items()}
     tuned = trainable(model)
     names = [tensor.name for tensor in layout.tensors if tensor.name in base and tensor.name in tuned]
-    blocks |= {delta_block(name): np.asarray(tuned[name] - base[name]) for name in names}  # of one number, an array too
+    blocks |= {delta_block(name): np.asarray(tuned[name] - base[name]) for name in names}  # scalars become 0-d arrays
     tokens = {name: gram.tokens for name, gram in grams.items()}
     check_counts(layout, examples, tokens, "this silo")
     check_slices((Slice(block, 0, block.entries) for block in layout.blocks), blocks, "this silo")

@@ -1,4 +1,4 @@
-"""Flower records for those who have their own ClientApp: what a silo measured, and frames in and out."""
+"""Flower records for users' own ClientApps: a silo's statistics, and conversion of frames."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["from_record", "statistics_record", "to_record"]
 
 
 def statistics_record(statistics: Statistics, layout: Layout, **metrics: float) -> RecordDict:
-    """Return the content of a train reply as `gramfuse_server.RegMean` takes it.
+    """Return the content of a train reply for `gramfuse_server.RegMean`.
 
     Example:
         >>> statistics = gramfuse.collect_statistics(tuned, [batch], layout, base=start, examples=2)
@@ -23,7 +23,7 @@ def statistics_record(statistics: Statistics, layout: Layout, **metrics: float) 
         {'loss': 0.25, 'num-examples': 2}
 
     Args:
-        metrics: what else to report; the strategy averages it by the number of examples.
+        metrics: further values to report; the strategy averages them, weighted by the number of examples.
     """
     body = StatisticsBody(
         layout=layout.to_json(),

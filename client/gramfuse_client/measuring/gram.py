@@ -1,7 +1,7 @@
 """Collects Gram matrices: the mean of x xᵀ over the real tokens that enter a linear layer.
 
-Of an expert it is the mean over all real tokens too, with zero for those that are not routed to it: its weight in a
-silo follows how much it is used there.
+An expert's Gram matrix is also a mean over all real tokens, with zero for tokens that are not routed to it. So the
+weight of an expert at a silo is proportional to how much the silo uses it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Gram:
     """The running sum of one group's Gram matrix, in float64, block by block.
 
     Attributes:
-        tokens: rows behind it, those of tables left out.
+        tokens: number of rows added, not counting tables.
     """
 
     def __init__(self, group: Group, limit: int) -> None:
@@ -36,7 +36,7 @@ class Gram:
         self._sums: list[torch.Tensor] | None = None
 
     def add(self, rows: torch.Tensor) -> None:
-        """Add rows (tokens, d_in); those beyond the limit are left out."""
+        """Add rows (tokens, d_in); ignore rows beyond the limit."""
         rows = rows[: self.limit - self.tokens]
         self.tokens += rows.shape[0]
         self._add((rows,), 1.0)
@@ -47,11 +47,11 @@ class Gram:
         choices: torch.Tensor,
         by_expert: Callable[[torch.Tensor, torch.Tensor], Iterator[torch.Tensor]],
     ) -> None:
-        """Add rows (tokens, hidden) that a module of experts receives; those beyond the limit are left out.
+        """Add rows (tokens, hidden) that enter a module of experts; ignore rows beyond the limit.
 
         Args:
-            choices: indices of the experts of each row, (tokens, any).
-            by_expert: yields of rows and choices what each expert receives, (routed to it, d_in).
+            choices: indices of each row's experts, (tokens, top_k).
+            by_expert: given rows and choices, yields each expert's inputs, (routed tokens, d_in).
         """
         room = self.limit - self.tokens
         rows, choices = rows[:room], choices[:room]
@@ -59,16 +59,16 @@ class Gram:
         self._add(by_expert(rows, choices), 1.0)
 
     def add_table(self, rows: torch.Tensor, tokens: int) -> None:
-        """Add rows (any, d_in) that all examples of a batch share, to count together as much as its tokens do."""
+        """Add rows (any, d_in) that all examples of a batch share; together they weigh as much as its tokens."""
         if tokens:
             self._add((rows,), tokens / rows.shape[0])
 
-    def _add(self, of_experts: Iterable[torch.Tensor], weight: float) -> None:
+    def _add(self, by_expert: Iterable[torch.Tensor], weight: float) -> None:
         blocks = self.group.blocks
         if self._sums is None:
             self._sums = [torch.zeros(count, width, width, dtype=torch.float64) for _, count, width in blocks.parts]
         totals = iter(self._sums)
-        for rows in of_experts:
+        for rows in by_expert:
             for first, count, width in blocks.each:
                 total = next(totals)
                 if rows.shape[0]:
@@ -77,7 +77,7 @@ class Gram:
                     total += weight * (x.transpose(1, 2) @ x).cpu().double()
 
     def mean(self) -> Any:
-        """Return the packed mean, float32 (entries,); zeros if no token was seen."""
+        """Return the packed mean, float32 (entries,); zeros without tokens."""
         if self._sums is None or not self.tokens:
             return torch.zeros(self.group.blocks.entries).numpy()
         packed = self.group.blocks.pack([total.numpy() / self.tokens for total in self._sums])
@@ -97,26 +97,25 @@ def collect_grams(
     limit: int,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Gram]:
-    """Run a model over batches, in evaluation mode and without autograd, and return each group's Gram matrix.
+    """Run a model over batches, in evaluation mode and without autograd, and return each group's Gram matrix by name.
 
-    A module that is called several times in one run, as ALBERT's layers are, has the sum over its uses. One of its uses
-    may be on a table that all examples share (DeBERTa's relative positions go through the projections of queries and
-    keys too): each attention score has one use of a token and one of a position, so the table counts as much as the
-    tokens of the same run. Counted once for each batch it would weigh the more the smaller the batches are.
+    If a module is called several times in one forward pass, as ALBERT's layers are, its Gram matrix is the sum over all
+    calls. One call may take a table that all examples share: DeBERTa's relative positions go through the query and key
+    projections too. Each attention score uses one token and one position, so the table weighs as much as the tokens of
+    the same pass. If it were counted once per batch, its weight would depend on the batch size.
 
     Args:
-        batches: keyword arguments of the model's forward. `attention_mask` (batch, length) marks real input tokens,
-            whether they come as `input_ids` or as `inputs_embeds`, and real samples of sounds;
-            `labels` is left out, but for a model with encoder and decoder, whose target it is: (batch, length), −100
-            where padded.
-        limit: most token rows for one Gram matrix, ≥ 1; collection ends once every group has that many, so batches
-            must come in an order that was drawn.
+        batches: keyword arguments of the model's forward. `attention_mask` (batch, length) marks real tokens, given as
+            `input_ids` or as `inputs_embeds`, or real audio samples. `labels` is ignored, except for an encoder-decoder
+            model, where it is the target: (batch, length), −100 where padded.
+        limit: maximum token rows for one Gram matrix, ≥ 1. Collection ends once every group has that many, so batches
+            must be in random order.
         progress: called with the number of batches done.
 
     Raises:
-        ContributionError: if a weight of the layout is not of a registered module in this model, or if modules of
-            one group receive different tensors, or are called more often than when the layout was made.
-        ModelError: if no input of a batch has the places of its `attention_mask`.
+        ContributionError: if a weight of the layout does not belong to a registered module of this model, modules of
+            one group receive different tensors, or a module is called more often than when the layout was made.
+        ModelError: if no input of a batch has the shape of its `attention_mask`.
     """
     watchers = [_Watcher(group, limit) for group in layout.groups]
     modules = _modules(model, layout)
@@ -143,17 +142,17 @@ def collect_grams(
 def _run(
     model: nn.Module, batch: Mapping[str, torch.Tensor]
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Return what of a batch goes into the model, and masks of its real input and target tokens as far as known."""
+    """Return a batch's inputs for the model, and the known masks of its real input and target tokens."""
     inputs = inputs_of(batch)
     if is_encoder_decoder(model) and "decoder_input_ids" not in batch:
         if "labels" not in batch:
-            raise ContributionError("a batch has no targets ('labels'), and the model's decoder needs them")
+            raise ContributionError("a batch has no targets ('labels'), but the model's decoder needs them")
         inputs["labels"] = batch["labels"]
     return inputs, masks_of(model, batch)
 
 
 class _Watcher:
-    """Takes what the modules of one group receive in a run of the model."""
+    """Records the inputs of one group's modules during a forward pass."""
 
     def __init__(self, group: Group, limit: int) -> None:
         self.group = group
@@ -161,15 +160,15 @@ class _Watcher:
         self._only_tables = set(group.rows) == {"table"}
 
     def begin(self, masks: Mapping[str, torch.Tensor]) -> None:
-        """Get ready for one run."""
+        """Prepare for one forward pass."""
         self._masks = masks
         self._calls = [0] * len(self.group.weights)
-        self._seen: list[torch.Tensor] = []  # by call; kept, for an identity is only good while the tensor lives
+        self._seen: list[torch.Tensor] = []  # by call; kept alive, since a data pointer can be reused after that
         self._tables: list[torch.Tensor] = []
         self._before = self.gram.tokens
 
     def hook(self, position: int) -> Hook:
-        """Return the hook of one of the group's modules."""
+        """Return the hook for one of the group's modules."""
 
         def receive(module: nn.Module, x: torch.Tensor, others: tuple[Any, ...]) -> None:
             call, weight = self._calls[position], self.group.weights[position].weight
@@ -177,15 +176,15 @@ class _Watcher:
             if call == len(self.group.rows):
                 raise ContributionError(
                     f"group {self.group.name!r}: {weight!r} is called more often than when the layout was made; make "
-                    "it again with: gramfuse plan lock"
+                    "the layout again with: gramfuse plan lock"
                 )
             if call == len(self._seen):
                 self._seen.append(x)
                 self._take(weight, module, (x, *others), self.group.rows[call])
             elif x.data_ptr() != self._seen[call].data_ptr() or x.shape != self._seen[call].shape:
                 raise ContributionError(
-                    f"group {self.group.name!r}: {weight!r} receives another tensor than the first of its group; the "
-                    "layout was not made from this base model. Make it again with: gramfuse plan lock"
+                    f"group {self.group.name!r}: {weight!r} receives another tensor than the first weight of its "
+                    "group, so the layout was not made from this base model; make it again with: gramfuse plan lock"
                 )
 
         return receive
@@ -196,13 +195,14 @@ class _Watcher:
             rows = rows_of(inputs[0], kind, mask)
             if self.group.experts:
                 choices = rows_of(inputs[1], kind, mask)
-                own = weight.rpartition(".")[2]
-                self.gram.add_routed(rows, choices, lambda rows, choices: received(module, own, rows, choices))
+                parameter = weight.rpartition(".")[2]
+                self.gram.add_routed(rows, choices, lambda rows, choices: received(module, parameter, rows, choices))
                 return
         except ValueError as error:
             raise ContributionError(
-                f"group {self.group.name!r}: what {weight!r} receives has not the rows that the layout says ({kind}): "
-                f"{error}. The layout was not made from this base model; make it again with: gramfuse plan lock"
+                f"group {self.group.name!r}: the input of {weight!r} does not have the kind of rows that the layout "
+                f"expects ({kind}): {error}. The layout was not made from this base model; make it again with: "
+                "gramfuse plan lock"
             ) from None
         if kind == "table" and not self._only_tables:
             self._tables.append(rows)
@@ -210,28 +210,29 @@ class _Watcher:
             self.gram.add(rows)
 
     def end(self) -> None:
-        """Add what could only be weighed when the run was over, and let go of its tensors."""
+        """Add the tables, whose weight is known only after the forward pass, and release its tensors."""
         for table in self._tables:
             self.gram.add_table(table, self.gram.tokens - self._before)
         self._seen, self._tables = [], []
 
 
 def _modules(model: nn.Module, layout: Layout) -> dict[str, LinearModule]:
-    known = {linear.weight: linear for linear in (*linear_modules(model), *experts_of(model))}
+    """Return the model's modules by weight name, for all weights of the layout with a Gram matrix."""
+    by_weight = {linear.weight: linear for linear in (*linear_modules(model), *experts_of(model))}
     shapes = {tensor.name: tensor.shape for tensor in layout.tensors}
     modules = {}
     for _, linear in layout.linear():
-        own = known.get(linear.weight)
-        if own is None:
+        module = by_weight.get(linear.weight)
+        if module is None:
             raise ContributionError(
                 f"tensor {linear.weight!r} of the layout is not the weight of a linear module of this model; "
                 "the base model differs from the plan's"
             )
-        shape, expected = tuple(own.parameter.shape), shapes[linear.weight]
-        if shape != expected or own.kind.transposed != linear.transposed:
+        shape, expected = tuple(module.parameter.shape), shapes[linear.weight]
+        if shape != expected or module.kind.transposed != linear.transposed:
             raise ContributionError(
-                f"tensor {linear.weight!r} is {shape} in a {type(own.module).__name__} of this model, "
-                f"the layout expects {expected}; the base model differs from the plan's"
+                f"tensor {linear.weight!r} is {shape} in a {type(module.module).__name__} of this model, "
+                f"but the layout expects {expected}; the base model differs from the plan's"
             )
-        modules[linear.weight] = own
+        modules[linear.weight] = module
     return modules

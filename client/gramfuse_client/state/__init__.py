@@ -1,1 +1,1 @@
-"""What a silo keeps on its disk between messages."""
+"""A silo's state on disk between messages."""

@@ -1,9 +1,9 @@
-"""What a silo was asked that had it touch its data, and what came of it.
+"""Records the requests for which a silo touches its data, and their outcomes.
 
-A silo's data must not speak through its refusals: whoever may ask again and again, and hears what went wrong, reads
-the data question by question. So each attempt is on the disk before the data are touched, and it has two outcomes. A
-failure is final for its round, across restarts and sessions, until the silo's owner clears it with `gramfuse silo
-clear`. A crash is no failure: the same request goes on where it was, and another one does not take its place.
+A silo's refusals must not leak its data: someone who could ask again and again, and learn what went wrong, could read
+the data question by question. So each attempt is written to disk before the data are touched. A failure is final for
+its round, across restarts and sessions, until the silo's owner clears it with `gramfuse silo clear`. A crash is not a
+failure: the same request can be repeated, but a different one cannot replace it.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ class Attempt(BaseModel):
     """One attempt.
 
     Args:
-        round: of the plan.
-        session: in which the request came.
-        work: what was asked: a phase, and what else tells its requests apart.
-        content: digest of what was sent.
-        outcome: "begun" until it is known; after a crash it stays so.
+        round: the plan's round.
+        session: nonce of the request's session.
+        work: the work requested: a phase, and whatever else distinguishes its requests.
+        content: digest of the request's content.
+        outcome: "begun" until the outcome is known; it stays so after a crash.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -53,7 +53,7 @@ class Attempts:
     """All attempts under one plan.
 
     Args:
-        path: where they are kept.
+        path: the file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -71,20 +71,20 @@ class Attempts:
             return ()
 
     def check(self, request: Message) -> None:
-        """Raise FailureError if an attempt of the request's round failed, or if the record cannot be read."""
+        """Raise FailureError if an attempt in the request's round failed, or the record cannot be read."""
         try:
             failed = [attempt for attempt in self.read() if attempt.round == request.round and _failed(attempt)]
         except (OSError, ValueError) as error:
             raise FailureError(f"{self.path}: cannot be read: {_problem(error)}", phase=request.phase) from None
         if failed:
             raise FailureError(
-                f"{self.path}: {failed[0].work} failed in round {request.round} before, and a failure is final; look "
+                f"{self.path}: {failed[0].work} failed earlier in round {request.round}, and a failure is final; look "
                 "into this silo's log, remove the cause, and clear it with: gramfuse silo clear",
                 phase=request.phase,
             )
 
     def failed(self, request: Message) -> bool:
-        """Whether an attempt of the request's round failed, or the record cannot be read."""
+        """Return whether an attempt in the request's round failed, or the record cannot be read."""
         try:
             self.check(request)
         except FailureError:
@@ -93,16 +93,16 @@ class Attempts:
 
     @contextmanager
     def attempt(self, request: Message, work: str, content: str, *, anew: bool = False) -> Iterator[None]:
-        """Note an attempt, have it done in the `with` block, and note what came of it.
+        """Record an attempt, run the `with` block, and record its outcome.
 
         Args:
-            work: what is asked; with the round, what an attempt is known by.
-            content: digest of what was sent.
-            anew: whether another session may bring other contents, as it does where contents are the session's own.
+            work: the work requested; with the round, it identifies the attempt.
+            content: digest of the request's content.
+            anew: allow other content in another session, for content that is specific to a session.
 
         Raises:
-            SecurityError: if other contents came for the same work before.
-            FailureError: if the block raises, whatever it raises, or if an attempt of this round failed before.
+            SecurityError: if other content was sent for the same work before.
+            FailureError: if the block raises any exception, or an attempt in this round failed before.
         """
         self.check(request)
         attempts = [
@@ -113,18 +113,19 @@ class Attempts:
         ]
         if any(attempt.content != content for attempt in attempts):
             raise SecurityError(
-                f"a second, different request for {work} came in round {request.round}; one was attempted before"
+                f"the coordinator sent a second, different request for {work} in round {request.round}, after one was "
+                "attempted"
             )
-        known = attempts[0] if attempts else None
-        begun = known or Attempt(
+        earlier = attempts[0] if attempts else None
+        begun = earlier or Attempt(
             round=request.round, session=request.session, work=work, content=content, outcome="begun"
         )
-        if known is None:
+        if earlier is None:
             self._write((*self.read(), begun))
         try:
             yield
         except Exception as error:
-            if _ran_out(error):  # as a crash: the same request may be tried again
+            if _ran_out(error):  # like a crash: the same request can be tried again
                 log.exception("%s: this machine ran out of memory or disk", work)
                 raise FailureError(f"{work}: {_problem(error)}", phase=request.phase) from error
             self._end(begun, "failed")
@@ -136,20 +137,20 @@ class Attempts:
             self._end(begun, "done")
 
     def clear(self, number: int | None = None) -> int:
-        """Forget the attempts that failed, and return how many there were.
+        """Forget failed attempts, and return how many there were. A record that cannot be read is deleted.
 
         Args:
-            number: of the round; by default all rounds. A record that cannot be read is forgotten as a whole.
+            number: the round; by default all rounds.
         """
         try:
             attempts = self.read()
         except ValueError:
             self.path.unlink()
             return 1
-        left = tuple(a for a in attempts if not (_failed(a) and number in (None, a.round)))
-        if left != attempts:
-            self._write(left)
-        return len(attempts) - len(left)
+        remaining = tuple(a for a in attempts if not (_failed(a) and number in (None, a.round)))
+        if remaining != attempts:
+            self._write(remaining)
+        return len(attempts) - len(remaining)
 
     def _end(self, begun: Attempt, outcome: Literal["done", "failed"]) -> None:
         ended = begun.model_copy(update={"outcome": outcome})
@@ -165,10 +166,10 @@ def _failed(attempt: Attempt) -> bool:
 
 
 def _ran_out(error: Exception) -> bool:
-    """Whether memory or disk ran out; torch has an error of its own for a GPU's memory."""
+    """Return whether memory or disk ran out; torch has its own error for GPU memory."""
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or disk_is_full(error)
 
 
 def _problem(error: BaseException) -> str:
-    """Say what went wrong; what pydantic says quotes what it read, so of that only the kind."""
+    """Describe an error; not in pydantic's words, because they quote the input."""
     return "damaged" if isinstance(error, ValidationError) else f"{type(error).__name__}: {error}"

@@ -1,4 +1,4 @@
-"""Writes a silo's masked contribution: encoded and masked a few megabytes at a time, never as a whole in memory."""
+"""Encodes, masks and writes a silo's contribution, a few megabytes at a time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gramfuse_protocol.secure_sum.masks import Mask, Words, apply
 from gramfuse_protocol.secure_sum.scales import Scale
 
 BUFFER_WORDS = 2**21
-"""Words that are masked and written at a time: 16 MiB."""
+"""Number of words to mask and write at a time: 16 MiB."""
 
 
 def write_masked(
@@ -25,14 +25,14 @@ def write_masked(
 ) -> None:
     """Encode blocks one after the other, add the masks, and write the words, little-endian.
 
-    The file is 0600 and appears under its name when it is complete.
+    The file has mode 0600 and is written atomically.
 
     Args:
-        blocks: name, values, and their scale as `gramfuse_protocol.secure_sum.fixed_point.encode` has it.
-        silos: in the plan's roster.
+        blocks: (name, values, scale), for `gramfuse_protocol.secure_sum.fixed_point.encode`.
+        silos: number of silos in the plan's roster.
 
     Raises:
-        ContributionError: naming the tensor, if a value has no place in the range; no file is left then.
+        ContributionError: naming the tensor, if a value is out of range; then no file remains.
     """
     with _masking(path, masks) as masker:
         for name, values, scale in blocks:
@@ -40,7 +40,7 @@ def write_masked(
 
 
 def write_masked_words(path: Path, words: Words, masks: Sequence[Mask]) -> None:
-    """Add the masks to words that are encoded already, and write them as `write_masked` does."""
+    """Add the masks to encoded words, and write them like `write_masked`."""
     with _masking(path, masks) as masker:
         masker.room(words.size)[:] = words
 
@@ -56,7 +56,7 @@ def _masking(path: Path, masks: Sequence[Mask]) -> Iterator[_Masker]:
 
 
 def read_masked(path: Path, start: int, count: int) -> Words:
-    """Return `count` words from `start` on, or as many as are left; they are read when they are used."""
+    """Return up to `count` words from `start` on, memory-mapped."""
     count = min(count, path.stat().st_size // 8 - start)
     if count <= 0:
         return np.empty(0, "<u8")
@@ -64,13 +64,13 @@ def read_masked(path: Path, start: int, count: int) -> Words:
 
 
 class _Masker:
-    """Takes words in order, masks them, and writes them while the next ones are made."""
+    """Masks words in order, and writes them in the background while the next ones are encoded."""
 
     def __init__(self, descriptor: int, masks: Sequence[Mask]) -> None:
         self._descriptor = descriptor
         self._masks = masks
         self._buffers = [np.empty(BUFFER_WORDS, "<u8") for _ in range(2)]
-        self._start = 0  # place of the first buffered word in the vector; even, as streams are entered at even words
+        self._start = 0  # index of the first buffered word in the vector; even, since masks start only at even words
         self._filled = 0
         self._writer = ThreadPoolExecutor(1)
         self._writing: Future[None] | None = None
@@ -87,16 +87,16 @@ class _Masker:
             self._writer.shutdown()
 
     def room(self, count: int) -> Words:
-        """Return where the next `count` words go."""
+        """Return a buffer for the next `count` words."""
         if self._filled + count > BUFFER_WORDS:
             self._flush(self._filled - self._filled % 2)
-        if count > BUFFER_WORDS - self._filled:  # a row that is longer than the buffers
+        if count > BUFFER_WORDS - self._filled:  # longer than the buffers
             self._buffers = [np.concatenate([self._buffers[0], np.empty(count, "<u8")]), np.empty(2 * count, "<u8")]
         self._filled += count
         return self._buffers[0][self._filled - count : self._filled]
 
     def _flush(self, count: int) -> None:
-        """Mask and hand on the first words; the odd one out, if there is one, stays."""
+        """Mask the first `count` words and submit them for writing; keep the rest."""
         current, other = self._buffers
         apply(current[:count], self._masks, self._start)
         self._wait()
@@ -115,4 +115,4 @@ def _write(descriptor: int, words: Words) -> None:
     data = words.view(np.uint8).data
     while data:
         data = data[os.write(descriptor, data) :]
-    os.fsync(descriptor)  # here, the disk works while the next words are made
+    os.fsync(descriptor)  # so that the disk works while the next words are encoded

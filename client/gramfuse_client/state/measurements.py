@@ -1,7 +1,7 @@
-"""What a silo measured under one plan: each of the plan's candidates once a round, and on which held-out examples.
+"""Stores a silo's measurements under one plan: each candidate model once per round, and the held-out examples' digest.
 
-What is kept is what leaves, noise included, so that the same question gets the same answer however often it comes. The
-merged model of a round is also what the next round may start from.
+It stores exactly the values that leave, including noise, so that a repeated request gets the same answer. The digest of
+a round's merged model also determines what the next round can start from.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ class _Frozen(BaseModel):
 
 
 class Measurement(_Frozen):
-    """One model.
+    """The measurement of one model.
 
     Args:
         model: its digest (`gramfuse_protocol.secure_sum.statements.model_digest`).
-        words: what this silo adds to the secure sum of metrics; empty where there is none.
-        sums: what leaves in the clear; empty where nothing does.
+        words: this silo's summand in the secure sum of metrics; empty if there is no such sum.
+        sums: held-out sums that leave in the clear; empty if none do.
     """
 
     model: Sha256
@@ -34,19 +34,18 @@ class Measurement(_Frozen):
 
 
 class HeldOut(_Frozen):
-    """What was measured on.
+    """The held-out examples measured on.
 
     Args:
         data: digest of the held-out examples; empty before the first measurement.
-        rows: what their rows are kept by (`gramfuse_client.guard.releases.Releases.keep_rows`); empty without a secure
-            sum.
+        rows: digest of their rows (`gramfuse_client.guard.releases.Releases.keep_rows`); empty without a secure sum.
     """
 
     data: str = ""
     rows: str = ""
 
 
-class _Kept(_Frozen):
+class _Stored(_Frozen):
     held_out: HeldOut = HeldOut()
     rounds: Mapping[int, Mapping[str, Measurement]] = {}
 
@@ -55,38 +54,38 @@ class Measurements:
     """The measurements under one plan.
 
     Args:
-        path: where they are kept.
+        path: the file.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def held_out(self) -> HeldOut:
-        """Return what was measured on.
+        """Return the held-out examples measured on.
 
         Raises:
-            ValueError: if the file is damaged, as from all methods.
+            ValueError: if the file is damaged; so do all methods.
         """
         return self._read().held_out
 
     def of(self, number: int) -> Mapping[str, Measurement]:
-        """Return the measurements of a round by candidate."""
+        """Return the measurements of round `number` by candidate."""
         return self._read().rounds.get(number, {})
 
     def keep(self, number: int, candidate: str, measurement: Measurement, held_out: HeldOut | None = None) -> None:
-        """Keep a measurement.
+        """Store a measurement.
 
         Args:
-            number: of the round.
-            held_out: what it was measured on, if anything was measured.
+            number: the round.
+            held_out: the examples that it was measured on; None if nothing was measured.
         """
-        kept = self._read()
-        rounds = {**kept.rounds, number: {**kept.rounds.get(number, {}), candidate: measurement}}
-        kept = _Kept(held_out=held_out or kept.held_out, rounds=rounds)
-        write_private(self.path, kept.model_dump_json().encode(), durable=True)
+        stored = self._read()
+        rounds = {**stored.rounds, number: {**stored.rounds.get(number, {}), candidate: measurement}}
+        stored = _Stored(held_out=held_out or stored.held_out, rounds=rounds)
+        write_private(self.path, stored.model_dump_json().encode(), durable=True)
 
-    def _read(self) -> _Kept:
+    def _read(self) -> _Stored:
         try:
-            return _Kept.model_validate_json(self.path.read_bytes())
+            return _Stored.model_validate_json(self.path.read_bytes())
         except FileNotFoundError:
-            return _Kept()
+            return _Stored()

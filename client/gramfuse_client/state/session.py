@@ -1,8 +1,8 @@
-"""What a silo keeps of one session of the secure sum: its secrets, and what it answered.
+"""Stores one session of the secure sum at a silo: its secrets and its answers.
 
-One file holds all of it and is replaced as a whole before the reply that depends on it leaves, so a silo that is
-killed at any moment either answered nothing or gives the same answer again. Files are 0600 in a directory 0700.
-What is wiped is deleted; neither CPython nor a file system promises that no copy of it is left.
+One file holds everything, and is replaced atomically before a reply that depends on it leaves. So a silo that is killed
+at any moment has either answered nothing, or gives the same answer again. Files have mode 0600, in a directory with
+mode 0700. To wipe is to delete; neither CPython nor a file system guarantees that no copy remains.
 """
 
 from __future__ import annotations
@@ -26,23 +26,24 @@ class _Frozen(BaseModel):
 
 
 class Answer(_Frozen):
-    """A request, by its digest, and the reply that it got, as JSON."""
+    """A request's digest, and its reply as JSON."""
 
     request: str
     reply: str = ""
 
 
 class Record(_Frozen):
-    """All that is kept.
+    """The stored state of a session.
 
     Args:
-        member: state of the secure sum; None before the keys are made and after the last sum is open.
-        answers: by phase and sum.
-        round: of the plan, that the session belongs to.
-        data: digest of the data that the masked statistics were measured on; empty before they are masked.
-        rows: what the rows of the masked statistics are kept by.
-        start: digest of the model that they start from; empty before keys are made, and in the first round.
-        ended: why nothing leaves in this session any more, or None.
+        member: state of the secure sum; None before the keys are made, and after the last sum is unmasked.
+        answers: answers by phase and sum.
+        round: the plan's round that the session belongs to.
+        data: digest of the data behind the masked statistics; empty before masking.
+        rows: digest of the rows behind the masked statistics.
+        start: digest of the model that the statistics start from; empty before the keys are made, and in the first
+            round.
+        ended: why the session ended and nothing leaves in it any more, or None.
     """
 
     member: Member | None = None
@@ -54,7 +55,7 @@ class Record(_Frozen):
     ended: str | None = None
 
     def released(self, name: Sum) -> bool:
-        """Whether this silo released what opens a sum."""
+        """Return whether this silo released its shares to unmask a sum."""
         return answer_key("unmask", name) in self.answers
 
 
@@ -62,8 +63,8 @@ class Session:
     """One session on a silo's disk.
 
     Args:
-        directory: its own, under the plan's state.
-        number: of the round that it must belong to.
+        directory: the session's own directory, under the plan's state.
+        number: the round that it must belong to.
     """
 
     def __init__(self, directory: Path, number: int = 1) -> None:
@@ -77,14 +78,14 @@ class Session:
 
     @property
     def begun(self) -> bool:
-        """Whether anything was answered in the session, so that it may hold secrets; also if it cannot be read."""
+        """Whether the session has answers, so that it may hold secrets; true also if it cannot be read."""
         try:
             return self.exists and bool(self._read().answers)
         except ValueError:
             return True
 
     def begin(self) -> None:
-        """Begin the session, unless it is under way already.
+        """Begin the session, unless it has begun already.
 
         Raises:
             RefusalError: if it is over.
@@ -96,12 +97,12 @@ class Session:
         self.write(Record(round=self.round))
 
     def read(self) -> Record:
-        """Return what is kept.
+        """Return the record.
 
         Raises:
             RefusalError: if the session is over, or was never joined.
-            SecurityError: if it is a session of another round.
-            ValueError: if the file is damaged, or another version's.
+            SecurityError: if it belongs to another round.
+            ValueError: if the file is damaged, or from another version.
         """
         record = self._read()
         if record.ended is not None:
@@ -113,12 +114,12 @@ class Session:
         return record
 
     def write(self, record: Record) -> None:
-        """Replace what is kept, as a whole, and have it on the disk before returning."""
+        """Replace the record atomically, and sync it to disk before returning."""
         write_private(self._file, record.model_dump_json().encode(), durable=True)
 
     def end(self, why: str) -> None:
-        """Wipe secrets and masked vectors; nothing leaves in this session any more."""
-        for pattern in ("*.masked*", "*.partial"):  # a write that was interrupted may have left secrets
+        """End the session: wipe secrets and masked vectors, so that nothing leaves in it any more."""
+        for pattern in ("*.masked*", "*.partial"):  # an interrupted write may have left secrets
             for path in self.directory.glob(pattern):
                 path.unlink(missing_ok=True)
         if self.exists and not self._over():
@@ -127,11 +128,11 @@ class Session:
     def _over(self) -> bool:
         try:
             return self._read().ended is not None
-        except ValueError:  # what cannot be read may still hold secrets
+        except ValueError:  # a damaged file may still hold secrets
             return False
 
     def masked(self, name: Sum) -> Path:
-        """Where the masked vector of a sum is kept."""
+        """Return the path of a sum's masked vector."""
         return self.directory / f"{name}.masked"
 
     @property
@@ -143,30 +144,31 @@ class Session:
             return Record.model_validate_json(self._file.read_bytes())
         except FileNotFoundError:
             raise RefusalError(
-                f"{self.directory}: a message came for a session that this silo did not join", reason="not joined"
+                f"{self.directory}: the coordinator sent a message for a session that this silo did not join",
+                reason="not joined",
             ) from None
 
 
 def answer_key(phase: str, name: Sum) -> str:
-    """Return under what the answer of a phase that comes once for each sum is kept."""
+    """Return the key in `Record.answers` for a phase that occurs once per sum."""
     return f"{phase}:{name}"
 
 
 def answered(record: Record, key: str, request: Message) -> Message | None:
-    """Return the reply that this request got before, or None if nothing with this key was asked yet.
+    """Return the earlier reply to this request, or None if no request with this key was answered.
 
     Raises:
-        SecurityError: if another request with this key was answered.
+        SecurityError: if a different request with this key was answered.
     """
     answer = record.answers.get(key)
     if answer is None:
         return None
     if answer.request != pack(request).digest:
-        raise SecurityError(f"a second, different request of phase {request.phase!r} came")
+        raise SecurityError(f"the coordinator sent a second, different request of phase {request.phase!r}")
     return REPLIES[request.phase].model_validate_json(answer.reply)
 
 
 def with_answer(record: Record, key: str, request: Message, reply: Message, **changes: Any) -> Record:
-    """Return the record with a reply noted, and other changes."""
+    """Return the record with a reply added, and other fields changed."""
     answer = Answer(request=pack(request).digest, reply=reply.model_dump_json())
     return record.model_copy(update={"answers": {**record.answers, key: answer}, **changes})

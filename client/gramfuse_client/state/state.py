@@ -1,9 +1,9 @@
-"""What a silo keeps on its disk between messages: the plan it joined, its statistics, how far it is.
+"""A silo's state on disk between messages: the joined plan, its statistics, and its progress.
 
-Plan, sessions and what was contributed are kept once for a plan, in a directory of its digest; statistics and the model
-that they start from once for each round, for those after the first in `round-<n>` under it. Every message may reach a
-new process, so everything that must last is here. Files are written under a temporary name and renamed; directories are
-0700 and files 0600, since fine-tuned weights remember their data.
+A directory named by the plan's digest holds the plan, its sessions and the record of contributions. Statistics and
+their start model are stored per round, after the first round in a subdirectory `round-<n>`. Every message can reach a
+new process, so everything that must persist is here. Files are written under a temporary name and renamed. Directories
+have mode 0700 and files 0600, because fine-tuned weights can reveal their data.
 """
 
 from __future__ import annotations
@@ -39,14 +39,15 @@ log = logging.getLogger(__name__)
 
 
 class Contributed(BaseModel):
-    """What this silo gave under a plan: in which sessions, in sums over whom, and of which data.
+    """A silo's record of its contributions under a plan.
 
     Args:
-        sessions: by round.
+        sessions: nonces of sessions, by round.
         starts: digest of the model that a round started from, by round; empty for the first.
-        survivors, data: in all rounds the same, since much of a contribution does not change from round to round
-            (counts, and the Gram matrix of whatever follows frozen layers): two sums over other silos, or over other
-            data, would tell what one of them holds and the other does not.
+        survivors: the silos in each sum, the same in all rounds.
+        data: digest of the training data, the same in all rounds. Much of a contribution does not change between rounds
+            (counts, and the Gram matrix after frozen layers), so two sums over different silos or data would reveal
+            what one of them holds and the other does not.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -57,19 +58,19 @@ class Contributed(BaseModel):
     data: str
 
     def including(self, number: int, session: str, start: str) -> Contributed:
-        """Return this with a session of a round noted."""
+        """Return this record with a session of round `number` added."""
         sessions = tuple(dict.fromkeys((*self.sessions.get(number, ()), session)))
         changes = {"sessions": {**self.sessions, number: sessions}, "starts": {**self.starts, number: start}}
         return self.model_copy(update=changes)
 
 
 class MeasuredOn(NamedTuple):
-    """What statistics were measured on.
+    """The data and model behind statistics.
 
     Args:
         data: digest of the training data.
         start: digest of the model that training started from; empty in the first round, which starts from the base.
-        rows: what the rows of the training data are kept by (`gramfuse_client.guard.releases.Releases.keep_rows`).
+        rows: digest of the training data's rows (`gramfuse_client.guard.releases.Releases.keep_rows`).
     """
 
     data: str
@@ -78,11 +79,12 @@ class MeasuredOn(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Kept:
+class StoredStatistics:
     """Statistics on disk: a `gramfuse_protocol.statistics.contribution.Contribution`.
 
     Args:
-        start: a model whose differences from the base are added to the statistics' own, if any.
+        path: the safetensors file.
+        start: a model whose differences from the base are added to those of the statistics, or None.
     """
 
     path: Path
@@ -103,73 +105,79 @@ class State:
 
     Args:
         root: the silo's state directory.
-        number: of the round, from 1 on.
+        number: the round, counted from 1.
     """
 
     def __init__(self, root: Path, plan_digest: str, number: int = 1) -> None:
         self.directory = root / plan_digest
         self.round = number
-        self._of_round = self.directory if number == 1 else self.directory / f"round-{number}"
+        self._round_directory = self.directory if number == 1 else self.directory / f"round-{number}"
         self._reported = 0.0
 
     def join(self, plan_text: str, layout: Layout) -> None:
-        """Keep the plan and the layout."""
+        """Store the plan and the layout."""
         make_private_directory(self.directory)
         self._write("plan.toml", plan_text.encode())
         self._write("layout.json", layout.to_json().encode())
 
     def joined(self) -> tuple[Plan, Layout]:
-        """Return the plan and the layout that were joined.
+        """Return the joined plan and its layout.
 
         Raises:
             FederationError: if this silo did not join under this plan.
         """
         if not (self.directory / "layout.json").exists():
-            raise FederationError("a message came for a plan that this silo did not join", reason="not joined")
+            raise FederationError(
+                "the coordinator sent a message for a plan that this silo did not join", reason="not joined"
+            )
         return Plan.read(self.directory / "plan.toml"), Layout.read(self.directory / "layout.json")
 
     @property
     def attempts(self) -> Attempts:
-        """What this silo was asked under the plan that had it touch its data."""
+        """The attempts at work on this silo's data under the plan."""
         return Attempts(self.directory / "attempts.json")
 
     @property
     def measurements(self) -> Measurements:
-        """What it measured under the plan."""
+        """The measurements under the plan."""
         return Measurements(self.directory / "measured.json")
 
     def save(self, statistics: Statistics, origin: MeasuredOn, start: Mapping[str, NDArray[np.float32]]) -> None:
-        """Keep statistics, what they were measured on, and the model that training started from.
+        """Store statistics, their origin, and the model that training started from.
 
         Args:
             start: differences from the base by block name; empty in the first round.
         """
-        make_private_directory(self._of_round)
+        make_private_directory(self._round_directory)
         if start:
             _save_tensors(self._start, start, {})
         about = {"examples": statistics.examples, "tokens": dict(statistics.tokens), **origin._asdict()}
         _save_tensors(self._statistics, statistics.blocks, {"about": json.dumps(about)})
 
     def save_head(self, parameters: Mapping[str, NDArray[np.float32]]) -> None:
-        """Keep what this silo trained and does not share: its own head."""
-        make_private_directory(self._of_round)
-        _save_tensors(self._of_round / HEAD, parameters, {})
+        """Store this silo's own head, which it does not share."""
+        make_private_directory(self._round_directory)
+        _save_tensors(self._round_directory / HEAD, parameters, {})
 
     def head(self, *, before: bool = False) -> dict[str, NDArray[np.float32]]:
-        """Return what this silo trained in this round, or in the one before, and does not share.
+        """Return this silo's own head, from this round or the previous one, by parameter name.
+
+        Args:
+            before: read the previous round's head.
 
         Raises:
-            FederationError: if it trained nothing then.
+            FederationError: if the silo did not train in that round.
         """
-        path = (State(self.directory.parent, self.directory.name, self.round - 1) if before else self)._of_round / HEAD
+        state = State(self.directory.parent, self.directory.name, self.round - 1) if before else self
+        path = state._round_directory / HEAD
         if not path.exists():
             raise FederationError("this silo's own head was needed before training", reason="not trained")
         with safe_open(path, "numpy") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
 
     @property
     def model(self) -> Path:
-        """Where this silo keeps its finished model, under a plan that has it keep its head."""
+        """Directory of this silo's finished model, under a plan in which silos keep their heads."""
         return self.directory / "model"
 
     @property
@@ -181,21 +189,21 @@ class State:
         """Raise FederationError if there are no statistics."""
         self._about()
 
-    def contribution(self, *, from_base: bool = False) -> Kept:
-        """Return the kept statistics, to be read block by block.
+    def contribution(self, *, from_base: bool = False) -> StoredStatistics:
+        """Return the stored statistics, to read block by block.
 
         Args:
-            from_base: have differences from the base, and not from the model that the round started from.
+            from_base: return differences from the base, instead of from the model that the round started from.
 
         Raises:
             FederationError: if there are none.
         """
         about = self._about()
         start = self._start if from_base and about["start"] else None
-        return Kept(self._statistics, about["examples"], about["tokens"], start)
+        return StoredStatistics(self._statistics, about["examples"], about["tokens"], start)
 
     def origin(self) -> MeasuredOn:
-        """Return what the kept statistics were measured on; raises as `contribution`."""
+        """Return the data and model behind the stored statistics; raise what `contribution` raises."""
         about = self._about()
         return MeasuredOn(about["data"], about["start"], about["rows"])
 
@@ -204,7 +212,7 @@ class State:
         return Session(self.directory / "sessions" / nonce, self.round)
 
     def join_session(self, nonce: str) -> None:
-        """Begin a session, or go on with it; all others under this plan are over, and their secrets wiped."""
+        """Begin or continue a session; end all others under this plan, and wipe their secrets."""
         session = self.session(nonce)
         for other in session.directory.parent.glob("*"):
             if other.name != nonce:
@@ -212,25 +220,25 @@ class State:
         session.begin()
 
     def contributed(self) -> Contributed | None:
-        """Return what was contributed to under this plan, if anything."""
+        """Return the record of contributions under this plan, or None."""
         try:
             return Contributed.model_validate_json((self.directory / "contributed.json").read_bytes())
         except FileNotFoundError:
             return None
 
     def contribute(self, contributed: Contributed) -> None:
-        """Keep what was contributed to."""
+        """Store the record of contributions."""
         self._write("contributed.json", contributed.model_dump_json().encode(), durable=True)
 
     def contribute_openly(self, session: str) -> None:
-        """Note that the kept statistics leave in the clear in this session."""
+        """Record that the stored statistics leave in the clear in this session."""
         data, start, _ = self.origin()
         contributed = self.contributed() or Contributed(data=data)
         if session not in contributed.sessions.get(self.round, ()):
             self.contribute(contributed.including(self.round, session, start))
 
     def slices(self, slices: tuple[Slice, ...]) -> dict[str, NDArray[np.float32]]:
-        """Read slices of the kept statistics.
+        """Read slices of the stored statistics.
 
         Raises:
             FederationError: if there are none.
@@ -244,7 +252,7 @@ class State:
         return arrays
 
     def progress(self, phase: str, done: int, total: int) -> None:
-        """Note how far a phase is, for whoever watches this silo: on disk twice a second, in the log every tenth."""
+        """Record a phase's progress: on disk at most twice a second, in the log at every tenth."""
         if done * 10 // total != (done - 1) * 10 // total:
             log.info("%s: %d of %d", phase, done, total)
         now = time.monotonic()
@@ -254,15 +262,15 @@ class State:
 
     @property
     def _statistics(self) -> Path:
-        return self._of_round / "statistics.safetensors"
+        return self._round_directory / "statistics.safetensors"
 
     @property
     def _start(self) -> Path:
-        return self._of_round / "start.safetensors"
+        return self._round_directory / "start.safetensors"
 
     def _about(self) -> dict[str, Any]:
         if not self.trained:
-            raise FederationError("statistics were asked for before training", reason="not trained")
+            raise FederationError("the coordinator asked for statistics before training", reason="not trained")
         with safe_open(self._statistics, "numpy") as file:
             about: dict[str, Any] = json.loads(file.metadata()["about"])
         return about
@@ -283,7 +291,7 @@ def _save_tensors(path: Path, tensors: Mapping[str, NDArray[np.float32]], metada
 
 
 def read_progress(root: Path, plan_digest: str) -> dict[str, Any] | None:
-    """Return the last note of a silo's progress (phase, done, total), or None."""
+    """Return a silo's latest progress (phase, done, total), or None."""
     try:
         progress: dict[str, Any] = json.loads((root / plan_digest / "progress.json").read_bytes())
     except (OSError, ValueError):

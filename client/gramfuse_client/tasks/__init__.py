@@ -1,7 +1,7 @@
-"""The kinds of task at a silo: one file each.
+"""The silo's part of each kind of task, one file each.
 
-A new kind is a new file here, one in `gramfuse_protocol.tasks`, and its model class in
-`gramfuse_model.loading.auto_classes`; `gramfuse_client.tasks.registry` shows what stands in the first.
+To add a kind, add a file here, one in `gramfuse_protocol.tasks`, and its model class in
+`gramfuse_model.loading.auto_classes`. `gramfuse_client.tasks.registry` describes the file here.
 """
 
 from importlib import import_module

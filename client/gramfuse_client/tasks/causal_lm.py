@@ -1,10 +1,10 @@
-"""The next token, everywhere in a text.
+"""Causal language modelling: predict the next token at every position of a text.
 
 | input | label |
 |---|---|
 | `text`: text | none |
 
-What is learned are the tokens themselves, and IGNORED at the first, which nothing comes before.
+The targets are the tokens themselves, with IGNORED at the first, which nothing precedes.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
 @register
 class CausalLMAtSilo(TaskAtSilo):
-    """The next token."""
+    """Causal language modelling."""
 
     name = "causal-lm"
     fisher = ("empirical",)
     learns_inputs = True
-    nothing_to_learn = "texts are one token only, so there is no next token to learn"
+    nothing_to_learn = "texts have only one token, so there is no next token to learn"
 
     def label(self, row: Row, given: Input, reader: Reader, where: str) -> None:
         return None
@@ -50,7 +50,7 @@ class CausalLMAtSilo(TaskAtSilo):
         return at_tokens(batch, labels)
 
     def log_likelihoods(self, model: torch.nn.Module, example: Batch, task: Task, variant: Variant) -> Terms:
-        """Yield that of all tokens but the first."""
+        """Yield the log-likelihood of all tokens but the first."""
         from torch.nn.functional import cross_entropy
 
         from gramfuse_client.training.outputs import inputs_of
@@ -59,10 +59,10 @@ class CausalLMAtSilo(TaskAtSilo):
         logits, following = model(**inputs_of(example)).logits[0, :-1], example["labels"][0, 1:]
         yield 1.0, -cross_entropy(logits, following, ignore_index=IGNORED, reduction="sum")
 
-    def facts(self, batch: Mapping[str, torch.Tensor], found: Outputs, task: Task, tokenizer: Any) -> tuple[Any, ...]:
+    def facts(self, batch: Mapping[str, torch.Tensor], outputs: Outputs, task: Task, tokenizer: Any) -> tuple[Any, ...]:
         from gramfuse_client.training.outputs import next_tokens
 
-        return (next_tokens(found.logits[:, :-1], batch["labels"][:, 1:]),)
+        return (next_tokens(outputs.logits[:, :-1], batch["labels"][:, 1:]),)
 
-    def counted(self, examples: Examples, task: Task) -> str:
+    def describe_labels(self, examples: Examples, task: Task) -> str:
         return f"{sum(len(text) for text in examples.inputs if isinstance(text, str)):,} characters"

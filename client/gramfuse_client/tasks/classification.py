@@ -1,4 +1,4 @@
-"""One label of several for each text.
+"""Classification: one label for each text.
 
 | input | label |
 |---|---|
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from gramfuse_client.data.columns import Input, Reader
 from gramfuse_client.data.formats import Row
 from gramfuse_client.tasks.registry import Loss, TaskAtSilo, Terms, Variant, register
-from gramfuse_client.tasks.words import of_labels
+from gramfuse_client.tasks.words import list_label_counts
 from gramfuse_protocol.contract.task import Task
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @register
 class ClassificationAtSilo(TaskAtSilo):
-    """One label of several. Labels that a silo does not annotate are neither predicted nor counted."""
+    """Classification. Labels that a silo does not annotate are neither predicted nor counted."""
 
     name = "classification"
     fisher = ("hard", "soft", "empirical")
@@ -35,23 +35,23 @@ class ClassificationAtSilo(TaskAtSilo):
         return reader.index(reader.value(row, reader.columns.label, where), where)
 
     def loss(self, task: Task) -> Loss | None:
-        """Return the cross-entropy of the softmax over a silo's labels; None if it annotates all."""
+        """Return the cross-entropy of the softmax over the silo's own labels; None if it annotates all labels."""
         import torch
 
         if not task.masked:
             return None
-        own = torch.tensor(task.annotated)
+        annotated = torch.tensor(task.annotated)
         position = torch.full((len(task.labels),), -1)
-        position[own] = torch.arange(len(own))
+        position[annotated] = torch.arange(len(annotated))
 
         def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
-            columns = own.to(labels.device)
+            columns = annotated.to(labels.device)
             return torch.nn.functional.cross_entropy(outputs.logits[:, columns], position.to(labels.device)[labels])
 
         return loss
 
     def log_likelihoods(self, model: torch.nn.Module, example: Batch, task: Task, variant: Variant) -> Terms:
-        """Yield the log-probabilities of one label of several, softmax over those that are annotated."""
+        """Yield the log-probabilities of labels, with softmax over the annotated ones."""
         from gramfuse_client.training.outputs import inputs_of
 
         logits, label = model(**inputs_of(example)).logits[0], int(example["labels"])
@@ -65,11 +65,11 @@ class ClassificationAtSilo(TaskAtSilo):
                 for likelihood in likelihoods:
                     yield float(likelihood.detach().exp()), likelihood
 
-    def facts(self, batch: Mapping[str, torch.Tensor], found: Outputs, task: Task, tokenizer: Any) -> tuple[Any, ...]:
+    def facts(self, batch: Mapping[str, torch.Tensor], outputs: Outputs, task: Task, tokenizer: Any) -> tuple[Any, ...]:
         import torch
 
-        own = torch.tensor(task.annotated)
-        return batch["labels"].numpy(), own[found.logits[:, own].argmax(dim=-1)].numpy()
+        annotated = torch.tensor(task.annotated)
+        return batch["labels"].numpy(), annotated[outputs.logits[:, annotated].argmax(dim=-1)].numpy()
 
-    def counted(self, examples: Examples, task: Task) -> str:
-        return of_labels(task, Counter(task.labels[i] for i in examples.labels if isinstance(i, int)))
+    def describe_labels(self, examples: Examples, task: Task) -> str:
+        return list_label_counts(task, Counter(task.labels[i] for i in examples.labels if isinstance(i, int)))

@@ -1,8 +1,8 @@
-"""One label of several for each image.
+"""Image classification: one label for each image.
 
 | input | label |
 |---|---|
-| `image`: a path from where the source is, or bytes of an image file | a label of the plan |
+| `image`: a path relative to the source, or the bytes of an image file | a label of the plan |
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ if TYPE_CHECKING:
     from gramfuse_model.loading.base_model import Base
 
 ROWS = 1024
-"""Rows of an image in a layer, where the model's configuration does not say."""
+"""Rows of an image in a layer, if the model's configuration does not say."""
 
 
 @register
 class ImageClassificationAtSilo(ClassificationAtSilo):
-    """One label of several, of an image; images are read when they are asked for."""
+    """Image classification. Images are read lazily."""
 
     name = "image-classification"
-    of = "images"
+    inputs_name = "images"
 
     def check_ready(self) -> None:
         check_pillow()
 
     def input(self, row: Row, reader: Reader, where: str) -> Path | bytes:
-        """Return an image after a look at its first bytes; a dataset's column holds `bytes` or `path`, or both."""
+        """Return an image, after checking its first bytes; a dataset's column holds `bytes` or `path`, or both."""
         column = reader.columns.image
         value = reader.value(row, column, where)
         if isinstance(value, dict):
@@ -49,7 +49,7 @@ class ImageClassificationAtSilo(ClassificationAtSilo):
             raise DataError(f"{where}: column {column!r} must hold the path of an image, found {quoted(value)}")
         image = reader.folder / value if isinstance(value, str) else value
         if isinstance(image, Path) and not _is_file(image):
-            raise DataError(f"{where}: column {column!r}: no such file {quoted(str(image))}")
+            raise DataError(f"{where}: column {column!r}: no such file: {quoted(str(image))}")
         check_image(image, f"{where}: column {column!r}")
         return image
 
@@ -59,9 +59,9 @@ class ImageClassificationAtSilo(ClassificationAtSilo):
     def encode_one(self, examples: Examples, index: int, tokenizer: Any) -> dict[str, Any]:
         from gramfuse_model.probing.public_images import mode_of
 
-        given = examples.inputs[index]
-        where = "an image" if isinstance(given, bytes) else str(given)
-        image = read_image(given, where, mode_of(tokenizer))  # type: ignore[arg-type]  # so are the inputs of this kind
+        source = examples.inputs[index]
+        where = "an image" if isinstance(source, bytes) else str(source)
+        image = read_image(source, where, mode_of(tokenizer))  # type: ignore[arg-type]  # `input` returns Path or bytes
         return {
             "pixel_values": tokenizer(image, return_tensors="pt")["pixel_values"][0],
             "labels": examples.labels[index],
@@ -79,7 +79,7 @@ class ImageClassificationAtSilo(ClassificationAtSilo):
 
 
 def _is_file(path: Path) -> bool:
-    """Whether there is a file of this path; there is none of a path that is too long or that nobody may look at."""
+    """Return whether a path is a file; False also if it is too long or not accessible."""
     try:
         return path.is_file()
     except OSError:

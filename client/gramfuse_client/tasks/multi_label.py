@@ -1,8 +1,8 @@
-"""Any number of labels for each text.
+"""Multi-label classification: any number of labels for each text.
 
 | input | label |
 |---|---|
-| `text` (and `text-pair`): text | a list of labels, [] if none applies; or one |
+| `text` (and `text-pair`): text | a list of labels, [] if none applies; or a single label |
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from gramfuse_client.data.columns import Input, Reader, unpacked
 from gramfuse_client.data.formats import Row
 from gramfuse_client.tasks.registry import Loss, TaskAtSilo, Terms, Variant, register
-from gramfuse_client.tasks.words import of_labels
+from gramfuse_client.tasks.words import list_label_counts
 from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.errors import DataError
 from gramfuse_protocol.text import listed, quoted
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
     from gramfuse_client.training.outputs import Batch, Outputs
 
 SEVERAL = re.compile(r"[,;|]|^\s*\[")
-"""What is in a text that may stand for several labels."""
+"""Matches a text that may be meant as several labels."""
 
 
 @register
 class MultiLabelAtSilo(TaskAtSilo):
-    """Any number of labels: 0.0 or 1.0 for each, NaN where the silo does not annotate it."""
+    """Multi-label classification. A target is 0.0 or 1.0 for each label, NaN if the silo does not annotate it."""
 
     name = "multi-label"
     fisher = ("hard", "soft", "empirical")
@@ -45,31 +45,34 @@ class MultiLabelAtSilo(TaskAtSilo):
         value = reader.value(row, column, where)
         if value is None or value == "":
             raise DataError(
-                f"{where}: column {column!r} is empty; write [] if none of the labels applies, or leave the example "
-                "out if nobody looked"
+                f"{where}: column {column!r} is empty; write [] if no label applies, or leave the example out if "
+                "nobody labelled it"
             )
-        found = unpacked(value)
+        parsed = unpacked(value)
         if isinstance(value, str):
-            single = value in known or value in reader.task.labels
-            if single and isinstance(found, list):
+            is_label = value in known or value in reader.task.labels
+            if is_label and isinstance(parsed, list):
                 raise DataError(
-                    f"{where}: column {column!r} holds {quoted(value)}, which is a label and a list of labels; write "
-                    f"{json.dumps([value], ensure_ascii=False)} for that label"
+                    f"{where}: column {column!r} holds {quoted(value)}, which is both a label and a list of labels; "
+                    f"write {json.dumps([value], ensure_ascii=False)} for that label"
                 )
-            if not single and found is value and SEVERAL.search(value):
+            if not is_label and parsed is value and SEVERAL.search(value):
                 raise DataError(
-                    f"{where}: unknown label {quoted(value)}; several labels are a list as in JSON: "
+                    f"{where}: unknown label {quoted(value)}; write several labels as a JSON list: "
                     f'["a", "b"], or [] if none applies. {reader.words.labels.capitalize()} are {listed(known, 20)}'
                 )
-        indices = [reader.index(one, where) for one in (found if isinstance(found, list) else [value])]
+        indices = [reader.index(label, where) for label in (parsed if isinstance(parsed, list) else [value])]
         if len(set(indices)) < len(indices):
             raise DataError(f"{where}: column {column!r} has a label twice: {quoted(value)}")
         return tuple(sorted(indices))
 
     def targets(self, examples: Examples, encoded: Any, tokenizer: Any, task: Task) -> list[list[float]]:
-        own, labels = set(task.annotated), range(len(task.labels))
-        applying: Sequence[Any] = examples.labels
-        return [[float(label in one) if label in own else math.nan for label in labels] for one in applying]
+        annotated, labels = set(task.annotated), range(len(task.labels))
+        by_example: Sequence[Any] = examples.labels
+        return [
+            [float(label in applying) if label in annotated else math.nan for label in labels]
+            for applying in by_example
+        ]
 
     def loss(self, task: Task) -> Loss:
         """Return the mean of the binary cross-entropies of the labels that are not NaN."""
@@ -84,27 +87,27 @@ class MultiLabelAtSilo(TaskAtSilo):
     def log_likelihoods(self, model: torch.nn.Module, example: Batch, task: Task, variant: Variant) -> Terms:
         """Yield the log-likelihood of a set of independent labels.
 
-        For `soft`, the expectation over all sets is a sum over labels, since ∂ log p(y)/∂z = y − σ(z) has the mean 0
-        and the variance σ(z)(1 − σ(z)): Σ σ(1 − σ) (∂z/∂θ)².
+        For `soft`, the expectation over all sets is a sum over labels, because ∂ log p(y)/∂z = y − σ(z) has mean 0 and
+        variance σ(z)(1 − σ(z)): Σ σ(1 − σ) (∂z/∂θ)².
         """
         from torch.nn.functional import binary_cross_entropy_with_logits
 
         from gramfuse_client.training.outputs import inputs_of
 
-        own = list(task.annotated)
-        z = model(**inputs_of(example)).logits[0][own]
+        annotated = list(task.annotated)
+        z = model(**inputs_of(example)).logits[0][annotated]
         if variant == "soft":
-            for one in z:
-                p = float(one.detach().sigmoid())
-                yield p * (1 - p), one
+            for logit in z:
+                p = float(logit.detach().sigmoid())
+                yield p * (1 - p), logit
             return
         true = variant == "empirical"
-        y = (example["labels"][0][own] if true else z.detach().sigmoid() >= task.threshold).to(z.dtype)
+        y = (example["labels"][0][annotated] if true else z.detach().sigmoid() >= task.threshold).to(z.dtype)
         yield 1.0, -binary_cross_entropy_with_logits(z, y, reduction="sum")
 
-    def facts(self, batch: Mapping[str, torch.Tensor], found: Outputs, task: Task, tokenizer: Any) -> tuple[Any, ...]:
-        return batch["labels"].bool().numpy(), (found.logits.sigmoid() >= task.threshold).numpy()
+    def facts(self, batch: Mapping[str, torch.Tensor], outputs: Outputs, task: Task, tokenizer: Any) -> tuple[Any, ...]:
+        return batch["labels"].bool().numpy(), (outputs.logits.sigmoid() >= task.threshold).numpy()
 
-    def counted(self, examples: Examples, task: Task) -> str:
-        found = Counter(task.labels[i] for one in examples.labels if isinstance(one, tuple) for i in one)
-        return of_labels(task, found, f"; none of them {sum(not one for one in examples.labels):,}")
+    def describe_labels(self, examples: Examples, task: Task) -> str:
+        counts = Counter(task.labels[i] for labels in examples.labels if isinstance(labels, tuple) for i in labels)
+        return list_label_counts(task, counts, f"; no label {sum(not labels for labels in examples.labels):,}")

@@ -1,14 +1,14 @@
-"""The registry of kinds of task at a silo: how examples are read, encoded, learned from, measured, and told of.
+"""The registry of kinds of task at a silo: how to read, encode, learn, measure and describe examples.
 
-To add a kind, write a file in this folder with a class that has all that is abstract here, or what differs from
-another kind:
+To add a kind, write a file in this folder with a class that implements all abstract methods, or that overrides another
+kind:
 
     @register
     class OrdinalAtSilo(ClassificationAtSilo):
         name = "ordinal"
 
-Another package can do the same before it reads data. What the kind is on the wire stands in
-`gramfuse_protocol.tasks.registry`. A file must not load torch when it is imported: data are read without it.
+Another package can do the same before it reads data. `gramfuse_protocol.tasks.registry` defines the kind on the wire.
+A file here must not import torch at import time, because reading data does not need it.
 """
 
 from __future__ import annotations
@@ -31,31 +31,31 @@ if TYPE_CHECKING:
     from gramfuse_model.loading.base_model import Base
 
 Variant = Literal["hard", "soft", "empirical"]
-"""Of which label the likelihood is taken for Fisher information: the one that the model finds most likely, all of them,
-weighed by how likely the model finds them, or the true one."""
+"""The label whose likelihood defines the Fisher information: the most likely one under the model ("hard"), all labels
+weighted by their probability under the model ("soft"), or the true one ("empirical")."""
 
 Loss = Callable[..., "torch.Tensor"]
-"""(a model's outputs, labels) → mean over the batch; as the transformers Trainer takes it."""
+"""(a model's outputs, labels) → mean over the batch, in the form that the transformers Trainer calls."""
 
 Terms = Iterator[tuple[float, "torch.Tensor"]]
-"""(weight, log-likelihood): the weighted squares of their gradients add up to an example's Fisher information."""
+"""(weight, log-likelihood): the weighted squares of their gradients sum to an example's Fisher information."""
 
 
 class TaskAtSilo(ABC):
-    """One kind of task at a silo. What is not abstract is that of texts with one answer each."""
+    """One kind of task at a silo. The defaults are for texts with one answer each."""
 
     name: ClassVar[str]
-    """In a plan."""
-    of: ClassVar[str] = "texts"
-    """What examples are."""
+    """Its name in a plan."""
+    inputs_name: ClassVar[str] = "texts"
+    """What the inputs are, in the plural."""
     fisher: ClassVar[tuple[Variant, ...]]
-    """What Fisher information it can have, the usual one first."""
+    """The variants of Fisher information that it supports, the usual one first."""
     label_is_input: ClassVar[bool] = False
-    """Whether a model needs the label to compute anything, so that every row must have one."""
+    """Whether the model needs the label in its forward pass, so that every row must have one."""
     learns_inputs: ClassVar[bool] = False
-    """Whether what is to be learned follows from the inputs, so that no row needs a label."""
+    """Whether the targets follow from the inputs, so that no row needs a label."""
     nothing_to_learn: ClassVar[str] = ""
-    """What is wrong with examples that `unlearnable` counts."""
+    """Describes the examples that `unlearnable` counts, for an error."""
 
     # Reading
 
@@ -64,61 +64,66 @@ class TaskAtSilo(ABC):
         return
 
     def input(self, row: Row, reader: Reader, where: str) -> Input:
-        """Return the input in a row.
+        """Return a row's input.
 
         Args:
-            reader: reads columns, and knows all that is the same for all rows.
+            reader: reads columns, and has the settings of the whole source.
             where: file and line, for errors.
 
         Raises:
-            DataError: if it is none.
+            DataError: if it is missing or invalid.
         """
         return reader.text(row, reader.columns.text, where)
 
     @abstractmethod
     def label(self, row: Row, given: Input, reader: Reader, where: str) -> Label:
-        """Return the label in a row.
+        """Return a row's label.
 
         Args:
-            given: the input.
-            reader, where: as `input` has them.
+            given: the row's input.
+            reader, where: as for `input`.
 
         Raises:
-            DataError: if it is none.
+            DataError: if it is missing or invalid.
         """
 
     def check_labels(self, path: Path, task: Task, labels: Sequence[Any]) -> None:
-        """Raise DataError, naming the silo file, if nothing is learned from the labels of all training examples."""
+        """Raise DataError, naming the silo file, if a model could not learn from the training labels.
+
+        Args:
+            path: the silo file.
+            labels: labels of all training examples.
+        """
         return
 
     # Encoding
 
     def encode(self, examples: Examples, tokenizer: Any, task: Task) -> list[dict[str, Any]] | None:
-        """Return a row of arrays and `labels` for each example; None if each is made when it is asked for."""
+        """Return a row of arrays and `labels` for each example; None if rows are made lazily by `encode_one`."""
         encoded = tokenizer(
             list(examples.inputs),
             None if examples.pairs is None else list(examples.pairs),
             truncation=True,
             max_length=task.max_length,
         )
-        known = self.learns_inputs or examples.labels[0] is not None
-        labels = self.targets(examples, encoded, tokenizer, task) if known else examples.labels
+        has_targets = self.learns_inputs or examples.labels[0] is not None
+        labels = self.targets(examples, encoded, tokenizer, task) if has_targets else examples.labels
         return [{**{key: encoded[key][i] for key in encoded}, "labels": label} for i, label in enumerate(labels)]
 
     def encode_one(self, examples: Examples, index: int, tokenizer: Any) -> dict[str, Any]:
-        """Return one row, where `encode` returns None."""
+        """Return one example's row, if `encode` returns None."""
         raise NotImplementedError
 
     def targets(self, examples: Examples, encoded: Any, tokenizer: Any, task: Task) -> Sequence[Any]:
-        """Return what is to be learned of each example, as its row has it.
+        """Return the training target of each example, as `labels` of its row.
 
         Args:
-            encoded: what the tokenizer made of all inputs.
+            encoded: the tokenizer's encoding of all inputs.
         """
         return examples.labels
 
     def unlearnable(self, rows: Sequence[Mapping[str, Any]]) -> int:
-        """Return how many examples have nothing to learn: of a batch of such, the loss is no number."""
+        """Return the number of examples with nothing to learn; a batch of only such examples has loss NaN."""
         return 0
 
     def inputs(self, rows: Sequence[dict[str, Any]], tokenizer: Any) -> Batch:
@@ -126,7 +131,7 @@ class TaskAtSilo(ABC):
         return dict(tokenizer.pad(rows, return_attention_mask=True, return_tensors="pt"))
 
     def label_tensors(self, batch: Batch, labels: Sequence[Any]) -> Batch:
-        """Return `labels` of a batch, and what else follows from them."""
+        """Return `labels` of a batch, and further tensors derived from them."""
         import torch
 
         return {"labels": torch.tensor(labels)}
@@ -134,47 +139,47 @@ class TaskAtSilo(ABC):
     # Training
 
     def loss(self, task: Task) -> Loss | None:
-        """Return the loss over a silo's own labels, or None where the model's own loss is the right one."""
+        """Return a loss over the silo's own labels, or None to use the model's own loss."""
         return None
 
     @abstractmethod
     def log_likelihoods(self, model: torch.nn.Module, example: Batch, task: Task, variant: Variant) -> Terms:
-        """Yield weights and log-likelihoods for the Fisher information of one example."""
+        """Yield (weight, log-likelihood) terms for the Fisher information of one example."""
 
     # Measuring
 
     def outputs(self, model: Any, batch: Mapping[str, torch.Tensor], task: Task, tokenizer: Any) -> Outputs:
-        """Return what a model says of a batch."""
+        """Return a model's outputs for a batch."""
         from gramfuse_client.training.outputs import Outputs, inputs_of
 
         return Outputs(model(**inputs_of(batch)).logits)
 
     @abstractmethod
-    def facts(self, batch: Mapping[str, torch.Tensor], found: Outputs, task: Task, tokenizer: Any) -> tuple[Any, ...]:
-        """Return truth and prediction of each example, as `gramfuse_protocol.tasks` counts them.
+    def facts(self, batch: Mapping[str, torch.Tensor], outputs: Outputs, task: Task, tokenizer: Any) -> tuple[Any, ...]:
+        """Return the truth and prediction of each example, as arguments for the protocol kind's `sums` and `rows`.
 
         Args:
             batch: `labels`, and `words` if there are any, on the CPU.
-            found: float32, on the CPU.
+            outputs: the model's outputs, float32, on the CPU.
         """
 
-    # Words
+    # Description
 
     @abstractmethod
-    def counted(self, examples: Examples, task: Task) -> str:
-        """Say what labels examples have, and how many of each."""
+    def describe_labels(self, examples: Examples, task: Task) -> str:
+        """Describe the examples' labels: which ones, and how many of each."""
 
     def notice(self, examples: Examples, task: Task) -> str:
-        """Say what does not fit the labels in the plan, if anything."""
+        """Describe how labels do not fit the plan; empty if they fit."""
         return ""
 
     def misfit(self, examples: Examples, task: Task) -> str:
-        """Say what labels examples have if there is a `notice`, and the notice; otherwise nothing."""
+        """Return the label description followed by the `notice`; empty without a notice."""
         notice = self.notice(examples, task)
-        return f"{self.counted(examples, task)}: {notice}" if notice else ""
+        return f"{self.describe_labels(examples, task)}: {notice}" if notice else ""
 
     def rows_of(self, base: Base, task: Task) -> int:
-        """Return how many rows one example has in a layer at most."""
+        """Return the maximum number of rows of one example in a layer."""
         return task.max_length
 
 
@@ -183,9 +188,9 @@ AT_SILO: dict[str, TaskAtSilo] = {}
 
 
 def register(kind: type[TaskAtSilo]) -> type[TaskAtSilo]:
-    """Register a kind; raises ValueError if there is one of this name."""
+    """Register a kind of task; raise ValueError if its name is taken."""
     if kind.name in AT_SILO:
-        raise ValueError(f"there is a kind of task {kind.name!r} already")
+        raise ValueError(f"a kind of task {kind.name!r} is registered already")
     AT_SILO[kind.name] = kind()
     return kind
 
@@ -194,11 +199,11 @@ def at_silo(task: Task) -> TaskAtSilo:
     """Return the kind of a task.
 
     Raises:
-        PlanError: if it is one that plans may have, and that nothing here can read.
+        PlanError: if the kind is valid in a plan, but not registered here.
     """
     if task.task not in AT_SILO:
         raise PlanError(
-            f"silos cannot do task {task.task!r}, only {', '.join(sorted(AT_SILO))}; whatever adds that kind must "
-            "register it in gramfuse_client.tasks too"
+            f"silos do not support task {task.task!r}, only {', '.join(sorted(AT_SILO))}; the package that adds this "
+            "kind must register it in gramfuse_client.tasks too"
         )
     return AT_SILO[task.task]

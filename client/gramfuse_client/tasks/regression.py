@@ -1,8 +1,8 @@
-"""One number for each text.
+"""Regression: one number for each text.
 
 | input | label |
 |---|---|
-| `text` (and `text-pair`): text | a finite number; in the plan's range, if results leave in a secure sum |
+| `text` (and `text-pair`): text | a finite number; within the plan's range, if results leave in a secure sum |
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from gramfuse_client.data.columns import Input, Reader
 from gramfuse_client.data.formats import Row
-from gramfuse_client.data.targets import check_targets, described
+from gramfuse_client.data.targets import check_targets, describe_targets
 from gramfuse_client.tasks.registry import TaskAtSilo, Terms, Variant, register
 from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.errors import DataError
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @register
 class RegressionAtSilo(TaskAtSilo):
-    """One number, learned less the plan's centre and over its scale, and measured on the targets' own scale."""
+    """Regression. A model learns (target − centre) / scale; errors are measured on the targets' own scale."""
 
     name = "regression"
     fisher = ("empirical",)
@@ -44,8 +44,8 @@ class RegressionAtSilo(TaskAtSilo):
             raise DataError(f"{where}: the target must be a finite number, found {quoted(value)}")
         if allowed is not None and not allowed[0] <= target <= allowed[1]:
             raise DataError(
-                f"{where}: the target {target:g} is outside of {reader.words.range} of {allowed[0]:g} to "
-                f"{allowed[1]:g}; {reader.words.beyond}"
+                f"{where}: the target {target:g} is outside {reader.words.range} of {allowed[0]:g} to {allowed[1]:g}; "
+                f"{reader.words.beyond}"
             )
         return target
 
@@ -57,18 +57,18 @@ class RegressionAtSilo(TaskAtSilo):
         return [(target - task.centre) / task.scale for target in labels]
 
     def log_likelihoods(self, model: torch.nn.Module, example: Batch, task: Task, variant: Variant) -> Terms:
-        """Yield that of a Gaussian of variance 1."""
+        """Yield the log-likelihood of a Gaussian with variance 1."""
         from gramfuse_client.training.outputs import inputs_of
 
         logits = model(**inputs_of(example)).logits
         yield 1.0, -0.5 * (logits.reshape(()) - example["labels"].reshape(())).square()
 
-    def facts(self, batch: Mapping[str, torch.Tensor], found: Outputs, task: Task, tokenizer: Any) -> tuple[Any, ...]:
-        both = batch["labels"], found.logits.squeeze(-1)
-        return tuple((task.centre + task.scale * of.double()).numpy() for of in both)
+    def facts(self, batch: Mapping[str, torch.Tensor], outputs: Outputs, task: Task, tokenizer: Any) -> tuple[Any, ...]:
+        truth_and_prediction = batch["labels"], outputs.logits.squeeze(-1)
+        return tuple((task.centre + task.scale * values.double()).numpy() for values in truth_and_prediction)
 
-    def counted(self, examples: Examples, task: Task) -> str:
-        return described(task, examples.labels)[0]
+    def describe_labels(self, examples: Examples, task: Task) -> str:
+        return describe_targets(task, examples.labels)[0]
 
     def notice(self, examples: Examples, task: Task) -> str:
-        return described(task, examples.labels)[1]
+        return describe_targets(task, examples.labels)[1]

@@ -1,4 +1,4 @@
-"""A text for each text.
+"""Sequence-to-sequence: a target text for each text.
 
 | input | label |
 |---|---|
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @register
 class SequenceToSequenceAtSilo(TaskAtSilo):
-    """A text for a text, which is compared as the tokenizer gives it back, `target_length` tokens long."""
+    """Sequence-to-sequence. Targets are compared after a round trip through the tokenizer, cut to `target_length`."""
 
     name = "sequence-to-sequence"
     fisher = ("empirical",)
@@ -36,13 +36,13 @@ class SequenceToSequenceAtSilo(TaskAtSilo):
 
     def targets(self, examples: Examples, encoded: Any, tokenizer: Any, task: Task) -> list[list[int]]:
         """Return the targets' tokens."""
-        found: list[list[int]] = tokenizer(
+        tokens: list[list[int]] = tokenizer(
             text_target=list(examples.labels), truncation=True, max_length=task.target_length
         )["input_ids"]
-        return found
+        return tokens
 
     def label_tensors(self, batch: Batch, labels: Sequence[Any]) -> Batch:
-        """Return `labels`, padded at their end, and a `decoder_attention_mask`."""
+        """Return `labels`, right-padded, and a `decoder_attention_mask`."""
         import torch
         from torch.nn.utils.rnn import pad_sequence
 
@@ -52,7 +52,7 @@ class SequenceToSequenceAtSilo(TaskAtSilo):
         return {"labels": filled, "decoder_attention_mask": (filled != IGNORED).long()}
 
     def log_likelihoods(self, model: torch.nn.Module, example: Batch, task: Task, variant: Variant) -> Terms:
-        """Yield that of all target tokens."""
+        """Yield the log-likelihood of all target tokens."""
         from torch.nn.functional import cross_entropy
 
         from gramfuse_model.probing.batch import IGNORED
@@ -61,7 +61,7 @@ class SequenceToSequenceAtSilo(TaskAtSilo):
         yield 1.0, -cross_entropy(logits[0], example["labels"][0], ignore_index=IGNORED, reduction="sum")
 
     def outputs(self, model: Any, batch: Mapping[str, torch.Tensor], task: Task, tokenizer: Any) -> Outputs:
-        """Return logits of the targets, and the texts that the model generates (`gramfuse_model.generation`)."""
+        """Return the targets' logits, and the model's generated texts (`gramfuse_model.generation`)."""
         from gramfuse_client.training.outputs import Outputs
         from gramfuse_model.generation import answering
 
@@ -70,18 +70,18 @@ class SequenceToSequenceAtSilo(TaskAtSilo):
             generated = model.generate(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
         return Outputs(logits, tuple(tokenizer.batch_decode(generated, skip_special_tokens=True)))
 
-    def facts(self, batch: Mapping[str, torch.Tensor], found: Outputs, task: Task, tokenizer: Any) -> tuple[Any, ...]:
+    def facts(self, batch: Mapping[str, torch.Tensor], outputs: Outputs, task: Task, tokenizer: Any) -> tuple[Any, ...]:
         from gramfuse_client.training.outputs import next_tokens
         from gramfuse_model.probing.batch import IGNORED
 
         truth = batch["labels"]
         targets = truth.masked_fill(truth == IGNORED, tokenizer.pad_token_id)
         texts = tokenizer.batch_decode(targets, skip_special_tokens=True)
-        return texts, found.texts, next_tokens(found.logits, truth)
+        return texts, outputs.texts, next_tokens(outputs.logits, truth)
 
-    def counted(self, examples: Examples, task: Task) -> str:
+    def describe_labels(self, examples: Examples, task: Task) -> str:
         return "targets are texts"
 
     def rows_of(self, base: Base, task: Task) -> int:
-        """Return the number of tokens, with those of a target."""
+        """Return the number of tokens, including the target's."""
         return task.max_length + task.target_length

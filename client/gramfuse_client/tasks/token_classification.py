@@ -1,10 +1,10 @@
-"""A tag for each word of a text.
+"""Token classification: a tag for each word of a text.
 
 | input | label |
 |---|---|
-| `text`: a list of words, or words between white space | a list of tags, or tags between spaces; as many as words |
+| `text`: a list of words, or words between white space | a list of tags, or tags between spaces, one for each word |
 
-A word's tag is learned at the word's first token; other tokens have the label IGNORED.
+A word's tag is learned at its first token; other tokens have the label IGNORED.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from gramfuse_client.data.columns import Input, Reader, check_characters, unpacked
 from gramfuse_client.data.formats import Row
 from gramfuse_client.tasks.registry import TaskAtSilo, Terms, Variant, register
-from gramfuse_client.tasks.words import counted
+from gramfuse_client.tasks.words import list_counts
 from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.errors import DataError
 from gramfuse_protocol.tasks.token_classification import OUTSIDE, entities
@@ -32,19 +32,19 @@ if TYPE_CHECKING:
     from gramfuse_client.training.outputs import Batch, Outputs
 
 PRINTED = re.compile(r"\s*\[\s*['\"].*\]\s*", re.DOTALL)
-"""A list of texts as Python or numpy prints it."""
+"""Matches a list of texts as printed by Python or numpy."""
 
 
 @register
 class TokenClassificationAtSilo(TaskAtSilo):
-    """A tag for each word.
+    """Token classification.
 
-    All words count: of one without a token, or behind `max_length`, a model says nothing, which is O.
+    All words count; a word without a token, or cut off by `max_length`, is predicted as O.
     """
 
     name = "token-classification"
     fisher = ("hard", "empirical")
-    nothing_to_learn = "examples have no word that the tokenizer makes a token of, so there is no tag to learn"
+    nothing_to_learn = "examples have no word with a token, so there is no tag to learn"
 
     def input(self, row: Row, reader: Reader, where: str) -> tuple[str, ...]:
         """Return the words of a text."""
@@ -54,8 +54,8 @@ class TokenClassificationAtSilo(TaskAtSilo):
         if isinstance(words, str):
             if PRINTED.fullmatch(words):
                 raise DataError(
-                    f"{where}: column {column!r} holds a list as Python prints it: {quoted(value)}; write it as in "
-                    'JSON, ["a", "b"], or words between spaces'
+                    f"{where}: column {column!r} holds a list in Python's notation: {quoted(value)}; write a JSON "
+                    'list, ["a", "b"], or words between spaces'
                 )
             words = words.split()
         if not isinstance(words, list) or not words:
@@ -69,7 +69,7 @@ class TokenClassificationAtSilo(TaskAtSilo):
         return tuple(words)
 
     def label(self, row: Row, given: Input, reader: Reader, where: str) -> tuple[int, ...]:
-        """Return the index of each word's tag. An I-X with no B-X before it begins an entity, as metrics have it."""
+        """Return the index of each word's tag. For metrics, an I-X without a preceding B-X begins an entity."""
         assert isinstance(given, tuple)  # noqa: S101
         column = reader.columns.label
         value = reader.value(row, column, where)
@@ -77,16 +77,16 @@ class TokenClassificationAtSilo(TaskAtSilo):
         if isinstance(tags, str):
             tags = tags.split()
         if not isinstance(tags, list) or len(tags) != len(given):
-            many = f"{len(tags)}" if isinstance(tags, list) else quoted(value)
+            found = f"{len(tags)}" if isinstance(tags, list) else quoted(value)
             raise DataError(
-                f"{where}: column {column!r} must hold one tag for each of the {len(given)} words, found {many}"
+                f"{where}: column {column!r} must hold one tag for each of the {len(given)} words, found {found}"
             )
         return tuple(reader.index(tag, where) for tag in tags)
 
     def encode(self, examples: Examples, tokenizer: Any, task: Task) -> list[dict[str, Any]]:
-        """Return a row for each example, with `words` where there are labels.
+        """Return a row for each example, with `words` if there are labels.
 
-        A tokenizer makes other tokens of single words than of a text, each in its own way, so it is given a text.
+        Tokenizers encode single words differently from running text, so each example is encoded as one text.
         """
         inputs: Sequence[Any] = examples.inputs
         labels: Sequence[Any] = examples.labels
@@ -111,7 +111,7 @@ class TokenClassificationAtSilo(TaskAtSilo):
         return at_tokens(batch, labels)
 
     def log_likelihoods(self, model: torch.nn.Module, example: Batch, task: Task, variant: Variant) -> Terms:
-        """Yield that of all words' tags."""
+        """Yield the log-likelihood of all words' tags."""
         from torch import where
         from torch.nn.functional import cross_entropy
 
@@ -122,40 +122,41 @@ class TokenClassificationAtSilo(TaskAtSilo):
         tags = labels if variant == "empirical" else where(labels == IGNORED, IGNORED, logits.argmax(-1))
         yield 1.0, -cross_entropy(logits, tags, ignore_index=IGNORED, reduction="sum")
 
-    def facts(self, batch: Mapping[str, torch.Tensor], found: Outputs, task: Task, tokenizer: Any) -> tuple[Any, ...]:
-        return _tags_of(batch["words"], batch["labels"], found.logits.argmax(dim=-1), task)
+    def facts(self, batch: Mapping[str, torch.Tensor], outputs: Outputs, task: Task, tokenizer: Any) -> tuple[Any, ...]:
+        return _tags_of(batch["words"], batch["labels"], outputs.logits.argmax(dim=-1), task)
 
-    def counted(self, examples: Examples, task: Task) -> str:
-        """Say how many entities of each type begin."""
-        found = Counter(kind for tags in _named(examples, task) for kind, _, _ in entities(tags))
-        return counted({kind: found[kind] for kind in task.entities}, "types of entities")
+    def describe_labels(self, examples: Examples, task: Task) -> str:
+        """Describe how many entities there are of each type."""
+        counts = Counter(kind for tags in _tag_names(examples, task) for kind, _, _ in entities(tags))
+        return list_counts({kind: counts[kind] for kind in task.entities}, "types of entities")
 
 
-def _named(examples: Examples, task: Task) -> Iterator[list[str]]:
-    for one in examples.labels:
-        assert isinstance(one, tuple)  # noqa: S101
-        yield [task.labels[index] for index in one]
+def _tag_names(examples: Examples, task: Task) -> Iterator[list[str]]:
+    """Yield each example's tags by name."""
+    for tags in examples.labels:
+        assert isinstance(tags, tuple)  # noqa: S101
+        yield [task.labels[index] for index in tags]
 
 
 def _words_of(offsets: Sequence[tuple[int, int]], words: Sequence[str]) -> list[int | None]:
-    """Return which word each token is part of, if any.
+    """Return the index of each token's word; None for special tokens.
 
     Args:
-        offsets: of tokens in the text that the words make with a space between two; of special tokens, empty ones.
+        offsets: start and end of each token in the words joined by spaces; empty for special tokens.
     """
     text, ends = " ".join(words), list(accumulate(len(word) + 1 for word in words))
-    found: list[int | None] = []
+    indices: list[int | None] = []
     for start, stop in offsets:
         place = next((n for n in range(start, stop) if not text[n].isspace()), stop - 1)
-        found.append(None if start == stop else bisect_right(ends, place + 1))  # a space is the next word's
-    return found
+        indices.append(None if start == stop else bisect_right(ends, place + 1))  # a space belongs to the next word
+    return indices
 
 
 def _aligned(words: Sequence[int | None], tags: Any) -> list[int]:
-    """Return a word's tag at its first token, and IGNORED everywhere else.
+    """Return a label for each token: its word's tag at the first token of a word, IGNORED elsewhere.
 
     Args:
-        words: which word each token is part of, if any.
+        words: the index of each token's word, or None.
     """
     from gramfuse_model.probing.batch import IGNORED
 
@@ -168,18 +169,18 @@ def _aligned(words: Sequence[int | None], tags: Any) -> list[int]:
 def _tags_of(
     words: torch.Tensor, truth: torch.Tensor, predicted: torch.Tensor, task: Task
 ) -> tuple[list[list[str]], list[list[str]]]:
-    """Return the tags of each example's words: the true ones, and those that are predicted.
+    """Return the true and the predicted tags of each example's words.
 
     Args:
-        words: (batch, words, 2), whether a word has a token, and its tag.
-        truth, predicted: (batch, positions), of tokens; the truth is IGNORED but at the first token of each word.
+        words: (batch, words, 2): whether a word has a token, and its tag.
+        truth, predicted: (batch, positions), by token; truth is IGNORED except at the first token of each word.
     """
     from gramfuse_model.probing.batch import IGNORED
 
     tags: tuple[list[list[str]], list[list[str]]] = [], []
-    for row, true, said in zip(words, truth, predicted, strict=True):
-        of_tokens = iter(said[true != IGNORED].tolist())
+    for row, true, indices in zip(words, truth, predicted, strict=True):
+        at_first_tokens = iter(indices[true != IGNORED].tolist())
         real = row[row[:, 1] != IGNORED].tolist()
         tags[0].append([task.labels[tag] for _, tag in real])
-        tags[1].append([task.labels[next(of_tokens)] if seen else OUTSIDE for seen, _ in real])
+        tags[1].append([task.labels[next(at_first_tokens)] if has_token else OUTSIDE for has_token, _ in real])
     return tags

@@ -1,4 +1,4 @@
-"""What kinds of task have in common in what they tell of labels."""
+"""Descriptions of label counts, shared by several kinds of task."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.text import quoted
 
 
-def counted(counts: Mapping[str, int], what: str) -> str:
-    """Say how often each of some things occurs, the first twelve by name."""
-    said = [f"{quoted(label, 60)} {count:,}" for label, count in counts.items()]
-    return ", ".join(said[:12]) + (f", and {len(said) - 12} more {what}" if said[12:] else "")
+def list_counts(counts: Mapping[str, int], kind: str) -> str:
+    """List names with their counts: the first twelve, and how many more of that kind there are."""
+    entries = [f"{quoted(label, 60)} {count:,}" for label, count in counts.items()]
+    return ", ".join(entries[:12]) + (f", and {len(entries) - 12} more {kind}" if entries[12:] else "")
 
 
-def of_labels(task: Task, found: Mapping[str, int], more: str = "") -> str:
-    """Say how many examples each label has, of those that this silo annotates.
+def list_label_counts(task: Task, counts: Mapping[str, int], more: str = "") -> str:
+    """List the number of examples of each label that this silo annotates.
 
     Args:
-        found: by label.
-        more: what else there is to say of them.
+        counts: number of examples by label.
+        more: text to append to the list.
     """
-    said = counted({task.labels[i]: found[task.labels[i]] for i in task.annotated}, "labels") + more
+    text = list_counts({task.labels[i]: counts[task.labels[i]] for i in task.annotated}, "labels") + more
     missing = len(task.labels) - len(task.annotated)
-    return f"{said}; {missing} labels are not this silo's to annotate" if missing else said
+    return f"{text}; this silo does not annotate {missing} labels" if missing else text

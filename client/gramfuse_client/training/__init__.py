@@ -1,1 +1,1 @@
-"""Fine-tuning at a silo, and how well models do on its held-out examples."""
+"""Fine-tunes a model at a silo, and evaluates models on its held-out examples."""

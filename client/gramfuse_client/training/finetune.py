@@ -1,4 +1,4 @@
-"""Local fine-tuning: AdamW, linear warm-up and decay, by the transformers Trainer."""
+"""Local fine-tuning with the transformers Trainer: AdamW, linear warm-up and decay."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ Progress = Callable[[int, int], None]
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device that a silo file names; `auto` takes CUDA, then MPS, then the CPU.
+    """Return the device that a silo file names; `auto` prefers CUDA, then MPS, then the CPU.
 
     Raises:
-        PlanError: if the one that is named is not there.
+        PlanError: if the named device is not available.
     """
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        name = next(device for device, available in there.items() if available)
-    elif not there[name]:
-        raise PlanError(f"device = {name!r} in the silo file: torch finds none here; use 'auto' or 'cpu'")
+        name = next(device for device, is_available in available.items() if is_available)
+    elif not available[name]:
+        raise PlanError(f"device = {name!r} in the silo file: torch finds no such device; use 'auto' or 'cpu'")
     return torch.device(name)
 
 
@@ -49,20 +49,20 @@ def finetune(
     training: Training,
     device: torch.device,
     progress: Progress | None = None,
-    whose: str = "this silo",
+    owner: str = "this silo",
 ) -> None:
-    """Fine-tune `model` in place for the examples' task; frozen parameters stay as they are.
+    """Fine-tune `model` in place for the examples' task. Frozen parameters do not change.
 
-    The result is a function of the arguments, the device and the number of CPU threads, and of nothing else.
+    The result depends only on the arguments, the device and the number of CPU threads.
 
     Args:
-        whose: examples they are, for errors.
+        owner: whose examples they are, for errors.
 
     Raises:
-        DataError: if there is nothing to learn from an example, or from a batch of one.
+        DataError: if an example has nothing to learn, or the model cannot train on a batch of one example.
     """
     encoded.check_learnable()
-    check_batches(model, encoded, training.batch_size, whose)
+    check_batches(model, encoded, training.batch_size, owner)
     steps = -(-len(encoded) // training.batch_size) * training.epochs
     with tempfile.TemporaryDirectory(prefix="gramfuse-") as scratch, torch.random.fork_rng():
         arguments = TrainingArguments(
@@ -94,9 +94,9 @@ def finetune(
                 train_dataset=encoded,
                 data_collator=encoded.collate,
                 compute_loss_func=encoded.kind.loss(encoded.task),
-                callbacks=[] if progress is None else [_Report(progress)],
+                callbacks=[] if progress is None else [_ProgressCallback(progress)],
             )
-            trainer.remove_callback(PrinterCallback)  # it writes to standard output, which is the command's
+            trainer.remove_callback(PrinterCallback)  # it writes to standard output, which is the command's own
             trainer.train()
             # Else the model would go on in autocast, and what is measured would be in the precision of training.
             trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
@@ -105,41 +105,41 @@ def finetune(
     model.eval()
 
 
-def check_batches(model: PreTrainedModel, encoded: Encoded, size: int, whose: str) -> None:
-    """Try a batch of one example, if there would be one and the model has batch normalisation.
+def check_batches(model: PreTrainedModel, encoded: Encoded, size: int, owner: str) -> None:
+    """Check that a model with batch normalisation can train on every batch, if one would have a single example.
 
-    Over a single value there is nothing to normalise by. Where a layer has several for each example, as those of
-    images mostly do, one example is enough. The model is as it was before afterwards.
+    Batch normalisation cannot normalise a single value. A single example is enough if a layer has several values for
+    it, as layers for images usually do. So this tries a batch of one example, and then restores the model.
 
     Args:
-        size: examples of a batch.
-        whose: examples they are, for the error.
+        size: examples in a batch.
+        owner: whose examples they are, for the error.
 
     Raises:
-        DataError: naming how many there are, and sizes of batches that will do.
+        DataError: naming the number of examples, and batch sizes that work.
     """
     count = len(encoded)
     if count % size != 1 % size or not any(isinstance(module, _BatchNorm) for module in model.modules()):
         return
     shortest = min(range(count), key=encoded.lengths().__getitem__)
     batch = encoded.collate([encoded[shortest]])
-    given = batch if is_encoder_decoder(model) else inputs_of(batch)
+    inputs = batch if is_encoder_decoder(model) else inputs_of(batch)
     device = next(model.parameters()).device
     with as_in_training(model), torch.random.fork_rng(), torch.no_grad():
         try:
-            model(**{key: value.to(device) for key, value in given.items()})
-        except ValueError as error:  # of torch's batch_norm
-            alone = f"each batch has one of the {count:,} examples" if size == 1 else "the last batch has one example"
+            model(**{key: value.to(device) for key, value in inputs.items()})
+        except ValueError as error:  # from torch's batch_norm
+            which = f"each batch has one of the {count:,} examples" if size == 1 else "the last batch has one example"
             fitting = [n for n in range(2, size + count + 2) if count % n != 1]
             near = sorted(sorted(fitting, key=lambda n: abs(n - size))[:2])
-            remedy = f"use training.batch-size = {' or '.join(map(str, near))}" if near else "it needs two at least"
+            remedy = f"use training.batch-size = {' or '.join(map(str, near))}" if near else "it needs at least two"
             raise DataError(
-                f"{whose} has {count:,} examples, and with training.batch-size = {size} {alone}, which "
+                f"{owner} has {count:,} examples, and with training.batch-size = {size} {which}, which "
                 f"{type(model).__name__} cannot be trained on: batch normalisation needs several ({error}); {remedy}"
             ) from None
 
 
-class _Report(TrainerCallback):
+class _ProgressCallback(TrainerCallback):
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
 

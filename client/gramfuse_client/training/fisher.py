@@ -1,7 +1,7 @@
 """The diagonal of a model's Fisher information: the mean over examples of squared gradients of the log-likelihood.
 
-Source: Matena and Raffel, "Merging Models with Fisher-Weighted Averaging", NeurIPS 2022, equation 3: each example's
-gradient is squared before anything is averaged, which the square of a batch's mean gradient is not.
+Source: Matena and Raffel, "Merging Models with Fisher-Weighted Averaging", NeurIPS 2022, equation 3. Each example's
+gradient is squared before averaging; squaring a batch's mean gradient would give something else.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from gramfuse_protocol.errors import ContributionError, PlanError
 
 
 def choose_variant(task: Task, variant: Variant | None) -> Variant:
-    """Return the variant that is asked for, or by default the first that the task can have.
+    """Return a variant of Fisher information that the task supports; by default its usual one.
 
     Raises:
-        PlanError: if the task cannot have it.
+        PlanError: if the task does not support the variant.
     """
-    possible = at_silo(task).fisher
+    supported = at_silo(task).fisher
     if variant is None:
-        return possible[0]
-    if variant not in possible:
+        return supported[0]
+    if variant not in supported:
         raise PlanError(
-            f"fisher:{variant} is not for task {task.task!r}, which can have {' and '.join(possible)}; "
-            f"compare with fisher:{possible[0]}"
+            f"task {task.task!r} does not support fisher:{variant}, only {' and '.join(supported)}; "
+            f"compare with fisher:{supported[0]}"
         )
     return variant
 
@@ -37,15 +37,15 @@ def choose_variant(task: Task, variant: Variant | None) -> Variant:
 def fisher_diagonal(
     model: nn.Module, examples: Iterable[Batch], task: Task, variant: Variant
 ) -> dict[str, torch.Tensor]:
-    """Return the diagonal Fisher information of every parameter that is trained.
+    """Return the diagonal Fisher information of every trainable parameter.
 
     Args:
-        model: in whatever mode; it is in evaluation mode meanwhile and afterwards.
-        examples: batches of one example each, `labels` included; at least one.
-        task: the silo's own; labels that it does not annotate are left out of the likelihood.
+        model: set to evaluation mode, and left in it.
+        examples: batches of one example each, including `labels`; at least one.
+        task: the silo's task. The likelihood leaves out labels that the silo does not annotate.
 
     Returns:
-        By parameter name, ≥ 0, in the parameter's shape: float32 on the CPU, zero for what has no gradient.
+        By parameter name, values ≥ 0 in the parameter's shape, float32 on the CPU; zero without a gradient.
 
     Raises:
         ContributionError: naming the parameter, if a value is NaN or infinite.
@@ -67,7 +67,7 @@ def fisher_diagonal(
     for name, values in sums.items():
         if not torch.isfinite(values).all():
             raise ContributionError(
-                f"Fisher information of {name!r} is NaN or infinite; training diverged there: lower "
-                "training.learning-rate or look at the silo's data"
+                f"the Fisher information of {name!r} is NaN or infinite, so training diverged; lower "
+                "training.learning-rate, or check the silo's data"
             )
     return {name: (values / count).cpu() for name, values in sums.items()}

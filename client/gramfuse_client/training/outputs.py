@@ -1,4 +1,4 @@
-"""What goes into a model and what comes out of it, batch by batch."""
+"""Inputs and outputs of a model, batch by batch."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from gramfuse_protocol.tasks.scores import Tokens
 Batch = dict[str, torch.Tensor]
 
 ANSWERS = ("labels", "words")
-"""What of a batch is no input of a model."""
+"""Keys of a batch that are not inputs of a model."""
 
 
 def inputs_of(batch: Mapping[str, torch.Tensor]) -> Batch:
-    """Return what of a batch goes into a model."""
+    """Return a batch's inputs for a model, without ANSWERS."""
     return {key: value for key, value in batch.items() if key not in ANSWERS}
 
 
 def at_tokens(batch: Batch, labels: Sequence[Sequence[int]]) -> Batch:
-    """Return `labels` of a batch: one label for each token of its inputs, IGNORED at padding."""
+    """Return `labels` of a batch, int64 (batch, length): one label for each input token, IGNORED at padding."""
     filled = torch.full_like(batch["input_ids"], IGNORED)
     filled[batch["attention_mask"].bool()] = torch.tensor([label for row in labels for label in row])
     return {"labels": filled}
 
 
 class Outputs(NamedTuple):
-    """What a model says of a batch.
+    """A model's outputs for a batch.
 
     Args:
-        logits: (batch, outputs), or (batch, positions, outputs) where there is one output for each position.
-        texts: what it generates, for `sequence-to-sequence`; else empty.
+        logits: (batch, outputs), or (batch, positions, outputs) if there is one output for each position.
+        texts: generated texts for `sequence-to-sequence`; otherwise empty.
     """
 
     logits: torch.Tensor
@@ -44,12 +44,17 @@ class Outputs(NamedTuple):
 
 
 def next_tokens(logits: torch.Tensor, truth: torch.Tensor) -> Tokens:
-    """Return what a model said of each token that was to be predicted, by example."""
-    found = []
-    for said, true in zip(logits, truth, strict=True):
+    """Return each example's sums over the tokens to predict: their number, losses, clipped losses and hits.
+
+    Args:
+        logits: (batch, positions, vocabulary).
+        truth: (batch, positions), IGNORED where there is nothing to predict.
+    """
+    rows = []
+    for predicted, true in zip(logits, truth, strict=True):
         real = true != IGNORED
-        losses = cross_entropy(said[real].double(), true[real], reduction="none")
+        losses = cross_entropy(predicted[real].double(), true[real], reduction="none")
         clipped = losses.nan_to_num(nan=LOSS).clamp(0.0, LOSS)
-        right = said[real].argmax(dim=-1) == true[real]
-        found.append([float(of.sum()) for of in (real, losses, clipped, right)])
-    return Tokens(*np.array(found, np.float64).T)
+        correct = predicted[real].argmax(dim=-1) == true[real]
+        rows.append([float(values.sum()) for values in (real, losses, clipped, correct)])
+    return Tokens(*np.array(rows, np.float64).T)
