@@ -18,7 +18,7 @@ import tomlkit
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 
 from gramfuse_client.app import SiloApp
-from gramfuse_client.guard.disclosure import leaves
+from gramfuse_client.guard.disclosure import disclose
 from gramfuse_client.guard.egress import Egress
 from gramfuse_client.guard.ledger import REASON, Ledger
 from gramfuse_client.guard.ledger_lines import Line
@@ -30,7 +30,7 @@ from gramfuse_protocol.contract.layout import Layout
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.messages.flower_records import from_record, to_record
 from gramfuse_protocol.messages.phases import (
-    PHASES,
+    PHASE_OF_TYPE,
     REPLIES,
     EvaluateRequest,
     JoinRequest,
@@ -146,7 +146,7 @@ def test_every_array_that_leaves_is_in_the_ledger_with_its_digest(site: Site, in
     coordinate(grid, site.plan, site.layout, site.project.directory, site.state.parent / "run")
     for name, frames in left.items():
         lines = site.ledger(name)
-        assert [line.entry.phase for line in lines] == [PHASES[kind] for kind, _ in frames]
+        assert [line.entry.phase for line in lines] == [PHASE_OF_TYPE[kind] for kind, _ in frames]
         for line, (_, frame) in zip(lines, frames, strict=True):
             said = unpack(frame, REPLIES)
             header = frame.header.encode()
@@ -169,7 +169,7 @@ def test_every_array_that_leaves_is_in_the_ledger_with_its_digest(site: Site, in
                 "join": "no data", "train": "open", "upload": "open", "evaluate": "open", "finish": "no data"
             }  # fmt: skip
         # What `silo check` says beforehand is what leaves, to the byte; how many digits a count has is not known then.
-        said = [departure for departure in leaves(name, site.plan, site.layout).departures if departure.bytes]
+        said = [departure for departure in disclose(name, site.plan, site.layout).departures if departure.bytes]
         assert {departure.phase: departure.form for departure in said} == forms
         promised, left_in = Counter[str](), Counter[str]()
         for departure in said:

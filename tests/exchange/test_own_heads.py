@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 from gramfuse_cli.show.results import show_report
 from gramfuse_client.data.batches import Encoded, batches
 from gramfuse_client.data.examples import load
-from gramfuse_client.guard.disclosure import leaves
+from gramfuse_client.guard.disclosure import disclose
 from gramfuse_client.silo_file import Silo
 from gramfuse_client.training.evaluate import evaluate
 from gramfuse_model.heads import head_parameters
@@ -178,7 +178,7 @@ def test_a_silo_gets_its_finished_model_even_if_no_metrics_leave(
         entries = [json.loads(line)["entry"] for line in silo.ledger.read_text().splitlines()]
         (evaluated,) = (entry for entry in entries if entry["phase"] == "evaluate")
         (header,) = evaluated["items"]
-        promised = {departure.phase: departure.bytes for departure in leaves(name, done.plan, done.layout).departures}
+        promised = {departure.phase: departure.bytes for departure in disclose(name, done.plan, done.layout).departures}
         assert (header["name"], header["bytes"]) == ("header", promised["evaluate"])
 
 

@@ -15,7 +15,7 @@ import pytest
 from gramfuse_cli.show.results import show_report
 from gramfuse_client.dry_run import of_inputs
 from gramfuse_client.dry_run.findings import Findings
-from gramfuse_client.guard.disclosure import leaves
+from gramfuse_client.guard.disclosure import disclose
 from gramfuse_client.silo_file import write_identity
 from gramfuse_client.tasks.classification import ClassificationAtSilo
 from gramfuse_client.tasks.registry import AT_SILO
@@ -105,7 +105,7 @@ def run(
             write_identity(silos[name].state / "identity.pem", Identity(hashlib.sha256(name.encode()).digest()))
         wanted = {"compare": compare, "opened": False}
         report = here.run(in_process_grid, simulated=here.laboratory(**wanted), study=here.study(**wanted))
-        told = str(leaves(plan.names[0], plan, layout).departures)
+        told = str(disclose(plan.names[0], plan, layout).departures)
         assert NEARLY in told if plan.summed else Ordinal.summed in told
         found = Findings()
         of_inputs.check_data(found, silos[plan.names[0]], plan, None, offline=True)

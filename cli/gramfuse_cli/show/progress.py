@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import Any
 
 from gramfuse_deployment.terminal import bars, say
-from gramfuse_server.report.page.words import PHASES
+from gramfuse_server.report.page.words import PHASE_TITLES
 
 
 class RunProgress:
@@ -39,7 +39,7 @@ class RunProgress:
             case "start":
                 self.phase = phase
                 number = f" (round {event['round']} of {event['rounds']})" if "round" in event else ""
-                self._say(f"{PHASES[phase]}{number}", "bold")
+                self._say(f"{PHASE_TITLES[phase]}{number}", "bold")
                 if phase == "train":
                     self._bars = {s: self._progress.add_task(s, total=None, doing="") for s in self.silos}
             case "silo":

@@ -64,8 +64,8 @@ def check_sound(report: Report, run: Path) -> None:
     """
     if worst(report.checks) == "bad":
         error = MergeError(
-            f"{run}: {describe_bad(report.checks)}. A silo's training diverged, or a silo did not send what it measured; "
-            "the sum does not show which. Do not use the model; it is kept for inspection only"
+            f"{run}: {describe_bad(report.checks)}. A silo's training diverged, or a silo did not send what it "
+            "measured; the sum does not show which. Do not use the model; it is kept for inspection only"
         )
         error.report = run / REPORT
         raise error

@@ -55,16 +55,6 @@ from gramfuse_protocol.tasks.registry import kind_of
 LARGEST_COUNT = 10**12
 """More examples than any silo has; gives the size of a count that leaves in the clear."""
 
-FORMS = {
-    "keys": "public keys",
-    "shares": "sealed shares",
-    "masked": "masked",
-    "survivors": "signature",
-    "unmask": "shares",
-    "refusal": "reason",
-}
-"""How content can be read, by phase; in other phases it is open, if there is any."""
-
 WORDS = {
     "every message": "also has the plan's digest, the session's nonce and this silo's name",
     "Gram matrix": "for each pair of a layer's input features, the mean of their product over the training tokens: one "
@@ -141,7 +131,7 @@ class Disclosure:
 def form_of(reply: Message) -> str:
     """Return how a reply's content can be read, in a word or two; the ledger uses it too."""
     counts = isinstance(reply, TrainReply) and (reply.examples is not None or reply.tokens)
-    return FORMS.get(reply.phase) or ("open" if reply.arrays or counts else "no data")
+    return reply.form or ("open" if reply.arrays or counts else "no data")
 
 
 def disclose(silo: str, plan: Plan, layout: Layout) -> Disclosure:

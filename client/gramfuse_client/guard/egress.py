@@ -19,7 +19,7 @@ from gramfuse_client.silo_file import Silo
 from gramfuse_protocol.errors import FederationError, GramfuseError, LedgerError
 from gramfuse_protocol.messages import phases
 from gramfuse_protocol.messages.flower_records import from_record, request_of, to_record
-from gramfuse_protocol.messages.phases import PHASES, REPLIES, Refusal
+from gramfuse_protocol.messages.phases import PHASE_OF_TYPE, REPLIES, Refusal
 from gramfuse_protocol.messages.wire import pack, unpack
 from gramfuse_protocol.text import one_line
 
@@ -108,7 +108,7 @@ def failed(message: Message, error: GramfuseError) -> Message:
 
 def _phase(message: Message) -> str:
     kind = message.metadata.message_type
-    return PHASES.get(kind, one_line(kind, 100))
+    return PHASE_OF_TYPE.get(kind, one_line(kind, 100))
 
 
 def _sha256(data: bytes | memoryview) -> str:

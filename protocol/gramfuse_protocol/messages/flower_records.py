@@ -7,7 +7,7 @@ from flwr.app import Message as FlowerMessage
 
 from gramfuse_protocol.errors import FederationError
 from gramfuse_protocol.messages.npy import Bytes, decode, encode
-from gramfuse_protocol.messages.phases import PHASES, REQUESTS, Message
+from gramfuse_protocol.messages.phases import PHASE_OF_TYPE, REQUESTS, Message
 from gramfuse_protocol.messages.wire import Frame, unpack
 
 
@@ -51,10 +51,10 @@ def request_of(message: FlowerMessage) -> Message:
         FederationError: if its type is not part of the protocol, or its content is not valid for the type.
     """
     kind = message.metadata.message_type
-    phase = PHASES.get(kind)
+    phase = PHASE_OF_TYPE.get(kind)
     if phase is None:
         raise FederationError(
-            f"received a message of unknown type {kind[:100]!r}; the protocol has {', '.join(PHASES)}",
+            f"received a message of unknown type {kind[:100]!r}; the protocol has {', '.join(PHASE_OF_TYPE)}",
             reason="received a message of unknown type",
         )
     try:

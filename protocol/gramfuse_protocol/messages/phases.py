@@ -105,11 +105,11 @@ class Message(Body):
 
     Attributes:
         title: a request's phase, in words.
-        form: how the content of a reply can be read: "open", "masked", …
+        form: how the content of a reply can be read: "masked", "signature", …; empty if it is open, or there is none.
     """
 
     title: ClassVar[str] = ""
-    form: ClassVar[str] = "open"
+    form: ClassVar[str] = ""
     plan: Sha256
     session: Nonce
     round: Round = 1
@@ -363,7 +363,7 @@ def message_type(phase: str) -> str:
     return phase if phase in ("train", "evaluate") else f"query.{phase}"
 
 
-PHASES: Mapping[str, str] = {message_type(phase): phase for phase in REQUESTS}
+PHASE_OF_TYPE: Mapping[str, str] = {message_type(phase): phase for phase in REQUESTS}
 """Phases by Flower message type; a silo answers no others."""
 
 

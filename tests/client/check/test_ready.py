@@ -13,7 +13,7 @@ from gramfuse_cli.commands import silo_check as cli_check
 from gramfuse_client.dry_run import of_coordinator as connection
 from gramfuse_client.dry_run.check import check
 from gramfuse_client.guard import disclosure
-from gramfuse_client.guard.disclosure import leaves
+from gramfuse_client.guard.disclosure import disclose
 from gramfuse_client.silo_file import Silo, write_identity
 from gramfuse_client.state.state import State
 from gramfuse_protocol.contract.layout import Layout
@@ -71,7 +71,7 @@ def test_as_json_it_is_one_object_with_the_same_in_it(site: Site, gramfuse: Call
 def test_sizes_are_those_of_the_messages(site: Site) -> None:
     layout = Layout.read(site.project.directory / "layout.json")
     about: dict[str, Any] = {"plan": site.plan.digest, "session": "a" * 32, "silo": NAME}
-    by_phase = {d.phase: d.bytes for d in reversed(leaves(NAME, site.plan, layout).departures)}
+    by_phase = {d.phase: d.bytes for d in reversed(disclose(NAME, site.plan, layout).departures)}
     words = np.zeros(layout.sum_entries, np.uint64)
     sealed = {name: "ab" * 280 for name in site.plan.names if name != NAME}
     for reply in (
@@ -86,7 +86,7 @@ def test_sizes_are_those_of_the_messages(site: Site) -> None:
 def test_what_leaves_in_rounds_is_counted_as_often(site: Site) -> None:
     layout = Layout.read(site.project.directory / "layout.json")
     merge = site.plan.merge.model_copy(update={"rounds": 3})
-    once, often = (leaves(NAME, p, layout) for p in (site.plan, site.plan.model_copy(update={"merge": merge})))
+    once, often = (disclose(NAME, p, layout) for p in (site.plan, site.plan.model_copy(update={"merge": merge})))
     for one, three in zip(once.departures, often.departures, strict=True):
         assert three.bytes == (one.bytes if one.phase in ("connection", "finish", "any") else 3 * (one.bytes or 0))
         assert three.parts == one.parts
@@ -95,9 +95,9 @@ def test_what_leaves_in_rounds_is_counted_as_often(site: Site) -> None:
 
 def test_a_contribution_in_pieces_has_as_many_headers(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     layout = Layout.read(site.project.directory / "layout.json")
-    whole = leaves(NAME, site.plan, layout).departures[5]
+    whole = disclose(NAME, site.plan, layout).departures[5]
     monkeypatch.setattr(disclosure, "PIECE_BYTES", 16384)
-    pieces = leaves(NAME, site.plan, layout).departures[5]
+    pieces = disclose(NAME, site.plan, layout).departures[5]
     assert "in 5 pieces" in pieces.what
     assert 4 * 200 < (pieces.bytes or 0) - (whole.bytes or 0) < 4 * 300
 
@@ -106,7 +106,7 @@ def test_how_many_may_collude_is_what_the_terms_withstand(make_site: Callable[..
     site = make_site()
     layout = Layout.read(site.project.directory / "layout.json")
     five = [*site.plan.silo, site.plan.silo[0].model_copy(update={"name": "silo-e"})]
-    said = " ".join(leaves(NAME, site.plan.model_copy(update={"silo": tuple(five)}), layout).claims)
+    said = " ".join(disclose(NAME, site.plan.model_copy(update={"silo": tuple(five)}), layout).claims)
     assert "at least 4 of the 5 silos" in said
     assert "at most 2 silos" in said
     assert "The plan asks for 1" in said

@@ -22,7 +22,7 @@ from gramfuse_server.report.page.blocks import (
 )
 from gramfuse_server.report.page.charts import count
 from gramfuse_server.report.page.view import Reading
-from gramfuse_server.report.page.words import CHECKS, PHASES, VERDICTS, bounds, explain
+from gramfuse_server.report.page.words import CHECKS, PHASE_TITLES, VERDICTS, bounds, explain
 from gramfuse_server.report.verdicts import worst
 
 
@@ -30,7 +30,7 @@ def failure(reading: Reading) -> PageSection:
     """What failed, where, and what to do."""
     failure = reading.failure
     assert failure is not None  # noqa: S101
-    code, phase = failure.exit_code, PHASES.get(failure.phase, failure.phase)
+    code, phase = failure.exit_code, PHASE_TITLES.get(failure.phase, failure.phase)
     named = [silo for silo in reading.silos if f"'{silo}'" in failure.message] or [name for _, name, _ in reading.lost]
     rounds = reading.plan.merge.rounds if reading.plan else 1
     entries: list[tuple[str, str | Markup]] = [("What happened", failure.message)]
@@ -202,7 +202,7 @@ def traffic(reading: Reading) -> PageSection | None:
         drawn = charts.bars([seconds.get(phase) for phase in phases])
         rows = [
             Row(
-                PHASES.get(phase, phase),
+                PHASE_TITLES.get(phase, phase),
                 [
                     Cell(charts.duration(seconds[phase]) if phase in seconds else charts.NONE, bar),
                     Cell(_in_phase(sent, phase)),
@@ -228,7 +228,7 @@ def _by_phase(way: str, traffic: Mapping[str, Mapping[str, int]], phases: Iterab
     silos = list(traffic)
     rows = [
         Row(
-            PHASES.get(phase, phase),
+            PHASE_TITLES.get(phase, phase),
             [Cell(charts.size(traffic[silo][phase]) if phase in traffic[silo] else charts.NONE) for silo in silos],
         )
         for phase in phases

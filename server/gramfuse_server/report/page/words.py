@@ -50,7 +50,7 @@ VERDICTS = {
     "bad": "impossible for honest merges, or forbidden by the plan: do not use the model",
 }
 
-PHASES = {
+PHASE_TITLES = {
     "start": "start Flower",
     **{phase: request.title for phase, request in REQUESTS.items()},
     "merge": "merge",
