@@ -1,0 +1,107 @@
+"""The closed-form head: equal to scikit-learn's discriminant on all examples, whatever silos they lie at."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+
+from gramfuse_protocol.errors import ContributionError, MergeError
+from gramfuse_protocol.statistics.head_sums import HeadSums
+from gramfuse_server.merging.closed_form_head import Head, approximating_shrinkage, fit_head
+
+
+class _Shrunk:
+    """Our covariance, as scikit-learn asks for one."""
+
+    def fit(self, x: np.ndarray) -> _Shrunk:
+        within = np.cov(x.T, bias=True)
+        shrinkage = self.shrinkage * np.trace(self.whole) / len(within)
+        self.covariance_ = within + shrinkage * np.eye(len(within))
+        return self
+
+    def __init__(self, shrinkage: float = 0.0, whole: Any = None) -> None:
+        self.shrinkage = shrinkage
+        self.whole = whole
+
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        return {"shrinkage": self.shrinkage, "whole": self.whole}
+
+    def set_params(self, **parameters: Any) -> _Shrunk:
+        return _Shrunk(**parameters)
+
+
+def examples(seed: int, count: int = 400, features: int = 12, labels: int = 5) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    y = rng.choice(labels, count, p=np.arange(1, labels + 1) / sum(range(1, labels + 1)))
+    mix = rng.normal(size=(features, features)) / 3
+    return rng.normal(size=(labels, features))[y] + rng.normal(size=(count, features)) @ mix + 2, y
+
+
+def sums_of(x: np.ndarray, y: np.ndarray, labels: int = 5) -> HeadSums:
+    one_hot = np.eye(labels)[y]
+    return HeadSums(x.T @ x, x.T @ one_hot, one_hot.sum(axis=0))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_it_is_the_discriminant_of_all_examples_together(seed: int) -> None:
+    x, y = examples(seed)
+    silos = np.random.default_rng(seed).integers(0, 3, len(y))
+    total = sum((sums_of(x[silos == silo], y[silos == silo]) for silo in range(3)), HeadSums.zeros(12, 5))
+    head = fit_head(total, prior=True)
+
+    within = sum((y == c).mean() * np.cov(x[y == c].T, bias=True) for c in range(5))
+    oracle = LinearDiscriminantAnalysis(
+        solver="lsqr", covariance_estimator=_Shrunk(head.shrinkage, within), priors=np.bincount(y) / len(y)
+    ).fit(x, y)
+    ours = x @ head.weight.T + head.bias
+    theirs = oracle.decision_function(x)
+    differences = (ours - ours[:, :1]) - (theirs - theirs[:, :1])  # softmax and argmax see no common term
+    assert np.abs(differences).max() < 1e-8 * np.abs(theirs).max()
+
+
+def test_labels_without_examples_are_never_predicted_and_others_are_as_without_them() -> None:
+    x, y = examples(3)
+    lacking = fit_head(sums_of(x, y, labels=7), prior=True)
+    whole = fit_head(sums_of(x, y), prior=True)
+    assert lacking.absent == (5, 6)
+    assert np.array_equal(lacking.weight[:5], whole.weight)
+    assert not lacking.weight[5:].any()
+    assert (x @ lacking.weight.T + lacking.bias).argmax(axis=1).max() <= 4
+
+
+def test_without_prior_a_rare_label_counts_as_much_as_a_frequent_one() -> None:
+    x, y = examples(4)
+    with_prior, without = fit_head(sums_of(x, y), prior=True), fit_head(sums_of(x, y), prior=False)
+    assert np.array_equal(with_prior.weight, without.weight)
+    assert np.allclose(with_prior.bias - without.bias, np.log(np.bincount(y) / len(y)))
+
+
+def test_scale_changes_confidence_and_no_decision() -> None:
+    x, y = examples(5)
+    head = fit_head(sums_of(x, y), prior=False)
+    scaled = head.scaled(0.2)
+
+    def decisions(one: Head) -> np.ndarray:
+        return (x @ one.weight.T + one.bias).argmax(axis=1)
+
+    assert np.array_equal(decisions(head), decisions(scaled))
+
+
+def test_shrinkage_falls_with_examples_and_is_bounded() -> None:
+    covariance = np.diag(np.arange(1.0, 9.0))
+    few, many = approximating_shrinkage(covariance, 10), approximating_shrinkage(covariance, 10_000)
+    assert 0 < many < few
+    assert approximating_shrinkage(np.eye(4), 100) == 1e6
+
+
+def test_what_gives_no_head_is_refused() -> None:
+    x, y = examples(6)
+    with pytest.raises(MergeError):
+        fit_head(sums_of(x[y == 0], y[y == 0]), prior=True)
+    with pytest.raises(MergeError):
+        fit_head(sums_of(np.ones_like(x), y), prior=True)
+    with pytest.raises(ContributionError):
+        _ = sums_of(x, y) + HeadSums.zeros(3, 5)
