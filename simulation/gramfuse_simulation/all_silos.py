@@ -23,10 +23,12 @@ if TYPE_CHECKING:
 
     from gramfuse_client.data.batches import Encoded
     from gramfuse_client.data.examples import Examples
+    from gramfuse_client.measuring.head_sums import Pooling
     from gramfuse_client.silo_file import Silo
     from gramfuse_client.tasks.registry import Variant
     from gramfuse_client.training.outputs import Batch
     from gramfuse_model.loading.base_model import Base
+    from gramfuse_protocol.statistics.head_sums import HeadSums
 
 Split = Literal["held-out", "validation"]
 """Part of a silo's examples: for the report, or for choices."""
@@ -161,6 +163,40 @@ class Bench:
             finetune(model, encoded, self.plan.training.in_round(number), self.device, owner=owner)
             return trainable(model)
 
+    def head_sums(self, deltas: Deltas, pooling: Pooling) -> HeadSums:
+        """Return the moments of the features of the silo's training examples, for the base with differences added."""
+        from gramfuse_client.data.batches import batches
+        from gramfuse_client.exchange.local_model import EVALUATION_BATCH
+        from gramfuse_client.measuring.head_sums import collect_head_sums
+
+        encoded = self.encoded(self.examples[0])
+        with self.model(deltas) as model:
+            given = batches(encoded, EVALUATION_BATCH, self.device, by_length=True)
+            return collect_head_sums(model, given, len(self.task.labels), pooling=pooling)
+
+    def measure_head(
+        self, deltas: Deltas, weight: NDArray[np.float64], bias: NDArray[np.float64], pooling: Pooling
+    ) -> Sums:
+        """Return the held-out sums of the base with differences added and another last layer.
+
+        Args:
+            weight: (labels, features).
+            bias: (labels,).
+        """
+        import torch
+
+        from gramfuse_client.measuring.head_sums import features_of
+        from gramfuse_client.training.evaluate import count
+        from gramfuse_client.training.outputs import Outputs
+
+        total: Sums = np.zeros(sums_shape(self.task), np.float64)
+        with self.model(deltas) as model:
+            for batch in self.batches("held-out"):
+                features = features_of(model, batch, len(self.task.labels), pooling).double().cpu()
+                logits = features @ torch.from_numpy(weight.T.copy()) + torch.from_numpy(bias)
+                total += count(batch, Outputs(logits), self.task, self.base.tokenizer)
+        return total
+
     def fisher(self, deltas: Deltas, variant: Variant, examples: int) -> dict[str, NDArray[np.float32]]:
         """Return the diagonal Fisher information of base + deltas.
 
@@ -267,6 +303,11 @@ class AllSilos:
         models = [(self.deltas(name), bench.head) for name, bench in self.benches.items()]
         annotated = [bench.task.annotated for bench in self.benches.values()]
         return {name: bench.measure_together(models, annotated) for name, bench in self.benches.items()}
+
+    def head_sums(self, deltas: Deltas, pooling: Pooling) -> HeadSums:
+        """Return the moments of the features of all silos' training examples together."""
+        first, *others = (bench.head_sums(deltas, pooling) for bench in self.benches.values())
+        return sum(others, first)
 
     def measure_joint(self, threads: int | None = None) -> dict[str, Sums]:
         """Return the held-out sums of the base model fine-tuned on all silos' data, by silo, which must share one task.

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from gramfuse_model.loading.base_model import Base
     from gramfuse_protocol.contract.layout import Layout
     from gramfuse_protocol.contract.plan import Plan
+    from gramfuse_protocol.statistics.head_sums import HeadSums
+    from gramfuse_server.merging.closed_form_head import Head
     from gramfuse_server.report.schema import Measured
     from gramfuse_server.run.conductor import Observer
 
@@ -30,8 +32,8 @@ class Comparison:
         observer: receives an event when a model is started and when it was measured.
     """
 
-    def __init__(self, laboratory: AllSilos, observer: Observer) -> None:
-        self.silos = SimulatedSilos(laboratory, observer)
+    def __init__(self, laboratory: AllSilos, merged: Deltas, observer: Observer) -> None:
+        self.silos = SimulatedSilos(laboratory, merged, observer)
         self.observer = observer
 
     def models(self, terms: tuple[Term, ...]) -> list[Measured]:
@@ -56,8 +58,9 @@ class SimulatedSilos:
         observer: as in `Comparison`.
     """
 
-    def __init__(self, laboratory: AllSilos, observer: Observer) -> None:
+    def __init__(self, laboratory: AllSilos, merged: Deltas, observer: Observer) -> None:
         self.laboratory = laboratory
+        self._merged = merged
         self.observer = observer
         self.plan: Plan = laboratory.plan
         self.layout: Layout = laboratory.layout
@@ -108,6 +111,21 @@ class SimulatedSilos:
     def train_jointly(self) -> Mapping[str, Sums]:
         """Return the held-out sums of the base fine-tuned on all silos' data, by silo."""
         return self.laboratory.measure_joint()
+
+    def merged(self) -> Deltas:
+        """Return the run's merge: its differences from the base."""
+        return self._merged
+
+    def head_sums(self, deltas: Deltas, pooling: Any) -> HeadSums:
+        """Return the moments of the features of all silos' training examples, for the base with differences added."""
+        return self.laboratory.head_sums(deltas, pooling)
+
+    def measure_head(self, deltas: Deltas, head: Head, pooling: Any) -> Mapping[str, Sums]:
+        """Return the held-out sums of the base with differences added and another last layer, by silo."""
+        return {
+            name: bench.measure_head(deltas, head.weight, head.bias, pooling)
+            for name, bench in self.laboratory.benches.items()
+        }
 
     def federate(self, rounds: int, after: Callable[[int, Deltas], None]) -> Mapping[str, int]:
         """Run FedAvg, call `after` with each round and its average, and return the bytes that each silo sent."""

@@ -169,7 +169,7 @@ def study_of(spec: dict[str, Any], plan: Plan, layout: Layout) -> Study | None:
         if spec["tune"]:
             merged, studied = tune(laboratory, Wanted(**spec["tune"]), merged, observer)
         if spec["compare"]:
-            compared = Comparison(laboratory, observer).models(parse_terms(spec["compare"]))
+            compared = Comparison(laboratory, merged.deltas, observer).models(parse_terms(spec["compare"]))
             studied = studied._replace(models=(*studied.models, *compared))
         return merged, studied
 

@@ -200,7 +200,7 @@ def test_what_a_merge_is_compared_with_has_the_mean_of_the_running_means_too(tmp
     measure = laboratory.measure
     laboratory.measure = lambda deltas, *part: measured.append(deltas) or measure(deltas, *part)  # type: ignore[method-assign]
     terms = parse_terms("fisher,ties,task-arithmetic,fedavg:1")
-    models = Comparison(laboratory, lambda event: None).models(terms)
+    models = Comparison(laboratory, {}, lambda event: None).models(terms)
     assert len(models) == len(measured) == 4
     before = laboratory.start()
     for deltas in measured:

@@ -1,8 +1,9 @@
-"""Collects what a head is fitted from in closed form: moments of the features that enter its last linear layer."""
+"""Collects the sums that a head is fitted from in closed form: moments of the features of each example."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import Literal
 
 import numpy as np
 import torch
@@ -15,68 +16,83 @@ from gramfuse_model.probing.hooks import observing
 from gramfuse_protocol.errors import ContributionError, ModelError
 from gramfuse_protocol.statistics.head_sums import HeadSums
 
+Pooling = Literal["head", "mean"]
+"""The features of an example: what enters the head's last linear layer, or the mean of the body's outputs over real
+tokens."""
+
 
 def collect_head_sums(
     model: PreTrainedModel,
     batches: Iterable[Mapping[str, torch.Tensor]],
     labels: int,
+    *,
+    pooling: Pooling = "head",
     progress: Callable[[int], None] | None = None,
 ) -> HeadSums:
-    """Run a model over batches, in evaluation mode and without autograd, and sum what enters its last linear layer.
+    """Run a model over batches, in evaluation mode and without autograd, and sum the moments of its features.
 
     Args:
-        model: of a kind with one label for each example.
-        batches: keyword arguments of its forward, with `labels`, int (batch,).
-        labels: how many there are.
-        progress: called with the number of batches done.
+        model: with exactly one label for each example.
+        batches: keyword arguments of its forward, including `labels`, int (batch,).
+        labels: number of labels.
+        progress: called with the number of finished batches.
 
     Returns:
-        Sums over all examples, in float64. Features are taken as the model has them, and multiplied in float64.
+        Sums over all examples, in float64.
 
     Raises:
-        ModelError: if the head has no linear layer with one output for each label, or that layer's output is not what
-            the model says of an example.
+        ModelError: as `features_of`.
         ContributionError: if there are no batches, or a feature is NaN or infinite.
     """
-    last = last_linear(model, labels)
-    if last is None:
-        raise ModelError(f"the head of {type(model).__name__} has no linear layer with {labels} outputs")
-    received: list[torch.Tensor] = []
-
-    def receive(_: nn.Module, x: torch.Tensor, __: tuple[object, ...]) -> None:
-        received.append(x)
-
     sums: HeadSums | None = None
-    with observing(model, [(last.module, receive)]):
-        for number, batch in enumerate(batches, 1):
-            received.clear()
-            logits = model(**inputs_of(batch)).logits
-            features = _features(model, last.module, received, logits).double().cpu().numpy()
-            if not np.isfinite(features).all():
-                raise ContributionError("what enters the head's last layer holds values that are NaN or infinite")
-            one_hot = np.eye(labels)[batch["labels"].cpu().numpy()]
-            of_batch = HeadSums(features.T @ features, features.T @ one_hot, one_hot.sum(axis=0))
-            sums = of_batch if sums is None else sums + of_batch
-            if progress is not None:
-                progress(number)
+    for number, batch in enumerate(batches, 1):
+        features = features_of(model, batch, labels, pooling).double().cpu().numpy()
+        if not np.isfinite(features).all():
+            raise ContributionError("the features of the head have NaN or infinite values")
+        one_hot = np.eye(labels)[batch["labels"].cpu().numpy()]
+        of_batch = HeadSums(features.T @ features, features.T @ one_hot, one_hot.sum(axis=0))
+        sums = of_batch if sums is None else sums + of_batch
+        if progress is not None:
+            progress(number)
     if sums is None:
         raise ContributionError("no example was measured: there are no batches")
     return sums
 
 
-def _features(
-    model: PreTrainedModel, module: nn.Module, received: list[torch.Tensor], logits: torch.Tensor
+def features_of(
+    model: PreTrainedModel, batch: Mapping[str, torch.Tensor], labels: int, pooling: Pooling
 ) -> torch.Tensor:
+    """Return the features of a batch's examples, (batch, D), in evaluation mode and without autograd.
+
+    Raises:
+        ModelError: if the head has no linear layer with one output for each label, or that layer's output is not the
+            model's; or, for the mean, if the body gives no output for each token.
+    """
+    if pooling == "mean":
+        return _mean_of_tokens(model, batch)
+    last = last_linear(model, labels)
+    if last is None:
+        raise ModelError(f"the head of {type(model).__name__} has no linear layer with {labels} outputs")
+    inputs: list[torch.Tensor] = []
+
+    def receive(_: nn.Module, x: torch.Tensor, __: tuple[object, ...]) -> None:
+        inputs.append(x)
+
+    with observing(model, [(last.module, receive)]):
+        logits = model(**inputs_of(batch)).logits
+    if len(inputs) != 1:
+        name = type(model).__name__
+        raise ModelError(f"{name} runs its last layer {len(inputs)} times for one batch; expected once")
+    with torch.no_grad():
+        return _rows(model, last.module, inputs[0], logits)
+
+
+def _rows(model: PreTrainedModel, module: nn.Module, x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     """Return the rows of the last layer's input that the logits come from, one for each example: (batch, D)."""
-    if len(received) != 1:
-        raise ModelError(
-            f"{type(model).__name__} runs its last layer {len(received)} times for one batch; expected once"
-        )
-    (x,) = received
     outputs = module(x)
     if outputs.shape == logits.shape:
         rows = x
-    elif outputs.dim() == 3 and outputs.shape[::2] == logits.shape:  # of every token, and the model picks one
+    elif outputs.dim() == 3 and outputs.shape[::2] == logits.shape:  # one for each token, and the model picks one
         place = (outputs - logits[:, None]).abs().amax(dim=2).argmin(dim=1)
         examples = torch.arange(len(logits), device=logits.device)
         rows, outputs = x[examples, place], outputs[examples, place]
@@ -87,7 +103,21 @@ def _features(
         )
     if not torch.allclose(outputs, logits, rtol=1e-3, atol=1e-4):
         raise ModelError(
-            f"what {type(model).__name__} gives is not what its last linear layer gives, so its head cannot be fitted "
+            f"the output of {type(model).__name__} is not that of its last linear layer, so its head cannot be fitted "
             "in closed form"
         )
     return rows
+
+
+def _mean_of_tokens(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Return the mean of the body's outputs over real tokens, (batch, D)."""
+    with observing(model, []):
+        states = getattr(model.base_model(**inputs_of(batch)), "last_hidden_state", None)
+    if states is None or states.dim() != 3:
+        raise ModelError(
+            f"the body of {type(model).__name__} gives no output for each token, so there is no mean of them"
+        )
+    mask = batch.get("attention_mask")
+    weights = torch.ones(states.shape[:2], device=states.device) if mask is None else mask[:, : states.shape[1]].float()
+    mean: torch.Tensor = (states * weights[..., None]).sum(dim=1) / weights.sum(dim=1, keepdim=True)
+    return mean

@@ -47,6 +47,7 @@ class Classification(TaskKind):
     least_labels = 2
     partial_labels = True
     exclusive = True
+    discriminant = True
     options = frozenset({"pair"})
     first_label = 2
 

@@ -68,6 +68,8 @@ class TaskKind(ABC):
     """Whether a silo may annotate only some of the labels."""
     exclusive: ClassVar[bool] = False
     """Whether an example has exactly one label, so that all others are absent."""
+    discriminant: ClassVar[bool] = False
+    """Whether an example has one label and one row of features, so that a head can be fitted as a discriminant."""
     headless: ClassVar[bool] = False
     """Whether the task needs no new head: the base model's pretrained output layer predicts tokens."""
     options: ClassVar[frozenset[str]] = frozenset()

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from gramfuse_model.loading.base_model import Base
     from gramfuse_protocol.contract.layout import Layout
     from gramfuse_protocol.held_out.metrics import Sums
+    from gramfuse_protocol.statistics.head_sums import HeadSums
+    from gramfuse_server.merging.closed_form_head import Head
     from gramfuse_server.merging.methods.arithmetic import Differences, Weights
 
 Need = Literal["models", "data", "fisher"]
@@ -86,6 +88,15 @@ class Silos(Protocol):
 
     def train_jointly(self) -> Mapping[str, Sums]:
         """Return the held-out sums of the base fine-tuned on all silos' data, by silo."""
+
+    def merged(self) -> Differences:
+        """Return the run's merge: its differences from the base."""
+
+    def head_sums(self, deltas: Differences, pooling: str) -> HeadSums:
+        """Return the moments of the features of all silos' training examples, for the base with differences added."""
+
+    def measure_head(self, deltas: Differences, head: Head, pooling: str) -> Mapping[str, Sums]:
+        """Return the held-out sums of the base with differences added and another last layer, by silo."""
 
     def federate(self, rounds: int, after: Callable[[int, Differences], None]) -> Mapping[str, int]:
         """Run FedAvg, call `after` with each round and its average, and return the bytes that each silo sent."""

@@ -1,0 +1,75 @@
+"""Heads in closed form: on the base as it is, and anew on a merged model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+from gramfuse_protocol.tasks.registry import kind_of
+from gramfuse_server.merging.methods.arithmetic import weighted_mean
+from gramfuse_server.merging.methods.joint import MASKED
+from gramfuse_server.merging.methods.registry import DIFFERENT_TASKS, CandidateSums, NotAllowed, Options, Silos, method
+
+PAPER = "Fisher 1936; shrinkage: Chen et al., IEEE TSP 2010"
+
+NO_DISCRIMINANT = NotAllowed(
+    lambda plan: any(not kind_of(task).discriminant for task in plan.tasks.values()),
+    "fits a head for exactly one of several labels for each example, and the plan's task is another; leave it out",
+)
+
+REFUSALS = (DIFFERENT_TASKS, MASKED, NO_DISCRIMINANT)
+
+
+def _one_of(name: str, default: str, other: str, words: str) -> Options:
+    """Return the options of a method with one choice between two words."""
+
+    def parse(values: Sequence[str]) -> dict[str, Any]:
+        if len(values) > 1 or not set(values) <= {default, other}:
+            raise ValueError(f"{name} is {default} or {other}")
+        return {name: values[0] if values else default}
+
+    return Options(f"[:{name.upper()}]", words, parse)
+
+
+def _share(silos: Silos, deltas: Any, pooling: str) -> CandidateSums:
+    from gramfuse_server.merging.closed_form_head import fit_head
+
+    head = fit_head(silos.head_sums(deltas, pooling), prior=True)
+    more = {"note": f"shrinkage {head.shrinkage:.3g}"}
+    return CandidateSums(silos.measure_head(deltas, head, pooling), more=more)
+
+
+@method(
+    name="probe",
+    label="head only",
+    words="a head in closed form on the features of the base model, which is not fine-tuned",
+    paper=PAPER,
+    options=_one_of("pooling", "head", "mean", "head takes the input of the last layer, mean the mean over tokens"),
+    needs=("data",),
+    refusals=REFUSALS,
+)
+def probe(silos: Silos, pooling: Literal["head", "mean"]) -> CandidateSums:
+    """Measure the base model with a closed-form head: the control for all fine-tuning."""
+    measured = _share(silos, {}, pooling)
+    return CandidateSums(measured.sums, ("mean-pooled",) if pooling == "mean" else (), measured.more)
+
+
+@method(
+    name="refit",
+    label="head fitted again",
+    words="the merge, with a head fitted in closed form on its features",
+    paper=PAPER,
+    options=_one_of(
+        "body", "regmean", "simple", "regmean takes the body of the merge, simple that of the simple average"
+    ),
+    needs=("data",),
+    refusals=REFUSALS,
+)
+def refit(silos: Silos, body: Literal["regmean", "simple"]) -> CandidateSums:
+    """Measure a merged model after its head was fitted again."""
+    bodies: dict[str, Callable[[], Any]] = {
+        "regmean": silos.merged,
+        "simple": lambda: weighted_mean(*silos.parents()),
+    }
+    measured = _share(silos, bodies[body](), "head")
+    return CandidateSums(measured.sums, ("simple average",) if body == "simple" else (), measured.more)

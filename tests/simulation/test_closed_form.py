@@ -1,0 +1,78 @@
+"""Heads in closed form beside the merge: `--compare probe,refit` against a plain loop over all silos' examples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from gramfuse_client.data.batches import batches
+from gramfuse_protocol.contract.plan import Plan
+from gramfuse_protocol.errors import PlanError
+from gramfuse_protocol.statistics.head_sums import HeadSums
+from gramfuse_server.merging.closed_form_head import fit_head
+from gramfuse_server.merging.methods.arithmetic import weighted_mean
+from gramfuse_simulation.all_silos import AllSilos
+from gramfuse_simulation.terms import check_terms, parse_terms
+from tests.projects import Simulated
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def run(pico_project: Callable[..., Any], tmp_path: Any, in_process_grid: Any) -> tuple[dict[str, Any], AllSilos]:
+    """A run of three silos with all closed-form heads beside the merge: its report, and its silos."""
+    project = pico_project(silos=3, examples=40)
+    here = Simulated(project.directory, tmp_path)
+    wanted = {"compare": "probe,probe:mean,refit,refit:simple", "opened": False}
+    report = here.run(in_process_grid, study=here.study(**wanted)).document()
+    return report, here.laboratory(**wanted)(1, here.plan.names)
+
+
+def features(silos: AllSilos, deltas: Any, part: int, pooling: str) -> tuple[np.ndarray, np.ndarray]:
+    """All silos' features and labels, one by one: the input of BERT's classifier, or the mean over tokens."""
+    found, labels = [], []
+    for bench in silos.benches.values():
+        with bench.model(deltas) as model, torch.no_grad():
+            for batch in batches(bench.encoded(bench.examples[part]), 1, CPU):
+                inputs = {name: value for name, value in batch.items() if name != "labels"}
+                outputs = model.eval().bert(**inputs)
+                x = outputs.pooler_output if pooling == "head" else outputs.last_hidden_state.mean(dim=1)
+                found.append(x[0].double().numpy())
+                labels.append(int(batch["labels"][0]))
+    return np.array(found), np.array(labels)
+
+
+def accuracy(silos: AllSilos, deltas: Any, pooling: str = "head") -> float:
+    x, y = features(silos, deltas, 0, pooling)
+    one_hot = np.eye(len(silos.plan.task_of("silo-a").labels))[y]
+    head = fit_head(HeadSums(x.T @ x, x.T @ one_hot, one_hot.sum(axis=0)), prior=True)
+    x, y = features(silos, deltas, 1, pooling)
+    return float(((x @ head.weight.T + head.bias).argmax(axis=1) == y).mean())
+
+
+def test_heads_in_closed_form_are_fitted_to_all_silos_examples(run: tuple[dict[str, Any], AllSilos]) -> None:
+    report, silos = run
+    merged = {tensor.name: np.zeros(tensor.shape) for tensor in silos.layout.tensors}
+    found = {model["name"]: model["metrics"]["accuracy"] for model in report["models"]}
+    assert found["head only"] == accuracy(silos, merged)
+    assert found["head only (mean-pooled)"] == accuracy(silos, merged, "mean")
+    assert found["head fitted again (simple average)"] == accuracy(silos, weighted_mean(*silos.parents()))
+    assert "head fitted again" in found
+    notes = [model["note"] for model in report["models"] if model["kind"] in ("probe", "refit")]
+    assert len(notes) == 4
+    assert all("shrinkage" in note for note in notes)
+
+
+def test_a_head_is_fitted_to_one_label_for_each_example_only(pico_project: Callable[..., Any]) -> None:
+    project = pico_project(silos=3)
+    plan = Plan.read(project.plan).override(["privacy.secure-aggregation=false", "model.task=multi-label"])
+    for term in ("probe", "refit"):
+        with pytest.raises(PlanError, match=term):
+            check_terms(parse_terms(term), plan)
+    for text in ("probe:first", "refit:fisher", "probe:mean:mean"):
+        with pytest.raises(ValueError, match=r"is head or mean|is regmean or simple"):
+            parse_terms(text)
