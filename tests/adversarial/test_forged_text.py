@@ -80,7 +80,7 @@ SHOWN = [
     "[/x] [/]",
     ":smile: :skull:",
     "[link=https://evil.example]silo-b[/link]",
-    "keys, to be compared with those silos:",
+    "keys; compare them with these silos:",
     " " * 60 + f"  silo-b           public key {FAKE_KEY}",
     "' and 0 more",
     "x" * 200,
@@ -298,7 +298,7 @@ def test_what_an_owner_approves_is_the_last_that_is_shown(
     are in the plan, and no line but theirs looks like one of them.
     """
     project = pico_project(silos=4, examples=12, secure=True)
-    labels = [*SHOWN, "animals", "weather", "kitchen", *(f"keys, to be compared {n}:" for n in range(400))]
+    labels = [*SHOWN, "animals", "weather", "kitchen", *(f"keys; compare them {n}:" for n in range(400))]
     text = re.sub(
         "^labels = .*$", lambda _: f"labels = {tomlkit.item(labels).as_string()}", project.plan.read_text(), flags=re.M
     )
@@ -316,7 +316,7 @@ def test_what_an_owner_approves_is_the_last_that_is_shown(
         "  may drop out                              1",
         "  may collude with a malicious coordinator  1 (the plan asks for 1)",
     ]
-    assert last[4].startswith("keys, ")
+    assert last[4].startswith("keys; ")
     assert last[5:9] == [f"  {silo.name:<16} public key {silo.public_key}" for silo in plan.silo]
     assert last[9].startswith(f"plan pico, version 1, digest {plan.digest}")
     above = lines[: lines.index(last[0])]
