@@ -33,7 +33,7 @@ def test_a_silo_file_that_cannot_be_read_is_all_that_is_said(site: Site) -> None
     report = site.check()
     assert problems(report).keys() == {"silo file"}
     assert "unknown key 'limit'" in problems(report)["silo file"]
-    assert report.leaving is None
+    assert report.disclosure is None
 
 
 def _not_approved(site: Site) -> None:

@@ -81,8 +81,8 @@ def test_what_one_silo_measured_apart_stays_masked_though_the_others_agree(scrip
     counts = np.sum([[w for m in known[n].values() for w in m.words] for n in NAMES], axis=0, dtype=np.uint64)
     asked = {name: c.requests["survivors-metrics"][name][0] for name in agreed}
     signatures = {name: c.ask(name, request).signature for name, request in asked.items()}
-    unmask = c.requests["unmask-metrics"][A][0].model_copy(update={"signatures": signatures})
-    replies = {name: c.ask(name, unmask) for name in agreed}
+    request = c.requests["unmask-metrics"][A][0].model_copy(update={"signatures": signatures})
+    replies = {name: c.ask(name, request) for name in agreed}
     shares = {n: {owner: bytes.fromhex(share) for owner, share in r.shares.items()} for n, r in replies.items()}
     for name in (A, B):  # what the others signed, and what silo-b would have
         signed = Signed(survivors=NAMES, context=metrics_context({m: of.model for m, of in known[name].items()}))
