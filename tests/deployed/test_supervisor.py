@@ -84,8 +84,8 @@ def test_what_ends_is_started_again_ever_more_slowly(tmp_path: Path, capfd: pyte
         took = time.monotonic() - begin
     assert took > 0.2 + 0.4 + 0.8
     said = capfd.readouterr().err.splitlines()
-    assert "node ended with status 1: Exit Code: 305 [code: 2004] refused; ask; again in 0 s" in said[0]
-    assert "node ended as before; again in 0 s" in said[1]
+    assert "node ended with status 1: Exit Code: 305 [code: 2004] refused; ask; restarting in 0 s" in said[0]
+    assert "node ended as before; restarting in 0 s" in said[1]
     assert "elsewhere" not in "".join(said)
 
 
