@@ -16,6 +16,7 @@ from gramfuse_protocol.messages.wire import pack, unpack
 from gramfuse_protocol.secure_sum.masks import apply
 from gramfuse_protocol.secure_sum.member import Signed
 from gramfuse_protocol.secure_sum.statements import metrics_context
+from gramfuse_protocol.secure_sum.unmasking import unmasking
 from tests.exchange.secure.coordinator import Coordinator, assert_over, at
 from tests.exchange.secure.runs import NAMES, A, B, C, D, Run, Site, distance
 
@@ -89,7 +90,7 @@ def test_what_one_silo_measured_apart_stays_masked_though_the_others_agree(scrip
         opened = total.copy()
         apply(
             opened,
-            unmask.unmasking(c.plan.roster, str(c.about["session"]), c.adverts, "metrics", NAMES, signed, shares),
+            unmasking(c.plan.roster, str(c.about["session"]), c.adverts, "metrics", NAMES, signed, shares),
         )
         assert not np.isin(opened, counts).any()
         assert (np.abs(opened.view(np.int64)) > 2**36).any(), "words of a sum of counts are small"
