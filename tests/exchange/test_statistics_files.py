@@ -177,9 +177,9 @@ def test_a_silo_writes_no_file_that_its_own_file_or_the_plan_does_not_allow(
     [
         (["MODEL", "--data", "D"], "--base is missing"),
         (["--base", "B", "--data", "D"], "MODEL is missing"),
-        (["--plan", ".", "--silo", "a", "--gram", "*=full"], "go with --plan"),
+        (["--plan", ".", "--silo", "a", "--gram", "*=full"], "--gram cannot be used with --plan"),
         (["--plan", "."], "--plan needs --silo NAME"),
-        (["MODEL", "--base", "B", "--data", "D", "--silo", "a"], "--silo goes with --plan"),
+        (["MODEL", "--base", "B", "--data", "D", "--silo", "a"], "--silo needs --plan"),
         (["MODEL", "--base", "B", "--data", "D", "--name", "A/B"], "small letters"),
     ],
 )
@@ -381,11 +381,11 @@ def test_what_does_not_belong_together_is_refused(
         measured(model, louder, "--name", "louder", out=tmp_path / "louder.safetensors"),
     )
     refused("their configurations differ", "merge", good, "-o", out, "--base", louder)
-    merge("both called 'good'", good)
+    merge("both named 'good'", good)
     three = measured(model, pico_bert, "--name", "three", out=tmp_path / "three.safetensors")
     dense = "'bert.encoder.layer.0.output.dense.bias' is another"
     refused(dense, "merge", good, three, "-o", out, "--base", moved)
-    refused("name it with --base", "merge", good, three, "-o", out)
+    refused("pass it as --base", "merge", good, three, "-o", out)
     merge("'four'", three, "--weight", "four=2")
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes(three.read_bytes()[:-1])
@@ -397,7 +397,7 @@ def test_what_does_not_belong_together_is_refused(
     refused("of type 'bert' and base .* of type 'gpt2'", "measure", model, "--base", pico_gpt2, *base)
     refused("different tokenizers", "measure", model, "--base", renamed[1], *base)
     (louder / "config.json").write_text(json.dumps({**config, "hidden_act": "relu"}), encoding="utf-8")
-    refused("have another 'hidden_act'", "measure", model, "--base", louder, *base)
+    refused("differ in 'hidden_act'", "measure", model, "--base", louder, *base)
     refused("frozen", "measure", model, "--base", pico_bert, *base, "--freeze", "*layer.0*")
     renamed_column = ("--data", model / "train.jsonl", "-o", out, "--label", "topic")
     refused(
