@@ -111,6 +111,6 @@ def test_a_sum_of_metrics_that_does_not_open_is_no_metric(site: Site, in_process
     run.nodes = lambda: {**honest, C: lied_to}  # type: ignore[method-assign]
     report = run.start(in_process_grid)
     assert report["models"] == []
-    assert "the same models" in report["unmeasured"]
+    assert "different models" in report["unmeasured"]
     assert [silo["name"] for silo in report["lost"]] == [C]
     assert distance(run.deltas, site.merged(run.plan, NAMES)) <= 1e-6
