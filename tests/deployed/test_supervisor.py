@@ -97,9 +97,9 @@ def test_what_ran_for_long_is_started_again_at_once(tmp_path: Path, monkeypatch:
         state.wait = 64.0
         time.sleep(0.4)
         state.process.kill()
-        wait_for(lambda: (running.poll(), state.again)[1])
-        assert state.again is not None
-        assert state.again - time.monotonic() <= supervisor.FIRST_WAIT
+        wait_for(lambda: (running.poll(), state.restart_at)[1])
+        assert state.restart_at is not None
+        assert state.restart_at - time.monotonic() <= supervisor.FIRST_WAIT
 
 
 def test_what_does_not_want_to_end_is_killed_and_so_is_what_it_left(
@@ -118,7 +118,7 @@ def test_children_of_a_process_that_was_killed_do_not_stay(tmp_path: Path) -> No
         running.start(shell(tmp_path, "parent", "sleep 62 & echo $! > child; touch parent; wait"))
         child = psutil.Process(int((tmp_path / "child").read_text()))
         running._all[0].process.kill()
-        wait_for(lambda: (running.poll(), running._all[0].again)[1])
+        wait_for(lambda: (running.poll(), running._all[0].restart_at)[1])
         wait_for(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
 
 
