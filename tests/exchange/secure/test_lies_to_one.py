@@ -143,9 +143,9 @@ ATTACKS: dict[str, tuple[str, Callable[[Coordinator], Any], str]] = {
     "evaluate: a model that the plan does not name": (
         "survivors-metrics", changed("evaluate", candidate="other"), "candidate other than"
     ),
-    "metrics: of other models": ("masked-metrics", changed("masked-metrics", candidates=("simple",)), "not measured here"),
+    "metrics: of other models": ("masked-metrics", changed("masked-metrics", candidates=("simple",)), "not measured"),
     "metrics: in another order": (
-        "masked-metrics", changed("masked-metrics", candidates=("regmean", "simple")), "not measured here"
+        "masked-metrics", changed("masked-metrics", candidates=("regmean", "simple")), "not measured"
     ),
     "metrics: a second list": ("survivors-metrics", changed("masked-metrics", candidates=("regmean",)), "different"),
     "metrics: survivors without it": (
