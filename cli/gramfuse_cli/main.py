@@ -1,4 +1,4 @@
-"""Entry point: registers the commands, and turns errors into messages and exit codes."""
+"""Entry point: turns errors into messages and exit codes."""
 
 from __future__ import annotations
 
@@ -11,28 +11,14 @@ from typing import Any, NoReturn
 
 import click
 
-from gramfuse_cli.commands import (
-    demo,
-    explain,
-    init,
-    measure,
-    merge,
-    pki,
-    plan,
-    report,
-    run,
-    server,
-    silo,
-    simulate,
-    tune,
-)
+from gramfuse_cli.group import FileGroup
 from gramfuse_deployment.terminal import say, show_json
 from gramfuse_protocol.errors import GramfuseError
 
 INTERRUPTED = 130
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(cls=FileGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="gramfuse")
 def cli() -> None:
     """Merge language models that were fine-tuned in different data silos, in one exchange, without their data.
@@ -54,21 +40,6 @@ def cli() -> None:
 
     Every command accepts --json: it prints one JSON object on standard output, everything else on standard error.
     """
-
-
-cli.add_command(demo.demo)
-cli.add_command(explain.explain)
-cli.add_command(init.init)
-cli.add_command(measure.measure)
-cli.add_command(merge.merge)
-cli.add_command(pki.pki)
-cli.add_command(plan.plan)
-cli.add_command(report.report)
-cli.add_command(run.run)
-cli.add_command(server.server)
-cli.add_command(silo.silo)
-cli.add_command(simulate.simulate)
-cli.add_command(tune.tune)
 
 
 def main() -> NoReturn:

@@ -30,9 +30,8 @@ def _source_or_fraction(value: str | float) -> str | float:
 class Data(Section):
     """`[data]`: where the examples are, and which columns to use.
 
-    A source is a path to a .jsonl, .ndjson, .json, .csv or .tsv file, optionally compressed with gzip, or to a .parquet
-    file; or it is `hf:<hub id or folder>[:config][#split]` (`gramfuse_client.data.formats`). The plan's task determines
-    what a column must contain (`gramfuse_client.data.examples`).
+    A source is a path to a file, or `hf:<hub id or folder>[:config][#split]` (`gramfuse_client.data.formats`). The
+    plan's task determines what a column must contain (`gramfuse_client.data.examples`).
     """
 
     train: Annotated[str, Field(min_length=1)]

@@ -12,6 +12,7 @@ import click
 
 from gramfuse_cli.options import as_json as json_option
 from gramfuse_cli.options import columns as column_options
+from gramfuse_client.data.formats import READABLE
 from gramfuse_deployment.terminal import bars, say, show_json
 from gramfuse_model.project import Project
 from gramfuse_protocol.contract.coverage import Coverage, coverage, coverage_lines, unchanged
@@ -44,7 +45,7 @@ EVERY = 50
 @click.option(
     "--data",
     metavar="DATA",
-    help="The training data of MODEL: .jsonl, .json, .csv, .tsv, .parquet, or hf:NAME[:config][#split].",
+    help=f"The training data of MODEL: {READABLE}.",
 )
 @click.option(
     "-o", "--out", required=True, type=click.Path(path_type=Path), help="The statistics file; must not exist."

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from gramfuse_cli.commands import silo_check, silo_clear, silo_ledger, silo_start
+from gramfuse_cli.group import FileGroup
 from gramfuse_cli.options import as_json as json_option
 from gramfuse_deployment.key_files import make_node_key
 from gramfuse_deployment.terminal import say, show_json
@@ -15,7 +15,7 @@ from gramfuse_protocol.contract.node_key import fingerprint
 from gramfuse_protocol.secure_sum.keys import KEY_BYTES, Identity
 
 
-@click.group()
+@click.group(cls=FileGroup, prefix="silo_")
 def silo() -> None:
     """Take part as a silo: make its keys, check it, start it, see what it sent.
 
@@ -30,12 +30,6 @@ def silo() -> None:
     run and sends none of the silo's data; repeat it before a run. 'start' answers a coordinator, for plans that the
     file approves, until you stop it. The silo writes a line into its ledger before each message that it sends.
     """
-
-
-silo.add_command(silo_check.check)
-silo.add_command(silo_clear.clear)
-silo.add_command(silo_ledger.ledger)
-silo.add_command(silo_start.start)
 
 
 @silo.command()

@@ -98,8 +98,7 @@ def tune(
     silo file, or on one half of the silo's held-out examples if the file names none. The report, and the models of
     --compare, use only the other held-out examples. This needs open mode: a secure sum is made with one α.
 
-    The second form takes STATS, files made by gramfuse measure. DATA is a source as in a silo file: .jsonl, .json,
-    .csv, .tsv, .parquet, or hf:NAME[:config][#split].
+    The second form takes STATS, files made by gramfuse measure. DATA is a source as that command takes it.
 
     The chosen merge is written as the model, and report.json lists everything that was tried under "tuning". Orders and
     influences are for you to judge: tune never leaves a silo out on its own.

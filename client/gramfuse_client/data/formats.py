@@ -17,15 +17,13 @@ import gzip
 import json
 import tempfile
 import zlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from gramfuse_client.data.delimited import DELIMITERS, delimited
 from gramfuse_protocol.errors import DataError
 from gramfuse_protocol.text import listed, quoted
-
-READABLE = ".jsonl, .ndjson, .json, .csv, .tsv (all with .gz too), .parquet, or hf:<hub id or folder>[:config][#split]"
 
 HUB = "hf:"
 """Prefix of a source that is a Hugging Face dataset."""
@@ -76,19 +74,14 @@ def rows(source: str, directory: Path, columns: Collection[str]) -> Rows:
     if not path.is_file():
         raise DataError(f"{path}: no such file; a source is {READABLE}")
     kind, packed = _format(path)
-    if kind == ".parquet" and not packed:
-        yield from _parquet(path)
+    if kind in TABLES and not packed:
+        yield from TABLES[kind](path)
         return
-    if kind not in (".jsonl", ".ndjson", ".json", ".csv", ".tsv"):
+    if kind not in TEXTS:
         raise DataError(f"{path}: unsupported format; a source is {READABLE}")
     try:
         with (gzip.open if packed else open)(path, "rt", encoding="utf-8-sig", newline="") as lines:
-            if kind in (".csv", ".tsv"):
-                yield from delimited(path, lines.read(), "\t" if kind == ".tsv" else DELIMITERS, columns)
-            elif kind == ".json":
-                yield from _json(path, lines)
-            else:
-                yield from _json_lines(path, lines)
+            yield from TEXTS[kind](path, lines, columns)
     except UnicodeDecodeError:
         raise DataError(f"{path}:{_line_not_utf8(path, packed=packed)}: is not UTF-8") from None
     except (OSError, EOFError, zlib.error) as error:
@@ -99,6 +92,16 @@ def _format(path: Path) -> tuple[str, bool]:
     """Return a file's suffix in lower case, without .gz, and whether it had .gz."""
     packed = path.suffix.lower() == ".gz"
     return Path(path.stem if packed else path.name).suffix.lower(), packed
+
+
+def _csv(path: Path, lines: TextIO, columns: Collection[str]) -> Rows:
+    """Yield the rows of a table with a delimiter that fits its header."""
+    yield from delimited(path, lines.read(), DELIMITERS, columns)
+
+
+def _tsv(path: Path, lines: TextIO, columns: Collection[str]) -> Rows:
+    """Yield the rows of a table between tabs."""
+    yield from delimited(path, lines.read(), "\t", columns)
 
 
 def _line_not_utf8(path: Path, *, packed: bool) -> int:
@@ -112,12 +115,12 @@ def _line_not_utf8(path: Path, *, packed: bool) -> int:
     return number
 
 
-def _json(path: Path, lines: TextIO) -> Rows:
+def _json(path: Path, lines: TextIO, columns: Collection[str]) -> Rows:
     """Yield the objects of a JSON array; if the file is not an array, the object on each line."""
     text = lines.read()
     if not text.lstrip().startswith("["):
         lines.seek(0)
-        yield from _json_lines(path, lines)
+        yield from _json_lines(path, lines, columns)
         return
     try:
         items = json.loads(text)
@@ -129,7 +132,7 @@ def _json(path: Path, lines: TextIO) -> Rows:
         yield where, row if isinstance(row, dict) else _not_an_object(where, row)
 
 
-def _json_lines(path: Path, lines: TextIO) -> Rows:
+def _json_lines(path: Path, lines: TextIO, columns: Collection[str]) -> Rows:
     _check_lines(path, lines)
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -290,3 +293,19 @@ def _label_name(value: Any, names: Sequence[str]) -> Any:
 def _table(source: str, rows: Any) -> Iterator[tuple[str, Any]]:
     for number, row in enumerate(rows, 1):
         yield f"{source}: row {number}", row
+
+
+TEXTS: Mapping[str, Callable[[Path, TextIO, Collection[str]], Rows]] = {
+    ".jsonl": _json_lines,
+    ".ndjson": _json_lines,
+    ".json": _json,
+    ".csv": _csv,
+    ".tsv": _tsv,
+}
+"""Readers of text files, by suffix. To add a format, add its reader here; help and errors name it."""
+
+TABLES: Mapping[str, Callable[[Path], Rows]] = {".parquet": _parquet}
+"""Readers of files that are not text and cannot be compressed, by suffix."""
+
+READABLE = f"{', '.join(TEXTS)} (all with .gz too), {', '.join(TABLES)}, or {HUB}<hub id or folder>[:config][#split]"
+"""All sources, for help and errors."""

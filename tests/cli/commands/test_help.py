@@ -15,8 +15,14 @@ from tests.cli.commands.outcomes import GRAMFUSE, Outcome, process
 def _commands(command: click.Command, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], click.Command]]:
     yield path, command
     if isinstance(command, click.Group):
-        for name, inner in command.commands.items():
-            yield from _commands(inner, (*path, name))
+        for name in command.list_commands(click.Context(command)):
+            yield from _commands(_inner(command, name), (*path, name))
+
+
+def _inner(command: click.Group, name: str) -> click.Command:
+    inner = command.get_command(click.Context(command), name)
+    assert inner is not None
+    return inner
 
 
 @pytest.mark.parametrize(
@@ -31,8 +37,8 @@ def test_help_teaches(path: tuple[str, ...], command: click.Command, gramfuse: C
     assert " ".join(["", *path, ""]) in flat
     assert len(command.help or "") > 100, "a sentence at least on what it does"
     if isinstance(command, click.Group):
-        for inner in command.commands.values():
-            assert f"{inner.name} " in flat
+        for name in command.list_commands(click.Context(command)):
+            assert f"{name} " in flat
         return
     for parameter in command.params:
         if isinstance(parameter, click.Option):
