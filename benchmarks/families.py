@@ -365,7 +365,7 @@ def line(name: str) -> tuple[str, bool]:
 def reason(error: ModelError) -> str:
     """Return the reason for a refusal, without the model's class."""
     model, _, why = str(error).partition(") ")
-    return f"its outputs {why}" if why else model
+    return f"it {why}" if why else model
 
 
 def table(names: Iterable[str]) -> str:

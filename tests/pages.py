@@ -176,7 +176,7 @@ def secure_run() -> tuple[dict[str, Any], Plan]:
     plan = plan_of(secure=True)
     models = [measured("simple", "simple", 0.611, silos=False), measured("regmean", "regmean", 0.744, silos=False)]
     lost = [
-        {"name": "late", "reason": "silo 'late' went away in phase 'masked'"},
+        {"name": "late", "reason": "silo 'late' disconnected in phase 'masked'"},
         {"name": "bank", "reason": "silo 'bank' refused in phase 'evaluate': its disk is full"},
     ]
     return base_of(plan, "secure") | {"models": models, "lost": lost}, plan
@@ -188,7 +188,7 @@ def failed_run() -> tuple[dict[str, Any], Plan]:
         del report[key]
     states = ("trained", "joined", "lost", "absent")
     report["silos"] = [{"name": name, "state": state} for name, state in zip(plan.names, states, strict=True)]
-    message = "2 silos are left where the plan asks for 3; lost: late (silo 'late' went away)"
+    message = "2 silos are left, but the plan requires 3; lost: late (silo 'late' disconnected)"
     report["failure"] = {"error": "FederationError", "message": message, "phase": "masked", "round": 1}
     report["failure"] |= {"exit_code": 16, "resumable": True}
     return report, plan

@@ -80,7 +80,7 @@ SHOWN = [
     "[/x] [/]",
     ":smile: :skull:",
     "[link=https://evil.example]silo-b[/link]",
-    "keys, to be compared with those silos:",
+    "keys; compare them with these silos:",
     " " * 60 + f"  silo-b           public key {FAKE_KEY}",
     "' and 0 more",
     "x" * 200,
@@ -298,7 +298,7 @@ def test_what_an_owner_approves_is_the_last_that_is_shown(
     are in the plan, and no line but theirs looks like one of them.
     """
     project = pico_project(silos=4, examples=12, secure=True)
-    labels = [*SHOWN, "animals", "weather", "kitchen", *(f"keys, to be compared {n}:" for n in range(400))]
+    labels = [*SHOWN, "animals", "weather", "kitchen", *(f"keys; compare them {n}:" for n in range(400))]
     text = re.sub(
         "^labels = .*$", lambda _: f"labels = {tomlkit.item(labels).as_string()}", project.plan.read_text(), flags=re.M
     )
@@ -312,11 +312,11 @@ def test_what_an_owner_approves_is_the_last_that_is_shown(
     last = [line for line in lines if line][-10:]
     assert last[0].startswith("mode secure: ")
     assert last[1:4] == [
-        "  silos 4, threshold 3, minimum of survivors 3",
+        "  silos 4, threshold 3, minimum survivors 3",
         "  may drop out                              1",
-        "  may collude with a coordinator that lies  1 (the plan asks for 1)",
+        "  may collude with a malicious coordinator  1 (the plan asks for 1)",
     ]
-    assert last[4].startswith("keys, ")
+    assert last[4].startswith("keys; ")
     assert last[5:9] == [f"  {silo.name:<16} public key {silo.public_key}" for silo in plan.silo]
     assert last[9].startswith(f"plan pico, version 1, digest {plan.digest}")
     above = lines[: lines.index(last[0])]
@@ -327,7 +327,7 @@ def test_what_an_owner_approves_is_the_last_that_is_shown(
     assert ":smile: :skull:" in told
     assert "[link=https://evil.example]silo-b[/link]" in told
     assert "and 404 more" in told
-    assert "characters more)" in told.replace("│", "")
+    assert "more characters)" in told.replace("│", "")
 
 
 @pytest.fixture
@@ -363,7 +363,7 @@ def test_a_reason_of_flower_reaches_the_operator_as_text(
     left = {path.name: path.read_text(encoding="utf-8") for path in tmp_path.glob("run*/*") if path.is_file()}
     assert {"report.json", "report.html"} <= left.keys()
     texts: list[str] = [text for path in leaves(json.loads(left["report.json"])) if (text := _at(left, path))]
-    assert any("characters more)" in text for text in texts)
+    assert any("more characters)" in text for text in texts)
     assert all(printable(line) for text in (*texts, *left.values()) for line in text.split("\n"))
     assert "<script>" not in left["report.html"]
 

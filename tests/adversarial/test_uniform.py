@@ -21,7 +21,7 @@ from gramfuse_protocol.secure_sum.keys import Identity
 from gramfuse_protocol.secure_sum.masks import apply
 from gramfuse_protocol.secure_sum.member import Member, Signed
 from gramfuse_protocol.secure_sum.scales import scales
-from gramfuse_protocol.secure_sum.shares import SHARE_BYTES
+from gramfuse_protocol.secure_sum.shares import SHARE_BYTES, combine
 from gramfuse_protocol.secure_sum.statements import Sum
 from gramfuse_protocol.statistics.contribution import Statistics
 
@@ -224,7 +224,7 @@ def test_the_shares_of_a_dead_silo_open_its_pair_masks_and_leave_it_masked() -> 
     plain = signed(recorded.plain["silo-d"])
     adverts = recorded.states["silo-a"].adverts
     # Its private mask key is known now, and with it every mask that it had with others; its own is not.
-    private = secure_sum.combine(
+    private = combine(
         {recorded.roster.index(name): shares["silo-d"] for name, shares in recorded.shares.items()}, THRESHOLD
     ).hex()
     assert private == recorded.states["silo-d"].secrets.mask["statistics"]

@@ -219,10 +219,10 @@ def test_models_with_other_tokens_merge_as_without_and_keep_those_of_a_tokenizer
     assert added["left_out"] == [{"token": "<c d>", "silos": ["two"]}]
     for page in ("README.md", "report.html"):
         text = (directory / page).read_text(encoding="utf-8")
-        assert "these are kept" in text
-        assert "these are left out" in text
+        assert "Added tokens in the merged model" in text
+        assert "Added tokens that were left out" in text
         assert (
-            text.index("these are kept")
+            text.index("Added tokens in the merged model")
             < text.index("(one, two)")
             < text.index("&lt;c d&gt;" if "&lt;" in text else "<c d>")
         )
@@ -316,7 +316,7 @@ def test_rows_of_added_tokens_are_those_of_the_model_where_embeddings_are_frozen
     path = models.tuned("one", ("<a>",), 64)
     (table,) = FAMILIES["classifier"][1]
     tensors = load_file(path / "model.safetensors")
-    refused(f"{table} frozen", lambda: models.measure(path, "--freeze", table))
+    refused(f"{table} --freeze one-grown {models.base}", lambda: models.measure(path, "--freeze", table))
     tensors[table][: models.rows] = load_file(models.base / "model.safetensors")[table]
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     kept = models.merge("kept", [models.measure(path, "--freeze", table)], "--tokenizer", path)

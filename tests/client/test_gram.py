@@ -382,7 +382,7 @@ def test_a_weight_that_diverged_is_refused_by_name(pico_bert: Path) -> None:
     base = trainable(model)
     with torch.no_grad():
         model.classifier.weight[1, 2] = torch.nan
-    with pytest.raises(ContributionError, match=r"delta:classifier\.weight.*1 values.*NaN"):
+    with pytest.raises(ContributionError, match=r"delta:classifier\.weight.* 1 NaN"):
         collect_statistics(model, padded(sentences(9), 4), layout, base=base, examples=12)
 
 

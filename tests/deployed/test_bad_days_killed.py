@@ -121,7 +121,7 @@ def test_a_worker_fails_before_it_has_its_message(deploy: Run, pico_project: Run
     deployment.environment.clear()
     deployment.start_silo("silo-b")
     running = deployment.start_run()
-    silo.wait_for("no worker answers it: the SuperNode is started again", seconds=300)
+    silo.wait_for("restarting the SuperNode", seconds=300)
     assert running.report()["lost"] == []
     assert not stumble.exists()
     deployment.check_silos()

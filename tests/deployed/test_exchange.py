@@ -34,7 +34,7 @@ def test_silos_and_a_coordinator_merge(deploy: Run, pico_project: Run) -> None:
         entries = [line.entry for line in Ledger(file.ledger, name).lines()]
         assert [entry.phase for entry in entries][-1] == "finish"
         for entry in entries:
-            assert f"{entry.phase}: {entry.bytes:,} bytes left ({entry.form})" in silo.said
+            assert f"sent {entry.phase}: {entry.bytes:,} bytes, {entry.form}" in silo.said
         assert silo.said.splitlines()[-1].endswith(f"{name}: ended")
     assert server.process.poll() is None
 

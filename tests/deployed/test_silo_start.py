@@ -54,7 +54,7 @@ def test_it_connects_and_stops_without_a_trace(deploy: Run, pico_project: Run, f
 
     # A coordinator that goes away is waited for.
     server.stop()
-    silo.wait_for(f"the connection to localhost:{deployment.port} is lost")
+    silo.wait_for(f"lost the connection to localhost:{deployment.port}")
     deployment.start_server()
     silo.wait_for(f"connected to localhost:{deployment.port} again")
 

@@ -84,8 +84,8 @@ def test_what_ends_is_started_again_ever_more_slowly(tmp_path: Path, capfd: pyte
         took = time.monotonic() - begin
     assert took > 0.2 + 0.4 + 0.8
     said = capfd.readouterr().err.splitlines()
-    assert "node ended with status 1: Exit Code: 305 [code: 2004] refused; ask; again in 0 s" in said[0]
-    assert "node ended as before; again in 0 s" in said[1]
+    assert "node ended with status 1: Exit Code: 305 [code: 2004] refused; ask; restarting in 0 s" in said[0]
+    assert "node ended as before; restarting in 0 s" in said[1]
     assert "elsewhere" not in "".join(said)
 
 
@@ -97,9 +97,9 @@ def test_what_ran_for_long_is_started_again_at_once(tmp_path: Path, monkeypatch:
         state.wait = 64.0
         time.sleep(0.4)
         state.process.kill()
-        wait_for(lambda: (running.poll(), state.again)[1])
-        assert state.again is not None
-        assert state.again - time.monotonic() <= supervisor.FIRST_WAIT
+        wait_for(lambda: (running.poll(), state.restart_at)[1])
+        assert state.restart_at is not None
+        assert state.restart_at - time.monotonic() <= supervisor.FIRST_WAIT
 
 
 def test_what_does_not_want_to_end_is_killed_and_so_is_what_it_left(
@@ -118,7 +118,7 @@ def test_children_of_a_process_that_was_killed_do_not_stay(tmp_path: Path) -> No
         running.start(shell(tmp_path, "parent", "sleep 62 & echo $! > child; touch parent; wait"))
         child = psutil.Process(int((tmp_path / "child").read_text()))
         running._all[0].process.kill()
-        wait_for(lambda: (running.poll(), running._all[0].again)[1])
+        wait_for(lambda: (running.poll(), running._all[0].restart_at)[1])
         wait_for(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
 
 

@@ -116,5 +116,5 @@ def test_a_plan_may_ask_for_the_token_that_texts_begin_with(
 def test_a_first_token_that_the_tokenizer_does_not_know_is_refused_before_a_plan_is_locked(
     tmp_path: Path, pico_tokenizer: Any
 ) -> None:
-    with pytest.raises(ModelError, match="'de_DE' is no token"):
+    with pytest.raises(ModelError, match="'de_DE' is not in the vocabulary"):
         Project.read(project(tmp_path, pico_tokenizer, {}, 'first-token = "de_DE"')).locked()

@@ -116,7 +116,7 @@ def test_texts_longer_than_the_table_of_positions_are_refused_before_anything_is
         return
     assert runs(base, most, 5)
     assert not runs(base, most + 1, 5)
-    with pytest.raises(PlanError, match=f"max-length is 128, .* {most} tokens .*max-length to {most}"):
+    with pytest.raises(PlanError, match=f"max-length is 128, .* {most} tokens .*max-length to at most {most}"):
         check_lengths(base, [task], trains=True)
     check_lengths(base, [task.model_copy(update={"max_length": most})], trains=True)
     if base.model.config.is_encoder_decoder:
@@ -145,7 +145,7 @@ def test_a_table_that_is_shorter_than_the_public_text_in_characters_is_refused_b
     base, task = base_of("bert", {**SIZES, "vocab_size": 384, "max_position_embeddings": 64}, longest=32)
     base = replace(base, tokenizer=transformers.ByT5Tokenizer())
     check_lengths(base, [task], trains=True)
-    with pytest.raises(ModelError, match=r"places for 64 tokens .*position_embeddings.* public text"):
+    with pytest.raises(ModelError, match=r"positions for 64 tokens .*position_embeddings.* public test text"):
         plan_layout(plan_for("x", str(tmp_path), task), base)
     canine, _ = base_of("canine", {**SIZES, "max_position_embeddings": 48, "num_hash_buckets": 512})
     assert room_of(canine, 128, 1)["input"].tokens == 48
@@ -158,7 +158,9 @@ def test_a_length_from_which_on_a_model_computes_something_else_beside_a_long_te
     kind: str, base_of: Callable[..., tuple[Base, Task]]
 ) -> None:
     base, task = base_of(kind, DEPENDING[kind], longest=2000)
-    with pytest.raises(PlanError, match=r"max-length is 2,000, .*rope_type is '\w+'.*max-length to 40 at most"):
+    with pytest.raises(
+        PlanError, match=r"max-length is 2,000, .* 40 tokens .*rope_type is '\w+'.*max-length to at most 40"
+    ):
         check_lengths(base, [task], trains=True)
     check_lengths(base, [task.model_copy(update={"max_length": 40})], trains=True)
 

@@ -75,7 +75,7 @@ def test_every_parameter_is_in_closed_form_averaged_or_frozen(
     text, shown = show(family, model)
     table, _, rest = text.partition("Averaged: ")
     assert closed in table
-    assert "without context, and so are averaged: " in text
+    assert "without context, so they are averaged: " in text
     assert shown["context_free"]
     assert set(shown["context_free"]) <= set(shown["averaged"])
     assert averaged in rest.partition("Frozen, never sent: ")[0]
@@ -134,4 +134,4 @@ def test_what_is_averaged_since_its_rows_are_no_tokens_is_named(
     )
     assert 0.2 < shown["closed"] < 0.7
     assert f"{shown['closed']:.1%} of the trained parameters" in text
-    assert "tokens: funnel.encoder.blocks.1.0.attention.q_head" in text
+    assert "identified: funnel.encoder.blocks.1.0.attention.q_head" in text

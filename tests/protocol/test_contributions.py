@@ -81,10 +81,10 @@ def test_a_contribution_that_fits_passes(layout: Layout) -> None:
         (_replace(BIAS, np.ones(2, np.float64)), BIAS, r"float64 \(2,\).*expects float32 \(2,\)"),
         (_replace(BIAS, np.ones(2, np.float16)), BIAS, r"float16 \(2,\).*expects float32 \(2,\)"),
         (_replace(BIAS, np.ones(2, np.int32)), BIAS, r"int32 \(2,\).*expects float32 \(2,\)"),
-        (_put(WEIGHT, (1, 2), np.nan), WEIGHT, "1 values .*out of 6"),
-        (_put(WEIGHT, (0, 0), np.inf), WEIGHT, "1 values .*out of 6"),
-        (_put(GRAM, (5,), -np.inf), GRAM, "1 values .*out of 6"),
-        (_put(BIAS, (), np.nan), BIAS, "2 values .*out of 2"),
+        (_put(WEIGHT, (1, 2), np.nan), WEIGHT, "1 NaN .*out of 6"),
+        (_put(WEIGHT, (0, 0), np.inf), WEIGHT, "1 NaN .*out of 6"),
+        (_put(GRAM, (5,), -np.inf), GRAM, "1 NaN .*out of 6"),
+        (_put(BIAS, (), np.nan), BIAS, "2 NaN .*out of 2"),
     ],
 )
 def test_a_contribution_that_does_not_fit_is_refused_with_source_and_tensor(
@@ -113,7 +113,7 @@ def test_slices_of_a_piece_are_flat_and_checked_as_such(layout: Layout) -> None:
     assert [part.name for part in first] == ["gram:dense[0:4]"]
     with pytest.raises(ContributionError, match=r"silo 'a': tensor 'gram:dense\[0:4\]' is float32 \(5,\)"):
         check_slices(first, {"gram:dense[0:4]": np.ones(5, np.float32)}, "silo 'a'")
-    with pytest.raises(ContributionError, match=r"silo 'a': tensor 'gram:dense\[0:4\]' holds 1 values"):
+    with pytest.raises(ContributionError, match=r"silo 'a': tensor 'gram:dense\[0:4\]' has 1 NaN"):
         check_slices(first, {"gram:dense[0:4]": np.array([1, 2, 3, np.nan], np.float32)}, "silo 'a'")
     with pytest.raises(ContributionError, match=r"silo 'a': tensor 'gram:dense\[4:6\]'"):
         check_slices(first, {"gram:dense[4:6]": np.ones(2, np.float32)}, "silo 'a'")

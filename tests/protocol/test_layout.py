@@ -222,7 +222,7 @@ def test_a_part_of_the_head_has_a_gram_matrix_a_right_side_and_a_weight_of_its_o
     assert layout.held("c") == (False, True)
     assert layout.by_output((5, 7)).tolist() == [5, 7, 5]
     assert Layout.parse(layout.to_json()) == layout
-    with pytest.raises(ContributionError, match="say which silo"):
+    with pytest.raises(ContributionError, match="silo's name"):
         layout.held(None)
 
 
@@ -295,7 +295,7 @@ def test_experts_that_do_not_fit_their_tensor_are_refused(changes: dict[str, Any
 
 
 def test_a_group_whose_weights_do_not_see_the_same_is_refused() -> None:
-    with pytest.raises(PlanError, match=r"group 'q' .*without context"):
+    with pytest.raises(PlanError, match=r"group 'q' .*context-free"):
         Layout.parse(_with("tensors.1.context_free", value=False))
 
 

@@ -85,7 +85,7 @@ def test_the_number_of_silos_is_bounded() -> None:
     ("silos", "privacy", "told"),
     [
         (1, "", "secure aggregation of 1 silos hides nothing"),
-        (2, "", "secure aggregation of 2 silos hides nothing.*three at least"),
+        (2, "", "secure aggregation of 2 silos hides nothing.*at least three"),
         (2, "colluding = 0", "secure aggregation of 2 silos hides nothing"),
         (4, "threshold = 2", r"'privacy\.threshold' = 2 is not safe with 4 silos and 1 colluding.*set it to 3 or more"),
         (5, "threshold = 3", r"'privacy\.threshold' = 3 is not safe.*set it to 4"),
@@ -96,7 +96,7 @@ def test_the_number_of_silos_is_bounded() -> None:
         (5, "minimum-survivors = 3", r"'privacy\.minimum-survivors' = 3 .*4"),
         (5, "minimum-survivors = 0", r"'privacy\.minimum-survivors'"),
         (5, "minimum-survivors = 6", r"'privacy\.minimum-survivors' = 6 is more than the 5 silos"),
-        (4, "colluding = 4", r"'privacy\.colluding' = 4 of 4 silos cannot be withstood"),
+        (4, "colluding = 4", r"'privacy\.colluding' = 4 .*4 silos"),
         (
             3,
             "colluding = 2",
@@ -150,7 +150,7 @@ def test_silos_without_a_key_are_named_before_anything_is_sent() -> None:
 
 
 def test_a_key_that_two_silos_share_is_refused() -> None:
-    with pytest.raises(PlanError, match="names one key twice"):
+    with pytest.raises(PlanError, match=r"\[\[silo\]\] .*same key"):
         Plan.parse(plan_text(4, keys={0: KEYS[0], 1: KEYS[1], 3: KEYS[0]}))
 
 

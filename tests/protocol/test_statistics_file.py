@@ -100,7 +100,7 @@ def test_it_is_a_safetensors_file_as_the_format_document_says(tmp_path: Path, go
     assert metadata["sha256"] == digest == read_statistics(path).sha256
     assert json.loads(metadata["gramfuse"])["version"] == 1
     assert length % 8 == 0
-    with pytest.raises(RunDirectoryError, match="exists already"):
+    with pytest.raises(RunDirectoryError, match=r"north\.safetensors already exists"):
         write(path)
 
 
@@ -156,18 +156,18 @@ def rewritten(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda header, document: header.pop("delta:a.bias"), "tensor 'delta:a.bias' is not there"),
+        (lambda header, document: header.pop("delta:a.bias"), "tensor 'delta:a.bias' is missing"),
         (lambda header, document: header["gram:a"].update(dtype="F16"), r"tensor 'gram:a' is .*F16.*F32"),
         (lambda header, document: header["gram:a"].update(shape=[3, 2]), r"tensor 'gram:a' is .*\[3, 2\].*\[6\]"),
         (lambda header, document: header["gram:a"].update(data_offsets=[0, 8]), "tensor 'gram:a' is"),
-        (lambda header, document: header.update(more=header["gram:a"]), "tensor 'more' is .* expects not there"),
+        (lambda header, document: header.update(more=header["gram:a"]), "tensor 'more' is .* expects no such"),
         (
             lambda header, document: header.update({"gram:a": header.pop("gram:a")}),
             "header",
         ),
         (
             lambda header, document: document.update(version=2),
-            "version 2 .*version 1",
+            "version 2.*version 1",
         ),
         (
             lambda header, document: document.update(examples=0),
@@ -177,20 +177,20 @@ def rewritten(
         (lambda header, document: document.update(name="../x"), "'name': String should match"),
         (lambda header, document: document.update(more=1), "unknown key 'more'"),
         (lambda header, document: document["tokens"].pop("a"), "token counts"),
-        (lambda header, document: document["layout"]["groups"].pop(), "'layout': .* do not fit together"),
-        (lambda header, document: document["layout"]["tensors"].pop(), "tensor 'delta:a.bias' is .* expects not there"),
+        (lambda header, document: document["layout"]["groups"].pop(), "'layout': .* do not match"),
+        (lambda header, document: document["layout"]["tensors"].pop(), "tensor 'delta:a.bias' is .* expects no such"),
         (lambda header, document: document["task"].update(labels=["one"]), "'task': .*two labels"),
         (lambda header, document: document["base"].update(weights={}), "'base.weights'"),
-        (lambda header, document: document.update(added=None), "tensor 'added:e' is .* expects not there"),
+        (lambda header, document: document.update(added=None), "tensor 'added:e' is .* expects no such"),
         (lambda header, document: document["added"]["tokens"].pop(), "'added': .*'e' "),
-        (lambda header, document: document["added"]["tokens"].__setitem__(0, "\\n"), "'added': .* comes twice"),
-        (lambda header, document: document["added"]["tokens"].__setitem__(0, "漢"), "'added.tokens.0': .*no token as"),
+        (lambda header, document: document["added"]["tokens"].__setitem__(0, "\\n"), "'added': .* occurs twice"),
+        (lambda header, document: document["added"]["tokens"].__setitem__(0, "漢"), "'added.tokens.0': .*not a token"),
         (
             lambda header, document: document["added"]["tokens"].__setitem__(0, "\\ud800"),
-            "'added.tokens.0': .*no token",
+            "'added.tokens.0': .*not a token",
         ),
         (lambda header, document: document["added"]["tokens"].__setitem__(0, 'a", "b'), "'added.tokens.0'"),
-        (lambda header, document: document["added"]["tokens"].__setitem__(0, ""), "'added.tokens.0': .*no token"),
+        (lambda header, document: document["added"]["tokens"].__setitem__(0, ""), "'added.tokens.0': .*not a token"),
     ],
 )
 def test_a_file_with_a_right_digest_and_wrong_content_is_refused(
@@ -213,7 +213,7 @@ def test_values_that_are_not_finite_are_refused_by_name(tmp_path: Path, good: by
         read_statistics(path)
     blocks = dict(statistics().blocks)
     blocks["gram:a"] = np.full(6, np.inf, np.float32)
-    with pytest.raises(ContributionError, match="tensor 'gram:a' holds 6 values that are NaN"):
+    with pytest.raises(ContributionError, match="tensor 'gram:a' has 6 NaN"):
         write(tmp_path / "other.safetensors", Statistics(7, {"a": 40, "ä": 0}, blocks))
     assert list(tmp_path.iterdir()) == [path]
 
@@ -236,7 +236,7 @@ def test_values_that_are_not_finite_are_refused_by_name(tmp_path: Path, good: by
 def test_what_is_no_statistics_file_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "north.safetensors"
     path.write_bytes(content)
-    with pytest.raises(ContributionError, match="is no statistics file"):
+    with pytest.raises(ContributionError, match=r"north\.safetensors: is not a statistics file"):
         read_statistics(path)
     with pytest.raises(ContributionError, match="cannot be read: No such file"):
         read_statistics(tmp_path / "nowhere")

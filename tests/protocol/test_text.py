@@ -110,7 +110,7 @@ def test_a_longer_text_is_cut_where_a_reader_sees_it(text: str, limit: int) -> N
     assert len(shown) <= limit
     assert printable(shown)
     assert len(quoted(text, limit)) <= limit
-    assert (shown != one_line(text)) is shown.endswith(" characters more)") or len(one_line(text)) <= limit
+    assert (shown != one_line(text)) is shown.endswith(" more characters)") or len(one_line(text)) <= limit
 
 
 def models() -> Iterator[type[BaseModel]]:

@@ -133,7 +133,7 @@ def test_an_empty_reason_stays_empty() -> None:
 
 @pytest.mark.parametrize("leaf", CROSSING)
 def test_what_is_wrong_with_a_tensor_or_a_message_crosses_as_it_is(leaf: type[GramfuseError]) -> None:
-    message = "this silo: tensor 'delta:x' holds 3 values that are NaN or infinite out of 9"
+    message = "this silo: tensor 'delta:x' has 3 NaN or infinite values out of 9"
     request = TrainRequest(plan="0" * 64, session="1" * 32)
     reply = refusal(request, "ward-3", leaf(message))
     assert (reply.error, reply.exit_code, reply.reason) == (leaf.__name__, leaf.exit_code, message)

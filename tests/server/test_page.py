@@ -120,20 +120,26 @@ def test_what_a_failed_run_says_comes_first() -> None:
     shown = Checked(page(report, plan)).text
     assert shown.index("desk: the run failed") < shown.index(report["failure"]["message"])
     assert shown.index(report["failure"]["message"]) < shown.rindex("was to be merged")
-    for words in ("silos upload, masked", "gramfuse explain 16", "--resume desk-1", "had trained", "did not come"):
+    for words in (
+        "silos upload masked vectors",
+        "gramfuse explain 16",
+        "--resume desk-1",
+        "had trained",
+        "did not connect",
+    ):
         assert words in shown
-    for words in ("from_pretrained", "sha256sum", "in the merge", "Whoever gets the merged model"):
+    for words in ("from_pretrained", "sha256sum", "in the merge", "Anyone with the merged model"):
         assert words not in shown
-    assert "No sum was opened" in shown
+    assert "No sum was unmasked" in shown
     report["failure"] |= {"phase": "evaluate", "resumable": False}
-    assert "No sum was opened" not in page(report, plan)
+    assert "No sum was unmasked" not in page(report, plan)
     assert "--resume" not in page(report, plan)
 
 
 def test_the_page_says_who_saw_what_as_the_plan_has_it() -> None:
     secure, opened, own = (Checked(page(*run())).text for run in (secure_run, open_run, own_heads))
     assert "the sum over 3 silos" in secure
-    assert "at most 1 silo works together" in secure
+    assert "at most 1 silo colludes" in secure
     assert "simulation" not in secure
     assert "silo by itself: Gram matrices" in opened
     assert "not harmless" in opened
@@ -168,7 +174,7 @@ def test_what_left_with_noise_is_shown_with_how_far_it_may_be_off_and_what_it_co
             assert words in shown, words
         assert "0.740 ± 0.007" in shown or "0.7325 to 0.745" in shown
     assert "[0.644, 1.000]" in Checked(page(report, plan)).text
-    assert "and with noise" in Checked(page(report, plan)).text
+    assert "held-out results, with noise" in Checked(page(report, plan)).text
 
 
 def test_a_simulation_shows_the_exact_figures_and_what_would_be_seen_without_it(

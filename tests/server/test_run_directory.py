@@ -286,7 +286,7 @@ def test_a_name_taken_in_the_meantime_is_an_error_and_not_overwritten(tmp_path: 
 def test_a_parent_that_is_a_file_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("not a directory")
     with (
-        pytest.raises(RunDirectoryError, match="cannot be made") as caught,
+        pytest.raises(RunDirectoryError, match="cannot be created") as caught,
         RunDirectory(tmp_path / "runs" / "one", needed=1),
     ):
         pytest.fail("was entered")

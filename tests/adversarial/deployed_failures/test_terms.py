@@ -63,7 +63,7 @@ def test_large_values_are_carried_or_refused_and_never_clipped(value: float) -> 
     values = np.array([value, -value, 0.25])
     total = sum((encode(values, scale, 4, "t") for _ in range(4)), np.zeros(3, np.uint64))
     assert np.abs(decode(total, scale) - 4 * values).max() <= 2 / scale
-    with pytest.raises(ContributionError, match="'t' holds 2 values out of 3 beyond"):
+    with pytest.raises(ContributionError, match=r"'t'.*2 of 3 .*range"):
         encode(values * 2.0**21, scale, 4, "t")
 
 

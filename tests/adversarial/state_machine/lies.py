@@ -72,15 +72,15 @@ def unsigned(name: str) -> tuple[str, str]:
 
 ADVERTISE = [
     Lie("too few are invited", advertise("a", NAMES[:3]), ("the cohort", "3 silos", "4")),
-    Lie("it is not invited itself", advertise("a", NAMES[1:]), ("the cohort", "leaves out silo 'a'")),
+    Lie("it is not invited itself", advertise("a", NAMES[1:]), ("the cohort", "omits silo 'a'")),
     Lie("one is invited twice", advertise("a", ("a", "b", "b", "c", "d")), ("the cohort", "twice")),
     Lie("a stranger is invited", advertise("a", ("a", "b", "c", "zz")), ("the cohort", "'zz'")),
-    Lie("another order", advertise("a", ("b", "a", "c", "d")), ("the cohort", "order of the roster")),
-    Lie("another silo's name", advertise("a", NAMES, by="b"), "another key for silo 'a'"),
+    Lie("another order", advertise("a", ("b", "a", "c", "d")), ("the cohort", "roster order")),
+    Lie("another silo's name", advertise("a", NAMES, by="b"), ("key of silo 'a'", "roster")),
     Lie(
         "another roster",
         advertise("a", NAMES, Roster(PLAN, {n: bytes([k]) * 32 for k, n in enumerate(NAMES)}, THRESHOLD, THRESHOLD)),
-        "another key for silo 'a'",
+        ("key of silo 'a'", "roster"),
     ),
 ]
 
@@ -92,11 +92,11 @@ SHARE = [
     ),
     Lie("none", share(lambda at, _: []), ("the list of keys", "0 silos")),
     Lie("one twice", share(lambda at, _: [*at.adverts.values(), at.adverts["b"]]), ("the list of keys", "twice")),
-    Lie("another order", share(lambda at, _: list(at.adverts.values())[::-1]), "order of the roster"),
+    Lie("another order", share(lambda at, _: list(at.adverts.values())[::-1]), "roster order"),
     Lie(
         "its own left out",
         share(lambda at, _: list(at.adverts.values())[1:]),
-        ("silo 'a'", "as they were sent"),
+        ("silo 'a'", "omits or alters"),
     ),
     Lie(
         "its own from another session",
@@ -106,7 +106,7 @@ SHARE = [
     Lie(
         "its own signed, and others",
         with_advert("a", lambda at, _: at.advert("a", channel=at.adverts["a"].channel[:-2] + "11")),
-        ("silo 'a'", "as they were sent"),
+        ("silo 'a'", "omits or alters"),
     ),
     Lie(
         "a stranger",
@@ -191,24 +191,26 @@ RECEIVE = [
         with_sealed(zz=lambda at, _: at.sealed["b"]["a"]),
         ("shares", "'zz'"),
     ),
-    Lie("its own", with_sealed(a=lambda at, _: at.sealed["a"]["b"]), ("silo 'a'", "sealed for itself")),
+    Lie("its own", with_sealed(a=lambda at, _: at.sealed["a"]["b"]), ("silo 'a'", "from itself")),
     Lie(
         "changed",
         with_sealed(b=lambda at, _: changed(at.sealed["b"]["a"])),
-        "silo 'b' for silo 'a' do not open: they were changed",
+        ("silo 'b' for silo 'a'", "changed"),
     ),
     Lie(
         "changed in the tag",
         with_sealed(b=lambda at, _: changed(at.sealed["b"]["a"], -1 + SEALED_BYTES)),
-        "silo 'b' for silo 'a' do not open",
+        ("silo 'b' for silo 'a'", "decrypted"),
     ),
-    Lie("cut off", with_sealed(b=lambda at, _: at.sealed["b"]["a"][:-1]), "silo 'b' for silo 'a' do not open"),
-    Lie("empty", with_sealed(c=lambda at, _: b""), "silo 'c' for silo 'a' do not open"),
+    Lie("cut off", with_sealed(b=lambda at, _: at.sealed["b"]["a"][:-1]), ("silo 'b' for silo 'a'", "decrypted")),
+    Lie("empty", with_sealed(c=lambda at, _: b""), ("silo 'c' for silo 'a'", "decrypted")),
     Lie(
-        "swapped", with_sealed(b=lambda at, _: at.sealed["c"]["a"], c=lambda at, _: at.sealed["b"]["a"]), "do not open"
+        "swapped",
+        with_sealed(b=lambda at, _: at.sealed["c"]["a"], c=lambda at, _: at.sealed["b"]["a"]),
+        ("for silo 'a'", "decrypted"),
     ),
-    Lie("meant for another", with_sealed(b=lambda at, _: at.sealed["b"]["c"]), "silo 'b' for silo 'a' do not open"),
-    Lie("reflected", with_sealed(b=lambda at, _: at.sealed["a"]["b"]), "silo 'b' for silo 'a' do not open"),
+    Lie("meant for another", with_sealed(b=lambda at, _: at.sealed["b"]["c"]), ("silo 'b' for silo 'a'", "decrypted")),
+    Lie("reflected", with_sealed(b=lambda at, _: at.sealed["a"]["b"]), ("silo 'b' for silo 'a'", "decrypted")),
     Lie(
         "replayed from another session",
         with_sealed(b=lambda _, other: other.sealed["b"]["a"]),
@@ -226,13 +228,13 @@ RECEIVE = [
     Lie(
         "sealed, and no shares",
         with_sealed(b=lambda at, _: at.seal(bytes(SHARE_BYTES))),
-        "silo 'b' sealed 66 bytes",
+        ("silo 'b'", "66 bytes"),
     ),
-    Lie("sealed, and nothing", with_sealed(b=lambda at, _: at.seal(b"")), "silo 'b' sealed 0 bytes"),
+    Lie("sealed, and nothing", with_sealed(b=lambda at, _: at.seal(b"")), ("silo 'b'", " 0 bytes")),
     Lie(
         "sealed, and beyond the prime",
         with_sealed(b=lambda at, _: at.seal(3 * bytes(SHARE_BYTES) + PRIME.to_bytes(SHARE_BYTES, "little"))),
-        ("silo 'b'", "no share", "not a number below 2^521 − 1"),
+        ("silo 'b'", "malformed share", "2^521 − 1"),
     ),
     Lie(
         "before the list of keys",
@@ -270,13 +272,13 @@ UPLOAD = [
 ]
 
 SIGN = [
-    Lie("it is dead itself", sign(NAMES[1:]), ("survivors", "leaves out silo 'a'")),
+    Lie("it is dead itself", sign(NAMES[1:]), ("survivors", "omits silo 'a'")),
     Lie("too few", sign(NAMES[:3]), ("survivors", "3 silos", "4")),
     Lie("none", sign(()), ("survivors", "0 silos")),
     Lie("one twice", sign(("a", "b", "b", "c", "d")), ("survivors", "twice")),
     Lie("itself twice", sign(("a", "a", "b", "c")), ("survivors", "twice")),
     Lie("a stranger", sign(("a", "b", "c", "zz")), ("survivors", "'zz'")),
-    Lie("another order", sign(("a", "c", "b", "d")), ("survivors", "order of the roster")),
+    Lie("another order", sign(("a", "c", "b", "d")), ("survivors", "roster order")),
     Lie("before it sent anything", sign(NAMES, "joined"), ("silo 'a'", "nothing")),
     Lie("before the shares", sign(NAMES, "shared"), "before its members"),
     Lie(
@@ -319,12 +321,12 @@ RELEASE = [
     Lie(
         "a stranger's",
         release(lambda at, _: {**at.signatures, "zz": at.signatures["a"]}),
-        ("signature", "'zz'"),
+        ("signed", "'zz'"),
     ),
     Lie(
         "a dead silo's",
         release(lambda at, _: {**at.signatures, "e": at.signatures["a"]}),
-        ("signature", "'e'"),
+        ("signed", "'e'"),
     ),
     Lie("changed", release(lambda at, _: {**at.signatures, "c": changed(at.signatures["c"])}), unsigned("c")),
     Lie("one signature for all", release(lambda at, _: dict.fromkeys(NAMES[:4], at.signatures["a"])), unsigned("b")),
@@ -371,7 +373,7 @@ RELEASE = [
         lambda at, _: secure_sum.release(
             at.roster, secure_sum.forget(at.signed["a"], "statistics"), "statistics", at.signatures
         ),
-        "are wiped; a second request",
+        ("statistics", "again", "wiped"),
     ),
 ]
 

@@ -194,7 +194,7 @@ def test_show_says_what_a_secure_plan_tolerates(
     assert shown.code == 0, shown.stderr
     words = " ".join(shown.stdout.split())
     assert "sums over at least 4 silos only" in words
-    assert "silos 5, threshold 4, minimum of survivors 4" in words
+    assert "silos 5, threshold 4, minimum survivors 4" in words
     assert "may drop out 1 " in words
     preview = gramfuse("plan", "show", project.directory, "--json").object
     assert preview["privacy"]["tolerates"] == {"dropouts": 1, "colluding": 2}

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from gramfuse_cli.commands import simulate as simulate_module
+from gramfuse_simulation import simulate as simulation
 from tests.cli.commands.outcomes import GRAMFUSE, Outcome, check_failure, process, tree
 
 
@@ -216,7 +217,7 @@ def test_a_run_directory_that_exists_stops_a_run_and_stays_as_it_is(
     def started(*_: object) -> None:
         raise AssertionError("the run was started all the same")
 
-    monkeypatch.setattr(simulate_module, "contained", started)
+    monkeypatch.setattr(simulation, "contained", started)
     monkeypatch.setenv("FLWR_HOME", str(place))
     (place / "config.toml").write_text('[superlink.here]\naddress = "127.0.0.1:1"\n')
     project = pico_project(silos=2)

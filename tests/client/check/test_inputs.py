@@ -33,7 +33,7 @@ def test_a_silo_file_that_cannot_be_read_is_all_that_is_said(site: Site) -> None
     report = site.check()
     assert problems(report).keys() == {"silo file"}
     assert "unknown key 'limit'" in problems(report)["silo file"]
-    assert report.leaving is None
+    assert report.disclosure is None
 
 
 def _not_approved(site: Site) -> None:
@@ -192,11 +192,11 @@ def _no_certificate(site: Site) -> None:
         (_base_on_the_hub, "base model", ["not on this machine", "hf download gramfuse/no-such-model"]),
         (_other_layout, "layout", ["locked to " + "3" * 64, "same versions"]),
         (_not_locked, "lock", ["not locked", "gramfuse plan lock"]),
-        (_no_gpu, "device", ["torch finds none", 'device = "auto"']),
+        (_no_gpu, "device", ["torch finds no", 'device = "auto"']),
         (_wide_state, "state", ["mode 755", "chmod 700"]),
         (_no_coordinator, "coordinator", ["[coordinator]", "address"]),
         (_no_authority, "authority", ["No such file", "ca.crt"]),
-        (_no_certificate, "authority", ["no certificate", "ca.crt"]),
+        (_no_certificate, "authority", ["no PEM certificate", "ca.crt"]),
     ],
 )
 def test_what_is_wrong_is_named_with_what_to_do(
@@ -252,7 +252,7 @@ def test_all_problems_are_named_and_as_json_in_one_object(
     assert code == 19
     assert out.count("PROBLEM") == 6
     assert "6 problems: approval, metrics, identity, data, size, control API" in err
-    assert "What would leave" in out
+    assert f"What {NAME} would send" in out
     code, out, err = gramfuse(*arguments, "--json")
     document = json.loads(out)
     assert code == 19
@@ -272,7 +272,7 @@ def test_outside_of_its_hours_a_silo_is_ready_and_says_when(site: Site) -> None:
     assert hours.state == "ok"
     assert "12:00" in hours.what
     assert "20:00-06:00" in hours.what
-    assert "refused" in hours.remedy
+    assert "refuse" in hours.remedy
     assert not finding(site.check(offline=True, now=noon.replace(hour=21)), "hours").remedy
 
 
@@ -285,17 +285,17 @@ KINDS = {
     "multi-label": (
         MASKED,
         [["a"], ["a", "b"], []],
-        "'a' 2, 'b' 1; none of them 1; 1 labels",
+        "'a' 2, 'b' 1; no label 1; ",
         "each label",
     ),
     "token-classification": (
         'task = "token-classification"\nlabels = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]',
         ["B-PER I-PER", "O B-PER", "B-LOC B-LOC"],
         "'PER' 2, 'LOC' 2",
-        "entities of each type",
+        "each entity type",
     ),
-    "sequence-to-sequence": ('task = "sequence-to-sequence"', ["x", "y", "z"], "targets are texts", "targets were met"),
-    "causal-lm": ('task = "causal-lm"', ["", "", ""], "21 characters", "tokens were predicted rightly"),
+    "sequence-to-sequence": ('task = "sequence-to-sequence"', ["x", "y", "z"], "targets are texts", "exact matches"),
+    "causal-lm": ('task = "causal-lm"', ["", "", ""], "21 characters", "correctly predicted tokens"),
 }
 
 
@@ -324,7 +324,7 @@ def test_each_kind_of_data_is_counted_in_its_own_words(kind: str, tmp_path: Path
 @pytest.mark.parametrize(
     ("texts", "state", "words"),
     [
-        (["cat dog", "cat dog hen cow", "cat"], "ok", "1 of 9 words have no token: the 5 "),
+        (["cat dog", "cat dog hen cow", "cat"], "ok", "1 of 9 words have no token: they come after the 5 tokens"),
         (["cat dog", "\u200b", "hen cow"], "problem", "1 of 3 examples have no word"),
     ],
 )

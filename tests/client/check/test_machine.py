@@ -19,9 +19,9 @@ def test_too_little_room_or_memory_is_named(site: Site, monkeypatch: pytest.Monk
     monkeypatch.setattr(of_machine, "available_memory", lambda: 10**6)
     found = problems(site.check(offline=True))
     assert found.keys() == {"disk", "memory"}
-    assert "1.0 MB are free" in found["disk"]
+    assert "1.0 MB free" in found["disk"]
     assert "masked vector 0.1 MB" in found["disk"]
-    assert "1.0 MB are free" in found["memory"]
+    assert "1.0 MB free" in found["memory"]
     assert "block:128" in found["memory"]
 
 
@@ -32,7 +32,7 @@ def test_a_state_directory_that_cannot_be_made_is_named(site: Site, monkeypatch:
     assert "cannot write" in problems(site.check(offline=True))["state"]
     Silo.read(site.silo).state.rmdir()
     Silo.read(site.silo).state.touch()
-    assert "no directory" in problems(site.check(offline=True))["state"]
+    assert "not a directory" in problems(site.check(offline=True))["state"]
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def test_a_damaged_ledger_is_named_and_a_line_cut_short_is_no_damage(site: Site,
     assert found.state == "ok"
     assert "never left" in found.what
     ledger.path.write_bytes(content.replace(b'"one"', b'"eno"'))
-    assert "ledger.jsonl:1" in problems(site.check(offline=True))["ledger"]
+    assert "ledger.jsonl:2: line 2 does not follow line 1" in problems(site.check(offline=True))["ledger"]
     ledger.path.write_bytes(content[:-20])
     assert "cut short" in problems(site.check(offline=True))["ledger"]
     ledger.path.unlink()

@@ -38,7 +38,7 @@ def test_a_silo_that_is_ready_is_told_so_and_nothing_is_written(
     assert "PROBLEM" not in out
     assert site.plan.digest in out
     assert "24 training examples ('animals' 22, 'weather' 2, 'kitchen' 0), 20 held out" in out
-    assert "What does not leave" in out
+    assert "What stays here" in out
     if secure:
         assert "nobody: random words" in out
         assert "over at least 3 of the 4 silos" in out
@@ -154,4 +154,4 @@ def test_without_a_plan_it_is_one_that_was_joined(site: Site) -> None:
     report = check(site.silo, offline=True)
     assert not problems(report)
     assert report.plan["digest"] == older.digest  # approved, though the other is newer
-    assert "1 more were joined" in finding(report, "plan").what
+    assert "joined 1 more" in finding(report, "plan").what

@@ -147,7 +147,7 @@ def test_an_adapter_alone_or_beside_a_model_is_to_be_merged_into_it_first(models
 
 def test_a_model_that_is_its_own_base_has_nothing_to_merge(models: Models) -> None:
     for base in (models.model, models.copy(models.model)):
-        refused("same weights zero --base", lambda base=base: models.measure(base=base))  # type: ignore[misc]
+        refused(f"same weights {base} --base", lambda base=base: models.measure(base=base))  # type: ignore[misc]
 
 
 def test_a_directory_of_checkpoints_is_pointed_into(models: Models, tmp_path: Path) -> None:

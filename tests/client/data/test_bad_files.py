@@ -104,13 +104,13 @@ BAD_FILES: dict[str, tuple[str, bytes, str, list[str]]] = {
         "rows.json",
         b'{\n "text": "a cat",\n "label": "animals"\n}\n{\n "text": "a dog",\n "label": "animals"\n}\n',
         ":1",
-        ["goes on to line 4"],
+        ["extends to line 4"],
     ),
     "lines of JSON that are spread over lines": (
         "rows.jsonl",
         b'\n{"text": "a cat",\r\n "label": "animals"}\n',
         ":2",
-        ["goes on to line 3"],
+        ["extends to line 3"],
     ),
     "JSON that is spread over lines and broken": (
         "rows.json",

@@ -42,7 +42,7 @@ def test_several_labels_or_none_stand_in_a_field_of_csv_as_in_json(tmp_path: Pat
         ('["kitchen", null]', "found None"),
         ('["kitchen", "kitchen"]', "twice"),
         ("[]]", '["a", "b"], or [] if none applies'),
-        ("", "write [] if none"),
+        ("", "write [] if no"),
     ],
 )
 def test_a_field_that_is_no_list_of_labels_is_refused_with_how_to_write_one(
@@ -65,8 +65,8 @@ def test_a_label_that_looks_like_a_list_of_labels_is_not_guessed(tmp_path: Path)
 @pytest.mark.parametrize("printed", ["['EU', 'left']", "['EU' 'left']", "[\"EU\", 'left']"])
 def test_words_as_python_prints_them_are_not_taken_for_words(printed: str, tmp_path: Path) -> None:
     source = as_csv(tmp_path, [{"text": printed, "label": "O O"}])
-    assert "as in JSON" in failure(tmp_path, source, TAG)
-    with pytest.raises(DataError, match="as in JSON"):
+    assert "write a JSON list" in failure(tmp_path, source, TAG)
+    with pytest.raises(DataError, match="JSON list"):
         load_measured(silo(tmp_path, source), TAG)
     source = as_csv(tmp_path, [{"text": '["EU", "left"]', "label": '["B-PER", "O"]'}])
     assert read(tmp_path, source, TAG) == Examples([("EU", "left")], None, [(1, 0)])

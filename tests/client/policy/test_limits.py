@@ -97,7 +97,8 @@ def test_a_silo_trains_from_the_start_of_its_hours_until_before_their_end(
     for moment in outside:
         with pytest.raises(RefusalError) as caught:
             check_hours(silo, datetime.combine(datetime(2030, 1, 31), time.fromisoformat(moment)))
-        assert str(caught.value) == f"{PATH}: it is {moment[:5]}; 'limits.train-hours' is {hours}"
+        assert str(caught.value).startswith(f"{PATH}: it is {moment[:5]}, ")
+        assert f"'limits.train-hours' = {hours}" in str(caught.value)
         assert hours in caught.value.reason
         quotes_nothing(caught.value.reason, [str(PATH), silo.name])
 
@@ -116,8 +117,8 @@ def test_a_node_key_that_is_not_the_rosters_is_refused(tmp_path: Path) -> None:
     check_plan(silo("silo-a.toml", plan), plan)
     with pytest.raises(RefusalError) as caught:
         check_plan(silo("other.toml", plan), plan)
-    assert f"another node key for 'silo-a' than {tmp_path / 'other.key'} holds" in str(caught.value)
-    assert str(caught.value).endswith(f"here it is {keys['other'][1]}")
+    assert f"another node key for 'silo-a' than {tmp_path / 'other.key'}" in str(caught.value)
+    assert str(caught.value).endswith(f"here is {keys['other'][1]}")
     quotes_nothing(caught.value.reason, [str(tmp_path), "silo-a", *(line.split()[1] for _, line in keys.values())])
     # Who connects in another way has no such key, and a plan may leave it out.
     check_plan(willing(approved=(plan.digest,)), plan)

@@ -146,19 +146,19 @@ def test_an_authority_that_cannot_be_used_is_refused(authority: Path, tmp_path: 
     refuse(f"run: chmod 600 {authority / 'ca.key'}", pki, "server", authority, "--renew")
     (authority / "ca.key").write_bytes(key_pem(new_key()))
     (authority / "ca.key").chmod(0o600)
-    refuse("certificate of ca.key", pki, "server", authority, "--renew")
+    refuse("certificate for ca.key", pki, "server", authority, "--renew")
     (authority / "ca.key").write_text("nothing")
-    refuse("ca.key: is not", pki, "server", authority, "--renew")
+    refuse("ca.key: not a private key", pki, "server", authority, "--renew")
 
     old = Authority.create("old", server_names([]), NOW, 30)
     (authority / "ca.key").write_bytes(key_pem(old.key))
     (authority / "ca.crt").write_bytes(certificate_pem(old.certificate))
     assert Authority.read(authority, NOW + timedelta(days=29)).certificate == old.certificate
     for now in (NOW + timedelta(days=30), NOW - timedelta(days=2)):
-        with pytest.raises(PlanError, match=r"ca\.crt: valid from 2029-12-31 to 2030-01-31 only"):
+        with pytest.raises(PlanError, match=r"ca\.crt: valid only from 2029-12-31 to 2030-01-31"):
             Authority.read(authority, now)
     (authority / "ca.crt").write_text("nothing")
-    with pytest.raises(PlanError, match=r"ca\.crt: is not a certificate"):
+    with pytest.raises(PlanError, match=r"ca\.crt: not a certificate"):
         Authority.read(authority, NOW)
 
 
@@ -197,6 +197,6 @@ def test_what_is_no_host_is_refused(host: str, authority: Path) -> None:
 def test_an_authority_signs_for_its_own_hosts_only(authority: Path, tmp_path: Path) -> None:
     before = tree(authority)
     for host in ("example.org", "bank.example.org", "evilmerge.example.org", "10.0.0.6", "fd00::5"):
-        refuse(f"does not vouch for {host}", pki, "server", authority, "--host", host, "--renew")
+        refuse(f"cannot certify {host}", pki, "server", authority, "--host", host, "--renew")
     assert tree(authority) == before
     assert invoke(pki, "init", tmp_path / "new").exit_code == 2  # it has to know which hosts are its own

@@ -27,10 +27,10 @@ def test_a_key_with_a_passphrase_is_of_no_use_without_it(tmp_path: Path, passphr
     assert text.startswith("-----BEGIN ENCRYPTED PRIVATE KEY-----")
     serialization.load_pem_private_key(text.encode(), b"correct horse battery staple")
     before = tree(directory)
-    refuse("ca.key: has a passphrase; give it by --passphrase-file", pki, "server", directory)
+    refuse("ca.key: is encrypted; give its passphrase with --passphrase-file", pki, "server", directory)
     other.touch(mode=0o600)
     other.write_text("another one that is long enough")
-    refuse("its passphrase is another", pki, "server", directory, "--passphrase-file", other)
+    refuse("ca.key: wrong passphrase", pki, "server", directory, "--passphrase-file", other)
     assert tree(directory) == before
     succeed(pki, "server", directory, "--passphrase-file", passphrase)
     handshake(directory, directory / "ca.crt", "merge.example.org")
@@ -44,7 +44,7 @@ def test_a_passphrase_that_protects_little_is_refused(tmp_path: Path, passphrase
     passphrase.chmod(0o600)
     for text in ("", "\n" + "x" * 40, "x" * 19):
         passphrase.write_text(text)
-        refuse("needs 20 at least", *arguments)
+        refuse("needs at least 20", *arguments)
     passphrase.unlink()
     refuse("passphrase", *arguments)
     assert not (tmp_path / "pki").exists()

@@ -130,7 +130,7 @@ def test_a_silo_that_went_away_is_waited_for(
         exchange(grid, honest, place / "run", observer=observe, **settings)
         assert_identical(weights_of(place / "run"), honest.weights)
     else:
-        with pytest.raises(FederationError, match=r"'silo-b' went away in phase 'upload'"):
+        with pytest.raises(FederationError, match=r"'silo-b' disconnected in phase 'upload'"):
             exchange(grid, honest, place / "run", observer=observe, **settings)
     waited = [event for event in events if event["state"] == "waiting"]
     assert {(event["silo"], event["phase"], event["away"]) for event in waited} == {("silo-b", "upload", True)}

@@ -39,7 +39,7 @@ def test_secure_rounds_are_over_the_same_silos(site: Callable[..., Site], traini
             return later(visit, lambda: lost(visit, deliver))
 
         with pytest.raises(
-            FederationError, match=r"silo-b'.*\n.*round 2 must be over .*: silo-a, silo-b, silo-c\. Bring"
+            FederationError, match=r"silo-b'.*\n.*round 2 needs exactly .*: silo-a, silo-b, silo-c\. Bring"
         ):
             here.run(fault=fault, resume=phase == "masked")
     before = len(here.replies)

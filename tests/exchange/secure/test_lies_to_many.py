@@ -16,6 +16,7 @@ from gramfuse_protocol.messages.wire import pack, unpack
 from gramfuse_protocol.secure_sum.masks import apply
 from gramfuse_protocol.secure_sum.member import Signed
 from gramfuse_protocol.secure_sum.statements import metrics_context
+from gramfuse_protocol.secure_sum.unmasking import unmasking
 from tests.exchange.secure.coordinator import Coordinator, assert_over, at
 from tests.exchange.secure.runs import NAMES, A, B, C, D, Run, Site, distance
 
@@ -81,15 +82,15 @@ def test_what_one_silo_measured_apart_stays_masked_though_the_others_agree(scrip
     counts = np.sum([[w for m in known[n].values() for w in m.words] for n in NAMES], axis=0, dtype=np.uint64)
     asked = {name: c.requests["survivors-metrics"][name][0] for name in agreed}
     signatures = {name: c.ask(name, request).signature for name, request in asked.items()}
-    unmask = c.requests["unmask-metrics"][A][0].model_copy(update={"signatures": signatures})
-    replies = {name: c.ask(name, unmask) for name in agreed}
+    request = c.requests["unmask-metrics"][A][0].model_copy(update={"signatures": signatures})
+    replies = {name: c.ask(name, request) for name in agreed}
     shares = {n: {owner: bytes.fromhex(share) for owner, share in r.shares.items()} for n, r in replies.items()}
     for name in (A, B):  # what the others signed, and what silo-b would have
         signed = Signed(survivors=NAMES, context=metrics_context({m: of.model for m, of in known[name].items()}))
         opened = total.copy()
         apply(
             opened,
-            unmask.unmasking(c.plan.roster, str(c.about["session"]), c.adverts, "metrics", NAMES, signed, shares),
+            unmasking(c.plan.roster, str(c.about["session"]), c.adverts, "metrics", NAMES, signed, shares),
         )
         assert not np.isin(opened, counts).any()
         assert (np.abs(opened.view(np.int64)) > 2**36).any(), "words of a sum of counts are small"
@@ -110,6 +111,6 @@ def test_a_sum_of_metrics_that_does_not_open_is_no_metric(site: Site, in_process
     run.nodes = lambda: {**honest, C: lied_to}  # type: ignore[method-assign]
     report = run.start(in_process_grid)
     assert report["models"] == []
-    assert "the same models" in report["unmeasured"]
+    assert "different models" in report["unmeasured"]
     assert [silo["name"] for silo in report["lost"]] == [C]
     assert distance(run.deltas, site.merged(run.plan, NAMES)) <= 1e-6

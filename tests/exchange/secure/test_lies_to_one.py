@@ -48,8 +48,8 @@ SIX = (*NAMES, STRANGER)
 
 # What silo-a is asked, the step that it has come to, and what of the reason must be there.
 ATTACKS: dict[str, tuple[str, Callable[[Coordinator], Any], str]] = {
-    "keys: a cohort without it": ("keys", changed("keys", cohort=NAMES[1:]), "leaves out"),
-    "keys: too small a cohort": ("keys", changed("keys", cohort=NAMES[:3]), "asks for 4"),
+    "keys: a cohort without it": ("keys", changed("keys", cohort=NAMES[1:]), "omits"),
+    "keys: too small a cohort": ("keys", changed("keys", cohort=NAMES[:3]), "at least 4"),
     "keys: a silo twice": ("keys", changed("keys", cohort=(A, *NAMES)), "twice"),
     "keys: a stranger": ("keys", changed("keys", cohort=SIX), STRANGER),
     "keys: in another order": ("keys", changed("keys", cohort=NAMES[::-1]), "order"),
@@ -64,12 +64,12 @@ ATTACKS: dict[str, tuple[str, Callable[[Coordinator], Any], str]] = {
         C,
     ),
     "shares: its own keys changed": (
-        "shares", changed("shares", adverts=lambda c: c.advert(A, A, channel="11" * 32)), "as they were sent"
+        "shares", changed("shares", adverts=lambda c: c.advert(A, A, channel="11" * 32)), "omits or alters"
     ),
-    "shares: without its own keys": ("shares", changed("shares", adverts=lambda c: c.adverts[1:]), "as they were sent"),
+    "shares: without its own keys": ("shares", changed("shares", adverts=lambda c: c.adverts[1:]), "omits or alters"),
     "shares: a silo twice": ("shares", changed("shares", adverts=lambda c: (*c.adverts, c.adverts[-1])), "twice"),
     "shares: in another order": ("shares", changed("shares", adverts=lambda c: c.adverts[::-1]), "order"),
-    "shares: too few": ("shares", changed("shares", adverts=lambda c: c.adverts[:3]), "asks for 4"),
+    "shares: too few": ("shares", changed("shares", adverts=lambda c: c.adverts[:3]), "at least 4"),
     "shares: a stranger": ("shares", changed("shares", adverts=lambda c: c.advert(E, E, silo=STRANGER)), STRANGER),
     "shares: an all-zero mask key": (
         "shares",
@@ -90,14 +90,14 @@ ATTACKS: dict[str, tuple[str, Callable[[Coordinator], Any], str]] = {
     "shares: a second list": ("masked", changed("shares", adverts=lambda c: c.adverts[:4]), "second, different"),
     "masked: before the shares": ("shares", changed("masked"), "before the list"),
     "masked: shares swapped": (
-        "masked", changed("masked", sealed=lambda c: exchanged(c.sealed(A), B, C)), "do not open"
+        "masked", changed("masked", sealed=lambda c: exchanged(c.sealed(A), B, C)), "cannot be decrypted"
     ),
     "masked: shares for another": ("masked", changed("masked", sealed=lambda c: {**c.sealed(A), B: c.sealed(C)[B]}), B),
     "masked: shares changed": (
-        "masked", changed("masked", sealed=lambda c: {**c.sealed(A), E: flipped(c.sealed(A)[E])}), "do not open"
+        "masked", changed("masked", sealed=lambda c: {**c.sealed(A), E: flipped(c.sealed(A)[E])}), "cannot be decrypted"
     ),
     "masked: too few shares": (
-        "masked", changed("masked", sealed=lambda c: {s: c.sealed(A)[s] for s in (B, C)}), "asks for 4"
+        "masked", changed("masked", sealed=lambda c: {s: c.sealed(A)[s] for s in (B, C)}), "at least 4"
     ),
     "masked: shares of a stranger": (
         "masked", changed("masked", sealed=lambda c: {**c.sealed(A), STRANGER: c.sealed(A)[B]}), STRANGER
@@ -112,11 +112,11 @@ ATTACKS: dict[str, tuple[str, Callable[[Coordinator], Any], str]] = {
         "masked", lambda c: UploadRequest(**c.about, piece=0, piece_bytes=2**20), "masked"
     ),
     "survivors: before the upload": ("masked", changed("survivors"), "before its members"),
-    "survivors: without it": ("survivors", changed("survivors", survivors=NAMES[1:]), "leaves out"),
+    "survivors: without it": ("survivors", changed("survivors", survivors=NAMES[1:]), "omits"),
     "survivors: one twice": ("survivors", changed("survivors", survivors=(*NAMES, E)), "twice"),
     "survivors: a stranger": ("survivors", changed("survivors", survivors=(*NAMES[:4], STRANGER)), STRANGER),
     "survivors: in another order": ("survivors", changed("survivors", survivors=(B, A, C, D, E)), "order"),
-    "survivors: too few": ("survivors", changed("survivors", survivors=NAMES[:3]), "asks for 4"),
+    "survivors: too few": ("survivors", changed("survivors", survivors=NAMES[:3]), "at least 4"),
     "survivors: a second list": ("unmask", changed("survivors", survivors=NAMES[:4]), "different"),
     "unmask: before signing": ("survivors", changed("unmask"), "before its survivors"),
     "unmask: too few signatures": (
@@ -141,18 +141,18 @@ ATTACKS: dict[str, tuple[str, Callable[[Coordinator], Any], str]] = {
         "masked-metrics", changed("evaluate", arrays=lambda c: c.models["regmean"]), "two different models"
     ),
     "evaluate: a model that the plan does not name": (
-        "survivors-metrics", changed("evaluate", candidate="other"), "another candidate"
+        "survivors-metrics", changed("evaluate", candidate="other"), "candidate other than"
     ),
-    "metrics: of other models": ("masked-metrics", changed("masked-metrics", candidates=("simple",)), "other models"),
+    "metrics: of other models": ("masked-metrics", changed("masked-metrics", candidates=("simple",)), "not measured"),
     "metrics: in another order": (
-        "masked-metrics", changed("masked-metrics", candidates=("regmean", "simple")), "other models"
+        "masked-metrics", changed("masked-metrics", candidates=("regmean", "simple")), "not measured"
     ),
     "metrics: a second list": ("survivors-metrics", changed("masked-metrics", candidates=("regmean",)), "different"),
     "metrics: survivors without it": (
-        "survivors-metrics", changed("survivors-metrics", survivors=NAMES[1:]), "leaves out"
+        "survivors-metrics", changed("survivors-metrics", survivors=NAMES[1:]), "omits"
     ),
     "metrics: too few survivors": (
-        "survivors-metrics", changed("survivors-metrics", survivors=NAMES[:3]), "asks for 4"
+        "survivors-metrics", changed("survivors-metrics", survivors=NAMES[:3]), "at least 4"
     ),
     "metrics: the statistics again": ("unmask-metrics", changed("unmask", signatures={}), "different"),
     "metrics: signatures of the statistics": (

@@ -38,7 +38,7 @@ def test_secrets_are_nowhere_but_on_the_silos_disk(
         run = Run(site, site.plan(silos=4), place)
         run.start(in_process_grid, fault=gone({B: ("unmask", 1)}, refuses=True))
         lying = Run(site, run.plan, place / "second")
-        with pytest.raises(RefusalError, match="do not open") as caught:
+        with pytest.raises(RefusalError, match="cannot be decrypted") as caught:
             lying.start(in_process_grid, fault=spoil_shares)
     assert left(lying, caught.value)["failure"]["error"] == "RefusalError"
     assert "SecurityError" in {reply.error for reply in lying.of(Refusal)}

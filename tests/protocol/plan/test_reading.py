@@ -222,15 +222,15 @@ def test_what_contradicts_itself_is_refused(old: str, new: str, message: str) ->
     ("old", "new", "message"),
     [
         ('head = "own"', 'head = "same"', "silos share a body and keep their heads: 'model.head' must be \"own\""),
-        ('head = "own"', 'head = "own"\ntask = "regression"', "'model.task' stands in each"),
+        ('head = "own"', 'head = "own"\ntask = "regression"', r"'task' belongs in each \[\[task\]\]"),
         ('task = "mail"', 'task = "post"', "'b' .*mail, names"),
-        ('task = "mail"', 'task = "names"', "no \\[\\[silo\\]\\] has the task mail"),
-        ('name = "names"', 'name = "mail"', "gives one name twice"),
-        ('metrics = "silo"', 'metrics = "sum"', "add up"),
+        ('task = "mail"', 'task = "names"', "no \\[\\[silo\\]\\] has task mail"),
+        ('name = "names"', 'name = "mail"', r"two \[\[task\]\] .*same name"),
+        ('metrics = "silo"', 'metrics = "sum"', "different tasks .*'privacy.metrics'"),
         ('task = "token-classification"\nlabels = ["O", "B-X", "I-X"]', 'task = "causal-lm"', "no head"),
         ('labels = ["O", "B-X", "I-X"]', 'labels = ["O", "B-X"]', "IOB2"),
         ('labels = ["O", "B-X", "I-X"]', 'labels = ["O", "X", "B-X", "I-X"]', "IOB2.*'X'"),
-        ('task = "mail"', 'task = "mail"\nlabels = ["no"]', "'labels' of a .*needs 'model.task'"),
+        ('task = "mail"', 'task = "mail"\nlabels = ["no"]', "'labels' of a .*requires 'model.task'"),
     ],
 )
 def test_tasks_that_do_not_fit_together_are_refused(old: str, new: str, message: str) -> None:
@@ -262,11 +262,11 @@ def test_a_label_that_few_silos_annotate_would_be_a_sum_over_few() -> None:
     assert plan.task_of("b").annotated == (0,)
     # One may drop out and one collude: of three that are left, two must be honest.
     for held in ("ab", "abc"):
-        with pytest.raises(PlanError, match=f"'yes' is annotated by {len(held)} silos.*at least 4"):
+        with pytest.raises(PlanError, match=f"{len(held)} silos annotate label 'yes'.*at least 4"):
             Plan.parse(masked(held))
     assert Plan.parse(masked("abcd")).holders("yes") == ("a", "b", "c", "d")
     assert len(Plan.parse(masked("abc", minimum_survivors=4, colluding=1)).holders("yes")) == 3
-    with pytest.raises(PlanError, match="annotated by 0 silos"):
+    with pytest.raises(PlanError, match="0 silos annotate label 'yes'"):
         Plan.parse(masked("", secure_aggregation="false"))
 
 
