@@ -10,6 +10,7 @@ import pytest
 from gramfuse_client.guard.disclosure import disclose
 from gramfuse_protocol.contract.layout import Layout, Tensor
 from gramfuse_protocol.contract.who_sees_what import FACTS, STATISTICS_SAY, Mode, full_row, holds, leaving, row, seen
+from gramfuse_protocol.messages.phases import REPLIES
 from tests.pages import SILOS, Checked, card, open_run, page, plan_of, secure_run
 
 ROOT = Path(__file__).parents[2]
@@ -39,6 +40,13 @@ def test_every_message_that_leaves_is_a_fact_and_every_fact_that_leaves_is_a_mes
     said = {phase for name in leaving(mode) for phase in FACTS[name].read[mode].when.replace(",", "").split()}
     assert phases <= said
     assert said - phases <= {"never", "and", "all", "after", "it"}
+
+
+def test_every_phase_of_the_protocol_is_in_a_fact() -> None:
+    named = {
+        word for fact in FACTS.values() for read in fact.read.values() for word in read.when.replace(",", "").split()
+    }
+    assert set(REPLIES) - {"refusal"} <= named
 
 
 def test_page_card_and_check_say_it_in_these_words() -> None:

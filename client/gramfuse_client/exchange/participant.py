@@ -39,14 +39,10 @@ from gramfuse_protocol.messages.phases import (
     FinishRequest,
     JoinReply,
     JoinRequest,
-    KeysRequest,
-    MaskedRequest,
     Message,
-    SharesRequest,
-    SurvivorsRequest,
+    SecureRequest,
     TrainReply,
     TrainRequest,
-    UnmaskRequest,
     UploadReply,
     UploadRequest,
     refusal,
@@ -114,7 +110,7 @@ class Participant:
                 return self._evaluate(request)
             case FinishRequest():
                 return self._finish(request)
-            case KeysRequest() | SharesRequest() | MaskedRequest() | SurvivorsRequest() | UnmaskRequest():
+            case SecureRequest():
                 return self._membership(request).answer(request)
         raise FederationError(f"a silo does not answer phase {request.phase!r}")
 
