@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from gramfuse_client.data.batches import batches
 from gramfuse_client.measuring.collect import collect_statistics
 from gramfuse_client.training.fisher import choose_variant
-from gramfuse_model.loading.base_model import trainable
+from gramfuse_model.parameters import trainable
 from gramfuse_model.probing.public_batch import public_batch
 from gramfuse_protocol.contract.layout import Layout, delta_block, gram_block
 from gramfuse_protocol.held_out.metrics import Sums

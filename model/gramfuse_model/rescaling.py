@@ -11,9 +11,9 @@ from collections.abc import Container
 import torch
 from transformers import PreTrainedModel
 
-from gramfuse_model.differences import clear_caches
 from gramfuse_model.heads import last_linear
 from gramfuse_model.layers import LinearModule
+from gramfuse_model.parameters import clear_caches
 from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.errors import ModelError
 

@@ -89,7 +89,7 @@ class Bench:
         """
         import torch
 
-        from gramfuse_model.differences import applied
+        from gramfuse_model.parameters import applied
         from gramfuse_server.merging.accumulator import rounded
 
         if self.silo.file.threads:
@@ -151,7 +151,7 @@ class Bench:
         import torch
 
         from gramfuse_client.training.finetune import finetune
-        from gramfuse_model.loading.base_model import trainable
+        from gramfuse_model.parameters import trainable
 
         owner = self.silo.name if encoded is None else "all silos together"
         encoded = encoded or self.encoded(self.examples[0])
@@ -247,7 +247,7 @@ class AllSilos:
 
     def start(self) -> dict[str, NDArray[np.float32]]:
         """Return the base model's merged parameters and buffers, by name."""
-        from gramfuse_model.loading.base_model import trainable
+        from gramfuse_model.parameters import trainable
 
         base = next(iter(self.benches.values())).base
         start = trainable(base.model)

@@ -17,7 +17,8 @@ from transformers.pytorch_utils import Conv1D
 from gramfuse_client.measuring.collect import collect_statistics
 from gramfuse_client.measuring.gram import Gram, collect_grams
 from gramfuse_model.derive_layout import derive_layout
-from gramfuse_model.loading.base_model import load_base, trainable
+from gramfuse_model.loading.base_model import load_base
+from gramfuse_model.parameters import trainable
 from gramfuse_model.probing.hooks import rows_of
 from gramfuse_protocol.contract.layout import Group, Layout, Linear, Rows, Tensor
 from gramfuse_protocol.contract.plan import Plan

@@ -20,10 +20,11 @@ from gramfuse_model.buffers import first_difference, saved_buffers
 from gramfuse_model.derive_layout import plan_layout
 from gramfuse_model.digests import config_document
 from gramfuse_model.loading.auto_classes import kind_of_checkpoint
-from gramfuse_model.loading.base_model import Base, library_message, load_base, trainable
+from gramfuse_model.loading.base_model import Base, library_message, load_base
 from gramfuse_model.loading.same_inputs import new_tokens, other_inputs
 from gramfuse_model.loading.source import check_files, download, locate
 from gramfuse_model.loading.zero_head import load_zero_headed, plan_for
+from gramfuse_model.parameters import trainable
 from gramfuse_model.probing.lengths import check_lengths, room_of
 from gramfuse_model.probing.suitable import check_suitable
 from gramfuse_protocol.contract.layout import Layout, delta_block

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from gramfuse_model.differences import add_differences
 from gramfuse_model.digests import tensor_digests
 from gramfuse_model.loading.auto_classes import FORMS
 from gramfuse_model.loading.base_model import Base, load_base
 from gramfuse_model.loading.zero_head import load_zero_headed, plan_for
+from gramfuse_model.parameters import add_differences
 from gramfuse_model.rescaling import fold
 from gramfuse_protocol.contract.coverage import coverage, unchanged
 from gramfuse_protocol.contract.layout import ITEM_BYTES, Layout, delta_block
