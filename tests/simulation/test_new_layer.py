@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers.models.bert import modeling_bert
 
-from gramfuse_cli.commands.plan import _preview
+from gramfuse_cli.commands.plan_show import _preview
 from gramfuse_model.layers import KINDS, register_layer
 from gramfuse_model.project import Project
 from gramfuse_server.run import delivery
