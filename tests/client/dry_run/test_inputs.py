@@ -23,7 +23,7 @@ from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.errors import RefusalError
 from gramfuse_protocol.secure_sum.keys import Identity
 from gramfuse_protocol.tasks.registry import kind_of
-from tests.client.check.sites import NAME, Coordinator, Site, finding, problems
+from tests.client.dry_run.sites import NAME, Coordinator, Site, finding, problems
 
 # The silo file, the plan, the data
 
