@@ -24,7 +24,7 @@ from gramfuse_model.probing.rows import find_rows
 from gramfuse_protocol.arguments import check_argument
 from gramfuse_protocol.contract.coverage import family
 from gramfuse_protocol.contract.gram_structure import parse_structure
-from gramfuse_protocol.contract.layout import EXPONENT, Group, Layout, Linear, Rows, SharedOutputs, Tensor
+from gramfuse_protocol.contract.layout import EXPONENT, Group, Layout, Linear, RowKind, SharedOutputs, Tensor
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.contract.plan_sections import Merge
 from gramfuse_protocol.errors import ModelError
@@ -208,7 +208,7 @@ class _Probed(NamedTuple):
     context_free: frozenset[str]
     structures: Mapping[str, str | None]
     candidates: Mapping[str, LinearModule]
-    rows: Mapping[str, tuple[Rows, ...]]
+    rows: Mapping[str, tuple[RowKind, ...]]
     unmatched: frozenset[str]
     calls: Mapping[str, Calls]
     buffers: Mapping[str, Literal["mean", "sum"]]

@@ -20,7 +20,7 @@ from gramfuse_protocol.contract.layout import Layout
 from gramfuse_protocol.contract.plan_sections import Merge
 from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.errors import PlanError, RunDirectoryError
-from gramfuse_protocol.tasks.registry import KINDS
+from gramfuse_protocol.tasks.registry import TASK_KINDS
 from gramfuse_protocol.text import listed
 from gramfuse_simulation.labelled_rows import COLUMNS, label_names, row_options
 
@@ -51,7 +51,7 @@ EVERY = 50
     "-o", "--out", required=True, type=click.Path(path_type=Path), help="The statistics file; must not exist."
 )
 @click.option("--name", help="Name of MODEL in the file.  [default: the last part of MODEL]")
-@click.option("--task", type=click.Choice(list(KINDS)), help="The task of MODEL.  [default: from its config]")
+@click.option("--task", type=click.Choice(list(TASK_KINDS)), help="The task of MODEL.  [default: from its config]")
 @column_options
 @row_options()
 @click.option(

@@ -12,9 +12,8 @@ import click
 import tomlkit
 
 from gramfuse_cli import options
-from gramfuse_cli.commands.server import listening
 from gramfuse_cli.options import as_json as json_option
-from gramfuse_cli.options import project_directory
+from gramfuse_cli.options import listening, project_directory
 from gramfuse_cli.show.progress import RunProgress
 from gramfuse_cli.show.results import show_report
 from gramfuse_deployment.coordinator import serving

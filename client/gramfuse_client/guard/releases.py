@@ -31,7 +31,7 @@ from gramfuse_protocol.errors import RefusalError
 from gramfuse_protocol.files import make_private_directory, write_private
 from gramfuse_protocol.secure_sum.statements import Nonce, Sum
 
-Rows = NDArray[np.uint64]
+RowHashes = NDArray[np.uint64]
 """Salted hashes of rows: sorted and unique."""
 
 InputKey = tuple[str | tuple[str, ...], str | None]
@@ -134,7 +134,7 @@ class Releases:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
 
-    def rows(self, inputs: Iterable[InputKey]) -> Rows:
+    def rows(self, inputs: Iterable[InputKey]) -> RowHashes:
         """Return the salted hashes of examples' inputs. The first call generates the salt.
 
         Raises:
@@ -173,7 +173,7 @@ class Releases:
         if problem := self.conflict(rows, release.sum_of, release.cohort):
             raise RefusalError(f"{self._index}: {problem}")
 
-    def conflict(self, rows: Rows, sum_of: Sum, cohort: Cohort) -> str | None:
+    def conflict(self, rows: RowHashes, sum_of: Sum, cohort: Cohort) -> str | None:
         """Describe an earlier sum that conflicts with a new one; None if there is none.
 
         Args:
@@ -231,7 +231,7 @@ class Releases:
     def _rows(self, digest: str) -> Path:
         return self.directory / f"{digest}.rows"
 
-    def _load(self, digest: str) -> Rows:
+    def _load(self, digest: str) -> RowHashes:
         try:
             content = self._rows(digest).read_bytes()
         except FileNotFoundError:

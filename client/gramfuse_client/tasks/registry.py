@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from gramfuse_client.data.columns import Input, Label, Reader
+from gramfuse_client.data.columns import Input, Reader, Target
 from gramfuse_client.data.formats import Row
 from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.errors import PlanError
@@ -76,7 +76,7 @@ class TaskAtSilo(ABC):
         return reader.text(row, reader.columns.text, where)
 
     @abstractmethod
-    def label(self, row: Row, given: Input, reader: Reader, where: str) -> Label:
+    def label(self, row: Row, given: Input, reader: Reader, where: str) -> Target:
         """Return a row's label.
 
         Args:

@@ -51,7 +51,7 @@ EXPONENT = 40
 Exponent = Annotated[int, Field(ge=-EXPONENT, le=EXPONENT)]
 """A power of two: the scale of a feature's amplitude."""
 
-Rows = Literal["input", "turned", "target", "all", "table"]
+RowKind = Literal["input", "turned", "target", "all", "table"]
 """Which rows of a layer's input count.
 
 `input`: real input tokens, examples in the first dimension; `turned`: the same, examples in the second dimension;
@@ -92,7 +92,7 @@ class Group(_Frozen):
     d_in: Positive
     structure: Annotated[str, Field(max_length=32), AfterValidator(_structure)]
     weights: Annotated[Many[Linear], Field(min_length=1)]
-    rows: Annotated[Many[Rows], Field(min_length=1)] = ("input",)
+    rows: Annotated[Many[RowKind], Field(min_length=1)] = ("input",)
     """Which rows of the input enter the Gram matrix, for each call of a module in one forward pass, in order."""
     part: int | None = None
     """Index of the layout's part that this group covers; None if it covers all outputs and silos."""

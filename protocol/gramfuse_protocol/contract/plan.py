@@ -30,7 +30,7 @@ from gramfuse_protocol.contract.roster import Roster, check_terms, smallest_thre
 from gramfuse_protocol.contract.task import MaskedTask, Task
 from gramfuse_protocol.documents import Section, build, parse, parse_toml, read_text
 from gramfuse_protocol.errors import PlanError
-from gramfuse_protocol.tasks.registry import KINDS, kind_of
+from gramfuse_protocol.tasks.registry import TASK_KINDS, kind_of
 
 
 class Plan(Section):
@@ -95,8 +95,8 @@ class Plan(Section):
         masked, labels = [silo for silo in self.silo if silo.labels], set(self.model.labels)
         if not masked:
             return self
-        if self.model.task is None or not KINDS[self.model.task].partial_labels:
-            kinds = " or ".join(f'"{kind.name}"' for kind in KINDS.values() if kind.partial_labels)
+        if self.model.task is None or not TASK_KINDS[self.model.task].partial_labels:
+            kinds = " or ".join(f'"{kind.name}"' for kind in TASK_KINDS.values() if kind.partial_labels)
             raise ValueError(f"'labels' of a [[silo]] requires 'model.task' to be {kinds}")
         for silo in masked:
             unknown = [label for label in silo.labels if label not in labels]

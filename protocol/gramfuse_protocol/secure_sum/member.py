@@ -25,7 +25,7 @@ from gramfuse_protocol.errors import SecurityError
 from gramfuse_protocol.secure_sum.keys import (
     KEY_BYTES,
     Identity,
-    Label,
+    Purpose,
     Random,
     agree,
     check_exchange_key,
@@ -49,11 +49,11 @@ from gramfuse_protocol.secure_sum.statements import (
 )
 
 SecretKind = Literal["mask", "seed"]
-KINDS: tuple[SecretKind, ...] = ("mask", "seed")
+SECRET_KINDS: tuple[SecretKind, ...] = ("mask", "seed")
 """A silo's two secrets for a sum: its private mask key, revealed if it dropped out, and its self-mask seed, revealed if
 it survived."""
 
-SEALED_BYTES = len(SUMS) * len(KINDS) * SHARE_BYTES + 16
+SEALED_BYTES = len(SUMS) * len(SECRET_KINDS) * SHARE_BYTES + 16
 """Size of one silo's encrypted shares for another, with the authentication tag."""
 
 _NONCE = bytes(12)  # constant, since each encryption key is used once
@@ -235,10 +235,10 @@ def share(roster: Roster, member: Member, adverts: Sequence[Advert], random: Ran
             bytes.fromhex(getattr(member.secrets, kind)[sum_name]), roster.threshold, points.values(), random
         )
         for sum_name in SUMS
-        for kind in KINDS
+        for kind in SECRET_KINDS
     }
     shares = {
-        silo: {s: {kind: splits[s, kind][point].hex() for kind in KINDS} for s in SUMS}
+        silo: {s: {kind: splits[s, kind][point].hex() for kind in SECRET_KINDS} for s in SUMS}
         for silo, point in points.items()
     }
     session = session_id(roster.plan, member.nonce, adverts)
@@ -246,8 +246,8 @@ def share(roster: Roster, member: Member, adverts: Sequence[Advert], random: Ran
     for advert in adverts:
         if advert.silo != member.name:
             key = _channel(member, session, advert, member.name, advert.silo)
-            plain = b"".join(bytes.fromhex(shares[advert.silo][s][kind]) for s in SUMS for kind in KINDS)
-            associated = framed(Label.CHANNEL, session, member.name, advert.silo)
+            plain = b"".join(bytes.fromhex(shares[advert.silo][s][kind]) for s in SUMS for kind in SECRET_KINDS)
+            associated = framed(Purpose.CHANNEL, session, member.name, advert.silo)
             sealed[advert.silo] = ChaCha20Poly1305(key).encrypt(_NONCE, plain, associated)
     return member.with_(adverts=tuple(adverts), own=shares[member.name]), sealed
 
@@ -275,7 +275,7 @@ def receive(roster: Roster, member: Member, sealed: Mapping[str, bytes]) -> Memb
     for name, data in sealed.items():
         key = _channel(member, session, present[name], name, member.name)
         try:
-            plain = ChaCha20Poly1305(key).decrypt(_NONCE, data, framed(Label.CHANNEL, session, name, member.name))
+            plain = ChaCha20Poly1305(key).decrypt(_NONCE, data, framed(Purpose.CHANNEL, session, name, member.name))
         except InvalidTag:
             raise SecurityError(
                 f"the shares of silo {name!r} for silo {member.name!r} cannot be decrypted: they were changed, belong "
@@ -290,7 +290,7 @@ def receive(roster: Roster, member: Member, sealed: Mapping[str, bytes]) -> Memb
         except SecurityError as error:
             raise SecurityError(f"silo {name!r} sent a malformed share: {error}") from None
         values = iter(part.hex() for part in parts)
-        held[name] = {s: {kind: next(values) for kind in KINDS} for s in SUMS}
+        held[name] = {s: {kind: next(values) for kind in SECRET_KINDS} for s in SUMS}
     secrets = member.secrets.model_copy(update={"channel": None})
     return member.with_(secrets=secrets, held=held, members={"statistics": members})
 
@@ -421,16 +421,16 @@ def _members(member: Member, name: Sum) -> tuple[str, ...]:
 def _channel(member: Member, session: bytes, peer: Advert, sender: str, receiver: str) -> bytes:
     assert member.secrets.channel is not None  # noqa: S101 - it exists until `receive` returns
     secret = agree(bytes.fromhex(member.secrets.channel), bytes.fromhex(peer.channel), peer.silo)
-    return derive(secret, Label.CHANNEL, session, sender, receiver)
+    return derive(secret, Purpose.CHANNEL, session, sender, receiver)
 
 
 def self_mask(seed: bytes, session: bytes, name: Sum, context: str, owner: str) -> Mask:
     """Return a silo's own mask, derived from its seed."""
-    return Mask(derive(seed, Label.SELF, session, name, bytes.fromhex(context), owner), 1)
+    return Mask(derive(seed, Purpose.SELF, session, name, bytes.fromhex(context), owner), 1)
 
 
 def pair_mask(roster: Roster, secret: bytes, session: bytes, name: Sum, context: str, own: str, peer: str) -> Mask:
     """Return the mask that two silos share, with the sign with which `own` applies it."""
     first, second = sorted((own, peer), key=roster.index)
-    key = derive(secret, Label.PAIR, session, name, bytes.fromhex(context), first, second)
+    key = derive(secret, Purpose.PAIR, session, name, bytes.fromhex(context), first, second)
     return Mask(key, 1 if own == first else -1)

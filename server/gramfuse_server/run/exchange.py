@@ -40,7 +40,7 @@ from gramfuse_server.report.schema import (
 from gramfuse_server.report.studies import Studied
 from gramfuse_server.report.verdicts import describe_bad
 from gramfuse_server.run.conductor import Conductor, Observer
-from gramfuse_server.run.evaluation import Candidate, silo_models, to_measured
+from gramfuse_server.run.evaluation import NamedModel, silo_models, to_measured
 from gramfuse_server.run.patience import Patience
 from gramfuse_server.run.round import Round
 from gramfuse_server.run_directory import PAGE, PLAN, REPORT, START, RunDirectory, of_round
@@ -217,7 +217,7 @@ class Exchange:
         """Have the survivors measure the plan's candidates, and a simulation's laboratory measure all models."""
         candidates = self._candidates(merged)
         current.measure(
-            Candidate(name, {delta_block(block): d for block, d in deltas.items()}) for name, deltas in candidates
+            NamedModel(name, {delta_block(block): d for block, d in deltas.items()}) for name, deltas in candidates
         )
         if self.simulated is None or current.unmeasured is not None:
             return

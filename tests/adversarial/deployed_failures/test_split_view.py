@@ -12,7 +12,7 @@ import pytest
 
 from gramfuse_protocol.errors import SecurityError
 from gramfuse_protocol.secure_sum import member as secure_sum
-from gramfuse_protocol.secure_sum.member import KINDS, Member
+from gramfuse_protocol.secure_sum.member import SECRET_KINDS, Member
 from gramfuse_protocol.secure_sum.shares import combine
 from gramfuse_protocol.secure_sum.statements import SUMS, Sum
 from tests.adversarial.deployed_failures.federation import (
@@ -122,7 +122,7 @@ class SplitView:
 
     def opened(self, told: Mapping[str, View]) -> set[str]:
         """The honest silos of which the coordinator comes to hold both secrets, or whose single vector it can open."""
-        pool = {(owner, kind): dict[int, bytes]() for owner in self.honest for kind in KINDS}
+        pool = {(owner, kind): dict[int, bytes]() for owner in self.honest for kind in SECRET_KINDS}
         for name in self.fed.names[: self.colluding]:
             held = self.fed.received(name).held
             for owner, kind in pool:
@@ -137,7 +137,7 @@ class SplitView:
         for owner, kind in known:  # what counts as known really is the secret
             secret = combine(pool[owner, kind], self.fed.roster.threshold).hex()
             assert secret == getattr(self.fed.members[owner].secrets, kind)[self.sum_name]
-        both = {owner for owner in self.honest if all((owner, kind) in known for kind in KINDS)}
+        both = {owner for owner in self.honest if all((owner, kind) in known for kind in SECRET_KINDS)}
         alone = {
             owner
             for owner in self.honest

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gramfuse_protocol.tasks.registry import kind_of
-from gramfuse_server.merging.methods.registry import DIFFERENT_TASKS, CandidateSums, NotAllowed, Silos, method
+from gramfuse_server.merging.methods.registry import DIFFERENT_TASKS, MethodSums, NotAllowed, Silos, method
 
 MASKED = NotAllowed(
     lambda plan: any(silo.labels and kind_of(plan.task_of(silo.name)).exclusive for silo in plan.silo),
@@ -19,6 +19,6 @@ MASKED = NotAllowed(
     needs=("data",),
     refusals=(DIFFERENT_TASKS, MASKED),
 )
-def joint(silos: Silos) -> CandidateSums:
+def joint(silos: Silos) -> MethodSums:
     """Measure the base model fine-tuned on all silos' data."""
-    return CandidateSums(silos.train_jointly())
+    return MethodSums(silos.train_jointly())

@@ -10,7 +10,18 @@ from gramfuse_protocol.tasks.registry import kind_of
 from gramfuse_protocol.text import one_line
 from gramfuse_server.report.page import charts, who_saw_what
 from gramfuse_server.report.page.added_tokens import explain_added_tokens
-from gramfuse_server.report.page.blocks import Block, Cell, Code, Column, Facts, PageSection, Row, Sides, Table, Text
+from gramfuse_server.report.page.blocks import (
+    Block,
+    Cell,
+    Code,
+    Column,
+    Facts,
+    PageSection,
+    Sides,
+    Table,
+    TableRow,
+    Text,
+)
 from gramfuse_server.report.page.charts import count
 from gramfuse_server.report.page.history import checks, failure, losses, solve, traffic
 from gramfuse_server.report.page.results import by_label, by_silo, models, result, search
@@ -175,7 +186,7 @@ def _roster(reading: Reading) -> Table:
         examples = silo.examples
         cells += [Cell(charts.NONE if examples is None else f"{examples:,}", bar)] if counted else []
         cells += [Cell(silo.sha256 or "")] if silo.has("sha256") else []
-        rows.append(Row(silo.name, cells))
+        rows.append(TableRow(silo.name, cells))
     total = reading.report.examples
     sum_of_all = f", {total:,} examples in total" if total else ""
     hidden = "; each silo's number is known only to itself" if total and not counted else ""
