@@ -42,9 +42,9 @@ class Origin(Section):
     Args:
         name: hub id, bundled name, or `./<last component>` of a directory.
         revision: commit of the hub repository; None for a directory.
-        weights: SHA-256 of each parameter and persistent buffer (`gramfuse_model.digests.tensor_digests`).
-        config: `gramfuse_model.digests.config_digest`.
-        processor: `gramfuse_model.digests.processor_digest` of its tokenizer or image processor.
+        weights: SHA-256 of each parameter and persistent buffer (`gramfuse.tensor_digests`).
+        config: SHA-256 of its configuration (`gramfuse.config_digest`).
+        processor: SHA-256 of its tokenizer or image processor (`gramfuse.processor_digest`).
     """
 
     name: BaseName

@@ -54,7 +54,7 @@ CHUNK = 2**20
 
 @dataclass(frozen=True)
 class StatisticsFile:
-    """A checked statistics file; it is a `gramfuse_protocol.statistics.contribution.Contribution`.
+    """A checked statistics file; `gramfuse.merge` takes it like a `gramfuse.Statistics`.
 
     Example:
         >>> file = gramfuse.read_statistics("hospital.safetensors")
