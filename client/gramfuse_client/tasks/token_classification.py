@@ -77,9 +77,9 @@ class TokenClassificationAtSilo(TaskAtSilo):
         if isinstance(tags, str):
             tags = tags.split()
         if not isinstance(tags, list) or len(tags) != len(given):
-            found = f"{len(tags)}" if isinstance(tags, list) else quoted(value)
+            count = f"{len(tags)}" if isinstance(tags, list) else quoted(value)
             raise DataError(
-                f"{where}: column {column!r} must hold one tag for each of the {len(given)} words, found {found}"
+                f"{where}: column {column!r} must hold one tag for each of the {len(given)} words, found {count}"
             )
         return tuple(reader.index(tag, where) for tag in tags)
 

@@ -151,9 +151,9 @@ class About(Section):
     @cached_property
     def blocks(self) -> tuple[Block, ...]:
         """All tensors of the file, sorted by the bytes of their names, as in the file."""
-        own = (Block(own_block(name), shape) for name, shape in self.own.items())
+        kept = (Block(own_block(name), shape) for name, shape in self.own.items())
         added = (Block(added_block(name), shape) for name, shape in (self.added.rows if self.added else {}).items())
-        return tuple(sorted((*self.layout.blocks, *own, *added), key=lambda block: block.name.encode()))
+        return tuple(sorted((*self.layout.blocks, *kept, *added), key=lambda block: block.name.encode()))
 
     @cached_property
     def places(self) -> Mapping[str, tuple[int, Block]]:
