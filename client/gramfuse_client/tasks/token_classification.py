@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     import torch
 
     from gramfuse_client.data.examples import Examples
-    from gramfuse_client.training.outputs import Batch, Outputs
+    from gramfuse_client.training.outputs import Outputs
+    from gramfuse_model.probing.batch import Batch
 
 PRINTED = re.compile(r"\s*\[\s*['\"].*\]\s*", re.DOTALL)
 """Matches a list of texts as printed by Python or numpy."""

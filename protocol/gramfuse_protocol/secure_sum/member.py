@@ -18,10 +18,11 @@ from typing import Any, Literal
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from gramfuse_protocol.contract.roster import Roster
 from gramfuse_protocol.errors import SecurityError
+from gramfuse_protocol.frozen import Frozen
 from gramfuse_protocol.secure_sum.keys import (
     KEY_BYTES,
     Identity,
@@ -59,11 +60,7 @@ SEALED_BYTES = len(SUMS) * len(KINDS) * SHARE_BYTES + 16
 _NONCE = bytes(12)  # constant, since each encryption key is used once
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, hide_input_in_errors=True)
-
-
-class Secrets(_Frozen):
+class Secrets(Frozen):
     """This silo's X25519 private keys and self-mask seeds, hexadecimal; the repr is empty.
 
     The channel key is None once the peers' shares are decrypted: with it, anyone who recorded the encrypted shares
@@ -75,14 +72,14 @@ class Secrets(_Frozen):
     seed: Mapping[Sum, Hex32] = Field(repr=False)
 
 
-class Uploaded(_Frozen):
+class Uploaded(Frozen):
     """Digest and context (`survivors_statement`) of the vector that this silo masked for one sum."""
 
     digest: str
     context: Hex32
 
 
-class Signed(_Frozen):
+class Signed(Frozen):
     """The survivors and the context that this silo signed for one sum."""
 
     survivors: tuple[str, ...]
@@ -92,7 +89,7 @@ class Signed(_Frozen):
 Shares = Mapping[Sum, Mapping[SecretKind, str]]
 
 
-class Member(_Frozen):
+class Member(Frozen):
     """One silo's state in one session.
 
     Args:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from gramfuse_model.normal_equations import one_by_one, side_by_side, summands, tensor_weight
+from gramfuse_model.normal_equations import Float64, one_by_one, side_by_side, summands, tensor_weight
 from gramfuse_protocol.contract.layout import Group, Layout, delta_block
 from gramfuse_protocol.errors import ContributionError
 from gramfuse_protocol.secure_sum.fixed_point import decode
@@ -19,7 +19,6 @@ from gramfuse_protocol.statistics.contribution import Contribution, check_counts
 from gramfuse_server.merging.solve import solve
 from gramfuse_server.report.schema import Step
 
-Float64 = NDArray[np.float64]
 Deltas = Mapping[str, Float64]
 """Differences from the base by parameter name, in the parameter's own shape."""
 

@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from gramfuse_server.merging.methods.arithmetic import Differences, Float64, Weights, averaged
+from gramfuse_model.normal_equations import Float64
+from gramfuse_server.merging.methods.arithmetic import Differences, Weights, averaged
 from gramfuse_server.merging.methods.registry import Candidate, Options, Silos, method
 
 Norm = Literal["per tensor", "per model", "none"]

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from gramfuse_model.normal_equations import Float64
 from gramfuse_protocol.errors import PlanError
-from gramfuse_server.merging.methods.arithmetic import Differences, Float64, Weights, weighted_mean
+from gramfuse_server.merging.methods.arithmetic import Differences, Weights, weighted_mean
 from gramfuse_server.merging.methods.registry import Candidate, NotAllowed, Silos, method
 
 if TYPE_CHECKING:
