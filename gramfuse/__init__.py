@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "derive_layout": "gramfuse_model.derive_layout",
     "Layout": "gramfuse_protocol.contract.layout",
-    "Merge": "gramfuse_protocol.contract.plan",
+    "Merge": "gramfuse_protocol.contract.plan_sections",
     "trainable": "gramfuse_model.parameters",
     "collect_statistics": "gramfuse_client.measuring.collect",
     "Statistics": "gramfuse_protocol.statistics.contribution",

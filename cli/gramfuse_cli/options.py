@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
@@ -13,9 +13,8 @@ from gramfuse_deployment.endpoint import listening_address
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.errors import PlanError
 from gramfuse_server.merging.methods.registry import METHODS
+from gramfuse_simulation.labelled_rows import F
 from gramfuse_simulation.terms import Term, explained, parse_terms
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 
 def as_json(command: F) -> F:

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from gramfuse_client.data.examples import Examples
     from gramfuse_client.silo_file import Silo
     from gramfuse_client.tasks.registry import Variant
-    from gramfuse_client.training.outputs import Batch
     from gramfuse_model.loading.base_model import Base
+    from gramfuse_model.probing.batch import Batch
 
 Split = Literal["held-out", "validation"]
 """Part of a silo's examples: for the report, or for choices."""

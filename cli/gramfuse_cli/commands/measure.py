@@ -184,23 +184,23 @@ def _measure_model(model: str, out: Path, options: dict[str, Any], *, labelled: 
     from gramfuse_model.heads import head_parameters
     from gramfuse_protocol.statistics.file import write_statistics
 
-    here = Path.cwd()
+    directory = Path.cwd()
     device = choose_device(options["device"])
     if options["threads"]:
         torch.set_num_threads(options["threads"])
     settings = {"pair": options["text_pair"] is not None, "max-length": options["max_length"] or LENGTH}
-    task = task_of_model(model, here, options["task"], **settings)
+    task = task_of_model(model, directory, options["task"], **settings)
     columns = {key: options[key] for key in ("text", "text_pair", "image", "label")}
     data = Data(train=options["data"], held_out=0.5, skip_bad=options["skip_bad"], **columns)
     names = label_names(options["labels"], task)
     words = option_settings(COLUMNS, unlabelled=not labelled)
-    silo = Silo(here / "--data", SiloFile(name=name, data=data), words=words)
+    silo = Silo(directory / "--data", SiloFile(name=name, data=data), words=words)
     examples = load_measured(silo, task, names, labelled=labelled)
     checkpoint = open_checkpoint(
         model,
         options["base"],
         task,
-        here,
+        directory,
         freeze=options["freeze"],
         gram=structures,
         shorten=options["max_length"] is None,

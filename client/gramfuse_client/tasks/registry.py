@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     import torch
 
     from gramfuse_client.data.examples import Examples
-    from gramfuse_client.training.outputs import Batch, Outputs
+    from gramfuse_client.training.outputs import Outputs
     from gramfuse_model.loading.base_model import Base
+    from gramfuse_model.probing.batch import Batch
 
 Variant = Literal["hard", "soft", "empirical"]
 """The label whose likelihood defines the Fisher information: the most likely one under the model ("hard"), all labels

@@ -230,7 +230,7 @@ class Exchange:
                 conductor.tell("exact", "measured", name=name)
                 return {silo: sums[silo] for silo in silos}
 
-            own = {silo: measure(silo, laboratory.deltas(silo)) for silo in silos}
+            alone = {silo: measure(silo, laboratory.deltas(silo)) for silo in silos}
             noisy = {model.name for model in current.models if model.privacy is not None}
             exact = {
                 name: _exact_figures(to_measured(self.plan, name, name, measure(name, deltas)))
@@ -238,7 +238,7 @@ class Exchange:
                 if name in noisy
             }
         models = [model.updated(exact=exact[model.name]) if model.name in exact else model for model in current.models]
-        current.models = silo_models(self.plan, own) + models
+        current.models = silo_models(self.plan, alone) + models
 
     def _candidates(self, merged: Merged) -> Iterator[tuple[str, dict[str, NDArray[np.float32]]]]:
         """Yield (name, differences by parameter name) of the models that silos measure; the merge comes last."""

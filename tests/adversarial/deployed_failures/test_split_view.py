@@ -51,7 +51,7 @@ def test_a_silo_gives_away_one_kind_of_share_in_whatever_order_it_is_asked() -> 
                 with pytest.raises(SecurityError, match=r"not one of them|not signed"):
                     secure_sum.release(fed.roster, state, "statistics", signatures[story])
         # The same single share however often it was asked for, and of the kind that the first story says.
-        everyone = {**state.held, a: state.own}
+        everyone = {**state.held, a: state.own_shares}
         for owner, shares in given.items():
             kind = "seed" if owner in stories[first] else "mask"
             assert shares == {bytes.fromhex(everyone[owner]["statistics"][kind])}
@@ -183,7 +183,7 @@ def test_two_lists_of_keys_leave_silos_that_cannot_read_each_other() -> None:
     told = {name: [fed.members[names[0]].advert if n < 3 else twin.advert, *honest] for n, name in enumerate(names)}
     sealed, states = {}, {}
     for name in names[1:]:
-        fresh = fed.members[name].with_(adverts=(), own={})
+        fresh = fed.members[name].with_(adverts=(), own_shares={})
         states[name], sealed[name] = secure_sum.share(fed.roster, fresh, told[name], random.Random(3).randbytes)
     for one, other in itertools.permutations(names[1:], 2):
         if told[one] != told[other]:

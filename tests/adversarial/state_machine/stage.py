@@ -106,7 +106,7 @@ def secrets_of(stage: Stage) -> list[str]:
     found += [str(member.secrets.channel) for member in stage.invited.values()]
     for member in (*stage.joined.values(), *stage.invited.values()):
         found += [*member.secrets.mask.values(), *member.secrets.seed.values()]
-        for shares in (member.own, *member.held.values()):
+        for shares in (member.own_shares, *member.held.values()):
             found += [share for kinds in shares.values() for share in kinds.values()]
     return found
 

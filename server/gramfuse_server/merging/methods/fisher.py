@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from gramfuse_server.merging.methods.arithmetic import Differences, Float64, Weights, averaged
+from gramfuse_protocol.statistics.contribution import Float64
+from gramfuse_server.merging.methods.arithmetic import Differences, Weights, averaged
 from gramfuse_server.merging.methods.registry import MethodModel, Options, Silos, method
 
 Norm = Literal["per tensor", "per model", "none"]

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gramfuse_server.merging.methods.arithmetic import Differences, Float64, split_buffers, summed
+from gramfuse_protocol.statistics.contribution import Float64
+from gramfuse_server.merging.methods.arithmetic import Differences, split_buffers, summed
 from gramfuse_server.merging.methods.registry import MethodModel, Silos, method, number
 
 SCALE = 0.3

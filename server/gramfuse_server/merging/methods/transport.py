@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gramfuse_protocol.errors import PlanError
-from gramfuse_server.merging.methods.arithmetic import Differences, Float64, Weights, weighted_mean
+from gramfuse_protocol.statistics.contribution import Float64
+from gramfuse_server.merging.methods.arithmetic import Differences, Weights, weighted_mean
 from gramfuse_server.merging.methods.registry import MethodModel, NotAllowed, Silos, method
 
 if TYPE_CHECKING:

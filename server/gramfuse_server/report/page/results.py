@@ -169,7 +169,7 @@ def by_silo(reading: Reading) -> PageSection | None:
     if merged is None:
         return None
     silos = list(merged.silos)
-    own = {model.name: model.silos for model in measured if model.kind == "silo"}
+    silo_models = {model.name: model.silos for model in measured if model.kind == "silo"}
     alone = next((model.silos for model in measured if model.kind == "alone"), None)
     simple = next((model.silos for model in measured if model.kind == "simple"), None)
 
@@ -180,8 +180,8 @@ def by_silo(reading: Reading) -> PageSection | None:
     each = [("Merged model", {silo: at(merged.silos, silo) for silo in silos})]
     if simple:
         each.append(("Simple average", {silo: at(simple, silo) for silo in silos}))
-    if own or alone:
-        each.append(("Its own model", {silo: at(alone or own.get(silo), silo) for silo in silos}))
+    if silo_models or alone:
+        each.append(("Its own model", {silo: at(alone or silo_models.get(silo), silo) for silo in silos}))
     flat = [values[silo] for silo in silos for _, values in each]
     drawn = charts.bars(flat, strong=range(0, len(flat), len(each)), most=1.0)
     several = len(reading.tasks) > 1

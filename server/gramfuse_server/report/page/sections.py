@@ -77,7 +77,7 @@ def heading(report: Report, plan: Plan | None) -> tuple[str, str]:
         way = "from statistics files"
     else:
         way = f"in {len(reading.rounds)} rounds" if len(reading.rounds) > 1 else "in one exchange"
-    title = f"{reading.title}: one {'body' if reading.own else 'model'} of {silos}"
+    title = f"{reading.title}: one {'body' if reading.own_heads else 'model'} of {silos}"
     return title, f"Run {report.run}: {examples} at {where}, merged {way}, without pooling them."
 
 
@@ -211,7 +211,7 @@ def _load(reading: Reading) -> PageSection | None:
     report = reading.report
     if reading.failure is not None:
         return None
-    if report.mode == "files" and reading.own:
+    if report.mode == "files" and reading.own_heads:
         blocks: list[Block] = [
             Text("Each silo's model, the merged body with its own head, is in a directory of its name:")
         ]
@@ -223,7 +223,7 @@ def _load(reading: Reading) -> PageSection | None:
         Text("In the directory of this report:"),
         Code("Loading the model", _loading(auto, place)),
     ]
-    if reading.own:
+    if reading.own_heads:
         where = "here in models/" if report.simulated else "there, in model/ beside its statistics"
         blocks.append(Text(f"This is the body that all silos share. Each silo's model, with its own head, is {where}."))
     return PageSection("load", "Load the model", blocks)
