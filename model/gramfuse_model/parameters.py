@@ -135,7 +135,7 @@ def freeze(model: nn.Module, patterns: Iterable[str]) -> None:
 
 
 def trainable(model: nn.Module) -> dict[str, NDArray[np.float32]]:
-    """Return copies of all tensors that training may change (`gramfuse_model.parameters.learned`), by name.
+    """Return copies of all tensors that training may change, by name: parameters that are not frozen, and buffers.
 
     Example:
         >>> gramfuse.trainable(base)["classifier.bias"]

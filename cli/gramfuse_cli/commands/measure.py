@@ -151,7 +151,7 @@ def measure(context: click.Context, /, model: str | None, out: Path, as_json: bo
     if report.get("left_out"):
         say(f"left out {len(report['left_out'])} bad rows:", *report["left_out"], err=True)
     say(
-        f"{out}: {report['bytes'] / 1e6:,.1f} MB: {report['name']!r}, measured on {report['examples']:,} examples.",
+        f"{out} ({report['bytes'] / 1e6:,.1f} MB): {report['name']!r}, measured on {report['examples']:,} examples.",
         f"sha256 {report['sha256']}",
         *coverage_lines(Coverage(report["closed"], report["unmatched"])),
         "It contains the fine-tuned model and reveals much about its data. To merge it with others: gramfuse merge",

@@ -134,7 +134,8 @@ def _tasks(plan: Plan) -> list[str]:
 def _targets(task: Task) -> str:
     """Describe the scale of a regression's targets, or the first token of generated texts."""
     rescaled = (task.centre, task.scale) != (0.0, 1.0)
-    scale = f", targets: (value − {task.centre:g}) / {task.scale:g}" if rescaled else ""
+    centre = f"{'+' if task.centre < 0 else '−'} {abs(task.centre):g}"
+    scale = f", targets: (value {centre}) / {task.scale:g}" if rescaled else ""
     return scale + (f", texts begin with {quoted(task.first_token)}" if task.first_token is not None else "")
 
 

@@ -49,6 +49,7 @@ from gramfuse_protocol.messages.phases import (
 )
 from gramfuse_protocol.secure_sum.statements import model_digest
 from gramfuse_protocol.statistics.contribution import check_slices
+from gramfuse_protocol.text import quoted
 
 if TYPE_CHECKING:
     from gramfuse_client.exchange.local_model import Workbench
@@ -240,7 +241,8 @@ class Participant:
             raise FederationError("the plan lets no metrics leave", reason="the plan lets no metrics leave")
         if request.candidate not in plan.privacy.candidates:
             raise SecurityError(
-                f"the coordinator sent a candidate other than those of the plan: {', '.join(plan.privacy.candidates)}"
+                f"the coordinator sent candidate {quoted(request.candidate)}; the plan has "
+                f"{', '.join(plan.privacy.candidates)}"
             )
         check_slices(layout.deltas, request.arrays, "the coordinator's model")
         self._check_released(state, plan, request)

@@ -150,7 +150,7 @@ class Membership:
             if self.plan.privacy.metrics != "sum":
                 raise SecurityError("the coordinator asked for a sum of metrics, but the plan has none")
             if request.candidates != self.plan.privacy.candidates or set(self._measured()) != set(request.candidates):
-                raise SecurityError("the coordinator asked for a sum of metrics of models that were not measured here")
+                raise SecurityError("a sum of metrics was requested for other models than this silo measured")
         check_space(self.silo, 8 * self._entries(name))
         with self.state.attempts.attempt(request, key, whole, anew=True):
             member, masks = secure_sum.contribute(roster, member, name, whole, self._context(name))

@@ -168,7 +168,7 @@ def write_statistics(
     check_contribution("write_statistics: statistics", statistics)
     path, own = Path(path), own or {}
     if path.exists():
-        raise RunDirectoryError(f"{path} already exists; choose another name or remove it")
+        raise RunDirectoryError(f"{path} exists already; choose another name or remove it")
     check_counts(layout, statistics.examples, statistics.tokens, str(path))
     about = About(
         name=name,
