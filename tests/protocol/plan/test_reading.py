@@ -79,8 +79,8 @@ def test_values_arrive_as_written() -> None:
             "first-token, threshold, centre, scale, range",
         ),
         (
-            "[training]\nspeed = 1.0",
-            "training.speed",
+            "[training]\nshape = 1",
+            "training.shape",
             "epochs, learning-rate, batch-size, warmup, weight-decay, precision, seed, freeze",
         ),
         (
