@@ -201,14 +201,14 @@ class Participant:
             raise RefusalError(
                 f"{self.silo.path}: the coordinator asked for round {request.round}, but this silo did not contribute "
                 f"to round {previous.round}, or did not receive its merged model",
-                reason="this silo did not go through the round before",
+                reason="this silo did not complete the previous round",
             )
         if start != merged.model:
             raise RefusalError(
                 f"{self.silo.path}: the coordinator asked for round {request.round} from a model other than the merged "
                 f"one that this silo received in round {previous.round}. Resume the interrupted run (gramfuse run "
                 "--resume)",
-                reason="the model to go on from is not the merged one of the round before",
+                reason="the starting model is not the previous round's merged model",
             )
         return start
 

@@ -36,6 +36,8 @@ from gramfuse_protocol.tasks.registry import TASK_KINDS, kind_of
 class Plan(Section):
     """A complete plan."""
 
+    kind = "a plan"
+
     plan: Header
     model: Model
     task: Annotated[Many[NamedTask], Field(max_length=SILOS)] = ()

@@ -318,7 +318,7 @@ class Exchange:
             start: Mapping[str, NDArray[np.float32]] = load_file(path)
         except (OSError, SafetensorError) as error:
             raise RunDirectoryError(
-                f"{path}: cannot be read: {error}; remove {self.run.partial} and start the run anew"
+                f"{path}: cannot be read: {error}; remove {self.run.partial} and start a new run"
             ) from None
         return start
 
