@@ -145,7 +145,7 @@ ATTACKS: dict[str, tuple[str, Callable[[Coordinator], Any], str]] = {
     ),
     "metrics: of other models": ("masked-metrics", changed("masked-metrics", candidates=("simple",)), "other models"),
     "metrics: in another order": (
-        "masked-metrics", changed("masked-metrics", candidates=("regmean", "simple")), "not measured"
+        "masked-metrics", changed("masked-metrics", candidates=("regmean", "simple")), "other models"
     ),
     "metrics: a second list": ("survivors-metrics", changed("masked-metrics", candidates=("regmean",)), "different"),
     "metrics: survivors without it": (
