@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from gramfuse_protocol.contract.task import TaskKind
+from gramfuse_protocol.contract.task import TaskName
 
 
 class Architecture(NamedTuple):
@@ -17,18 +17,18 @@ class Architecture(NamedTuple):
         class_name: of its model, if transformers has several for the task.
     """
 
-    task: TaskKind
+    task: TaskName
     settings: dict[str, Any]
     side: str = "right"
     type: str = ""
     class_name: str = ""
 
 
-LABEL: TaskKind = "classification"
-TAG: TaskKind = "token-classification"
-ANSWER: TaskKind = "sequence-to-sequence"
-WRITE: TaskKind = "causal-lm"
-SEE: TaskKind = "image-classification"
+LABEL: TaskName = "classification"
+TAG: TaskName = "token-classification"
+ANSWER: TaskName = "sequence-to-sequence"
+WRITE: TaskName = "causal-lm"
+SEE: TaskName = "image-classification"
 
 PLACES = 48
 """Number of positions."""

@@ -66,7 +66,7 @@ SAME = 1e-6
 """Relative tolerance for Gram matrices, weights and outputs."""
 
 
-class Row(NamedTuple):
+class FamilyRow(NamedTuple):
     """Results of one architecture; differences are relative.
 
     Args:
@@ -223,7 +223,7 @@ def picture(size: int, seed: int) -> bytes:
     return file.getvalue()
 
 
-def check_architecture(name: str) -> Row:
+def check_architecture(name: str) -> FamilyRow:
     """Check one architecture and return the results.
 
     Raises:
@@ -241,7 +241,7 @@ def check_architecture(name: str) -> Row:
         samples = examples(place)
         one, sixteen = (grams(base, samples, place.task, layout, size) for size in (1, 16))
         itself, outputs = merged_with_itself(place, home, model, samples)
-        row = Row(
+        row = FamilyRow(
             closed=coverage(layout).closed,
             sizes=furthest(one, sixteen),
             other=None

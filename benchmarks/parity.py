@@ -34,10 +34,10 @@ from gramfuse_client.data.batches import Encoded
 from gramfuse_client.data.examples import Examples, load
 from gramfuse_client.exchange.local_model import train
 from gramfuse_client.silo_file import Silo
-from gramfuse_client.training.outputs import Batch
 from gramfuse_model.derive_layout import plan_layout
-from gramfuse_model.differences import add_differences
 from gramfuse_model.loading.base_model import load_base
+from gramfuse_model.parameters import add_differences
+from gramfuse_model.probing.batch import Batch
 from gramfuse_model.project import Project
 from gramfuse_protocol.contract.layout import Layout
 from gramfuse_protocol.contract.plan import Plan

@@ -102,8 +102,10 @@ def _signature(name: str, thing: Any) -> str:
         parameters.append(
             f"{stars}{parameter.name}: {_type(written.get(parameter.name, parameter.annotation))}{default}"
         )
-    given = signature.return_annotation
-    returned = "" if inspect.isclass(thing) or given in (None, inspect.Signature.empty) else f" -> {_type(given)}"
+    annotation = signature.return_annotation
+    returned = (
+        "" if inspect.isclass(thing) or annotation in (None, inspect.Signature.empty) else f" -> {_type(annotation)}"
+    )
     line = f"{name}({', '.join(parameters)}){returned}"
     if len(line) <= 110:
         return line

@@ -27,22 +27,22 @@ statistics files (*files*). The table says in which of them a key always is, and
 def document() -> str:
     """Return the whole page."""
     lines = [HEAD, "| key | value | in | what it is |", "|---|---|---|---|"]
-    for _, key, what, told in _rows(Report):
-        lines.append(f"| `{key}` | {what} | {_kinds(key)} | {told} |")
+    for _, key, what, description in _rows(Report):
+        lines.append(f"| `{key}` | {what} | {_kinds(key)} | {description} |")
     parts = dict.fromkeys(_parts(Report))
     for part in parts:
         lines += ["", f"## {_title(part)}", "", f"{part.__doc__}", "", "| key | value | what it is |", "|---|---|---|"]
-        for name, key, what, told in _rows(part):
+        for name, key, what, description in _rows(part):
             optional = "" if part.model_fields[name].is_required() else ", optional"
-            lines.append(f"| `{key}` | {what}{optional} | {told} |")
+            lines.append(f"| `{key}` | {what}{optional} | {description} |")
     return "\n".join(lines) + "\n"
 
 
 def _rows(part: type[ReportPart]) -> Iterator[tuple[str, str, str, str]]:
     """Yield the name, the key, the value and the description of each field."""
     for name, field in part.model_fields.items():
-        told = " ".join((field.description or "").split()).replace("|", "\\|")
-        yield name, field.alias or name, _value(field.annotation), told
+        description = " ".join((field.description or "").split()).replace("|", "\\|")
+        yield name, field.alias or name, _value(field.annotation), description
 
 
 def _kinds(key: str) -> str:
@@ -53,19 +53,19 @@ def _kinds(key: str) -> str:
 
 def _value(annotation: Any) -> str:
     """Say in words what JSON value a field has."""
-    origin, of = get_origin(annotation), get_args(annotation)
+    origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        return _value(of[0])
+        return _value(arguments[0])
     if origin is Literal:
-        return ", ".join(f"`{value}`" for value in of)
+        return ", ".join(f"`{value}`" for value in arguments)
     if origin in (Union, types.UnionType):
-        return " or ".join(_value(one) for one in of)
+        return " or ".join(_value(one) for one in arguments)
     if origin is tuple:
-        if of[1:] == (...,):
-            return f"list of {_value(of[0])}"
-        return f"[{', '.join(_value(one) for one in of)}]"
+        if arguments[1:] == (...,):
+            return f"list of {_value(arguments[0])}"
+        return f"[{', '.join(_value(one) for one in arguments)}]"
     if isinstance(origin, type) and issubclass(origin, Mapping):
-        return f"{{name: {_value(of[1])}}}"
+        return f"{{name: {_value(arguments[1])}}}"
     if isinstance(annotation, type) and issubclass(annotation, ReportPart):
         return f"[{_title(annotation)}](#{_title(annotation).lower()})"
     return NAMES[annotation]

@@ -15,9 +15,8 @@ if TYPE_CHECKING:
     from gramfuse_client.measuring.collect import collect_statistics
     from gramfuse_client.measuring.flower_record import statistics_record
     from gramfuse_model.derive_layout import derive_layout
-    from gramfuse_model.differences import add_differences
     from gramfuse_model.digests import config_digest, processor_digest, tensor_digests
-    from gramfuse_model.loading.base_model import trainable
+    from gramfuse_model.parameters import add_differences, trainable
     from gramfuse_protocol.contract.layout import Layout
     from gramfuse_protocol.contract.plan_sections import Merge
     from gramfuse_protocol.contract.task import Task
@@ -40,13 +39,13 @@ if TYPE_CHECKING:
 _HOMES = {
     "derive_layout": "gramfuse_model.derive_layout",
     "Layout": "gramfuse_protocol.contract.layout",
-    "Merge": "gramfuse_protocol.contract.plan",
-    "trainable": "gramfuse_model.loading.base_model",
+    "Merge": "gramfuse_protocol.contract.plan_sections",
+    "trainable": "gramfuse_model.parameters",
     "collect_statistics": "gramfuse_client.measuring.collect",
     "Statistics": "gramfuse_protocol.statistics.contribution",
     "merge": "gramfuse_server.merging.regmean",
     "Merged": "gramfuse_server.merging.accumulator",
-    "add_differences": "gramfuse_model.differences",
+    "add_differences": "gramfuse_model.parameters",
     "statistics_record": "gramfuse_client.measuring.flower_record",
     "RegMean": "gramfuse_server.strategy",
     "write_statistics": "gramfuse_protocol.statistics.file",

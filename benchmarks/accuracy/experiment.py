@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from gramfuse_client.data.batches import batches
 from gramfuse_client.measuring.collect import collect_statistics
 from gramfuse_client.training.fisher import choose_variant
-from gramfuse_model.loading.base_model import trainable
+from gramfuse_model.parameters import trainable
 from gramfuse_model.probing.public_batch import public_batch
 from gramfuse_protocol.contract.layout import Layout, delta_block, gram_block
 from gramfuse_protocol.held_out.metrics import Sums
@@ -35,7 +35,7 @@ from gramfuse_server.run.evaluation import to_measured
 from gramfuse_simulation.all_silos import AllSilos, Bench, Deltas, Split
 from gramfuse_simulation.fedavg import federated_average
 
-Row = dict[str, Any]
+ResultRow = dict[str, Any]
 Silos = tuple[str, ...]
 
 ALPHAS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 0.95, 1.0)
@@ -60,13 +60,13 @@ class Store:
         self.content: dict[str, Any] = {**about, "rows": []}
         if path.exists():
             self.content = json.loads(path.read_text(encoding="utf-8"))
-        self.rows: list[Row] = self.content["rows"]
+        self.rows: list[ResultRow] = self.content["rows"]
 
-    def find(self, model: str, silos: Silos) -> Row | None:
+    def find(self, model: str, silos: Silos) -> ResultRow | None:
         """Return the row of a model and silos, or None."""
         return next((row for row in self.rows if (row["model"], tuple(row["silos"])) == (model, silos)), None)
 
-    def add(self, row: Row) -> None:
+    def add(self, row: ResultRow) -> None:
         """Add a row and write the file."""
         self.rows.append(row)
         self.write()
@@ -126,7 +126,7 @@ class Experiment:
     """
 
     def __init__(
-        self, laboratory: AllSilos, store: Store, ranked: str, tell: Callable[[Row], None], *, quick: bool = False
+        self, laboratory: AllSilos, store: Store, ranked: str, tell: Callable[[ResultRow], None], *, quick: bool = False
     ) -> None:
         self.laboratory = laboratory
         self.plan = laboratory.plan
@@ -144,7 +144,7 @@ class Experiment:
 
     # Measuring
 
-    def row(self, model: str, silos: Silos, make: Callable[[], tuple[Mapping[str, Sums], Row]]) -> Row:
+    def row(self, model: str, silos: Silos, make: Callable[[], tuple[Mapping[str, Sums], ResultRow]]) -> ResultRow:
         """Return the row of a model; measures it if it is missing.
 
         Args:
@@ -160,11 +160,11 @@ class Experiment:
             self.tell(row)
         return row
 
-    def _scores(self, sums: Mapping[str, Sums], silos: Silos) -> Row:
+    def _scores(self, sums: Mapping[str, Sums], silos: Silos) -> ResultRow:
         inside = {name: own for name, own in sums.items() if name in silos}
         outside = {name: own for name, own in sums.items() if name not in silos}
         by_silo = {name: self._metrics({name: own})[self.ranked] for name, own in sums.items()}
-        scores: Row = {"in": self._metrics(inside), "by": by_silo}
+        scores: ResultRow = {"in": self._metrics(inside), "by": by_silo}
         if outside:
             scores |= {"out": self._metrics(outside), "all": self._metrics(sums)}
         return scores
@@ -178,10 +178,10 @@ class Experiment:
         """Return the score for choices: the ranking metric on the validation data of the silos in a merge."""
         return float(self._metrics(self.measure(deltas, silos, "validation"))[self.ranked])
 
-    def choose(self, model: str, silos: Silos, option: str, makes: Mapping[Any, Callable[[], Deltas]]) -> Row:
+    def choose(self, model: str, silos: Silos, option: str, makes: Mapping[Any, Callable[[], Deltas]]) -> ResultRow:
         """Return the row of the best candidate on validation data, with the scores of all."""
 
-        def make() -> tuple[Mapping[str, Sums], Row]:
+        def make() -> tuple[Mapping[str, Sums], ResultRow]:
             scores = {value: self.score(candidate(), silos) for value, candidate in makes.items()}
             best = max(scores, key=lambda value: scores[value])
             curve = [{option: value, "validation": score} for value, score in scores.items()]
@@ -242,7 +242,7 @@ class Experiment:
                 solved[alpha] = sums().merge(alpha)
             return solved[alpha]
 
-        def plain() -> tuple[Mapping[str, Sums], Row]:
+        def plain() -> tuple[Mapping[str, Sums], ResultRow]:
             merged = at(self.plan.merge.alpha)
             odd = [{"group": s.group, "outcome": s.outcome} for s in merged.steps if s.outcome != "clean"]
             return self.measure(merged.deltas, silos), {"not-clean": odd, **more}
@@ -273,7 +273,7 @@ class Experiment:
             if stop and by_round[-1][self.ranked] >= goal:
                 raise Enough
 
-        def make() -> tuple[Mapping[str, Sums], Row]:
+        def make() -> tuple[Mapping[str, Sums], ResultRow]:
             with suppress(Enough):
                 federated_average(self.laboratory, rounds, after)
             sent = sum(array.nbytes for array in self.laboratory.start().values())

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 Content = dict[str, Any]
-Row = dict[str, Any]
+ResultRow = dict[str, Any]
 
 NAMES = {
     "simple": "simple average",
@@ -119,7 +119,7 @@ def domains(contents: Sequence[Content]) -> str:
     Values are means over domains of the metric on each domain's held-out data.
     """
     whole = len(contents[0]["examples"])
-    kinds: list[tuple[str, Callable[[Row], float | None]]] = [
+    kinds: list[tuple[str, Callable[[ResultRow], float | None]]] = [
         ("pairs, in domain", lambda row: _by(row, inside=True) if len(row["silos"]) == 2 else None),
         ("pairs, out of domain", lambda row: _by(row, inside=False) if len(row["silos"]) == 2 else None),
         (f"all {whole}", lambda row: _by(row, inside=True) if len(row["silos"]) == whole else None),
@@ -194,11 +194,11 @@ def _whole(content: Content, model: str) -> float:
     return scores[0] if scores else float("nan")
 
 
-def _rows(content: Content, model: str) -> list[Row]:
+def _rows(content: Content, model: str) -> list[ResultRow]:
     return [row for row in content["rows"] if row["model"] == model]
 
 
-def _by(row: Row, *, inside: bool) -> float:
+def _by(row: ResultRow, *, inside: bool) -> float:
     return _mean([score for silo, score in row["by"].items() if (silo in row["silos"]) == inside])
 
 

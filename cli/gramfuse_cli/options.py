@@ -5,15 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
+from gramfuse_deployment.endpoint import listening_address
 from gramfuse_protocol.contract.plan import Plan
+from gramfuse_protocol.errors import PlanError
 from gramfuse_server.merging.methods.registry import METHODS
+from gramfuse_simulation.labelled_rows import F
 from gramfuse_simulation.terms import Term, explained, parse_terms
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 
 def as_json(command: F) -> F:
@@ -101,3 +102,27 @@ def compare_option(command: Callable[..., Any]) -> Callable[..., Any]:
         help="Measure other models on the same held-out examples, for instance fisher:soft,ensemble,fedavg:5. All "
         f"except simple need open mode (see --open).\n\n{methods}",
     )(command)
+
+
+def _address(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
+    if value is not None:
+        try:
+            listening_address(value, 1)
+        except PlanError as error:
+            raise click.BadParameter(str(error)) from None
+    return value
+
+
+def listening(command: F) -> F:
+    """Add --host and --port."""
+    for option in (
+        click.option("--port", default=9443, show_default=True, type=click.IntRange(1, 65535), help="Port for silos."),
+        click.option(
+            "--host",
+            metavar="IP",
+            callback=_address,
+            help="Address of this machine to listen on for silos.  [default: 0.0.0.0, all addresses]",
+        ),
+    ):
+        command = option(command)
+    return command

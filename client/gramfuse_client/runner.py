@@ -8,19 +8,17 @@ passes a task's token through a pipe, because other users can read command lines
 
 from __future__ import annotations
 
-import importlib
 import multiprocessing
 import sys
 from multiprocessing import forkserver
 
+from flwr.supercore.cli import flower_superexec
 from flwr.supercore.constant import TaskType
+from flwr.supercore.superexec import run_superexec
 from flwr.supercore.superexec.executor import SubprocessExecutor
 from flwr.supercore.superexec.executor.types import ExecutionSpec, LaunchResult
 
 from gramfuse_client import worker
-
-# Flower's packages re-export functions under their modules' names, so the module is named in full.
-command = importlib.import_module("flwr.supercore.cli.flower_superexec")
 
 PRELOADED = ["gramfuse_client.worker", "gramfuse_model.loading.base_model"]
 """Modules that import Flower, torch and transformers. None that reads data: pyarrow starts a thread, and it is not safe
@@ -60,8 +58,8 @@ def main() -> None:
     """Run a SuperExec, as `flower-superexec` does."""
     worker.check_flower()
     executor = ForkingExecutor()
-    worker.superexec.get_executor = lambda *_, **__: executor
-    command.flower_superexec()
+    run_superexec.get_executor = lambda *_, **__: executor
+    flower_superexec()
 
 
 if __name__ == "__main__":

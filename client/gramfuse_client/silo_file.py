@@ -150,6 +150,8 @@ class SiloFile(Section):
     Default file names are derived from the silo file's name, so two silo files in one directory share nothing.
     """
 
+    kind = "a silo file"
+
     name: Name
     identity: str | None = None
     """The silo's Ed25519 private key, made by `gramfuse silo keygen`; the plan's roster has the public key.

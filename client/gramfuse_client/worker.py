@@ -8,20 +8,18 @@ replace; `check_flower` verifies their signatures at start-up.
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from flwr.supercore.superexec import run_superexec
+from flwr.supernode.cli import flwr_clientapp
+from flwr.supernode.runtime import run_clientapp
+
 from gramfuse_client.app import SiloApp
 from gramfuse_protocol.errors import FederationError
-
-# Flower's packages re-export functions under their modules' names, so the modules are named in full.
-command = importlib.import_module("flwr.supernode.cli.flwr_clientapp")
-runtime = importlib.import_module("flwr.supernode.runtime.run_clientapp")
-superexec: Any = importlib.import_module("flwr.supercore.superexec.run_superexec")
 
 VERSIONS = ("1.41.", "1.42.")
 
@@ -42,7 +40,7 @@ def check_flower() -> None:
     version = importlib.metadata.version("flwr")
     changed = [
         name
-        for module, functions in ((runtime, REPLACED), (superexec, REPLACED_IN_RUNNER))
+        for module, functions in ((run_clientapp, REPLACED), (run_superexec, REPLACED_IN_RUNNER))
         for name, parameters in functions.items()
         if list(inspect.signature(getattr(module, name, lambda: None)).parameters) != parameters
     ]
@@ -82,8 +80,8 @@ def main() -> None:
     check_flower()
     keeper = _BundleKeeper()
     for name in REPLACED:
-        setattr(runtime, name, getattr(keeper, name))
-    command.flwr_clientapp()
+        setattr(run_clientapp, name, getattr(keeper, name))
+    flwr_clientapp()
 
 
 if __name__ == "__main__":

@@ -16,9 +16,7 @@ from gramfuse_model.project import Project
 from gramfuse_protocol.contract.layout import Layout
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.errors import FederationError, PlanError
-from gramfuse_server.run.patience import Patience
-
-DEFAULT = Patience()
+from gramfuse_server.run.patience import DEFAULT
 
 AWAY_SECONDS = 300.0
 """How long the SuperLink may be down before the run is given up."""

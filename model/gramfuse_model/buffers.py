@@ -23,15 +23,6 @@ def saved_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: buffer for name, buffer in model.named_buffers() if name in saved}
 
 
-def learned(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return all tensors that training may change and a merge can combine, by name: the model's own tensors.
-
-    These are the trainable parameters and the persistent buffers that are floating-point or a single integer.
-    """
-    buffers = {name: b for name, b in saved_buffers(model).items() if b.is_floating_point() or _is_count(b)}
-    return {name: p for name, p in model.named_parameters() if p.requires_grad} | buffers
-
-
 def changed_by_training(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Literal["mean", "sum"]]:
     """Return the persistent buffers that a training step changes, and how they are merged.
 
@@ -56,7 +47,7 @@ def changed_by_training(model: nn.Module, batch: Mapping[str, Any]) -> dict[str,
             continue
         if buffer.is_floating_point():
             changed[name] = "mean"
-        elif _is_count(buffer) and after[name] > buffer:
+        elif is_count(buffer) and after[name] > buffer:
             changed[name] = "sum"
         else:
             raise ModelError(
@@ -71,7 +62,8 @@ def first_difference(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.
     return next((name for name in sorted(one) if not torch.equal(one[name].cpu(), other[name].cpu())), None)
 
 
-def _is_count(buffer: torch.Tensor) -> bool:
+def is_count(buffer: torch.Tensor) -> bool:
+    """Return whether a buffer is a counter: a single integer."""
     return buffer.dim() == 0 and buffer.dtype in (torch.int64, torch.int32)
 
 

@@ -24,7 +24,7 @@ from gramfuse_model.probing.rows import find_rows
 from gramfuse_protocol.arguments import check_argument
 from gramfuse_protocol.contract.coverage import family
 from gramfuse_protocol.contract.gram_structure import parse_structure
-from gramfuse_protocol.contract.layout import EXPONENT, Group, Layout, Linear, Rows, SharedOutputs, Tensor
+from gramfuse_protocol.contract.layout import EXPONENT, Group, Layout, Linear, RowKind, SharedOutputs, Tensor
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.contract.plan_sections import Merge
 from gramfuse_protocol.errors import ModelError
@@ -97,13 +97,13 @@ def derive_layout(
         ['classifier.weight']
 
     Linear modules form a group if all their calls receive identical tensors and they have the same Gram structure. Each
-    tensor of experts (`gramfuse_model.experts`) is its own group. A module that is called several times with different
-    inputs, like ALBERT's layers, has one Gram matrix over all of them.
+    tensor of experts is its own group. A module that is called several times with different inputs, like ALBERT's
+    layers, has one Gram matrix over all of them.
 
     These are averaged instead: modules that the model does not call; experts that do not compute the standard formula;
-    modules whose token rows cannot be identified (`gramfuse_model.probing.rows`); and, unless `merge.context_free` says
-    otherwise, context-free modules (`gramfuse_model.probing.context_free`). Buffers that training changes
-    (`gramfuse_model.buffers`) are averaged, and counters summed, whatever is frozen.
+    modules whose token rows cannot be identified; and, unless `merge.context_free` says otherwise, modules each of
+    whose input rows depends on one token and not on its context. Buffers that training changes are averaged, and
+    counters summed, whatever is frozen.
 
     A model in half precision is converted to float32 and restored afterwards.
 
@@ -208,7 +208,7 @@ class _Probed(NamedTuple):
     context_free: frozenset[str]
     structures: Mapping[str, str | None]
     candidates: Mapping[str, LinearModule]
-    rows: Mapping[str, tuple[Rows, ...]]
+    rows: Mapping[str, tuple[RowKind, ...]]
     unmatched: frozenset[str]
     calls: Mapping[str, Calls]
     buffers: Mapping[str, Literal["mean", "sum"]]

@@ -19,7 +19,7 @@ class LinearKind(NamedTuple):
     transposed: bool
 
 
-KINDS: dict[type[nn.Module], LinearKind] = {}
+LINEAR_KINDS: dict[type[nn.Module], LinearKind] = {}
 """The registry by type. Subclasses must be registered themselves, since they can compute something else."""
 
 
@@ -45,9 +45,9 @@ def register_layer(
     Raises:
         ValueError: if the type is already registered.
     """
-    if layer in KINDS:
+    if layer in LINEAR_KINDS:
         raise ValueError(f"{layer.__qualname__} is already registered")
-    KINDS[layer] = LinearKind(d_in, d_out, transposed)
+    LINEAR_KINDS[layer] = LinearKind(d_in, d_out, transposed)
 
 
 register_layer(nn.Linear, d_in=lambda m: m.in_features, d_out=lambda m: m.out_features, transposed=True)
@@ -95,7 +95,7 @@ class LinearModule(NamedTuple):
 def kind_of(module: nn.Module) -> LinearKind | None:
     """Return how a module stores W in y = x W, or None if it is not a registered linear layer."""
     layer = type(module)
-    return KINDS.get(ALIKE.get(f"{layer.__module__}.{layer.__qualname__}", layer))
+    return LINEAR_KINDS.get(ALIKE.get(f"{layer.__module__}.{layer.__qualname__}", layer))
 
 
 def linear_modules(model: nn.Module) -> Iterator[LinearModule]:

@@ -10,9 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from gramfuse_protocol.contract.layout import Block, Group, Layout, Linear, Tensor, delta_block, gram_block
-from gramfuse_protocol.statistics.contribution import Contribution
-
-Float64 = NDArray[np.float64]
+from gramfuse_protocol.statistics.contribution import Contribution, Float64
 
 
 def summands(

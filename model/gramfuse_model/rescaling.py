@@ -11,9 +11,9 @@ from collections.abc import Container
 import torch
 from transformers import PreTrainedModel
 
-from gramfuse_model.differences import clear_caches
 from gramfuse_model.heads import last_linear
 from gramfuse_model.layers import LinearModule
+from gramfuse_model.parameters import clear_caches
 from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.errors import ModelError
 
@@ -35,7 +35,7 @@ def fold(model: PreTrainedModel, task: Task) -> None:
     last = last_linear(model, 1)
     if last is None:
         raise ModelError(
-            f"the head of {type(model).__name__} has no linear layer with one output, which could absorb 'centre' and "
+            f"the head of {type(model).__name__} has no linear layer with one output that could absorb 'centre' and "
             "'scale'; use centre = 0 and scale = 1, with targets of about that size, or another base model"
         )
     weight, bias = _parameters(model, last, task)
@@ -74,6 +74,6 @@ def _parameters(
     bias = parameters.get("bias")
     if bias is None and task.centre != 0:
         raise ModelError(
-            f"the last layer of {type(model).__name__} has no bias, which could absorb 'centre'; use centre = 0"
+            f"the last layer of {type(model).__name__} has no bias that could absorb 'centre'; use centre = 0"
         )
     return parameters["weight"], bias

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 import tomllib
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from pydantic import ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
@@ -24,6 +25,12 @@ PROBLEM_CHARACTERS = 1000
 FILE_BYTES = 4 * LAYOUT_CHARACTERS
 """Maximum size of a text file: UTF-8 takes at most four bytes per character."""
 
+KINDS = {
+    "a plan": frozenset({"plan", "model", "task", "training", "merge", "privacy", "silo"}),
+    "a silo file": frozenset({"name", "identity", "state", "data", "approved", "limits", "coordinator"}),
+}
+"""Keys by which a document of another kind is recognised."""
+
 DOTS = 8
 """Maximum number of dots in a line of TOML, outside strings and comments: tomllib is quadratic in a key's parts."""
 
@@ -40,7 +47,12 @@ class Section(Legible):
     """A frozen table of a TOML file. Keys are kebab-case; unknown keys are refused; types are strict.
 
     All its text is printable (`gramfuse_protocol.text`).
+
+    Attributes:
+        kind: what a whole document of this type is called, as in KINDS; empty for a table.
     """
+
+    kind: ClassVar[str] = ""
 
     model_config = ConfigDict(
         frozen=True,
@@ -118,11 +130,10 @@ def build(model: type[T], document: dict[str, object], source: str) -> T:
         text = json.dumps(document, default=lambda value: {"not a JSON value": str(value)})
         return model.model_validate_json(text, by_alias=True, by_name=False)
     except ValidationError as error:
+        if kind := _other_kind(model, document):
+            raise PlanError(f"{source}: looks like {kind}, not {model.kind}; name {model.kind}") from None
         problems = [p for p in error.errors(include_url=False) if not (p["type"] == "too_short" and p["input"])]
-        lines = [
-            explain(p, f"; known here: {', '.join(_known_keys(model, p['loc'][:-1]))}")
-            for p in problems[:MOST_PROBLEMS]
-        ]
+        lines = [explain(p, _suggestion(model, p["loc"])) for p in problems[:MOST_PROBLEMS]]
         if problems[MOST_PROBLEMS:]:
             lines.append(f"{len(problems) - MOST_PROBLEMS:,} more problems")
         raise PlanError("\n".join(f"{source}: {line}" for line in lines)) from None
@@ -149,6 +160,24 @@ def explain(problem: ErrorDetails, known_keys: str = "") -> str:
             return f"{quoted(key)}: {why}" if problem["loc"] else why
         case _:
             return f"{quoted(key)}: {problem['msg']} (got {quoted(problem['input'])})"
+
+
+def _other_kind(model: type[Section], document: dict[str, object]) -> str | None:
+    """Return what a document is instead, if most of its keys are those of another kind."""
+    if not model.kind:
+        return None
+    matches = {kind: len(keys & document.keys()) for kind, keys in KINDS.items()}
+    likeliest = max(matches, key=lambda kind: matches[kind])
+    return likeliest if matches[likeliest] > max(1, matches[model.kind]) else None
+
+
+def _suggestion(model: type[Section], path: tuple[int | str, ...]) -> str:
+    """Return the key that an unknown one resembles, else all keys that are known in its place."""
+    if not path:
+        return ""
+    known = _known_keys(model, path[:-1])
+    close = difflib.get_close_matches(str(path[-1]), known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; known here: {', '.join(known)}"
 
 
 def _known_keys(model: type[Section], path: tuple[object, ...]) -> list[str]:

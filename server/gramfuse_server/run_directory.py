@@ -272,7 +272,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         sha256, _, text = file.read_text(encoding="utf-8").partition("\n")
         if sha256 != hashlib.sha256(text.encode()).hexdigest():
-            raise ValueError(f"it was damaged; remove {partial_of(path)} and start the run anew")
+            raise ValueError(f"it was damaged; remove {partial_of(path)} and start a new run")
         done: dict[str, Any] = json.loads(text)
     except FileNotFoundError:
         raise RunDirectoryError(

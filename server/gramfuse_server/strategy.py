@@ -161,7 +161,7 @@ def _read(reply: Message, layouts: dict[str, Layout]) -> tuple[Layout, Statistic
     try:
         body = unpack(from_record(about), {StatisticsBody.phase: StatisticsBody})
     except FederationError as error:
-        raise ContributionError(f"{source}: {error}; expected gramfuse_client.statistics_record") from None
+        raise ContributionError(f"{source}: {error}; expected gramfuse.statistics_record") from None
     if body.layout not in layouts:
         layouts[body.layout] = Layout.parse(body.layout, f"layout of {source}")
     layout = layouts[body.layout]

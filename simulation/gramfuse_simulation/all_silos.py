@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from gramfuse_client.measuring.head_sums import Pooling
     from gramfuse_client.silo_file import Silo
     from gramfuse_client.tasks.registry import Variant
-    from gramfuse_client.training.outputs import Batch
     from gramfuse_model.loading.base_model import Base
+    from gramfuse_model.probing.batch import Batch
     from gramfuse_protocol.statistics.head_sums import HeadSums
 
 Split = Literal["held-out", "validation"]
@@ -91,7 +91,7 @@ class Bench:
         """
         import torch
 
-        from gramfuse_model.differences import applied
+        from gramfuse_model.parameters import applied
         from gramfuse_server.merging.accumulator import rounded
 
         if self.silo.file.threads:
@@ -153,7 +153,7 @@ class Bench:
         import torch
 
         from gramfuse_client.training.finetune import finetune
-        from gramfuse_model.loading.base_model import trainable
+        from gramfuse_model.parameters import trainable
 
         owner = self.silo.name if encoded is None else "all silos together"
         encoded = encoded or self.encoded(self.examples[0])
@@ -283,7 +283,7 @@ class AllSilos:
 
     def start(self) -> dict[str, NDArray[np.float32]]:
         """Return the base model's merged parameters and buffers, by name."""
-        from gramfuse_model.loading.base_model import trainable
+        from gramfuse_model.parameters import trainable
 
         base = next(iter(self.benches.values())).base
         start = trainable(base.model)

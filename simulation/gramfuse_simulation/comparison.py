@@ -44,7 +44,7 @@ class Comparison:
         self.observer({"phase": "study", "state": "try", "name": term.text})
         start = time.monotonic()
         model = term.method.make(self.silos, **term.options)
-        sums = model.sums if isinstance(model, registry.CandidateSums) else self.silos.measure(model.deltas)
+        sums = model.sums if isinstance(model, registry.MethodSums) else self.silos.measure(model.deltas)
         seconds = round(time.monotonic() - start, 3)
         name = term.method.label + (f" ({', '.join(model.about)})" if model.about else "")
         self.silos.tell(name)

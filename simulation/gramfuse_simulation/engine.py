@@ -78,8 +78,12 @@ def simulated_silo(file: str, state: str, plan_digest: str, *, tuned: bool = Fal
     from gramfuse_client.silo_file import Silo
 
     silo = Silo.read(Path(file))
-    own = Path(state) / silo.name
-    changes: dict[str, Any] = {"approved": (plan_digest,), "state": str(own), "identity": str(own / "identity.pem")}
+    directory = Path(state) / silo.name
+    changes: dict[str, Any] = {
+        "approved": (plan_digest,),
+        "state": str(directory),
+        "identity": str(directory / "identity.pem"),
+    }
     changes["coordinator"] = None  # a simulation has none, so no node key is needed
     if tuned and silo.file.data.validation is None:
         changes["data"] = silo.file.data.model_copy(update={"validation": HALF})

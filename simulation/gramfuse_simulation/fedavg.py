@@ -61,12 +61,12 @@ class LocalGrid(Grid):
         raise NotImplementedError
 
 
-def silo_app(bench: Bench, start: Mapping[str, np.ndarray[Any, Any]], own: Deltas, weight: float) -> ClientApp:
+def silo_app(bench: Bench, start: Mapping[str, np.ndarray[Any, Any]], first: Deltas, weight: float) -> ClientApp:
     """Return a ClientApp that fine-tunes the received model on a silo's data, and sends it back.
 
     Args:
         start: the base model's averaged parameters, by name.
-        own: differences of the silo's own model from the base, its result of the first round.
+        first: differences of the silo's own model from the base, its result of the first round.
         weight: of the silo in the mean.
     """
     app = ClientApp()
@@ -76,7 +76,7 @@ def silo_app(bench: Bench, start: Mapping[str, np.ndarray[Any, Any]], own: Delta
         received = {name: array.numpy() for name, array in message.content.array_records["arrays"].items()}
         number = int(message.content.config_records["config"]["server-round"])
         if number == 1:
-            tuned = {name: np.add(array, own[name], dtype=np.float32) for name, array in received.items()}
+            tuned = {name: np.add(array, first[name], dtype=np.float32) for name, array in received.items()}
         else:
             tuned = bench.finetune({name: array - start[name] for name, array in received.items()}, number)
         arrays = ArrayRecord({name: Array(np.asarray(tuned[name])) for name in received})

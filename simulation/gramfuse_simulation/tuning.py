@@ -136,7 +136,7 @@ def tune_files(
         weighting=weighting,
         tell=lambda trial: tell(_name_of(trial)),
     )
-    chosen, best, tuning = search(trials, wanted, bench.plan, measure, own=alpha)
+    chosen, best, tuning = search(trials, wanted, bench.plan, measure, preferred=alpha)
     untuned = trials.sum(alpha, trials.uniform).merge()
     models: list[tuple[str, str, Deltas]] = [
         (file.name, "silo", {t.name: file.block(delta_block(t.name)) for t in collection.layout.tensors})
@@ -193,7 +193,7 @@ def _bench(collection: Collection, base: str | None, data: TuningData) -> Bench:
 
 
 def search(
-    trials: Trials, wanted: Wanted, plan: Plan, measure: Measure, own: float | None = None
+    trials: Trials, wanted: Wanted, plan: Plan, measure: Measure, preferred: float | None = None
 ) -> tuple[Trial, Merged, Tuning]:
     """Return the best trial over all silos, its merge, and the report's `tuning` with all trials.
 
@@ -201,14 +201,14 @@ def search(
 
     Args:
         plan: determines the ranking metric.
-        own: the α that wins ties; by default the plan's.
+        preferred: the α that wins ties; by default the plan's.
     """
     from gramfuse_server.merging.search import best, given_order, greedy_order, leave_one_out, search_weights, sweep
     from gramfuse_server.report.schema import Chosen, Influence, ReportedOn, TriedAlpha, TriedWeights, Tuning
     from gramfuse_server.run.evaluation import ranked_by
 
     curve = sweep(trials, wanted.alphas)
-    chosen = best(curve, own=plan.merge.alpha if own is None else own)
+    chosen = best(curve, preferred=plan.merge.alpha if preferred is None else preferred)
     weighted = search_weights(trials, chosen.alpha) if wanted.weights else ()
     if weighted:
         chosen = best(weighted)
@@ -248,7 +248,7 @@ def search(
 
 
 def _sizes(sums: Mapping[str, Sums]) -> dict[str, int]:
-    return {silo: int(examples_in(own)) for silo, own in sums.items()}
+    return {silo: int(examples_in(counted)) for silo, counted in sums.items()}
 
 
 def _order(steps: Iterable[Trial]) -> tuple[TriedOrder, ...]:
@@ -292,7 +292,7 @@ def judgement_of(plan: Plan, sums: Mapping[str, Sums]) -> Judgement:
     from gramfuse_server.merging.search import Judgement
     from gramfuse_server.run.evaluation import ranked_by, to_measured
 
-    if not all(are_sums(plan.task_of(silo), own) for silo, own in sums.items()):
+    if not all(are_sums(plan.task_of(silo), counted) for silo, counted in sums.items()):
         return Judgement(math.nan, {})
     model = to_measured(plan, "", "", sums)
     metrics = {**model.metrics, **({"tasks": model.tasks} if plan.task else {})}

@@ -19,7 +19,7 @@ from gramfuse_protocol.errors import SecurityError
 from gramfuse_protocol.secure_sum import member as secure_sum
 from gramfuse_protocol.secure_sum.keys import Identity
 from gramfuse_protocol.secure_sum.masks import apply
-from gramfuse_protocol.secure_sum.member import KINDS, Member, SecretKind
+from gramfuse_protocol.secure_sum.member import SECRET_KINDS, Member, SecretKind
 from gramfuse_protocol.secure_sum.shares import combine
 from gramfuse_protocol.secure_sum.statements import metrics_context, session_id, survivors_statement
 
@@ -91,7 +91,7 @@ class Attack:
     def known(self) -> set[tuple[str, SecretKind]]:
         """The secrets that the coordinator can put together, with all shares that the colluding silo holds."""
         found: set[tuple[str, SecretKind]] = {(COLLUDING, "mask"), (COLLUDING, "seed")}
-        for owner, kind in itertools.product(HONEST, KINDS):
+        for owner, kind in itertools.product(HONEST, SECRET_KINDS):
             pool = {COLLUDING: bytes.fromhex(self.states[COLLUDING].held[owner]["metrics"][kind])}
             if kind == ("seed" if owner in self.alive else "mask"):
                 pool |= {name: shares[owner] for name, shares in self.released(CONSTANT).items()}

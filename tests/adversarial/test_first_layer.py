@@ -30,8 +30,8 @@ from gramfuse_client.data.examples import Examples
 from gramfuse_client.measuring.collect import collect_statistics
 from gramfuse_client.training.finetune import finetune
 from gramfuse_model.derive_layout import derive_layout
-from gramfuse_model.loading.base_model import freeze, trainable
 from gramfuse_model.normal_equations import summands
+from gramfuse_model.parameters import freeze, trainable
 from gramfuse_protocol.contract.layout import Layout
 from gramfuse_protocol.contract.plan_sections import ContextFree, Merge, Training
 from gramfuse_protocol.contract.task import Task

@@ -18,7 +18,7 @@ from gramfuse_client.guard.policy import check_plan
 from gramfuse_client.measuring.collect import collect_statistics
 from gramfuse_client.silo_file import Silo
 from gramfuse_model.derive_layout import derive_layout
-from gramfuse_model.loading.base_model import trainable
+from gramfuse_model.parameters import trainable
 from gramfuse_model.project import Project
 from gramfuse_protocol.contract.plan_sections import Merge
 from gramfuse_protocol.errors import RefusalError

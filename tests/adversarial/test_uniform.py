@@ -206,7 +206,7 @@ def test_no_secret_and_no_statistic_is_among_the_bytes_that_were_received(record
     for name, state in recorded.states.items():
         masks, seeds = state.secrets.mask, state.secrets.seed
         hidden = [recorded.channels[name], *masks.values(), *seeds.values()]
-        for shares in (*state.held.values(), state.own):
+        for shares in (*state.held.values(), state.own_shares):
             hidden += shares["metrics"].values()
         for secret in hidden:
             assert len(secret) in (64, 2 * SHARE_BYTES)

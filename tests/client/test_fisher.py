@@ -20,7 +20,7 @@ from transformers import (
 
 from gramfuse_client.tasks.registry import AT_SILO
 from gramfuse_client.training.fisher import choose_variant, fisher_diagonal
-from gramfuse_client.training.outputs import Batch
+from gramfuse_model.probing.batch import Batch
 from gramfuse_protocol.contract.task import MaskedTask, Task
 from gramfuse_protocol.errors import ContributionError, PlanError
 

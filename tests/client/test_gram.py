@@ -17,9 +17,10 @@ from transformers.pytorch_utils import Conv1D
 from gramfuse_client.measuring.collect import collect_statistics
 from gramfuse_client.measuring.gram import Gram, collect_grams
 from gramfuse_model.derive_layout import derive_layout
-from gramfuse_model.loading.base_model import load_base, trainable
+from gramfuse_model.loading.base_model import load_base
+from gramfuse_model.parameters import trainable
 from gramfuse_model.probing.hooks import rows_of
-from gramfuse_protocol.contract.layout import Group, Layout, Linear, Rows, Tensor
+from gramfuse_protocol.contract.layout import Group, Layout, Linear, RowKind, Tensor
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.contract.plan_sections import Merge
 from gramfuse_protocol.errors import ContributionError, ModelError
@@ -162,7 +163,7 @@ def test_more_padding_changes_nothing(kind: str, filler: int, request: pytest.Fi
     ],
     ids=lambda value: str(value) if isinstance(value, str) else None,
 )
-def test_the_mask_applies_to_tokens_and_to_nothing_else(kind: Rows, shape: tuple[int, ...], kept: list[int]) -> None:
+def test_the_mask_applies_to_tokens_and_to_nothing_else(kind: RowKind, shape: tuple[int, ...], kept: list[int]) -> None:
     mask = torch.tensor([[True, True, False], [True, False, False]])
     x = torch.arange(torch.tensor(shape).prod()).reshape(shape).float()
     torch.testing.assert_close(rows_of(x, kind, mask), x.reshape(-1, shape[-1])[kept])
@@ -171,7 +172,7 @@ def test_the_mask_applies_to_tokens_and_to_nothing_else(kind: Rows, shape: tuple
 @pytest.mark.parametrize(
     ("kind", "shape"), [("input", (3, 3, 4)), ("input", (2, 2, 4)), ("turned", (2, 3, 4)), ("input", (7, 4))]
 )
-def test_rows_of_another_number_of_examples_or_places_are_refused(kind: Rows, shape: tuple[int, ...]) -> None:
+def test_rows_of_another_number_of_examples_or_places_are_refused(kind: RowKind, shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="examples"):
         rows_of(torch.zeros(shape), kind, torch.ones(2, 3, dtype=torch.bool))
 

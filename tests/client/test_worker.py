@@ -18,7 +18,7 @@ def test_the_installed_flower_is_one_that_it_can_hold() -> None:
 
 @pytest.mark.parametrize("name", [*worker.REPLACED, *worker.REPLACED_IN_RUNNER])
 def test_a_flower_that_changed_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = worker.runtime if name in worker.REPLACED else worker.superexec
+    module = worker.run_clientapp if name in worker.REPLACED else worker.run_superexec
     monkeypatch.setattr(module, name, lambda something_else: None)
     with pytest.raises(FederationError, match=name):
         worker.check_flower()
@@ -43,18 +43,18 @@ def test_two_versions_of_flower_are_known(version: str, monkeypatch: pytest.Monk
 def test_nothing_of_a_bundle_is_unpacked_or_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLWR_HOME", str(tmp_path / "flwr"))
     for name in worker.REPLACED:  # so that they are put back
-        monkeypatch.setattr(worker.runtime, name, getattr(worker.runtime, name))
+        monkeypatch.setattr(worker.run_clientapp, name, getattr(worker.run_clientapp, name))
     loaded = []
 
     def flwr_clientapp() -> None:
         """What Flower's worker does with a message, in its order."""
-        worker.runtime.install_from_fab(b"a bundle", skip_prompt=True)
-        path = worker.runtime.get_project_dir("thief/app", "../..", "00")
-        worker.runtime.install_app_dependencies(path, launch_id="token", run_id=1, index_context={})
-        load = worker.runtime.get_load_client_app_fn(default_app_ref="", app_path=None, multi_app=True)
+        worker.run_clientapp.install_from_fab(b"a bundle", skip_prompt=True)
+        path = worker.run_clientapp.get_project_dir("thief/app", "../..", "00")
+        worker.run_clientapp.install_app_dependencies(path, launch_id="token", run_id=1, index_context={})
+        load = worker.run_clientapp.get_load_client_app_fn(default_app_ref="", app_path=None, multi_app=True)
         loaded.append(load("thief/app", "1.0.0", "00"))
 
-    monkeypatch.setattr(worker.command, "flwr_clientapp", flwr_clientapp)
+    monkeypatch.setattr(worker, "flwr_clientapp", flwr_clientapp)
     worker.main()
     (app,) = loaded
     assert type(app) is SiloApp

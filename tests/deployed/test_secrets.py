@@ -36,7 +36,7 @@ class Collector(threading.Thread):
                     except (OSError, ValueError):
                         continue
                     if member is not None:
-                        for part in (member.secrets, member.own, member.held):
+                        for part in (member.secrets, member.own_shares, member.held):
                             self.secrets |= set(_bytes(part))
 
 

@@ -13,8 +13,8 @@ import torch
 import transformers
 from transformers import MixtralConfig, MixtralModel
 
-from gramfuse_cli.commands.plan import _preview
-from gramfuse_cli.commands.plan import _privacy as privacy_of
+from gramfuse_cli.commands.plan_show import _preview
+from gramfuse_cli.commands.plan_show import _privacy as privacy_of
 from gramfuse_client.data.examples import load
 from gramfuse_client.measuring.checkpoint import measure, open_checkpoint
 from gramfuse_model.heads import head_parameters

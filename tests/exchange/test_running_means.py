@@ -25,8 +25,8 @@ from gramfuse_client.measuring.checkpoint import measure, open_checkpoint, task_
 from gramfuse_client.state.state import State
 from gramfuse_client.training.evaluate import evaluate
 from gramfuse_model.buffers import saved_buffers
-from gramfuse_model.differences import add_differences
 from gramfuse_model.loading.base_model import load_base
+from gramfuse_model.parameters import add_differences
 from gramfuse_protocol.contract.layout import delta_block
 from gramfuse_protocol.errors import ContributionError, DataError, ModelError
 from gramfuse_protocol.held_out.metrics import metrics

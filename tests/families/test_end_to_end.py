@@ -24,7 +24,8 @@ from gramfuse_client.training.evaluate import evaluate
 from gramfuse_client.training.finetune import finetune
 from gramfuse_model.derive_layout import plan_layout
 from gramfuse_model.loading.auto_classes import FORMS
-from gramfuse_model.loading.base_model import load_base, trainable
+from gramfuse_model.loading.base_model import load_base
+from gramfuse_model.parameters import trainable
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.held_out.metrics import metrics, primary

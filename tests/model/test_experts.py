@@ -17,8 +17,8 @@ from gramfuse_client.measuring.collect import collect_statistics
 from gramfuse_client.measuring.gram import collect_grams
 from gramfuse_model.derive_layout import derive_layout
 from gramfuse_model.experts import holds_experts, is_understood
-from gramfuse_model.loading.base_model import trainable
 from gramfuse_model.normal_equations import summands
+from gramfuse_model.parameters import trainable
 from gramfuse_protocol.contract.coverage import coverage, unused_expert_lines
 from gramfuse_protocol.contract.layout import Group, Layout
 from gramfuse_protocol.contract.plan_sections import Merge

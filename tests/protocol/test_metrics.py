@@ -18,7 +18,7 @@ from gramfuse_protocol.held_out.metrics import are_sums, by_label, metrics, prim
 from gramfuse_protocol.tasks.causal_lm import language_sums
 from gramfuse_protocol.tasks.classification import classification_sums
 from gramfuse_protocol.tasks.multi_label import multi_label_sums
-from gramfuse_protocol.tasks.registry import KINDS
+from gramfuse_protocol.tasks.registry import TASK_KINDS
 from gramfuse_protocol.tasks.regression import regression_sums
 from gramfuse_protocol.tasks.sequence_to_sequence import generation_sums
 from gramfuse_protocol.tasks.token_classification import entities, entity_sums
@@ -283,4 +283,4 @@ def test_sums_that_cannot_be_are_told_from_those_that_can(task: Task) -> None:
 
 
 def test_every_kind_has_a_metric() -> None:
-    assert {task.task for task in ALL} == KINDS.keys()
+    assert {task.task for task in ALL} == TASK_KINDS.keys()

@@ -41,7 +41,7 @@ from gramfuse_protocol.tasks.sequence_to_sequence import generation_rows, genera
 from gramfuse_protocol.tasks.token_classification import entity_rows, entity_sums
 
 TAGS = ("O", "B-X", "I-X", "B-Y", "I-Y")
-KINDS = {
+TASK_SETTINGS = {
     "classification": 'labels = ["a", "b", "c"]',
     "image-classification": 'labels = ["a", "b", "c"]',
     "regression": "range = [-1, 3]",
@@ -56,7 +56,9 @@ def plan(kind: str, silos: int = 4, **privacy: Any) -> Plan:
     """A secure plan of one task."""
     roster = "".join(f'[[silo]]\nname = "{name}"\n' for name in "abcdefgh"[:silos])
     terms = "".join(f"{key.replace('_', '-')} = {value!r}\n" for key, value in privacy.items())
-    text = f'[plan]\nname = "p"\n[model]\nbase = "b"\ntask = "{kind}"\n{KINDS[kind]}\n[privacy]\n{terms}{roster}'
+    text = (
+        f'[plan]\nname = "p"\n[model]\nbase = "b"\ntask = "{kind}"\n{TASK_SETTINGS[kind]}\n[privacy]\n{terms}{roster}'
+    )
     return Plan.parse(text)
 
 
@@ -115,7 +117,7 @@ def test_the_cost_of_all_releases_is_that_of_an_accountant_of_privacy_loss() -> 
     assert composed_epsilon(100.0, 2**53) > 1e15, "whatever a plan says, there is an answer, and soon"
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TASK_SETTINGS)
 def test_what_is_left_without_those_that_dropped_out_and_those_that_collude_is_private(kind: str) -> None:
     """A group with the least silos, less those of the coordinator, still has noise z·Δ/√s, and shares add up."""
     terms = plan(kind, 5, colluding=1, minimum_survivors=4)
@@ -192,7 +194,7 @@ def example(task: Task, draw: st.DrawFn) -> Vector:
             return language_rows(task, *(np.array([value]) for value in (tokens, losses, right)))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TASK_SETTINGS)
 @settings(max_examples=150)
 @given(data=st.data())
 def test_one_example_moves_no_group_by_more_than_its_sensitivity(kind: str, data: st.DataObject) -> None:
@@ -263,7 +265,7 @@ def measured(kind: str, count: int = 40) -> tuple[Task, Any, Vector]:
             return task, sums, language_rows(task, tokens, losses, right)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TASK_SETTINGS)
 def test_without_noise_the_figures_are_the_exact_ones(kind: str) -> None:
     task, sums, vector = measured(kind)
     assert is_sum(task, vector)
@@ -271,7 +273,7 @@ def test_without_noise_the_figures_are_the_exact_ones(kind: str) -> None:
     assert label_figures(task, vector) == {name: pytest.approx(of) for name, of in by_label(task, sums).items()}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TASK_SETTINGS)
 def test_figures_of_nothing_but_noise_are_in_their_range(kind: str) -> None:
     task, source = plan(kind).task_of("a"), np.random.default_rng(1)
     for _ in range(50):

@@ -100,7 +100,7 @@ def test_it_is_a_safetensors_file_as_the_format_document_says(tmp_path: Path, go
     assert metadata["sha256"] == digest == read_statistics(path).sha256
     assert json.loads(metadata["gramfuse"])["version"] == 1
     assert length % 8 == 0
-    with pytest.raises(RunDirectoryError, match=r"north\.safetensors already exists"):
+    with pytest.raises(RunDirectoryError, match=r"north\.safetensors exists"):
         write(path)
 
 

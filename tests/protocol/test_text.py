@@ -21,6 +21,7 @@ from gramfuse_protocol.text import Legible, lines_of, one_line, printable, quote
 
 ANYTHING = st.text(st.characters(exclude_categories=[]))
 OWN = {
+    "gramfuse_protocol.frozen",
     "gramfuse_protocol.secure_sum.member",
     "gramfuse_client.state.attempts",
     "gramfuse_client.state.measurements",
@@ -116,7 +117,7 @@ def test_a_longer_text_is_cut_where_a_reader_sees_it(text: str, limit: int) -> N
 def models() -> Iterator[type[BaseModel]]:
     """Yield all pydantic models of the packages."""
     for package in (gramfuse_protocol, gramfuse_client, gramfuse_server):
-        for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
             importlib.import_module(module.name)
     found: list[type[BaseModel]] = [BaseModel]
     while found:

@@ -10,7 +10,7 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
 from gramfuse_protocol.errors import ContributionError, MergeError
 from gramfuse_protocol.statistics.head_sums import HeadSums
-from gramfuse_server.merging.closed_form_head import Head, approximating_shrinkage, fit_head
+from gramfuse_server.merging.closed_form_head import approximating_shrinkage, fit_head
 
 
 class _Shrunk:
@@ -77,17 +77,6 @@ def test_without_prior_a_rare_label_counts_as_much_as_a_frequent_one() -> None:
     with_prior, without = fit_head(sums_of(x, y), prior=True), fit_head(sums_of(x, y), prior=False)
     assert np.array_equal(with_prior.weight, without.weight)
     assert np.allclose(with_prior.bias - without.bias, np.log(np.bincount(y) / len(y)))
-
-
-def test_scale_changes_confidence_and_no_decision() -> None:
-    x, y = examples(5)
-    head = fit_head(sums_of(x, y), prior=False)
-    scaled = head.scaled(0.2)
-
-    def decisions(one: Head) -> np.ndarray:
-        return (x @ one.weight.T + one.bias).argmax(axis=1)
-
-    assert np.array_equal(decisions(head), decisions(scaled))
 
 
 def test_shrinkage_falls_with_examples_and_is_bounded() -> None:

@@ -126,8 +126,8 @@ def test_of_equals_the_plan_s_alpha_is_chosen_and_else_the_first() -> None:
     trials = Trials(LAYOUT, silos(2), lambda deltas: Judgement(1.0, {}))
     curve = sweep(trials, (0.5, 0.0, 0.9))
     assert best(curve).alpha == 0.5
-    assert best(curve, own=0.9).alpha == 0.9
-    assert best(curve, own=0.2).alpha == 0.5
+    assert best(curve, preferred=0.9).alpha == 0.9
+    assert best(curve, preferred=0.2).alpha == 0.5
 
 
 def test_a_merge_that_cannot_be_measured_is_passed_over() -> None:

@@ -12,7 +12,7 @@ import torch
 import transformers
 from scipy.optimize import linear_sum_assignment
 
-from gramfuse_model.loading.base_model import trainable
+from gramfuse_model.parameters import trainable
 from gramfuse_protocol.errors import PlanError
 from gramfuse_server.merging.methods.transport import feed_forward_pairs, match, transport_mean
 

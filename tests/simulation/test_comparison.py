@@ -25,7 +25,7 @@ from gramfuse_protocol.contract.plan_sections import Privacy
 from gramfuse_protocol.errors import PlanError
 from gramfuse_protocol.held_out.metrics import metrics
 from gramfuse_server.merging.methods.arithmetic import weighted_mean
-from gramfuse_server.merging.methods.registry import METHODS, Candidate, Options, Silos, method
+from gramfuse_server.merging.methods.registry import METHODS, MethodModel, Options, Silos, method
 from gramfuse_server.report.page.page import page
 from gramfuse_server.report.schema import Report
 from gramfuse_server.run.evaluation import to_measured
@@ -163,10 +163,10 @@ def test_a_method_of_another_package_is_measured_and_shown_by_its_label(
             needs=("models",),
             options=Options("[:TIMES]", "once", lambda values: {"times": float((*values, 1)[0])}),
         )
-        def toy(silos: Silos, times: float) -> Candidate:
+        def toy(silos: Silos, times: float) -> MethodModel:
             differences, _ = silos.parents()
             merged = {name: times * np.median([d[name] for d in differences], axis=0) for name in differences[0]}
-            return Candidate(merged, (f"times {times:g}",), {"note": "as robust as it gets"})
+            return MethodModel(merged, (f"times {times:g}",), {"note": "as robust as it gets"})
 
         run = compare(pico_project(silos=3, examples=30).directory, "toy:0.5")
         secure = run.laboratory.plan.model_copy(update={"privacy": Privacy()})

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from transformers.models.bert import modeling_bert
 
-from gramfuse_cli.commands.plan import _preview
-from gramfuse_model.layers import KINDS, register_layer
+from gramfuse_cli.commands.plan_show import _preview
+from gramfuse_model.layers import LINEAR_KINDS, register_layer
 from gramfuse_model.project import Project
 from gramfuse_server.run import delivery
 from tests.projects import Simulated
@@ -60,7 +60,7 @@ def base(pico_bert: Path, tmp_path: Path) -> Path:
 def registered() -> Iterator[None]:
     register_layer(Doubled, d_in=lambda m: m.weight.shape[0], d_out=lambda m: m.weight.shape[1], transposed=False)
     yield
-    del KINDS[Doubled]
+    del LINEAR_KINDS[Doubled]
 
 
 def test_a_layer_that_nobody_registered_is_averaged(base: Path, pico_project: Callable[..., Any]) -> None:

@@ -29,7 +29,7 @@ from gramfuse_protocol.held_out.metrics import metrics
 from gramfuse_protocol.held_out.sums import figures, is_sum
 from gramfuse_protocol.secure_sum.keys import Identity
 from gramfuse_protocol.tasks.classification import Classification
-from gramfuse_protocol.tasks.registry import KINDS, Measure, register
+from gramfuse_protocol.tasks.registry import TASK_KINDS, Measure, register
 from gramfuse_protocol.tasks.rows import RowGroup, Vector, sum_rows
 from gramfuse_protocol.tasks.scores import Sums, examples_in, share
 from gramfuse_server.report.schema import Report
@@ -86,7 +86,7 @@ def ordinal() -> Iterator[None]:
     register_at_silo(OrdinalAtSilo)
     FORMS["ordinal"] = FORMS["classification"]._replace(classes=())
     yield
-    for registry in (KINDS, AT_SILO, FORMS):
+    for registry in (TASK_KINDS, AT_SILO, FORMS):
         del registry["ordinal"]  # type: ignore[attr-defined]
 
 
@@ -144,7 +144,10 @@ def test_a_kind_of_which_a_side_knows_nothing_is_refused_there(monkeypatch: pyte
 def test_rows_without_noise_give_the_exact_metrics() -> None:
     task = Plan.parse(PLAN).task_of("a")
     truth, predicted = np.random.default_rng(1).integers(0, 3, (2, 50))
-    sums, vector = KINDS["ordinal"].sums(task, truth, predicted), KINDS["ordinal"].rows(task, truth, predicted)
+    sums, vector = (
+        TASK_KINDS["ordinal"].sums(task, truth, predicted),
+        TASK_KINDS["ordinal"].rows(task, truth, predicted),
+    )
     assert is_sum(task, vector)
     assert metrics(task, sums)["within-one"] == (np.abs(truth - predicted) <= 1).mean()
     assert figures(task, vector) == pytest.approx(metrics(task, sums))

@@ -18,7 +18,7 @@ from torch import nn
 from gramfuse_client.measuring.collect import collect_statistics
 from gramfuse_client.measuring.flower_record import statistics_record
 from gramfuse_model.derive_layout import derive_layout
-from gramfuse_model.loading.base_model import trainable
+from gramfuse_model.parameters import trainable
 from gramfuse_protocol.contract.layout import Layout
 from gramfuse_protocol.contract.plan_sections import Merge
 from gramfuse_protocol.errors import ContributionError, GramfuseError

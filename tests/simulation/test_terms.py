@@ -47,7 +47,7 @@ def test_options_are_read_in_any_order_and_have_defaults() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("fishr", "best, ensemble, fedavg, fisher, joint, simple"),
+        ("fishr", "ensemble, fedavg, fisher, joint, simple"),
         ("", "comparison ''"),
         ("fisher:0", "'fisher:0': '0'"),
         ("fisher:soft:hard", "'soft' and 'hard'"),

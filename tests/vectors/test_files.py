@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from gramfuse_protocol.messages.phases import REPLIES, REQUESTS
-from gramfuse_protocol.secure_sum.keys import Label
+from gramfuse_protocol.secure_sum.keys import Purpose
 from tests.vectors import make
 from tests.vectors.replaying import VECTORS
 
@@ -45,7 +45,7 @@ def test_the_independent_implementation_imports_nothing_of_gramfuse() -> None:
 
 def test_the_protocol_page_names_every_label_and_every_field() -> None:
     page = (VECTORS.parents[1] / "docs" / "protocol.md").read_text(encoding="utf-8")
-    assert {label.value for label in Label} == set(re.findall(r"gramfuse/1 [a-z ]+[a-z]", page))
+    assert {label.value for label in Purpose} == set(re.findall(r"gramfuse/1 [a-z ]+[a-z]", page))
     rows = {row.split("|")[1].strip(): row.split("|")[2:4] for row in page.splitlines() if row.count("|") == 4}
     for phase, request in REQUESTS.items():
         for cell, kind in zip(rows[phase], (request, REPLIES[phase]), strict=True):

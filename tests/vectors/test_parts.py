@@ -18,7 +18,7 @@ from gramfuse_protocol.messages import npy, wire
 from gramfuse_protocol.messages import phases as messages_module
 from gramfuse_protocol.secure_sum import masks
 from gramfuse_protocol.secure_sum.fixed_point import capacity, decode, encode
-from gramfuse_protocol.secure_sum.keys import Label, derive, framed
+from gramfuse_protocol.secure_sum.keys import Purpose, derive, framed
 from gramfuse_protocol.secure_sum.scales import scales
 from gramfuse_protocol.secure_sum.shares import split
 from gramfuse_protocol.secure_sum.statements import commitment, metrics_context, model_digest, round_digest
@@ -38,7 +38,7 @@ def test_canonical_form(vector: Json) -> None:
 @pytest.mark.parametrize("vector", PARTS["framed"], ids=lambda vector: vector["label"][11:])
 def test_framing(vector: Json) -> None:
     fields = [bytes.fromhex(field) for field in vector["fields"]]
-    assert framed(Label(vector["label"]), *fields).hex() == vector["framed"]
+    assert framed(Purpose(vector["label"]), *fields).hex() == vector["framed"]
     assert independent.framed(vector["label"].removeprefix("gramfuse/1 "), *fields).hex() == vector["framed"]
 
 
@@ -51,7 +51,7 @@ def test_commitment(vector: Json) -> None:
 @pytest.mark.parametrize("vector", PARTS["derive"], ids=lambda vector: vector["label"][11:])
 def test_derivation(vector: Json) -> None:
     secret, fields = bytes.fromhex(vector["secret"]), [bytes.fromhex(field) for field in vector["fields"]]
-    assert derive(secret, Label(vector["label"]), *fields).hex() == vector["key"]
+    assert derive(secret, Purpose(vector["label"]), *fields).hex() == vector["key"]
     assert independent.derived(secret, vector["label"].removeprefix("gramfuse/1 "), *fields).hex() == vector["key"]
 
 

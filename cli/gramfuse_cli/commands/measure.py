@@ -20,7 +20,7 @@ from gramfuse_protocol.contract.layout import Layout
 from gramfuse_protocol.contract.plan_sections import Merge
 from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.errors import PlanError, RunDirectoryError
-from gramfuse_protocol.tasks.registry import KINDS
+from gramfuse_protocol.tasks.registry import TASK_KINDS
 from gramfuse_protocol.text import listed
 from gramfuse_simulation.labelled_rows import COLUMNS, label_names, row_options
 
@@ -51,7 +51,7 @@ EVERY = 50
     "-o", "--out", required=True, type=click.Path(path_type=Path), help="The statistics file; must not exist."
 )
 @click.option("--name", help="Name of MODEL in the file.  [default: the last part of MODEL]")
-@click.option("--task", type=click.Choice(list(KINDS)), help="The task of MODEL.  [default: from its config]")
+@click.option("--task", type=click.Choice(list(TASK_KINDS)), help="The task of MODEL.  [default: from its config]")
 @column_options
 @row_options()
 @click.option(
@@ -151,7 +151,7 @@ def measure(context: click.Context, /, model: str | None, out: Path, as_json: bo
     if report.get("left_out"):
         say(f"left out {len(report['left_out'])} bad rows:", *report["left_out"], err=True)
     say(
-        f"{out}: {report['bytes'] / 1e6:,.1f} MB: {report['name']!r}, measured on {report['examples']:,} examples.",
+        f"{out} ({report['bytes'] / 1e6:,.1f} MB): {report['name']!r}, measured on {report['examples']:,} examples.",
         f"sha256 {report['sha256']}",
         *coverage_lines(Coverage(report["closed"], report["unmatched"])),
         "It contains the fine-tuned model and reveals much about its data. To merge it with others: gramfuse merge",
@@ -184,23 +184,23 @@ def _measure_model(model: str, out: Path, options: dict[str, Any], *, labelled: 
     from gramfuse_model.heads import head_parameters
     from gramfuse_protocol.statistics.file import write_statistics
 
-    here = Path.cwd()
+    directory = Path.cwd()
     device = choose_device(options["device"])
     if options["threads"]:
         torch.set_num_threads(options["threads"])
     settings = {"pair": options["text_pair"] is not None, "max-length": options["max_length"] or LENGTH}
-    task = task_of_model(model, here, options["task"], **settings)
+    task = task_of_model(model, directory, options["task"], **settings)
     columns = {key: options[key] for key in ("text", "text_pair", "image", "label")}
     data = Data(train=options["data"], held_out=0.5, skip_bad=options["skip_bad"], **columns)
     names = label_names(options["labels"], task)
     words = option_settings(COLUMNS, unlabelled=not labelled)
-    silo = Silo(here / "--data", SiloFile(name=name, data=data), words=words)
+    silo = Silo(directory / "--data", SiloFile(name=name, data=data), words=words)
     examples = load_measured(silo, task, names, labelled=labelled)
     checkpoint = open_checkpoint(
         model,
         options["base"],
         task,
-        here,
+        directory,
         freeze=options["freeze"],
         gram=structures,
         shorten=options["max_length"] is None,

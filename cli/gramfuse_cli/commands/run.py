@@ -12,20 +12,19 @@ import click
 import tomlkit
 
 from gramfuse_cli import options
-from gramfuse_cli.commands.server import listening
 from gramfuse_cli.options import as_json as json_option
-from gramfuse_cli.options import project_directory
+from gramfuse_cli.options import listening, project_directory
 from gramfuse_cli.show.progress import RunProgress
 from gramfuse_cli.show.results import show_report
 from gramfuse_deployment.coordinator import serving
-from gramfuse_deployment.flower_run import DEFAULT, check_roster, watch, write_app
+from gramfuse_deployment.flower_run import check_roster, watch, write_app
 from gramfuse_deployment.superlink import Link
 from gramfuse_deployment.terminal import say
 from gramfuse_model.project import Project
 from gramfuse_protocol.errors import FederationError, RunDirectoryError, error_types
 from gramfuse_server.report.page.view import read_report
 from gramfuse_server.report.schema import Report
-from gramfuse_server.run.patience import Patience
+from gramfuse_server.run.patience import DEFAULT, Patience
 from gramfuse_server.run_directory import REPORT
 
 STOP_SECONDS = 30.0
@@ -59,7 +58,7 @@ STOP_SECONDS = 30.0
 @click.option(
     "--patience",
     type=click.FloatRange(min=0),
-    default=0.0,
+    default=DEFAULT.answer,
     help="Seconds to wait for a connected silo's answer, except while it trains or measures.  [default: forever]",
 )
 @click.option(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
@@ -17,9 +16,6 @@ from gramfuse_deployment.silo_node import check_keys, follow, services
 from gramfuse_deployment.silo_watch import Watch
 from gramfuse_deployment.supervisor import say, supervised
 from gramfuse_deployment.terminal import show_json
-
-if TYPE_CHECKING:
-    pass
 
 
 @click.command()

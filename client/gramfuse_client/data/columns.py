@@ -26,7 +26,7 @@ WHOLE = re.compile(r"-?[0-9]+\.0+")
 Input = str | tuple[str, ...] | Path | bytes
 """A text; words; an image, as a file or as the bytes of one."""
 
-Label = int | float | tuple[int, ...] | str | None
+Target = int | float | tuple[int, ...] | str | None
 """The index of a label; a number; indices of labels, or of each word's tag; a target text; or no label."""
 
 

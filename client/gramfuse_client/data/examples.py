@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from gramfuse_client.data.columns import Input, Label, Reader
+from gramfuse_client.data.columns import Input, Reader, Target
 from gramfuse_client.data.formats import HUB, Dataset, Row, rows
 from gramfuse_client.data.setting_names import SettingNames
 from gramfuse_client.silo_file import Data, Silo
@@ -45,7 +45,7 @@ class Examples:
 
     inputs: Sequence[Input]
     pairs: Sequence[str] | None
-    labels: Sequence[Label]
+    labels: Sequence[Target]
     left_out: Sequence[str] = field(default=(), compare=False)
     numbers: Sequence[int] = field(default=(), compare=False)
 
@@ -206,7 +206,7 @@ def _read(
     at_silo(task).check_ready()
     known = {task.labels[index]: index for index in task.annotated} if names is None else names
     reader = Reader(columns, task, known, _folder(source, silo.directory), silo.words, labelled)
-    good: list[tuple[Input, str, Label, int]] = []
+    good: list[tuple[Input, str, Target, int]] = []
     bad: list[str] = []
     count = 0
     for count, (where, row) in enumerate(rows(source, silo.directory, _names(columns)), 1):
@@ -226,7 +226,7 @@ def _read(
     return Examples(inputs, pairs if task.pair else None, labels, tuple(bad), numbers)
 
 
-def _example(reader: Reader, row: Row, where: str) -> tuple[Input, str, Label]:
+def _example(reader: Reader, row: Row, where: str) -> tuple[Input, str, Target]:
     """Return a row's input, second text and label.
 
     Args:

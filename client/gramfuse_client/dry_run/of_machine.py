@@ -121,10 +121,16 @@ def check_device(findings: Findings, silo: Silo) -> str:
         return "cpu"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     used = silo.file.threads or torch.get_num_threads()
-    about = f"{device}{' (auto)' if asked == 'auto' else ''}, {used} threads on {cores} processors"
+    about = (
+        f"{device}{' (auto)' if asked == 'auto' else ''}, {_counted(used, 'thread')} on {_counted(cores, 'processor')}"
+    )
     notice = f"more threads than processors only slow it down: threads = {cores}" if used > cores else ""
     findings.ok("device", about, notice)
     return device
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def check_disk(findings: Findings, silo: Silo, plan: Plan, layout: Layout, base: Base | None) -> None:

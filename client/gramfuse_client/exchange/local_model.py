@@ -24,8 +24,8 @@ from gramfuse_client.training.finetune import choose_device, finetune
 from gramfuse_model.buffers import first_difference, saved_buffers
 from gramfuse_model.change import check_changes
 from gramfuse_model.derive_layout import plan_layout
-from gramfuse_model.differences import add_differences, set_values
-from gramfuse_model.loading.base_model import Base, load_base, own_head, trainable
+from gramfuse_model.loading.base_model import Base, load_base, own_head
+from gramfuse_model.parameters import add_differences, set_values, trainable
 from gramfuse_model.probing.lengths import check_lengths
 from gramfuse_model.probing.suitable import check_suitable
 from gramfuse_model.rescaling import fold

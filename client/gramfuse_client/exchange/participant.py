@@ -39,20 +39,17 @@ from gramfuse_protocol.messages.phases import (
     FinishRequest,
     JoinReply,
     JoinRequest,
-    KeysRequest,
-    MaskedRequest,
     Message,
-    SharesRequest,
-    SurvivorsRequest,
+    SecureRequest,
     TrainReply,
     TrainRequest,
-    UnmaskRequest,
     UploadReply,
     UploadRequest,
     refusal,
 )
 from gramfuse_protocol.secure_sum.statements import model_digest
 from gramfuse_protocol.statistics.contribution import check_slices
+from gramfuse_protocol.text import quoted
 
 if TYPE_CHECKING:
     from gramfuse_client.exchange.local_model import Workbench
@@ -114,7 +111,7 @@ class Participant:
                 return self._evaluate(request)
             case FinishRequest():
                 return self._finish(request)
-            case KeysRequest() | SharesRequest() | MaskedRequest() | SurvivorsRequest() | UnmaskRequest():
+            case SecureRequest():
                 return self._membership(request).answer(request)
         raise FederationError(f"a silo does not answer phase {request.phase!r}")
 
@@ -204,14 +201,14 @@ class Participant:
             raise RefusalError(
                 f"{self.silo.path}: the coordinator asked for round {request.round}, but this silo did not contribute "
                 f"to round {previous.round}, or did not receive its merged model",
-                reason="this silo did not go through the round before",
+                reason="this silo did not complete the previous round",
             )
         if start != merged.model:
             raise RefusalError(
                 f"{self.silo.path}: the coordinator asked for round {request.round} from a model other than the merged "
                 f"one that this silo received in round {previous.round}. Resume the interrupted run (gramfuse run "
                 "--resume)",
-                reason="the model to go on from is not the merged one of the round before",
+                reason="the starting model is not the previous round's merged model",
             )
         return start
 
@@ -244,7 +241,8 @@ class Participant:
             raise FederationError("the plan lets no metrics leave", reason="the plan lets no metrics leave")
         if request.candidate not in plan.privacy.candidates:
             raise SecurityError(
-                f"the coordinator sent a candidate other than those of the plan: {', '.join(plan.privacy.candidates)}"
+                f"the coordinator sent candidate {quoted(request.candidate)}; the plan has "
+                f"{', '.join(plan.privacy.candidates)}"
             )
         check_slices(layout.deltas, request.arrays, "the coordinator's model")
         self._check_released(state, plan, request)

@@ -32,6 +32,7 @@ from gramfuse_protocol.messages.phases import (
     MaskedReply,
     MaskedRequest,
     Message,
+    SecureRequest,
     SharesReply,
     SharesRequest,
     SurvivorsReply,
@@ -46,8 +47,6 @@ from gramfuse_protocol.secure_sum.member import Member
 from gramfuse_protocol.secure_sum.scales import MOST_WEIGHED, Scale, scales
 from gramfuse_protocol.secure_sum.statements import Sum, metrics_context, round_digest
 from gramfuse_protocol.statistics.contribution import Contribution
-
-SecureRequest = KeysRequest | SharesRequest | MaskedRequest | SurvivorsRequest | UnmaskRequest
 
 
 class Membership:
@@ -73,11 +72,9 @@ class Membership:
         if isinstance(request, MaskedRequest):
             return self._masked(request)
         record = self._read(request)
-        key = (
-            request.phase
-            if isinstance(request, KeysRequest | SharesRequest)
-            else answer_key(request.phase, request.sum_of)
-        )
+        key = request.phase
+        if isinstance(request, SurvivorsRequest | UnmaskRequest):
+            key = answer_key(request.phase, request.sum_of)
         if reply := answered(record, key, request):
             return reply
         member: Member | None
@@ -90,6 +87,8 @@ class Membership:
                 reply, member = self._survivors(record, request)
             case UnmaskRequest():
                 reply, member = self._unmask(record, request)
+            case _:
+                raise FederationError(f"a silo does not answer phase {request.phase!r}")
         self.session.write(with_answer(record, key, request, reply, member=member))
         if isinstance(request, UnmaskRequest):
             self.session.masked(request.sum_of).unlink(missing_ok=True)
@@ -151,7 +150,7 @@ class Membership:
             if self.plan.privacy.metrics != "sum":
                 raise SecurityError("the coordinator asked for a sum of metrics, but the plan has none")
             if request.candidates != self.plan.privacy.candidates or set(self._measured()) != set(request.candidates):
-                raise SecurityError("the coordinator asked for a sum of metrics of models that were not measured here")
+                raise SecurityError("a sum of metrics was requested for other models than this silo measured")
         check_space(self.silo, 8 * self._entries(name))
         with self.state.attempts.attempt(request, key, whole, anew=True):
             member, masks = secure_sum.contribute(roster, member, name, whole, self._context(name))

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from gramfuse_client.tasks.registry import at_silo
 from gramfuse_protocol.canonical import canonical_json
-from gramfuse_protocol.contract.gram_structure import parse_structure
+from gramfuse_protocol.contract.gram_structure import describe
 from gramfuse_protocol.contract.layout import PIECE_BYTES, Block, Layout
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.contract.roster import tolerated
@@ -342,14 +342,7 @@ def _content(block: Block, layout: Layout) -> str:
     group = next(group for group in layout.groups if group.name == name)
     if kind == "t":
         return "Gram matrix times change of the layer's weights"
-    square = f"{group.d_in:,} × {group.d_in:,}"
-    structure = parse_structure(group.structure)
-    experts = f" of each of {group.experts} experts" if group.experts else ""
-    if structure is None:
-        return f"Gram matrix{experts}, {square}, upper half"
-    if structure == 1:
-        return f"Gram matrix{experts}, diagonal of {square}"
-    return f"Gram matrix{experts}, {square}, in blocks of {structure}, upper halves"
+    return describe(group.structure, group.d_in, group.experts)
 
 
 def _claims(plan: Plan) -> tuple[str, ...]:

@@ -125,7 +125,8 @@ class Ledger:
             mode = os.fstat(file).st_mode & 0o777
             if mode & 0o077:
                 raise LedgerError(
-                    f"{self.path}: others than its owner can access it (mode {mode:o}); run: chmod 600 {self.path}",
+                    f"{self.path}: users other than its owner can access it (mode {mode:o}); run: "
+                    f"chmod 600 {self.path}",
                     reason=REASON,
                 )
             yield file

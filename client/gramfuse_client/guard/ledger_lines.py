@@ -6,11 +6,13 @@ import hashlib
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, ValidationInfo
+from pydantic import BeforeValidator, Field, PlainSerializer, ValidationError, ValidationInfo
 
 from gramfuse_protocol.bounds import HEADER_CHARACTERS, check_size
 from gramfuse_protocol.canonical import canonical_json
-from gramfuse_protocol.text import Legible, one_line
+from gramfuse_protocol.contract.plan_sections import Sha256
+from gramfuse_protocol.frozen import LegibleFrozen
+from gramfuse_protocol.text import one_line
 
 NO_LINE = "0" * 64
 
@@ -19,19 +21,13 @@ def _from_text(value: object, info: ValidationInfo) -> object:
     return int(value) if info.mode == "json" and isinstance(value, str) and value.isascii() else value
 
 
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-
 Count = Annotated[int, Field(ge=0, lt=2**53)]
 
 # Flower's run ids have 64 bits, more than a number in canonical JSON, so they are written as text.
 RunId = Annotated[int, Field(ge=0, lt=2**64), BeforeValidator(_from_text), PlainSerializer(str, when_used="json")]
 
 
-class _Frozen(Legible):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, hide_input_in_errors=True)
-
-
-class Item(_Frozen):
+class Item(LegibleFrozen):
     """One array or value that left.
 
     Args:
@@ -47,7 +43,7 @@ class Item(_Frozen):
     sha256: Sha256
 
 
-class Entry(_Frozen):
+class Entry(LegibleFrozen):
     """The record of one message or, with kind "clear", of what the silo's owner cleared.
 
     Args:
@@ -77,7 +73,7 @@ class Entry(_Frozen):
         return sum(item.bytes for item in self.items)
 
 
-class Line(_Frozen):
+class Line(LegibleFrozen):
     """One line of the ledger.
 
     Args:
@@ -127,7 +123,7 @@ class Head:
         return Head(line.number, line.digest, bytes_, self.first or line.time, line.time)
 
 
-class Mark(_Frozen):
+class Mark(LegibleFrozen):
     """A line's number and digest: the content of `ledger.head`, and what the next line must follow."""
 
     number: Count = 0

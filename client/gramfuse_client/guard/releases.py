@@ -31,7 +31,7 @@ from gramfuse_protocol.errors import RefusalError
 from gramfuse_protocol.files import make_private_directory, write_private
 from gramfuse_protocol.secure_sum.statements import Nonce, Sum
 
-Rows = NDArray[np.uint64]
+RowHashes = NDArray[np.uint64]
 """Salted hashes of rows: sorted and unique."""
 
 InputKey = tuple[str | tuple[str, ...], str | None]
@@ -57,7 +57,7 @@ class Cohort(BaseModel):
         plan: the plan's digest.
         reading: digest of the settings that determine which rows are used, and how (`Plan.reading`).
         colluding: number of silos that may collude.
-        own: this silo, which is in the sum.
+        silo: this silo, which is in the sum.
         others: the other silos, in roster order.
     """
 
@@ -66,17 +66,17 @@ class Cohort(BaseModel):
     plan: Sha256
     reading: Sha256
     colluding: int
-    own: Survivor
+    silo: Survivor
     others: tuple[Survivor, ...]
 
     @classmethod
-    def of(cls, plan: Plan, own: str, survivors: Iterable[str]) -> Cohort:
+    def of(cls, plan: Plan, silo: str, survivors: Iterable[str]) -> Cohort:
         """Return the cohort of a plan's survivors; raise PlanError if a silo has no key.
 
         Args:
-            own: this silo's name.
+            silo: this silo's name.
         """
-        keys, members = plan.roster.keys, {own, *survivors}
+        keys, members = plan.roster.keys, {silo, *survivors}
         silos = {
             name: Survivor(name=name, key=keys[name].hex(), terms=plan.terms_of(name))
             for name in plan.names
@@ -86,13 +86,13 @@ class Cohort(BaseModel):
             plan=plan.digest,
             reading=plan.reading,
             colluding=plan.privacy.colluding,
-            own=silos.pop(own),
+            silo=silos.pop(silo),
             others=tuple(silos.values()),
         )
 
     def differing(self, other: Cohort) -> int:
         """Return by how many silos two sums of this silo differ."""
-        count, ours, theirs = int(self.own.terms != other.own.terms), list(self.others), list(other.others)
+        count, ours, theirs = int(self.silo.terms != other.silo.terms), list(self.others), list(other.others)
         for attribute in ("key", "name"):
             candidates = {getattr(silo, attribute): silo for silo in theirs}
             for silo in tuple(ours):
@@ -134,7 +134,7 @@ class Releases:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
 
-    def rows(self, inputs: Iterable[InputKey]) -> Rows:
+    def rows(self, inputs: Iterable[InputKey]) -> RowHashes:
         """Return the salted hashes of examples' inputs. The first call generates the salt.
 
         Raises:
@@ -173,7 +173,7 @@ class Releases:
         if problem := self.conflict(rows, release.sum_of, release.cohort):
             raise RefusalError(f"{self._index}: {problem}")
 
-    def conflict(self, rows: Rows, sum_of: Sum, cohort: Cohort) -> str | None:
+    def conflict(self, rows: RowHashes, sum_of: Sum, cohort: Cohort) -> str | None:
         """Describe an earlier sum that conflicts with a new one; None if there is none.
 
         Args:
@@ -231,7 +231,7 @@ class Releases:
     def _rows(self, digest: str) -> Path:
         return self.directory / f"{digest}.rows"
 
-    def _load(self, digest: str) -> Rows:
+    def _load(self, digest: str) -> RowHashes:
         try:
             content = self._rows(digest).read_bytes()
         except FileNotFoundError:

@@ -20,20 +20,21 @@ from gramfuse_model.buffers import first_difference, saved_buffers
 from gramfuse_model.derive_layout import plan_layout
 from gramfuse_model.digests import config_document
 from gramfuse_model.loading.auto_classes import kind_of_checkpoint
-from gramfuse_model.loading.base_model import Base, library_message, load_base, trainable
+from gramfuse_model.loading.base_model import Base, library_message, load_base
 from gramfuse_model.loading.same_inputs import new_tokens, other_inputs
 from gramfuse_model.loading.source import check_files, download, locate
 from gramfuse_model.loading.zero_head import load_zero_headed, plan_for
+from gramfuse_model.parameters import trainable
 from gramfuse_model.probing.lengths import check_lengths, room_of
 from gramfuse_model.probing.suitable import check_suitable
 from gramfuse_protocol.contract.layout import Layout, delta_block
 from gramfuse_protocol.contract.plan_sections import Training
-from gramfuse_protocol.contract.task import Task, TaskKind
+from gramfuse_protocol.contract.task import Task, TaskName
 from gramfuse_protocol.documents import build
 from gramfuse_protocol.errors import GramfuseError, ModelError
 from gramfuse_protocol.statistics.about import AddedTokens
 from gramfuse_protocol.statistics.contribution import Statistics
-from gramfuse_protocol.tasks.registry import KINDS
+from gramfuse_protocol.tasks.registry import TASK_KINDS
 from gramfuse_protocol.text import one_line, quoted
 
 IGNORED_KEYS = {"use_cache", "return_dict", "output_hidden_states", "initializer_range", "initializer_factor"}
@@ -65,7 +66,7 @@ class Checkpoint:
         return None if self.growth is None else self.growth.added(self.tuned.model)
 
 
-def task_of_model(model: str, directory: Path, override: TaskKind | None = None, **settings: Any) -> Task:
+def task_of_model(model: str, directory: Path, override: TaskName | None = None, **settings: Any) -> Task:
     """Return the task that a model was fine-tuned for, with kind and labels from its configuration.
 
     Args:
@@ -91,7 +92,7 @@ def task_of_model(model: str, directory: Path, override: TaskKind | None = None,
             "which is not for a task that gramfuse knows; MODEL must be the fine-tuned model, including its head. If "
             "it is, name its task with --task"
         )
-    labels = [config.id2label[index] for index in sorted(config.id2label)] if KINDS[kind].least_labels else []
+    labels = [config.id2label[index] for index in sorted(config.id2label)] if TASK_KINDS[kind].least_labels else []
     return build(Task, {"task": kind, "labels": labels, **settings}, f"model {model!r}")
 
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from gramfuse_client.measuring.gram import collect_grams
-from gramfuse_model.loading.base_model import trainable
+from gramfuse_model.parameters import trainable
 from gramfuse_protocol.arguments import check_argument, wrong_argument
 from gramfuse_protocol.contract.layout import Layout, Slice, delta_block, gram_block
 from gramfuse_protocol.contract.plan_sections import Merge
@@ -41,11 +41,11 @@ def collect_statistics(
 
     Args:
         model: the fine-tuned model.
-        batches: its training data as keyword arguments of forward (see `gramfuse_client.measuring.gram.collect_grams`),
-            in random order, because rows beyond the limit are not used.
-        layout: from `gramfuse_model.derive_layout`, made on the base model.
-        base: the base model's trainable values by name, float32 (`gramfuse_model.loading.base_model.trainable`); values
-            that are not in the layout are ignored.
+        batches: its training data as keyword arguments of forward, in random order, because rows beyond the limit are
+            not used.
+        layout: from `gramfuse.derive_layout`, made on the base model.
+        base: the base model's trainable values by name, float32 (`gramfuse.trainable`); values that are not in the
+            layout are ignored.
         examples: how many examples the model was fine-tuned on, ≥ 1.
         limit: maximum token rows for one Gram matrix.
         progress: called with the number of batches done.

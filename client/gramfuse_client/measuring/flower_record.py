@@ -14,7 +14,7 @@ __all__ = ["from_record", "statistics_record", "to_record"]
 
 
 def statistics_record(statistics: Statistics, layout: Layout, **metrics: float) -> RecordDict:
-    """Return the content of a train reply for `gramfuse_server.RegMean`.
+    """Return the content of a train reply for `gramfuse.RegMean`.
 
     Example:
         >>> statistics = gramfuse.collect_statistics(tuned, [batch], layout, base=start, examples=2)

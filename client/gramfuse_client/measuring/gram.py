@@ -18,7 +18,7 @@ from gramfuse_model.heads import is_encoder_decoder
 from gramfuse_model.layers import LinearModule, experts_of, linear_modules
 from gramfuse_model.probing.batch import masks_of
 from gramfuse_model.probing.hooks import Hook, observing, rows_of
-from gramfuse_protocol.contract.layout import Group, Layout, Rows
+from gramfuse_protocol.contract.layout import Group, Layout, RowKind
 from gramfuse_protocol.errors import ContributionError
 
 
@@ -189,7 +189,7 @@ class _Watcher:
 
         return receive
 
-    def _take(self, weight: str, module: nn.Module, inputs: tuple[Any, ...], kind: Rows) -> None:
+    def _take(self, weight: str, module: nn.Module, inputs: tuple[Any, ...], kind: RowKind) -> None:
         mask = self._masks.get("input" if kind == "turned" else kind)
         try:
             rows = rows_of(inputs[0], kind, mask)

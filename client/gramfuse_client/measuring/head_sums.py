@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 import numpy as np
@@ -27,7 +27,6 @@ def collect_head_sums(
     labels: int,
     *,
     pooling: Pooling = "head",
-    progress: Callable[[int], None] | None = None,
 ) -> HeadSums:
     """Run a model over batches, in evaluation mode and without autograd, and sum the moments of its features.
 
@@ -35,7 +34,6 @@ def collect_head_sums(
         model: with exactly one label for each example.
         batches: keyword arguments of its forward, including `labels`, int (batch,).
         labels: number of labels.
-        progress: called with the number of finished batches.
 
     Returns:
         Sums over all examples, in float64.
@@ -45,15 +43,13 @@ def collect_head_sums(
         ContributionError: if there are no batches, or a feature is NaN or infinite.
     """
     sums: HeadSums | None = None
-    for number, batch in enumerate(batches, 1):
+    for batch in batches:
         features = features_of(model, batch, labels, pooling).double().cpu().numpy()
         if not np.isfinite(features).all():
             raise ContributionError("the features of the head have NaN or infinite values")
         one_hot = np.eye(labels)[batch["labels"].cpu().numpy()]
         of_batch = HeadSums(features.T @ features, features.T @ one_hot, one_hot.sum(axis=0))
         sums = of_batch if sums is None else sums + of_batch
-        if progress is not None:
-            progress(number)
     if sums is None:
         raise ContributionError("no example was measured: there are no batches")
     return sums

@@ -9,17 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
-
 from gramfuse_protocol.contract.plan_sections import Sha256
 from gramfuse_protocol.files import write_private
+from gramfuse_protocol.frozen import Frozen
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, hide_input_in_errors=True)
-
-
-class Measurement(_Frozen):
+class Measurement(Frozen):
     """The measurement of one model.
 
     Args:
@@ -33,7 +28,7 @@ class Measurement(_Frozen):
     sums: tuple[float, ...] = ()
 
 
-class HeldOut(_Frozen):
+class HeldOut(Frozen):
     """The held-out examples measured on.
 
     Args:
@@ -45,7 +40,7 @@ class HeldOut(_Frozen):
     rows: str = ""
 
 
-class _Stored(_Frozen):
+class _Stored(Frozen):
     held_out: HeldOut = HeldOut()
     rounds: Mapping[int, Mapping[str, Measurement]] = {}
 

@@ -11,28 +11,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
-
 from gramfuse_protocol.errors import RefusalError, SecurityError
 from gramfuse_protocol.files import make_private_directory, write_private
+from gramfuse_protocol.frozen import Frozen
 from gramfuse_protocol.messages.phases import REPLIES, Message
 from gramfuse_protocol.messages.wire import pack
 from gramfuse_protocol.secure_sum.member import Member
 from gramfuse_protocol.secure_sum.statements import Sum
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, hide_input_in_errors=True)
-
-
-class Answer(_Frozen):
+class Answer(Frozen):
     """A request's digest, and its reply as JSON."""
 
     request: str
     reply: str = ""
 
 
-class Record(_Frozen):
+class Record(Frozen):
     """The stored state of a session.
 
     Args:

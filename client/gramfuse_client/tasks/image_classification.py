@@ -22,8 +22,8 @@ from gramfuse_protocol.text import quoted
 
 if TYPE_CHECKING:
     from gramfuse_client.data.examples import Examples
-    from gramfuse_client.training.outputs import Batch
     from gramfuse_model.loading.base_model import Base
+    from gramfuse_model.probing.batch import Batch
 
 ROWS = 1024
 """Rows of an image in a layer, if the model's configuration does not say."""

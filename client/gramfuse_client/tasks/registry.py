@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from gramfuse_client.data.columns import Input, Label, Reader
+from gramfuse_client.data.columns import Input, Reader, Target
 from gramfuse_client.data.formats import Row
 from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.errors import PlanError
@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     import torch
 
     from gramfuse_client.data.examples import Examples
-    from gramfuse_client.training.outputs import Batch, Outputs
+    from gramfuse_client.training.outputs import Outputs
     from gramfuse_model.loading.base_model import Base
+    from gramfuse_model.probing.batch import Batch
 
 Variant = Literal["hard", "soft", "empirical"]
 """The label whose likelihood defines the Fisher information: the most likely one under the model ("hard"), all labels
@@ -76,7 +77,7 @@ class TaskAtSilo(ABC):
         return reader.text(row, reader.columns.text, where)
 
     @abstractmethod
-    def label(self, row: Row, given: Input, reader: Reader, where: str) -> Label:
+    def label(self, row: Row, given: Input, reader: Reader, where: str) -> Target:
         """Return a row's label.
 
         Args:

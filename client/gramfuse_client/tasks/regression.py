@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     import torch
 
     from gramfuse_client.data.examples import Examples
-    from gramfuse_client.training.outputs import Batch, Outputs
+    from gramfuse_client.training.outputs import Outputs
+    from gramfuse_model.probing.batch import Batch
 
 
 @register

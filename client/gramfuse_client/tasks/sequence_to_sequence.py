@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     import torch
 
     from gramfuse_client.data.examples import Examples
-    from gramfuse_client.training.outputs import Batch, Outputs
+    from gramfuse_client.training.outputs import Outputs
     from gramfuse_model.loading.base_model import Base
+    from gramfuse_model.probing.batch import Batch
 
 
 @register

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     import torch
 
     from gramfuse_client.data.examples import Examples
-    from gramfuse_client.training.outputs import Batch, Outputs
+    from gramfuse_client.training.outputs import Outputs
+    from gramfuse_model.probing.batch import Batch
 
 PRINTED = re.compile(r"\s*\[\s*['\"].*\]\s*", re.DOTALL)
 """Matches a list of texts as printed by Python or numpy."""
@@ -77,9 +78,9 @@ class TokenClassificationAtSilo(TaskAtSilo):
         if isinstance(tags, str):
             tags = tags.split()
         if not isinstance(tags, list) or len(tags) != len(given):
-            found = f"{len(tags)}" if isinstance(tags, list) else quoted(value)
+            count = f"{len(tags)}" if isinstance(tags, list) else quoted(value)
             raise DataError(
-                f"{where}: column {column!r} must hold one tag for each of the {len(given)} words, found {found}"
+                f"{where}: column {column!r} must hold one tag for each of the {len(given)} words, found {count}"
             )
         return tuple(reader.index(tag, where) for tag in tags)
 

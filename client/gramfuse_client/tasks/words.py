@@ -23,4 +23,4 @@ def list_label_counts(task: Task, counts: Mapping[str, int], more: str = "") -> 
     """
     text = list_counts({task.labels[i]: counts[task.labels[i]] for i in task.annotated}, "labels") + more
     missing = len(task.labels) - len(task.annotated)
-    return f"{text}; this silo does not annotate {missing} labels" if missing else text
+    return f"{text}; labels that this silo does not annotate: {missing}" if missing else text

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from gramfuse_client.tasks.registry import Variant, at_silo
-from gramfuse_client.training.outputs import Batch
+from gramfuse_model.probing.batch import Batch
 from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.errors import ContributionError, PlanError
 

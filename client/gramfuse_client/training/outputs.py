@@ -9,11 +9,9 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
-from gramfuse_model.probing.batch import IGNORED
+from gramfuse_model.probing.batch import IGNORED, Batch
 from gramfuse_protocol.tasks.rows import LOSS
 from gramfuse_protocol.tasks.scores import Tokens
-
-Batch = dict[str, torch.Tensor]
 
 ANSWERS = ("labels", "words")
 """Keys of a batch that are not inputs of a model."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from gramfuse_protocol.contract.plan import Plan
-from gramfuse_protocol.contract.task import Task, TaskKind
+from gramfuse_protocol.contract.task import Task, TaskName
 from gramfuse_protocol.errors import ModelError
 
 
@@ -31,8 +31,8 @@ class Form(NamedTuple):
     """Suffixes of model class names from which the kind of a checkpoint is inferred."""
 
 
-class _Forms(dict[TaskKind, Form]):
-    def __missing__(self, kind: TaskKind) -> Form:
+class _Forms(dict[TaskName, Form]):
+    def __missing__(self, kind: TaskName) -> Form:
         raise ModelError(
             f"no model class is known for task {kind!r}; the package that registers the task must add it to FORMS"
         )
@@ -105,7 +105,7 @@ def head_settings(task: Task) -> dict[str, Any]:
     return settings
 
 
-def kind_of_checkpoint(config: Any) -> TaskKind | None:
+def kind_of_checkpoint(config: Any) -> TaskName | None:
     """Infer the kind of task of a fine-tuned model from its configuration; None if it is unknown."""
     architecture = next(iter(config.architectures or ()), "")
     matches = [kind for kind, form in FORMS.items() if form.classes and architecture.endswith(form.classes)]

@@ -4,32 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
-from numpy.typing import NDArray
-from torch import nn
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from gramfuse_model.buffers import learned, saved_buffers
+from gramfuse_model.buffers import saved_buffers
 from gramfuse_model.digests import config_digest, processor_digest, tensor_digests, weights_digest
 from gramfuse_model.heads import head_parameters
 from gramfuse_model.loading.auto_classes import FORMS, head_settings
 from gramfuse_model.loading.checkpoint_keys import Keys, check_keys
 from gramfuse_model.loading.source import BUNDLED, Source, source_of
 from gramfuse_model.loading.vocabulary import check_files_of, check_tokenizer, pad
+from gramfuse_model.parameters import freeze
 from gramfuse_model.rescaling import unfold
-from gramfuse_protocol.arguments import check_argument
 from gramfuse_protocol.canonical import digest
 from gramfuse_protocol.contract.plan import Plan
-from gramfuse_protocol.contract.plan_sections import EMBEDDINGS, Pins
+from gramfuse_protocol.contract.plan_sections import Pins
 from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.errors import GramfuseError, ModelError
 from gramfuse_protocol.statistics.about import Origin
@@ -326,61 +322,6 @@ def _reporting_errors(plan: Plan, source: Source, *, whole: bool = False) -> Ite
 def library_message(error: Exception) -> str:
     """Return a library's error message as one line, shortened to MESSAGE_CHARACTERS."""
     return one_line(" ".join(str(error).split()), MESSAGE_CHARACTERS)
-
-
-def embedding_parameters(model: nn.Module) -> frozenset[str]:
-    """Return the names of the parameters that turn tokens, positions and patches into features.
-
-    These are all tables (`nn.Embedding`), and all parameters in a module named `embeddings`, such as norms, patch
-    projections and class tokens.
-    """
-    tables = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
-    return frozenset(
-        name
-        for name, parameter in model.named_parameters()
-        if id(parameter) in tables or EMBEDDINGS in name.split(".")[:-1]
-    )
-
-
-def freeze(model: nn.Module, patterns: Iterable[str]) -> None:
-    """Freeze every parameter whose name matches a pattern.
-
-    The word EMBEDDINGS is not a pattern: it selects `embedding_parameters`, whatever their names.
-
-    Raises:
-        ModelError: if a pattern matches nothing, or no parameter is left to train.
-    """
-    parameters = dict(model.named_parameters())
-    for pattern in patterns:
-        if pattern == EMBEDDINGS:
-            matches = [parameters[name] for name in embedding_parameters(model)]
-        else:
-            matches = [parameter for name, parameter in parameters.items() if fnmatchcase(name, pattern)]
-        if not matches and pattern != EMBEDDINGS:
-            raise ModelError(
-                f"training.freeze: no parameter of the base model matches {pattern!r}; "
-                f"its names look like {next(iter(parameters))!r}"
-            )
-        for parameter in matches:
-            parameter.requires_grad_(False)
-    if not any(parameter.requires_grad for parameter in parameters.values()):
-        raise ModelError("training.freeze leaves no parameter to train")
-
-
-def trainable(model: nn.Module) -> dict[str, NDArray[np.float32]]:
-    """Return copies of all tensors that training may change (`gramfuse_model.buffers.learned`), by name.
-
-    Example:
-        >>> gramfuse.trainable(base)["classifier.bias"]
-        array([0., 0.], dtype=float32)
-
-    The copies are float32 on the CPU, whatever the model's dtype.
-
-    Raises:
-        ModelError: if the model is not a torch module.
-    """
-    check_argument("trainable: model", model, nn.Module, "a torch.nn.Module", ModelError)
-    return {name: tensor.detach().cpu().float().numpy().copy() for name, tensor in learned(model).items()}
 
 
 @contextmanager

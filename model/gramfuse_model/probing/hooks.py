@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gramfuse_protocol.contract.layout import Rows
+from gramfuse_protocol.contract.layout import RowKind
 from gramfuse_protocol.errors import GramfuseError, ModelError
 from gramfuse_protocol.text import one_line
 
@@ -70,7 +70,7 @@ def observing(model: nn.Module, hooks: Iterable[tuple[nn.Module, Hook]], *, grad
             handle.remove()
 
 
-def rows_of(x: torch.Tensor, kind: Rows, mask: torch.Tensor | None) -> torch.Tensor:
+def rows_of(x: torch.Tensor, kind: RowKind, mask: torch.Tensor | None) -> torch.Tensor:
     """Return the rows of a layer's input that count, example by example: (rows, d_in).
 
     Args:
@@ -86,7 +86,7 @@ def rows_of(x: torch.Tensor, kind: Rows, mask: torch.Tensor | None) -> torch.Ten
     return by_example(x, kind, mask)[:, : mask.shape[1]][mask].reshape(-1, x.shape[-1])
 
 
-def by_example(x: torch.Tensor, kind: Rows, mask: torch.Tensor) -> torch.Tensor:
+def by_example(x: torch.Tensor, kind: RowKind, mask: torch.Tensor) -> torch.Tensor:
     """Return a layer's input as (examples, positions, …, d_in).
 
     Args:

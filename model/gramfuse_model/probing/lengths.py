@@ -26,10 +26,10 @@ LENGTHS = ((7, 6), (17, 11))
 LONGEST = 127
 """Maximum number of tokens of a test text: a prime, so that it is no multiple of a model's block size."""
 
-KINDS = ("input", "target")
+TEXT_SIDES = ("input", "target")
 SETTINGS = {"input": "max-length", "target": "target-length"}
 
-Row = dict[str, torch.Tensor]
+ModelInput = dict[str, torch.Tensor]
 Lookup = tuple[torch.Tensor, torch.Tensor]
 """An embedding table and the indices that were looked up in it."""
 
@@ -79,7 +79,7 @@ def check_lengths(base: Base, tasks: Iterable[Task], *, trains: bool) -> None:
                 f"{SETTINGS[kind]} is {wanted[kind]:,}, but the model {room.reason}; set {SETTINGS[kind]} to at most "
                 f"{room.tokens:,}, or use a base model for longer texts"
             )
-    limits = [min(LONGEST, wanted[kind]) for kind in KINDS]
+    limits = [min(LONGEST, wanted[kind]) for kind in TEXT_SIDES]
     rows = [_row(base, "a", *wanted.values()), _row(base, " ".join(PUBLIC_TEXT), *limits)]
     if any(task.pair for task in tasks):
         rows.append(_row(base, PUBLIC_TEXT[0], *limits, second=PUBLIC_TEXT[1]))
@@ -111,7 +111,7 @@ def room_of(base: Base, longest: int, target: int) -> Mapping[str, Room]:
     names = {id(tensor): name for name, tensor in (*base.model.named_parameters(), *base.model.named_buffers())}
     buffers = {buffer.untyped_storage().data_ptr(): buffer for buffer in base.model.buffers() if buffer.numel()}
     rooms: dict[str, Room] = {}
-    for kind, key, wanted in zip(KINDS, ("input_ids", "labels"), (longest, target), strict=True):
+    for kind, key, wanted in zip(TEXT_SIDES, ("input_ids", "labels"), (longest, target), strict=True):
         if key not in rows[0]:
             continue
         tokens = tuple(row[key].shape[1] for row in rows)
@@ -229,7 +229,7 @@ class _Lookups(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def _row(base: Base, text: str, tokens: int, targets: int, *, second: str | None = None) -> Row:
+def _row(base: Base, text: str, tokens: int, targets: int, *, second: str | None = None) -> ModelInput:
     """Return a text or a pair, truncated to `tokens` (and `targets`) tokens, as keyword arguments of forward."""
     row = dict(base.tokenizer(text, second, truncation=True, max_length=tokens, return_tensors="pt"))
     if is_encoder_decoder(base.model):
@@ -238,7 +238,7 @@ def _row(base: Base, text: str, tokens: int, targets: int, *, second: str | None
     return row
 
 
-def _run(model: nn.Module, row: Row, *, trains: bool = False) -> list[Lookup]:
+def _run(model: nn.Module, row: ModelInput, *, trains: bool = False) -> list[Lookup]:
     """Run a model on one text or pair, and return its embedding lookups."""
     device = next(model.parameters()).device
     with observing(model, []), torch.random.fork_rng(devices=[]), _Lookups() as recorder:

@@ -24,7 +24,7 @@ from gramfuse_model.heads import head_parameters, is_encoder_decoder
 from gramfuse_model.layers import linear_modules
 from gramfuse_model.probing.batch import PLACED, TARGETS, Batch, alone, chosen, has_places, masks_of, with_shorter
 from gramfuse_model.probing.hooks import Hook, by_example, observing, rows_of, run
-from gramfuse_protocol.contract.layout import Rows
+from gramfuse_protocol.contract.layout import RowKind
 from gramfuse_protocol.errors import ModelError
 
 TOLERANCE = 1e-4
@@ -41,14 +41,14 @@ OUTPUTS = ""
 
 
 class _Reading(NamedTuple):
-    kind: Rows
+    kind: RowKind
     inner: bool = False
     """Whether the model's internal padding adds rows after those of the text."""
 
 
 def find_rows(
     model: nn.Module, batch: Mapping[str, torch.Tensor], modules: Mapping[str, nn.Module]
-) -> dict[str, tuple[Rows, ...] | None]:
+) -> dict[str, tuple[RowKind, ...] | None]:
     """Return which rows of the input count, for each call of each module; None if they cannot be identified.
 
     Modules that are not called are omitted. If inputs are neither tokens, embeddings nor pixels, and have no mask, all
@@ -68,7 +68,7 @@ def find_rows(
     masks = masks_of(model, batch)
     if not masks and "pixel_values" not in batch:
         calls = _run(model, batch, modules)
-        kind: Rows = "all"
+        kind: RowKind = "all"
         return {name: (kind,) * len(calls[name]) for name in modules if name in calls}
     if "input" in masks and _all_equal(masks["input"].sum(dim=1)):
         batch = with_shorter(batch, masks, getattr(model, "config", None))
@@ -202,7 +202,7 @@ def _reading(x: torch.Tensor, single: list[torch.Tensor], masks: Batch) -> _Read
     if all(_same(one, x) for one in single):
         return _Reading("table")
     inner = None
-    kinds: tuple[Rows, ...] = ("input", "turned", "target")
+    kinds: tuple[RowKind, ...] = ("input", "turned", "target")
     for kind in kinds:
         mask = masks.get("input" if kind == "turned" else kind)
         if mask is None:
@@ -246,7 +246,7 @@ def _with_other_padding(batch: Batch, masks: Batch) -> Batch:
     return changed
 
 
-def _is_padding(x: torch.Tensor, other: torch.Tensor, kind: Rows, masks: Batch) -> bool:
+def _is_padding(x: torch.Tensor, other: torch.Tensor, kind: RowKind, masks: Batch) -> bool:
     """Return whether a reading's padding rows are padding: only they change with the padding, or they are zero.
 
     This confirms that a text's rows are in its order, followed by the model's internal padding.

@@ -4,6 +4,8 @@ A Gram matrix of d features is kept as a block diagonal of symmetric blocks, eac
 not divide d, the last block is smaller. `full` is one block of d, `diagonal` is d blocks of one. Packed, each block is
 its upper triangle row by row (b(b+1)/2 entries), blocks in order. The Gram matrices of several experts follow one
 another, each in such blocks.
+
+Everything that depends on the structure is here: to add one, extend `parse_structure`, `describe` and `Blocks`.
 """
 
 from __future__ import annotations
@@ -33,6 +35,22 @@ def parse_structure(text: str) -> int | None:
     if name == "block" and width.isascii() and width.isdigit() and int(width) >= 1:
         return int(width)
     raise ValueError(f"{text!r} is not a Gram structure; expected 'full', 'block:<width>' or 'diagonal'")
+
+
+def describe(structure: str, d: int, experts: int | None = None) -> str:
+    """Describe the Gram matrices that a structure keeps, for people.
+
+    Args:
+        d: number of features.
+        experts: number of experts with a matrix each, if there are any.
+    """
+    square, whose = f"{d:,} × {d:,}", f" of each of {experts} experts" if experts else ""
+    width = parse_structure(structure)
+    if width is None:
+        return f"Gram matrix{whose}, {square}, upper half"
+    if width == 1:
+        return f"Gram matrix{whose}, diagonal of {square}"
+    return f"Gram matrix{whose}, {square}, in blocks of {width}, upper halves"
 
 
 @dataclass(frozen=True)
@@ -88,6 +106,21 @@ class Blocks:
             for blocks, (_, _, width) in zip(parts, self.parts, strict=True)
         ]
         return packed[0] if len(packed) == 1 else np.concatenate(packed)
+
+    def outer(self, vector: NDArray[np.float64], factor: float) -> NDArray[np.float64]:
+        """Return factor · v vᵀ packed, without forming the whole matrix.
+
+        Args:
+            vector: (experts · d,).
+        """
+        packed = np.empty(self.entries)
+        start = 0
+        for first, count, width in self.parts:
+            for row in range(first, first + count * width):
+                stop = first + ((row - first) // width + 1) * width  # the end of the row's block
+                np.multiply(vector[row:stop], factor * vector[row], out=packed[start : start + stop - row])
+                start += stop - row
+        return packed
 
     def unpack(self, packed: Floats) -> Iterator[Floats]:
         """Yield one symmetric array (count, width, width) for each of `self.parts`; the inverse of `pack`."""

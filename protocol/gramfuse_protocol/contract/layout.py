@@ -15,7 +15,7 @@ from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import AfterValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from gramfuse_protocol.bounds import (
     DIMENSIONS,
@@ -34,7 +34,8 @@ from gramfuse_protocol.canonical import canonical_json, digest
 from gramfuse_protocol.contract.gram_structure import Blocks, parse_structure
 from gramfuse_protocol.documents import read_text
 from gramfuse_protocol.errors import ContributionError, PlanError
-from gramfuse_protocol.text import Legible, Word, one_line, quoted
+from gramfuse_protocol.frozen import LegibleFrozen
+from gramfuse_protocol.text import Word, one_line, quoted
 
 ITEM_BYTES = 4
 """Statistics are sent as little-endian float32."""
@@ -51,7 +52,7 @@ EXPONENT = 40
 Exponent = Annotated[int, Field(ge=-EXPONENT, le=EXPONENT)]
 """A power of two: the scale of a feature's amplitude."""
 
-Rows = Literal["input", "turned", "target", "all", "table"]
+RowKind = Literal["input", "turned", "target", "all", "table"]
 """Which rows of a layer's input count.
 
 `input`: real input tokens, examples in the first dimension; `turned`: the same, examples in the second dimension;
@@ -65,11 +66,7 @@ def _structure(text: str) -> str:
     return text
 
 
-class _Frozen(Legible):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class Linear(_Frozen):
+class Linear(LegibleFrozen):
     """A weight that is merged in closed form, or those of its outputs that belong to its group's part.
 
     `nn.Linear` stores it transposed, (d_out, d_in); transformers' `Conv1D` stores (d_in, d_out).
@@ -81,7 +78,7 @@ class Linear(_Frozen):
     transposed: bool
 
 
-class Group(_Frozen):
+class Group(LegibleFrozen):
     """Linear weights whose modules receive identical tensors and so share one Gram matrix.
 
     A group can also be one tensor with the linear weights of several experts, (experts, d_out, d_in). Each expert then
@@ -92,7 +89,7 @@ class Group(_Frozen):
     d_in: Positive
     structure: Annotated[str, Field(max_length=32), AfterValidator(_structure)]
     weights: Annotated[Many[Linear], Field(min_length=1)]
-    rows: Annotated[Many[Rows], Field(min_length=1)] = ("input",)
+    rows: Annotated[Many[RowKind], Field(min_length=1)] = ("input",)
     """Which rows of the input enter the Gram matrix, for each call of a module in one forward pass, in order."""
     part: int | None = None
     """Index of the layout's part that this group covers; None if it covers all outputs and silos."""
@@ -126,14 +123,14 @@ class Group(_Frozen):
         return sum(weight.d_out for weight in self.weights)
 
 
-class SharedOutputs(_Frozen):
+class SharedOutputs(LegibleFrozen):
     """Outputs of the last layer that the same silos train: labels that only these silos annotate."""
 
     silos: Annotated[Many[Word], Field(min_length=1, max_length=SILOS)]
     outputs: Annotated[Many[Annotated[int, Field(ge=0, lt=FEATURES)]], Field(min_length=1)]
 
 
-class Tensor(_Frozen):
+class Tensor(LegibleFrozen):
     """A parameter that is trained and merged, or a buffer that training changes."""
 
     name: Word
@@ -181,7 +178,7 @@ class Slice(NamedTuple):
         return self.block.name if whole else f"{self.block.name}[{self.start}:{self.stop}]"
 
 
-class Layout(_Frozen):
+class Layout(LegibleFrozen):
     """Groups and tensors of one plan over one base model.
 
     Example:

@@ -30,11 +30,13 @@ from gramfuse_protocol.contract.roster import Roster, check_terms, smallest_thre
 from gramfuse_protocol.contract.task import MaskedTask, Task
 from gramfuse_protocol.documents import Section, build, parse, parse_toml, read_text
 from gramfuse_protocol.errors import PlanError
-from gramfuse_protocol.tasks.registry import KINDS, kind_of
+from gramfuse_protocol.tasks.registry import TASK_KINDS, kind_of
 
 
 class Plan(Section):
     """A complete plan."""
+
+    kind = "a plan"
 
     plan: Header
     model: Model
@@ -50,10 +52,15 @@ class Plan(Section):
         repeated = sorted(name for name, times in Counter(names).items() if times > 1)
         if repeated:
             raise ValueError(f"[[silo]] names {', '.join(repeated)} more than once")
-        for keys in ([silo.public_key for silo in self.silo], [silo.node_key for silo in self.silo]):
-            present = [key for key in keys if key is not None]
-            if len(set(present)) != len(present):
-                raise ValueError("two [[silo]] have the same key; each silo makes its own with: gramfuse silo keygen")
+        for key in ("public_key", "node_key"):
+            owners: dict[str, str] = {}
+            for silo in self.silo:
+                value = getattr(silo, key)
+                if value is not None and owners.setdefault(value, silo.name) != silo.name:
+                    raise ValueError(
+                        f"[[silo]] {owners[value]!r} and {silo.name!r} have the same {key.replace('_', '-')}; each "
+                        "silo makes its own with: gramfuse silo keygen"
+                    )
         if self.privacy.secure_aggregation:
             check_terms(len(self.silo), self.privacy.colluding, self.threshold, self.minimum_survivors)
         elif self.minimum_survivors > len(self.silo):
@@ -66,8 +73,9 @@ class Plan(Section):
         if headless and self.model.head != "same":
             raise ValueError(f"task {headless[0]!r} has no head of its own: 'model.head' must be \"same\"")
         names = [task.name for task in self.task]
-        if len(set(names)) != len(names):
-            raise ValueError("two [[task]] have the same name")
+        twice = sorted(name for name, times in Counter(names).items() if times > 1)
+        if twice:
+            raise ValueError(f"two [[task]] have the same name: {', '.join(twice)}")
         if not names:
             for silo in self.silo:
                 if silo.task is not None:
@@ -95,8 +103,8 @@ class Plan(Section):
         masked, labels = [silo for silo in self.silo if silo.labels], set(self.model.labels)
         if not masked:
             return self
-        if self.model.task is None or not KINDS[self.model.task].partial_labels:
-            kinds = " or ".join(f'"{kind.name}"' for kind in KINDS.values() if kind.partial_labels)
+        if self.model.task is None or not TASK_KINDS[self.model.task].partial_labels:
+            kinds = " or ".join(f'"{kind.name}"' for kind in TASK_KINDS.values() if kind.partial_labels)
             raise ValueError(f"'labels' of a [[silo]] requires 'model.task' to be {kinds}")
         for silo in masked:
             unknown = [label for label in silo.labels if label not in labels]
@@ -113,8 +121,7 @@ class Plan(Section):
             held = unmasked + annotated[label]
             if held < needed:
                 raise ValueError(
-                    f"only {held} silos annotate label {label!r}, so its head rows would be merged over too few; "
-                    f"at least {needed} are needed"
+                    f"silos that annotate label {label!r}: {held}; its head rows need at least {needed}"
                     + (
                         f" ({self.privacy.colluding} may collude and {dropouts} drop out): set "
                         'secure-aggregation = false or model.head = "own"'

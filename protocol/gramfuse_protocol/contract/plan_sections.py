@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field, model_validator
 from gramfuse_protocol.bounds import SILOS, Many
 from gramfuse_protocol.contract.gram_structure import parse_structure
 from gramfuse_protocol.contract.node_key import PublicNodeKey
-from gramfuse_protocol.contract.task import Labels, Task, TaskKind, TaskSettings
+from gramfuse_protocol.contract.task import Labels, Task, TaskName, TaskSettings
 from gramfuse_protocol.documents import Section
 from gramfuse_protocol.secure_sum.keys import check_identity_key
 from gramfuse_protocol.text import Word
@@ -79,7 +79,7 @@ class _Start(Section):
     """Digest of the whole configuration, including generation settings; filled in by `plan lock`."""
     processor: Sha256 | None = None
     """Digest of the whole tokenizer or image processor; filled in by `plan lock`."""
-    task: TaskKind | None = None
+    task: TaskName | None = None
     head: Literal["same", "different", "own"] = "same"
     """`same`: all silos start from one head; `different`: each starts from its own; `own`: heads are not merged."""
 

@@ -11,11 +11,11 @@ from gramfuse_protocol.bounds import VALUES, Many
 from gramfuse_protocol.documents import Section
 from gramfuse_protocol.tasks.registry import check_kind, kind_of
 
-TaskKind = Annotated[str, AfterValidator(check_kind)]
+TaskName = Annotated[str, AfterValidator(check_kind)]
 """The name of a kind of task (`gramfuse_protocol.tasks`)."""
 
-Label = Annotated[str, Field(min_length=1, max_length=200)]
-Labels = Annotated[Many[Label], Field(max_length=VALUES)]
+LabelName = Annotated[str, Field(min_length=1, max_length=200)]
+Labels = Annotated[Many[LabelName], Field(max_length=VALUES)]
 
 KIND_SETTINGS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("centre", "scale"), "has no targets with a 'centre' and a 'scale'"),
@@ -74,7 +74,7 @@ class Task(TaskSettings):
         128
     """
 
-    task: TaskKind
+    task: TaskName
 
     @property
     def annotated(self) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ docs/threat-model.md are tested against `FACTS`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -170,26 +170,3 @@ def results(metrics: Metrics, *, secure: bool, noise: bool) -> str:
     if secure:
         return f"The sum of the silos' held-out results{', with noise' if noise else ''}."
     return "Each silo's held-out results as counts; the report shows only their sum."
-
-
-def row(name: str, least: str = "`minimum-survivors`") -> str:
-    """Return a fact as a row of the README's table: what leaves in secure mode, when, and who can read it."""
-    fact = FACTS[name]
-    read = fact.read["secure"]
-    return f"| {fact.what} | {read.when} | {read.readers.format(least=least)} |"
-
-
-def full_row(name: str, least: str = "`minimum-survivors`") -> str:
-    """Return a fact as a row of the threat model's table: in all modes, with the assumptions."""
-    fact = FACTS[name]
-    cells = (_cell(fact.read.get(mode), least) for mode in ("secure", "open", "files"))
-    return f"| {fact.what} | {' | '.join(cells)} | {', '.join(fact.assumptions)} |"
-
-
-def _cell(read: Read | None, least: str) -> str:
-    return "does not leave" if read is None else f"{read.when}: {read.readers.format(least=least)}"
-
-
-def leaving(mode: Mode) -> Iterator[str]:
-    """Yield the names of the facts of a mode, in the order of a run."""
-    yield from (name for name, fact in FACTS.items() if mode in fact.read)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gramfuse_protocol.contract.task import Task
-from gramfuse_protocol.tasks.registry import KINDS, kind_of
+from gramfuse_protocol.tasks.registry import TASK_KINDS, kind_of
 from gramfuse_protocol.tasks.scores import Sums, examples_in
 
 __all__ = ["MOST_HELD_OUT", "Sums", "are_sums", "by_label", "examples_in", "metrics", "primary", "sums_shape"]
@@ -25,7 +25,7 @@ MOST_HELD_OUT = 2**30
 
 def primary(kind: str) -> str:
     """Return the name of the metric that ranks models of a kind of task; higher is better."""
-    return KINDS[kind].primary
+    return TASK_KINDS[kind].primary
 
 
 def sums_shape(task: Task) -> tuple[int, ...]:

@@ -120,6 +120,10 @@ class Message(Body):
         return {"plan": self.plan, "session": self.session, "round": self.round}
 
 
+class SecureRequest(Message):
+    """A request of the secure sum; a silo answers it from its session (`gramfuse_client.exchange.secure_phases`)."""
+
+
 class JoinRequest(Message):
     """Join a run. The silo checks the plan (TOML text) and the layout (JSON text) against its own file and base."""
 
@@ -160,7 +164,7 @@ class TrainReply(Message):
     tokens: Tokens = Field(default={})
 
 
-class KeysRequest(Message):
+class KeysRequest(SecureRequest):
     """Generate keys for this session; the cohort is in roster order."""
 
     phase = "keys"
@@ -177,7 +181,7 @@ class KeysReply(Message):
     advert: Advert
 
 
-class SharesRequest(Message):
+class SharesRequest(SecureRequest):
     """Share the silo's secrets among the silos with these keys, which are in roster order."""
 
     phase = "shares"
@@ -194,7 +198,7 @@ class SharesReply(Message):
     sealed: Annotated[Mapping[Name, Sealed], Field(max_length=SILOS)]
 
 
-class MaskedRequest(Message):
+class MaskedRequest(SecureRequest):
     """Send one piece of the masked contribution to a sum.
 
     Args:
@@ -222,7 +226,7 @@ class MaskedReply(Message):
     piece: Piece
 
 
-class SurvivorsRequest(Message):
+class SurvivorsRequest(SecureRequest):
     """Sign the list of silos whose contributions are in a sum, in roster order."""
 
     phase = "survivors"
@@ -241,7 +245,7 @@ class SurvivorsReply(Message):
     signature: Hex64
 
 
-class UnmaskRequest(Message):
+class UnmaskRequest(SecureRequest):
     """Release one share for each member of a sum, given the survivors' signatures, hexadecimal."""
 
     phase = "unmask"

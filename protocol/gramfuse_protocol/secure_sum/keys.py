@@ -36,7 +36,7 @@ Random = Callable[[int], bytes]
 """Returns the given number of random bytes; `secrets.token_bytes` outside of tests."""
 
 
-class Label(StrEnum):
+class Purpose(StrEnum):
     """The purpose of a byte string: its first field."""
 
     ROUND = "gramfuse/1 round"
@@ -59,18 +59,18 @@ class Label(StrEnum):
     """Hashed: the models that a sum of metrics is about."""
 
 
-def framed(label: Label, *fields: bytes | str) -> bytes:
-    """Concatenate label and fields, each preceded by its length in four bytes, little-endian; text is UTF-8."""
+def framed(purpose: Purpose, *fields: bytes | str) -> bytes:
+    """Concatenate purpose and fields, each preceded by its length in four bytes, little-endian; text is UTF-8."""
     parts = []
-    for field in (str(label), *fields):
+    for field in (str(purpose), *fields):
         data = field.encode("utf-8") if isinstance(field, str) else field
         parts += [len(data).to_bytes(4, "little"), data]
     return b"".join(parts)
 
 
-def derive(secret: bytes, label: Label, *fields: bytes | str) -> bytes:
-    """Derive a 32-byte key: HKDF-SHA-256 without salt, `info` = `framed(label, *fields)`."""
-    return HKDF(SHA256(), KEY_BYTES, salt=None, info=framed(label, *fields)).derive(secret)
+def derive(secret: bytes, purpose: Purpose, *fields: bytes | str) -> bytes:
+    """Derive a 32-byte key: HKDF-SHA-256 without salt, `info` = `framed(purpose, *fields)`."""
+    return HKDF(SHA256(), KEY_BYTES, salt=None, info=framed(purpose, *fields)).derive(secret)
 
 
 def public_of(private: bytes) -> bytes:

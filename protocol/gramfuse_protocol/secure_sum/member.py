@@ -18,14 +18,15 @@ from typing import Any, Literal
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from gramfuse_protocol.contract.roster import Roster
 from gramfuse_protocol.errors import SecurityError
+from gramfuse_protocol.frozen import Frozen
 from gramfuse_protocol.secure_sum.keys import (
     KEY_BYTES,
     Identity,
-    Label,
+    Purpose,
     Random,
     agree,
     check_exchange_key,
@@ -49,21 +50,17 @@ from gramfuse_protocol.secure_sum.statements import (
 )
 
 SecretKind = Literal["mask", "seed"]
-KINDS: tuple[SecretKind, ...] = ("mask", "seed")
+SECRET_KINDS: tuple[SecretKind, ...] = ("mask", "seed")
 """A silo's two secrets for a sum: its private mask key, revealed if it dropped out, and its self-mask seed, revealed if
 it survived."""
 
-SEALED_BYTES = len(SUMS) * len(KINDS) * SHARE_BYTES + 16
+SEALED_BYTES = len(SUMS) * len(SECRET_KINDS) * SHARE_BYTES + 16
 """Size of one silo's encrypted shares for another, with the authentication tag."""
 
 _NONCE = bytes(12)  # constant, since each encryption key is used once
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, hide_input_in_errors=True)
-
-
-class Secrets(_Frozen):
+class Secrets(Frozen):
     """This silo's X25519 private keys and self-mask seeds, hexadecimal; the repr is empty.
 
     The channel key is None once the peers' shares are decrypted: with it, anyone who recorded the encrypted shares
@@ -75,14 +72,14 @@ class Secrets(_Frozen):
     seed: Mapping[Sum, Hex32] = Field(repr=False)
 
 
-class Uploaded(_Frozen):
+class Uploaded(Frozen):
     """Digest and context (`survivors_statement`) of the vector that this silo masked for one sum."""
 
     digest: str
     context: Hex32
 
 
-class Signed(_Frozen):
+class Signed(Frozen):
     """The survivors and the context that this silo signed for one sum."""
 
     survivors: tuple[str, ...]
@@ -92,7 +89,7 @@ class Signed(_Frozen):
 Shares = Mapping[Sum, Mapping[SecretKind, str]]
 
 
-class Member(_Frozen):
+class Member(Frozen):
     """One silo's state in one session.
 
     Args:
@@ -100,7 +97,7 @@ class Member(_Frozen):
         cohort: the silos that the coordinator invited.
         secrets, advert: this silo's private and public keys.
         adverts: the public keys of all silos in the session, in roster order; empty before `share`.
-        own: this silo's own shares of its secrets.
+        own_shares: this silo's own shares of its secrets.
         held: shares of its peers' secrets, by peer.
         members: by sum, the silos whose masks are in it, including this one.
         uploaded: by sum, the vector that was masked.
@@ -112,7 +109,7 @@ class Member(_Frozen):
     secrets: Secrets
     advert: Advert
     adverts: tuple[Advert, ...] = ()
-    own: Shares = Field(default={}, repr=False)
+    own_shares: Shares = Field(default={}, repr=False)
     held: Mapping[str, Shares] = Field(default={}, repr=False)
     members: Mapping[Sum, tuple[str, ...]] = {}
     uploaded: Mapping[Sum, Uploaded] = {}
@@ -235,10 +232,10 @@ def share(roster: Roster, member: Member, adverts: Sequence[Advert], random: Ran
             bytes.fromhex(getattr(member.secrets, kind)[sum_name]), roster.threshold, points.values(), random
         )
         for sum_name in SUMS
-        for kind in KINDS
+        for kind in SECRET_KINDS
     }
     shares = {
-        silo: {s: {kind: splits[s, kind][point].hex() for kind in KINDS} for s in SUMS}
+        silo: {s: {kind: splits[s, kind][point].hex() for kind in SECRET_KINDS} for s in SUMS}
         for silo, point in points.items()
     }
     session = session_id(roster.plan, member.nonce, adverts)
@@ -246,10 +243,10 @@ def share(roster: Roster, member: Member, adverts: Sequence[Advert], random: Ran
     for advert in adverts:
         if advert.silo != member.name:
             key = _channel(member, session, advert, member.name, advert.silo)
-            plain = b"".join(bytes.fromhex(shares[advert.silo][s][kind]) for s in SUMS for kind in KINDS)
-            associated = framed(Label.CHANNEL, session, member.name, advert.silo)
+            plain = b"".join(bytes.fromhex(shares[advert.silo][s][kind]) for s in SUMS for kind in SECRET_KINDS)
+            associated = framed(Purpose.CHANNEL, session, member.name, advert.silo)
             sealed[advert.silo] = ChaCha20Poly1305(key).encrypt(_NONCE, plain, associated)
-    return member.with_(adverts=tuple(adverts), own=shares[member.name]), sealed
+    return member.with_(adverts=tuple(adverts), own_shares=shares[member.name]), sealed
 
 
 def receive(roster: Roster, member: Member, sealed: Mapping[str, bytes]) -> Member:
@@ -275,7 +272,7 @@ def receive(roster: Roster, member: Member, sealed: Mapping[str, bytes]) -> Memb
     for name, data in sealed.items():
         key = _channel(member, session, present[name], name, member.name)
         try:
-            plain = ChaCha20Poly1305(key).decrypt(_NONCE, data, framed(Label.CHANNEL, session, name, member.name))
+            plain = ChaCha20Poly1305(key).decrypt(_NONCE, data, framed(Purpose.CHANNEL, session, name, member.name))
         except InvalidTag:
             raise SecurityError(
                 f"the shares of silo {name!r} for silo {member.name!r} cannot be decrypted: they were changed, belong "
@@ -290,7 +287,7 @@ def receive(roster: Roster, member: Member, sealed: Mapping[str, bytes]) -> Memb
         except SecurityError as error:
             raise SecurityError(f"silo {name!r} sent a malformed share: {error}") from None
         values = iter(part.hex() for part in parts)
-        held[name] = {s: {kind: next(values) for kind in KINDS} for s in SUMS}
+        held[name] = {s: {kind: next(values) for kind in SECRET_KINDS} for s in SUMS}
     secrets = member.secrets.model_copy(update={"channel": None})
     return member.with_(secrets=secrets, held=held, members={"statistics": members})
 
@@ -393,7 +390,7 @@ def release(roster: Roster, member: Member, name: Sum, signatures: Mapping[str, 
     members, signed = _members(member, name), member.signed[name]
     session = session_id(roster.plan, member.nonce, member.adverts)
     check_signatures(roster, session, name, members, signed, signatures)
-    everyone = {**member.held, member.name: member.own}
+    everyone = {**member.held, member.name: member.own_shares}
     return {
         silo: bytes.fromhex(everyone[silo][name]["seed" if silo in signed.survivors else "mask"]) for silo in members
     }
@@ -409,7 +406,7 @@ def forget(member: Member, name: Sum) -> Member:
         update={"mask": without(member.secrets.mask), "seed": without(member.secrets.seed)}
     )
     held = {peer: without(shares) for peer, shares in member.held.items()}
-    return member.with_(secrets=secrets, own=without(member.own), held=held)
+    return member.with_(secrets=secrets, own_shares=without(member.own_shares), held=held)
 
 
 def _members(member: Member, name: Sum) -> tuple[str, ...]:
@@ -421,16 +418,16 @@ def _members(member: Member, name: Sum) -> tuple[str, ...]:
 def _channel(member: Member, session: bytes, peer: Advert, sender: str, receiver: str) -> bytes:
     assert member.secrets.channel is not None  # noqa: S101 - it exists until `receive` returns
     secret = agree(bytes.fromhex(member.secrets.channel), bytes.fromhex(peer.channel), peer.silo)
-    return derive(secret, Label.CHANNEL, session, sender, receiver)
+    return derive(secret, Purpose.CHANNEL, session, sender, receiver)
 
 
 def self_mask(seed: bytes, session: bytes, name: Sum, context: str, owner: str) -> Mask:
     """Return a silo's own mask, derived from its seed."""
-    return Mask(derive(seed, Label.SELF, session, name, bytes.fromhex(context), owner), 1)
+    return Mask(derive(seed, Purpose.SELF, session, name, bytes.fromhex(context), owner), 1)
 
 
-def pair_mask(roster: Roster, secret: bytes, session: bytes, name: Sum, context: str, own: str, peer: str) -> Mask:
-    """Return the mask that two silos share, with the sign with which `own` applies it."""
-    first, second = sorted((own, peer), key=roster.index)
-    key = derive(secret, Label.PAIR, session, name, bytes.fromhex(context), first, second)
-    return Mask(key, 1 if own == first else -1)
+def pair_mask(roster: Roster, secret: bytes, session: bytes, name: Sum, context: str, silo: str, peer: str) -> Mask:
+    """Return the mask that two silos share, with the sign with which `silo` applies it."""
+    first, second = sorted((silo, peer), key=roster.index)
+    key = derive(secret, Purpose.PAIR, session, name, bytes.fromhex(context), first, second)
+    return Mask(key, 1 if silo == first else -1)

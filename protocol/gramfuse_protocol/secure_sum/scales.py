@@ -51,7 +51,7 @@ def scales(layout: Layout, silos: int, weighting: Literal["uniform", "examples"]
     blocks = iter(layout.sums)
     yield next(blocks), 1.0
     for group in layout.groups:
-        yield next(blocks), _packed(group, product)
+        yield next(blocks), group.blocks.outer(np.tile(_powers(group), group.experts or 1), product)
     for group in layout.groups:
         yield next(blocks), product * _rows(group)
     for block, tensor in zip(blocks, layout.tensors, strict=True):
@@ -63,19 +63,6 @@ def spread(group: Group) -> int:
     lowest = min(group.exponents)
     total = sum(1 << 2 * (e - lowest) for e in group.exponents)
     return lowest + ((total - 1).bit_length() + 1) // 2
-
-
-def _packed(group: Group, factor: float) -> NDArray[np.float64]:
-    """Return factor · 2^(−e_j−e_k) for each packed entry."""
-    p = np.tile(_powers(group), group.experts or 1)
-    packed = np.empty(group.blocks.entries)
-    start = 0
-    for first, count, width in group.blocks.parts:
-        for row in range(first, first + count * width):
-            stop = first + ((row - first) // width + 1) * width  # the end of the row's block
-            np.multiply(p[row:stop], factor * p[row], out=packed[start : start + stop - row])
-            start += stop - row
-    return packed
 
 
 def _rows(group: Group) -> NDArray[np.float64]:

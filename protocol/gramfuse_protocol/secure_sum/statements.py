@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from pydantic import ConfigDict, Field, model_validator
 
 from gramfuse_protocol.contract.plan_sections import Name, Sha256
-from gramfuse_protocol.secure_sum.keys import Label, framed
+from gramfuse_protocol.secure_sum.keys import Purpose, framed
 from gramfuse_protocol.text import Legible
 
 Sum = Literal["statistics", "metrics"]
@@ -59,7 +59,7 @@ class Advert(Legible):
 
 def commitment(seed: bytes) -> str:
     """Return the commitment to a self-mask seed, hexadecimal."""
-    return hashlib.sha256(framed(Label.COMMITMENT, seed)).hexdigest()
+    return hashlib.sha256(framed(Purpose.COMMITMENT, seed)).hexdigest()
 
 
 def advert_statement(plan: str, nonce: str, fields: Sequence[bytes | str]) -> bytes:
@@ -70,7 +70,7 @@ def advert_statement(plan: str, nonce: str, fields: Sequence[bytes | str]) -> by
         nonce: the session's nonce, hexadecimal.
         fields: `Advert.fields`.
     """
-    return framed(Label.ADVERT, bytes.fromhex(plan), bytes.fromhex(nonce), *fields)
+    return framed(Purpose.ADVERT, bytes.fromhex(plan), bytes.fromhex(nonce), *fields)
 
 
 def session_id(plan: str, nonce: str, adverts: Sequence[Advert]) -> bytes:
@@ -81,7 +81,7 @@ def session_id(plan: str, nonce: str, adverts: Sequence[Advert]) -> bytes:
         adverts: adverts of all silos in the session, in roster order.
     """
     fields = [field for advert in adverts for field in advert.fields]
-    return hashlib.sha256(framed(Label.SESSION, bytes.fromhex(plan), bytes.fromhex(nonce), *fields)).digest()
+    return hashlib.sha256(framed(Purpose.SESSION, bytes.fromhex(plan), bytes.fromhex(nonce), *fields)).digest()
 
 
 def survivors_statement(
@@ -96,8 +96,8 @@ def survivors_statement(
         survivors: the silos whose contributions are in the sum, in roster order.
         context: digest of the sum's subject, hexadecimal: the layout's digest, or `metrics_context`.
     """
-    lists = [framed(Label.SURVIVORS, *names) for names in (members, survivors)]
-    return framed(Label.SURVIVORS, session, name, *lists, bytes.fromhex(context))
+    lists = [framed(Purpose.SURVIVORS, *names) for names in (members, survivors)]
+    return framed(Purpose.SURVIVORS, session, name, *lists, bytes.fromhex(context))
 
 
 def model_digest(arrays: Iterable[NDArray[np.float32]]) -> str:
@@ -127,7 +127,7 @@ def round_digest(plan: str, number: int, start: str) -> str:
     if number == 1:
         return plan
     fields = bytes.fromhex(plan), str(number), bytes.fromhex(start)
-    return hashlib.sha256(framed(Label.ROUND, *fields)).hexdigest()
+    return hashlib.sha256(framed(Purpose.ROUND, *fields)).hexdigest()
 
 
 def metrics_context(candidates: Mapping[str, str]) -> str:
@@ -137,4 +137,4 @@ def metrics_context(candidates: Mapping[str, str]) -> str:
         candidates: `model_digest` of each measured model by name, in the order of their sums in the vector.
     """
     fields = [field for name, digest in candidates.items() for field in (name, bytes.fromhex(digest))]
-    return hashlib.sha256(framed(Label.CONTEXT, *fields)).hexdigest()
+    return hashlib.sha256(framed(Purpose.CONTEXT, *fields)).hexdigest()

@@ -42,9 +42,9 @@ class Origin(Section):
     Args:
         name: hub id, bundled name, or `./<last component>` of a directory.
         revision: commit of the hub repository; None for a directory.
-        weights: SHA-256 of each parameter and persistent buffer (`gramfuse_model.digests.tensor_digests`).
-        config: `gramfuse_model.digests.config_digest`.
-        processor: `gramfuse_model.digests.processor_digest` of its tokenizer or image processor.
+        weights: SHA-256 of each parameter and persistent buffer (`gramfuse.tensor_digests`).
+        config: SHA-256 of its configuration (`gramfuse.config_digest`).
+        processor: SHA-256 of its tokenizer or image processor (`gramfuse.processor_digest`).
     """
 
     name: BaseName
@@ -151,9 +151,9 @@ class About(Section):
     @cached_property
     def blocks(self) -> tuple[Block, ...]:
         """All tensors of the file, sorted by the bytes of their names, as in the file."""
-        own = (Block(own_block(name), shape) for name, shape in self.own.items())
+        kept = (Block(own_block(name), shape) for name, shape in self.own.items())
         added = (Block(added_block(name), shape) for name, shape in (self.added.rows if self.added else {}).items())
-        return tuple(sorted((*self.layout.blocks, *own, *added), key=lambda block: block.name.encode()))
+        return tuple(sorted((*self.layout.blocks, *kept, *added), key=lambda block: block.name.encode()))
 
     @cached_property
     def places(self) -> Mapping[str, tuple[int, Block]]:

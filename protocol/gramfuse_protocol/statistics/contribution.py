@@ -13,6 +13,7 @@ from gramfuse_protocol.contract.layout import Layout, Slice
 from gramfuse_protocol.errors import ContributionError
 
 Array = NDArray[Any]
+Float64 = NDArray[np.float64]
 
 
 class Contribution(Protocol):

@@ -10,7 +10,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -54,7 +54,7 @@ CHUNK = 2**20
 
 @dataclass(frozen=True)
 class StatisticsFile:
-    """A checked statistics file; it is a `gramfuse_protocol.statistics.contribution.Contribution`.
+    """A checked statistics file; `gramfuse.merge` takes it like a `gramfuse.Statistics`.
 
     Example:
         >>> file = gramfuse.read_statistics("hospital.safetensors")
@@ -166,9 +166,9 @@ def write_statistics(
     for key, value, kind in (("base", base, Origin), ("task", task, Task), ("layout", layout, Layout)):
         check_argument(f"write_statistics: {key}", value, kind, f"a gramfuse.{kind.__name__}", ContributionError)
     check_contribution("write_statistics: statistics", statistics)
-    path = Path(path)
+    path, own = Path(path), own or {}
     if path.exists():
-        raise RunDirectoryError(f"{path} already exists; choose another name or remove it")
+        raise RunDirectoryError(f"{path} exists already; choose another name or remove it")
     check_counts(layout, statistics.examples, statistics.tokens, str(path))
     about = About(
         name=name,
@@ -178,23 +178,32 @@ def write_statistics(
         examples=statistics.examples,
         tokens=statistics.tokens,
         head=tuple(sorted(head)),
-        own={parameter: array.shape for parameter, array in (own or {}).items()},
+        own={parameter: array.shape for parameter, array in own.items()},
         added=_added(path, added),
         plan=plan,
         made_by=importlib.metadata.version("gramfuse"),
     )
-    kept = {own_block(parameter): array for parameter, array in (own or {}).items()}
+    kept = {own_block(parameter): array for parameter, array in own.items()}
     kept |= {added_block(parameter): array for parameter, array in (added.rows if added else {}).items()}
+    return _write(path, about, lambda: _tensors(path, about, statistics, kept))
+
+
+def _write(path: Path, about: About, tensors: Callable[[], Iterator[NDArray[np.float32]]]) -> str:
+    """Write a file and return its digest.
+
+    Args:
+        tensors: yields the tensors in the file's order; called twice, for the digest and for the file.
+    """
     text = about.model_dump_json(by_alias=True)
     hasher = hashlib.sha256(text.encode())
-    for array in _tensors(path, about, statistics, kept):
+    for array in tensors():
         hasher.update(array.data)
     sha256 = hasher.hexdigest()
     header = _header(text, sha256, about.blocks)
     try:
         with replacing(path, private=True) as temporary, temporary.open("wb") as file:
             file.write(len(header).to_bytes(8, "little") + header)
-            for array in _tensors(path, about, statistics, kept):
+            for array in tensors():
                 file.write(array.data)
     except OSError as error:
         reason = "no space left on the disk; make room" if disk_is_full(error) else str(error)

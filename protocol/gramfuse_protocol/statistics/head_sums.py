@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from gramfuse_protocol.errors import ContributionError
-
-Float64 = NDArray[np.float64]
+from gramfuse_protocol.statistics.contribution import Float64
 
 
 @dataclass(frozen=True, eq=False)

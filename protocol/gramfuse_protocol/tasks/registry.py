@@ -133,25 +133,25 @@ class TaskKind(ABC):
         return {}
 
 
-KINDS: dict[str, TaskKind] = {}
+TASK_KINDS: dict[str, TaskKind] = {}
 """All kinds by name."""
 
 
 def register(kind: type[TaskKind]) -> type[TaskKind]:
     """Register a kind of task; raises ValueError if the name is taken."""
-    if kind.name in KINDS:
+    if kind.name in TASK_KINDS:
         raise ValueError(f"task {kind.name!r} is already registered")
-    KINDS[kind.name] = kind()
+    TASK_KINDS[kind.name] = kind()
     return kind
 
 
 def check_kind(name: str) -> str:
     """Return the name if it is a registered kind; raises ValueError with the known names otherwise."""
-    if name not in KINDS:
-        raise ValueError(f"unknown task {quoted(name)}; choose from {', '.join(sorted(KINDS))}")
+    if name not in TASK_KINDS:
+        raise ValueError(f"unknown task {quoted(name)}; choose from {', '.join(sorted(TASK_KINDS))}")
     return name
 
 
 def kind_of(task: Task) -> TaskKind:
     """Return the kind of a task."""
-    return KINDS[task.task]
+    return TASK_KINDS[task.task]

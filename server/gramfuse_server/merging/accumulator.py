@@ -15,11 +15,10 @@ from gramfuse_protocol.contract.layout import Group, Layout, delta_block
 from gramfuse_protocol.errors import ContributionError
 from gramfuse_protocol.secure_sum.fixed_point import decode
 from gramfuse_protocol.secure_sum.scales import scales
-from gramfuse_protocol.statistics.contribution import Contribution, check_counts
+from gramfuse_protocol.statistics.contribution import Contribution, Float64, check_counts
 from gramfuse_server.merging.solve import solve
 from gramfuse_server.report.schema import Step
 
-Float64 = NDArray[np.float64]
 Deltas = Mapping[str, Float64]
 """Differences from the base by parameter name, in the parameter's own shape."""
 

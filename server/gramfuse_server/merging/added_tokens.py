@@ -75,11 +75,11 @@ class Additions:
             left_out=tuple(entry for entry in entries if entry.token not in self.tokens),
         )
 
-    def add_to(self, base: Base, own: StatisticsFile | None = None) -> Base:
+    def add_to(self, base: Base, owner: StatisticsFile | None = None) -> Base:
         """Add the kept tokens to a merged model, in place, and return it with its tokenizer.
 
         Args:
-            own: file of the model, if it keeps its own head.
+            owner: file of the model, if the model keeps its own head.
 
         Raises:
             ContributionError: if no file has the row of a token that the model needs.
@@ -92,7 +92,7 @@ class Additions:
             for name, axis in token_axes(base.model).items():
                 shared = all(name in file.about.base.weights for file in self.files)
                 shape = tuple(size for place, size in enumerate(tensors[name].shape) if place != axis)
-                rows[name] = self._rows(name, shape, self.files if own is None or shared else (own,))
+                rows[name] = self._rows(name, shape, self.files if owner is None or shared else (owner,))
             grow(base.model, self.tokens, rows)
         if self.tokenizer.pad_token is not None and self.tokenizer.pad_token in self.tokens:
             for config in (base.model.config, base.model.config.get_text_config()):

@@ -16,7 +16,8 @@ from gramfuse_model.normal_equations import side_by_side
 from gramfuse_protocol.contract.layout import Group, Layout
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.secure_sum.scales import MOST_WEIGHED
-from gramfuse_server.merging.accumulator import Accumulator, Deltas, Float64, Merged
+from gramfuse_protocol.statistics.contribution import Float64
+from gramfuse_server.merging.accumulator import Accumulator, Deltas, Merged
 from gramfuse_server.report.schema import Bounds, Check, CheckName, Step
 from gramfuse_server.report.verdicts import VERDICTS, check_of
 

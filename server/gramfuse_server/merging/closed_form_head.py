@@ -16,15 +16,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from gramfuse_protocol.errors import MergeError
+from gramfuse_protocol.statistics.contribution import Float64
 from gramfuse_protocol.statistics.head_sums import HeadSums
-
-Float64 = NDArray[np.float64]
-
-START_SCALE = 0.2
-"""What a fitted head is multiplied by where training starts from it: at full scale its logits are overconfident."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,10 +37,6 @@ class Head:
     bias: Float64
     shrinkage: float
     absent: tuple[int, ...] = ()
-
-    def scaled(self, scale: float) -> Head:
-        """Return the head with its logits multiplied; it decides as before."""
-        return Head(scale * self.weight, scale * self.bias, self.shrinkage, self.absent)
 
 
 def fit_head(sums: HeadSums, *, prior: bool) -> Head:

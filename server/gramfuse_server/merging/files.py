@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from gramfuse_model.differences import add_differences
 from gramfuse_model.digests import tensor_digests
 from gramfuse_model.loading.auto_classes import FORMS
 from gramfuse_model.loading.base_model import Base, load_base
 from gramfuse_model.loading.zero_head import load_zero_headed, plan_for
+from gramfuse_model.parameters import add_differences
 from gramfuse_model.rescaling import fold
 from gramfuse_protocol.contract.coverage import coverage, unchanged
 from gramfuse_protocol.contract.layout import ITEM_BYTES, Layout, delta_block
@@ -236,13 +236,7 @@ def merge_files(
     """
     began = time.monotonic()
     collection = Collection([read_statistics(path) for path in paths], settings.heads)
-    names = [file.name for file in collection.files]
-    unknown = sorted(set(settings.weights or {}) - set(names))
-    if unknown:
-        raise ContributionError(
-            f"no file is named {unknown[0]!r}, which a weight is given for; the files are {', '.join(names)}"
-        )
-    weights = dict.fromkeys(names, 1.0) | dict(settings.weights or {})
+    weights = _weights([file.name for file in collection.files], settings.weights or {})
     agreed = collection.plan.merge if collection.plan else None
     alpha = settings.alpha if settings.alpha is not None else agreed.alpha if agreed else 0.9
     weighting: Weighting = settings.weighting or (agreed.weighting if agreed else "uniform")
@@ -250,12 +244,12 @@ def merge_files(
     counts = {file.name: file.examples if weighting == "examples" else 1 for file in collection.files}
     added = Additions.choose(
         collection.files,
-        {name: weights[name] * counts[name] for name in names},
+        {name: weight * counts[name] for name, weight in weights.items()},
         base,
         None if settings.tokenizer is None else directory / settings.tokenizer,
     )
     model_bytes = ITEM_BYTES * sum(parameter.numel() for parameter in base.model.parameters())
-    models = len(names) if collection.heads == "own" else 1
+    models = len(collection.files) if collection.heads == "own" else 1
     with RunDirectory(out, models * (model_bytes + 20 * 2**20)) as run:
         accumulator = Accumulator(collection.layout, alpha=alpha, weighting=weighting)
         for file in collection.files:
@@ -289,13 +283,23 @@ def merge_files(
                 _write(run.partial, base, merged, collection, added, report)
             else:
                 for file in collection.files:
-                    own = collection.load_base(file, settings.base, directory)
-                    _write(run.partial / file.name, own, merged, collection, added, report, file)
+                    base = collection.load_base(file, settings.base, directory)
+                    _write(run.partial / file.name, base, merged, collection, added, report, file)
         report = report.updated(seconds=round(time.monotonic() - began, 3))
         run.write(REPORT, report.text)
         run.write(PAGE, page(report, None))
         run.finish()
     return report
+
+
+def _weights(names: Sequence[str], given: Mapping[str, float]) -> dict[str, float]:
+    """Return the weight of each file, 1 if none is given; raise ContributionError for one without a file."""
+    unknown = sorted(given.keys() - set(names))
+    if unknown:
+        raise ContributionError(
+            f"no file is named {unknown[0]!r}, which a weight is given for; the files are {', '.join(names)}"
+        )
+    return dict.fromkeys(names, 1.0) | dict(given)
 
 
 def _report_keys(
@@ -370,8 +374,8 @@ def _write(
         file: the file whose own parameters the model keeps beside the merged ones, if any.
     """
     if file is not None:
-        own = {t.name for t in file.about.layout.tensors} - merged.deltas.keys()
-        add_differences(base.model, {name: file.block(delta_block(name)).astype(np.float64) for name in own})
+        unmerged = {t.name for t in file.about.layout.tensors} - merged.deltas.keys()
+        add_differences(base.model, {name: file.block(delta_block(name)).astype(np.float64) for name in unmerged})
         tensors = base.model.state_dict()
         for name, value in file.own().items():
             tensors[name].copy_(torch.from_numpy(value))

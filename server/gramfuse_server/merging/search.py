@@ -124,8 +124,8 @@ class Trials:
         sums.fold(self.contributions[silo], f"silo {silo!r}", silo=silo, share=share)
 
 
-def best(trials: Sequence[Trial], *, own: float | None = None) -> Trial:
-    """Return the trial with the highest score; ties go to a trial with the α `own`, else to the first.
+def best(trials: Sequence[Trial], *, preferred: float | None = None) -> Trial:
+    """Return the trial with the highest score; ties go to a trial with the α `preferred`, else to the first.
 
     Raises:
         ContributionError: if no trial could be measured.
@@ -137,7 +137,7 @@ def best(trials: Sequence[Trial], *, own: float | None = None) -> Trial:
         )
     top = max(trial.score for trial in measured)
     equals = [trial for trial in measured if trial.score == top]
-    return next((trial for trial in equals if trial.alpha == own), equals[0])
+    return next((trial for trial in equals if trial.alpha == preferred), equals[0])
 
 
 def sweep(trials: Trials, alphas: Sequence[float]) -> tuple[Trial, ...]:

@@ -10,10 +10,10 @@ from typing import Any
 import yaml
 from numpy.typing import NDArray
 
-from gramfuse_model.differences import add_differences
 from gramfuse_model.loading.auto_classes import Form, merged_form
 from gramfuse_model.loading.base_model import Base
 from gramfuse_model.loading.source import BUNDLED
+from gramfuse_model.parameters import add_differences
 from gramfuse_model.rescaling import fold
 from gramfuse_protocol.contract.coverage import Covered, coverage, coverage_lines, unused_expert_lines
 from gramfuse_protocol.contract.layout import Layout

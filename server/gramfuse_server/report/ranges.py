@@ -8,7 +8,7 @@ from typing import Annotated, TypeVar
 
 from pydantic import AfterValidator, Field
 
-from gramfuse_protocol.tasks.registry import KINDS, SHARE
+from gramfuse_protocol.tasks.registry import SHARE, TASK_KINDS
 from gramfuse_protocol.text import quoted
 
 Range = tuple[float, float]
@@ -23,7 +23,7 @@ def _limits() -> dict[str, Range]:
 
     Range ends beyond 1 only clip noisy values; exact values can exceed them, so they are infinite here.
     """
-    of_kinds = {name: measure.range for kind in KINDS.values() for name, measure in kind.measures.items()}
+    of_kinds = {name: measure.range for kind in TASK_KINDS.values() for name, measure in kind.measures.items()}
     exact = {name: (least, most if most <= SHARE[1] else math.inf) for name, (least, most) in of_kinds.items()}
     return {**exact, "mean-score": (-1.0, 1.0), "examples": (0.0, math.inf)}
 

@@ -11,7 +11,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from gramfuse_protocol.contract.task import TaskKind
+from gramfuse_protocol.contract.task import TaskName
 from gramfuse_server.report.part import ReportPart
 from gramfuse_server.report.ranges import (
     Amount,
@@ -401,7 +401,7 @@ class Report(ReportPart):
     """Runs: whether heads were merged from one start, merged from different starts, or kept by the silos."""
     heads: Literal["merged", "own"] = "merged"
     """Files: whether heads were merged, or each file kept its own."""
-    tasks: Mapping[str, TaskKind] = Field(default={})
+    tasks: Mapping[str, TaskName] = Field(default={})
     """Kind of each task by name; a plan's only task is called ""."""
     generation: Mapping[str, Generation] = Field(default={})
     """How texts are generated, by task, for tasks that generate text."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from gramfuse_protocol.contract.task import TaskKind
+from gramfuse_protocol.contract.task import TaskName
 from gramfuse_server.report.schema import Measured, Tuning
 
 
@@ -16,7 +16,7 @@ class Studied(NamedTuple):
     """Additional measured models."""
     tuning: Tuning | None = None
     """What the search tried, if there was one."""
-    tasks: Mapping[str, TaskKind] | None = None
+    tasks: Mapping[str, TaskName] | None = None
     """Kind of each task, for merges of files."""
     left_out: tuple[str, ...] | None = None
     """What is wrong with each skipped row of data; None if rows cannot be skipped."""

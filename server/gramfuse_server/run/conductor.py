@@ -17,11 +17,8 @@ from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.errors import FederationError, GramfuseError
 from gramfuse_protocol.messages.phases import FinishReply, FinishRequest, JoinReply, JoinRequest, Message, expect
 from gramfuse_server.run.delivery import Pending, Post
-from gramfuse_server.run.patience import Patience
+from gramfuse_server.run.patience import FINISH, Patience
 from gramfuse_server.run_directory import RunDirectory, of_round
-
-FINISH = Patience(answer=60.0)
-"""How long to wait for silos to confirm that they wiped the session; the result does not depend on it."""
 
 Q = TypeVar("Q", bound=Message)
 R = TypeVar("R", bound=Message)

@@ -18,7 +18,14 @@ from gramfuse_protocol.messages.flower_records import from_record, to_record
 from gramfuse_protocol.messages.phases import REPLIES, Message, message_type
 from gramfuse_protocol.messages.wire import Frame, pack, unpack
 from gramfuse_protocol.text import QUOTE_LIMIT, one_line
-from gramfuse_server.run.patience import Patience
+from gramfuse_server.run.patience import (
+    ATTEMPTS,
+    FIRST_PAUSE,
+    LONGEST_PAUSE,
+    LOOK_SECONDS,
+    REMINDER_SECONDS,
+    Patience,
+)
 
 M = TypeVar("M", bound=Message)
 
@@ -29,12 +36,6 @@ log = logging.getLogger(__name__)
 
 LOST = (3, 5, 8)
 """Flower's error codes for a lost reply, an unavailable node, and a killed ClientApp."""
-
-ATTEMPTS = 3
-LOOK_SECONDS = 5.0
-"""How often to check whether a node with a pending request was restarted."""
-
-REMINDER_SECONDS = 60.0
 
 LONG = 7 * 24 * 3600.0
 """Seconds for which Flower keeps a message: fine-tuning can take days."""
@@ -147,12 +148,12 @@ class Post:
             waiting_for: called for a silo that has not answered after REMINDER_SECONDS, twice that, and so on.
         """
         transfer = _Transfer(self, nodes, requests, in_flight, check, patience, waiting_for)
-        pause = 0.02
+        pause = FIRST_PAUSE
         while transfer:
             transfer.progress = False
             yield from transfer.step()
             # Each step sends requests to the SuperLink, so poll less often while nothing arrives.
-            pause = 0.02 if transfer.progress else min(1.0, pause * 1.5)
+            pause = FIRST_PAUSE if transfer.progress else min(LONGEST_PAUSE, pause * 1.5)
             if transfer and not transfer.progress:
                 time.sleep(pause)
 

@@ -24,7 +24,7 @@ from gramfuse_server.run.conductor import Conductor
 from gramfuse_server.run.secure_sums import SecureSums
 
 
-class Candidate(NamedTuple):
+class NamedModel(NamedTuple):
     """A model to be measured: its name, and its differences from the base, float32 by block name."""
 
     name: str
@@ -50,7 +50,7 @@ class Evaluation:
         self.in_the_clear = self.secure is None and self.plan.privacy.metrics != "none"
         self.silos: tuple[str, ...] = ()
 
-    def measure(self, candidates: Iterable[Candidate], survivors: tuple[str, ...]) -> list[Measured]:
+    def measure(self, candidates: Iterable[NamedModel], survivors: tuple[str, ...]) -> list[Measured]:
         """Return the report's entry for each model (`to_measured`).
 
         Args:
@@ -72,7 +72,7 @@ class Evaluation:
         complete = {name: {silo: by_silo[silo] for silo in self.silos} for name, by_silo in sums.items()}
         return [to_measured(self.plan, name, name, by_silo) for name, by_silo in complete.items()]
 
-    def hand_over(self, merged: Candidate) -> None:
+    def hand_over(self, merged: NamedModel) -> None:
         """Send the merged model to the silos under a plan that lets no metrics leave.
 
         Silos that keep their heads need its body, and all need it as the start of another round.
@@ -83,7 +83,7 @@ class Evaluation:
         with self.conductor.phase("evaluate"):
             self._ask(merged)
 
-    def _ask(self, candidate: Candidate) -> tuple[str, dict[str, Sums]]:
+    def _ask(self, candidate: NamedModel) -> tuple[str, dict[str, Sums]]:
         """Return a model's digest, and the sums by silo if they leave in the clear."""
         request = EvaluateRequest(**self.conductor.about, candidate=candidate.name, arrays=candidate.arrays)
         requests = {silo: [request] for silo in self.conductor.nodes}

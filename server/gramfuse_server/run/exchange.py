@@ -40,7 +40,7 @@ from gramfuse_server.report.schema import (
 from gramfuse_server.report.studies import Studied
 from gramfuse_server.report.verdicts import describe_bad
 from gramfuse_server.run.conductor import Conductor, Observer
-from gramfuse_server.run.evaluation import Candidate, silo_models, to_measured
+from gramfuse_server.run.evaluation import NamedModel, silo_models, to_measured
 from gramfuse_server.run.patience import Patience
 from gramfuse_server.run.round import Round
 from gramfuse_server.run_directory import PAGE, PLAN, REPORT, START, RunDirectory, of_round
@@ -217,7 +217,7 @@ class Exchange:
         """Have the survivors measure the plan's candidates, and a simulation's laboratory measure all models."""
         candidates = self._candidates(merged)
         current.measure(
-            Candidate(name, {delta_block(block): d for block, d in deltas.items()}) for name, deltas in candidates
+            NamedModel(name, {delta_block(block): d for block, d in deltas.items()}) for name, deltas in candidates
         )
         if self.simulated is None or current.unmeasured is not None:
             return
@@ -230,7 +230,7 @@ class Exchange:
                 conductor.tell("exact", "measured", name=name)
                 return {silo: sums[silo] for silo in silos}
 
-            own = {silo: measure(silo, laboratory.deltas(silo)) for silo in silos}
+            alone = {silo: measure(silo, laboratory.deltas(silo)) for silo in silos}
             noisy = {model.name for model in current.models if model.privacy is not None}
             exact = {
                 name: _exact_figures(to_measured(self.plan, name, name, measure(name, deltas)))
@@ -238,7 +238,7 @@ class Exchange:
                 if name in noisy
             }
         models = [model.updated(exact=exact[model.name]) if model.name in exact else model for model in current.models]
-        current.models = silo_models(self.plan, own) + models
+        current.models = silo_models(self.plan, alone) + models
 
     def _candidates(self, merged: Merged) -> Iterator[tuple[str, dict[str, NDArray[np.float32]]]]:
         """Yield (name, differences by parameter name) of the models that silos measure; the merge comes last."""
@@ -318,7 +318,7 @@ class Exchange:
             start: Mapping[str, NDArray[np.float32]] = load_file(path)
         except (OSError, SafetensorError) as error:
             raise RunDirectoryError(
-                f"{path}: cannot be read: {error}; remove {self.run.partial} and start the run anew"
+                f"{path}: cannot be read: {error}; remove {self.run.partial} and start a new run"
             ) from None
         return start
 

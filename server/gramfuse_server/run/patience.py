@@ -1,4 +1,4 @@
-"""How long a coordinator waits for silos."""
+"""How long a coordinator waits for silos, and how often it tries: all of the retry policy."""
 
 from __future__ import annotations
 
@@ -50,3 +50,21 @@ class Patience:
         if away:
             return self.grace if self.authenticated else 0.0
         return self.answer or None
+
+
+DEFAULT = Patience()
+
+FINISH = Patience(answer=60.0)
+"""For silos to confirm that they wiped the session; the result does not depend on it."""
+
+ATTEMPTS = 3
+"""How often a request is sent, if Flower loses it or its reply."""
+
+LOOK_SECONDS = 5.0
+"""Seconds between checks whether an awaited node was restarted."""
+
+REMINDER_SECONDS = 60.0
+"""Seconds after which an observer is reminded of a silo that has not answered; then twice that, and so on."""
+
+FIRST_PAUSE, LONGEST_PAUSE = 0.02, 1.0
+"""Seconds between looks for replies; the pause grows while none arrives, since each look is a request to Flower."""

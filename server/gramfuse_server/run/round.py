@@ -19,7 +19,7 @@ from gramfuse_server.merging.checks import check_merge, check_model, check_share
 from gramfuse_server.report.schema import Check, Loss, Measured, RoundOfReport, SiloOfReport
 from gramfuse_server.report.verdicts import worst
 from gramfuse_server.run.conductor import Conductor
-from gramfuse_server.run.evaluation import Candidate, Evaluation
+from gramfuse_server.run.evaluation import Evaluation, NamedModel
 from gramfuse_server.run.secure_sums import UPLOADS, SecureSums
 from gramfuse_server.run.spool import Spool, Spooled
 
@@ -110,7 +110,7 @@ class Round:
         """Whether no check of the merge is `bad`."""
         return worst(self.checks) != "bad"
 
-    def measure(self, candidates: Iterable[Candidate]) -> None:
+    def measure(self, candidates: Iterable[NamedModel]) -> None:
         """Have the survivors measure models.
 
         Silos that keep their heads or continue in another round receive the merged model, the last candidate, even if

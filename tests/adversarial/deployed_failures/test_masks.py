@@ -14,7 +14,7 @@ from gramfuse_protocol.contract.roster import Roster
 from gramfuse_protocol.secure_sum import member as secure_sum
 from gramfuse_protocol.secure_sum import unmasking as unmask
 from gramfuse_protocol.secure_sum.fixed_point import capacity
-from gramfuse_protocol.secure_sum.keys import Label, agree, derive
+from gramfuse_protocol.secure_sum.keys import Purpose, agree, derive
 from gramfuse_protocol.secure_sum.masks import Mask, apply
 from gramfuse_protocol.secure_sum.member import Signed
 from gramfuse_protocol.secure_sum.statements import SUMS
@@ -90,7 +90,7 @@ def test_secrets_that_agree_when_folded_to_32_bits_give_unrelated_masks() -> Non
     twins.append(swapped)
     assert len({folded(twin) for twin in twins}) == 1
     about = "statistics", bytes.fromhex(CONTEXT["statistics"])
-    keys = [derive(twin, Label.PAIR, fed.session, *about, "silo-a", "silo-b") for twin in twins]
+    keys = [derive(twin, Purpose.PAIR, fed.session, *about, "silo-a", "silo-b") for twin in twins]
     assert keys[0] == masks_of(fed, "silo-a")[1].key
     assert_unrelated(keys)
     streams = np.stack([stream([Mask(key, 1)], 512) for key in keys])

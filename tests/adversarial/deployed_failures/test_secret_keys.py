@@ -12,9 +12,9 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
 from gramfuse_protocol.errors import SecurityError
 from gramfuse_protocol.secure_sum import member as secure_sum
-from gramfuse_protocol.secure_sum.keys import Label, public_of
+from gramfuse_protocol.secure_sum.keys import Purpose, public_of
 from gramfuse_protocol.secure_sum.masks import apply
-from gramfuse_protocol.secure_sum.member import KINDS
+from gramfuse_protocol.secure_sum.member import SECRET_KINDS
 from gramfuse_protocol.secure_sum.shares import combine
 from gramfuse_protocol.secure_sum.statements import SUMS
 from tests.adversarial.deployed_failures.federation import federation, masks_of, signed_by
@@ -49,7 +49,7 @@ def test_the_coordinator_does_not_come_to_know_a_living_silo_s_keys(dead: str | 
         seen = [bytes.fromhex(member.advert.channel) for member in fed.members.values()]
         for receiver, data in fed.sealed[sender].items():
             for key in seen:
-                about = secure_sum.framed(Label.CHANNEL, fed.session, sender, receiver)
+                about = secure_sum.framed(Purpose.CHANNEL, fed.session, sender, receiver)
                 with pytest.raises(InvalidTag):
                     ChaCha20Poly1305(key).decrypt(bytes(12), data, about)
 
@@ -79,7 +79,7 @@ def test_no_silo_has_another_s_secret_or_can_unmask_it() -> None:
         correlation = np.corrcoef(left.view(np.int64).astype(np.float64), plain.astype(np.float64))[0, 1]
         assert abs(correlation) < 4.5 / np.sqrt(words)
         # Its one share opens nothing.
-        for kind in KINDS:
+        for kind in SECRET_KINDS:
             share = {fed.roster.index(spy): bytes.fromhex(state.held[victim]["statistics"][kind])}
             with pytest.raises(SecurityError, match=r"1 shares.*4"):
                 combine(share, fed.roster.threshold)

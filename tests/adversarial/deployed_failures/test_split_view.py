@@ -12,7 +12,7 @@ import pytest
 
 from gramfuse_protocol.errors import SecurityError
 from gramfuse_protocol.secure_sum import member as secure_sum
-from gramfuse_protocol.secure_sum.member import KINDS, Member
+from gramfuse_protocol.secure_sum.member import SECRET_KINDS, Member
 from gramfuse_protocol.secure_sum.shares import combine
 from gramfuse_protocol.secure_sum.statements import SUMS, Sum
 from tests.adversarial.deployed_failures.federation import (
@@ -51,7 +51,7 @@ def test_a_silo_gives_away_one_kind_of_share_in_whatever_order_it_is_asked() -> 
                 with pytest.raises(SecurityError, match=r"not one of them|not signed"):
                     secure_sum.release(fed.roster, state, "statistics", signatures[story])
         # The same single share however often it was asked for, and of the kind that the first story says.
-        everyone = {**state.held, a: state.own}
+        everyone = {**state.held, a: state.own_shares}
         for owner, shares in given.items():
             kind = "seed" if owner in stories[first] else "mask"
             assert shares == {bytes.fromhex(everyone[owner]["statistics"][kind])}
@@ -122,7 +122,7 @@ class SplitView:
 
     def opened(self, told: Mapping[str, View]) -> set[str]:
         """The honest silos of which the coordinator comes to hold both secrets, or whose single vector it can open."""
-        pool = {(owner, kind): dict[int, bytes]() for owner in self.honest for kind in KINDS}
+        pool = {(owner, kind): dict[int, bytes]() for owner in self.honest for kind in SECRET_KINDS}
         for name in self.fed.names[: self.colluding]:
             held = self.fed.received(name).held
             for owner, kind in pool:
@@ -137,7 +137,7 @@ class SplitView:
         for owner, kind in known:  # what counts as known really is the secret
             secret = combine(pool[owner, kind], self.fed.roster.threshold).hex()
             assert secret == getattr(self.fed.members[owner].secrets, kind)[self.sum_name]
-        both = {owner for owner in self.honest if all((owner, kind) in known for kind in KINDS)}
+        both = {owner for owner in self.honest if all((owner, kind) in known for kind in SECRET_KINDS)}
         alone = {
             owner
             for owner in self.honest
@@ -183,7 +183,7 @@ def test_two_lists_of_keys_leave_silos_that_cannot_read_each_other() -> None:
     told = {name: [fed.members[names[0]].advert if n < 3 else twin.advert, *honest] for n, name in enumerate(names)}
     sealed, states = {}, {}
     for name in names[1:]:
-        fresh = fed.members[name].with_(adverts=(), own={})
+        fresh = fed.members[name].with_(adverts=(), own_shares={})
         states[name], sealed[name] = secure_sum.share(fed.roster, fresh, told[name], random.Random(3).randbytes)
     for one, other in itertools.permutations(names[1:], 2):
         if told[one] != told[other]:

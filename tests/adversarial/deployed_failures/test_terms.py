@@ -33,7 +33,7 @@ def test_a_key_that_the_coordinator_made_up_is_not_taken_for_a_peer_s() -> None:
     fed = federation(4, 3)
     mallory = Identity(bytes(range(32)))
     private = random.Random(4).randbytes(32)
-    fresh = {name: member.with_(adverts=(), own={}) for name, member in fed.members.items()}
+    fresh = {name: member.with_(adverts=(), own_shares={}) for name, member in fed.members.items()}
     adverts = [member.advert for member in fresh.values()]
     target = adverts[2]
     # With one key of its own among them it would know the mask, or read the shares, that silo-a has with silo-c.

@@ -215,7 +215,7 @@ def read_a_checkpoint(draw: random.Random, place: Path) -> None:
 def read_transcript(draw: random.Random, place: Path) -> None:
     """What silos and the coordinator read of each other in a session: keys, sealed shares, signatures."""
     member = draw.choice(TRANSCRIPT.members)
-    begun = member.with_(adverts=(), own={})
+    begun = member.with_(adverts=(), own_shares={})
     match draw.randrange(3):
         case 0:
             document = changed_document(draw, [advert.model_dump(mode="json") for advert in TRANSCRIPT.adverts])

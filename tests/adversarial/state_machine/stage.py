@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from gramfuse_protocol.contract.roster import Roster
 from gramfuse_protocol.secure_sum import member as secure_sum
 from gramfuse_protocol.secure_sum import unmasking as unmask
-from gramfuse_protocol.secure_sum.keys import Identity, Label, agree, derive, framed
+from gramfuse_protocol.secure_sum.keys import Identity, Purpose, agree, derive, framed
 from gramfuse_protocol.secure_sum.masks import Mask
 from gramfuse_protocol.secure_sum.member import Member, Signed
 from gramfuse_protocol.secure_sum.statements import Advert, Sum, advert_statement, session_id, survivors_statement
@@ -89,8 +89,8 @@ class Stage:
         secret = agree(
             bytes.fromhex(self.invited[sender].secrets.channel), bytes.fromhex(self.adverts[receiver].channel), receiver
         )
-        key = derive(secret, Label.CHANNEL, self.session, sender, receiver)
-        about = framed(Label.CHANNEL, self.session, sender, receiver)
+        key = derive(secret, Purpose.CHANNEL, self.session, sender, receiver)
+        about = framed(Purpose.CHANNEL, self.session, sender, receiver)
         return secure_sum.ChaCha20Poly1305(key).encrypt(bytes(12), plain, about)
 
     def signatures_over(
@@ -106,7 +106,7 @@ def secrets_of(stage: Stage) -> list[str]:
     found += [str(member.secrets.channel) for member in stage.invited.values()]
     for member in (*stage.joined.values(), *stage.invited.values()):
         found += [*member.secrets.mask.values(), *member.secrets.seed.values()]
-        for shares in (member.own, *member.held.values()):
+        for shares in (member.own_shares, *member.held.values()):
             found += [share for kinds in shares.values() for share in kinds.values()]
     return found
 

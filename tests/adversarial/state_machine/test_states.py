@@ -31,7 +31,7 @@ def test_what_is_forgotten_is_gone_from_the_state(at: Stage) -> None:
     for secrets in (state.secrets.mask, state.secrets.seed):
         assert secrets["statistics"] not in text
         assert secrets["metrics"] in text
-    for shares in (state.own, *state.held.values()):
+    for shares in (state.own_shares, *state.held.values()):
         assert not any(share in text for share in shares["statistics"].values())
         assert all(share in text for share in shares["metrics"].values())
     assert secure_sum.forget(forgotten, "statistics") == forgotten

@@ -17,9 +17,8 @@ from safetensors.torch import load_file, save_file
 from gramfuse_cli.main import cli
 from gramfuse_client.measuring.collect import collect_statistics
 from gramfuse_model.derive_layout import derive_layout, plan_layout
-from gramfuse_model.differences import add_differences
-from gramfuse_model.loading.base_model import trainable
 from gramfuse_model.loading.zero_head import load_zero_headed, plan_for
+from gramfuse_model.parameters import add_differences, trainable
 from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.errors import ContributionError, RunDirectoryError
 from gramfuse_protocol.statistics.file import read_statistics

@@ -19,7 +19,8 @@ from gramfuse_client.data.examples import load
 from gramfuse_client.measuring.collect import collect_statistics
 from gramfuse_client.silo_file import Silo
 from gramfuse_client.training.finetune import finetune
-from gramfuse_model.loading.base_model import load_base, trainable
+from gramfuse_model.loading.base_model import load_base
+from gramfuse_model.parameters import trainable
 from gramfuse_model.project import Project
 from gramfuse_protocol.messages.flower_records import from_record, to_record
 from gramfuse_protocol.messages.phases import REPLIES, REQUESTS, TrainRequest

@@ -72,7 +72,7 @@ def watched(site: Site, monkeypatch: pytest.MonkeyPatch) -> Watched:
         if record.member is not None:
             document = record.member.model_dump(mode="json")
             seen.secrets |= set(leaves(document["secrets"]))
-            seen.shares |= set(leaves([document["own"], document["held"]]))
+            seen.shares |= set(leaves([document["own_shares"], document["held"]]))
         write(session, record)
 
     def write_model(directory: Path, _: Any, deltas: Arrays, *__: Any) -> None:

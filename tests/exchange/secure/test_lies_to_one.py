@@ -141,11 +141,11 @@ ATTACKS: dict[str, tuple[str, Callable[[Coordinator], Any], str]] = {
         "masked-metrics", changed("evaluate", arrays=lambda c: c.models["regmean"]), "two different models"
     ),
     "evaluate: a model that the plan does not name": (
-        "survivors-metrics", changed("evaluate", candidate="other"), "candidate other than"
+        "survivors-metrics", changed("evaluate", candidate="other"), "candidate 'other'"
     ),
-    "metrics: of other models": ("masked-metrics", changed("masked-metrics", candidates=("simple",)), "not measured"),
+    "metrics: of other models": ("masked-metrics", changed("masked-metrics", candidates=("simple",)), "other models"),
     "metrics: in another order": (
-        "masked-metrics", changed("masked-metrics", candidates=("regmean", "simple")), "not measured"
+        "masked-metrics", changed("masked-metrics", candidates=("regmean", "simple")), "other models"
     ),
     "metrics: a second list": ("survivors-metrics", changed("masked-metrics", candidates=("regmean",)), "different"),
     "metrics: survivors without it": (

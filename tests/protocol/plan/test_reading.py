@@ -79,8 +79,8 @@ def test_values_arrive_as_written() -> None:
             "first-token, threshold, centre, scale, range",
         ),
         (
-            "[training]\nlearning-rat = 1.0",
-            "training.learning-rat",
+            "[training]\nshape = 1",
+            "training.shape",
             "epochs, learning-rate, batch-size, warmup, weight-decay, precision, seed, freeze",
         ),
         (
@@ -106,6 +106,16 @@ def test_an_unknown_key_is_refused_with_file_key_and_the_known_keys(
     with pytest.raises(PlanError) as caught:
         Plan.read(path)
     assert str(caught.value) == f"{path}: unknown key {key!r}; known here: {known}"
+
+
+def test_a_misspelt_key_is_refused_with_the_one_that_was_meant() -> None:
+    with pytest.raises(PlanError, match=r"unknown key 'merge\.alhpa'; did you mean 'alpha'\?$"):
+        Plan.parse(SMALL + "\n[merge]\nalhpa = 1.0\n")
+
+
+def test_a_silo_file_in_place_of_a_plan_is_called_one() -> None:
+    with pytest.raises(PlanError, match="silo file"):
+        Plan.parse('name = "north"\napproved = []\n[data]\ntrain = "train.jsonl"\n[limits]\n')
 
 
 @pytest.mark.parametrize("key", ["secure_aggregation", "Secure-Aggregation"])
@@ -262,11 +272,11 @@ def test_a_label_that_few_silos_annotate_would_be_a_sum_over_few() -> None:
     assert plan.task_of("b").annotated == (0,)
     # One may drop out and one collude: of three that are left, two must be honest.
     for held in ("ab", "abc"):
-        with pytest.raises(PlanError, match=f"{len(held)} silos annotate label 'yes'.*at least 4"):
+        with pytest.raises(PlanError, match=f"label 'yes': {len(held)}.*at least 4"):
             Plan.parse(masked(held))
     assert Plan.parse(masked("abcd")).holders("yes") == ("a", "b", "c", "d")
     assert len(Plan.parse(masked("abc", minimum_survivors=4, colluding=1)).holders("yes")) == 3
-    with pytest.raises(PlanError, match="0 silos annotate label 'yes'"):
+    with pytest.raises(PlanError, match="label 'yes': 0"):
         Plan.parse(masked("", secure_aggregation="false"))
 
 

@@ -60,7 +60,7 @@ def test_settings_are_applied_in_order_and_together() -> None:
             "tokens, rounds, maximum-change, layout",
         ),
         ("nope.alpha=1", "unknown key 'nope'"),
-        ("training.learning_rate=1.0", "unknown key 'training.learning_rate'; known here: epochs, learning-rate"),
+        ("training.learning_rate=1.0", "unknown key 'training.learning_rate'; did you mean 'learning-rate'?"),
         ("merge.alpha.deep=1", "'merge.alpha' is not a section"),
         ("silo.0.name=x", "'silo.0' is not a section"),
         ("merge.alpha=high", "'merge.alpha'"),

@@ -10,7 +10,7 @@ import numpy as np
 from gramfuse_protocol.canonical import canonical_json, digest
 from gramfuse_protocol.contract.roster import smallest_threshold
 from gramfuse_protocol.secure_sum.fixed_point import capacity, decode, encode
-from gramfuse_protocol.secure_sum.keys import Label, derive, framed
+from gramfuse_protocol.secure_sum.keys import Purpose, derive, framed
 from gramfuse_protocol.secure_sum.shares import PRIME, SHARE_BYTES, split
 from gramfuse_protocol.secure_sum.statements import commitment, metrics_context, model_digest, round_digest
 from tests.vectors.made.contributions import (
@@ -34,10 +34,10 @@ def parts() -> Json:
         "framed": [
             {"label": str(label), "fields": fields, "framed": framed(label, *map(bytes.fromhex, fields)).hex()}
             for label, fields in (
-                (Label.CONTEXT, []),
-                (Label.ADVERT, [""]),
-                (Label.SURVIVORS, ["00", "", "6e6f727468"]),
-                (Label.SELF, [source(300).hex()]),
+                (Purpose.CONTEXT, []),
+                (Purpose.ADVERT, [""]),
+                (Purpose.SURVIVORS, ["00", "", "6e6f727468"]),
+                (Purpose.SELF, [source(300).hex()]),
             )
         ],
         "commitment": [{"seed": seed.hex(), "commitment": commitment(seed)} for seed in (bytes(32), source(32))],
@@ -49,8 +49,8 @@ def parts() -> Json:
                 "key": derive(secret, label, *map(bytes.fromhex, fields)).hex(),
             }
             for secret, label, fields in (
-                (bytes(32), Label.CHANNEL, []),
-                (source(32), Label.PAIR, [source(32).hex(), "", "ff"]),
+                (bytes(32), Purpose.CHANNEL, []),
+                (source(32), Purpose.PAIR, [source(32).hex(), "", "ff"]),
             )
         ],
         "thresholds": [

@@ -19,7 +19,7 @@ from gramfuse_protocol.secure_sum import masks
 from gramfuse_protocol.secure_sum import member as secure_sum
 from gramfuse_protocol.secure_sum import unmasking as unmask
 from gramfuse_protocol.secure_sum.fixed_point import capacity, decode, encode
-from gramfuse_protocol.secure_sum.keys import Identity, Label, agree, derive, framed
+from gramfuse_protocol.secure_sum.keys import Identity, Purpose, agree, derive, framed
 from gramfuse_protocol.secure_sum.scales import METRICS_SCALE
 from gramfuse_protocol.secure_sum.shares import SHARE_BYTES, combine, split
 from gramfuse_protocol.secure_sum.statements import (
@@ -160,7 +160,7 @@ class Session:
         """Every coefficient but the secret, and the shares by the silo that each is for."""
         secrets, found = self.members[silo].secrets, {}
         for name in SUMS:
-            for kind in secure_sum.KINDS:
+            for kind in secure_sum.SECRET_KINDS:
                 size = (self.roster.threshold - 1) * SHARE_BYTES
                 part, given = given[:size], given[size:]
                 drawn = [part[at : at + SHARE_BYTES] for at in range(0, size, SHARE_BYTES)]
@@ -182,8 +182,8 @@ class Session:
             bytes.fromhex(self.members[receiver].advert.channel),
             receiver,
         )
-        info = framed(Label.CHANNEL, self.session, sender, receiver)
-        key = derive(secret, Label.CHANNEL, self.session, sender, receiver)
+        info = framed(Purpose.CHANNEL, self.session, sender, receiver)
+        key = derive(secret, Purpose.CHANNEL, self.session, sender, receiver)
         plain = ChaCha20Poly1305(key).decrypt(bytes(12), sealed, info)
         return {
             "secret": secret.hex(),
@@ -310,9 +310,9 @@ class Session:
 
     def _self_mask(self, name: Any, context: str, silo: str) -> Json:
         seed, fields = bytes.fromhex(self.members[silo].secrets.seed[name]), (name, bytes.fromhex(context), silo)
-        key = derive(seed, Label.SELF, self.session, *fields)
+        key = derive(seed, Purpose.SELF, self.session, *fields)
         return {
-            "info": framed(Label.SELF, self.session, *fields).hex(),
+            "info": framed(Purpose.SELF, self.session, *fields).hex(),
             "key": key.hex(),
             "first_words": hex_of(stream(key, 4)),
         }
@@ -324,12 +324,12 @@ class Session:
             second,
         )
         fields = (name, bytes.fromhex(context), first, second)
-        key = derive(secret, Label.PAIR, self.session, *fields)
+        key = derive(secret, Purpose.PAIR, self.session, *fields)
         return {
             "added_by": first,
             "subtracted_by": second,
             "secret": secret.hex(),
-            "info": framed(Label.PAIR, self.session, *fields).hex(),
+            "info": framed(Purpose.PAIR, self.session, *fields).hex(),
             "key": key.hex(),
             "first_words": hex_of(stream(key, 4)),
         }

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gramfuse_protocol.statistics.contribution import Float64
+
 if TYPE_CHECKING:
     from gramfuse_server.merging.methods.registry import Silos
 
-Float64 = NDArray[np.float64]
 Differences = Mapping[str, NDArray[Any]]
-Weights = Mapping[str, NDArray[np.float64]]
+Weights = Mapping[str, Float64]
 
 
 def summed(arrays: Sequence[NDArray[Any]]) -> Float64:

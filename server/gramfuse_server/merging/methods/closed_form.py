@@ -7,8 +7,15 @@ from typing import Any, Literal
 
 from gramfuse_protocol.tasks.registry import kind_of
 from gramfuse_server.merging.methods.arithmetic import weighted_mean
-from gramfuse_server.merging.methods.joint import MASKED
-from gramfuse_server.merging.methods.registry import DIFFERENT_TASKS, CandidateSums, NotAllowed, Options, Silos, method
+from gramfuse_server.merging.methods.registry import (
+    DIFFERENT_TASKS,
+    MASKED,
+    MethodSums,
+    NotAllowed,
+    Options,
+    Silos,
+    method,
+)
 
 PAPER = "Fisher 1936; shrinkage: Chen et al., IEEE TSP 2010"
 
@@ -31,12 +38,12 @@ def _one_of(name: str, default: str, other: str, words: str) -> Options:
     return Options(f"[:{name.upper()}]", words, parse)
 
 
-def _share(silos: Silos, deltas: Any, pooling: str) -> CandidateSums:
+def _share(silos: Silos, deltas: Any, pooling: str) -> MethodSums:
     from gramfuse_server.merging.closed_form_head import fit_head
 
     head = fit_head(silos.head_sums(deltas, pooling), prior=True)
     more = {"note": f"shrinkage {head.shrinkage:.3g}"}
-    return CandidateSums(silos.measure_head(deltas, head, pooling), more=more)
+    return MethodSums(silos.measure_head(deltas, head, pooling), more=more)
 
 
 @method(
@@ -48,10 +55,10 @@ def _share(silos: Silos, deltas: Any, pooling: str) -> CandidateSums:
     needs=("data",),
     refusals=REFUSALS,
 )
-def probe(silos: Silos, pooling: Literal["head", "mean"]) -> CandidateSums:
+def probe(silos: Silos, pooling: Literal["head", "mean"]) -> MethodSums:
     """Measure the base model with a closed-form head: the control for all fine-tuning."""
     measured = _share(silos, {}, pooling)
-    return CandidateSums(measured.sums, ("mean-pooled",) if pooling == "mean" else (), measured.more)
+    return MethodSums(measured.sums, ("mean-pooled",) if pooling == "mean" else (), measured.more)
 
 
 @method(
@@ -65,11 +72,11 @@ def probe(silos: Silos, pooling: Literal["head", "mean"]) -> CandidateSums:
     needs=("data",),
     refusals=REFUSALS,
 )
-def refit(silos: Silos, body: Literal["regmean", "simple"]) -> CandidateSums:
+def refit(silos: Silos, body: Literal["regmean", "simple"]) -> MethodSums:
     """Measure a merged model after its head was fitted again."""
     bodies: dict[str, Callable[[], Any]] = {
         "regmean": silos.merged,
         "simple": lambda: weighted_mean(*silos.parents()),
     }
     measured = _share(silos, bodies[body](), "head")
-    return CandidateSums(measured.sums, ("simple average",) if body == "simple" else (), measured.more)
+    return MethodSums(measured.sums, ("simple average",) if body == "simple" else (), measured.more)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gramfuse_server.merging.methods.registry import DIFFERENT_TASKS, CandidateSums, Silos, method
+from gramfuse_server.merging.methods.registry import DIFFERENT_TASKS, MethodSums, Silos, method
 
 
 @method(
@@ -12,6 +12,6 @@ from gramfuse_server.merging.methods.registry import DIFFERENT_TASKS, CandidateS
     needs=("models",),
     refusals=(DIFFERENT_TASKS,),
 )
-def ensemble(silos: Silos) -> CandidateSums:
+def ensemble(silos: Silos) -> MethodSums:
     """Measure the mean of all models' logits, or the majority vote of their generated texts."""
-    return CandidateSums(silos.ask_together())
+    return MethodSums(silos.ask_together())

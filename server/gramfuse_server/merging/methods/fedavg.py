@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from gramfuse_server.merging.methods.registry import CandidateSums, NotAllowed, Silos, method, number
+from gramfuse_server.merging.methods.registry import MethodSums, NotAllowed, Silos, method, number
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -36,7 +36,7 @@ REFUSALS = (
     needs=("data",),
     refusals=REFUSALS,
 )
-def fedavg(silos: Silos, rounds: int) -> CandidateSums:
+def fedavg(silos: Silos, rounds: int) -> MethodSums:
     """Run FedAvg, and measure the average after each round."""
     measured: list[Mapping[str, Sums]] = []
 
@@ -49,4 +49,4 @@ def fedavg(silos: Silos, rounds: int) -> CandidateSums:
     ranked = silos.ranked_by
     note = f"{ranked} after each round: {', '.join(f'{metrics[ranked]:.3f}' for metrics in by_round)}"
     about = f"{rounds} round{'s' if rounds > 1 else ''}"
-    return CandidateSums(measured[-1], (about,), {"rounds": by_round, "bytes": sent, "note": note})
+    return MethodSums(measured[-1], (about,), {"rounds": by_round, "bytes": sent, "note": note})

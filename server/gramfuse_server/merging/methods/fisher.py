@@ -7,8 +7,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from gramfuse_server.merging.methods.arithmetic import Differences, Float64, Weights, averaged
-from gramfuse_server.merging.methods.registry import Candidate, Options, Silos, method
+from gramfuse_protocol.statistics.contribution import Float64
+from gramfuse_server.merging.methods.arithmetic import Differences, Weights, averaged
+from gramfuse_server.merging.methods.registry import MethodModel, Options, Silos, method
 
 Norm = Literal["per tensor", "per model", "none"]
 
@@ -52,14 +53,14 @@ def _options(values: Sequence[str]) -> dict[str, Any]:
     ),
     needs=("fisher",),
 )
-def fisher(silos: Silos, variant: str | None, norm: Norm, examples: int) -> Candidate:
+def fisher(silos: Silos, variant: str | None, norm: Norm, examples: int) -> MethodModel:
     """Measure and normalise each silo's Fisher information, and return the mean weighted by it."""
     fishers = [silos.fisher(name, variant, examples) for name in silos.names]
     differences, weights = silos.parents()
     about = [*dict.fromkeys(chosen for chosen, _ in fishers), "not normalised" if norm == "none" else norm]
     if examples != EXAMPLES:
         about.append(f"{examples} examples")
-    return Candidate(fisher_mean(differences, [normalised(values, norm) for _, values in fishers], weights), about)
+    return MethodModel(fisher_mean(differences, [normalised(values, norm) for _, values in fishers], weights), about)
 
 
 def normalised(fisher: Differences, norm: Norm) -> dict[str, Float64]:

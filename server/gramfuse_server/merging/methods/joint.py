@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-from gramfuse_protocol.tasks.registry import kind_of
-from gramfuse_server.merging.methods.registry import DIFFERENT_TASKS, CandidateSums, NotAllowed, Silos, method
-
-MASKED = NotAllowed(
-    lambda plan: any(silo.labels and kind_of(plan.task_of(silo.name)).exclusive for silo in plan.silo),
-    "silos annotate different classes ('labels' of a [[silo]]), so a label of one silo does not rule out another "
-    "silo's class; leave it out",
-)
+from gramfuse_server.merging.methods.registry import DIFFERENT_TASKS, MASKED, MethodSums, Silos, method
 
 
 @method(
@@ -19,6 +12,6 @@ MASKED = NotAllowed(
     needs=("data",),
     refusals=(DIFFERENT_TASKS, MASKED),
 )
-def joint(silos: Silos) -> CandidateSums:
+def joint(silos: Silos) -> MethodSums:
     """Measure the base model fine-tuned on all silos' data."""
-    return CandidateSums(silos.train_jointly())
+    return MethodSums(silos.train_jointly())

@@ -9,9 +9,9 @@ To add one, write a file in this folder:
         paper="Yin et al., ICML 2018",
         needs=("models",),
     )
-    def median(silos: Silos) -> Candidate:
+    def median(silos: Silos) -> MethodModel:
         differences, _ = silos.parents()
-        return Candidate({name: np.median([d[name] for d in differences], axis=0) for name in differences[0]})
+        return MethodModel({name: np.median([d[name] for d in differences], axis=0) for name in differences[0]})
 
 `gramfuse simulate --compare median` then measures it, and tables show it as "median". Other packages can register
 methods too, before they call gramfuse. The file must not import torch at module level: the command line imports it for
@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from gramfuse_protocol.contract.plan import Plan
+from gramfuse_protocol.tasks.registry import kind_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -106,7 +107,7 @@ class Silos(Protocol):
 
 
 @dataclass(frozen=True)
-class Candidate:
+class MethodModel:
     """A model made by a method, to be measured.
 
     Args:
@@ -121,12 +122,12 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class CandidateSums:
+class MethodSums:
     """Results of a method that does not produce a single model and measures itself.
 
     Args:
         sums: held-out sums by silo.
-        about, more: as in `Candidate`.
+        about, more: as in `MethodModel`.
     """
 
     sums: Mapping[str, Sums]
@@ -209,7 +210,7 @@ class Method:
     name: str
     label: str
     words: str
-    make: Callable[..., Candidate | CandidateSums]
+    make: Callable[..., MethodModel | MethodSums]
     paper: str = ""
     options: Options = NOTHING
     needs: Sequence[Need] = ()
@@ -221,7 +222,7 @@ class Method:
 METHODS: dict[str, Method] = {}
 """All methods by name."""
 
-Make = Callable[..., Candidate | CandidateSums]
+Make = Callable[..., MethodModel | MethodSums]
 
 
 def method(**about: Any) -> Callable[[Make], Make]:
@@ -244,6 +245,12 @@ def method(**about: Any) -> Callable[[Make], Make]:
 DIFFERENT_TASKS = NotAllowed(
     lambda plan: bool(plan.task),
     "the silos have different tasks, so neither their outputs nor their data can be combined; leave it out",
+)
+
+MASKED = NotAllowed(
+    lambda plan: any(silo.labels and kind_of(plan.task_of(silo.name)).exclusive for silo in plan.silo),
+    "silos annotate different classes ('labels' of a [[silo]]), so a label of one silo does not rule out another "
+    "silo's class; leave it out",
 )
 
 OF_NEEDS: tuple[tuple[frozenset[Need], NotAllowed], ...] = (

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gramfuse_server.merging.methods.arithmetic import Differences, Float64, split_buffers, summed
-from gramfuse_server.merging.methods.registry import Candidate, Silos, method, number
+from gramfuse_protocol.statistics.contribution import Float64
+from gramfuse_server.merging.methods.arithmetic import Differences, split_buffers, summed
+from gramfuse_server.merging.methods.registry import MethodModel, Silos, method, number
 
 SCALE = 0.3
 """λ that works for any number of tasks according to Ilharco et al., if it cannot be chosen on held-out data."""
@@ -21,10 +22,10 @@ SCALE = 0.3
     options=number("scale", SCALE, 100, f"times {SCALE:g} by default"),
     needs=("models",),
 )
-def scaled_sum(silos: Silos, scale: float) -> Candidate:
+def scaled_sum(silos: Silos, scale: float) -> MethodModel:
     """Return the scaled sum of the parameters' differences, and the mean of the buffers'."""
     differences, buffers = split_buffers(silos)
-    return Candidate(task_arithmetic(differences, scale) | buffers, (f"scale {scale:g}",))
+    return MethodModel(task_arithmetic(differences, scale) | buffers, (f"scale {scale:g}",))
 
 
 def task_arithmetic(differences: Sequence[Differences], scale: float = SCALE) -> dict[str, Float64]:

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gramfuse_server.merging.methods.arithmetic import Differences, Float64, split_buffers, summed
-from gramfuse_server.merging.methods.registry import Candidate, Silos, method, number
+from gramfuse_protocol.statistics.contribution import Float64
+from gramfuse_server.merging.methods.arithmetic import Differences, split_buffers, summed
+from gramfuse_server.merging.methods.registry import MethodModel, Silos, method, number
 
 DENSITY = 0.2
 """Share of each silo's differences to keep, by magnitude; Yadav et al., section 4."""
@@ -21,10 +22,10 @@ DENSITY = 0.2
     options=number("density", DENSITY, 1, f"the largest {DENSITY:g} of each silo's by default"),
     needs=("models",),
 )
-def trimmed(silos: Silos, density: float) -> Candidate:
+def trimmed(silos: Silos, density: float) -> MethodModel:
     """Return TIES of the parameters' differences, and the mean of the buffers'."""
     differences, buffers = split_buffers(silos)
-    return Candidate(ties(differences, density) | buffers, (f"density {density:g}",))
+    return MethodModel(ties(differences, density) | buffers, (f"density {density:g}",))
 
 
 def ties(differences: Sequence[Differences], density: float = DENSITY, scale: float = 1.0) -> dict[str, Float64]:

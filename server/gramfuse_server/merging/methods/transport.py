@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gramfuse_protocol.errors import PlanError
-from gramfuse_server.merging.methods.arithmetic import Differences, Float64, Weights, weighted_mean
-from gramfuse_server.merging.methods.registry import Candidate, NotAllowed, Silos, method
+from gramfuse_protocol.statistics.contribution import Float64
+from gramfuse_server.merging.methods.arithmetic import Differences, Weights, weighted_mean
+from gramfuse_server.merging.methods.registry import MethodModel, NotAllowed, Silos, method
 
 if TYPE_CHECKING:
     import torch
@@ -58,7 +59,7 @@ def load_pot() -> Any:
     ),
     ready=load_pot,
 )
-def transport(silos: Silos) -> Candidate:
+def transport(silos: Silos) -> MethodModel:
     """Match the hidden units of two silos' models, and return the mean.
 
     Raises:
@@ -78,7 +79,7 @@ def transport(silos: Silos) -> Candidate:
     more: dict[str, Any] = {"pairs": len(pairs)}
     if others:
         more["note"] = f"averaged without matching their units: {', '.join(others)}"
-    return Candidate(transport_mean(pairs, silos.start(), *silos.parents()), more=more)
+    return MethodModel(transport_mean(pairs, silos.start(), *silos.parents()), more=more)
 
 
 class Pair(NamedTuple):

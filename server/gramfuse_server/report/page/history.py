@@ -16,8 +16,8 @@ from gramfuse_server.report.page.blocks import (
     Folded,
     Notice,
     PageSection,
-    Row,
     Table,
+    TableRow,
     Text,
 )
 from gramfuse_server.report.page.charts import count
@@ -67,7 +67,7 @@ def losses(reading: Reading) -> PageSection | None:
         for number, name, reason in reading.lost:
             inside = "" if reading.failure else "in the merge" if name in merged else "not in the merge"
             note = ", ".join([*([f"round {number}"] if several else []), *([inside] if inside else [])])
-            rows.append(Row(name, [Cell(reason)], note=note))
+            rows.append(TableRow(name, [Cell(reason)], note=note))
         silos = count(len({name for _, name, _ in reading.lost}), "silos")
         blocks.append(Notice("Note", f"{silos} dropped out or refused."))
         blocks.append(Table("Silos that were lost", [Column("Silo"), Column("What happened", number=False)], rows))
@@ -95,7 +95,7 @@ def solve(reading: Reading) -> PageSection | None:
             Table(
                 "Groups that were not solved exactly",
                 [Column("Group"), Column("How it was solved", number=False)],
-                [Row(step.group, [Cell(explain(step))]) for step in odd],
+                [TableRow(step.group, [Cell(explain(step))]) for step in odd],
             )
         )
     worst = min(steps, key=lambda step: (step.smallest_eigenvalue, step.group))
@@ -110,7 +110,7 @@ def solve(reading: Reading) -> PageSection | None:
         )
     )
     rows = [
-        Row(
+        TableRow(
             step.group,
             [Cell(step.outcome), Cell(f"{step.smallest_eigenvalue:.2g}"), Cell(f"{step.dead_features:,}")],
         )
@@ -141,7 +141,7 @@ def checks(reading: Reading) -> PageSection | None:
             )
         )
     rows = [
-        Row(
+        TableRow(
             check.name,
             [
                 Cell(check.verdict),
@@ -187,7 +187,7 @@ def traffic(reading: Reading) -> PageSection | None:
         ways = [[float(sum(way.get(silo, {}).values())) for silo in silos] for way in (sent, received)]
         drawn = charts.bars([*ways[0], *ways[1]])
         rows = [
-            Row(
+            TableRow(
                 silo,
                 [
                     Cell(charts.size(ways[0][place]), drawn[place]),
@@ -201,7 +201,7 @@ def traffic(reading: Reading) -> PageSection | None:
     if phases:
         drawn = charts.bars([seconds.get(phase) for phase in phases])
         rows = [
-            Row(
+            TableRow(
                 PHASE_TITLES.get(phase, phase),
                 [
                     Cell(charts.duration(seconds[phase]) if phase in seconds else charts.NONE, bar),
@@ -227,7 +227,7 @@ def _in_phase(traffic: Mapping[str, Mapping[str, int]], phase: str) -> str:
 def _by_phase(way: str, traffic: Mapping[str, Mapping[str, int]], phases: Iterable[str]) -> Table:
     silos = list(traffic)
     rows = [
-        Row(
+        TableRow(
             PHASE_TITLES.get(phase, phase),
             [Cell(charts.size(traffic[silo][phase]) if phase in traffic[silo] else charts.NONE) for silo in silos],
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from gramfuse_protocol.held_out.metrics import primary
-from gramfuse_protocol.tasks.registry import KINDS
+from gramfuse_protocol.tasks.registry import TASK_KINDS
 from gramfuse_server.report.page import charts
 from gramfuse_server.report.page.blocks import (
     Block,
@@ -15,8 +15,8 @@ from gramfuse_server.report.page.blocks import (
     Folded,
     Notice,
     PageSection,
-    Row,
     Table,
+    TableRow,
     Text,
     Tile,
     Tiles,
@@ -122,7 +122,7 @@ def models(reading: Reading) -> PageSection | None:
         name = name_of(model) + (f", round {number}" if earlier and model.kind in MERGES else "")
         merged = model.kind == "regmean"
         note = "the merged model" if merged and number == reading.last else model.note
-        rows.append(Row(name, cells, note=note, strong=merged))
+        rows.append(TableRow(name, cells, note=note, strong=merged))
     examples = count(listed[-1][0].metrics["examples"], "held-out examples")
     head = [Column("Model"), *(Column(title) for title in titles)]
     head += [*([Column("Time")] if timed else []), *([Column("Sent")] if sent else [])]
@@ -151,7 +151,7 @@ def _of_task(reading: Reading, task: str) -> Table:
         most=1.0,
     )
     rows = [
-        Row(
+        TableRow(
             name_of(model),
             [Cell(score(model.tasks[task].get(title)), bar if title == ranked else None) for title in titles],
             strong=model.kind == "regmean",
@@ -169,7 +169,7 @@ def by_silo(reading: Reading) -> PageSection | None:
     if merged is None:
         return None
     silos = list(merged.silos)
-    own = {model.name: model.silos for model in measured if model.kind == "silo"}
+    silo_models = {model.name: model.silos for model in measured if model.kind == "silo"}
     alone = next((model.silos for model in measured if model.kind == "alone"), None)
     simple = next((model.silos for model in measured if model.kind == "simple"), None)
 
@@ -180,8 +180,8 @@ def by_silo(reading: Reading) -> PageSection | None:
     each = [("Merged model", {silo: at(merged.silos, silo) for silo in silos})]
     if simple:
         each.append(("Simple average", {silo: at(simple, silo) for silo in silos}))
-    if own or alone:
-        each.append(("Its own model", {silo: at(alone or own.get(silo), silo) for silo in silos}))
+    if silo_models or alone:
+        each.append(("Its own model", {silo: at(alone or silo_models.get(silo), silo) for silo in silos}))
     flat = [values[silo] for silo in silos for _, values in each]
     drawn = charts.bars(flat, strong=range(0, len(flat), len(each)), most=1.0)
     several = len(reading.tasks) > 1
@@ -191,7 +191,7 @@ def by_silo(reading: Reading) -> PageSection | None:
         cells = [Cell(score(value), bar) for value, bar in zip(flat[mine], drawn[mine], strict=True)]
         examples = count(merged.silos[silo]["examples"], "examples")
         metric = f"{reading.primary(silo, merged.silos[silo])}, " if several else ""
-        rows.append(Row(silo, cells, note=f"{metric}{examples}"))
+        rows.append(TableRow(silo, cells, note=f"{metric}{examples}"))
     metric = "the metric of its task" if several else reading.ranked
     blocks: list[Block] = [
         Table(
@@ -207,7 +207,7 @@ def by_silo(reading: Reading) -> PageSection | None:
 
 def _matrix(reading: Reading, measured: Sequence[Measured], silos: Sequence[str], at: At) -> Table:
     rows = [
-        Row(
+        TableRow(
             name_of(model),
             [Cell(score(at(model.silos, silo))) for silo in silos],
             strong=model.kind == "regmean",
@@ -222,7 +222,7 @@ def _metrics_by_silo(merged: Measured) -> Table:
     by_silo = merged.silos
     titles = list(dict.fromkeys(title for metrics in by_silo.values() for title in metrics if title != "examples"))
     rows = [
-        Row(silo, [Cell(f"{metrics['examples']:,.0f}"), *(Cell(score(metrics.get(title))) for title in titles)])
+        TableRow(silo, [Cell(f"{metrics['examples']:,.0f}"), *(Cell(score(metrics.get(title))) for title in titles)])
         for silo, metrics in by_silo.items()
     ]
     return Table("The merged model at each silo", [Column("Silo"), Column("examples"), *map(Column, titles)], rows)
@@ -263,11 +263,11 @@ def _labels_of(reading: Reading, task: str, merged: Mapping[str, LabelFigures]) 
             ours = merged.get(name)
             cells.append(Cell(score(None if ours is None else ours.precision)))
             cells.append(Cell(score(None if ours is None else ours.recall)))
-            rows.append(Row(name, cells, note=count(everything[name].examples, "examples")))
+            rows.append(TableRow(name, cells, note=count(everything[name].examples, "examples")))
         titles = [*(f"F1, {title}" for title, _ in each), "precision, merged model", "recall, merged model"]
         return Table(caption, [Column(unit.capitalize()), *map(Column, titles)], rows)
 
-    unit, units = KINDS[reading.tasks[task]].unit
+    unit, units = TASK_KINDS[reading.tasks[task]].unit
     scope = f" of task “{task}”" if task else ""
     if reading.alone is not None and reading.alone.kind == "silo":
         scope += f", beside {reading.alone.name} alone"
@@ -333,7 +333,7 @@ def _trials(
     scores = [trial.score for _, trial, _ in trials]
     bars = charts.bars(scores, strong=chosen, most=1.0) if drawn else [None] * len(scores)
     rows = [
-        Row(f"{name}, chosen" if mark else name, [Cell(score(trial.score), bar)], strong=mark)
+        TableRow(f"{name}, chosen" if mark else name, [Cell(score(trial.score), bar)], strong=mark)
         for (name, trial, mark), bar in zip(trials, bars, strict=True)
     ]
     return Table(caption, [Column(head), Column(ranked)], rows)
@@ -341,7 +341,7 @@ def _trials(
 
 def _influence(tuning: Tuning, ranked: str) -> Table:
     rows = [
-        Row(
+        TableRow(
             f"without {entry.silo}",
             [
                 Cell(score(entry.without)),

@@ -10,7 +10,18 @@ from gramfuse_protocol.tasks.registry import kind_of
 from gramfuse_protocol.text import one_line
 from gramfuse_server.report.page import charts, who_saw_what
 from gramfuse_server.report.page.added_tokens import explain_added_tokens
-from gramfuse_server.report.page.blocks import Block, Cell, Code, Column, Facts, PageSection, Row, Sides, Table, Text
+from gramfuse_server.report.page.blocks import (
+    Block,
+    Cell,
+    Code,
+    Column,
+    Facts,
+    PageSection,
+    Sides,
+    Table,
+    TableRow,
+    Text,
+)
 from gramfuse_server.report.page.charts import count
 from gramfuse_server.report.page.history import checks, failure, losses, solve, traffic
 from gramfuse_server.report.page.results import by_label, by_silo, models, result, search
@@ -66,7 +77,7 @@ def heading(report: Report, plan: Plan | None) -> tuple[str, str]:
         way = "from statistics files"
     else:
         way = f"in {len(reading.rounds)} rounds" if len(reading.rounds) > 1 else "in one exchange"
-    title = f"{reading.title}: one {'body' if reading.own else 'model'} of {silos}"
+    title = f"{reading.title}: one {'body' if reading.own_heads else 'model'} of {silos}"
     return title, f"Run {report.run}: {examples} at {where}, merged {way}, without pooling them."
 
 
@@ -175,7 +186,7 @@ def _roster(reading: Reading) -> Table:
         examples = silo.examples
         cells += [Cell(charts.NONE if examples is None else f"{examples:,}", bar)] if counted else []
         cells += [Cell(silo.sha256 or "")] if silo.has("sha256") else []
-        rows.append(Row(silo.name, cells))
+        rows.append(TableRow(silo.name, cells))
     total = reading.report.examples
     sum_of_all = f", {total:,} examples in total" if total else ""
     hidden = "; each silo's number is known only to itself" if total and not counted else ""
@@ -200,7 +211,7 @@ def _load(reading: Reading) -> PageSection | None:
     report = reading.report
     if reading.failure is not None:
         return None
-    if report.mode == "files" and reading.own:
+    if report.mode == "files" and reading.own_heads:
         blocks: list[Block] = [
             Text("Each silo's model, the merged body with its own head, is in a directory of its name:")
         ]
@@ -212,7 +223,7 @@ def _load(reading: Reading) -> PageSection | None:
         Text("In the directory of this report:"),
         Code("Loading the model", _loading(auto, place)),
     ]
-    if reading.own:
+    if reading.own_heads:
         where = "here in models/" if report.simulated else "there, in model/ beside its statistics"
         blocks.append(Text(f"This is the body that all silos share. Each silo's model, with its own head, is {where}."))
     return PageSection("load", "Load the model", blocks)

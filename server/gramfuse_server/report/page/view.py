@@ -63,7 +63,7 @@ class Reading:
         self.tasks = report.tasks
         self.rounds = report.rounds
         self.tuning = report.tuning
-        self.own = "own" in (report.head, report.heads)
+        self.own_heads = "own" in (report.head, report.heads)
 
     @property
     def title(self) -> str:

@@ -13,6 +13,7 @@ from gramfuse_protocol.contract.who_sees_what import (
     holds,
     results,
 )
+from gramfuse_protocol.messages.phases import REQUESTS, SecureRequest
 from gramfuse_server.report.page.blocks import Side
 from gramfuse_server.report.schema import Report
 
@@ -21,7 +22,12 @@ SIMULATED = (
     "silos, each side sees only the following."
 )
 
-UNOPENED = ("start", "join", "train", "keys", "shares", "masked", "survivors", "unmask")
+UNOPENED = (
+    "start",
+    "join",
+    "train",
+    *(phase for phase, request in REQUESTS.items() if issubclass(request, SecureRequest)),
+)
 """Phases of the first round before any sum was unmasked."""
 UNMEASURED = (*UNOPENED, "upload", "merge", "study")
 """Phases of the first round before any model was sent to silos or any result came back."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from gramfuse_protocol.contract.coverage import experts
-from gramfuse_protocol.contract.task import TaskKind
+from gramfuse_protocol.contract.task import TaskName
 from gramfuse_protocol.held_out.metrics import primary
 from gramfuse_protocol.messages.phases import MERGED, REQUESTS, Refusal
-from gramfuse_protocol.tasks.registry import KINDS as TASKS
+from gramfuse_protocol.tasks.registry import TASK_KINDS
 from gramfuse_server.merging.methods.registry import METHODS
 from gramfuse_server.report.schema import Check, Measured, Report, Step
 
@@ -22,7 +22,7 @@ NAMES = {
 
 MERGES = ("simple", MERGED)
 
-KINDS = {
+MODEL_WORDS = {
     "silo": "fine-tuned at one silo, on its own examples only",
     "body": "fine-tuned at one silo, under the heads of all silos",
     "alone": "each silo's own model, on its own held-out examples",
@@ -73,14 +73,14 @@ def name_of(model: Measured) -> str:
 
 def words_of(kind: str) -> str | None:
     """Return the one-line description of a kind of model; None if it is unknown."""
-    return METHODS[kind].words if kind in METHODS else KINDS.get(kind)
+    return METHODS[kind].words if kind in METHODS else MODEL_WORDS.get(kind)
 
 
 def words_of_metric(name: str) -> str | None:
     """Return the one-line description of a metric; None if it is unknown."""
     if name == "mean-score":
         return MEAN_SCORE
-    return next((kind.measures[name].words for kind in TASKS.values() if name in kind.measures), None)
+    return next((kind.measures[name].words for kind in TASK_KINDS.values() if name in kind.measures), None)
 
 
 def off_by(model: Measured, metric: str) -> float | None:
@@ -113,7 +113,7 @@ def noise(report: Report, ranked: str) -> str | None:
     )
 
 
-def columns(model: Measured, tasks: Mapping[str, TaskKind]) -> dict[str, float]:
+def columns(model: Measured, tasks: Mapping[str, TaskName]) -> dict[str, float]:
     """Return a model's columns in a table: all metrics, or the ranking metric of each of several tasks."""
     values = {name: value for name, value in model.metrics.items() if name != "examples"}
     for name, metrics in model.tasks.items():
@@ -122,7 +122,7 @@ def columns(model: Measured, tasks: Mapping[str, TaskKind]) -> dict[str, float]:
     return values
 
 
-def ranked_by(tasks: Mapping[str, TaskKind]) -> str:
+def ranked_by(tasks: Mapping[str, TaskName]) -> str:
     """Return the metric that ranks the models of a report; higher is better."""
     return primary(tasks[""]) if "" in tasks else "mean-score"
 

@@ -18,7 +18,7 @@ from gramfuse_cli.main import main
 from gramfuse_deployment.certificates import Authority, certificate_pem, server_names
 from gramfuse_model.project import Project
 from gramfuse_protocol.contract import node_key
-from tests.client.check.sites import NAME, YEAR, Coordinator, Site
+from tests.client.dry_run.sites import NAME, YEAR, Coordinator, Site
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from gramfuse_client.dry_run import of_machine
 from gramfuse_client.guard.ledger import Ledger
 from gramfuse_client.guard.ledger_lines import Entry
 from gramfuse_client.silo_file import Silo
-from tests.client.check.sites import NAME, Site, finding, problems
+from tests.client.dry_run.sites import NAME, Site, finding, problems
 
 
 def test_too_little_room_or_memory_is_named(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from gramfuse_protocol.contract.layout import Layout
 from gramfuse_protocol.messages.phases import JoinReply, MaskedReply, SharesReply, UnmaskReply
 from gramfuse_protocol.messages.wire import pack
 from gramfuse_protocol.secure_sum.keys import Identity
-from tests.client.check.sites import NAME, Coordinator, Site, finding, problems, tree
+from tests.client.dry_run.sites import NAME, Coordinator, Site, finding, problems, tree
 
 
 @pytest.mark.parametrize("secure", [True, False], ids=["secure", "open"])

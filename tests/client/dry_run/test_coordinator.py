@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from gramfuse_client.dry_run import of_coordinator as connection
 from gramfuse_client.silo_file import Silo
 from gramfuse_deployment.certificates import Authority, certificate_pem, key_pem, new_key, server_names
-from tests.client.check.sites import YEAR, Coordinator, Site, finding, problems
+from tests.client.dry_run.sites import YEAR, Coordinator, Site, finding, problems
 
 
 @pytest.mark.parametrize(("seconds", "state"), [(3, "ok"), (-3, "ok"), (-50, "problem"), (40, "ok"), (100, "problem")])

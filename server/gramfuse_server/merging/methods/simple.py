@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gramfuse_server.merging.methods.arithmetic import weighted_mean
-from gramfuse_server.merging.methods.registry import Candidate, Silos, method
+from gramfuse_server.merging.methods.registry import MethodModel, Silos, method
 
 
 @method(
@@ -13,6 +13,6 @@ from gramfuse_server.merging.methods.registry import Candidate, Silos, method
     paper="McMahan et al., AISTATS 2017, with one round",
     always=True,
 )
-def simple(silos: Silos) -> Candidate:
+def simple(silos: Silos) -> MethodModel:
     """Return the weighted mean."""
-    return Candidate(weighted_mean(*silos.parents()))
+    return MethodModel(weighted_mean(*silos.parents()))

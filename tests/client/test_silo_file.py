@@ -90,3 +90,10 @@ def test_hours_are_written_as_they_were_read(hours: str, tmp_path: Path) -> None
 def test_an_address_that_is_none_is_refused(address: str, tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=r"coordinator\.address"):
         read(tmp_path / "north.toml", "", f'[coordinator]\naddress = "{address}"\n')
+
+
+def test_a_plan_in_place_of_a_silo_file_is_called_one(tmp_path: Path) -> None:
+    path = tmp_path / "plan.toml"
+    path.write_text('[plan]\nname = "small"\n[model]\nbase = "b"\n[[silo]]\nname = "north"\n', encoding="utf-8")
+    with pytest.raises(PlanError, match=r"plan\.toml: looks like a plan"):
+        Silo.read(path)

@@ -23,7 +23,7 @@ from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.errors import RefusalError
 from gramfuse_protocol.secure_sum.keys import Identity
 from gramfuse_protocol.tasks.registry import kind_of
-from tests.client.check.sites import NAME, Coordinator, Site, finding, problems
+from tests.client.dry_run.sites import NAME, Coordinator, Site, finding, problems
 
 # The silo file, the plan, the data
 
@@ -281,7 +281,7 @@ def test_outside_of_its_hours_a_silo_is_ready_and_says_when(site: Site) -> None:
 
 MASKED = 'task = "multi-label"\nlabels = ["a", "b", "c"]'
 
-KINDS = {
+KINDS_OF_DATA = {
     "multi-label": (
         MASKED,
         [["a"], ["a", "b"], []],
@@ -299,9 +299,9 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS_OF_DATA)
 def test_each_kind_of_data_is_counted_in_its_own_words(kind: str, tmp_path: Path) -> None:
-    task, labels, counted, leaving = KINDS[kind]
+    task, labels, counted, leaving = KINDS_OF_DATA[kind]
     rows = [{"text": "one two", "label": label} for label in labels]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "silo.toml").write_text(

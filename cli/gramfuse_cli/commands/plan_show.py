@@ -1,0 +1,280 @@
+"""`gramfuse plan show`: shows what a plan means."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from gramfuse_cli.commands.plan import pins
+from gramfuse_cli.options import as_json as json_option
+from gramfuse_cli.options import project_directory
+from gramfuse_deployment.terminal import Table, say, show_json
+from gramfuse_model.project import Project
+from gramfuse_protocol.contract.coverage import Coverage, coverage, coverage_lines, families
+from gramfuse_protocol.contract.layout import ITEM_BYTES, Layout
+from gramfuse_protocol.contract.node_key import fingerprint
+from gramfuse_protocol.contract.plan import Plan
+from gramfuse_protocol.contract.roster import tolerated
+from gramfuse_protocol.contract.task import Task
+from gramfuse_protocol.contract.who_sees_what import SHOWN, seen
+from gramfuse_protocol.held_out.noise import DELTA, spent
+from gramfuse_protocol.text import listed, quoted
+
+
+@click.command()
+@project_directory
+@json_option
+def show(directory: Path, as_json: bool) -> None:
+    """Show what DIR/plan.toml merges in closed form, what it averages, and what it costs.
+
+    Nothing is sent or written. Times are estimates, from matrix products measured on this machine and an upload rate of
+    20 MB/s; they do not include fine-tuning.
+    """
+    project = Project.read(directory)
+    locked, layout = project.locked()
+    preview = _preview(project, locked, layout)
+    if as_json:
+        show_json(preview)
+        return
+    _show_model(locked, preview)
+    say("")
+    # The digest to approve comes last, so that nothing in a plan's own text follows it or pushes it off the screen.
+    state = "locked" if project.plan.locked else "not locked yet; locking it would give this digest"
+    say(*_privacy(locked), *_keys(locked), copied=True)
+    say(f"plan {locked.plan.name}, version {locked.plan.version}, digest {locked.digest} ({state})", copied=True)
+
+
+def _show_model(plan: Plan, preview: dict[str, Any]) -> None:
+    """Print what a plan trains and merges, and what it costs."""
+    say(f"base {quoted(plan.model.base)}, alpha {plan.merge.alpha}, silos {', '.join(plan.names)}")
+    say(*(f"  {name:<9} {value}" for name, value in pins(plan).items()), copied=True)
+    say(*_tasks(plan), f"weighting {plan.merge.weighting}: {WEIGHTING[plan.merge.weighting]}", "")
+    table = Table("Merged in closed form; one row for each Gram matrix, or for all experts of a layer")
+    table.column("modules", fold=True)
+    for column in ("d_in", "structure", "entries", "bytes"):
+        table.column(column, justify="left" if column == "structure" else "right")
+    for group in preview["groups"]:
+        numbers = [f"{group['d_in']:,}", group["structure"], f"{group['entries']:,}", f"{group['bytes']:,}"]
+        note = f" (labels of {', '.join(group['silos'])})" if group["silos"] else ""
+        note += f" ({group['experts']} experts, one Gram matrix each)" if group["experts"] else ""
+        table.row(_modules(group["weights"]) + note, *numbers)
+    table.show()
+    say(
+        "",
+        *coverage_lines(Coverage(preview["closed"], preview["unmatched"])),
+        f"Averaged: {families(preview['averaged'])}",
+    )
+    if preview["summed"]:
+        say(f"Summed, as counters: {families(preview['summed'])}")
+    if preview["context_free"]:
+        modules = families([name.removesuffix(".weight") for name in preview["context_free"]])
+        say(f"See tokens or patches without context, {CONTEXT_FREE[plan.merge.context_free]}: {modules}")
+    say(f"Frozen, never sent: {families(preview['frozen'])}")
+    for task, names in preview["kept"].items():
+        if names:
+            say(f"Kept at the silos, never sent{f' ({task})' if task else ''}: {families(names)}")
+    cost = preview["cost"]
+    say(
+        "",
+        f"Each silo sends {cost['upload_bytes'] / 1e6:.1f} MB (Gram matrices {cost['gram_bytes'] / 1e6:.1f}, "
+        f"differences {cost['delta_bytes'] / 1e6:.1f}{_products(cost)}): "
+        f"about {cost['upload_seconds']:.0f} s at 20 MB/s.",
+        f"Each silo needs {cost['silo_memory_bytes'] / 1e6:.0f} MB of memory besides training; Gram matrices of "
+        f"{plan.merge.tokens:,} tokens, the plan's maximum, take about {cost['gram_seconds']:.0f} s on this machine.",
+        f"The coordinator holds {cost['coordinator_memory_bytes'] / 1e6:.0f} MB of sums in memory, whatever the number "
+        f"of silos, and {cost['coordinator_disk_bytes'] / 1e6:.0f} MB on disk.",
+    )
+
+
+WEIGHTING = {
+    "uniform": "all silos have the same weight, however few examples they have",
+    "examples": "each silo's weight is its number of examples",
+}
+"""Explains `merge.weighting`."""
+
+CONTEXT_FREE = {
+    "mean": "so they are averaged",
+    "diagonal": "and silos send the diagonals of their Gram matrices, which can reveal words and how often they occur",
+    "full": "and silos send their Gram matrices, which reveal words and how often they occur",
+}
+"""How `merge.context-free` treats weights whose layers see tokens without context."""
+
+SINGLE_EXPERTS = (
+    '  merge.experts = "full": a silo refuses, unless its silo file has limits.experts = "full"; if only one silo uses '
+    "an expert, the sum for it is that silo's own Gram matrix"
+)
+"""Shown for a secure plan with Gram matrices of experts."""
+
+HEADS = {
+    "same": "all silos start from the same head, and it is merged",
+    "different": "each silo starts from its own head, and the heads are merged",
+    "own": "each silo keeps its own head; only bodies are merged, and the coordinator writes a body",
+}
+"""Explains `model.head`."""
+
+
+def _tasks(plan: Plan) -> list[str]:
+    """Describe the silos' tasks, and how heads are merged."""
+    lines = []
+    for name, task in plan.tasks.items():
+        labels = f", {len(task.labels)} labels: {listed(task.labels)}" if task.labels else ""
+        silos = f" ({', '.join(_silos_of(plan, name))})" if name else ""
+        lines.append(f"task {f'{name}: ' if name else ''}{task.task}{labels}{_targets(task)}{silos}")
+    lines += [
+        f"  {silo.name} annotates {len(silo.labels)} of the labels: {listed(silo.labels)}"
+        for silo in plan.silo
+        if silo.labels
+    ]
+    return [*lines, f"head {plan.model.head}: {HEADS[plan.model.head]}"]
+
+
+def _targets(task: Task) -> str:
+    """Describe the scale of a regression's targets, or the first token of generated texts."""
+    rescaled = (task.centre, task.scale) != (0.0, 1.0)
+    centre = f"{'+' if task.centre < 0 else '−'} {abs(task.centre):g}"
+    scale = f", targets: (value {centre}) / {task.scale:g}" if rescaled else ""
+    return scale + (f", texts begin with {quoted(task.first_token)}" if task.first_token is not None else "")
+
+
+def _silos_of(plan: Plan, task: str) -> list[str]:
+    return [silo.name for silo in plan.silo if not task or silo.task == task]
+
+
+def _keys(plan: Plan) -> list[str]:
+    """List the silos' keys. Silos compare them with each other on a channel that the coordinator cannot change."""
+    lines = []
+    for silo in plan.silo:
+        if silo.public_key is not None:
+            lines.append(f"  {silo.name:<16} public key {silo.public_key}")
+        if silo.node_key is not None:
+            lines.append(f"  {silo.name:<16} node key   {fingerprint(silo.node_key)}")
+    return ["keys; compare them with these silos:", *lines] if lines else []
+
+
+def _privacy(plan: Plan) -> list[str]:
+    """Describe who sees what, and what a secure sum tolerates."""
+    metrics = f"metrics {SHOWN[plan.privacy.metrics]}{_noise(plan)}"
+    if not plan.privacy.secure_aggregation:
+        return [f"mode open: {seen('open')}; {metrics}"]
+    silos, threshold, minimum = len(plan.silo), plan.threshold, plan.minimum_survivors
+    tolerates = tolerated(silos, threshold, minimum)
+    missing = [silo.name for silo in plan.silo if silo.public_key is None]
+    return [
+        f"mode secure: {seen('secure', least=str(minimum))}; {metrics}",
+        f"  silos {silos}, threshold {threshold}, minimum survivors {minimum}",
+        f"  may drop out                              {tolerates['dropouts']}",
+        f"  may collude with a malicious coordinator  {tolerates['colluding']} (the plan asks for "
+        f"{plan.privacy.colluding})",
+        *([f"  no public key yet: {', '.join(missing)}; they run: gramfuse silo keygen"] if missing else []),
+        *([SINGLE_EXPERTS] if plan.merge.experts == "full" else []),
+    ]
+
+
+def _noise(plan: Plan) -> str:
+    """Describe the noise in the sum of metrics, and its privacy."""
+    if not plan.summed:
+        return ""
+    if plan.epsilon is None:
+        return ", without noise"
+    return (
+        f", with noise: epsilon {plan.epsilon:g} per held-out example for each of {plan.releases} sums, "
+        f"{spent(plan):.2f} in all, at delta {DELTA:g}"
+    )
+
+
+def _products(cost: dict[str, Any]) -> str:
+    return f", products {cost['product_bytes'] / 1e6:.1f}" if cost["product_bytes"] else ""
+
+
+def _modules(weights: list[str]) -> str:
+    """Join the names of modules that share a Gram matrix: `attention.{query,key,value}`."""
+    modules = [weight.removesuffix(".weight") for weight in weights]
+    if len(modules) == 1:
+        return modules[0]
+    parents = {module.rpartition(".")[0] for module in modules}
+    if len(parents) > 1:
+        return ", ".join(modules)
+    (parent,) = parents
+    return f"{parent}.{{{','.join(module.rpartition('.')[2] for module in modules)}}}"
+
+
+def _preview(project: Project, plan: Plan, layout: Layout) -> dict[str, Any]:
+    from gramfuse_client.dry_run.of_machine import statistics_memory
+    from gramfuse_model.loading.base_model import kept_parameters
+
+    gram_entries = sum(group.blocks.entries for group in layout.groups)
+    products = sum(group.features * group.d_out for group in layout.groups)
+    delta_entries = sum(block.entries for block in layout.blocks) - gram_entries
+    secure = plan.privacy.secure_aggregation
+    item = 8 if secure else ITEM_BYTES
+    upload = layout.upload_bytes(masked=secure)
+    flops = sum(2 * count * width * width for group in layout.groups for _, count, width in group.blocks.parts)
+    return {
+        "plan_digest": plan.digest,
+        "locked": project.plan.locked,
+        "base_sha256": plan.model.sha256,
+        "config_sha256": plan.model.config,
+        "processor_sha256": plan.model.processor,
+        "base_revision": plan.model.revision,
+        "layout_digest": layout.digest,
+        "tasks": {
+            name: {"task": task.task, "labels": list(task.labels), "silos": _silos_of(plan, name)}
+            for name, task in plan.tasks.items()
+        },
+        "head": plan.model.head,
+        "privacy": {
+            "secure_aggregation": secure,
+            "silos": len(plan.silo),
+            "threshold": plan.threshold if secure else None,
+            "minimum_survivors": plan.minimum_survivors,
+            "tolerates": tolerated(len(plan.silo), plan.threshold, plan.minimum_survivors) if secure else None,
+            "metrics": plan.privacy.metrics,
+            "metrics_epsilon": plan.epsilon,
+            "metrics_epsilon_in_all": spent(plan),
+        },
+        "groups": [
+            {
+                "name": group.name,
+                "weights": [weight.weight for weight in group.weights],
+                "silos": [] if group.part is None else list(layout.parts[group.part].silos),
+                "d_in": group.d_in,
+                "experts": group.experts,
+                "structure": group.structure,
+                "entries": group.blocks.entries,
+                "bytes": item * group.blocks.entries,
+            }
+            for group in layout.groups
+        ],
+        "averaged": [tensor.name for tensor in layout.tensors if tensor.merge == "mean"],
+        "summed": [tensor.name for tensor in layout.tensors if tensor.merge == "sum"],
+        "context_free": [tensor.name for tensor in layout.tensors if tensor.context_free],
+        **coverage(layout)._asdict(),
+        "frozen": list(layout.frozen),
+        "kept": {task: list(names) for task, names in kept_parameters(plan, project.directory).items()},
+        "cost": {
+            "upload_bytes": upload,
+            "gram_bytes": item * gram_entries,
+            "delta_bytes": item * delta_entries,
+            "product_bytes": item * products if secure else 0,
+            "upload_seconds": upload / 20e6,
+            "gram_seconds": flops * plan.merge.tokens / _flops_per_second(),
+            "silo_memory_bytes": statistics_memory(layout),
+            "coordinator_memory_bytes": 8 * (gram_entries + products + delta_entries),
+            "coordinator_disk_bytes": len(plan.silo) * upload,
+        },
+    }
+
+
+def _flops_per_second() -> float:
+    """Measure this machine's rate of float32 matrix products."""
+    import torch
+
+    x = torch.ones(1024, 512)
+    count, start = 0, time.perf_counter()
+    while time.perf_counter() - start < 0.2:
+        x.T @ x
+        count += 1
+    return count * 2 * 1024 * 512 * 512 / (time.perf_counter() - start)
