@@ -38,7 +38,7 @@ def _one_of(name: str, default: str, other: str, words: str) -> Options:
     return Options(f"[:{name.upper()}]", words, parse)
 
 
-def _share(silos: Silos, deltas: Any, pooling: str) -> MethodSums:
+def _fit_and_measure(silos: Silos, deltas: Any, pooling: str) -> MethodSums:
     from gramfuse_server.merging.closed_form_head import fit_head
 
     head = fit_head(silos.head_sums(deltas, pooling), prior=True)
@@ -57,7 +57,7 @@ def _share(silos: Silos, deltas: Any, pooling: str) -> MethodSums:
 )
 def probe(silos: Silos, pooling: Literal["head", "mean"]) -> MethodSums:
     """Measure the base model with a closed-form head: the control for all fine-tuning."""
-    measured = _share(silos, {}, pooling)
+    measured = _fit_and_measure(silos, {}, pooling)
     return MethodSums(measured.sums, ("mean-pooled",) if pooling == "mean" else (), measured.more)
 
 
@@ -78,5 +78,5 @@ def refit(silos: Silos, body: Literal["regmean", "simple"]) -> MethodSums:
         "regmean": silos.merged,
         "simple": lambda: weighted_mean(*silos.parents()),
     }
-    measured = _share(silos, bodies[body](), "head")
+    measured = _fit_and_measure(silos, bodies[body](), "head")
     return MethodSums(measured.sums, ("simple average",) if body == "simple" else (), measured.more)
