@@ -152,7 +152,7 @@ def test_a_method_of_another_package_is_measured_and_shown_by_its_label(
     compare: Callable[..., Compared],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    with pytest.raises(ValueError, match=r"'toy'.*best, ensemble, .*simple, .*transport"):
+    with pytest.raises(ValueError, match=r"'toy'.*best, .*ensemble, .*simple, .*transport"):
         parse_terms("toy")
     try:
 
