@@ -23,12 +23,13 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, TypeAdapter
+from pydantic import TypeAdapter
 
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.contract.plan_sections import Name, Sha256
 from gramfuse_protocol.errors import RefusalError
 from gramfuse_protocol.files import make_private_directory, write_private
+from gramfuse_protocol.frozen import Frozen
 from gramfuse_protocol.secure_sum.statements import Nonce, Sum
 
 RowHashes = NDArray[np.uint64]
@@ -40,17 +41,15 @@ InputKey = tuple[str | tuple[str, ...], str | None]
 SALT_BYTES = 32
 
 
-class Survivor(BaseModel):
+class Survivor(Frozen):
     """One silo of a sum: its name, its public key, and a digest of its terms in the plan."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     name: Name
     key: Sha256
     terms: Sha256
 
 
-class Cohort(BaseModel):
+class Cohort(Frozen):
     """The silos of a sum, and their plan.
 
     Args:
@@ -60,8 +59,6 @@ class Cohort(BaseModel):
         silo: this silo, which is in the sum.
         others: the other silos, in roster order.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     plan: Sha256
     reading: Sha256
@@ -103,7 +100,7 @@ class Cohort(BaseModel):
         return count + len(ours) + len(theirs)
 
 
-class Release(BaseModel):
+class Release(Frozen):
     """One sum that this silo signed.
 
     Args:
@@ -111,8 +108,6 @@ class Release(BaseModel):
         cohort: the silos in the sum, and their plan.
         rows: digest of this silo's rows in the sum (`Releases.keep_rows`).
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     round: int
     session: Nonce

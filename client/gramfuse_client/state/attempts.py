@@ -15,18 +15,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from gramfuse_protocol.contract.plan_sections import Sha256
 from gramfuse_protocol.errors import FailureError, SecurityError, disk_is_full
 from gramfuse_protocol.files import write_private
+from gramfuse_protocol.frozen import Frozen
 from gramfuse_protocol.messages.phases import Message
 from gramfuse_protocol.secure_sum.statements import Nonce
 
 log = logging.getLogger(__name__)
 
 
-class Attempt(BaseModel):
+class Attempt(Frozen):
     """One attempt.
 
     Args:
@@ -36,8 +37,6 @@ class Attempt(BaseModel):
         content: digest of the request's content.
         outcome: "begun" until the outcome is known; it stays so after a crash.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     round: int
     session: Nonce

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
@@ -29,6 +28,7 @@ from gramfuse_protocol.contract.layout import Layout, Slice, delta_block
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.errors import FederationError
 from gramfuse_protocol.files import make_private_directory, replacing, write_private
+from gramfuse_protocol.frozen import Frozen
 from gramfuse_protocol.secure_sum.statements import Sum
 from gramfuse_protocol.statistics.contribution import Statistics
 
@@ -38,7 +38,7 @@ HEAD = "head.safetensors"
 log = logging.getLogger(__name__)
 
 
-class Contributed(BaseModel):
+class Contributed(Frozen):
     """A silo's record of its contributions under a plan.
 
     Args:
@@ -49,8 +49,6 @@ class Contributed(BaseModel):
             (counts, and the Gram matrix after frozen layers), so two sums over different silos or data would reveal
             what one of them holds and the other does not.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     sessions: Mapping[int, tuple[str, ...]] = {}
     starts: Mapping[int, str] = {}
