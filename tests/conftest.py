@@ -71,7 +71,8 @@ def pico_tokenizer() -> PreTrainedTokenizerFast:
     return _tokenizer()
 
 
-def _save(model: Any, directory: Path) -> Path:
+def save_model(model: Any, directory: Path) -> Path:
+    """Save a model with a tokenizer for WORDS."""
     tokenizer = _tokenizer()
     model.resize_token_embeddings(len(tokenizer))
     model.save_pretrained(directory)
@@ -93,7 +94,7 @@ def pico_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
-    return _save(BertModel(config), tmp_path_factory.mktemp("pico-bert"))
+    return save_model(BertModel(config), tmp_path_factory.mktemp("pico-bert"))
 
 
 @pytest.fixture(scope="session")
@@ -113,7 +114,7 @@ def pico_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
         bos_token_id=2,
         eos_token_id=3,
     )
-    return _save(GPT2Model(config), tmp_path_factory.mktemp("pico-gpt2"))
+    return save_model(GPT2Model(config), tmp_path_factory.mktemp("pico-gpt2"))
 
 
 def messages(count: int, seed: int, favourite: str | None = None) -> list[dict[str, str]]:
@@ -197,6 +198,7 @@ name = "{name}"
 [model]
 base = "{base}"
 task = "classification"
+head = "same"
 labels = {json.dumps(LABELS)}
 max-length = 16
 

@@ -111,7 +111,9 @@ def base_of(plan: Plan, mode: str) -> dict[str, Any]:
         "layout_digest": DIGEST,
         "base": {"name": "bundled:minilm", "sha256": DIGEST},
         "auto_class": "AutoModelForSequenceClassification",
-        "head": plan.model.head,
+        "head": plan.model.head or "same",
+        "merged": "regmean",
+        "unfitted": None,
         "tasks": {name: task.task for name, task in plan.tasks.items()},
         "generation": {},
         "mode": mode,
@@ -217,7 +219,19 @@ def own_heads() -> tuple[dict[str, Any], Plan]:
 
 def merged_files() -> tuple[dict[str, Any], None]:
     report = base_of(plan_of(), "files")
-    for key in ("name", "auto_class", "head", "tasks", "generation", "identities", "lost", "models", "unmeasured"):
+    for key in (
+        "name",
+        "auto_class",
+        "head",
+        "tasks",
+        "generation",
+        "identities",
+        "merged",
+        "unfitted",
+        "lost",
+        "models",
+        "unmeasured",
+    ):
         del report[key]
     for key in ("rounds", "bytes", "bytes_to_silos"):
         del report[key]

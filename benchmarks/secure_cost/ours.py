@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gramfuse_client.state.masked_vector import BUFFER_WORDS, read_masked, write_masked
-from gramfuse_protocol.contract.layout import PIECE_BYTES, Layout
+from gramfuse_protocol.contract.form import PIECE_BYTES
+from gramfuse_protocol.contract.layout import Layout
 from gramfuse_protocol.contract.roster import Roster, smallest_threshold
 from gramfuse_protocol.messages import npy
 from gramfuse_protocol.messages.phases import MaskedReply

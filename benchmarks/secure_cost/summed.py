@@ -9,7 +9,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from gramfuse_protocol.contract.layout import Block, Group, Layout, Linear, Tensor
+from gramfuse_protocol.contract.form import Block
+from gramfuse_protocol.contract.layout import Group, Layout, Linear, Tensor
 from gramfuse_protocol.secure_sum.scales import Scale, scales
 
 Floats = NDArray[np.float64]

@@ -87,6 +87,11 @@ class Limits(Section):
     """`[limits]`: what this silo allows at most; it refuses more."""
 
     minimum_examples: Annotated[int, Field(ge=1)] = 100
+    minimum_label_examples: Annotated[int, Field(ge=1)] = 2
+    """Least training examples of a label for which they are in the sums that a head is fitted from.
+
+    For a label that only this silo has, the sum is this silo's own: the features of a single example, for instance.
+    """
     open_uploads: bool = False
     """Whether this silo may send its own statistics unmasked."""
     metrics: Literal["none", "sum", "silo"] = "sum"

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from gramfuse_protocol.contract.head_layout import HeadLayout
 from gramfuse_protocol.contract.layout import Layout, delta_block
 from gramfuse_protocol.errors import RefusalError
 
@@ -26,12 +27,16 @@ QUIETEST_BUFFER = 1.0
 """The same for a buffer: that of newly initialised running variances."""
 
 
-def changes(model: nn.Module, differences: Mapping[str, NDArray[Any]]) -> dict[str, float]:
+def changes(
+    model: nn.Module, differences: Mapping[str, NDArray[Any]], head: HeadLayout | None = None
+) -> dict[str, float]:
     """Return the relative change of each tensor: the norm of its difference over the norm of the base's tensor.
 
     Args:
         model: the base.
         differences: differences from the base by name of a parameter or buffer, in its shape.
+        head: the head that is fitted in closed form; it is omitted, because the base's random one says nothing about
+            its size.
 
     Returns:
         The root mean square of each difference, divided by the larger of QUIETEST and that of the base's tensor; NaN or
@@ -40,6 +45,8 @@ def changes(model: nn.Module, differences: Mapping[str, NDArray[Any]]) -> dict[s
     tensors, buffers = model.state_dict(), dict(model.named_buffers())
     relative = {}
     for name, difference in differences.items():
+        if head is not None and name in head.tensors:
+            continue
         base, quietest = tensors[name].cpu().numpy(), QUIETEST_BUFFER if name in buffers else QUIETEST
         if np.issubdtype(base.dtype, np.floating):
             relative[name] = _root_mean_square(difference) / max(_root_mean_square(base), quietest)
@@ -58,11 +65,12 @@ def check_changes(model: nn.Module, layout: Layout, arrays: Mapping[str, NDArray
         limit: the plan's `merge.maximum-change`.
 
     Raises:
-        RefusalError: if a tensor changes more than that; names the one that changes most.
+        RefusalError: if a tensor other than a fitted head changes more than that; names the one that changes most.
     """
-    relative = changes(model, {tensor.name: arrays[delta_block(tensor.name)] for tensor in layout.tensors})
-    worst = max(relative, key=lambda name: np.nan_to_num(relative[name], nan=np.inf))
-    if not relative[worst] <= limit:
+    differences = {tensor.name: arrays[delta_block(tensor.name)] for tensor in layout.tensors}
+    relative = changes(model, differences, layout.head)
+    worst = max(relative, key=lambda name: np.nan_to_num(relative[name], nan=np.inf), default=None)
+    if worst is not None and not relative[worst] <= limit:
         reason = (
             f"the received model changes tensor {worst!r} by {relative[worst]:.3g} times the base's norm; the plan "
             f"allows {limit:g} (merge.maximum-change)"

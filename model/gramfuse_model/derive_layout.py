@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from difflib import SequenceMatcher
 from fnmatch import fnmatchcase
+from glob import escape
 from types import NoneType
 from typing import Any, Literal, NamedTuple
 
-import torch
 from torch import nn
 
 from gramfuse_model.buffers import changed_by_training
+from gramfuse_model.derive_head import derive_head
+from gramfuse_model.exponents import exponents_of
 from gramfuse_model.heads import last_layer
 from gramfuse_model.layers import LinearModule, experts_of, linear_modules
 from gramfuse_model.loading.base_model import Base
@@ -24,13 +25,11 @@ from gramfuse_model.probing.rows import find_rows
 from gramfuse_protocol.arguments import check_argument
 from gramfuse_protocol.contract.coverage import family
 from gramfuse_protocol.contract.gram_structure import parse_structure
-from gramfuse_protocol.contract.layout import EXPONENT, Group, Layout, Linear, RowKind, SharedOutputs, Tensor
+from gramfuse_protocol.contract.head_layout import HeadLayout
+from gramfuse_protocol.contract.layout import Group, Layout, Linear, RowKind, SharedOutputs, Tensor
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.contract.plan_sections import Merge
 from gramfuse_protocol.errors import ModelError
-
-QUIETEST = 8
-"""Maximum number of powers of two by which a feature's scale may be below the largest in its group."""
 
 SUGGESTIONS = 3
 """Number of weights that an error suggests if a pattern matches none."""
@@ -50,15 +49,19 @@ def plan_layout(plan: Plan, base: Base, given: Layout | None = None) -> Layout:
     check_long_texts(plan, base)
     batch = public_batch(base)
     with trying(base, batch):
+        head = derive_head(base, batch, len(plan.model.labels)) if plan.fits_head else None
+        alone = head is not None and plan.training.epochs == 0
         layout = derive_layout(
             base.model,
             batch,
-            plan.merge.model_copy(update={"experts": plan.merge.experts_in(secure=plan.privacy.secure_aggregation)}),
+            _merge_of(plan, head),
             scaled=True,
-            shared=base.shared,
+            shared=frozenset(head.tensors) if head is not None and alone else base.shared,
             parts=parts,
             parted=last_layer(base.model, len(plan.model.labels)) if parts else frozenset(),
         )
+    if head is not None:
+        layout = _with_head(layout, head, [name for name, _ in base.model.named_parameters()] if alone else ())
     if given is not None and given.digest == plan.merge.layout and given.follows(layout):
         return given
     if plan.merge.layout is not None and layout.digest != plan.merge.layout:
@@ -67,6 +70,40 @@ def plan_layout(plan: Plan, base: Base, given: Layout | None = None) -> Layout:
             "both sides must run the same versions of gramfuse and transformers"
         )
     return layout
+
+
+def _merge_of(plan: Plan, head: HeadLayout | None) -> Merge:
+    """Return the settings by which a plan's layout is derived.
+
+    With a head that is fitted before training, the last layer is averaged: fewer silos may be in the statistics than in
+    the head's sums, and the Gram matrix of the same layer's inputs could then be subtracted.
+    """
+    changes: dict[str, Any] = {"experts": plan.merge.experts_in(secure=plan.privacy.secure_aggregation)}
+    if plan.training.epochs == 0:
+        return Merge(exclude=("*",))
+    if plan.merge.method == "average":
+        changes["exclude"] = ("*",)
+    elif head is not None and plan.model.head == "fitted":
+        changes["exclude"] = (*plan.merge.exclude, escape(head.weight))
+    return plan.merge.model_copy(update=changes)
+
+
+def _with_head(layout: Layout, head: HeadLayout, untrained: Iterable[str]) -> Layout:
+    """Return a layout with a head that is fitted.
+
+    Args:
+        untrained: names of parameters; those that are not the head's are frozen too.
+    """
+    frozen = next((name for name in head.tensors if name in layout.frozen), None)
+    if frozen is not None:
+        raise ModelError(
+            f"training.freeze freezes {frozen!r}, which the plan fits (model.head, merge.refit); exempt it, or use "
+            'model.head = "same" and merge.refit = false'
+        )
+    return Layout(
+        **{name: getattr(layout, name) for name in Layout.model_fields}
+        | {"head": head, "frozen": (*layout.frozen, *(name for name in untrained if name not in head.tensors))}
+    )
 
 
 def _parts(plan: Plan) -> tuple[SharedOutputs, ...]:
@@ -267,16 +304,8 @@ def _groups(
                 rows=probed.rows[weights[0]],
                 part=part,
                 experts=first.experts,
-                exponents=_exponents(probed.calls[weights[0]].power) if scaled else (),
+                exponents=exponents_of(probed.calls[weights[0]].power) if scaled else (),
             )
-
-
-def _exponents(power: torch.Tensor) -> tuple[int, ...]:
-    """Return each feature's smallest e with 2^e above its root mean square, but at least the largest e − QUIETEST."""
-    amplitudes = power.sqrt().tolist()
-    exponents = [math.frexp(amplitude)[1] if amplitude else -EXPONENT for amplitude in amplitudes]
-    floor = max(exponents) - QUIETEST
-    return tuple(min(EXPONENT, max(-EXPONENT, floor, exponent)) for exponent in exponents)
 
 
 def _structure(merge: Merge, weight: str, *, context_free: bool) -> str | None:

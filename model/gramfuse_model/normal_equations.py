@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from gramfuse_protocol.contract.layout import Block, Group, Layout, Linear, Tensor, delta_block, gram_block
+from gramfuse_protocol.contract.form import Block
+from gramfuse_protocol.contract.layout import Group, Layout, Linear, Tensor, delta_block, gram_block
 from gramfuse_protocol.statistics.contribution import Contribution, Float64
 
 
@@ -20,6 +21,7 @@ def summands(
     alpha: float,
     weighting: Literal["uniform", "examples"],
     silo: str | None = None,
+    counted: bool = True,
 ) -> Iterator[tuple[Block, Float64]]:
     """Yield the blocks of `layout.sums` for one silo, in order, float64 in the block's shape.
 
@@ -29,6 +31,7 @@ def summands(
 
     Args:
         silo: the silo's name; required if the layout has parts.
+        counted: whether to count examples and token rows; if not, these are 0.
 
     Source: Jin et al., "Dataless Knowledge Fusion by Merging Weights of Language Models", ICLR 2023, equation 2
     and section 3.3, written for the differences from a common base.
@@ -38,7 +41,8 @@ def summands(
     weights = [c if group.part is None else held[group.part] for group in layout.groups]
     blocks = iter(layout.sums)
     tokens = [contribution.tokens[group.name] if w else 0 for group, w in zip(layout.groups, weights, strict=True)]
-    yield next(blocks), np.array([c, contribution.examples, *tokens, *held], np.float64)
+    counts = (contribution.examples, *tokens) if counted else (0,) * (1 + len(tokens))
+    yield next(blocks), np.array([c, *counts, *held], np.float64)
     for group, weight in zip(layout.groups, weights, strict=True):
         yield next(blocks), group.blocks.pack(part.numpy() for part in _weighted(group, contribution, alpha, weight))
     for group, weight in zip(layout.groups, weights, strict=True):

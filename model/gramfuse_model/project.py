@@ -52,8 +52,9 @@ class Project:
         """Return the locked plan and its layout, derived from the local base model.
 
         A locked plan is checked against the base model. Any other plan is locked in memory, with the newest commit of a
-        hub model unless it names one.
+        hub model unless it names one, and with a fitted head where that is possible unless it says otherwise.
         """
+        from gramfuse_model.derive_head import suits_fit
         from gramfuse_model.derive_layout import plan_layout
         from gramfuse_model.loading.base_model import load_base
         from gramfuse_model.probing.lengths import check_lengths
@@ -66,12 +67,14 @@ class Project:
             check_suitable(silo_base, self.plan.task_of(silo))
             check_answers(silo_base)
         given = Layout.read(self.layout_path) if self.plan.locked and self.layout_path.exists() else None
-        layout = plan_layout(self.plan, base, given)
-        return self.plan if self.plan.locked else self.plan.pinned(base.pins, layout.digest), layout
+        plan = self.plan.with_head("fitted" if suits_fit(self.plan, base) else "same")
+        layout = plan_layout(plan, base, given)
+        return plan if plan.locked else plan.pinned(base.pins, layout.digest), layout
 
     def write_lock(self, plan: Plan, layout: Layout) -> None:
-        """Write the digests into plan.toml, keeping its comments, and the layout next to it."""
+        """Write digests and head into plan.toml, keeping its comments, and the layout next to it."""
         document = tomlkit.parse(read_text(self.plan_path))
+        document["model"] |= {"head": plan.model.head}
         document["model"] |= {key: value for key, value in plan.pins._asdict().items() if value is not None}
         document.setdefault("merge", tomlkit.table())["layout"] = plan.merge.layout
         for path, text in ((self.layout_path, layout.to_json() + "\n"), (self.plan_path, tomlkit.dumps(document))):

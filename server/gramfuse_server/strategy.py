@@ -24,7 +24,8 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
-from gramfuse_protocol.contract.layout import Layout, Slice
+from gramfuse_protocol.contract.form import Slice
+from gramfuse_protocol.contract.layout import Layout
 from gramfuse_protocol.errors import ContributionError, FederationError, GramfuseError
 from gramfuse_protocol.messages.flower_records import from_record
 from gramfuse_protocol.messages.phases import StatisticsBody

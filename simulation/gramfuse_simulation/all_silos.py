@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
     from gramfuse_client.data.batches import Encoded
     from gramfuse_client.data.examples import Examples
-    from gramfuse_client.measuring.head_sums import Pooling
     from gramfuse_client.silo_file import Silo
     from gramfuse_client.tasks.registry import Variant
+    from gramfuse_model.head_features import Pooling
     from gramfuse_model.loading.base_model import Base
     from gramfuse_model.probing.batch import Batch
     from gramfuse_protocol.statistics.head_sums import HeadSums
@@ -185,9 +185,9 @@ class Bench:
         """
         import torch
 
-        from gramfuse_client.measuring.head_sums import features_of
         from gramfuse_client.training.evaluate import count
         from gramfuse_client.training.outputs import Outputs
+        from gramfuse_model.head_features import features_of
 
         total: Sums = np.zeros(sums_shape(self.task), np.float64)
         with self.model(deltas) as model:

@@ -111,7 +111,7 @@ def simulate(spec: dict[str, Any]) -> Report:
         from gramfuse_client.exchange.local_model import Workbench
 
         silo = simulated_silo(files[name], spec["state"], plan.digest)
-        state = State(silo.state, plan.digest, plan.merge.rounds)
+        state = State(silo.state, plan.digest, plan.trained_session)
         Workbench(silo, plan).finish(layout, arrays, state, directory)
 
     def observe(event: dict[str, Any]) -> None:
@@ -168,7 +168,7 @@ def study_of(spec: dict[str, Any], plan: Plan, layout: Layout) -> Study | None:
     from gramfuse_simulation.tuning import Wanted, tune
 
     def study(survivors: tuple[str, ...], merged: Merged, observer: Observer) -> tuple[Merged, Studied]:
-        laboratory = laboratory_of(spec, plan, layout, plan.merge.rounds, survivors)
+        laboratory = laboratory_of(spec, plan, layout, plan.trained_session or 1, survivors)
         studied = Studied()
         if spec["tune"]:
             merged, studied = tune(laboratory, Wanted(**spec["tune"]), merged, observer)
@@ -183,7 +183,7 @@ def study_of(spec: dict[str, Any], plan: Plan, layout: Layout) -> Study | None:
 def laboratory_of(
     spec: dict[str, Any], plan: Plan, layout: Layout, number: int, survivors: tuple[str, ...]
 ) -> AllSilos:
-    """Return the laboratory of a round and the silos in its merge, from the silos' state on disk."""
+    """Return the laboratory of a session and the silos in its merge, from the silos' state on disk."""
     from gramfuse_client.state.state import State
     from gramfuse_simulation.all_silos import AllSilos
 

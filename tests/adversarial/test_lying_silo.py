@@ -24,7 +24,8 @@ from gramfuse_client.state.state import State
 from gramfuse_model import normal_equations as sums
 from gramfuse_model.loading.base_model import Base, load_base
 from gramfuse_model.project import Project
-from gramfuse_protocol.contract.layout import Block, Layout, delta_block
+from gramfuse_protocol.contract.form import Block
+from gramfuse_protocol.contract.layout import Layout, delta_block
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.errors import MergeError
 from gramfuse_protocol.messages import phases as m
@@ -88,7 +89,7 @@ class Site:
         accumulator.load(total, SILOS)
         merged = accumulator.merge()
         checks = check_merge(accumulator, merged, plan, plan.names)
-        checks += check_model(self.base.model, merged, plan.merge.maximum_change)
+        checks += check_model(self.base.model, merged, self.layout, plan.merge.maximum_change)
         first: dict[str, Check] = {}
         for check in checks:
             first.setdefault(check.name, check)

@@ -181,7 +181,7 @@ def test_what_a_body_has_beside_the_shared_part_is_pinned_too(
     """Silos keep what not all tasks have. Files in which that part is saturated let no gradient through to the rest."""
     project = pico_project(silos=2)
     text = project.plan.read_text(encoding="utf-8")
-    first, _, rest = text.partition('task = "classification"\n')
+    first, _, rest = text.partition('task = "classification"\nhead = "same"\n')
     labels, _, rest = rest.partition("max-length = 16\n")
     tasks = f'head = "own"\n[[task]]\nname = "topics"\ntask = "classification"\n{labels}max-length = 16\n'
     tasks += '[[task]]\nname = "names"\ntask = "token-classification"\nlabels = ["O", "B-X", "I-X"]\nmax-length = 16\n'

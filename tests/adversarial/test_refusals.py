@@ -64,13 +64,13 @@ def test_a_round_that_this_silo_did_not_come_to_is_not_begun(liar: MakeLiar, det
     later = lied.about(number=2)
     lied.join(A, later)
     reply = lied.train(A, later, detector.model(lied.zero(), min(words_of(lied, A)), 5e19))
-    assert (reply.error, "previous round" in reply.reason) == ("RefusalError", True)
+    assert (reply.error, "previous session" in reply.reason) == ("RefusalError", True)
     assert not lied.state(A, 2).trained
     lied.contribute(lied.about())
     later = lied.about(SECOND, 2)
     lied.join(A, later)
     reply = lied.train(A, later, lied.zero())  # contributed, but given no model
-    assert (reply.error, "previous round" in reply.reason) == ("RefusalError", True)
+    assert (reply.error, "previous session" in reply.reason) == ("RefusalError", True)
 
 
 @pytest.mark.parametrize("size", [1e30, 1e19, 3e4])

@@ -138,7 +138,7 @@ def test_files_are_tuned_and_the_model_is_that_of_merge_with_what_was_chosen(
     [
         (True, (), ["secure-aggregation", "Agree on merge.alpha before the run", "--open"]),
         (False, ("--set", "privacy.metrics=none"), ["held-out metrics", "privacy.metrics=sum"]),
-        (False, ("--set", "merge.rounds=2"), ["one exchange", "merge.rounds=1"]),
+        (False, ("--set", "merge.rounds=2"), ["one round", "merge.rounds=1"]),
     ],
     ids=["secure", "no metrics", "rounds"],
 )

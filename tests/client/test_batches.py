@@ -22,9 +22,9 @@ from gramfuse_client.data.examples import Examples
 from gramfuse_client.tasks.registry import at_silo
 from gramfuse_client.training.evaluate import count, rows
 from gramfuse_client.training.finetune import finetune
-from gramfuse_client.training.outputs import Outputs, inputs_of
+from gramfuse_client.training.outputs import Outputs
 from gramfuse_model.loading.base_model import load_base
-from gramfuse_model.probing.batch import IGNORED
+from gramfuse_model.probing.batch import IGNORED, inputs_of
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.contract.plan_sections import Training
 from gramfuse_protocol.contract.task import MaskedTask, Task

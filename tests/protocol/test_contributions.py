@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from gramfuse_protocol.contract.layout import Group, Layout, Linear, Slice, Tensor
+from gramfuse_protocol.contract.form import Slice
+from gramfuse_protocol.contract.layout import Group, Layout, Linear, Tensor
 from gramfuse_protocol.errors import ContributionError
 from gramfuse_protocol.statistics.contribution import check_counts, check_slices
 

@@ -11,7 +11,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gramfuse_model.normal_equations import summands
-from gramfuse_protocol.contract.layout import EXPONENT, Group, Layout, Linear, Tensor
+from gramfuse_protocol.contract.form import EXPONENT
+from gramfuse_protocol.contract.layout import Group, Layout, Linear, Tensor
 from gramfuse_protocol.errors import ContributionError
 from gramfuse_protocol.secure_sum.fixed_point import capacity, decode, encode
 from gramfuse_protocol.secure_sum.scales import scales, spread

@@ -63,7 +63,7 @@ DOCUMENT = (
     '"structure":"block:4","weights":['
     '{"d_out":3,"transposed":true,"weight":"q.weight"},{"d_out":2,"transposed":true,"weight":"k.weight"}]},'
     '{"d_in":5,"experts":null,"exponents":[],"name":"ü","part":null,"rows":["input"],'
-    '"structure":"full","weights":[{"d_out":1,"transposed":false,"weight":"c.weight"}]}],"parts":[],'
+    '"structure":"full","weights":[{"d_out":1,"transposed":false,"weight":"c.weight"}]}],"head":null,"parts":[],'
     '"tensors":[{"buffer":false,"context_free":true,"merge":"regmean","name":"q.weight","parted":false,"shape":[3,6],"unmatched":false},'
     '{"buffer":false,"context_free":true,"merge":"regmean","name":"k.weight","parted":false,"shape":[2,6],"unmatched":false},'
     '{"buffer":false,"context_free":false,"merge":"mean","name":"scale","parted":false,"shape":[],"unmatched":false},'

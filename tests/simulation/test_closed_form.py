@@ -48,8 +48,7 @@ def features(silos: AllSilos, deltas: Any, part: int, pooling: str) -> tuple[np.
 
 def accuracy(silos: AllSilos, deltas: Any, pooling: str = "head") -> float:
     x, y = features(silos, deltas, 0, pooling)
-    one_hot = np.eye(len(silos.plan.task_of("silo-a").labels))[y]
-    head = fit_head(HeadSums(x.T @ x, x.T @ one_hot, one_hot.sum(axis=0)), prior=True)
+    head = fit_head(HeadSums.of(x, y, len(silos.plan.task_of("silo-a").labels)), prior=True)
     x, y = features(silos, deltas, 1, pooling)
     return float(((x @ head.weight.T + head.bias).argmax(axis=1) == y).mean())
 

@@ -54,6 +54,9 @@ def init(directory: Path, targets: str | None, text: str, label: str, as_json: b
     if lines is not None:
         say(f"  name the silos' data in {directory}/silos/*.toml; the demo's data are not for regression")
     say(f"  gramfuse plan show {directory}", f"  gramfuse simulate {directory}", copied=True)
+    if lines is None:
+        say("  or first, in seconds, only a head in closed form on the base model, without fine-tuning:")
+        say(f"  gramfuse simulate {directory} --set training.epochs=0", copied=True)
 
 
 def _target_lines(source: str, text: str, label: str) -> tuple[str, ...]:
@@ -78,6 +81,7 @@ def _target_lines(source: str, text: str, label: str) -> tuple[str, ...]:
 def _convert_to_regression(plan: Path, lines: tuple[str, ...]) -> None:
     """Turn the demo's plan into one for regression; keep its comments."""
     text = plan.read_text(encoding="utf-8").replace('task = "classification"', 'task = "regression"', 1)
+    text = text.replace('head = "fitted"', 'head = "same"', 1)
     labels = next(line for line in text.splitlines() if line.startswith("labels = "))
     centre, scale, span = lines
     commented = (

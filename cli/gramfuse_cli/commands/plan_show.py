@@ -18,6 +18,7 @@ from gramfuse_protocol.contract.layout import ITEM_BYTES, Layout
 from gramfuse_protocol.contract.node_key import fingerprint
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.contract.roster import tolerated
+from gramfuse_protocol.contract.stages import describe_stage
 from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.contract.who_sees_what import SHOWN, seen
 from gramfuse_protocol.held_out.noise import DELTA, spent
@@ -79,9 +80,7 @@ def _show_model(plan: Plan, preview: dict[str, Any]) -> None:
     cost = preview["cost"]
     say(
         "",
-        f"Each silo sends {cost['upload_bytes'] / 1e6:.1f} MB (Gram matrices {cost['gram_bytes'] / 1e6:.1f}, "
-        f"differences {cost['delta_bytes'] / 1e6:.1f}{_products(cost)}): "
-        f"about {cost['upload_seconds']:.0f} s at 20 MB/s.",
+        *_uploads(cost),
         f"Each silo needs {cost['silo_memory_bytes'] / 1e6:.0f} MB of memory besides training; Gram matrices of "
         f"{plan.merge.tokens:,} tokens, the plan's maximum, take about {cost['gram_seconds']:.0f} s on this machine.",
         f"The coordinator holds {cost['coordinator_memory_bytes'] / 1e6:.0f} MB of sums in memory, whatever the number "
@@ -109,6 +108,7 @@ SINGLE_EXPERTS = (
 """Shown for a secure plan with Gram matrices of experts."""
 
 HEADS = {
+    "fitted": "an exchange before training fits it in closed form; all silos start from it, and it is averaged",
     "same": "all silos start from the same head, and it is merged",
     "different": "each silo starts from its own head, and the heads are merged",
     "own": "each silo keeps its own head; only bodies are merged, and the coordinator writes a body",
@@ -128,7 +128,7 @@ def _tasks(plan: Plan) -> list[str]:
         for silo in plan.silo
         if silo.labels
     ]
-    return [*lines, f"head {plan.model.head}: {HEADS[plan.model.head]}"]
+    return [*lines, f"head {plan.model.head}: {HEADS[plan.model.head or 'same']}"]
 
 
 def _targets(task: Task) -> str:
@@ -185,6 +185,19 @@ def _noise(plan: Plan) -> str:
     )
 
 
+def _uploads(cost: dict[str, Any]) -> list[str]:
+    """Describe what each silo sends in each exchange; rounds of training send equally much."""
+    parts = (
+        f" (Gram matrices {cost['gram_bytes'] / 1e6:.1f}, differences {cost['delta_bytes'] / 1e6:.1f}{_products(cost)})"
+    )
+    lines = []
+    for exchange in cost["exchanges"]:
+        where = f"In {exchange['name']}, each silo" if len(cost["exchanges"]) > 1 else "Each silo"
+        size, detail = exchange["upload_bytes"], parts if exchange["work"] == "train" else ""
+        lines.append(f"{where} sends {size / 1e6:.1f} MB{detail}: about {size / 20e6:.0f} s at 20 MB/s.")
+    return lines
+
+
 def _products(cost: dict[str, Any]) -> str:
     return f", products {cost['product_bytes'] / 1e6:.1f}" if cost["product_bytes"] else ""
 
@@ -210,7 +223,17 @@ def _preview(project: Project, plan: Plan, layout: Layout) -> dict[str, Any]:
     delta_entries = sum(block.entries for block in layout.blocks) - gram_entries
     secure = plan.privacy.secure_aggregation
     item = 8 if secure else ITEM_BYTES
-    upload = layout.upload_bytes(masked=secure)
+    sizes = [stage.form(layout).upload_bytes(masked=secure) for stage in plan.stages]
+    exchanges = [
+        {
+            "work": stage.work,
+            "round": stage.round,
+            "name": describe_stage(stage),
+            "upload_bytes": size,
+        }
+        for stage, size in zip(plan.stages, sizes, strict=True)
+    ]
+    upload = sum(sizes)
     flops = sum(2 * count * width * width for group in layout.groups for _, count, width in group.blocks.parts)
     return {
         "plan_digest": plan.digest,
@@ -255,15 +278,16 @@ def _preview(project: Project, plan: Plan, layout: Layout) -> dict[str, Any]:
         "frozen": list(layout.frozen),
         "kept": {task: list(names) for task, names in kept_parameters(plan, project.directory).items()},
         "cost": {
+            "exchanges": exchanges,
             "upload_bytes": upload,
             "gram_bytes": item * gram_entries,
             "delta_bytes": item * delta_entries,
             "product_bytes": item * products if secure else 0,
             "upload_seconds": upload / 20e6,
-            "gram_seconds": flops * plan.merge.tokens / _flops_per_second(),
+            "gram_seconds": flops * plan.merge.tokens / _flops_per_second() if plan.training.epochs else 0.0,
             "silo_memory_bytes": statistics_memory(layout),
             "coordinator_memory_bytes": 8 * (gram_entries + products + delta_entries),
-            "coordinator_disk_bytes": len(plan.silo) * upload,
+            "coordinator_disk_bytes": len(plan.silo) * max(sizes),
         },
     }
 

@@ -132,7 +132,7 @@ def tune(
         say(f"left out {len(report.left_out)} bad rows:", *report.left_out, err=True)
     if report.tuning is not None:
         show_tuning(report.tuning)
-    show_models(report, "test examples")
+    show_models(report, on="test examples")
     show_steps(report.solve)
     show_checks(report)
     say("", str(out))
@@ -156,8 +156,13 @@ def check_tunable(plan: Plan) -> None:
             'tune compares merges by held-out metrics, but under privacy.metrics = "none" silos send none; '
             "use --set privacy.metrics=sum"
         )
-    if plan.merge.rounds > 1:
-        raise PlanError("tune works on one exchange; use --set merge.rounds=1, and then the α that it finds")
+    if plan.merge.rounds > 1 or plan.merge.refit or not plan.training.epochs:
+        raise PlanError(
+            "tune works on the merge of one round of training; use --set merge.rounds=1 --set merge.refit=false, and "
+            "then the α that it finds"
+        )
+    if plan.merge.method != "regmean":
+        raise PlanError('tune searches α, and merge.method = "average" has none; use --set merge.method=regmean')
 
 
 def show_tuning(tuning: Tuning) -> None:

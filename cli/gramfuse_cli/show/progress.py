@@ -38,8 +38,7 @@ class RunProgress:
         match event["state"]:
             case "start":
                 self.phase = phase
-                number = f" (round {event['round']} of {event['rounds']})" if "round" in event else ""
-                self._say(f"{PHASE_TITLES[phase]}{number}", "bold")
+                self._say(f"{self._title(event)}{self._place(event)}", "bold")
                 if phase == "train":
                     self._bars = {s: self._progress.add_task(s, total=None, doing="") for s in self.silos}
             case "silo":
@@ -67,6 +66,22 @@ class RunProgress:
             if note is not None:
                 doing = {"train": "training", "measure": "measuring"}.get(note["phase"], note["phase"])
                 self._progress.update(bar, completed=note["done"], total=note["total"], doing=doing)
+
+    @staticmethod
+    def _title(event: Mapping[str, Any]) -> str:
+        heads = event["phase"] == "train" and event.get("work", "train") != "train"
+        return "silos measure features, for the head" if heads else PHASE_TITLES[event["phase"]]
+
+    @staticmethod
+    def _place(event: Mapping[str, Any]) -> str:
+        """Return where in a run of several sessions an event is, in brackets."""
+        match event.get("work"):
+            case "fit":
+                return " (fit of the head)"
+            case "refit":
+                return " (second fit of the head)"
+            case _:
+                return f" (round {event['round']} of {event['rounds']})" if "round" in event else ""
 
     def _silo(self, event: Mapping[str, Any]) -> None:
         silo = event["silo"]

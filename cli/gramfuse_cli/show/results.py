@@ -7,7 +7,9 @@ from pathlib import Path
 
 from gramfuse_deployment.terminal import Table, say, say_text, show_json
 from gramfuse_protocol.contract import who_sees_what
+from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.errors import MergeError
+from gramfuse_server.report.page.view import Reading
 from gramfuse_server.report.page.words import (
     MERGES,
     columns,
@@ -20,7 +22,7 @@ from gramfuse_server.report.page.words import (
 )
 from gramfuse_server.report.schema import Measured, Report, Step
 from gramfuse_server.report.verdicts import describe_bad, worst
-from gramfuse_server.run_directory import PAGE, REPORT
+from gramfuse_server.run_directory import PAGE, PLAN, REPORT
 
 
 def show_report(report: Report, run: Path, as_json: bool) -> None:
@@ -37,9 +39,11 @@ def show_report(report: Report, run: Path, as_json: bool) -> None:
         show_json({**report.document(), "run": str(run)})
         return
     if report.models:
-        show_models(report)
+        show_models(report, _plan_of(run))
     else:
         say(f"No metrics: {report.unmeasured}", style="yellow")
+    if report.unfitted:
+        say(f"The head was not fitted again: {report.unfitted}", style="yellow")
     for lost in report.lost:
         say(f"Lost during the run: {lost.name}: {lost.reason}", style="yellow")
     show_steps(report.solve)
@@ -78,15 +82,21 @@ def show_checks(report: Report, *, err: bool = False) -> None:
             say(explain_check(check), style="bold red" if check.verdict == "bad" else "yellow", err=err)
 
 
-def show_models(report: Report, on: str = "held-out examples of all silos together") -> None:
+def _plan_of(run: Path) -> Plan:
+    return Plan.read(run / PLAN)
+
+
+def show_models(report: Report, plan: Plan | None = None, on: str = "held-out examples of all silos together") -> None:
     """Print all measured models and their metrics; for rounds before the last, only the merged models.
 
     Args:
+        plan: of the run; None for files.
         on: the examples that they were measured on.
     """
-    earlier, last = report.rounds[:-1], report.rounds[-1].round if report.rounds else 1
-    models = [(model.without_noise, entry.round) for entry in earlier for model in entry.models if model.kind in MERGES]
-    models += [(model.without_noise, last) for model in report.models]
+    reading = Reading(report, plan)
+    last = reading.session(reading.first) if reading.earlier else ""
+    models = [(model, place) for place, model in reading.earlier]
+    models += [(model, last if model.kind in MERGES else "") for model in reading.models]
     measured = models[-1][0]
     about = "about " if measured.privacy is not None else ""
     say(f"On the {about}{measured.metrics['examples']:,.0f} {on}:")
@@ -96,11 +106,10 @@ def show_models(report: Report, on: str = "held-out examples of all silos togeth
     table.column("model", fold=True)
     for title in titles:
         table.column(title, justify="right", fold=True)
-    for (model, number), row in zip(models, rows, strict=True):
-        style = "bold" if model.kind == "regmean" else ""
+    for (model, place), row in zip(models, rows, strict=True):
+        style = "bold" if model.kind == reading.merged else ""
         cells = [f"{row[title]:.3f}{_spread(model, title)}" if title in row else "" for title in titles]
-        name = name_of(model)
-        table.row(f"{name}, round {number}" if earlier and model.kind in MERGES else name, *cells, style=style)
+        table.row(name_of(model) + (f", {place}" if place else ""), *cells, style=style)
     table.show()
     if (sentence := noise(report, ranked_by(report.tasks))) is not None:
         say(sentence)

@@ -13,8 +13,7 @@ from torch.utils.data import Dataset
 
 from gramfuse_client.data.examples import Examples
 from gramfuse_client.tasks.registry import at_silo
-from gramfuse_client.training.outputs import ANSWERS
-from gramfuse_model.probing.batch import IGNORED, Batch
+from gramfuse_model.probing.batch import ANSWERS, IGNORED, Batch
 from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.errors import DataError
 

@@ -135,18 +135,19 @@ def _counted(number: int, noun: str) -> str:
 
 def check_disk(findings: Findings, silo: Silo, plan: Plan, layout: Layout, base: Base | None) -> None:
     """Check whether the state's disk has space for a run."""
-    statistics = layout.contribution_bytes
-    masked = 8 * layout.sum_entries if plan.privacy.secure_aggregation else 0
+    forms = [stage.form(layout) for stage in plan.stages]
+    statistics = max(form.contribution_bytes for form in forms)
+    masked = 8 * max(form.sum_entries for form in forms) if plan.privacy.secure_aggregation else 0
     finished = _bytes_of(base) if plan.model.head == "own" and base is not None else 0
     start = ITEM_BYTES * sum(piece.block.entries for piece in layout.deltas)
-    later = (plan.merge.rounds - 1) * (statistics + start)
+    later = (len(forms) - 1) * (statistics + start)
     needed = 2 * statistics + later + masked + 2 * finished + ROOM_BYTES
     where = _nearest(silo.state.resolve())
     free = shutil.disk_usage(where).free
     about = (
         f"{_mb(free)} free at {where}; a run can need {_mb(needed)}: statistics with fine-tuned weights "
         f"{_mb(statistics)}, twice while they are replaced; "
-        f"{f'statistics and start models of later rounds {_mb(later)}; ' if later else ''}"
+        f"{f'statistics and start models of later exchanges {_mb(later)}; ' if later else ''}"
         f"{f'masked vector {_mb(masked)}; ' if masked else ''}"
         f"{f'finished model {_mb(finished)}, twice while it is replaced; ' if finished else ''}"
         f"other files {_mb(ROOM_BYTES)}"

@@ -14,6 +14,7 @@ from gramfuse_client.guard import policy
 from gramfuse_client.guard.releases import Cohort, Releases
 from gramfuse_client.silo_file import Silo
 from gramfuse_client.state.state import Contributed, State
+from gramfuse_protocol.contract import stages
 from gramfuse_protocol.contract.layout import Layout
 from gramfuse_protocol.contract.node_key import fingerprint
 from gramfuse_protocol.contract.plan import Plan
@@ -184,7 +185,10 @@ def check_releases(findings: Findings, silo: Silo, plan: Plan, examples: Example
             findings.skip("earlier sums", f"this silo was in {len(earlier)}; its data were not read")
             return
         cohort = Cohort.of(plan, silo.name, plan.names)
-        conflict = releases.conflict(releases.rows(examples.input_keys), "statistics", cohort)
+        rows = releases.rows(examples.input_keys)
+        subjects = dict.fromkeys(stages.subject(plan, stage, "statistics") for stage in plan.stages)
+        conflicts = (releases.conflict(rows, about, cohort) for about in subjects)
+        conflict = next((conflict for conflict in conflicts if conflict), None)
     except (OSError, ValueError, PlanError) as error:
         findings.problem(
             "earlier sums",
@@ -231,7 +235,7 @@ def check_keys(findings: Findings, silo: Silo, plan: Plan | None) -> None:
 
 def check_size(findings: Findings, silo: Silo, plan: Plan, layout: Layout) -> None:
     """Check the size of one contribution."""
-    size, most = layout.upload_bytes(masked=plan.privacy.secure_aggregation), silo.file.limits.maximum_bytes
+    size, most = policy.largest_upload(plan, layout), silo.file.limits.maximum_bytes
     try:
         policy.check_bytes(silo, plan, layout)
         findings.ok("size", f"a contribution has {size:,} bytes" + (f", of {most:,} allowed" if most else ""))

@@ -6,7 +6,8 @@ Flower starts a new process for every message. Only three phases use this module
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from gramfuse_client.data.batches import Encoded, batches
 from gramfuse_client.data.examples import Examples
 from gramfuse_client.dry_run.of_machine import lacking_memory
 from gramfuse_client.measuring.collect import collect_statistics
+from gramfuse_client.measuring.head_sums import collect_head_sums
 from gramfuse_client.silo_file import Silo
 from gramfuse_client.state.state import State
 from gramfuse_client.training.evaluate import evaluate, evaluate_for_sum
@@ -32,7 +34,7 @@ from gramfuse_model.rescaling import fold
 from gramfuse_protocol.contract.layout import Layout, delta_block
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.contract.task import Task
-from gramfuse_protocol.errors import ContributionError, RefusalError
+from gramfuse_protocol.errors import ContributionError, DataError, RefusalError
 from gramfuse_protocol.files import make_private_directory
 from gramfuse_protocol.held_out.metrics import Sums
 from gramfuse_protocol.statistics.contribution import Statistics
@@ -91,13 +93,40 @@ class Workbench:
         """Fine-tune on the silo's examples and measure.
 
         Args:
-            start: the model that a later round starts from, as differences from the base (`delta:<parameter>`,
-                float32); empty in the first round.
+            start: the model that a later session starts from, as differences from the base (`delta:<parameter>`,
+                float32); empty in the first.
         """
         base = self._base()
         if start:
             add_differences(base.model, _by_parameter(layout, start))
         return train(self.silo, self.plan, layout, base, examples, state)
+
+    def measure_head(
+        self, layout: Layout, examples: Examples, state: State, start: Mapping[str, NDArray[Any]]
+    ) -> Statistics:
+        """Sum the moments of the features of the silo's examples, from which a head is fitted.
+
+        Examples of labels with fewer than `limits.minimum-label-examples` are left out.
+
+        Args:
+            start: the model whose features count, as differences from the base (`delta:<parameter>`, float32); empty
+                for the base.
+        """
+        base, head = self._base(), layout.head
+        assert head is not None  # noqa: S101  # the stage has its form
+        if start:
+            add_differences(base.model, _by_parameter(layout, start))
+        device = choose_device(self.silo.file.device)
+        kept = examples.take(frequent(examples.labels, self.silo.file.limits.minimum_label_examples))
+        encoded, model = Encoded(kept, base.tokenizer, self.task), base.model.to(device)
+        total = -(-len(encoded) // EVALUATION_BATCH)
+        sums = collect_head_sums(
+            model,
+            batches(encoded, EVALUATION_BATCH, device, by_length=True),
+            head.labels,
+            progress=lambda done: state.progress("measure", done, total),
+        )
+        return Statistics(len(kept), {}, sums.blocks(head))
 
     def evaluate(
         self,
@@ -160,6 +189,22 @@ class Workbench:
         return loaded or load_base(self.plan, self.silo.project, silo=self.silo.name, override=self.silo.base)
 
 
+def frequent(labels: Sequence[Any], least: int) -> list[int]:
+    """Return the indices of the examples whose label at least so many examples have.
+
+    Raises:
+        DataError: if there are none.
+    """
+    counts = Counter(labels)
+    indices = [index for index, label in enumerate(labels) if counts[label] >= least]
+    if not indices:
+        raise DataError(
+            f"no label has {least} training examples or more ('limits.minimum-label-examples'), so none can be in the "
+            "sums that a head is fitted from"
+        )
+    return indices
+
+
 def save_privately(base: Base, task: Task, directory: Path) -> None:
     """Write or replace a model that only its owner can read; it predicts targets on the data's own scale."""
     fold(base.model, task)
@@ -196,14 +241,14 @@ def train(
     encoded = Encoded(examples, base.tokenizer, plan.task_of(silo.name))
     before = trainable(base.model)
     if state is None or state.round == 1:
-        if plan.model.head != "same":
+        if plan.model.head in ("different", "own"):
             set_values(base.model, own_head(plan, silo.project, silo.name, override=silo.base))
     elif plan.model.head == "own":
         set_values(base.model, state.head(before=True))
     finetune(
         base.model,
         encoded,
-        plan.training.in_round(1 if state is None else state.round),
+        plan.training.in_round(1 if state is None else plan.stage(state.round).round),
         device,
         progress=None if state is None else lambda done, total: state.progress("train", done, total),
         owner=silo.name,

@@ -25,6 +25,7 @@ from gramfuse_model.heads import head_parameters
 from gramfuse_model.loading.base_model import load_base
 from gramfuse_protocol.contract.layout import Layout
 from gramfuse_protocol.contract.plan import Plan
+from gramfuse_protocol.contract.stages import describe_stage
 from gramfuse_protocol.errors import PlanError, RefusalError, RunDirectoryError
 from gramfuse_protocol.files import exclusive, make_private_directory
 from gramfuse_protocol.statistics.about import own_block
@@ -55,10 +56,11 @@ def contribute(silo: Silo, plan: Plan, layout: Layout, path: Path, state: State)
             "the plan masks statistics (privacy.secure-aggregation = true), but a file is not masked; agree on a plan "
             "with secure-aggregation = false, or take part over the network"
         )
-    if plan.merge.rounds > 1:
+    if len(plan.stages) > 1 or plan.stages[0].fits_head:
         raise PlanError(
-            f"the plan has {plan.merge.rounds} exchanges (merge.rounds), but a file carries only one; agree on a plan "
-            "with one"
+            f"the plan has {len(plan.stages)} exchanges: {', '.join(map(describe_stage, plan.stages))}; a file has "
+            'only the statistics of one round; agree on a plan with merge.rounds = 1, model.head = "same" and '
+            "merge.refit = false"
         )
     check_plan(silo, plan)
     if path.exists():

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import secrets
+from collections.abc import Mapping
 from contextlib import nullcontext
 from datetime import datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gramfuse_client.data.examples import load
 from gramfuse_client.exchange.secure_phases import Membership, check_range
@@ -20,6 +22,8 @@ from gramfuse_client.state.state import MeasuredOn, State
 from gramfuse_protocol.canonical import text_digest
 from gramfuse_protocol.contract.layout import Layout
 from gramfuse_protocol.contract.plan import Plan
+from gramfuse_protocol.contract.stages import describe_stage
+from gramfuse_protocol.contract.whole_model import with_zeros
 from gramfuse_protocol.errors import (
     DataError,
     FailureError,
@@ -32,7 +36,6 @@ from gramfuse_protocol.files import exclusive
 from gramfuse_protocol.held_out.metrics import sums_shape
 from gramfuse_protocol.held_out.noise import noisy_words
 from gramfuse_protocol.messages.phases import (
-    MERGED,
     EvaluateReply,
     EvaluateRequest,
     FinishReply,
@@ -55,9 +58,21 @@ if TYPE_CHECKING:
     from gramfuse_client.exchange.local_model import Workbench
 
 NOTHING_SENT = "0" * 64
-"""Content digest of an attempt whose request contains no model: training in the first round, and uploads."""
+"""Content digest of an attempt whose request contains no model: work in the first session, and uploads."""
 
 log = logging.getLogger(__name__)
+
+
+class WholeModel(NamedTuple):
+    """A model that the coordinator sent.
+
+    Args:
+        arrays: differences from the base of all the layout's tensors, by block name.
+        digest: its `model_digest`.
+    """
+
+    arrays: Mapping[str, NDArray[Any]]
+    digest: str
 
 
 class Participant:
@@ -123,7 +138,7 @@ class Participant:
         check_plan(self.silo, plan)
         if text_digest(request.layout) != plan.merge.layout:  # never parse a layout that is not the plan's
             raise FederationError("the coordinator's layout is not the plan's", reason="layout digest differs")
-        _check_round(plan, request)
+        plan.stage(request.round)
         state = self._state(request)
         state.attempts.check(request)
         check_repeat(self.silo, state, request.session)
@@ -133,7 +148,7 @@ class Participant:
         check_bytes(self.silo, plan, received)
         layout = self._workbench(plan).check_layout(received)
         if not state.trained:
-            check_disk(self.silo, plan, layout)
+            check_disk(self.silo, plan, plan.stage(request.round).form(layout))
         state.join(request.plan_text, layout)
         if plan.privacy.secure_aggregation:
             state.join_session(request.session)
@@ -142,10 +157,10 @@ class Participant:
     def _train(self, request: TrainRequest) -> TrainReply:
         state = self._state(request)
         plan, layout = self._joined(state, request)
-        start = self._check_start(state, layout, request, secure=plan.privacy.secure_aggregation)
+        start = self._check_start(state, plan, layout, request)
         if not state.trained:
             check_hours(self.silo, datetime.now())
-            check_disk(self.silo, plan, layout)
+            check_disk(self.silo, plan, plan.stage(request.round).form(layout))
         with state.attempts.attempt(request, "train", start or NOTHING_SENT):
             self._ensure_statistics(state, plan, layout, request, start)
             statistics = state.contribution()
@@ -158,7 +173,7 @@ class Participant:
         )
 
     def _ensure_statistics(self, state: State, plan: Plan, layout: Layout, request: TrainRequest, start: str) -> None:
-        """Fine-tune and measure, unless statistics exist from the same data and the same start model."""
+        """Do the session's work, unless its statistics exist from the same data and the same start model."""
         task = plan.task_of(self.silo.name)
         examples, held_out = load(self.silo, task)
         check_data(self.silo, task, examples, held_out)
@@ -172,92 +187,109 @@ class Participant:
         if state.trained and state.origin()[:2] == (examples.digest, start):
             return
         check_hours(self.silo, datetime.now())
-        statistics = self._workbench(plan).measure(layout, examples, state, request.arrays)
+        stage, workbench = plan.stage(request.round), self._workbench(plan)
+        work = workbench.measure_head if stage.fits_head else workbench.measure
+        statistics = work(layout, examples, state, with_zeros(layout, request.arrays) if start else {})
         if plan.privacy.secure_aggregation:
-            check_range(self.silo, plan, layout, statistics)
+            check_range(self.silo, plan, stage.form(layout), statistics)
         state.save(statistics, MeasuredOn(examples.digest, start, rows), request.arrays)
 
-    def _check_start(self, state: State, layout: Layout, request: TrainRequest, *, secure: bool) -> str:
-        """Return the digest of the model that a round starts from; empty in the first round.
+    def _check_start(self, state: State, plan: Plan, layout: Layout, request: TrainRequest) -> str:
+        """Return the digest of the model that a session starts from; empty in the first.
 
-        Under secure aggregation, a later round must start from the merged model of the previous round, and this silo
-        must have received it after contributing there. With any other start model, the coordinator could probe this
+        Under secure aggregation, a later one must start from the merged model of the session before, and this silo must
+        have received it after contributing there. With any other start model, the coordinator could probe this
         silo's data.
 
         Raises:
             ContributionError: if the model does not fit the layout.
             RefusalError: if it is another model, or this silo received no merged model.
         """
-        check_slices(layout.deltas if request.round > 1 else (), request.arrays, "the model to start from")
         if request.round == 1:
+            check_slices((), request.arrays, "the model to start from")
             return ""
-        start = model_digest(request.arrays[piece.name] for piece in layout.deltas)
-        if not secure:  # the coordinator can read contributions anyway, and an absent silo may return
+        start = self._whole(layout, request.arrays, "the model to start from").digest
+        if (
+            not plan.privacy.secure_aggregation
+        ):  # the coordinator can read contributions anyway, and an absent silo may return
             return start
         previous = State(self.silo.state, request.plan, request.round - 1)
         contributed = state.contributed()
-        merged = previous.measurements.of(previous.round).get(MERGED)
+        before = plan.stage(previous.round)
+        merged = previous.measurements.of(previous.round).get(before.merged)
         if merged is None or contributed is None or not contributed.sessions.get(previous.round):
             raise RefusalError(
-                f"{self.silo.path}: the coordinator asked for round {request.round}, but this silo did not contribute "
-                f"to round {previous.round}, or did not receive its merged model",
-                reason="this silo did not complete the previous round",
+                f"{self.silo.path}: the coordinator asked for session {request.round}, but this silo did not "
+                f"contribute to {describe_stage(before)}, or did not receive its model",
+                reason="this silo did not complete the previous session",
             )
         if start != merged.model:
             raise RefusalError(
-                f"{self.silo.path}: the coordinator asked for round {request.round} from a model other than the merged "
-                f"one that this silo received in round {previous.round}. Resume the interrupted run (gramfuse run "
+                f"{self.silo.path}: the coordinator asked for session {request.round} from a model other than the one "
+                f"that this silo received after {describe_stage(before)}. Resume the interrupted run (gramfuse run "
                 "--resume)",
-                reason="the starting model is not the previous round's merged model",
+                reason="the starting model is not the previous session's merged model",
             )
         return start
+
+    def _whole(self, layout: Layout, arrays: Mapping[str, NDArray[Any]], what: str) -> WholeModel:
+        """Return a received model, completed with the tensors that equal the base's.
+
+        Args:
+            what: noun for the model in errors.
+
+        Raises:
+            ContributionError: if it does not fit the layout.
+        """
+        complete = with_zeros(layout, arrays)
+        check_slices(layout.deltas, complete, what)
+        return WholeModel(complete, model_digest(complete[piece.name] for piece in layout.deltas))
 
     def _upload(self, request: UploadRequest) -> UploadReply:
         state = self._state(request)
         plan, layout = self._joined(state, request)
         if plan.privacy.secure_aggregation:
             raise SecurityError("the coordinator asked for unmasked statistics, but the plan masks them")
-        count = layout.piece_count(request.piece_bytes)
+        form = plan.stage(request.round).form(layout)
+        count = form.piece_count(request.piece_bytes)
         if request.piece >= count:
             raise FederationError(
                 f"the coordinator asked for piece {request.piece}, but there are only {count}", reason="no such piece"
             )
-        piece = layout.piece(request.piece, request.piece_bytes)
+        piece = form.piece(request.piece, request.piece_bytes)
         state.check_trained()
         with state.attempts.attempt(request, "upload", NOTHING_SENT):
             arrays = state.slices(piece)
-            check_slices(piece, arrays, "this silo")
+            check_slices(piece, arrays, "this silo", form.dtype)
             state.contribute_openly(request.session)
         return UploadReply(**request.about, silo=self.silo.name, piece=request.piece, arrays=arrays)
 
     def _evaluate(self, request: EvaluateRequest) -> EvaluateReply:
-        """Measure one of the plan's candidate models, once per round, after this silo's contribution was released."""
+        """Measure one of the session's models, once, after this silo's contribution was released."""
         state = self._state(request)
         plan, layout = self._joined(state, request)
-        unmeasured = plan.privacy.metrics == "none"
-        if unmeasured and not (
-            request.candidate == MERGED and (plan.model.head == "own" or request.round < plan.merge.rounds)
-        ):
+        stage = plan.stage(request.round)
+        unmeasured = not stage.measured
+        if unmeasured and not (request.candidate == stage.merged and (plan.model.head == "own" or not stage.last)):
             raise FederationError("the plan lets no metrics leave", reason="the plan lets no metrics leave")
-        if request.candidate not in plan.privacy.candidates:
+        if request.candidate not in (stage.measured or (stage.merged,)):
             raise SecurityError(
-                f"the coordinator sent candidate {quoted(request.candidate)}; the plan has "
-                f"{', '.join(plan.privacy.candidates)}"
+                f"the coordinator sent candidate {quoted(request.candidate)}; the plan has {', '.join(stage.measured)}"
             )
-        check_slices(layout.deltas, request.arrays, "the coordinator's model")
+        whole = self._whole(layout, request.arrays, "the coordinator's model")
         self._check_released(state, plan, request)
-        model = model_digest(request.arrays[piece.name] for piece in layout.deltas)
+        model = whole.digest
         measurement = state.measurements.of(request.round).get(request.candidate)
         if measurement is not None and measurement.model != model:
             raise SecurityError(f"the coordinator sent two different models as {request.candidate!r}")
         workbench = self._workbench(plan)
         if measurement is None:
-            workbench.check_model(layout, request.arrays)
+            workbench.check_model(layout, whole.arrays)
             if not unmeasured:
                 check_hours(self.silo, datetime.now())
         with state.attempts.attempt(request, f"evaluate {request.candidate}", model):
             if measurement is None:
-                measurement = self._measure(workbench, state, layout, request, model)
+                measurement = self._measure(workbench, state, layout, request, whole)
         reply = EvaluateReply(**request.about, silo=self.silo.name, candidate=request.candidate)
         if not measurement.sums:
             return reply
@@ -265,14 +297,14 @@ class Participant:
         return reply.model_copy(update={"arrays": {"sums": np.array(measurement.sums).reshape(shape)}})
 
     def _measure(
-        self, workbench: Workbench, state: State, layout: Layout, request: EvaluateRequest, model: str
+        self, workbench: Workbench, state: State, layout: Layout, request: EvaluateRequest, whole: WholeModel
     ) -> Measurement:
         """Measure a model, and store exactly what leaves."""
-        plan = workbench.plan
-        finished = plan.model.head == "own" and request.candidate == MERGED
-        if plan.privacy.metrics == "none":
+        plan, stage, model = workbench.plan, workbench.plan.stage(request.round), whole.digest
+        finished = plan.model.head == "own" and request.candidate == stage.merged
+        if not stage.measured:
             if finished:
-                workbench.keep(layout, request.arrays, state)
+                workbench.keep(layout, whole.arrays, state)
             measurement = Measurement(model=model)
             state.measurements.keep(request.round, request.candidate, measurement)
             return measurement
@@ -284,7 +316,7 @@ class Participant:
                 f"{self.silo.path}: this silo measured on other held-out examples under this plan before; the "
                 "difference of the two sums would reveal what changed. Restore the earlier examples"
             )
-        sums = workbench.evaluate(layout, request.arrays, state, held_out, keep=finished)
+        sums = workbench.evaluate(layout, whole.arrays, state, held_out, keep=finished)
         if plan.privacy.secure_aggregation and plan.privacy.metrics == "sum":
             words = noisy_words(plan, task, sums, secrets.token_bytes)
             measurement = Measurement(model=model, words=tuple(words.tolist()))
@@ -327,7 +359,7 @@ class Participant:
         """
         plan, layout = state.joined()
         check_plan(self.silo, plan)
-        _check_round(plan, request)
+        plan.stage(request.round)
         check_bytes(self.silo, plan, layout)
         state.attempts.check(request)
         check_repeat(self.silo, state, request.session)
@@ -348,11 +380,3 @@ class Participant:
 
     def _state(self, request: Message) -> State:
         return State(self.silo.state, request.plan, request.round)
-
-
-def _check_round(plan: Plan, request: Message) -> None:
-    if request.round > plan.merge.rounds:
-        raise FederationError(
-            f"the coordinator asked for round {request.round}, but the plan has merge.rounds = {plan.merge.rounds}",
-            reason="the plan has fewer rounds",
-        )

@@ -22,9 +22,12 @@ from gramfuse_client.state.masked_vector import read_masked, write_masked, write
 from gramfuse_client.state.measurements import Measurement
 from gramfuse_client.state.session import Answer, Record, answer_key, answered, with_answer
 from gramfuse_client.state.state import Contributed, State
+from gramfuse_protocol.contract.form import Form
+from gramfuse_protocol.contract.head_layout import HeadLayout
 from gramfuse_protocol.contract.layout import Layout
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.contract.roster import Roster
+from gramfuse_protocol.contract.stages import subject
 from gramfuse_protocol.errors import ContributionError, DataError, FederationError, RefusalError, SecurityError
 from gramfuse_protocol.messages.phases import (
     KeysReply,
@@ -57,7 +60,8 @@ class Membership:
             raise FederationError("the plan has no secure sum", reason="the plan has no secure sum")
         self.silo = silo
         self.plan = plan
-        self.layout = layout
+        self.stage = plan.stage(state.round)
+        self.form = self.stage.form(layout)
         self.state = state
         self.releases = releases
         self.session = state.session(nonce)
@@ -149,7 +153,7 @@ class Membership:
         else:
             if self.plan.privacy.metrics != "sum":
                 raise SecurityError("the coordinator asked for a sum of metrics, but the plan has none")
-            if request.candidates != self.plan.privacy.candidates or set(self._measured()) != set(request.candidates):
+            if request.candidates != self.stage.measured or set(self._measured()) != set(request.candidates):
                 raise SecurityError("a sum of metrics was requested for other models than this silo measured")
         check_space(self.silo, 8 * self._entries(name))
         with self.state.attempts.attempt(request, key, whole, anew=True):
@@ -158,7 +162,7 @@ class Membership:
             if name == "statistics":
                 origin = self.state.origin()
                 record = record.model_copy(update={"data": origin.data, "rows": origin.rows})
-                blocks = statistics_blocks(self.silo, self.plan, self.layout, self.state.contribution())
+                blocks = statistics_blocks(self.silo, self.plan, self.form, self.state.contribution())
                 write_masked(path, blocks, len(roster.keys), masks)
             else:
                 words = [word for candidate in request.candidates for word in self._measured()[candidate].words]
@@ -172,15 +176,15 @@ class Membership:
     def _entries(self, name: Sum) -> int:
         """Return the number of words in a vector."""
         if name == "statistics":
-            return self.layout.sum_entries
+            return self.form.sum_entries
         return sum(len(measurement.words) for measurement in self._measured().values())
 
     def _context(self, name: Sum) -> str:
         """Return the digest of what a sum is about, from this silo's own state."""
         if name == "statistics":
-            return self.layout.digest
+            return self.form.digest
         measured = self._measured()
-        return metrics_context({candidate: measured[candidate].model for candidate in self.plan.privacy.candidates})
+        return metrics_context({candidate: measured[candidate].model for candidate in self.stage.measured})
 
     def _survivors(self, record: Record, request: SurvivorsRequest) -> tuple[Message, Member]:
         name = request.sum_of
@@ -203,10 +207,10 @@ class Membership:
         """Return the record of this silo's contributions under the plan, with this sum added.
 
         Raises:
-            SecurityError: if this silo signed another set of survivors under this plan, in any round: the difference
-                of the two sums would be the input of a few silos.
+            SecurityError: if this silo signed another set of survivors for a sum of the same subject under this plan:
+                the difference of the two sums would be the input of a few silos.
         """
-        name = request.sum_of
+        name = subject(self.plan, self.stage, request.sum_of)
         contributed = self.state.contributed() or Contributed(data=record.data)
         if contributed.survivors.get(name, request.survivors) != request.survivors:
             raise SecurityError(
@@ -227,7 +231,7 @@ class Membership:
         release = Release(
             round=self.state.round,
             session=request.session,
-            sum_of=request.sum_of,
+            sum_of=subject(self.plan, self.stage, request.sum_of),
             cohort=Cohort.of(self.plan, self.silo.name, request.survivors),
             rows=rows,
         )
@@ -242,7 +246,7 @@ class Membership:
         reply = UnmaskReply(
             **self._about(request), sum_of=name, shares={peer: share.hex() for peer, share in shares.items()}
         )
-        last = name == "metrics" or self.plan.privacy.metrics != "sum"
+        last = name == "metrics" or not (self.plan.summed and self.stage.measured)
         return reply, None if last else secure_sum.forget(member, name)
 
     def _read(self, request: SecureRequest) -> Record:
@@ -267,30 +271,36 @@ class Membership:
 
 
 def statistics_blocks(
-    silo: Silo, plan: Plan, layout: Layout, contribution: Contribution
+    silo: Silo, plan: Plan, form: Form, contribution: Contribution
 ) -> Iterator[tuple[str, NDArray[np.float64], Scale]]:
-    """Yield (name, values, scale) of each block that a silo adds to the sum of statistics."""
+    """Yield (name, values, scale) of each block that a silo adds to the sum of statistics, or to that of a head."""
+    merge, scaled = plan.merge, scales(form, len(plan.silo), plan.merge.weighting)
+    if (merge.weighting == "examples" or isinstance(form, HeadLayout)) and contribution.examples > MOST_WEIGHED:
+        raise ContributionError(
+            f"{contribution.examples} examples are more than the {MOST_WEIGHED} that a secure sum can weigh; "
+            "agree on merge.weighting = 'uniform' and model.head = 'same'"
+        )
+    if not isinstance(form, Layout):
+        for block, scale in scaled:
+            yield block.name, np.asarray(contribution.block(block.name), np.float64), scale
+        return
     import torch  # takes seconds to import, and nothing else in the secure phases needs it
 
     from gramfuse_model.normal_equations import summands
 
     if silo.file.threads:
         torch.set_num_threads(silo.file.threads)
-    merge = plan.merge
-    if merge.weighting == "examples" and contribution.examples > MOST_WEIGHED:
-        raise ContributionError(
-            f"{contribution.examples} examples are more than the {MOST_WEIGHED} that a secure sum can weigh; "
-            "agree on merge.weighting = 'uniform'"
-        )
-    values = summands(layout, contribution, alpha=merge.alpha, weighting=merge.weighting, silo=silo.name)
-    for (block, array), (_, scale) in zip(values, scales(layout, len(plan.silo), merge.weighting), strict=True):
+    values = summands(
+        form, contribution, alpha=merge.alpha, weighting=merge.weighting, silo=silo.name, counted=plan.counted
+    )
+    for (block, array), (_, scale) in zip(values, scaled, strict=True):
         yield block.name, array, scale
 
 
-def check_range(silo: Silo, plan: Plan, layout: Layout, contribution: Contribution) -> None:
+def check_range(silo: Silo, plan: Plan, form: Form, contribution: Contribution) -> None:
     """Raise ContributionError if statistics do not fit the range of a secure sum. Called before they are stored.
 
     If a silo failed only later, while masking, it would drop out, and the others would have to reveal its mask key.
     """
-    for name, values, scale in statistics_blocks(silo, plan, layout, contribution):
+    for name, values, scale in statistics_blocks(silo, plan, form, contribution):
         encode(values, scale, len(plan.silo), name, lambda count: np.empty(count, np.uint64))

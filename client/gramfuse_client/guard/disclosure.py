@@ -6,7 +6,7 @@ The list is derived from the protocol's own messages, in their real sizes, with 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,14 +15,19 @@ from numpy.typing import NDArray
 
 from gramfuse_client.tasks.registry import at_silo
 from gramfuse_protocol.canonical import canonical_json
+from gramfuse_protocol.contract.form import PIECE_BYTES, Block
 from gramfuse_protocol.contract.gram_structure import describe
-from gramfuse_protocol.contract.layout import PIECE_BYTES, Block, Layout
+from gramfuse_protocol.contract.head_layout import FIRST, SECOND
+from gramfuse_protocol.contract.layout import Layout
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.contract.roster import tolerated
+from gramfuse_protocol.contract.stages import FITTED, REFITTED, Stage, describe_stage
 from gramfuse_protocol.contract.who_sees_what import (
     COORDINATOR,
     FACTS,
     MODEL_SAYS,
+    OF_HEAD,
+    OF_ONE_LABEL,
     STATISTICS_SAY,
     SUM_SAYS,
     SUMMED,
@@ -33,7 +38,6 @@ from gramfuse_protocol.held_out.metrics import sums_shape
 from gramfuse_protocol.held_out.noise import DELTA, spent
 from gramfuse_protocol.held_out.sums import groups
 from gramfuse_protocol.messages.phases import (
-    MERGED,
     EvaluateReply,
     FinishReply,
     JoinReply,
@@ -143,10 +147,6 @@ def disclose(silo: str, plan: Plan, layout: Layout) -> Disclosure:
     """
     secure = plan.privacy.secure_aggregation
     about: dict[str, Any] = {"plan": plan.digest, "session": "0" * 32, "silo": silo}
-    each_round = (
-        _departure("that it takes part", JoinReply(**about)),
-        *(_masked_run(about, plan, layout) if secure else _open_run(about, plan, layout)),
-    )
     departures = (
         Departure(
             "connection",
@@ -156,7 +156,7 @@ def disclose(silo: str, plan: Plan, layout: Layout) -> Disclosure:
             "the coordinator's SuperLink, as long as the silo runs",
             f"{COORDINATOR}; the network sees addresses, times and sizes",
         ),
-        *(_in_rounds(departure, plan.merge.rounds) for departure in each_round),
+        *(departure for stage in _different(plan) for departure in _session(about, plan, layout, stage)),
         _departure(FACTS["end"].what, FinishReply(**about)),
         Departure(
             "any",
@@ -169,20 +169,29 @@ def disclose(silo: str, plan: Plan, layout: Layout) -> Disclosure:
     return Disclosure(secure, departures, _claims(plan), _stays(plan, layout), words)
 
 
-def _in_rounds(departure: Departure, rounds: int) -> Departure:
-    """Return one round's departure, with the total size of all rounds; its parts stay those of one round."""
-    if rounds == 1:
-        return departure
-    what = f"{departure.what}; in each of {rounds} rounds"
-    return replace(departure, what=what, bytes=rounds * (departure.bytes or 0))
+def _different(plan: Plan) -> list[Stage]:
+    """Return the stages of a run, with one for all rounds of training."""
+    return [stage for stage in plan.stages if stage.work != "train" or stage.round == 1]
 
 
-def _masked_run(about: Mapping[str, Any], plan: Plan, layout: Layout) -> Iterator[Departure]:
+def _session(about: Mapping[str, Any], plan: Plan, layout: Layout, stage: Stage) -> Iterator[Departure]:
+    """Yield the departures of one stage; for training, with the total size of all rounds, and the parts of one."""
+    run = _masked_run if plan.privacy.secure_aggregation else _open_run
+    rounds = plan.merge.rounds if stage.work == "train" else 1
+    where = f"; in each of {rounds} rounds" if rounds > 1 else ""
+    if stage.work != "train":
+        where = f"; in {describe_stage(stage)}"
+    for departure in (_departure("that it takes part", JoinReply(**about)), *run(about, plan, layout, stage)):
+        yield replace(departure, what=departure.what + where, bytes=rounds * (departure.bytes or 0))
+
+
+def _masked_run(about: Mapping[str, Any], plan: Plan, layout: Layout, stage: Stage) -> Iterator[Departure]:
     others = [name for name in plan.names if name != about["silo"]]
     key, signature = "00" * KEY_BYTES, "00" * SIGNATURE_BYTES
     keys = dict.fromkeys(SUMS, key)
     advert = Advert(silo=about["silo"], channel=key, masks=keys, commitments=keys, signature=signature)
-    yield _departure("that fine-tuning is done; no numbers", TrainReply(**about))
+    done = "measuring features" if stage.fits_head else "fine-tuning"
+    yield _departure(f"that {done} is done; no numbers", TrainReply(**about))
     yield _departure(
         "its public keys for this session: one for shares, two for masks, and two commitments to secrets, signed",
         KeysReply(**about, advert=advert),
@@ -195,17 +204,18 @@ def _masked_run(about: Mapping[str, Any], plan: Plan, layout: Layout) -> Iterato
         to=f"{COORDINATOR}, which passes each to its recipient",
         readers=f"its recipient; {plan.threshold} of {len(plan.names)} shares recover a secret",
     )
-    yield from _masked_sum("statistics", "its contribution", about, plan, _parts(layout.sums, "uint64", layout))
-    if plan.privacy.metrics != "sum":
-        yield from _results(about, plan)
+    parts = _parts(stage.form(layout).sums, "uint64", layout)
+    yield from _masked_sum("statistics", "its contribution", about, plan, parts)
+    if plan.privacy.metrics != "sum" or not stage.measured:
+        yield from _results(about, plan, stage)
     else:
         yield _departure(
-            f"that it measured {_models(plan)}; no numbers",
-            *(EvaluateReply(**about, candidate=name) for name in plan.privacy.candidates),
+            f"that it measured {_models(stage.measured)}; no numbers",
+            *(EvaluateReply(**about, candidate=name) for name in stage.measured),
         )
         noise = ", noise and masks" if plan.epsilon is not None else ", masks"
         yield from _masked_sum(
-            "metrics", "its held-out results", about, plan, _vector_parts(plan, about["silo"]), noise
+            "metrics", "its held-out results", about, plan, _vector_parts(plan, about["silo"], stage), noise
         )
 
 
@@ -242,53 +252,65 @@ def _masked_sum(
     )
 
 
-def _open_run(about: Mapping[str, Any], plan: Plan, layout: Layout) -> Iterator[Departure]:
-    tokens = {group.name: plan.merge.tokens for group in layout.groups}
+def _open_run(about: Mapping[str, Any], plan: Plan, layout: Layout, stage: Stage) -> Iterator[Departure]:
+    form = stage.form(layout)
+    tokens = dict.fromkeys(form.gram_names, plan.merge.tokens)
     yield _departure(
-        "the number of training examples, and of tokens behind each Gram matrix",
+        "the number of training examples" + (", and of tokens behind each Gram matrix" if tokens else ""),
         TrainReply(**about, examples=LARGEST_COUNT, tokens=tokens),
     )
     replies = []
-    for piece, slices in enumerate(layout.pieces()):
+    for piece, slices in enumerate(form.pieces()):
         shapes = {
             part.name: part.block.shape if part.name == part.block.name else (part.stop - part.start,)
             for part in slices
         }
-        arrays = {name: _blank("float32", shape) for name, shape in shapes.items()}
+        arrays = {name: _blank(form.dtype, shape) for name, shape in shapes.items()}
         replies.append(UploadReply(**about, piece=piece, arrays=arrays))
-    yield _departure(
-        f"its contribution, unmasked, in {len(layout.blocks)} arrays: its Gram matrices, and the differences of its "
-        "parameters from the base model's",
-        *replies,
-        readers=f"{COORDINATOR}: base model plus differences give this silo's own model",
-        parts=_parts(layout.blocks, "float32", layout),
+    content = (
+        f"sums {OF_HEAD}"
+        if stage.fits_head
+        else "its Gram matrices, and the differences of its parameters from the base model's"
     )
-    yield from _results(about, plan)
+    yield _departure(
+        f"its contribution, unmasked, in {len(form.blocks)} arrays: {content}",
+        *replies,
+        readers=COORDINATOR
+        if stage.fits_head
+        else f"{COORDINATOR}: base model plus differences give this silo's own model",
+        parts=_parts(form.blocks, form.dtype, layout),
+    )
+    yield from _results(about, plan, stage)
 
 
-def _results(about: Mapping[str, Any], plan: Plan) -> Iterator[Departure]:
+def _results(about: Mapping[str, Any], plan: Plan, stage: Stage) -> Iterator[Departure]:
     """Yield the departures of held-out results in the clear, if there are any."""
-    if plan.privacy.metrics == "none":
-        if plan.model.head == "own":
-            yield _departure("that it has the merged body; no numbers", EvaluateReply(**about, candidate=MERGED))
+    if not stage.measured:
+        if plan.model.head == "own" or not stage.last:
+            got = "the merged body" if plan.model.head == "own" else "the model to continue from"
+            yield _departure(f"that it has {got}; no numbers", EvaluateReply(**about, candidate=stage.merged))
         return
     task = plan.task_of(about["silo"])
     sums = _blank("float64", sums_shape(task))
     shown = "reported as a sum, but read silo by silo" if plan.privacy.metrics == "sum" else "reported silo by silo"
     yield _departure(
-        f"its held-out results, for {_models(plan)}: {kind_of(task).summed}; {shown}",
-        *(EvaluateReply(**about, candidate=name, arrays={"sums": sums}) for name in plan.privacy.candidates),
+        f"its held-out results, for {_models(stage.measured)}: {kind_of(task).summed}; {shown}",
+        *(EvaluateReply(**about, candidate=name, arrays={"sums": sums}) for name in stage.measured),
         parts=tuple(
-            _array(f"sums of {name}", "float64", sums_shape(task), kind_of(task).summed)
-            for name in plan.privacy.candidates
+            _array(f"sums of {name}", "float64", sums_shape(task), kind_of(task).summed) for name in stage.measured
         ),
     )
 
 
-def _models(plan: Plan) -> str:
+def _models(measured: Iterable[str]) -> str:
     """Name the models that a silo measures."""
-    names = {"simple": "the simple average", MERGED: "the merged model"}
-    return " and ".join(names[name] for name in plan.privacy.candidates)
+    names = {
+        "simple": "the simple average",
+        "regmean": "the merged model",
+        FITTED: "the base model with the fitted head",
+        REFITTED: "the merged model with the head fitted again",
+    }
+    return " and ".join(names[name] for name in measured)
 
 
 def _departure(
@@ -315,12 +337,12 @@ def _parts(blocks: tuple[Block, ...], dtype: str, layout: Layout) -> tuple[SentA
     return tuple(_array(block.name, dtype, block.shape, _content(block, layout)) for block in blocks)
 
 
-def _vector_parts(plan: Plan, silo: str) -> tuple[SentArray, ...]:
+def _vector_parts(plan: Plan, silo: str, stage: Stage) -> tuple[SentArray, ...]:
     """Return the parts of a silo's held-out results in a secure sum, one for each group of numbers."""
     task = plan.task_of(silo)
     return tuple(
         _array(f"{group.name} of {candidate}", "uint64", (group.size,), group.words)
-        for candidate in plan.privacy.candidates
+        for candidate in stage.measured
         for group in groups(task)
     )
 
@@ -332,6 +354,10 @@ def _array(name: str, dtype: str, shape: tuple[int, ...], what: str) -> SentArra
 def _content(block: Block, layout: Layout) -> str:
     """Describe the content of a block of a contribution."""
     kind, _, name = block.name.partition(":")
+    if block.name == SECOND:
+        return "for each pair of the head's input features, the sum of their product over the training examples"
+    if block.name == FIRST:
+        return "for each label, the sum of the head's input features over its training examples, and their number"
     if kind == "count":
         return "this silo's weight in the merge, and its numbers of examples and of tokens for each Gram matrix"
     if kind in ("m", "delta"):
@@ -358,13 +384,15 @@ def _claims(plan: Plan) -> tuple[str, ...]:
     most = tolerated(silos, plan.threshold, minimum)["colluding"]
     rounds = (
         ()
-        if plan.merge.rounds == 1
+        if len(plan.stages) == 1
         else (
-            f"Each of the {plan.merge.rounds} rounds has its own sum, all over the same silos. In later rounds this "
-            "silo continues from the model that the coordinator presents as the merged one; all silos in a sum "
-            "continued from the same model.",
+            f"Each of the {len(plan.stages)} exchanges has its own sum, "
+            + ("all over the same silos" if plan.counted else "and those of one kind are over the same silos")
+            + ". In later ones this silo continues from the model that the coordinator presents as the merged one; all "
+            "silos in a sum continued from the same model.",
         )
     )
+    head = (OF_ONE_LABEL,) if plan.fits_head else ()
     asked = f" The plan asks for {plan.privacy.colluding}." if most != plan.privacy.colluding else ""
     return (
         f"Masked: {seen('secure', least=f'{minimum} of the {silos}')}. From each silo it gets random words. Other "
@@ -373,6 +401,7 @@ def _claims(plan: Plan) -> tuple[str, ...]:
         f"sum over at least {minimum - most} silos, including this one.",
         f"If more than {most} collude with the coordinator, they may be able to read this silo's own contribution.",
         SUM_SAYS,
+        *head,
         *rounds,
         *_noise(plan),
         after,
@@ -389,7 +418,7 @@ def _noise(plan: Plan) -> Iterator[str]:
             "held-out examples, with their labels, from the difference of two sums."
         )
         return
-    times = _models(plan) + (f", in each of {plan.merge.rounds} rounds" if plan.merge.rounds > 1 else "")
+    times = _models(plan.measured) + (f", in each of {plan.merge.rounds} rounds" if plan.merge.rounds > 1 else "")
     yield (
         "The sum of held-out results has noise, to which all silos contribute: for any model, one sum is "
         f"differentially private in a single held-out example, with epsilon = {plan.epsilon:g} and delta = {DELTA:g}. "

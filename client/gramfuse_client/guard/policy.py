@@ -12,6 +12,7 @@ from gramfuse_client.data.examples import Examples, left_out
 from gramfuse_client.silo_file import Silo
 from gramfuse_client.state.state import State
 from gramfuse_client.tasks.registry import at_silo
+from gramfuse_protocol.contract.form import Form
 from gramfuse_protocol.contract.layout import Layout
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.contract.plan_sections import ContextFree
@@ -149,7 +150,7 @@ def check_data(silo: Silo, task: Task, train: Examples, held_out: Examples) -> N
 def check_bytes(silo: Silo, plan: Plan, layout: Layout) -> None:
     """Raise RefusalError if one contribution has more bytes than `limits.maximum-bytes`."""
     most = silo.file.limits.maximum_bytes
-    size = layout.upload_bytes(masked=plan.privacy.secure_aggregation)
+    size = largest_upload(plan, layout)
     if most is not None and size > most:
         raise RefusalError(
             f"{silo.path}: a contribution under this plan has {size:,} bytes, but 'limits.maximum-bytes' is {most:,}; "
@@ -159,10 +160,15 @@ def check_bytes(silo: Silo, plan: Plan, layout: Layout) -> None:
         )
 
 
-def check_disk(silo: Silo, plan: Plan, layout: Layout) -> None:
-    """Raise RefusalError if the disk has no space for a run's statistics and masked vector."""
-    masked = 8 * layout.sum_entries if plan.privacy.secure_aggregation else 0
-    check_space(silo, layout.contribution_bytes + masked)
+def largest_upload(plan: Plan, layout: Layout) -> int:
+    """Return the bytes of the largest contribution under a plan."""
+    return max(stage.form(layout).upload_bytes(masked=plan.privacy.secure_aggregation) for stage in plan.stages)
+
+
+def check_disk(silo: Silo, plan: Plan, form: Form) -> None:
+    """Raise RefusalError if the disk has no space for a session's contribution and masked vector."""
+    masked = 8 * form.sum_entries if plan.privacy.secure_aggregation else 0
+    check_space(silo, form.contribution_bytes + masked)
 
 
 def check_space(silo: Silo, needed: int) -> None:

@@ -27,10 +27,11 @@ from pydantic import TypeAdapter
 
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.contract.plan_sections import Name, Sha256
+from gramfuse_protocol.contract.stages import Subject, subtractable
 from gramfuse_protocol.errors import RefusalError
 from gramfuse_protocol.files import make_private_directory, write_private
 from gramfuse_protocol.frozen import Frozen
-from gramfuse_protocol.secure_sum.statements import Nonce, Sum
+from gramfuse_protocol.secure_sum.statements import Nonce
 
 RowHashes = NDArray[np.uint64]
 """Salted hashes of rows: sorted and unique."""
@@ -104,14 +105,15 @@ class Release(Frozen):
     """One sum that this silo signed.
 
     Args:
-        round: the plan's round.
+        round: the session's number in the run.
+        sum_of: what the sum is about.
         cohort: the silos in the sum, and their plan.
         rows: digest of this silo's rows in the sum (`Releases.keep_rows`).
     """
 
     round: int
     session: Nonce
-    sum_of: Sum
+    sum_of: Subject
     cohort: Cohort
     rows: Sha256
 
@@ -168,7 +170,7 @@ class Releases:
         if problem := self.conflict(rows, release.sum_of, release.cohort):
             raise RefusalError(f"{self._index}: {problem}")
 
-    def conflict(self, rows: RowHashes, sum_of: Sum, cohort: Cohort) -> str | None:
+    def conflict(self, rows: RowHashes, sum_of: Subject, cohort: Cohort) -> str | None:
         """Describe an earlier sum that conflicts with a new one; None if there is none.
 
         Args:
@@ -182,7 +184,7 @@ class Releases:
             differing = cohort.differing(earlier.cohort)
             most = max(earlier.cohort.colluding, cohort.colluding) + 1
             read_differently = differing == 0 and cohort.reading != earlier.cohort.reading
-            if earlier.sum_of != sum_of or not (1 <= differing <= most or read_differently):
+            if not subtractable(earlier.sum_of, sum_of) or not (1 <= differing <= most or read_differently):
                 continue
             shared = len(np.intersect1d(self._load(earlier.rows), rows, assume_unique=True))
             if shared:

@@ -12,7 +12,8 @@ from torch import nn
 from gramfuse_client.measuring.gram import collect_grams
 from gramfuse_model.parameters import trainable
 from gramfuse_protocol.arguments import check_argument, wrong_argument
-from gramfuse_protocol.contract.layout import Layout, Slice, delta_block, gram_block
+from gramfuse_protocol.contract.form import Slice
+from gramfuse_protocol.contract.layout import Layout, delta_block, gram_block
 from gramfuse_protocol.contract.plan_sections import Merge
 from gramfuse_protocol.errors import ContributionError
 from gramfuse_protocol.statistics.contribution import Statistics, check_counts, check_slices

@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from gramfuse_client.training.outputs import inputs_of
 from gramfuse_model.experts import received
 from gramfuse_model.heads import is_encoder_decoder
 from gramfuse_model.layers import LinearModule, experts_of, linear_modules
-from gramfuse_model.probing.batch import masks_of
+from gramfuse_model.probing.batch import inputs_of, masks_of
 from gramfuse_model.probing.hooks import Hook, observing, rows_of
 from gramfuse_protocol.contract.layout import Group, Layout, RowKind
 from gramfuse_protocol.errors import ContributionError

@@ -24,12 +24,13 @@ from safetensors.numpy import save_file
 from gramfuse_client.state.attempts import Attempts
 from gramfuse_client.state.measurements import Measurements
 from gramfuse_client.state.session import Session
-from gramfuse_protocol.contract.layout import Layout, Slice, delta_block
+from gramfuse_protocol.contract.form import Slice
+from gramfuse_protocol.contract.layout import Layout, delta_block
 from gramfuse_protocol.contract.plan import Plan
+from gramfuse_protocol.contract.stages import Subject
 from gramfuse_protocol.errors import FederationError
 from gramfuse_protocol.files import make_private_directory, replacing, write_private
 from gramfuse_protocol.frozen import Frozen
-from gramfuse_protocol.secure_sum.statements import Sum
 from gramfuse_protocol.statistics.contribution import Statistics
 
 PROGRESS_SECONDS = 0.5
@@ -44,7 +45,7 @@ class Contributed(Frozen):
     Args:
         sessions: nonces of sessions, by round.
         starts: digest of the model that a round started from, by round; empty for the first.
-        survivors: the silos in each sum, the same in all rounds.
+        survivors: the silos in the sums of each subject, the same in all sessions.
         data: digest of the training data, the same in all rounds. Much of a contribution does not change between rounds
             (counts, and the Gram matrix after frozen layers), so two sums over different silos or data would reveal
             what one of them holds and the other does not.
@@ -52,7 +53,7 @@ class Contributed(Frozen):
 
     sessions: Mapping[int, tuple[str, ...]] = {}
     starts: Mapping[int, str] = {}
-    survivors: Mapping[Sum, tuple[str, ...]] = {}
+    survivors: Mapping[Subject, tuple[str, ...]] = {}
     data: str
 
     def including(self, number: int, session: str, start: str) -> Contributed:
@@ -90,11 +91,14 @@ class StoredStatistics:
     tokens: Mapping[str, int]
     start: Path | None = None
 
-    def block(self, name: str) -> NDArray[np.float32]:
+    def block(self, name: str) -> NDArray[Any]:
         """Read one block."""
         block = _read_tensor(self.path, name)
         if self.start is None or not name.startswith(delta_block("")):
             return block
+        with safe_open(self.start, "numpy") as file:
+            if name not in file.keys():  # noqa: SIM118  # not a mapping
+                return block  # the start model's tensor is the base's
         return (_read_tensor(self.start, name).astype(np.float64) + block).astype(np.float32)
 
 
@@ -144,10 +148,10 @@ class State:
         """Store statistics, their origin, and the model that training started from.
 
         Args:
-            start: differences from the base by block name; empty in the first round.
+            start: differences from the base by block name; empty in the first session.
         """
         make_private_directory(self._round_directory)
-        if start:
+        if origin.start:
             _save_tensors(self._start, start, {})
         about = {"examples": statistics.examples, "tokens": dict(statistics.tokens), **origin._asdict()}
         _save_tensors(self._statistics, statistics.blocks, {"about": json.dumps(about)})

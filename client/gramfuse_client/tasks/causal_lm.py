@@ -54,8 +54,7 @@ class CausalLMAtSilo(TaskAtSilo):
         """Yield the log-likelihood of all tokens but the first."""
         from torch.nn.functional import cross_entropy
 
-        from gramfuse_client.training.outputs import inputs_of
-        from gramfuse_model.probing.batch import IGNORED
+        from gramfuse_model.probing.batch import IGNORED, inputs_of
 
         logits, following = model(**inputs_of(example)).logits[0, :-1], example["labels"][0, 1:]
         yield 1.0, -cross_entropy(logits, following, ignore_index=IGNORED, reduction="sum")

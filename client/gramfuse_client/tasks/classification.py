@@ -53,7 +53,7 @@ class ClassificationAtSilo(TaskAtSilo):
 
     def log_likelihoods(self, model: torch.nn.Module, example: Batch, task: Task, variant: Variant) -> Terms:
         """Yield the log-probabilities of labels, with softmax over the annotated ones."""
-        from gramfuse_client.training.outputs import inputs_of
+        from gramfuse_model.probing.batch import inputs_of
 
         logits, label = model(**inputs_of(example)).logits[0], int(example["labels"])
         likelihoods = logits[list(task.annotated)].log_softmax(dim=0)

@@ -93,7 +93,7 @@ class MultiLabelAtSilo(TaskAtSilo):
         """
         from torch.nn.functional import binary_cross_entropy_with_logits
 
-        from gramfuse_client.training.outputs import inputs_of
+        from gramfuse_model.probing.batch import inputs_of
 
         annotated = list(task.annotated)
         z = model(**inputs_of(example)).logits[0][annotated]

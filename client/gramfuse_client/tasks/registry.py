@@ -151,7 +151,8 @@ class TaskAtSilo(ABC):
 
     def outputs(self, model: Any, batch: Mapping[str, torch.Tensor], task: Task, tokenizer: Any) -> Outputs:
         """Return a model's outputs for a batch."""
-        from gramfuse_client.training.outputs import Outputs, inputs_of
+        from gramfuse_client.training.outputs import Outputs
+        from gramfuse_model.probing.batch import inputs_of
 
         return Outputs(model(**inputs_of(batch)).logits)
 

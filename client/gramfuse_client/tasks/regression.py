@@ -59,7 +59,7 @@ class RegressionAtSilo(TaskAtSilo):
 
     def log_likelihoods(self, model: torch.nn.Module, example: Batch, task: Task, variant: Variant) -> Terms:
         """Yield the log-likelihood of a Gaussian with variance 1."""
-        from gramfuse_client.training.outputs import inputs_of
+        from gramfuse_model.probing.batch import inputs_of
 
         logits = model(**inputs_of(example)).logits
         yield 1.0, -0.5 * (logits.reshape(()) - example["labels"].reshape(())).square()

@@ -116,8 +116,7 @@ class TokenClassificationAtSilo(TaskAtSilo):
         from torch import where
         from torch.nn.functional import cross_entropy
 
-        from gramfuse_client.training.outputs import inputs_of
-        from gramfuse_model.probing.batch import IGNORED
+        from gramfuse_model.probing.batch import IGNORED, inputs_of
 
         logits, labels = model(**inputs_of(example)).logits[0], example["labels"][0]
         tags = labels if variant == "empirical" else where(labels == IGNORED, IGNORED, logits.argmax(-1))

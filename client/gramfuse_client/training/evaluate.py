@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from gramfuse_client.data.batches import Encoded, batches
 from gramfuse_client.tasks.registry import at_silo
-from gramfuse_client.training.outputs import ANSWERS, Outputs
+from gramfuse_client.training.outputs import Outputs
 from gramfuse_client.training.snapshot import Snapshot
+from gramfuse_model.probing.batch import ANSWERS
 from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.held_out.metrics import Sums, sums_shape
 from gramfuse_protocol.held_out.sums import Vector, size

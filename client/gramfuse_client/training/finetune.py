@@ -19,9 +19,9 @@ from transformers import (
 from transformers.utils import logging
 
 from gramfuse_client.data.batches import Encoded
-from gramfuse_client.training.outputs import inputs_of
 from gramfuse_model.buffers import as_in_training
 from gramfuse_model.heads import is_encoder_decoder
+from gramfuse_model.probing.batch import inputs_of
 from gramfuse_protocol.contract.plan_sections import Training
 from gramfuse_protocol.errors import DataError, PlanError
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -12,14 +12,6 @@ from torch.nn.functional import cross_entropy
 from gramfuse_model.probing.batch import IGNORED, Batch
 from gramfuse_protocol.tasks.rows import LOSS
 from gramfuse_protocol.tasks.scores import Tokens
-
-ANSWERS = ("labels", "words")
-"""Keys of a batch that are not inputs of a model."""
-
-
-def inputs_of(batch: Mapping[str, torch.Tensor]) -> Batch:
-    """Return a batch's inputs for a model, without ANSWERS."""
-    return {key: value for key, value in batch.items() if key not in ANSWERS}
 
 
 def at_tokens(batch: Batch, labels: Sequence[Sequence[int]]) -> Batch:

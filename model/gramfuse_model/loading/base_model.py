@@ -44,12 +44,14 @@ class Base:
         pins: its digests and commit, as in a locked plan (`gramfuse_model.digests`).
         shared: names in the model's `state_dict` that are merged: all names, or, if silos keep their own heads, those
             that are outside the head and have the same shape in the models of all tasks.
+        fresh: names of the parameters that are not in the base's files, but seeded.
     """
 
     model: PreTrainedModel
     tokenizer: Any
     pins: Pins
     shared: frozenset[str]
+    fresh: frozenset[str] = frozenset()
 
     @property
     def takes_images(self) -> bool:
@@ -113,7 +115,7 @@ def load_base(
         )
     _check_pins(plan, source, pins)
     freeze(model, plan.training.freeze)
-    return Base(model.eval(), tokenizer, pins, shared)
+    return Base(model.eval(), tokenizer, pins, shared, fresh)
 
 
 def _label(plan: Plan, source: Source, *, whole: bool = False) -> str:

@@ -28,6 +28,14 @@ PLACED = (*TOKENS, "input_values", "input_features")
 TARGETS = ("labels", "decoder_input_ids", "decoder_attention_mask")
 """Inputs that belong to the target of an encoder-decoder model."""
 
+ANSWERS = ("labels", "words")
+"""Keys of a batch that are not inputs of a model with a head."""
+
+
+def inputs_of(batch: Mapping[str, torch.Tensor]) -> Batch:
+    """Return a batch's inputs for a model with a head, without ANSWERS."""
+    return {key: value for key, value in batch.items() if key not in ANSWERS}
+
 
 def masks_of(model: nn.Module, batch: Mapping[str, Any]) -> Batch:
     """Return the masks of real tokens, `input` and `target` if the batch has them: bool (examples, length).

@@ -6,12 +6,10 @@ contains its digest, so both sides agree on names, shapes and order before anyth
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
-from itertools import accumulate
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,26 +29,21 @@ from gramfuse_protocol.bounds import (
     parse_json,
 )
 from gramfuse_protocol.canonical import canonical_json, digest
+from gramfuse_protocol.contract.form import Block, Exponent, Form, Slice
 from gramfuse_protocol.contract.gram_structure import Blocks, parse_structure
+from gramfuse_protocol.contract.head_layout import HeadLayout
 from gramfuse_protocol.documents import read_text
 from gramfuse_protocol.errors import ContributionError, PlanError
 from gramfuse_protocol.frozen import LegibleFrozen
 from gramfuse_protocol.text import Word, one_line, quoted
 
 ITEM_BYTES = 4
-"""Statistics are sent as little-endian float32."""
-
-PIECE_BYTES = 128 * 2**20
-"""Maximum number of bytes of statistics in one piece."""
+"""Models and statistics are sent as little-endian float32."""
 
 Positive = Annotated[int, Field(ge=1, le=2**53 - 1)]
 
 Shape = Annotated[Many[Positive], Field(max_length=DIMENSIONS)]
 """The shape of a tensor."""
-
-EXPONENT = 40
-Exponent = Annotated[int, Field(ge=-EXPONENT, le=EXPONENT)]
-"""A power of two: the scale of a feature's amplitude."""
 
 RowKind = Literal["input", "turned", "target", "all", "table"]
 """Which rows of a layer's input count.
@@ -152,33 +145,7 @@ class Tensor(LegibleFrozen):
     identified."""
 
 
-class Block(NamedTuple):
-    """One array of a contribution: `gram:<group>` is a packed Gram matrix, `delta:<parameter>` a weight difference."""
-
-    name: str
-    shape: tuple[int, ...]
-
-    @property
-    def entries(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
-
-
-class Slice(NamedTuple):
-    """The flattened elements [start, stop) of a block, as sent in one piece."""
-
-    block: Block
-    start: int
-    stop: int
-
-    @property
-    def name(self) -> str:
-        """Key of this slice on the wire."""
-        whole = self.start == 0 and self.stop == self.block.entries
-        return self.block.name if whole else f"{self.block.name}[{self.start}:{self.stop}]"
-
-
-class Layout(LegibleFrozen):
+class Layout(LegibleFrozen, Form):
     """Groups and tensors of one plan over one base model.
 
     Example:
@@ -191,13 +158,17 @@ class Layout(LegibleFrozen):
             training changes.
         frozen: parameters that training leaves unchanged; they never leave a silo.
         parts: the last layer's outputs, partitioned by which silos train them; empty if all silos train all.
+        head: the last layer, if the plan fits it in closed form.
     """
+
+    dtype: ClassVar[str] = "float32"
 
     version: Literal[1] = 1
     groups: Annotated[Many[Group], Field(max_length=TENSORS)]
     tensors: Annotated[Many[Tensor], Field(min_length=1, max_length=TENSORS)]
     frozen: Annotated[Many[Word], Field(max_length=TENSORS)]
     parts: Annotated[Many[SharedOutputs], Field(max_length=SILOS)] = ()
+    head: HeadLayout | None = None
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Layout:
@@ -237,9 +208,19 @@ class Layout(LegibleFrozen):
         for group in self.groups:
             if len({weight.weight in context_free for weight in group.weights}) > 1:
                 raise ValueError(f"group {group.name!r} mixes weights of context-free layers with others")
-        if max(self.sum_entries, self.contribution_bytes // ITEM_BYTES) > ENTRIES:
+        forms: tuple[Form, ...] = (self,) if self.head is None else (self, self.head)
+        if any(max(form.sum_entries, sum(block.entries for block in form.blocks)) > ENTRIES for form in forms):
             raise ValueError(f"a contribution would have more than {ENTRIES:,} elements")
+        if self.head is not None:
+            self._check_head(self.head)
         return self
+
+    def _check_head(self, head: HeadLayout) -> None:
+        shapes = {tensor.name: tensor.shape for tensor in self.tensors if not tensor.buffer}
+        if self.parts or shapes.get(head.weight) != (head.labels, head.features):
+            raise ValueError("the weight of the head is not a tensor of its shape, or its labels have parts")
+        if head.bias is not None and shapes.get(head.bias) != (head.labels,):
+            raise ValueError("the bias of the head is not a tensor of its shape")
 
     def _parts_of(self, tensor: Tensor) -> Iterable[int | None]:
         return range(len(self.parts)) if tensor.parted else (None,)
@@ -268,7 +249,10 @@ class Layout(LegibleFrozen):
 
     @cached_property
     def blocks(self) -> tuple[Block, ...]:
-        """All blocks of a contribution, in order: each group's Gram matrix, then each tensor's difference."""
+        """All blocks of a contribution, in order.
+
+        `gram:<group>` is a packed Gram matrix, `delta:<parameter>` a weight difference.
+        """
         grams = tuple(Block(gram_block(group.name), (group.blocks.entries,)) for group in self.groups)
         return grams + tuple(Block(delta_block(tensor.name), tensor.shape) for tensor in self.tensors)
 
@@ -286,62 +270,32 @@ class Layout(LegibleFrozen):
         m = tuple(Block(f"m:{tensor.name}", tensor.shape) for tensor in self.tensors)
         return (count, *s, *t, *m)
 
-    @cached_property
-    def sum_entries(self) -> int:
-        """Number of elements that are summed over silos."""
-        return sum(block.entries for block in self.sums)
-
     @property
     def deltas(self) -> tuple[Slice, ...]:
         """The blocks that represent a whole model: each tensor's difference from the base."""
         return tuple(Slice(block, 0, block.entries) for block in self.blocks[len(self.groups) :])
 
     @property
-    def contribution_bytes(self) -> int:
-        """Number of bytes of one silo's contribution, without the few hundred bytes of headers."""
-        return ITEM_BYTES * sum(block.entries for block in self.blocks)
-
-    def upload_bytes(self, *, masked: bool) -> int:
-        """Return the number of bytes that one silo uploads: masked words of a secure sum, or float32 in the clear."""
-        return 8 * self.sum_entries if masked else self.contribution_bytes
-
-    def pieces(self, limit: int = PIECE_BYTES) -> tuple[tuple[Slice, ...], ...]:
-        """Cut the contribution into pieces of at most `limit` bytes; a block larger than that spans several."""
-        return tuple(self.piece(number, limit) for number in range(self.piece_count(limit)))
-
-    def piece_count(self, limit: int = PIECE_BYTES) -> int:
-        """Return the number of pieces."""
-        return -(-self.contribution_bytes // ITEM_BYTES // _capacity(limit))
-
-    def piece(self, number: int, limit: int = PIECE_BYTES) -> tuple[Slice, ...]:
-        """Return one piece, without computing the others.
-
-        Args:
-            number: 0 ≤ number < `piece_count`.
-        """
-        capacity, slices = _capacity(limit), []
-        first, last = number * capacity, (number + 1) * capacity
-        for block, begins in zip(self.blocks, self._begins, strict=True):
-            start, stop = max(0, first - begins), min(block.entries, last - begins)
-            if start < stop:
-                slices.append(Slice(block, start, stop))
-        return tuple(slices)
-
-    @cached_property
-    def _begins(self) -> tuple[int, ...]:
-        """The offset of each block in a contribution, in elements."""
-        return (0, *accumulate(block.entries for block in self.blocks[:-1]))
+    def gram_names(self) -> tuple[str, ...]:
+        """Names of the groups."""
+        return tuple(group.name for group in self.groups)
 
     def follows(self, derived: Layout) -> bool:
         """Return whether this layout equals a newly derived one, up to one step in exponents, which rounding allows."""
-        if self.model_copy(update={"groups": derived.groups}) != derived or len(self.groups) != len(derived.groups):
+        scaled, others = self._scaled, derived._scaled
+        if self.model_copy(update={"groups": derived.groups, "head": derived.head}) != derived:
             return False
-        return all(
-            group.model_copy(update={"exponents": other.exponents}) == other
-            and len(group.exponents) == len(other.exponents)
-            and all(abs(a - b) <= 1 for a, b in zip(group.exponents, other.exponents, strict=True))
-            for group, other in zip(self.groups, derived.groups, strict=True)
+        return len(scaled) == len(others) and all(
+            one.model_copy(update={"exponents": other.exponents}) == other
+            and len(one.exponents) == len(other.exponents)
+            and all(abs(a - b) <= 1 for a, b in zip(one.exponents, other.exponents, strict=True))
+            for one, other in zip(scaled, others, strict=True)
         )
+
+    @property
+    def _scaled(self) -> tuple[Group | HeadLayout, ...]:
+        """Everything with exponents."""
+        return self.groups if self.head is None else (*self.groups, self.head)
 
     def linear(self) -> Iterator[tuple[Group, Linear]]:
         """Yield each weight that is merged in closed form, with its group."""
@@ -370,11 +324,6 @@ class Layout(LegibleFrozen):
     def read(path: Path) -> Layout:
         """Read a layout file; raises PlanError naming it."""
         return Layout.parse(read_text(path), str(path))
-
-
-def _capacity(limit: int) -> int:
-    """Return the number of elements in a piece of at most `limit` bytes."""
-    return max(1, limit // ITEM_BYTES)
 
 
 def gram_block(group: str) -> str:

@@ -27,9 +27,10 @@ from gramfuse_protocol.contract.plan_sections import (
     Training,
 )
 from gramfuse_protocol.contract.roster import Roster, check_terms, smallest_threshold
+from gramfuse_protocol.contract.stages import Stage, stages_of
 from gramfuse_protocol.contract.task import MaskedTask, Task
 from gramfuse_protocol.documents import Section, build, parse, parse_toml, read_text
-from gramfuse_protocol.errors import PlanError
+from gramfuse_protocol.errors import FederationError, PlanError
 from gramfuse_protocol.tasks.registry import TASK_KINDS, kind_of
 
 
@@ -70,8 +71,11 @@ class Plan(Section):
     @model_validator(mode="after")
     def _tasks(self) -> Plan:
         headless = [task.task for task in self.tasks.values() if kind_of(task).headless]
-        if headless and self.model.head != "same":
-            raise ValueError(f"task {headless[0]!r} has no head of its own: 'model.head' must be \"same\"")
+        if headless and (self.model.head not in (None, "same") or self.merge.refit):
+            raise ValueError(
+                f"task {headless[0]!r} has no head of its own, and the class means of one that predicts tokens would "
+                "show which words occur in the data: 'model.head' must be \"same\", and 'merge.refit' false"
+            )
         names = [task.name for task in self.task]
         twice = sorted(name for name, times in Counter(names).items() if times > 1)
         if twice:
@@ -96,6 +100,30 @@ class Plan(Section):
             raise ValueError(
                 'results of different tasks cannot be summed over silos: \'privacy.metrics\' must be "silo" or "none"'
             )
+        return self
+
+    @model_validator(mode="after")
+    def _fitted_heads(self) -> Plan:
+        fits = {
+            'model.head = "fitted"': self.model.head == "fitted",
+            "merge.refit = true": self.merge.refit,
+            "training.epochs = 0": self.training.epochs == 0,
+        }
+        wanted = next((key for key, asked in fits.items() if asked), None)
+        if wanted is None:
+            return self
+        if self.training.epochs == 0 and (
+            self.model.head not in (None, "fitted") or self.merge.refit or self.merge.rounds > 1
+        ):
+            raise ValueError(
+                "without training ('training.epochs' = 0), the fitted head is the only result: use model.head = "
+                '"fitted", merge.rounds = 1 and merge.refit = false'
+            )
+        if self.task or self.model.head == "own":
+            raise ValueError(f"{wanted} fits one head for all silos, but in this plan silos keep their own heads")
+        if not kind_of(self.model.single_task).discriminant:
+            kinds = " or ".join(f'"{kind.name}"' for kind in TASK_KINDS.values() if kind.discriminant)
+            raise ValueError(f"{wanted} fits a head for tasks with exactly one of several labels: {kinds}")
         return self
 
     @model_validator(mode="after")
@@ -168,9 +196,53 @@ class Plan(Section):
         return None if epsilon == "none" or not self.summed else epsilon
 
     @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The stages of a run, one for each session, in order."""
+        return stages_of(self.model, self.training, self.merge, self.privacy)
+
+    @property
+    def fits_head(self) -> bool:
+        """Whether silos contribute the sums of a head in one of the stages."""
+        return any(stage.fits_head for stage in self.stages)
+
+    @property
+    def trained_session(self) -> int:
+        """Number of the session with the last round of training; 0 without training."""
+        return max((n for n, stage in enumerate(self.stages, 1) if stage.work == "train"), default=0)
+
+    def stage(self, number: int) -> Stage:
+        """Return the stage of a session, counted from 1.
+
+        Raises:
+            FederationError: if the run has fewer.
+        """
+        if number > len(self.stages):
+            raise FederationError(
+                f"the coordinator asked for session {number}, but the plan has {len(self.stages)}",
+                reason="the plan has fewer sessions",
+            )
+        return self.stages[number - 1]
+
+    @property
     def releases(self) -> int:
-        """Number of times that held-out results leave a silo: once for each candidate in each round."""
-        return 0 if self.privacy.metrics == "none" else len(self.privacy.candidates) * self.merge.rounds
+        """Number of times that held-out results leave a silo: once for each model that is measured."""
+        return sum(len(stage.measured) for stage in self.stages)
+
+    @property
+    def counted(self) -> bool:
+        """Whether the sum of statistics counts examples and tokens.
+
+        It does not where the sums of a head, over perhaps more silos, do: the difference would be the numbers of the
+        silos in between. Weights by examples are such a count.
+        """
+        return not (
+            self.privacy.secure_aggregation and self.model.head == "fitted" and self.merge.weighting == "uniform"
+        )
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """Names of the models that silos measure in some session."""
+        return tuple(dict.fromkeys(name for stage in self.stages for name in stage.measured))
 
     def holders(self, label: str) -> tuple[str, ...]:
         """Return the silos that annotate a label, in roster order."""
@@ -220,7 +292,7 @@ class Plan(Section):
     def terms_of(self, silo: str) -> str:
         """Return the SHA-256 of the plan's terms for one silo that its statistics depend on."""
         (entry,) = (entry for entry in self.silo if entry.name == silo)
-        head = silo if self.model.head != "same" else ""  # the name seeds the silo's own head
+        head = silo if self.model.head in ("different", "own") else ""  # the name seeds the silo's own head
         return digest({"task": entry.task or "", "labels": list(entry.labels), "head": head})
 
     @property
@@ -230,8 +302,9 @@ class Plan(Section):
 
     @property
     def locked(self) -> bool:
-        """Whether the base model (weights, configuration, processor) and the layout are pinned."""
-        return None not in (self.model.sha256, self.model.config, self.model.processor, self.merge.layout)
+        """Whether the base model (weights, configuration, processor), its head and the layout are pinned."""
+        model = self.model
+        return None not in (model.sha256, model.config, model.processor, model.head, self.merge.layout)
 
     @property
     def pins(self) -> Pins:
@@ -258,8 +331,17 @@ class Plan(Section):
         roster = tuple(silo.model_copy(update={"public_key": keys[silo.name]}) for silo in self.silo)
         return self.model_copy(update={"silo": roster})
 
+    def with_head(self, head: str) -> Plan:
+        """Return this plan with `model.head`, if it has none."""
+        return self if self.model.head else build(Plan, self._with("model", "head", head), "plan")
+
+    def _with(self, section: str, key: str, value: Any) -> dict[str, Any]:
+        document = self.document()
+        document[section][key] = value
+        return document
+
     def pinned(self, pins: Pins, layout: str | None) -> Plan:
-        """Return this plan with the values of `plan lock`: the base model's pins and the layout's digest."""
+        """Return this plan with these values of `plan lock`: the base model's pins and the layout's digest."""
         return self.model_copy(
             update={
                 "model": self.model.model_copy(update=pins._asdict()),

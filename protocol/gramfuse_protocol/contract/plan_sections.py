@@ -80,8 +80,14 @@ class _Start(Section):
     processor: Sha256 | None = None
     """Digest of the whole tokenizer or image processor; filled in by `plan lock`."""
     task: TaskName | None = None
-    head: Literal["same", "different", "own"] = "same"
-    """`same`: all silos start from one head; `different`: each starts from its own; `own`: heads are not merged."""
+    head: Literal["fitted", "same", "different", "own"] | None = None
+    """Where heads start from, and whether they are merged.
+
+    `fitted`: an exchange before training fits one head in closed form, from which all silos start. `same`: all silos
+    start from one head, that of the base's files or one of random weights; `different`: each starts from its own.
+    `own`: heads are not merged. By default `plan lock` chooses `fitted` where silos have one task with exactly one of
+    several labels and the base has no head for it, and otherwise `same`.
+    """
 
 
 class Model(TaskSettings, _Start):  # pydantic orders the keys of the last base first
@@ -113,7 +119,8 @@ class NamedTask(Task):
 class Training(Section):
     """`[training]`: AdamW with linear warm-up and decay, the same at every silo."""
 
-    epochs: Count = 5
+    epochs: Annotated[int, Field(ge=0, le=LARGEST)] = 5
+    """Passes over the data in each round; 0 trains nothing: the fitted head on the base is the result."""
     learning_rate: Annotated[float, Field(gt=0)] = 5e-5
     batch_size: Count = 16
     warmup: Unit = 0.06
@@ -144,7 +151,10 @@ class Merge(Section):
         True
     """
 
-    method: Literal["regmean"] = "regmean"
+    method: Literal["regmean", "average"] = "regmean"
+    """`regmean` merges linear weights in closed form. `average` averages all weights, and needs no Gram matrices."""
+    refit: bool = False
+    """Whether an exchange after the last round fits the head again, to the merged body's features."""
     alpha: Unit = 0.9
     """Factor on the off-diagonal entries of each Gram matrix."""
     weighting: Literal["uniform", "examples"] = "uniform"
@@ -213,9 +223,11 @@ class Privacy(Section):
     `"none"` adds no noise; a silo joins such a plan only if its own silo file allows it.
     """
     candidates: Annotated[tuple[Literal["simple", "regmean"], ...], Field(min_length=1)] = ("simple", "regmean")
-    """The only models that silos measure in each round, in order; `regmean` must be among them.
+    """The models that silos measure in each round, in order; `regmean` must be among them.
 
-    `simple` is the plain average, a control. Each candidate costs `metrics-epsilon`.
+    `simple` is the plain average, a control; with `merge.method = "average"`, it is the merge, and the only candidate.
+    Each costs `metrics-epsilon`. So do a head that is fitted again and a head without training, which are also
+    measured.
     """
 
     @model_validator(mode="after")

@@ -25,6 +25,10 @@ SUMMED = "nobody: random words. Only the sum over at least {least} silos can be 
 
 EXAMPLES = "texts, labels, single predictions"
 STATISTICS = "Gram matrices of its layers' inputs, weight differences, numbers of examples and of token rows"
+OF_HEAD = (
+    "of the features that enter the head: their products in pairs, their sum for each label, and the number of "
+    "examples of each label"
+)
 ADDED = "tokens added to its model, as text, with their embedding rows"
 STATISTICS_SAY = (
     "A contribution in the clear is not harmless: the Gram matrix of few examples reveals which tokens occurred where, "
@@ -33,6 +37,10 @@ STATISTICS_SAY = (
 MODEL_SAYS = (
     "The merged model's weights can reveal information about the silos' data. No noise is added to them: the model has "
     "no differential privacy."
+)
+OF_ONE_LABEL = (
+    "The sums of a head have a column for each label. For a label that only one silo has, it is that silo's own: the "
+    "mean of its features, and how many examples it has."
 )
 SUM_SAYS = "The sum is not anonymous: it reveals something about the combined data of the silos in it."
 
@@ -102,6 +110,11 @@ FACTS: Mapping[str, Fact] = {
             "open": Read("train, upload", COORDINATOR),
             "files": Read("measure", "whoever has the file"),
         },
+        (*MASKS, NETWORK),
+    ),
+    "head": Fact(
+        f"if the plan fits the head: sums over its examples {OF_HEAD}",
+        {"secure": Read("masked", SUMMED), "open": Read("upload", COORDINATOR)},
         (*MASKS, NETWORK),
     ),
     "added": Fact(

@@ -24,7 +24,7 @@ from gramfuse_protocol.bounds import (
     Many,
     Title,
 )
-from gramfuse_protocol.contract.layout import PIECE_BYTES
+from gramfuse_protocol.contract.form import PIECE_BYTES
 from gramfuse_protocol.contract.plan_sections import LARGEST, Name, Sha256
 from gramfuse_protocol.errors import FailureError, FederationError, GramfuseError, RefusalError
 from gramfuse_protocol.secure_sum.member import SEALED_BYTES
@@ -38,9 +38,6 @@ Tokens = Annotated[Mapping[Title, Count], Field(max_length=TENSORS)]
 Piece = Annotated[int, Field(ge=0, le=2**40)]
 Names = Annotated[Many[Name], Field(max_length=SILOS)]
 
-MERGED = "regmean"
-"""The name of the merged model in an evaluate request."""
-
 Candidate = Annotated[str, Field(min_length=1, max_length=64)]
 """The name of a measured model."""
 
@@ -48,7 +45,10 @@ DELTAS = {r"delta:.+": "float32"}
 """The arrays of a whole model."""
 
 STATISTICS = DELTAS | {r"gram:.+": "float32"}
-"""The arrays of a contribution in the clear."""
+"""The arrays of statistics."""
+
+CONTRIBUTION = STATISTICS | {r"head:.+": "float64"}
+"""The arrays of a contribution in the clear: statistics, or the sums of a head."""
 
 Round = Annotated[int, Field(ge=1, le=LARGEST)]
 Sealed = Annotated[str, Field(pattern=rf"^[0-9a-f]{{{2 * SEALED_BYTES}}}$")]
@@ -101,7 +101,7 @@ class Message(Body):
     Args:
         plan: digest of the plan.
         session: nonce, 16 random bytes in hexadecimal, which the coordinator draws for each round of a run.
-        round: the round, counted from 1.
+        round: the number of the session in the run, counted from 1 (`gramfuse_protocol.contract.stages`).
 
     Attributes:
         title: a request's phase, in words.
@@ -144,10 +144,10 @@ class JoinReply(Message):
 
 
 class TrainRequest(Message):
-    """Fine-tune and collect statistics on the silo's disk.
+    """Fine-tune, or measure for the fit of a head, and collect the results on the silo's disk.
 
-    After the first round, `arrays` has the model to continue from: its differences from the base as
-    `delta:<parameter>` blocks, float32.
+    After the first session, `arrays` has the model to continue from: its differences from the base as
+    `delta:<parameter>` blocks, float32. Tensors that equal the base's are left out.
     """
 
     phase = "train"
@@ -274,16 +274,20 @@ class UploadRequest(Message):
 
 
 class UploadReply(Message):
-    """One piece: `arrays` has the slices of `Layout.pieces(piece_bytes)[piece]`, float32."""
+    """One piece: `arrays` has the slices of `Form.pieces(piece_bytes)[piece]`, in the form's dtype."""
 
     phase = "upload"
-    carries = STATISTICS
+    carries = CONTRIBUTION
     silo: Name
     piece: Piece
 
 
 class EvaluateRequest(Message):
-    """Measure a model on held-out data: `arrays` has `delta:<parameter>` blocks, float32."""
+    """Measure a model on held-out data.
+
+    `arrays` has its differences from the base as `delta:<parameter>` blocks, float32. Tensors that equal the base's are
+    left out.
+    """
 
     phase = "evaluate"
     title = "measure on held-out data"

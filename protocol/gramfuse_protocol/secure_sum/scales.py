@@ -10,6 +10,14 @@ exceed that on public text, an element is multiplied by 2^f with
     m of a buffer          f = K − w − 24                running variances and counters move further
     count                  f = 0
 
+and, for the sums of a head, in which the silo's examples add up and the last feature is 1, so that e = 0:
+
+    second, features j and k    f = K − 18 − 12 − e_j − e_k
+    first, feature j            f = K − 18 − 6 − e_j
+
+The features of a head are bounded, as those of a pooler are, or normalised: 6 bits are enough. They need the precision:
+a covariance is a small difference of large sums.
+
 where w is 0 under `uniform` and 18 under `examples`. A t is at most the product of a feature's amplitude and the
 amplitude by which the weight difference changes an output; it fits if the latter is at most 2^(g + 10). The experts of
 a group share their scales.
@@ -23,14 +31,19 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from gramfuse_protocol.contract.layout import Block, Group, Layout
+from gramfuse_protocol.contract.form import Block, Form
+from gramfuse_protocol.contract.head_layout import HeadLayout
+from gramfuse_protocol.contract.layout import Group, Layout
 from gramfuse_protocol.secure_sum.fixed_point import capacity
 
 AMPLITUDE_BITS = 10
+HEAD_BITS = 6
 DELTA_BITS = 8
 BUFFER_BITS = 24
-WEIGHT_BITS = {"uniform": 0, "examples": 18}
-MOST_WEIGHED = 2 ** WEIGHT_BITS["examples"]
+MOST_BITS = 18
+WEIGHT_BITS = {"uniform": 0, "examples": MOST_BITS}
+MOST_WEIGHED = 2**MOST_BITS
+"""Most examples of a silo that a secure sum can weigh, or add up for a head."""
 
 METRICS_SCALE = 2.0**20
 """Scale of held-out results (`gramfuse_protocol.held_out.sums`): fine enough for noise and losses."""
@@ -38,12 +51,30 @@ METRICS_SCALE = 2.0**20
 Scale = NDArray[np.float64] | float
 
 
-def scales(layout: Layout, silos: int, weighting: Literal["uniform", "examples"]) -> Iterator[tuple[Block, Scale]]:
-    """Yield each block of `layout.sums` with its scale 2^f, which broadcasts to the block's shape.
+def scales(form: Form, silos: int, weighting: Literal["uniform", "examples"]) -> Iterator[tuple[Block, Scale]]:
+    """Yield each block of `form.sums` with its scale 2^f, which broadcasts to the block's shape.
 
     Raises:
-        ValueError: if the layout has no exponents.
+        ValueError: if a layout has no exponents.
     """
+    match form:
+        case HeadLayout():
+            yield from _scales_of_head(form, silos)
+        case Layout():
+            yield from _scales_of_layout(form, silos, weighting)
+
+
+def _scales_of_head(head: HeadLayout, silos: int) -> Iterator[tuple[Block, Scale]]:
+    room = capacity(silos) - MOST_BITS
+    second, first = head.sums
+    powers = np.exp2(-np.array((*head.exponents, 0), np.float64))
+    yield second, head.packing.outer(powers, 2.0 ** (room - 2 * HEAD_BITS))
+    yield first, 2.0 ** (room - HEAD_BITS) * powers[:, None]
+
+
+def _scales_of_layout(
+    layout: Layout, silos: int, weighting: Literal["uniform", "examples"]
+) -> Iterator[tuple[Block, Scale]]:
     if any(len(group.exponents) != group.d_in for group in layout.groups):
         raise ValueError("the layout has no exponents; derive it with gramfuse_model.derive_layout")
     room = capacity(silos) - WEIGHT_BITS[weighting]

@@ -20,7 +20,8 @@ from gramfuse_protocol.bounds import (
     Many,
     Title,
 )
-from gramfuse_protocol.contract.layout import ITEM_BYTES, Block, Layout, Positive, Shape
+from gramfuse_protocol.contract.form import Block
+from gramfuse_protocol.contract.layout import ITEM_BYTES, Layout, Positive, Shape
 from gramfuse_protocol.contract.plan_sections import BaseName, Commit, Name, Sha256
 from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.documents import Section

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from gramfuse_protocol.contract.layout import Layout, Slice
+from gramfuse_protocol.contract.form import Form, Slice
 from gramfuse_protocol.errors import ContributionError
 
 Array = NDArray[Any]
@@ -30,7 +30,7 @@ class Contribution(Protocol):
         ...
 
     def block(self, name: str) -> Array:
-        """Return a block of the layout in its shape: float32, read-only."""
+        """Return a block of the form in its shape, read-only."""
         ...
 
 
@@ -46,8 +46,8 @@ class Statistics:
     Args:
         examples: training examples, ≥ 1.
         tokens: number of token rows by group name.
-        blocks: float32 arrays by block name. `gram:<group>` is the packed mean G = XᵀX / tokens over real tokens (zeros
-            if the group saw none); `delta:<parameter>` is W − W₀ in the parameter's shape.
+        blocks: arrays by block name, in the form's dtype. `gram:<group>` is the packed mean G = XᵀX / tokens over real
+            tokens (zeros if the group saw none); `delta:<parameter>` is W − W₀ in the parameter's shape.
     """
 
     examples: int
@@ -55,19 +55,19 @@ class Statistics:
     blocks: Mapping[str, Array]
 
     def block(self, name: str) -> Array:
-        """Return a block by name, float32."""
+        """Return a block by name."""
         return self.blocks[name]
 
 
-def check_counts(layout: Layout, examples: int, tokens: Mapping[str, int], source: str) -> None:
-    """Raise ContributionError unless the counts of a contribution fit the layout.
+def check_counts(form: Form, examples: int, tokens: Mapping[str, int], source: str) -> None:
+    """Raise ContributionError unless the counts of a contribution fit its form.
 
     Args:
         source: the sender, for the error.
     """
     if isinstance(examples, bool) or not isinstance(examples, int) or examples < 1:
         raise ContributionError(f"{source}: reports {examples} training examples; expected a positive integer")
-    expected = {group.name for group in layout.groups}
+    expected = set(form.gram_names)
     if set(tokens) != expected:
         group = sorted(set(tokens) ^ expected)[0]
         raise ContributionError(f"{source}: token counts do not fit the layout; first difference at group {group!r}")
@@ -76,13 +76,14 @@ def check_counts(layout: Layout, examples: int, tokens: Mapping[str, int], sourc
             raise ContributionError(f"{source}: group {group!r} reports {count} tokens; expected zero or more")
 
 
-def check_slices(slices: Iterable[Slice], arrays: Mapping[str, Array], source: str) -> None:
+def check_slices(slices: Iterable[Slice], arrays: Mapping[str, Array], source: str, dtype: str = "float32") -> None:
     """Raise ContributionError unless arrays match these slices of a contribution exactly and all values are finite.
 
     Args:
         slices: the expected slices.
-        arrays: float32 arrays by slice name; whole blocks in their shape, partial ones flat.
+        arrays: arrays by slice name; whole blocks in their shape, partial ones flat.
         source: the sender, for the error.
+        dtype: the expected dtype of all arrays.
     """
     slices = tuple(slices)
     unknown = sorted(set(arrays) - {piece.name for piece in slices})
@@ -94,9 +95,9 @@ def check_slices(slices: Iterable[Slice], arrays: Mapping[str, Array], source: s
             raise ContributionError(f"{source}: tensor {piece.name!r} of the layout is missing")
         whole = piece.name == piece.block.name
         shape = piece.block.shape if whole else (piece.stop - piece.start,)
-        if array.dtype != np.float32 or array.shape != shape:
+        if array.dtype != np.dtype(dtype) or array.shape != shape:
             raise ContributionError(
-                f"{source}: tensor {piece.name!r} is {array.dtype} {array.shape}, but the layout expects float32 "
+                f"{source}: tensor {piece.name!r} is {array.dtype} {array.shape}, but the layout expects {dtype} "
                 f"{shape}; the silo's layout or base model differs from the plan's"
             )
         bad = array.size - int(np.count_nonzero(np.isfinite(array)))

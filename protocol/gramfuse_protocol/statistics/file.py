@@ -29,7 +29,8 @@ from gramfuse_protocol.bounds import (
     check_keys,
     parse_json,
 )
-from gramfuse_protocol.contract.layout import ITEM_BYTES, Block, Layout
+from gramfuse_protocol.contract.form import Block
+from gramfuse_protocol.contract.layout import ITEM_BYTES, Layout
 from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.errors import ContributionError, RunDirectoryError, disk_is_full
 from gramfuse_protocol.files import replacing

@@ -59,20 +59,21 @@ def check_merge(accumulator: Accumulator, merged: Merged, plan: Plan, survivors:
         plan: of the run.
         survivors: the silos in the sums.
     """
-    return _worth_reporting([*_counts(accumulator, plan, survivors), *check_sums(accumulator, merged)])
+    return worth_reporting([*_counts(accumulator, plan, survivors), *check_sums(accumulator, merged)])
 
 
 def check_sums(accumulator: Accumulator, merged: Merged) -> list[Check]:
     """Check the sums of a run or of files; arguments as in `check_merge`."""
-    return _worth_reporting(_group_checks(accumulator, merged))
+    return worth_reporting(_group_checks(accumulator, merged))
 
 
-def check_model(model: nn.Module, merged: Merged, maximum: float) -> list[Check]:
-    """Check how much the merged model and the simple average change.
+def check_model(model: nn.Module, merged: Merged, layout: Layout, maximum: float) -> list[Check]:
+    """Check how much the merged model and the simple average change, except for a fitted head.
 
     Args:
         model: the base.
         merged: differences from it.
+        layout: of the merge.
         maximum: `merge.maximum-change` of the plan.
     """
     checks = []
@@ -80,8 +81,9 @@ def check_model(model: nn.Module, merged: Merged, maximum: float) -> list[Check]
     targets = ("average", merged.mean, AVERAGE), ("change", merged.deltas, maximum / 2)
     for name, deltas, usual in targets:
         limits: tuple[Bounds, Bounds] = (None, min(usual, maximum)), (None, maximum)
-        checks += [check_of(name, tensor, change, *limits) for tensor, change in changes(model, deltas).items()]
-    return _worth_reporting(checks)
+        found = changes(model, deltas, layout.head)
+        checks += [check_of(name, tensor, change, *limits) for tensor, change in found.items()]
+    return worth_reporting(checks)
 
 
 def check_shares(
@@ -99,12 +101,12 @@ def check_shares(
     factors = factors or dict.fromkeys(examples, 1.0)
     each = sum(examples.values()) / sum(factors.values())
     shares = {silo: factors[silo] * each / count for silo, count in examples.items()}
-    return _worth_reporting(
+    return worth_reporting(
         check_of("share", silo, share, (None, SHARE), (None, None)) for silo, share in shares.items()
     )
 
 
-def _worth_reporting(checks: Iterable[Check]) -> list[Check]:
+def worth_reporting(checks: Iterable[Check]) -> list[Check]:
     """Return the least usual check of each name, and all others that are not ok."""
     by_name: dict[str, list[Check]] = {}
     for check in checks:
@@ -126,14 +128,17 @@ def _counts(accumulator: Accumulator, plan: Plan, survivors: Sequence[str]) -> I
     holders = [sum(silo in part.silos for silo in survivors) for part in layout.parts]
     by_examples = merge.weighting == "examples"
     each = MOST_WEIGHED if by_examples else 1
-    yield _count("examples", examples, len(survivors), MOST_WEIGHED * len(survivors) if by_examples else None)
+    if plan.counted:
+        yield _count("examples", examples, len(survivors), MOST_WEIGHED * len(survivors) if by_examples else None)
+    else:
+        yield _count("examples", examples, 0, 0)
     expected = examples if by_examples else len(survivors)
     yield _count("weight", weight, expected, expected)
     for silos, value in zip(holders, parts, strict=True):
         yield _count("weight", value, silos, each * silos)
     for group, value in zip(layout.groups, rows, strict=True):
         silos = len(survivors) if group.part is None else holders[group.part]
-        yield _count(group.name, value, 0, merge.tokens * silos)
+        yield _count(group.name, value, 0, merge.tokens * silos if plan.counted else 0)
 
 
 def _count(where: str, value: float, least: float, most: float | None) -> Check:

@@ -13,7 +13,7 @@ but Σ_w and N.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -38,6 +38,10 @@ class Head:
     shrinkage: float
     absent: tuple[int, ...] = ()
 
+    def scaled(self, factor: float) -> Head:
+        """Return this head with outputs that are smaller or larger by a factor."""
+        return replace(self, weight=factor * self.weight, bias=factor * self.bias)
+
 
 def fit_head(sums: HeadSums, *, prior: bool) -> Head:
     """Return the closed-form head of the examples that the sums are over.
@@ -50,11 +54,12 @@ def fit_head(sums: HeadSums, *, prior: bool) -> Head:
     """
     counts, present = sums.counts, sums.counts > 0.5
     total = float(counts[present].sum())
+    second, first = sums.second[:-1, :-1], sums.first[:-1]
     if present.sum() < 2:
         raise MergeError("a head is fitted from examples of two labels at least; there are fewer")
-    means = sums.first[:, present] / counts[present]
-    center = sums.first[:, present].sum(axis=1) / total
-    within = (sums.second - (means * counts[present]) @ means.T) / total
+    means = first[:, present] / counts[present]
+    center = first[:, present].sum(axis=1) / total
+    within = (second - (means * counts[present]) @ means.T) / total
     variance = float(np.trace(within)) / len(within)
     if not np.isfinite(variance) or variance <= 0:
         raise MergeError("the features that enter the head do not vary within labels, so no head can be fitted to them")
@@ -68,6 +73,22 @@ def fit_head(sums: HeadSums, *, prior: bool) -> Head:
         bias[present] += np.log(counts[present] / total)
     bias[~present] = bias[present].min() - np.log(2 * total)
     return Head(weight, bias, shrinkage, tuple(np.flatnonzero(~present).tolist()))
+
+
+def without_bias(head: Head, sums: HeadSums) -> Head:
+    """Return a head for a layer without bias: its bias as a linear function of the features.
+
+    With Σ x xᵀ u ≈ Σ x, uᵀ x is 1 for an average example, so W + b uᵀ stands for W and b. A constant in all biases is
+    taken out first, which changes no probability.
+
+    Args:
+        sums: those that the head was fitted from.
+    """
+    second, ones = sums.second[:-1, :-1], sums.second[:-1, -1]
+    ridge = 1e-6 * float(np.trace(second)) / len(second)
+    direction = np.linalg.solve(second + ridge * np.eye(len(second)), ones)
+    bias = head.bias - head.bias.mean()
+    return replace(head, weight=head.weight + bias[:, None] * direction, bias=np.zeros_like(bias))
 
 
 def approximating_shrinkage(covariance: Float64, examples: float) -> float:

@@ -261,7 +261,7 @@ def merge_files(
         checks = [
             *check_shares({file.name: file.examples for file in collection.files}, weighting, weights),
             *check_sums(accumulator, merged),
-            *check_model(base.model, merged, maximum),
+            *check_model(base.model, merged, collection.layout, maximum),
         ]
         report = Report(
             schema=SCHEMA,

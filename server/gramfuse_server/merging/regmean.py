@@ -7,7 +7,8 @@ from numbers import Real
 from typing import Literal
 
 from gramfuse_protocol.arguments import check_argument, check_contribution, wrong_argument
-from gramfuse_protocol.contract.layout import Layout, Slice
+from gramfuse_protocol.contract.form import Slice
+from gramfuse_protocol.contract.layout import Layout
 from gramfuse_protocol.errors import ContributionError
 from gramfuse_protocol.statistics.contribution import Contribution, check_slices
 from gramfuse_server.merging.accumulator import Accumulator, Merged

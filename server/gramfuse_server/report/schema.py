@@ -140,7 +140,8 @@ class Measured(ReportPart):
     name: str
     """Its name; a silo's own model has the silo's name."""
     kind: str
-    """`silo`, `body`, `alone`, `simple`, `regmean` (the merge), `untuned`, or a comparison: `fisher`, `joint`, …"""
+    """`silo`, `body`, `alone`, `simple`, `regmean`, `fitted`, `refitted`, `untuned`, or a comparison: `fisher`,
+    `joint`, …"""
     metrics: Metrics
     """Over the held-out examples of all silos together. With several tasks: `examples` and `mean-score`, the mean over
     tasks of the metric that ranks models of each."""
@@ -221,18 +222,23 @@ class Check(ReportPart):
 
 
 class RoundOfReport(ReportPart):
-    """One round of a run; a failed one, as far as it got."""
+    """One session of a run; a failed one, as far as it got."""
 
     round: Number
     """Its number, from 1."""
+    work: Literal["fit", "train", "refit"] = "train"
+    """What silos did: `fit`: contributed the sums that the head was fitted from; `train`: fine-tuned; `refit`:
+    contributed the sums of the merged body's features, from which its head was fitted again."""
     survivors: tuple[str, ...] = ()
     """Silos whose contributions are in its merge, in roster order; missing before the merge."""
+    examples: Count = 0
+    """Training examples of these silos together; 0 if the sum does not count them, as after a fit of the head."""
     solve: tuple[Step, ...] = ()
     """How each group of weights was solved; missing before the merge."""
     checks: tuple[Check, ...] = ()
     """Checks of its merge; missing before the merge."""
     models: tuple[Measured, ...] = ()
-    """Measured models; the merge has the kind `regmean`."""
+    """Measured models; the merge comes last."""
     unmeasured: str | None = None
     """Why nothing was measured, for people; null if something was."""
     lost: tuple[Loss, ...]
@@ -352,7 +358,7 @@ class Failure(ReportPart):
     phase: str
     """Phase in which it failed."""
     round: Number
-    """Round in which it failed, from 1."""
+    """Number of the session in which it failed, from 1."""
     exit_code: Count
     """Exit code of the command; see `gramfuse explain`."""
     resumable: bool
@@ -361,7 +367,7 @@ class Failure(ReportPart):
 
 ALWAYS = ("schema", "run", "mode", "base", "layout_digest", "plan_digest", "silos", "versions")
 OF_PLANS = ("name", "auto_class", "head", "tasks", "generation", "identities")
-OF_RUNS = (*OF_PLANS, "lost", "bytes", "bytes_to_silos", "seconds", "rounds")
+OF_RUNS = (*OF_PLANS, "merged", "unfitted", "lost", "bytes", "bytes_to_silos", "seconds", "rounds")
 OF_SUMS = ("examples", "solve", "checks")
 OF_MERGES = (*OF_SUMS, "models", "unmeasured")
 OF_FILES = (*OF_SUMS, "heads", "alpha", "weighting", "added_tokens", "closed", "unmatched", "seconds")
@@ -397,8 +403,12 @@ class Report(ReportPart):
     """The base model."""
     auto_class: str = ""
     """The transformers class that loads the merged model."""
-    head: Literal["same", "different", "own"] = "same"
-    """Runs: whether heads were merged from one start, merged from different starts, or kept by the silos."""
+    head: Literal["fitted", "same", "different", "own"] = "same"
+    """Runs: whether heads were merged from one fitted start, from one random start or from different ones, or kept by
+    the silos."""
+    merged: Literal["regmean", "simple", "fitted", "refitted"] = "regmean"
+    """Runs: kind of the merged model, the one in model/: merged by `regmean`; the `simple` average; the base with a
+    `fitted` head; or a merged body with a `refitted` head."""
     heads: Literal["merged", "own"] = "merged"
     """Files: whether heads were merged, or each file kept its own."""
     tasks: Mapping[str, TaskName] = Field(default={})
@@ -414,7 +424,7 @@ class Report(ReportPart):
     silos: tuple[SiloOfReport, ...]
     """Silos in the merge, in roster order; in a failed run, the whole roster."""
     examples: Count = 0
-    """Training examples of all silos in the merge together."""
+    """Training examples of all silos in the merge together; 0 if no sum over exactly these silos counts them."""
     added_tokens: AddedTokensOfReport | None = None
     """Files: which added tokens the merged model has."""
     closed: Share | None = None
@@ -422,23 +432,25 @@ class Report(ReportPart):
     unmatched: tuple[str, ...] = ()
     """Files: weights of linear layers that were averaged because it is unknown which of their input rows are tokens."""
     lost: tuple[Loss, ...] = ()
-    """Silos that dropped out or refused in the last round."""
+    """Silos that dropped out or refused in the last session."""
     models: tuple[Measured, ...] = ()
-    """Measured models of the last round; the merge has the kind `regmean`."""
+    """Models measured in the last round of training and after it."""
     unmeasured: str | None = None
-    """Why nothing was measured, for people; null if something was."""
+    """Why nothing was measured in the last session, for people; null if something was."""
+    unfitted: str | None = None
+    """Why the head was not fitted again, though the plan asks for it, for people; null if it was, or need not be."""
     solve: tuple[Step, ...] = ()
-    """How each group of weights was solved in the last round."""
+    """How each group of weights was solved in the last round of training."""
     checks: tuple[Check, ...] = ()
-    """Checks of the last round's merge."""
+    """Checks of the last round's merge, and of a head fitted after it."""
     bytes: Traffic = Field(default={})
-    """Bytes that the coordinator received in all rounds, by silo and phase."""
+    """Bytes that the coordinator received in all sessions, by silo and phase."""
     bytes_to_silos: Traffic = Field(default={})
-    """Bytes that the coordinator sent in all rounds, by silo and phase."""
+    """Bytes that the coordinator sent in all sessions, by silo and phase."""
     seconds: Mapping[str, Seconds] | Seconds = Field(default={})
-    """Runs: seconds of all rounds, by phase. Files: total seconds."""
+    """Runs: seconds of all sessions, by phase. Files: total seconds."""
     rounds: tuple[RoundOfReport, ...] = ()
-    """The rounds; in a failed run, those before the failed one."""
+    """The sessions; in a failed run, those before the failed one."""
     versions: Mapping[str, str]
     """Package versions, by name."""
     tuning: Tuning | None = None

@@ -14,6 +14,7 @@ from flwr.serverapp import Grid
 from gramfuse_protocol.contract.layout import Layout
 from gramfuse_protocol.contract.node_key import canonical
 from gramfuse_protocol.contract.plan import Plan
+from gramfuse_protocol.contract.stages import subject
 from gramfuse_protocol.errors import FederationError, GramfuseError
 from gramfuse_protocol.messages.phases import FinishReply, FinishRequest, JoinReply, JoinRequest, Message, expect
 from gramfuse_server.run.delivery import Pending, Post
@@ -28,19 +29,21 @@ Observer = Callable[[dict[str, Any]], None]
 
 
 class Conductor:
-    """The coordinator's side of one session, which is one round of a run.
+    """The coordinator's side of one session, which is one stage of a run.
 
     Args:
         grid: Flower's grid.
         plan: locked.
         run: the run directory, entered; completed phases of a resumed run are not repeated.
-        number: of the round, from 1.
+        number: of the session, from 1.
         patience: how long to wait for silos.
 
     Attributes:
-        only: the exact set of silos for this round; empty for any. With secure aggregation, rounds after the first
-            must sum over the same silos: a silo's vectors in different rounds are much alike, so the difference of sums
-            over different sets would reveal a single silo's.
+        stage: what is done in it.
+        only: the exact set of silos for this session; empty for any. With secure aggregation, sums of one subject
+            (`gramfuse_protocol.contract.stages.subject`) must be over the same silos: a silo's vectors in different
+            rounds are much alike, so the difference of sums over different sets would reveal a single silo's.
+        among: the silos that can take part, in roster order: with secure aggregation, those of the session before.
         needed: fewest silos whose statistics are to be merged.
         nodes: Flower's node id of each remaining silo, in roster order.
         joined: node ids of all silos that joined.
@@ -65,7 +68,9 @@ class Conductor:
         self.run = run
         self.observer = observer
         self.round = number
-        self.only = tuple(self.earlier("masked") or ())
+        self.stage = plan.stage(number)
+        self.among = tuple(self.earlier("masked") or plan.names)
+        self.only = self._survivors_of_subject()
         self.needed = len(self.only) or plan.minimum_survivors
         self.patience = patience
         self.post = Post(grid, run.record)
@@ -85,11 +90,11 @@ class Conductor:
             RefusalError, FederationError: if fewer silos join than the plan requires; the message names the missing.
         """
         # A resumed run cannot use silos that had not trained, and does not wait for silos that were lost before.
-        useful = tuple(self.done("train") or self.only or self.plan.names)
+        useful = tuple(self.done("train") or self.only or self.among)
         expected = tuple(name for name in useful if name not in self.lost_before)
         nodes = self._connected(expected, useful)
         if self.round > 1:
-            self.keep("session", self.nonce)  # an earlier round is merged, so the run is worth resuming
+            self.keep("session", self.nonce)  # an earlier session is over, so the run is worth resuming
         request = JoinRequest(**self.about, plan_text=self.plan.to_toml(), layout=layout.to_json())
         errors: list[GramfuseError] = []
         refused: dict[str, GramfuseError] = {}
@@ -156,25 +161,34 @@ class Conductor:
         return self.done(key)
 
     def done(self, phase: str) -> Any:
-        """Return the saved result of a phase of this round, or None."""
+        """Return the saved result of a phase of this session, or None."""
         return self.run.done.get(of_round(phase, self.round))
 
     def keep(self, phase: str, result: Any) -> None:
-        """Save the result of a phase of this round, a JSON value."""
+        """Save the result of a phase of this session, a JSON value."""
         self.run.keep(of_round(phase, self.round), result)
 
+    def _survivors_of_subject(self) -> tuple[str, ...]:
+        """Return the silos of the earlier sums that must be those of this one's; empty without such sums."""
+        same = subject(self.plan, self.stage, "statistics")
+        for number in range(self.round - 1, 0, -1):
+            survivors = self.run.done.get(of_round("masked", number))
+            if survivors is not None and subject(self.plan, self.plan.stage(number), "statistics") == same:
+                return tuple(survivors)
+        return ()
+
     def earlier(self, phase: str) -> Any:
-        """Return the latest saved result of a phase in an earlier round, or None."""
+        """Return the latest saved result of a phase in an earlier session, or None."""
         results = (self.run.done.get(of_round(phase, number)) for number in range(self.round - 1, 0, -1))
         return next((result for result in results if result is not None), None)
 
     def place(self, name: str) -> Path:
-        """Return the path of this round's file or folder of a name in the run directory."""
+        """Return the path of this session's file or folder of a name in the run directory."""
         return self.run.partial / of_round(name, self.round)
 
     @property
     def lost_before(self) -> dict[str, str]:
-        """Why silos were lost in the previous round, or in this one before it was resumed; they may come back."""
+        """Why silos were lost in the previous session, or in this one before it was resumed; they may come back."""
         return (self.earlier("lost") or {}) | (self.done("lost") or {})
 
     def ask(
@@ -272,9 +286,11 @@ class Conductor:
         self.tell(name, "end", seconds=round(self.seconds[name], 3))
 
     def tell(self, phase: str, state: str, **more: Any) -> None:
-        """Send an event to the observer; with several rounds, it includes the round."""
-        rounds = self.plan.merge.rounds
-        position = {"round": self.round, "rounds": rounds} if rounds > 1 else {}
+        """Send an event to the observer; in a run of several sessions, it says in which this is."""
+        stage, sessions = self.stage, len(self.plan.stages)
+        position: dict[str, Any] = {"session": self.round, "sessions": sessions} if sessions > 1 else {}
+        position |= {"work": stage.work} if sessions > 1 else {}
+        position |= {"round": stage.round, "rounds": self.plan.merge.rounds} if self.plan.merge.rounds > 1 else {}
         self.observer({"phase": phase, "state": state, **position, **more})
 
     def _tell_lost(self, phase: str, silo: str, error: GramfuseError) -> None:

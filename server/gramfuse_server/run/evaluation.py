@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from gramfuse_protocol.contract.layout import Layout
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.contract.task import Task
+from gramfuse_protocol.contract.whole_model import with_zeros, without_zeros
 from gramfuse_protocol.errors import FederationError, SecurityError
 from gramfuse_protocol.held_out.metrics import Sums, are_sums, by_label, metrics, primary, sums_shape
 from gramfuse_protocol.held_out.sums import Vector, figures, is_sum, label_figures, size
@@ -46,8 +47,9 @@ class Evaluation:
         self.conductor = conductor
         self.layout = layout
         self.plan = conductor.plan
+        measures = bool(conductor.stage.measured)
         self.secure = secure if self.plan.privacy.metrics == "sum" else None
-        self.in_the_clear = self.secure is None and self.plan.privacy.metrics != "none"
+        self.in_the_clear = measures and self.secure is None
         self.silos: tuple[str, ...] = ()
 
     def measure(self, candidates: Iterable[NamedModel], survivors: tuple[str, ...]) -> list[Measured]:
@@ -66,16 +68,16 @@ class Evaluation:
                 digests[candidate.name], sums[candidate.name] = self._ask(candidate)
                 self.conductor.tell("evaluate", "measured", name=candidate.name)
         if self.secure is not None:
-            return self._summed({name: digests[name] for name in self.plan.privacy.candidates}, survivors)
+            return self._summed({name: digests[name] for name in self.conductor.stage.measured}, survivors)
         # A silo that was lost midway would be in the metrics of some models only.
         self.silos = tuple(silo for silo in self.conductor.nodes if all(silo in by_silo for by_silo in sums.values()))
         complete = {name: {silo: by_silo[silo] for silo in self.silos} for name, by_silo in sums.items()}
         return [to_measured(self.plan, name, name, by_silo) for name, by_silo in complete.items()]
 
     def hand_over(self, merged: NamedModel) -> None:
-        """Send the merged model to the silos under a plan that lets no metrics leave.
+        """Send the merged model to the silos in a session that measures none.
 
-        Silos that keep their heads need its body, and all need it as the start of another round.
+        Silos that keep their heads need its body, and all need it as the start of another session.
 
         Raises:
             GramfuseError: if fewer silos answer than the plan requires.
@@ -85,19 +87,21 @@ class Evaluation:
 
     def _ask(self, candidate: NamedModel) -> tuple[str, dict[str, Sums]]:
         """Return a model's digest, and the sums by silo if they leave in the clear."""
-        request = EvaluateRequest(**self.conductor.about, candidate=candidate.name, arrays=candidate.arrays)
+        arrays = without_zeros(candidate.arrays)
+        request = EvaluateRequest(**self.conductor.about, candidate=candidate.name, arrays=arrays)
         requests = {silo: [request] for silo in self.conductor.nodes}
         replies = self.conductor.ask(
             EvaluateReply, requests, needed=self.plan.minimum_survivors, long_work=True, check=self._check
         )
-        digest = model_digest(candidate.arrays[piece.name] for piece in self.layout.deltas)
+        whole = with_zeros(self.layout, arrays)  # as silos have it: zeros have no sign
+        digest = model_digest(whole[piece.name] for piece in self.layout.deltas)
         return digest, {silo: reply.arrays["sums"] for silo, _, reply in replies if self.in_the_clear}
 
     def _check(self, silo: str, request: EvaluateRequest, reply: EvaluateReply) -> None:
         name, sums = request.candidate, reply.arrays.get("sums")
         if not self.in_the_clear:
             if reply.candidate != name or reply.arrays:
-                allowed = "only allows a secure sum" if self.secure else "lets no metrics leave"
+                allowed = "only allows a secure sum" if self.secure else "lets none leave now"
                 raise FederationError(f"silo {silo!r} sent metrics of {name!r} in the clear; the plan {allowed}")
             return
         task = self.plan.task_of(silo)

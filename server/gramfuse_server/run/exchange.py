@@ -1,11 +1,11 @@
-"""One run, from the first message to the merged model: one exchange, or several if the plan has rounds."""
+"""One run, from the first message to the merged model: one session for each stage of the plan."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -17,12 +17,14 @@ from safetensors.numpy import load_file, save_file
 
 from gramfuse_model.loading.auto_classes import merged_form
 from gramfuse_model.loading.base_model import Base
-from gramfuse_protocol.contract.layout import ITEM_BYTES, PIECE_BYTES, Layout, delta_block
+from gramfuse_protocol.contract.form import PIECE_BYTES
+from gramfuse_protocol.contract.layout import ITEM_BYTES, Layout, delta_block
 from gramfuse_protocol.contract.plan import Plan
+from gramfuse_protocol.contract.stages import Stage, describe_stage
+from gramfuse_protocol.contract.whole_model import with_zeros, without_zeros
 from gramfuse_protocol.errors import GramfuseError, MergeError, RunDirectoryError
 from gramfuse_protocol.files import replacing
 from gramfuse_protocol.held_out.metrics import Sums
-from gramfuse_protocol.messages.phases import MERGED
 from gramfuse_server.merging.accumulator import Merged, rounded
 from gramfuse_server.report.merged_model import write_model
 from gramfuse_server.report.page.page import page
@@ -129,7 +131,7 @@ class Exchange:
         self._rounds: list[Round] = []
 
     def start(self) -> Report:
-        """Run all rounds and write the run directory, except for its checksums and final name.
+        """Run all stages and write the run directory, except for its checksums and final name.
 
         Returns:
             The report, as in report.json.
@@ -140,11 +142,7 @@ class Exchange:
         """
         self.run.write(PLAN, self.plan.to_toml())
         self.run.write("layout.json", self.layout.to_json())
-        last = self.plan.merge.rounds
-        for number in range(1, last):
-            if of_round(OUTCOME, number) not in self.run.done:
-                self._pass_on(self._begin(number))
-        report = self._conclude(self._begin(last), self._earlier(last))
+        report = self._conclude(*self._last_session())
         self.run.write(REPORT, report.text)
         self.run.write(PAGE, page(report, self.plan))
         return report
@@ -157,38 +155,66 @@ class Exchange:
             if silos := [silo for silo in conductor.joined if last[silo] is conductor]:
                 conductor.finish(silos)
 
+    def _last_session(self) -> tuple[Round, Merged]:
+        """Run all sessions up to the last, and return that one with its merge."""
+        number = 1
+        while True:
+            if of_round(OUTCOME, number) not in self.run.done:
+                current = self._begin(number)
+                merged = current.merge()
+                if current.stage.last or self._ends_with(current):
+                    return current, merged
+                self._pass_on(current, merged)
+            number += 1
+
+    def _ends_with(self, current: Round) -> bool:
+        """Whether the run ends here, because silos are missing whose sums a later fit of the head would need."""
+        following = self.plan.stage(current.conductor.round + 1)
+        if self.plan.privacy.secure_aggregation and following.work == "refit":
+            needed = self._conductor(number=current.conductor.round + 1).only
+            current.missing = tuple(silo for silo in needed if silo not in current.survivors)
+        return bool(current.missing)
+
     def _begin(self, number: int) -> Round:
-        """Return a round: a new one, or an interrupted one with its completed phases."""
+        """Return a session: a new one, or an interrupted one with its completed phases."""
         start = {} if number == 1 else self._read_start(number)
-        current = Round(self._conductor(number=number), self.layout, start, self.piece_bytes)
+        current = Round(self._conductor(number=number), self.layout, self._head, start, self.piece_bytes)
         self._rounds.append(current)
         self.run.account = partial(self._failure_texts, current)
         return current
 
-    def _pass_on(self, current: Round) -> None:
-        """Run a round that is not the last, and save the model that the next one starts from."""
-        merged = current.merge()
+    @cached_property
+    def _head(self) -> Mapping[str, NDArray[np.float32]]:
+        """Values of the base's head, if the plan fits one, by parameter name."""
+        names = () if self.layout.head is None else self.layout.head.tensors
+        values = self.base.model.state_dict()
+        return {name: values[name].cpu().float().numpy().copy() for name in names}
+
+    def _pass_on(self, current: Round, merged: Merged) -> None:
+        """End a session that is not the last, and save the model that the next one starts from."""
         current.check(self.base.model, merged)
         if not current.sound:
             raise MergeError(
-                f"round {current.conductor.round}: {describe_bad(current.checks)}. The run stops at this merge"
+                f"{describe_stage(current.stage)}: {describe_bad(current.checks)}. The run stops at this merge"
             )
         self._measure(current, merged)
         path = self._start(current.conductor.round + 1)
         with self.run.writing(), replacing(path, private=True) as temporary:
-            save_file({delta_block(name): delta for name, delta in merged.rounded().items()}, temporary)
+            whole = {delta_block(name): delta for name, delta in merged.rounded().items()}
+            save_file(without_zeros(whole), temporary)
         current.conductor.keep("lost", current.lost)
         current.conductor.keep(OUTCOME, current.report().document())
         for spool in ("spool", "spool-metrics"):
             shutil.rmtree(current.conductor.place(spool), ignore_errors=True)
 
     def _earlier(self, number: int) -> list[RoundOfReport]:
-        """Return the saved reports of the rounds before one."""
+        """Return the saved reports of the sessions before one."""
         return [RoundOfReport.read(self.run.done[of_round(OUTCOME, each)]) for each in range(1, number)]
 
-    def _conclude(self, current: Round, earlier: list[RoundOfReport]) -> Report:
-        """Run the last round, write the model, and return the report."""
-        conductor, merged = current.conductor, current.merge()
+    def _conclude(self, current: Round, merged: Merged) -> Report:
+        """End the last session: measure, write the model, and return the report."""
+        conductor = current.conductor
+        earlier = self._earlier(conductor.round)
         studied = Studied()
         if self.study is not None:
             with conductor.phase("study"):
@@ -198,7 +224,7 @@ class Exchange:
         self._measure(current, merged)
         current.models += studied.models
         with conductor.phase("write"):
-            measured = next((model for model in current.models if model.kind == MERGED), None)
+            measured = next((model for model in current.models if model.kind == current.stage.merged), None)
             with self.run.writing():
                 chosen = None if studied.tuning is None else studied.tuning.chosen
                 place = self.run.partial / "model"
@@ -215,7 +241,7 @@ class Exchange:
 
     def _measure(self, current: Round, merged: Merged) -> None:
         """Have the survivors measure the plan's candidates, and a simulation's laboratory measure all models."""
-        candidates = self._candidates(merged)
+        candidates = self._candidates(current.stage, merged)
         current.measure(
             NamedModel(name, {delta_block(block): d for block, d in deltas.items()}) for name, deltas in candidates
         )
@@ -230,20 +256,21 @@ class Exchange:
                 conductor.tell("exact", "measured", name=name)
                 return {silo: sums[silo] for silo in silos}
 
-            alone = {silo: measure(silo, laboratory.deltas(silo)) for silo in silos}
+            owners = () if current.stage.fits_head else silos
+            alone = {silo: measure(silo, laboratory.deltas(silo)) for silo in owners}
             noisy = {model.name for model in current.models if model.privacy is not None}
             exact = {
                 name: _exact_figures(to_measured(self.plan, name, name, measure(name, deltas)))
-                for name, deltas in self._candidates(merged)
+                for name, deltas in self._candidates(current.stage, merged)
                 if name in noisy
             }
         models = [model.updated(exact=exact[model.name]) if model.name in exact else model for model in current.models]
-        current.models = silo_models(self.plan, alone) + models
+        current.models = (silo_models(self.plan, alone) if alone else []) + models
 
-    def _candidates(self, merged: Merged) -> Iterator[tuple[str, dict[str, NDArray[np.float32]]]]:
-        """Yield (name, differences by parameter name) of the models that silos measure; the merge comes last."""
-        deltas = {"simple": merged.mean, MERGED: merged.deltas}
-        for name in sorted(self.plan.privacy.candidates, key=MERGED.__eq__):
+    def _candidates(self, stage: Stage, merged: Merged) -> Iterator[tuple[str, dict[str, NDArray[np.float32]]]]:
+        """Yield (name, differences by parameter name) of the models that silos get; the merge comes last."""
+        deltas = {"simple": merged.mean, stage.merged: merged.deltas}
+        for name in sorted({*stage.measured, stage.merged}, key=stage.merged.__eq__):
             yield name, rounded(deltas[name])
 
     def _report(self, current: Round, earlier: list[RoundOfReport]) -> Report:
@@ -295,13 +322,18 @@ class Exchange:
 
     def _results(self, current: Round, rounds: Sequence[RoundOfReport]) -> dict[str, Any]:
         """Return the keys of the report that the rounds filled; of a failed run, those that exist."""
-        examples = {"examples": current.accumulator.examples} if current.merged is not None else {}
+        counted = [one.examples for one in rounds if one.examples and one.survivors == current.survivors]
+        examples = {"examples": counted[-1] if counted else 0} if current.merged is not None else {}
+        late = [one for one in rounds if one.round >= min(self.plan.trained_session or 1, rounds[-1].round)]
         return {
             **examples,
+            "merged": current.stage.merged,
+            "unfitted": current.unfitted,
+            **{key: getattr(rounds[-1], key) for key in ("lost", "unmeasured") if rounds[-1].has(key)},
             **{
-                key: getattr(rounds[-1], key)
-                for key in ("lost", "models", "unmeasured", "solve", "checks")
-                if rounds[-1].has(key)
+                key: tuple(item for one in late for item in getattr(one, key))
+                for key in ("models", "solve", "checks")
+                if any(one.has(key) for one in late)
             },
             "bytes": _total(one.bytes for one in rounds),
             "bytes_to_silos": _total(one.bytes_to_silos for one in rounds),
@@ -309,13 +341,13 @@ class Exchange:
         }
 
     def _start(self, number: int) -> Path:
-        """Return the path of the model that a round starts from; it is removed when the run completes."""
+        """Return the path of the model that a session starts from; it is removed when the run completes."""
         return self.run.partial / f"{of_round(START, number)}.safetensors"
 
     def _read_start(self, number: int) -> Mapping[str, NDArray[np.float32]]:
         path = self._start(number)
         try:
-            start: Mapping[str, NDArray[np.float32]] = load_file(path)
+            start = with_zeros(self.layout, load_file(path))
         except (OSError, SafetensorError) as error:
             raise RunDirectoryError(
                 f"{path}: cannot be read: {error}; remove {self.run.partial} and start a new run"
@@ -345,8 +377,8 @@ def _total(traffic: Iterable[Mapping[str, Mapping[str, int]]]) -> dict[str, dict
 
 
 def needed_bytes(plan: Plan, layout: Layout, model_bytes: int) -> int:
-    """Return the most bytes that a run writes: a round's contributions, start models, final models, and a margin."""
-    each = layout.upload_bytes(masked=plan.privacy.secure_aggregation)
-    starts = (plan.merge.rounds - 1) * ITEM_BYTES * sum(piece.block.entries for piece in layout.deltas)
+    """Return the most bytes that a run writes: a session's contributions, start models, final models, and a margin."""
+    each = max(stage.form(layout).upload_bytes(masked=plan.privacy.secure_aggregation) for stage in plan.stages)
+    starts = (len(plan.stages) - 1) * ITEM_BYTES * sum(piece.block.entries for piece in layout.deltas)
     models = 2 + (len(plan.silo) if plan.model.head == "own" else 0)
     return len(plan.silo) * each + starts + models * model_bytes + 50 * 2**20

@@ -1,4 +1,4 @@
-"""One round of a run: silos train, the coordinator merges their statistics, silos measure the merge."""
+"""One session of a run: silos contribute, the coordinator merges what they send, silos measure the merge."""
 
 from __future__ import annotations
 
@@ -10,12 +10,16 @@ from numpy.typing import NDArray
 from torch import nn
 
 from gramfuse_protocol.contract.layout import Layout
+from gramfuse_protocol.contract.stages import describe_stage
+from gramfuse_protocol.contract.whole_model import without_zeros
 from gramfuse_protocol.errors import FederationError, GramfuseError, RefusalError
 from gramfuse_protocol.messages.phases import TrainReply, TrainRequest, UploadReply, UploadRequest
 from gramfuse_protocol.secure_sum.statements import model_digest
 from gramfuse_protocol.statistics.contribution import check_counts, check_slices
 from gramfuse_server.merging.accumulator import Accumulator, Merged
 from gramfuse_server.merging.checks import check_merge, check_model, check_shares
+from gramfuse_server.merging.head_accumulator import HeadAccumulator
+from gramfuse_server.merging.head_checks import check_head
 from gramfuse_server.report.schema import Check, Loss, Measured, RoundOfReport, SiloOfReport
 from gramfuse_server.report.verdicts import worst
 from gramfuse_server.run.conductor import Conductor
@@ -28,12 +32,14 @@ Traffic = dict[str, dict[str, int]]
 
 
 class Round:
-    """The coordinator's side of one round.
+    """The coordinator's side of one session: a round of training, or an exchange that fits the head.
 
     Args:
-        conductor: of this round.
+        conductor: of this session.
         layout: the plan's.
-        start: the model that silos start from, as differences from the base by block name; empty in the first round.
+        base: values of the base model's parameters by name, with at least those of a fitted head.
+        start: the model that silos start from, as differences from the base by block name, all tensors; empty in the
+            first session.
         piece_bytes: most bytes of a contribution in one message; a multiple of 16.
 
     Attributes:
@@ -44,19 +50,26 @@ class Round:
         models: the measured models.
         measured: the silos whose held-out examples were used, in roster order.
         unmeasured: why nothing was measured, or None.
+        missing: silos without which the head cannot be fitted again, so that the run ends here.
     """
 
-    def __init__(self, conductor: Conductor, layout: Layout, start: Arrays, piece_bytes: int) -> None:
+    def __init__(self, conductor: Conductor, layout: Layout, base: Arrays, start: Arrays, piece_bytes: int) -> None:
         self.conductor = conductor
         self.plan = conductor.plan
+        self.stage = conductor.stage
         self.layout = layout
+        self.form = self.stage.form(layout)
         self.start = start
         self.piece_bytes = piece_bytes
         self.secure: SecureSums | None = None
         if self.plan.privacy.secure_aggregation:
             digest = model_digest(start[piece.name] for piece in layout.deltas) if start else ""
             self.secure = SecureSums(conductor, piece_bytes, digest)
-        self.accumulator = Accumulator(layout, alpha=self.plan.merge.alpha, weighting=self.plan.merge.weighting)
+        self.accumulator: Accumulator | HeadAccumulator
+        if self.stage.fits_head:
+            self.accumulator = HeadAccumulator(layout, base, trains=not self.stage.last)
+        else:
+            self.accumulator = Accumulator(layout, alpha=self.plan.merge.alpha, weighting=self.plan.merge.weighting)
         self.trained: Mapping[str, Mapping[str, Any]] = {}
         self.survivors: tuple[str, ...] = ()
         self.merged: Merged | None = None
@@ -64,15 +77,16 @@ class Round:
         self.models: list[Measured] = []
         self.measured: tuple[str, ...] = ()
         self.unmeasured: str | None = None
+        self.missing: tuple[str, ...] = ()
 
     def merge(self) -> Merged:
-        """Have the silos train, collect their statistics, and merge them.
+        """Have the silos work, collect what they contribute, and merge it.
 
         Returns:
-            Differences from the base, not from the model that the round started from.
+            Differences from the base, not from the model that the session started from.
 
         Raises:
-            GramfuseError: if the round fails; the message names the silo.
+            GramfuseError: if the session fails; the message names the silo.
         """
         conductor = self.conductor
         try:
@@ -84,26 +98,33 @@ class Round:
             if not conductor.only:
                 raise
             raise type(error)(
-                f"{error}\nWith secure aggregation, round {conductor.round} needs exactly the silos of the first: "
-                f"{', '.join(conductor.only)}. Bring back the lost ones, and resume the run"
+                f"{error}\nWith secure aggregation, {describe_stage(self.stage)} needs exactly the silos of an earlier "
+                f"sum: {', '.join(conductor.only)}. Bring back the lost ones, and resume the run"
             ) from None
         with conductor.phase("merge"):
-            merged = self.accumulator.merge()
-            self.checks = check_merge(self.accumulator, merged, self.plan, self.survivors)
-            if self.secure is None:
-                examples = {silo: self.trained[silo]["examples"] for silo in self.survivors}
-                self.checks += check_shares(examples, self.plan.merge.weighting)
-            self.merged = merged.after(self.start)
+            self.merged = self._merged()
         return self.merged
 
+    def _merged(self) -> Merged:
+        """Return the merge of the sums, as differences from the base, and check them."""
+        if isinstance(self.accumulator, HeadAccumulator):
+            self.checks = check_head(self.accumulator, self.survivors, secure=self.secure is not None)
+            return self.accumulator.merge(self.start)
+        merged = self.accumulator.merge()
+        self.checks = check_merge(self.accumulator, merged, self.plan, self.survivors)
+        if self.secure is None:
+            examples = {silo: self.trained[silo]["examples"] for silo in self.survivors}
+            self.checks += check_shares(examples, self.plan.merge.weighting)
+        return merged.after(self.start)
+
     def check(self, model: nn.Module, merged: Merged) -> None:
-        """Add checks of the model that the round ends with.
+        """Add checks of the model that the session ends with.
 
         Args:
             model: the base.
             merged: differences from it of the model to measure and write.
         """
-        self.checks += check_model(model, merged, self.plan.merge.maximum_change)
+        self.checks += check_model(model, merged, self.layout, self.plan.merge.maximum_change)
 
     @property
     def sound(self) -> bool:
@@ -113,8 +134,8 @@ class Round:
     def measure(self, candidates: Iterable[NamedModel]) -> None:
         """Have the survivors measure models.
 
-        Silos that keep their heads or continue in another round receive the merged model, the last candidate, even if
-        no metrics may leave. An unsound merge is sent to no silo.
+        Silos that keep their heads or continue in another session receive the merged model, the last candidate, even if
+        none is measured. An unsound merge is sent to no silo.
 
         The merge is already complete, so an error here costs the metrics, not the model.
         """
@@ -126,9 +147,13 @@ class Round:
             self.secure.release_late(self.survivors)
         evaluation = Evaluation(self.conductor, self.layout, self.secure)
         try:
-            if self.plan.privacy.metrics == "none":
-                self.unmeasured = "the plan lets no metrics leave"
-                if self.plan.model.head == "own" or self.conductor.round < self.plan.merge.rounds:
+            if not self.stage.measured:
+                self.unmeasured = (
+                    "the plan lets no metrics leave"
+                    if self.plan.privacy.metrics == "none"
+                    else "a head before training is not measured"
+                )
+                if self.plan.model.head == "own" or not self.stage.last:
                     *_, merged = candidates
                     evaluation.hand_over(merged)
             else:
@@ -136,6 +161,16 @@ class Round:
                 self.measured = evaluation.silos
         except GramfuseError as error:
             self.unmeasured = str(error)
+
+    @property
+    def unfitted(self) -> str | None:
+        """Why the head is not fitted again, if silos are missing for it."""
+        if not self.missing:
+            return None
+        return (
+            f"{', '.join(self.missing)} had part in the first fit of the head, and not in the merge; the difference of "
+            "two fits would be about them alone"
+        )
 
     @property
     def lost(self) -> dict[str, str]:
@@ -153,17 +188,23 @@ class Round:
         )
 
     def report(self) -> RoundOfReport:
-        """Return this round's entry in report.json; of a failed round, as far as it got."""
+        """Return this session's entry in report.json; of a failed one, as far as it got."""
         conductor = self.conductor
         report = RoundOfReport(
             round=conductor.round,
+            work=self.stage.work,
             lost=tuple(Loss(name=name, reason=reason) for name, reason in self.lost.items()),
             bytes=self._traffic(conductor.post.received),
             bytes_to_silos=self._traffic(conductor.post.sent),
             seconds={phase: round(seconds, 3) for phase, seconds in conductor.seconds.items()},
         )
         if self.merged is not None:
-            report = report.updated(survivors=self.survivors, solve=self.merged.steps, checks=tuple(self.checks))
+            report = report.updated(
+                examples=self.accumulator.examples,
+                survivors=self.survivors,
+                solve=self.merged.steps,
+                checks=tuple(self.checks),
+            )
         if self.models or self.unmeasured:
             report = report.updated(models=tuple(self.models), unmeasured=self.unmeasured)
         return report
@@ -183,12 +224,12 @@ class Round:
     def _train(self) -> dict[str, dict[str, Any]]:
         trained: dict[str, dict[str, Any]] = {}
         self.trained = trained  # set now, for the report if not all silos get there
-        request = TrainRequest(**self.conductor.about, arrays=self.start)
+        request = TrainRequest(**self.conductor.about, arrays=without_zeros(self.start))
         open_mode = self.secure is None
 
         def check(silo: str, _: TrainRequest, reply: TrainReply) -> None:
             if open_mode:
-                check_counts(self.layout, reply.examples or 0, reply.tokens, f"silo {silo!r}")
+                check_counts(self.form, reply.examples or 0, reply.tokens, f"silo {silo!r}")
             elif reply.examples is not None or reply.tokens:
                 raise FederationError(
                     f"silo {silo!r} reported its counts in the clear, which secure aggregation forbids"
@@ -206,8 +247,8 @@ class Round:
         return {name: trained[name] for name in self.plan.names if name in trained}
 
     def _sum_open(self) -> tuple[str, ...]:
-        """Collect every silo's statistics and fold them in, in roster order."""
-        spool, pieces = Spool(self.conductor.place("spool")), self.layout.pieces(self.piece_bytes)
+        """Collect every silo's contribution and fold it in, in roster order."""
+        spool, pieces = Spool(self.conductor.place("spool")), self.form.pieces(self.piece_bytes)
         survivors = tuple(self.conductor.step("upload", lambda: self._upload(spool, tuple(self.trained))))
         if not all(spool.has(name, number) for name in survivors for number in range(len(pieces))):
             survivors = tuple(self._upload(spool, survivors))  # an interrupted run's disk lost some
@@ -219,7 +260,7 @@ class Round:
         return survivors
 
     def _upload(self, spool: Spool, silos: tuple[str, ...]) -> list[str]:
-        pieces = self.layout.pieces(self.piece_bytes)
+        pieces = self.form.pieces(self.piece_bytes)
         requests = {
             name: [
                 UploadRequest(**self.conductor.about, piece=number, piece_bytes=self.piece_bytes)
@@ -233,7 +274,7 @@ class Round:
         def check(silo: str, request: UploadRequest, reply: UploadReply) -> None:
             if reply.piece != request.piece:
                 raise FederationError(f"silo {silo!r} sent piece {reply.piece}; expected piece {request.piece}")
-            check_slices(pieces[reply.piece], reply.arrays, f"silo {silo!r}")
+            check_slices(pieces[reply.piece], reply.arrays, f"silo {silo!r}", self.form.dtype)
 
         complete = [name for name in silos if name not in requests and spool.has(name, len(pieces) - 1)]
         for silo, _, reply in self.conductor.ask(
@@ -245,9 +286,9 @@ class Round:
         return [name for name in silos if all(spool.has(name, number) for number in range(len(pieces)))]
 
     def _sum_masked(self, secure: SecureSums) -> tuple[str, ...]:
-        """Sum the silos' statistics under masks."""
+        """Sum the silos' contributions under masks."""
         secure.prepare()
-        words, survivors = secure.statistics(self.layout.sum_entries, self.layout.digest)
+        words, survivors = secure.statistics(self.form.sum_entries, self.form.digest)
         self.accumulator.load(words, len(self.plan.silo))
         return survivors
 

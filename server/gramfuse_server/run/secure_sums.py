@@ -55,7 +55,7 @@ class SecureSums:
         conductor: leads the silos.
         piece_bytes: most bytes of a vector in one message.
         start: `gramfuse_protocol.secure_sum.statements.model_digest` of the model that silos started from; empty in the
-            first round.
+            first session.
     """
 
     def __init__(self, conductor: Conductor, piece_bytes: int, start: str) -> None:
@@ -82,7 +82,7 @@ class SecureSums:
 
         Args:
             entries: length of a vector, in 64-bit words.
-            context: the layout's digest.
+            context: digest of the form of the vectors.
         """
         members = [advert.silo for advert in self.adverts if advert.silo in self.sealed]
         about = {
@@ -159,10 +159,10 @@ class SecureSums:
         suffix = "" if name == "statistics" else "-metrics"
         step = self.conductor.step
         spool = Spool(self.conductor.place(f"spool{suffix}"))
-        # Silos sign one list of survivors for a sum, in all rounds.
-        only = self.conductor.earlier(f"masked{suffix}")
-        fields = about if only is None else {silo: about[silo] for silo in only if silo in about}
-        needed = self.floor if only is None else len(only)
+        # Silos sign one list of survivors for the sums of one subject.
+        only = self.conductor.earlier("masked-metrics") if suffix else self.conductor.only
+        fields = {silo: about[silo] for silo in only if silo in about} if only else about
+        needed = len(only) if only else self.floor
         survivors = tuple(step(f"masked{suffix}", lambda: self._masked(name, spool, fields, entries, needed)))
         self._restore(name, spool, {silo: about[silo] for silo in survivors}, entries)
         signed = Signed(survivors=survivors, context=context)

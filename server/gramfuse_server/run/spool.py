@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
-from gramfuse_protocol.contract.layout import Slice
+from gramfuse_protocol.contract.form import Slice
 from gramfuse_protocol.errors import RunDirectoryError
 from gramfuse_protocol.files import replacing
 

@@ -36,6 +36,7 @@ PLAN = Plan.parse(
     config = "{"3" * 64}"
     processor = "{"4" * 64}"
     task = "classification"
+    head = "same"
     labels = ["animals", "weather"]
     [merge]
     layout = "{"2" * 64}"

@@ -20,7 +20,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from gramfuse_client.app import SiloApp
 from gramfuse_model.loading.base_model import Base, load_base
-from gramfuse_protocol.contract.layout import PIECE_BYTES as ONE_PIECE
+from gramfuse_protocol.contract.form import PIECE_BYTES as ONE_PIECE
 from gramfuse_protocol.contract.layout import Layout
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.errors import FederationError, GramfuseError, RefusalError

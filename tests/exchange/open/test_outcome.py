@@ -168,7 +168,9 @@ def test_text_pairs_run_from_end_to_end(pico_project: Any, in_process_grid: Any,
 def test_regression_runs_from_end_to_end(pico_project: Any, in_process_grid: Any, place: Path) -> None:
     project = pico_project(silos=2)
     project.replace(
-        project.plan, 'task = "classification"\nlabels = ["animals", "weather", "kitchen"]', 'task = "regression"'
+        project.plan,
+        'task = "classification"\nhead = "same"\nlabels = ["animals", "weather", "kitchen"]',
+        'task = "regression"',
     )
     held_out = []
     for n, name in enumerate(project.names):

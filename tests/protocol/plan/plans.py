@@ -55,6 +55,7 @@ experts = "mean"
 weighting = "examples"
 alpha = 1
 method = "regmean"
+refit = false
 
 [training]
 freeze = []

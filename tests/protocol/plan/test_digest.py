@@ -14,9 +14,9 @@ from tests.protocol.plan.canonical import canonical
 from tests.protocol.plan.plans import EVERY_KEY, NODE_KEY, SMALL, TASKS
 
 SMALL_CANONICAL = (
-    '{"merge":{"alpha":"0.9","context-free":"mean","exclude":[],"experts":null,"gram":{"*":"full"},"layout":null,"maximum-change":"32.0","method":"regmean","rounds":1,'
+    '{"merge":{"alpha":"0.9","context-free":"mean","exclude":[],"experts":null,"gram":{"*":"full"},"layout":null,"maximum-change":"32.0","method":"regmean","refit":false,"rounds":1,'
     '"tokens":100000,"weighting":"uniform"},'
-    '"model":{"base":"bundled:minilm","centre":"0.0","config":null,"first-token":null,"head":"same","labels":["no","yes"],"max-length":128,"pair":false,'
+    '"model":{"base":"bundled:minilm","centre":"0.0","config":null,"first-token":null,"head":null,"labels":["no","yes"],"max-length":128,"pair":false,'
     '"processor":null,"range":null,"revision":null,"scale":"1.0","sha256":null,"target-length":32,"task":"classification","threshold":"0.5"},'
     '"plan":{"name":"small","version":1},'
     '"privacy":{"candidates":["simple","regmean"],"colluding":1,"metrics":"sum","metrics-epsilon":"2.0","minimum-survivors":null,"secure-aggregation":false,"threshold":null},'
@@ -26,7 +26,7 @@ SMALL_CANONICAL = (
     '"weight-decay":"0.01"}}'
 )
 
-SMALL_DIGEST = "e4b6d63f3f801072f965e52551a9fa2ed5d167adfa203ad85eb2015d9a277df5"
+SMALL_DIGEST = "ddef07dbac19559f2159afe199ead777841a9a8b2e43562aac079f7a2a5a4086"
 
 
 def leaves(document: Any, path: tuple[Any, ...] = ()) -> dict[tuple[Any, ...], Any]:
@@ -89,6 +89,7 @@ CHANGED: dict[tuple[str, ...], Any] = {
     ("training", "seed"): 0,
     ("training", "freeze"): [],
     ("merge", "method"): "other",
+    ("merge", "refit"): True,
     ("merge", "alpha"): math.nextafter(0.9, 0),
     ("merge", "weighting"): "examples",
     ("merge", "gram", "*"): "diagonal",

@@ -86,7 +86,8 @@ def test_values_arrive_as_written() -> None:
         (
             "[merge]\nbeta = 1",
             "merge.beta",
-            "method, alpha, weighting, gram, exclude, context-free, experts, tokens, rounds, maximum-change, layout",
+            "method, refit, alpha, weighting, gram, exclude, context-free, experts, tokens, rounds, maximum-change, "
+            "layout",
         ),
         (
             "[privacy]\nnoise = {x = 1}",

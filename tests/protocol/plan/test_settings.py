@@ -56,8 +56,8 @@ def test_settings_are_applied_in_order_and_together() -> None:
         ("alpha=1", "expected section.key=value"),
         (
             "merge.nope=1",
-            "unknown key 'merge.nope'; known here: method, alpha, weighting, gram, exclude, context-free, experts, "
-            "tokens, rounds, maximum-change, layout",
+            "unknown key 'merge.nope'; known here: method, refit, alpha, weighting, gram, exclude, context-free, "
+            "experts, tokens, rounds, maximum-change, layout",
         ),
         ("nope.alpha=1", "unknown key 'nope'"),
         ("training.learning_rate=1.0", "unknown key 'training.learning_rate'; did you mean 'learning-rate'?"),
@@ -80,18 +80,18 @@ def test_a_setting_that_does_not_fit_is_refused_and_quoted(setting: str, message
 
 
 def test_settings_remove_the_lock_and_no_settings_keep_it() -> None:
-    locked = Plan.parse(SMALL).pinned(PINS, "2" * 64)
+    locked = Plan.parse(SMALL).with_head("same").pinned(PINS, "2" * 64)
     assert locked.locked
     assert (locked.pins, locked.merge.layout) == (PINS, "2" * 64)
     assert locked.override([]) == locked
     changed = locked.override(["training.epochs=7"])
     assert not changed.locked
     assert (changed.pins, changed.merge.layout) == (Pins(None, None, None), None)
-    assert changed == Plan.parse(SMALL).override(["training.epochs=7"])
+    assert changed == Plan.parse(SMALL).with_head("same").override(["training.epochs=7"])
 
 
 def test_a_commit_stays_with_its_base_model() -> None:
-    locked = Plan.parse(SMALL).pinned(PINS._replace(revision="a" * 40), "2" * 64)
+    locked = Plan.parse(SMALL).with_head("same").pinned(PINS._replace(revision="a" * 40), "2" * 64)
     assert locked.unlocked().pins == locked.override(["merge.tokens=7"]).pins == Pins(None, None, None, "a" * 40)
     assert locked.override(['model.base="other"']).model.revision is None
     assert locked.override([f'model.revision="{"b" * 40}"', 'model.base="other"']).model.revision == "b" * 40
@@ -100,4 +100,4 @@ def test_a_commit_stays_with_its_base_model() -> None:
 @pytest.mark.parametrize("missing", [*PINS._fields[:3], "layout"])
 def test_a_lock_with_a_part_missing_is_no_lock(missing: str) -> None:
     pins = PINS._replace(**({} if missing == "layout" else {missing: None}))
-    assert not Plan.parse(SMALL).pinned(pins, None if missing == "layout" else "2" * 64).locked
+    assert not Plan.parse(SMALL).with_head("same").pinned(pins, None if missing == "layout" else "2" * 64).locked

@@ -276,6 +276,13 @@ OF_NEEDS: tuple[tuple[frozenset[Need], NotAllowed], ...] = (
             "needs the silos' models after a single exchange; use --set merge.rounds=1",
         ),
     ),
+    (
+        frozenset(("models", "fisher")),
+        NotAllowed(
+            lambda plan: plan.training.epochs == 0,
+            "needs fine-tuned models, but training.epochs = 0 trains none; use --set training.epochs=5, for instance",
+        ),
+    ),
 )
 """Conditions under which methods with any of these needs are not available."""
 

@@ -32,9 +32,9 @@ def failure(reading: Reading) -> PageSection:
     assert failure is not None  # noqa: S101
     code, phase = failure.exit_code, PHASE_TITLES.get(failure.phase, failure.phase)
     named = [silo for silo in reading.silos if f"'{silo}'" in failure.message] or [name for _, name, _ in reading.lost]
-    rounds = reading.plan.merge.rounds if reading.plan else 1
     entries: list[tuple[str, str | Markup]] = [("What happened", failure.message)]
-    entries.append(("Phase", f"{phase}, round {failure.round} of {rounds}" if rounds > 1 else phase))
+    session = reading.session(failure.round)
+    entries.append(("Phase", f"{phase}, in {session}" if session else phase))
     if named:
         entries.append(("Silos concerned", ", ".join(dict.fromkeys(named))))
     entries.append(("Error", f"{failure.error}, exit code {code}"))
@@ -124,12 +124,12 @@ def solve(reading: Reading) -> PageSection | None:
 def checks(reading: Reading) -> PageSection | None:
     """Checks of the merge, from the sum alone."""
     listed = [
-        (check, earlier.round)
+        (check, reading.session(earlier.round))
         for earlier in reading.rounds
         for check in earlier.checks
-        if earlier.round < reading.last and check.verdict != "ok"
+        if earlier.round < min(reading.first, reading.last) and check.verdict != "ok"
     ]
-    listed += [(check, reading.last) for check in reading.report.checks]
+    listed += [(check, "") for check in reading.report.checks]
     if not listed:
         return None
     verdict = worst(check for check, _ in listed)
@@ -150,10 +150,10 @@ def checks(reading: Reading) -> PageSection | None:
                 Cell(bounds(check.usual)),
                 Cell(bounds(check.possible)),
             ],
-            note=f"round {number}" if reading.last > 1 else "",
+            note=place,
             strong=check.verdict != "ok",
         )
-        for check, number in listed
+        for check, place in listed
     ]
     titles = [
         Column("Check"),
@@ -198,6 +198,8 @@ def traffic(reading: Reading) -> PageSection | None:
         ]
         total = f"Bytes of each silo: {charts.size(sum(ways[0]))} from all, {charts.size(sum(ways[1]))} to all"
         blocks.append(Table(total, [Column("Silo"), Column("From it"), Column("To it")], rows))
+    if len(reading.rounds) > 1:
+        blocks.append(_by_session(reading))
     if phases:
         drawn = charts.bars([seconds.get(phase) for phase in phases])
         rows = [
@@ -217,6 +219,26 @@ def traffic(reading: Reading) -> PageSection | None:
         if by_silo:
             blocks.append(Folded(f"Bytes {way} each silo by phase", [_by_phase(way, by_silo, phases)]))
     return PageSection("traffic", "Bytes and time", blocks) if blocks else None
+
+
+def _by_session(reading: Reading) -> Table:
+    took = [sum(one.seconds.values()) for one in reading.rounds]
+    rows = [
+        TableRow(
+            reading.session(one.round),
+            [
+                Cell(charts.duration(seconds), bar),
+                *(Cell(charts.size(_all(way))) for way in (one.bytes, one.bytes_to_silos)),
+            ],
+        )
+        for one, seconds, bar in zip(reading.rounds, took, charts.bars(took), strict=True)
+    ]
+    titles = [Column("Exchange"), Column("Time"), Column("From silos"), Column("To silos")]
+    return Table(f"{len(rows)} exchanges", titles, rows)
+
+
+def _all(traffic: Mapping[str, Mapping[str, int]]) -> int:
+    return sum(sum(by_phase.values()) for by_phase in traffic.values())
 
 
 def _in_phase(traffic: Mapping[str, Mapping[str, int]], phase: str) -> str:

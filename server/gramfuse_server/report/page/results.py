@@ -38,7 +38,7 @@ At = Callable[[Mapping[str, Metrics] | None, str], float | None]
 
 def result(reading: Reading) -> PageSection:
     """The merged model next to its alternatives."""
-    merged = reading.one("regmean")
+    merged = reading.one(reading.merged)
     if merged is None:
         why = reading.report.unmeasured
         text = (
@@ -50,7 +50,7 @@ def result(reading: Reading) -> PageSection:
         return PageSection("result", "Result", [Notice("Not measured", text)])
     others = [
         ("Best silo alone" if reading.alone and reading.alone.kind == "silo" else "Silos alone", reading.alone),
-        ("Simple average", reading.one("simple")),
+        ("Simple average", reading.one("simple") if reading.merged != "simple" else None),
         ("Joint training", reading.one("joint")),
     ]
     shown = [("Merged model", merged), *((title, model) for title, model in others if model is not None)]
@@ -60,7 +60,7 @@ def result(reading: Reading) -> PageSection:
         Tile(
             title,
             _with_error(model, reading.ranked, value),
-            _compared(model, values[0] - value),
+            name_of(model) if model is merged else _compared(model, values[0] - value),
             bar,
             strong=model is merged,
         )
@@ -89,39 +89,37 @@ def _with_error(model: Measured, metric: str, value: float | None) -> str:
 
 
 def _compared(model: Measured, lead: float) -> str:
-    if model.kind == "regmean":
-        return "RegMean"
     note = f"the merge is {charts.difference(lead)}"
     return f"{model.name}; {note}" if model.kind == "silo" else note
 
 
 def models(reading: Reading) -> PageSection | None:
     """All models and metrics."""
-    earlier = reading.rounds if reading.failure is not None else reading.rounds[:-1]
-    listed = [(m.without_noise, one.round) for one in earlier for m in one.models if m.kind in MERGES]
-    listed += [(model, reading.last) for model in reading.models]
+    last = reading.session(reading.first) if reading.earlier else ""
+    listed = [(model, place) for place, model in reading.earlier]
+    listed += [(model, last if model.kind in MERGES else "") for model in reading.models]
     if not listed:
         return None
     values = [columns(model, reading.tasks) for model, _ in listed]
     titles = list(dict.fromkeys([reading.ranked, *(title for row in values for title in row)]))
     drawn = charts.bars(
         [row.get(reading.ranked) for row in values],
-        strong=[place for place, (model, _) in enumerate(listed) if model.kind == "regmean"],
+        strong=[place for place, (model, _) in enumerate(listed) if model.kind == reading.merged],
         most=1.0,
     )
     timed = any(model.has("seconds") for model, _ in listed)
     sent = any(model.has("bytes") for model, _ in listed)
     rows = []
-    for (model, number), row, bar in zip(listed, values, drawn, strict=True):
+    for (model, place), row, bar in zip(listed, values, drawn, strict=True):
         cells = [
             Cell(_with_error(model, title, row.get(title)), bar if title == reading.ranked else None)
             for title in titles
         ]
         cells += [Cell(charts.duration(model.seconds) if model.has("seconds") else charts.NONE)] if timed else []
         cells += [Cell(charts.size(sum(model.bytes.values())) if model.has("bytes") else charts.NONE)] if sent else []
-        name = name_of(model) + (f", round {number}" if earlier and model.kind in MERGES else "")
-        merged = model.kind == "regmean"
-        note = "the merged model" if merged and number == reading.last else model.note
+        name = name_of(model) + (f", {place}" if place else "")
+        merged = model.kind == reading.merged
+        note = "the merged model" if merged and place == last else model.note
         rows.append(TableRow(name, cells, note=note, strong=merged))
     examples = count(listed[-1][0].metrics["examples"], "held-out examples")
     head = [Column("Model"), *(Column(title) for title in titles)]
@@ -147,14 +145,14 @@ def _of_task(reading: Reading, task: str) -> Table:
     ranked = primary(reading.tasks[task])
     drawn = charts.bars(
         [model.tasks[task].get(ranked) for model in measured],
-        strong=[place for place, model in enumerate(measured) if model.kind == "regmean"],
+        strong=[place for place, model in enumerate(measured) if model.kind == reading.merged],
         most=1.0,
     )
     rows = [
         TableRow(
             name_of(model),
             [Cell(score(model.tasks[task].get(title)), bar if title == ranked else None) for title in titles],
-            strong=model.kind == "regmean",
+            strong=model.kind == reading.merged,
         )
         for model, bar in zip(measured, drawn, strict=True)
     ]
@@ -165,13 +163,13 @@ def _of_task(reading: Reading, task: str) -> Table:
 def by_silo(reading: Reading) -> PageSection | None:
     """The models at each silo, if the report has metrics by silo."""
     measured = [model for model in reading.models if model.silos]
-    merged = next((model for model in measured if model.kind == "regmean"), None)
+    merged = next((model for model in measured if model.kind == reading.merged), None)
     if merged is None:
         return None
     silos = list(merged.silos)
     silo_models = {model.name: model.silos for model in measured if model.kind == "silo"}
     alone = next((model.silos for model in measured if model.kind == "alone"), None)
-    simple = next((model.silos for model in measured if model.kind == "simple"), None)
+    simple = next((model.silos for model in measured if model.kind == "simple" and model is not merged), None)
 
     def at(by_silo: Mapping[str, Metrics] | None, silo: str) -> float | None:
         metrics = (by_silo or {}).get(silo)
@@ -210,7 +208,7 @@ def _matrix(reading: Reading, measured: Sequence[Measured], silos: Sequence[str]
         TableRow(
             name_of(model),
             [Cell(score(at(model.silos, silo))) for silo in silos],
-            strong=model.kind == "regmean",
+            strong=model.kind == reading.merged,
         )
         for model in measured
     ]
@@ -230,7 +228,7 @@ def _metrics_by_silo(merged: Measured) -> Table:
 
 def by_label(reading: Reading) -> PageSection | None:
     """F1 of each label, if the report has figures by label."""
-    merged = reading.one("regmean")
+    merged = reading.one(reading.merged)
     blocks: list[Block] = []
     for task, labels in (merged.labels if merged is not None else {}).items():
         blocks += _labels_of(reading, task, labels)
@@ -238,7 +236,7 @@ def by_label(reading: Reading) -> PageSection | None:
 
 
 def _labels_of(reading: Reading, task: str, merged: Mapping[str, LabelFigures]) -> list[Block]:
-    others = [("simple average", reading.one("simple"))]
+    others = [("simple average", reading.one("simple"))] if reading.merged != "simple" else []
     if reading.alone is not None:
         others.append(("best silo alone" if reading.alone.kind == "silo" else "silos alone", reading.alone))
     beside = [(title, model.labels.get(task, {})) for title, model in others if model is not None]

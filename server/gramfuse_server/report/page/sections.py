@@ -70,13 +70,14 @@ def heading(report: Report, plan: Plan | None) -> tuple[str, str]:
     reading = Reading(report, plan)
     if reading.failure is not None:
         return f"{reading.title}: the run failed", f"Run {report.run}: how far it got."
-    silos, examples = count(len(reading.silos), "silos"), count(report.examples, "examples")
+    silos = count(len(reading.silos), "silos")
+    examples = count(report.examples, "examples") if report.examples else "examples"
     all_silos = len(plan.silo) if plan is not None else len(reading.silos)
     where = silos if all_silos == len(reading.silos) else f"{len(reading.silos)} of {all_silos} silos"
     if report.mode == "files":
         way = "from statistics files"
     else:
-        way = f"in {len(reading.rounds)} rounds" if len(reading.rounds) > 1 else "in one exchange"
+        way = f"in {len(reading.rounds)} exchanges" if len(reading.rounds) > 1 else "in one exchange"
     title = f"{reading.title}: one {'body' if reading.own_heads else 'model'} of {silos}"
     return title, f"Run {report.run}: {examples} at {where}, merged {way}, without pooling them."
 
@@ -98,7 +99,12 @@ def _terms(reading: Reading) -> list[tuple[str, str | Markup]]:
         entries.append(("Plan digest", _digest(report.plan_digest)))
     entries += [("Base model", base.name), ("Base model's SHA-256", _digest(base.sha256))]
     entries += [(f"Task “{name}”" if name else "Task", _task(reading, name)) for name in reading.tasks]
-    heads = {"same": "merged, from one start", "different": "merged, each from its own start", "own": "not merged"}
+    heads = {
+        "fitted": "fitted to all silos' examples in closed form before training, and merged",
+        "same": "merged, from one start",
+        "different": "merged, each from its own start",
+        "own": "not merged",
+    }
     head = report.heads if report.mode == "files" else report.head
     entries.append(("Heads", heads.get(head, "merged") + (": each silo keeps its own" if head == "own" else "")))
     alpha = plan.merge.alpha if plan is not None else report.alpha

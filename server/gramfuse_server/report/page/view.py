@@ -9,10 +9,11 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from gramfuse_protocol.contract.plan import Plan
+from gramfuse_protocol.contract.stages import describe_stage
 from gramfuse_protocol.documents import explain
 from gramfuse_protocol.errors import RunDirectoryError
 from gramfuse_protocol.held_out.metrics import primary
-from gramfuse_server.report.page.words import ranked_by
+from gramfuse_server.report.page.words import MERGES, ranked_by
 from gramfuse_server.report.schema import Loss, Measured, Report, Step
 from gramfuse_server.report.verdicts import worst
 
@@ -64,6 +65,9 @@ class Reading:
         self.rounds = report.rounds
         self.tuning = report.tuning
         self.own_heads = "own" in (report.head, report.heads)
+        self.merged = report.merged
+        self.first = 1 if plan is None else plan.trained_session or 1
+        """Number of the first session whose models and checks the report itself lists."""
 
     @property
     def title(self) -> str:
@@ -82,7 +86,7 @@ class Reading:
 
     @cached_property
     def lost(self) -> list[tuple[int, str, str]]:
-        """Round, silo and reason of each loss, without repetitions."""
+        """Session, silo and reason of each loss, without repetitions."""
         first_round: dict[tuple[str, str], int] = {}
         by_round: list[tuple[int, tuple[Loss, ...]]] = [(one.round, one.lost) for one in self.rounds]
         for number, losses in [*by_round, (self.last, self.report.lost)]:
@@ -92,10 +96,29 @@ class Reading:
 
     @property
     def last(self) -> int:
-        """The number of the last round."""
+        """The number of the last session."""
         if self.failure is not None:
             return int(self.failure.round)
         return int(self.rounds[-1].round) if self.rounds else 1
+
+    @property
+    def sessions(self) -> int:
+        """How many sessions the plan has."""
+        return 1 if self.plan is None else len(self.plan.stages)
+
+    def session(self, number: int) -> str:
+        """Return what was done in a session, in words; empty if the plan has only one."""
+        return "" if self.plan is None or self.sessions == 1 else describe_stage(self.plan.stage(number))
+
+    @cached_property
+    def earlier(self) -> list[tuple[str, Measured]]:
+        """The merges of rounds of training before the last, each with its round in words."""
+        return [
+            (self.session(one.round), model.without_noise)
+            for one in self.rounds
+            for model in one.models
+            if one.round < min(self.first, self.last) and model.kind in MERGES
+        ]
 
     def of_kind(self, *kinds: str) -> list[Measured]:
         """Return the measured models of some kinds."""

@@ -7,6 +7,7 @@ from gramfuse_protocol.contract.who_sees_what import (
     ADDED,
     EXAMPLES,
     MODEL_SAYS,
+    OF_HEAD,
     STATISTICS,
     STATISTICS_SAY,
     SUM_SAYS,
@@ -82,10 +83,11 @@ def _silo(plan: Plan, *, simulated: bool, measured: bool = True) -> Side:
     keys = "their public keys and which of them are in the sum; " if plan.privacy.secure_aggregation else ""
     if not measured:
         models = "no model"
-    elif plan.privacy.metrics != "none":
-        both = "the simple average and the merged model" if "simple" in plan.privacy.candidates else "the merged model"
-        models = f"{both}, which it measured on its held-out examples"
-    elif plan.model.head == "own" or plan.merge.rounds > 1:
+    elif plan.releases:
+        both = "the simple average and the merged model" if "simple" in plan.measured else "the merged model"
+        head = "the fitted head, " if plan.model.head == "fitted" and plan.training.epochs else ""
+        models = f"{head}{both}, which it measured on its held-out examples"
+    elif plan.model.head == "own" or len(plan.stages) > 1:
         models = "the merged model"
     else:
         models = "no model"
@@ -119,10 +121,12 @@ def _coordinator(plan: Plan, survivors: int, *, opened: bool = True, measured: b
         )
     over = f"{survivors} silos" if survivors else f"at least {plan.minimum_survivors} silos"
     each = ", once for each round" if plan.merge.rounds > 1 else ""
+    grams = "Gram matrices, weight differences, products of both" if plan.merge.method == "regmean" else "weights"
+    sums = [f"of their {grams}, and counts{each}"] if plan.training.epochs else []
+    sums += [OF_HEAD] if plan.fits_head else []
     return Side(
         "The coordinator",
-        f"{who}the sum over {over}{each} of their Gram matrices, weight differences, products of both, and counts. "
-        f"{shown} {SUM_SAYS}",
+        f"{who}the sum over {over} {', and '.join(sums)}. {shown} {SUM_SAYS}",
         f"Any one silo's statistics, model, or numbers of examples{own}. {holds(plan.privacy.colluding)}",
     )
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from gramfuse_protocol.contract.coverage import experts
 from gramfuse_protocol.contract.task import TaskName
 from gramfuse_protocol.held_out.metrics import primary
-from gramfuse_protocol.messages.phases import MERGED, REQUESTS, Refusal
+from gramfuse_protocol.messages.phases import REQUESTS, Refusal
 from gramfuse_protocol.tasks.registry import TASK_KINDS
 from gramfuse_server.merging.methods.registry import METHODS
 from gramfuse_server.report.schema import Check, Measured, Report, Step
@@ -17,16 +17,20 @@ NAMES = {
     "body": "{name}'s body, with each silo's own head",
     "alone": "each silo's own model",
     "regmean": "RegMean",
+    "fitted": "base with fitted head",
+    "refitted": "merge with head fitted again",
     "untuned": "RegMean, not tuned",
 }
 
-MERGES = ("simple", MERGED)
+MERGES = ("simple", "regmean")
 
 MODEL_WORDS = {
     "silo": "fine-tuned at one silo, on its own examples only",
     "body": "fine-tuned at one silo, under the heads of all silos",
     "alone": "each silo's own model, on its own held-out examples",
     "regmean": "the merge of this run: each linear layer solved in closed form from the silos' Gram matrices",
+    "fitted": "the base model, not fine-tuned, with a head in closed form from all silos' examples",
+    "refitted": "the merge, with its head fitted again in closed form, to the merged body's features",
     "untuned": "the merge with the plan's own α and weights",
 }
 """One-line description of each kind of model; the registry of methods has the others."""

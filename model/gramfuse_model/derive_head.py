@@ -1,0 +1,61 @@
+"""Derives which layer of a base model is its head, for a plan that fits it in closed form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from gramfuse_model.exponents import exponents_of
+from gramfuse_model.head_features import features_of
+from gramfuse_model.heads import last_linear
+from gramfuse_model.loading.base_model import Base
+from gramfuse_model.probing.public_batch import public_batch, trying
+from gramfuse_protocol.contract.head_layout import HeadLayout
+from gramfuse_protocol.contract.plan import Plan
+from gramfuse_protocol.errors import ModelError
+from gramfuse_protocol.tasks.registry import kind_of
+
+
+def suits_fit(plan: Plan, base: Base) -> bool:
+    """Return whether a head should be fitted before training: one task, one label an example, and a base without head.
+
+    Args:
+        base: the plan's.
+    """
+    task = next(iter(plan.tasks.values()))
+    if plan.task or not kind_of(task).discriminant or any(silo.labels for silo in plan.silo):
+        return False
+    batch = public_batch(base)
+    try:
+        with trying(base, batch):
+            head = derive_head(base, batch, len(task.labels))
+    except ModelError:
+        return False
+    return head.weight in base.fresh
+
+
+def derive_head(base: Base, batch: Mapping[str, torch.Tensor], labels: int) -> HeadLayout:
+    """Return the layout of a base model's head.
+
+    Args:
+        batch: public data, as keyword arguments of the model's forward (`gramfuse_model.probing.public_batch`).
+        labels: number of labels.
+
+    Raises:
+        ModelError: if the model's last layer is not a linear one with an output for each label, or the model's output
+            is not that of the layer.
+    """
+    model = base.model
+    features = features_of(model, batch, labels, "head")
+    last = last_linear(model, labels)
+    if last is None or not last.kind.transposed:
+        raise ModelError(f"the head of {type(model).__name__} does not end with a linear layer, so it cannot be fitted")
+    bias = f"{last.weight.removesuffix('weight')}bias"
+    return HeadLayout(
+        weight=last.weight,
+        bias=bias if bias in model.state_dict() else None,
+        features=last.d_in,
+        labels=labels,
+        exponents=exponents_of(features.double().square().mean(dim=0)),
+    )

@@ -1,0 +1,42 @@
+"""Checks of the sums that a head is fitted from, which the coordinator can make from the sum alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from gramfuse_protocol.secure_sum.scales import MOST_WEIGHED
+from gramfuse_server.merging.checks import POWER, ROUNDING, worth_reporting
+from gramfuse_server.merging.head_accumulator import HeadAccumulator
+from gramfuse_server.report.schema import Check
+from gramfuse_server.report.verdicts import check_of
+
+
+def check_head(accumulator: HeadAccumulator, survivors: Sequence[str], *, secure: bool) -> list[Check]:
+    """Check the sums of a head.
+
+    Args:
+        accumulator: the sums.
+        survivors: the silos in the sums.
+        secure: whether they are a secure sum, in which a silo has at most so many examples.
+    """
+    return worth_reporting(_checks(accumulator, len(survivors), secure=secure))
+
+
+def _checks(accumulator: HeadAccumulator, silos: int, *, secure: bool) -> Iterator[Check]:
+    sums, head = accumulator.sums, accumulator.head
+    examples = sums.examples
+    counted: tuple[float | None, float | None] = (silos, MOST_WEIGHED * silos if secure else None)
+    yield check_of("counts", "examples", examples, counted, counted)
+    yield check_of("counts", "fewest of a label", float(sums.counts.min()), (0, None), (-0.5, None))
+    off = float(sums.counts.sum()) - examples
+    yield check_of("counts", "labels less examples", off, (-0.5, 0.5), (-0.5, 0.5))
+    second = sums.second[:-1, :-1]
+    diagonal = second.diagonal()
+    scale = np.sqrt(np.maximum(diagonal, np.finfo(np.float64).tiny))
+    smallest = float(np.linalg.eigvalsh(second / np.outer(scale, scale))[0])
+    yield check_of("eigenvalue", head.weight, smallest, (-ROUNDING[0], None), (-ROUNDING[1], None))
+    if examples > 0:
+        power = float(diagonal.sum() / examples / np.exp2(2.0 * np.array(head.exponents)).sum())
+        yield check_of("power", head.weight, power, (None, POWER[0]), (None, POWER[1]))

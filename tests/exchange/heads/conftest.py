@@ -1,0 +1,38 @@
+"""Sites with a base whose features vary: a pico model's pooler says nearly the same of all texts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import BertModel
+
+from tests.conftest import WORDS, save_model
+from tests.exchange.rounds.conftest import trainings  # noqa: F401  # a fixture
+from tests.exchange.rounds.runs import QUICK, Site
+from tests.projects import bert_config
+
+
+@pytest.fixture(scope="session")
+def loud_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pico BERT with large weights."""
+    torch.manual_seed(13)
+    config = bert_config(4 + len(WORDS), initializer_range=0.3)
+    return save_model(BertModel(config), tmp_path_factory.mktemp("loud-bert"))
+
+
+@pytest.fixture
+def site(pico_project: Any, loud_bert: Path, in_process_grid: Any, tmp_path: Path) -> Callable[..., Site]:
+    """Return a function that makes a site of a plan with a fitted head, if its settings do not say otherwise."""
+
+    def make(*settings: str, silos: int = 3, rounds: int = 1, secure: bool = False) -> Site:
+        project = pico_project(silos=silos, examples=24, base=loud_bert, secure=secure)
+        for silo in project.names if secure else ():
+            project.replace(project.silo(silo), "open-uploads = false", "open-uploads = true\nexact-metrics = true")
+        chosen = ('model.head="fitted"', "training.learning-rate=1e-3", *QUICK, *settings)
+        return Site(project, in_process_grid, tmp_path / "place", rounds, *chosen)
+
+    return make

@@ -1,0 +1,94 @@
+"""Who is in which sum: statistics may lack silos of the head's sums, and a second fit may not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from flwr.app import Error, RecordDict
+
+from gramfuse_protocol.errors import FederationError
+from gramfuse_server.merging.accumulator import Accumulator
+from gramfuse_server.run.conductor import Conductor
+from tests.exchange.rounds.runs import Answer, Site
+
+
+def gone(*silos: str, phase: str, work: str, here: Site) -> Callable[[Any, Answer], RecordDict | Error]:
+    """A fault: silos are away in a phase of a stage."""
+
+    def fault(visit: Any, deliver: Answer) -> RecordDict | Error:
+        if visit.node in silos and visit.phase == phase and here.events[-1].get("work", "train") == work:
+            return Error(5, "it is away")
+        return deliver()
+
+    return fault
+
+
+@pytest.mark.parametrize("phase", ["train", "masked"])
+def test_a_silo_that_drops_out_after_the_head_was_fitted_is_left_out(site: Callable[..., Site], phase: str) -> None:
+    here = site(silos=4, secure=True)
+    report = here.run(fault=gone("silo-d", phase=phase, work="train", here=here))
+    assert [one["survivors"] for one in report["rounds"]] == [
+        ["silo-a", "silo-b", "silo-c", "silo-d"],
+        ["silo-a", "silo-b", "silo-c"],
+    ]
+    assert [lost["name"] for lost in report["lost"]] == ["silo-d"]
+    assert report["examples"] == 0  # nothing counts the examples of these three
+
+
+def test_what_could_be_subtracted_is_in_no_sum(site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[Accumulator] = []
+    load = Accumulator.load
+
+    def keep(self: Accumulator, words: Any, silos: int) -> None:
+        load(self, words, silos)
+        loaded.append(self)
+
+    monkeypatch.setattr(Accumulator, "load", keep)
+    here = site(silos=4, secure=True)
+    here.run(fault=gone("silo-d", phase="train", work="train", here=here))
+    (sums,) = loaded
+    weight, *counts = sums.counts
+    assert weight == 3
+    assert not any(counts)
+    assert here.layout.head is not None
+    weights = {linear.weight for _, linear in here.layout.linear()}
+    assert here.layout.head.weight not in weights
+    assert weights
+
+
+def test_the_head_is_not_fitted_again_without_a_silo_of_the_first_fit(site: Callable[..., Site]) -> None:
+    here = site("merge.refit=true", silos=4, secure=True)
+    report = here.run(fault=gone("silo-d", phase="train", work="train", here=here))
+    assert [one["work"] for one in report["rounds"]] == ["fit", "train"]
+    assert report["merged"] == "regmean"
+    assert "silo-d" in report["unfitted"]
+
+
+def test_a_second_fit_waits_for_the_silos_of_the_first(site: Callable[..., Site]) -> None:
+    here = site("merge.refit=true", silos=4, secure=True)
+    with pytest.raises(FederationError, match="silo-b"):
+        here.run(fault=gone("silo-b", phase="keys", work="refit", here=here))
+    report = here.run(resume=True)
+    assert [one["survivors"] for one in report["rounds"]] == [["silo-a", "silo-b", "silo-c", "silo-d"]] * 3
+    assert report["merged"] == "refitted"
+
+
+def test_silos_sign_no_second_sum_of_a_head_over_others(
+    site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The coordinator goes on without a silo, which the honest one never does: silos refuse.
+    here = site("merge.refit=true", silos=4, secure=True)
+    monkeypatch.setattr(Conductor, "_survivors_of_subject", lambda self: ())
+    with pytest.raises(FederationError):
+        here.run(fault=gone("silo-d", phase="keys", work="refit", here=here))
+    assert not (here.out / "model").exists()
+
+
+def test_weights_by_examples_need_the_same_silos(site: Callable[..., Site]) -> None:
+    here = site('merge.weighting="examples"', silos=4, secure=True)
+    with pytest.raises(FederationError, match="silo-d"):
+        here.run(fault=gone("silo-d", phase="train", work="train", here=here))
+    report = here.run(resume=True)
+    assert report["examples"] == 4 * 24
