@@ -154,7 +154,7 @@ class Experiment:
         if row is None:
             began = time.monotonic()
             sums, more = make()
-            row = {"model": model, "silos": list(silos), **self._scores(sums, silos), **more}
+            row = {"model": model, "silos": list(silos), **(self._scores(sums, silos) if sums else {}), **more}
             row["seconds"] = round(time.monotonic() - began, 2)
             self.store.add(row)
             self.tell(row)
@@ -163,10 +163,10 @@ class Experiment:
     def _scores(self, sums: Mapping[str, Sums], silos: Silos) -> ResultRow:
         inside = {name: own for name, own in sums.items() if name in silos}
         outside = {name: own for name, own in sums.items() if name not in silos}
-        by_silo = {name: self._metrics({name: own})[self.ranked] for name, own in sums.items()}
-        scores: ResultRow = {"in": self._metrics(inside), "by": by_silo}
+        by_silo = {name: self.metrics({name: own})[self.ranked] for name, own in sums.items()}
+        scores: ResultRow = {"in": self.metrics(inside), "by": by_silo}
         if outside:
-            scores |= {"out": self._metrics(outside), "all": self._metrics(sums)}
+            scores |= {"out": self.metrics(outside), "all": self.metrics(sums)}
         return scores
 
     def measure(self, deltas: Deltas, silos: Silos, part: Split = "held-out") -> dict[str, Sums]:
@@ -176,7 +176,7 @@ class Experiment:
 
     def score(self, deltas: Deltas, silos: Silos) -> float:
         """Return the score for choices: the ranking metric on the validation data of the silos in a merge."""
-        return float(self._metrics(self.measure(deltas, silos, "validation"))[self.ranked])
+        return float(self.metrics(self.measure(deltas, silos, "validation"))[self.ranked])
 
     def choose(self, model: str, silos: Silos, option: str, makes: Mapping[Any, Callable[[], Deltas]]) -> ResultRow:
         """Return the row of the best candidate on validation data, with the scores of all."""
@@ -205,7 +205,7 @@ class Experiment:
         laboratory, layout = self.laboratory, self.layout
         parents = [laboratory.deltas(name) for name in silos]
         differences, weights = self._parents(silos)
-        sums = self._sums({name: laboratory.contributions[name] for name in silos})
+        sums = self.sums({name: laboratory.contributions[name] for name in silos})
         self.row("simple", silos, lambda: (self.measure(sums.at(self.plan.merge.alpha).mean(), silos), {}))
         self.regmean("regmean", silos, lambda: sums)
         if silos == self.everyone and not self.quick:
@@ -268,7 +268,7 @@ class Experiment:
 
         def after(number: int, deltas: Deltas) -> None:
             last[:] = [self.measure(deltas, self.everyone)]
-            by_round.append(self._metrics(last[0]))
+            by_round.append(self.metrics(last[0]))
             print(f"  fedavg, round {number}: {by_round[-1][self.ranked]:.3f}", file=sys.stderr, flush=True)
             if stop and by_round[-1][self.ranked] >= goal:
                 raise Enough
@@ -283,7 +283,7 @@ class Experiment:
 
     def alphas(self) -> None:
         """Measure RegMean over α on held-out data, for a curve only."""
-        sums = self._sums(self.laboratory.contributions)
+        sums = self.sums(self.laboratory.contributions)
         for alpha in ALPHAS:
             self.row(
                 f"regmean, α = {alpha:g}",
@@ -302,12 +302,12 @@ class Experiment:
     def tokens(self) -> None:
         """Measure RegMean over the limit of token rows for a Gram matrix."""
         for limit in TOKENS[::3] if self.quick else TOKENS:
-            sums = cached(lambda limit=limit: self._sums({n: self._remeasured(n, limit) for n in self.everyone}))
+            sums = cached(lambda limit=limit: self.sums({n: self._remeasured(n, limit) for n in self.everyone}))
             self.regmean(f"regmean, {limit} tokens", self.everyone, sums, tokens=limit)
 
     def rounds(self, most: int) -> None:
         """Measure several rounds: silos train from the merged model, as in a plan with `merge.rounds`."""
-        start = cached(lambda: self._sums(self.laboratory.contributions).merge(self.plan.merge.alpha).deltas)
+        start = cached(lambda: self.sums(self.laboratory.contributions).merge(self.plan.merge.alpha).deltas)
         for number in range(2, most + 1):
             merge = cached(lambda start=start, number=number: self._round(start(), number))
             self.row(
@@ -324,7 +324,8 @@ class Experiment:
 
     # Details
 
-    def _sums(self, contributions: Mapping[str, Contribution]) -> Between:
+    def sums(self, contributions: Mapping[str, Contribution]) -> Between:
+        """Return the sums of contributions."""
         return Between(self.layout, contributions, self.plan.merge.weighting)
 
     def _cut(self, layout: Layout) -> Between:
@@ -383,7 +384,8 @@ class Experiment:
         shuffled = batches(encoded, self.plan.training.batch_size, bench.device, seed=self.plan.training.seed)
         return collect_statistics(model, shuffled, self.layout, base=base, examples=len(encoded), limit=limit)
 
-    def _metrics(self, sums: Mapping[str, Sums]) -> dict[str, Any]:
+    def metrics(self, sums: Mapping[str, Sums]) -> dict[str, Any]:
+        """Return the metrics of all silos together."""
         model = to_measured(self.plan, "", "", sums)
         return {**model.metrics, **({"tasks": model.tasks} if self.plan.task else {})}
 

@@ -12,9 +12,12 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from settings import EXPERIMENTS
+
+if TYPE_CHECKING:
+    from gramfuse_simulation.all_silos import AllSilos
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,7 @@ def run_job(job: Job) -> None:
     from bases import cached_base
     from experiment import Experiment, Store, machine, run
     from gramfuse_server.run.evaluation import ranked_by
+    from heads import Heads, with_fitted_head
     from sets import Source
     from silos import laboratory
 
@@ -112,13 +116,20 @@ def run_job(job: Job) -> None:
         say(f"  {job.name}, seed {job.seed}: {row['model']}{where}: {row['in'][metric]:.3f} ({row['seconds']:.0f} s)")
 
     experiment = Experiment(silos, store, metric, tell, quick=job.quick)
-    every_time = ("joint", "transport")
+    every_time = ("joint", "transport", "heads")
     parts = [p for p in spec.parts if p not in job.skip and (job.seed == 1 or p in every_time)]
     fedavg = 0 if job.seed > 1 or "fedavg" in job.skip else spec.fedavg
     subsets = spec.subsets or (experiment.everyone,)
     if job.quick:
         subsets, fedavg = tuple(dict.fromkeys((subsets[0], subsets[-1]))), min(2, fedavg)
     run(experiment, subsets, parts, fedavg=fedavg)
+    if "heads" in parts:
+
+        def warm() -> AllSilos:
+            fitted = with_fitted_head(silos, setting, silos.directory.parent / f"{silos.plan.digest}-fitted")
+            return laboratory(fitted, f"{job.name}-fitted", job.cache, job.settings)[0]
+
+        Heads(experiment, warm).run()
 
 
 def say(line: str) -> None:

@@ -73,7 +73,7 @@ def write(directory: Path, setting: Setting, *, name: str, secure: bool = False)
     own_metrics = "silo" if setting.tasks or not secure else "sum"
     plan: dict[str, Any] = {
         "plan": {"name": name},
-        "model": {"base": setting.base, **setting.model},
+        "model": {"base": setting.base, "head": "own" if setting.tasks else "same", **setting.model},
         "training": {"learning-rate": 2e-4, "precision": "bfloat16", **setting.training},
         "merge": dict(setting.merge),
         "privacy": {"secure-aggregation": secure, "metrics": own_metrics},

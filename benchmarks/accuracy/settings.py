@@ -6,7 +6,7 @@ import random
 import subprocess
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ DOMAINS = {
     "ner": ("wikigold", "sec", "btc", "crossner_politics"),
     "sent": ("books", "dvd", "electronics", "kitchen"),
 }
-PARTS = ("joint", "transport", "alphas", "structures", "tokens", "rounds", "fedavg")
+PARTS = ("heads", "joint", "transport", "alphas", "structures", "tokens", "rounds", "fedavg")
 """Optional parts of experiments; curves and FedAvg run for the first seed only."""
 
 MOST_TEST = 400
@@ -267,7 +267,7 @@ def _domains(make: Callable[[str, Source, int], Setting], name: str, head: str, 
 EIGHT = tuple(f"silo-{n + 1}" for n in range(8))
 CURVES = ("joint", "alphas", "structures", "tokens", "rounds")
 
-EXPERIMENTS: Mapping[str, Experiment] = {
+EXPERIMENTS: dict[str, Experiment] = {
     **{
         f"glue-{name}": Experiment(
             lambda data, seed, name=name: glue(name, data, seed), parts=("joint", "transport"), fedavg=3
@@ -289,6 +289,10 @@ EXPERIMENTS: Mapping[str, Experiment] = {
     "decoder": Experiment(decoder, fedavg=5, base="decoder"),
     "desk": Experiment(desk, parts=("joint",), fedavg=5),
 }
+EXPERIMENTS |= {
+    f"heads-{name}": replace(EXPERIMENTS[name], subsets=(), parts=("heads", "joint"), fedavg=0)
+    for name in ("hwu64", "hwu64-8", "clinc150", "clinc150-8", "skew-25", "desk", "glue-sst2")
+}
 """All experiments by name."""
 
 TABLES: Mapping[str, tuple[str, ...]] = {
@@ -301,5 +305,6 @@ TABLES: Mapping[str, tuple[str, ...]] = {
     "tasks": ("tasks",),
     "generation": ("t5", "decoder"),
     "desk": ("desk",),
+    "heads": tuple(name for name in EXPERIMENTS if name.startswith("heads-")),
 }
 """The experiments in each table."""

@@ -23,6 +23,16 @@ NAMES = {
     "regmean, α chosen": "**RegMean**, α chosen",
     "regmean, by examples": "RegMean, α = 0.9, weighted by examples",
     "joint": "joint training",
+    "probe": "head only, on the untouched base",
+    "probe, mean-pooled": "head only, on the untouched base, mean-pooled",
+    "regmean, refit": "RegMean, head fitted again",
+    "simple, fitted": "simple average, fitted head",
+    "regmean, fitted": "**RegMean, fitted head** (the default)",
+    "simple, both": "simple average, fitted head, fitted again",
+    "regmean, both": "RegMean, fitted head, fitted again",
+    "simple, chosen": "simple average, fitted head, better of both on validation data",
+    "regmean, chosen": "RegMean, fitted head, better of both on validation data",
+    "joint, fitted": "joint training from the fitted head",
 }
 """Display names of models, in the order of a table."""
 

@@ -175,9 +175,14 @@ class Bench:
             return collect_head_sums(model, given, len(self.task.labels), pooling=pooling)
 
     def measure_head(
-        self, deltas: Deltas, weight: NDArray[np.float64], bias: NDArray[np.float64], pooling: Pooling
+        self,
+        deltas: Deltas,
+        weight: NDArray[np.float64],
+        bias: NDArray[np.float64],
+        pooling: Pooling,
+        part: Split = "held-out",
     ) -> Sums:
-        """Return the held-out sums of the base with differences added and another last layer.
+        """Return the sums of the base with differences added and another last layer, on a part of the examples.
 
         Args:
             weight: (labels, features).
@@ -191,7 +196,7 @@ class Bench:
 
         total: Sums = np.zeros(sums_shape(self.task), np.float64)
         with self.model(deltas) as model:
-            for batch in self.batches("held-out"):
+            for batch in self.batches(part):
                 features = features_of(model, batch, len(self.task.labels), pooling).double().cpu()
                 logits = features @ torch.from_numpy(weight.T.copy()) + torch.from_numpy(bias)
                 total += count(batch, Outputs(logits), self.task, self.base.tokenizer)
