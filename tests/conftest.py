@@ -98,6 +98,24 @@ def pico_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def loud_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BERT like `pico_bert` with large weights: the features of its head differ from text to text."""
+    torch.manual_seed(13)
+    config = BertConfig(
+        vocab_size=4 + len(WORDS),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=32,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        initializer_range=0.3,
+    )
+    return save_model(BertModel(config), tmp_path_factory.mktemp("loud-bert"))
+
+
+@pytest.fixture(scope="session")
 def pico_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A GPT-2 of two layers, 16 features wide: its linear layers are Conv1D."""
     torch.manual_seed(12)

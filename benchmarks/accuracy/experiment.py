@@ -253,7 +253,7 @@ class Experiment:
 
     def joint(self) -> None:
         """Measure one model trained on all silos' data."""
-        self.row("joint", self.everyone, lambda: (self.laboratory.measure_joint(torch.get_num_threads()), {}))
+        self.row("joint", self.everyone, lambda: (self.laboratory.measure_joint(threads=torch.get_num_threads()), {}))
 
     def fedavg(self, rounds: int, *, stop: bool) -> None:
         """Measure FedAvg after each round.

@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from experiment import Experiment, ResultRow, Silos
 from gramfuse_model.heads import last_linear
 from gramfuse_model.loading.base_model import load_base
@@ -73,7 +75,7 @@ class Heads:
             warm.row(f"{body}, fitted", self.silos, lambda deltas=deltas: (warm.measure(deltas(), self.silos), {}))
             self._fitted(f"{body}, both", laboratory, deltas, "head")
             self._choose(warm, body, deltas)
-        warm.row("joint, fitted", self.silos, lambda: (laboratory.measure_joint(1), {}))
+        warm.row("joint, fitted", self.silos, lambda: (laboratory.measure_joint(threads=torch.get_num_threads()), {}))
 
     def _merged(self, experiment: Experiment, body: str) -> Callable[[], Deltas]:
         def make() -> Deltas:

@@ -228,6 +228,7 @@ class AllSilos:
         silos: the silo files by name; their data is read here.
         contributions: statistics of each silo in the merge, in roster order.
         heads: each silo's own head, if the plan has silos keep their heads.
+        began: the model that silos first trained from, as differences from the base: a fitted head, or nothing.
     """
 
     def __init__(
@@ -238,6 +239,7 @@ class AllSilos:
         silos: Mapping[str, Silo],
         contributions: Mapping[str, Contribution],
         heads: Mapping[str, Head] | None = None,
+        began: Deltas | None = None,
     ) -> None:
         self.plan = plan
         self.layout = layout
@@ -245,6 +247,7 @@ class AllSilos:
         self.silos = silos
         self.contributions = contributions
         self.heads = heads or {}
+        self.began = began or {}
 
     @cached_property
     def benches(self) -> Mapping[str, Bench]:
@@ -314,17 +317,20 @@ class AllSilos:
         first, *others = (bench.head_sums(deltas, pooling) for bench in self.benches.values())
         return sum(others, first)
 
-    def measure_joint(self, threads: int | None = None) -> dict[str, Sums]:
-        """Return the held-out sums of the base model fine-tuned on all silos' data, by silo, which must share one task.
+    def measure_joint(self, *, cold: bool = False, threads: int | None = None) -> dict[str, Sums]:
+        """Return the held-out sums of a model fine-tuned on all silos' data, by silo, which must share one task.
+
+        It starts from the model that silos started from.
 
         Args:
+            cold: start from the base, whatever silos started from.
             threads: CPU threads; by default all, as no other silo trains at the same time.
         """
         from gramfuse_client.data.batches import pooled
 
         benches = list(self.benches.values())
         everything = pooled([bench.encoded(bench.examples[0]) for bench in benches])
-        tuned = benches[0].finetune({}, 1, everything, threads=threads or os.cpu_count() or 1)
+        tuned = benches[0].finetune({} if cold else self.began, 1, everything, threads=threads or os.cpu_count() or 1)
         sums = {}
         for name, bench in self.benches.items():
             with bench.model({}, head=tuned) as model:

@@ -108,9 +108,9 @@ class SimulatedSilos:
         """Return the held-out sums of the ensemble of all silos' own models, by silo."""
         return self.laboratory.measure_ensemble()
 
-    def train_jointly(self) -> Mapping[str, Sums]:
-        """Return the held-out sums of the base fine-tuned on all silos' data, by silo."""
-        return self.laboratory.measure_joint()
+    def train_jointly(self, *, cold: bool) -> Mapping[str, Sums]:
+        """Return the held-out sums of a model trained on all silos' data, by silo; it starts as silos do, or cold."""
+        return self.laboratory.measure_joint(cold=cold)
 
     def merged(self) -> Deltas:
         """Return the run's merge: its differences from the base."""

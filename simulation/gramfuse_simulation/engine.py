@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gramfuse_protocol.contract.layout import Layout
+from gramfuse_protocol.contract.layout import Layout, delta_block
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.errors import FederationError, GramfuseError
 
@@ -193,7 +193,11 @@ def laboratory_of(
     states = {name: State(silos[name].state, plan.digest, number) for name in survivors}
     contributions = {name: state.contribution(from_base=True) for name, state in states.items()}
     heads = {name: state.head() for name, state in states.items()} if plan.model.head == "own" else {}
-    return AllSilos(plan, layout, Path(spec["directory"]), silos, contributions, heads)
+    began = {}
+    if plan.model.head == "fitted" and plan.training.epochs:
+        first = State(next(iter(silos.values())).state, plan.digest, 2).start()
+        began = {name.removeprefix(delta_block("")): delta for name, delta in first.items()}
+    return AllSilos(plan, layout, Path(spec["directory"]), silos, contributions, heads, began)
 
 
 def _end_with_parent() -> None:

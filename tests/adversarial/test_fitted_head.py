@@ -20,7 +20,7 @@ from gramfuse_protocol.messages.phases import EvaluateRequest, TrainRequest
 from gramfuse_protocol.statistics.head_sums import HeadSums
 from gramfuse_server.merging.head_accumulator import HeadAccumulator
 from tests.conftest import messages, write_jsonl
-from tests.exchange.heads.conftest import loud_bert, site  # noqa: F401  # fixtures
+from tests.exchange.heads.conftest import site  # noqa: F401  # a fixture
 from tests.exchange.rounds.conftest import trainings  # noqa: F401  # a fixture
 from tests.exchange.rounds.runs import Site
 from tests.grid import _task_identity, in_process_grid, no_waiting  # noqa: F401  # fixtures

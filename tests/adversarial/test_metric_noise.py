@@ -30,6 +30,7 @@ from gramfuse_protocol.secure_sum.fixed_point import decode
 from gramfuse_protocol.secure_sum.scales import METRICS_SCALE
 from gramfuse_protocol.tasks.classification import class_rows
 from tests.adversarial.liar import METRICS, Liar
+from tests.answers import sure
 
 GAMES = 1500
 """Sums that it gets in each of the two worlds."""
@@ -79,10 +80,10 @@ class Game:
 
     def _others(self) -> Vector:
         truth = np.arange(60) % 3
-        return class_rows(self.task, truth, (truth + (np.arange(60) % 5 == 0)) % 3)
+        return class_rows(self.task, sure(truth, (truth + (np.arange(60) % 5 == 0)) % 3))
 
     def _record(self, label: int) -> Vector:
-        return class_rows(self.task, np.array([label]), np.array([0 if label == 0 else 2]))
+        return class_rows(self.task, sure([label], [0 if label == 0 else 2]))
 
     def sum_of(self, world: int) -> Vector:
         """What the coordinator has when masks are off, and its own silos' words are taken out."""

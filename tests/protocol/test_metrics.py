@@ -16,12 +16,13 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.held_out.metrics import are_sums, by_label, metrics, primary, sums_shape
 from gramfuse_protocol.tasks.causal_lm import language_sums
-from gramfuse_protocol.tasks.classification import classification_sums
+from gramfuse_protocol.tasks.classification import Answers, classification_sums, confusion
 from gramfuse_protocol.tasks.multi_label import multi_label_sums
 from gramfuse_protocol.tasks.registry import TASK_KINDS
 from gramfuse_protocol.tasks.regression import regression_sums
 from gramfuse_protocol.tasks.sequence_to_sequence import generation_sums
 from gramfuse_protocol.tasks.token_classification import entities, entity_sums
+from tests.answers import sure
 
 LABELS = 6
 CLASSIFY = Task(task="classification", labels=tuple("abcdef"))
@@ -39,7 +40,7 @@ PAIRS = st.lists(st.tuples(st.integers(0, LABELS - 1), st.integers(0, LABELS - 1
 @given(pairs=PAIRS)
 def test_accuracy_macro_f1_and_correlation_are_those_of_scikit_learn(pairs: list[tuple[int, int]]) -> None:
     truth, predicted = np.array(pairs).T
-    found = metrics(CLASSIFY, classification_sums(truth, predicted, LABELS))
+    found = metrics(CLASSIFY, classification_sums(sure(truth, predicted), LABELS))
     assert found["examples"] == len(pairs)
     assert found["accuracy"] == pytest.approx(accuracy_score(truth, predicted), rel=1e-14)
     assert found["mcc"] == pytest.approx(matthews_corrcoef(truth, predicted), abs=1e-12)
@@ -59,14 +60,35 @@ def test_accuracy_macro_f1_and_correlation_are_those_of_scikit_learn(pairs: list
 def test_labels_that_are_absent_on_one_side_count_and_absent_on_both_do_not(
     truth: list[int], predicted: list[int], expected: tuple[float, float]
 ) -> None:
-    found = metrics(CLASSIFY, classification_sums(np.array(truth), np.array(predicted), LABELS))
+    found = metrics(CLASSIFY, classification_sums(sure(truth, predicted), LABELS))
     assert (found["accuracy"], found["macro-f1"]) == pytest.approx(expected)
 
 
 def test_rows_are_the_truth_and_columns_the_prediction() -> None:
-    sums = classification_sums(np.array([0, 0, 0, 1]), np.array([1, 1, 0, 1]), 3)
-    np.testing.assert_array_equal(sums, [[1, 2, 0], [0, 1, 0], [0, 0, 0]])
+    sums = classification_sums(sure([0, 0, 0, 1], [1, 1, 0, 1]), 3)
+    np.testing.assert_array_equal(confusion(sums), [[1, 2, 0], [0, 1, 0], [0, 0, 0]])
     assert sums.dtype == np.float64
+
+
+@given(
+    rows=st.lists(st.tuples(st.booleans(), st.floats(0, 1), st.floats(0, 20)), min_size=1, max_size=60),
+)
+def test_loss_and_calibration_error_are_those_of_a_count_over_the_examples(
+    rows: list[tuple[bool, float, float]],
+) -> None:
+    hits, confidence, loss = (np.array(column) for column in zip(*rows, strict=True))
+    answers = Answers(np.zeros(len(rows), int), np.where(hits, 0, 1), loss, confidence)
+    found = metrics(CLASSIFY, classification_sums(answers, LABELS))
+    bins = np.clip(np.digitize(confidence, np.arange(1, 10) / 10), 0, 9)
+    error = sum(abs((hits[bins == b] - confidence[bins == b]).sum()) for b in range(10)) / len(rows)
+    assert found["ece"] == pytest.approx(min(1.0, error), abs=1e-12)
+    assert found["nll"] == pytest.approx(np.minimum(loss, 16).mean())
+
+
+def test_answers_that_are_no_numbers_count_as_wrong_and_sure() -> None:
+    nan = np.array([np.nan])
+    found = metrics(CLASSIFY, classification_sums(Answers(np.array([0]), np.array([1]), nan, nan), LABELS))
+    assert (found["nll"], found["ece"]) == (16.0, 1.0)
 
 
 def _regression(offset: float, scale: float, error: float, n: int = 400) -> tuple[np.ndarray, np.ndarray]:
@@ -120,8 +142,8 @@ def test_the_correlation_with_a_side_without_variance_is_zero(constant: float, n
 def test_sums_of_several_silos_add_up_to_those_of_all_examples(pairs: list[tuple[int, int]], cuts: list[int]) -> None:
     truth, predicted = np.array(pairs).T
     silos = list(zip(np.split(truth, sorted(cuts)), np.split(predicted, sorted(cuts)), strict=True))
-    joint = sum(classification_sums(t, p, LABELS) for t, p in silos)
-    np.testing.assert_array_equal(joint, classification_sums(truth, predicted, LABELS))
+    joint = sum(classification_sums(sure(t, p), LABELS) for t, p in silos)
+    np.testing.assert_array_equal(joint, classification_sums(sure(truth, predicted), LABELS))
 
     t, p = truth * 0.3 - 1, predicted * 0.7
     moments = sum(regression_sums(a * 0.3 - 1, b * 0.7) for a, b in silos)
@@ -130,8 +152,8 @@ def test_sums_of_several_silos_add_up_to_those_of_all_examples(pairs: list[tuple
 
 
 def test_the_joint_metric_is_not_the_mean_of_the_silos() -> None:
-    rare = classification_sums(np.array([0]), np.array([1]), 2)
-    common = classification_sums(np.array([0] * 9), np.array([0] * 9), 2)
+    rare = classification_sums(sure([0], [1]), 2)
+    common = classification_sums(sure([0] * 9, [0] * 9), 2)
     assert metrics(CLASSIFY, rare + common)["accuracy"] == 0.9
 
 
@@ -219,7 +241,7 @@ def counted(task: Task, pairs: list[tuple[set[str], set[str]]]) -> dict[str, Any
 @given(pairs=PAIRS)
 def test_each_label_has_the_values_of_a_count_over_the_examples(task: Task, pairs: list[tuple[int, int]]) -> None:
     truth, predicted = np.array(pairs).T
-    found = by_label(task, classification_sums(truth, predicted, LABELS))
+    found = by_label(task, classification_sums(sure(truth, predicted), LABELS))
     assert found == counted(task, [({task.labels[t]}, {task.labels[p]}) for t, p in pairs])
 
 

@@ -34,11 +34,18 @@ from gramfuse_protocol.held_out.sums import LOSS, Vector, figures, groups, is_su
 from gramfuse_protocol.secure_sum.fixed_point import decode
 from gramfuse_protocol.secure_sum.scales import METRICS_SCALE
 from gramfuse_protocol.tasks.causal_lm import language_rows, language_sums
-from gramfuse_protocol.tasks.classification import class_rows, classification_sums
+from gramfuse_protocol.tasks.classification import Answers, class_rows, classification_sums
 from gramfuse_protocol.tasks.multi_label import label_rows, multi_label_sums
 from gramfuse_protocol.tasks.regression import moment_rows, regression_sums
 from gramfuse_protocol.tasks.sequence_to_sequence import generation_rows, generation_sums
 from gramfuse_protocol.tasks.token_classification import entity_rows, entity_sums
+from tests.answers import sure
+
+
+def sure_rows(task: Any, truth: Any, predicted: Any) -> Any:
+    """The rows of a classifier that has no doubt."""
+    return class_rows(task, sure(truth, predicted))
+
 
 TAGS = ("O", "B-X", "I-X", "B-Y", "I-Y")
 TASK_SETTINGS = {
@@ -141,7 +148,7 @@ def test_without_noise_the_words_are_the_vector(privacy: dict[str, Any]) -> None
         terms = plan("classification").override(["privacy.secure-aggregation=false"])
     else:
         terms = plan("classification", **privacy)
-    task, vector = terms.task_of("a"), np.arange(11.0)
+    task, vector = terms.task_of("a"), np.arange(22.0)
     assert terms.epsilon is None
     assert decode(noisy_words(terms, task, vector, entropy(1)), METRICS_SCALE).tolist() == vector.tolist()
 
@@ -172,7 +179,9 @@ def example(task: Task, draw: st.DrawFn) -> Vector:
     number = st.floats(width=32) | st.floats(-2, 4, width=32)
     match task.task:
         case "classification" | "image-classification":
-            return class_rows(task, *(np.array([draw(st.integers(0, 2))]) for _ in range(2)))
+            truth, predicted = (np.array([draw(st.integers(0, 2))]) for _ in range(2))
+            loss, confidence = (np.array([draw(number)]) for _ in range(2))
+            return class_rows(task, Answers(truth, predicted, loss, confidence))
         case "regression":
             truth = draw(st.floats(-1, 3))
             return moment_rows(task, np.array([truth]), np.array([draw(number)], np.float32))
@@ -223,13 +232,15 @@ def test_one_example_moves_no_group_by_more_than_its_sensitivity(kind: str, data
 def test_sensitivities_are_reached(kind: str, pair: Any) -> None:
     """No group could do with less noise, but for `labels` of a classifier, whose wrong examples move most."""
     task = plan(kind).task_of("a")
-    makes: dict[str, Any] = {"classification": class_rows, "multi-label": label_rows, "regression": moment_rows}
+    makes: dict[str, Any] = {"classification": sure_rows, "multi-label": label_rows, "regression": moment_rows}
     dtype = bool if kind == "multi-label" else None
     one, other = (makes[kind](task, *(np.array(side, dtype) for side in sides)) for sides in pair)
     if kind == "classification":
-        wrong, also = (class_rows(task, *map(np.array, sides)) for sides in (((0,), (1,)), ((1,), (2,))))
+        wrong, also = (sure_rows(task, *sides) for sides in (((0,), (1,)), ((1,), (2,))))
+        doubtful = class_rows(task, Answers(np.array([0]), np.array([0]), np.array([0.0]), np.array([0.95])))
         assert np.linalg.norm((one - wrong)[:2]) == pytest.approx(math.sqrt(2))
-        assert np.linalg.norm((wrong - also)[2:]) == pytest.approx(2)
+        assert np.linalg.norm((doubtful - wrong)[2:13]) > 1.45  # of √5: who is sure and right has little left
+        assert np.linalg.norm((wrong - also)[13:]) == pytest.approx(2)
     elif kind == "multi-label":
         assert np.linalg.norm((one - other)[1:]) == pytest.approx(math.sqrt(6))
     else:
@@ -243,7 +254,7 @@ def measured(kind: str, count: int = 40) -> tuple[Task, Any, Vector]:
     match kind:
         case "classification" | "image-classification":
             truth, predicted = rng.integers(0, 3, (2, count))
-            return task, classification_sums(truth, predicted, 3), class_rows(task, truth, predicted)
+            return task, classification_sums(sure(truth, predicted), 3), sure_rows(task, truth, predicted)
         case "regression":
             truth, predicted = rng.uniform(-1, 3, (2, count))
             return task, regression_sums(truth, predicted), moment_rows(task, truth, predicted)

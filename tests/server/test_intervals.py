@@ -23,6 +23,7 @@ from gramfuse_protocol.tasks.sequence_to_sequence import generation_rows
 from gramfuse_protocol.tasks.token_classification import entity_rows
 from gramfuse_server.report.intervals import with_intervals
 from gramfuse_server.report.schema import Measured
+from tests.answers import sure
 
 TYPES = ("PER", "LOC", "ORG", "MISC")
 TAGS = ["O", *(f"{place}-{kind}" for kind in TYPES for place in "BI")]
@@ -41,7 +42,7 @@ def classes(labels: int, count: int, rng: np.random.Generator) -> Made:
     truth = rng.integers(0, labels, count)
     predicted = np.where(rng.random(count) < 0.8, truth, rng.integers(0, labels, count))
     names = [f"label {n}" for n in range(labels)]
-    return secure(f'task = "classification"\nlabels = {names}'), lambda task: class_rows(task, truth, predicted)
+    return secure(f'task = "classification"\nlabels = {names}'), lambda task: class_rows(task, sure(truth, predicted))
 
 
 def numbers(count: int, rng: np.random.Generator) -> Made:
@@ -131,7 +132,7 @@ def test_a_report_says_what_was_measured_what_is_known_and_what_it_cost() -> Non
 def test_the_mean_over_labels_that_the_noise_hides_says_nothing() -> None:
     plan, make = classes(64, 300, np.random.default_rng(4))
     task = plan.task_of("a")
-    noise = deviations(plan, task, 4) * np.random.default_rng(1).normal(size=2 + 3 * 64)
+    noise = deviations(plan, task, 4) * np.random.default_rng(1).normal(size=13 + 3 * 64)
     said = with_intervals(plan, "regmean", task, make(task) + noise, 4)
     assert said.intervals["macro-f1"] == (0, 1)
     assert said.intervals["accuracy"][1] - said.intervals["accuracy"][0] < 0.1
@@ -148,7 +149,7 @@ def test_the_demo_shows_accuracy_to_less_than_two_points(record_property: Callab
     for name in plan.names:
         lines = (desk / "data" / name / "held-out.jsonl").read_text(encoding="utf-8").splitlines()
         truth = np.array([task.labels.index(json.loads(line)["label"]) for line in lines])
-        vector = vector + class_rows(task, truth, np.where(rng.random(len(truth)) < 0.8, truth, (truth + 1) % 8))
+        vector = vector + class_rows(task, sure(truth, np.where(rng.random(len(truth)) < 0.8, truth, (truth + 1) % 8)))
     widths = []
     for silos in (4, 3):
         noise = deviations(plan, task, silos) * rng.normal(size=vector.size)

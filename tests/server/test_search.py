@@ -15,6 +15,7 @@ from gramfuse_protocol.contract.layout import Group, Layout, Linear, Tensor
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.errors import ContributionError
 from gramfuse_protocol.statistics.contribution import Statistics
+from gramfuse_protocol.tasks.classification import CALIBRATION
 from gramfuse_server.merging.accumulator import Accumulator, Deltas
 from gramfuse_server.merging.search import (
     Judgement,
@@ -238,7 +239,8 @@ silo = [{ name = "north" }, { name = "east" }]"""
         asked.append(part)
         hopeless = distance(deltas, none_at_all) < 1e-12
         right = min(9.0, distance(deltas, none_at_all) // 0.01)
-        sums = np.array([[math.nan if hopeless else right, 10 - right], [0, 10]])
+        matrix = [math.nan if hopeless else right, 10 - right, 0, 10]
+        sums = np.array([sum(matrix), *[0.0] * CALIBRATION, *matrix])
         return dict.fromkeys(found, sums)
 
     trials = Trials(LAYOUT, found, lambda deltas: judgement_of(plan, measure(deltas, "validation")))
@@ -254,4 +256,4 @@ silo = [{ name = "north" }, { name = "east" }]"""
     assert tuning["examples"] == {"north": 20, "east": 20}
     # What is reported on is looked at for the chosen merge, and without each silo.
     assert asked.count("held-out") == 3
-    assert set(tuning["influence"][0]["reported"]) == {"accuracy", "macro-f1", "mcc"}
+    assert set(tuning["influence"][0]["reported"]) == {"accuracy", "macro-f1", "mcc", "nll", "ece"}

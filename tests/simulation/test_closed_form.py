@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from gramfuse_protocol.errors import PlanError
 from gramfuse_protocol.statistics.head_sums import HeadSums
 from gramfuse_server.merging.closed_form_head import fit_head
 from gramfuse_server.merging.methods.arithmetic import weighted_mean
-from gramfuse_simulation.all_silos import AllSilos
+from gramfuse_simulation.all_silos import AllSilos, Bench
 from gramfuse_simulation.terms import check_terms, parse_terms
 from tests.projects import Simulated
 
@@ -64,6 +65,30 @@ def test_heads_in_closed_form_are_fitted_to_all_silos_examples(run: tuple[dict[s
     notes = [model["note"] for model in report["models"] if model["kind"] in ("probe", "refit")]
     assert len(notes) == 4
     assert all("shrinkage" in note for note in notes)
+
+
+def test_joint_training_starts_as_silos_do_or_cold(
+    pico_project: Callable[..., Any],
+    loud_bert: Path,
+    tmp_path: Path,
+    in_process_grid: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    started: list[set[str]] = []
+    finetune = Bench.finetune
+
+    def watched(self: Bench, deltas: Any, *arguments: Any, **named: Any) -> Any:
+        started.append(set(deltas))
+        return finetune(self, deltas, *arguments, **named)
+
+    monkeypatch.setattr(Bench, "finetune", watched)
+    settings = 'model.head="fitted"', "training.learning-rate=1e-3", "training.epochs=1"
+    here = Simulated(pico_project(silos=2, base=loud_bert).directory, tmp_path, *settings)
+    study = here.study(compare="joint,joint:cold,probe", opened=False)
+    report = here.run(in_process_grid, study=study, simulated=here.laboratory(compare="", opened=False)).document()
+    assert started == [{"classifier.weight", "classifier.bias"}, set()]
+    names = [model["name"] for model in report["models"]]
+    assert names == ["silo-a", "silo-b", "simple", "regmean", "joint", "joint (cold)", "head only"]
 
 
 def test_a_head_is_fitted_to_one_label_for_each_example_only(pico_project: Callable[..., Any]) -> None:

@@ -28,11 +28,12 @@ from gramfuse_protocol.errors import ModelError, PlanError
 from gramfuse_protocol.held_out.metrics import metrics
 from gramfuse_protocol.held_out.sums import figures, is_sum
 from gramfuse_protocol.secure_sum.keys import Identity
-from gramfuse_protocol.tasks.classification import Classification
+from gramfuse_protocol.tasks.classification import Classification, confusion
 from gramfuse_protocol.tasks.registry import TASK_KINDS, Measure, register
 from gramfuse_protocol.tasks.rows import RowGroup, Vector, sum_rows
 from gramfuse_protocol.tasks.scores import Sums, examples_in, share
 from gramfuse_server.report.schema import Report
+from tests.answers import sure
 from tests.projects import Simulated
 from tests.reports import read_back
 
@@ -49,19 +50,19 @@ class Ordinal(Classification):
     summed = "how many held-out examples of each grade got which grade"
     options = frozenset()
     unit = ("grade", "grades")
-    first_label = 4
+    first_label = 2 + 2 + 11
 
     def metrics(self, task: Task, sums: Sums) -> dict[str, float]:
-        near = sum(float(np.trace(sums, offset)) for offset in (-1, 0, 1))
+        near = sum(float(np.trace(confusion(sums), offset)) for offset in (-1, 0, 1))
         return super().metrics(task, sums) | {"within-one": share(near, examples_in(sums))}
 
     def groups(self, task: Task) -> tuple[RowGroup, ...]:
-        outcome, labels = super().groups(task)
+        outcome, calibration, labels = super().groups(task)
         near = RowGroup("near", 2, math.sqrt(2), 1 / 4, NEARLY)
-        return near, outcome._replace(share=1 / 4), labels
+        return near, outcome._replace(share=3 / 20), calibration, labels
 
     def rows(self, task: Task, *facts: Any) -> Vector:
-        near = np.abs(facts[0] - facts[1]) <= 1
+        near = np.abs(facts[0].truth - facts[0].predicted) <= 1
         return np.concatenate([sum_rows(np.stack([near, ~near], axis=1).astype(float)), super().rows(task, *facts)])
 
     def figures(self, task: Task, vector: Vector) -> dict[str, float]:
@@ -145,8 +146,8 @@ def test_rows_without_noise_give_the_exact_metrics() -> None:
     task = Plan.parse(PLAN).task_of("a")
     truth, predicted = np.random.default_rng(1).integers(0, 3, (2, 50))
     sums, vector = (
-        TASK_KINDS["ordinal"].sums(task, truth, predicted),
-        TASK_KINDS["ordinal"].rows(task, truth, predicted),
+        TASK_KINDS["ordinal"].sums(task, sure(truth, predicted)),
+        TASK_KINDS["ordinal"].rows(task, sure(truth, predicted)),
     )
     assert is_sum(task, vector)
     assert metrics(task, sums)["within-one"] == (np.abs(truth - predicted) <= 1).mean()

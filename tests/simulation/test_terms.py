@@ -57,7 +57,7 @@ def test_options_are_read_in_any_order_and_have_defaults() -> None:
         ("ties:1.1", "density"),
         ("ties:0.2:0.3", "density"),
         ("task-arithmetic:nan", "scale must be one number"),
-        ("joint:2", "'joint:2': it takes no options; expected joint"),
+        ("joint:2", "start is silos or cold"),
     ],
 )
 def test_what_cannot_be_read_is_named_with_what_was_expected(text: str, message: str) -> None:

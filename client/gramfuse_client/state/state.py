@@ -204,6 +204,16 @@ class State:
         start = self._start if from_base and about["start"] else None
         return StoredStatistics(self._statistics, about["examples"], about["tokens"], start)
 
+    def start(self) -> dict[str, NDArray[np.float32]]:
+        """Return the model that this session's work started from, as differences from the base by block name.
+
+        Tensors that equal the base's are missing; all are if it is the base.
+        """
+        if not self._start.exists():
+            return {}
+        with safe_open(self._start, "numpy") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
+
     def origin(self) -> MeasuredOn:
         """Return the data and model behind the stored statistics; raise what `contribution` raises."""
         about = self._about()

@@ -16,6 +16,7 @@ from gramfuse_client.data.formats import Row
 from gramfuse_client.tasks.registry import Loss, TaskAtSilo, Terms, Variant, register
 from gramfuse_client.tasks.words import list_label_counts
 from gramfuse_protocol.contract.task import Task
+from gramfuse_protocol.tasks.classification import Answers
 
 if TYPE_CHECKING:
     import torch
@@ -70,7 +71,14 @@ class ClassificationAtSilo(TaskAtSilo):
         import torch
 
         annotated = torch.tensor(task.annotated)
-        return batch["labels"].numpy(), annotated[outputs.logits[:, annotated].argmax(dim=-1)].numpy()
+        truth, logits = batch["labels"], outputs.logits[:, annotated].double()
+        likelihoods = logits.log_softmax(dim=-1)
+        column = torch.full((len(task.labels),), 0)
+        column[annotated] = torch.arange(len(annotated))
+        loss = -likelihoods.gather(1, column[truth][:, None])[:, 0]
+        best = logits.argmax(dim=-1)
+        confidence = likelihoods.gather(1, best[:, None])[:, 0].exp()
+        return (Answers(truth.numpy(), annotated[best].numpy(), loss.numpy(), confidence.numpy()),)
 
     def describe_labels(self, examples: Examples, task: Task) -> str:
         return list_label_counts(task, Counter(task.labels[i] for i in examples.labels if isinstance(i, int)))

@@ -11,6 +11,6 @@ class ImageClassification(Classification):
     """Exactly one of several labels for an image."""
 
     name = "image-classification"
-    summed = "the confusion matrix: how many held-out images of each label got which label"
+    summed = Classification.summed.replace("held-out examples", "held-out images")
     partial_labels = False
     options = frozenset()

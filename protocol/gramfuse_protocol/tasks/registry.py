@@ -9,7 +9,7 @@ To add a kind, write a file in this folder with a class that implements all abst
         measures = Classification.measures | {"within-one": Measure("share of examples at most one label off")}
 
         def metrics(self, task: Task, sums: Sums) -> dict[str, float]:
-            near = sum(float(np.trace(sums, offset)) for offset in (-1, 0, 1))
+            near = sum(float(np.trace(confusion(sums), offset)) for offset in (-1, 0, 1))
             return super().metrics(task, sums) | {"within-one": share(near, examples_in(sums))}
 
 Another package can register a kind too, before it reads a plan. `gramfuse_client.tasks.registry` defines how a silo
@@ -98,7 +98,7 @@ class TaskKind(ABC):
 
     @abstractmethod
     def shape(self, task: Task) -> tuple[int, ...]:
-        """Return the shape of the sums: a confusion matrix, or a vector whose first entry is the number of examples."""
+        """Return the shape of the sums, a vector whose first entry is the number of examples."""
 
     @abstractmethod
     def sums(self, task: Task, *facts: Any) -> Sums:
@@ -127,6 +127,18 @@ class TaskKind(ABC):
     @abstractmethod
     def figures(self, task: Task, vector: Vector) -> dict[str, float]:
         """Compute `examples` and all metrics from a sum of rows, not yet clipped to their ranges."""
+
+    def moved(self, task: Task, metric: str, vector: Vector, noise: Vector) -> NDArray[Any] | None:
+        """Return how far noise moves a metric at most, for one that noise only ever adds to; None for others.
+
+        Args:
+            vector: a sum of rows, with noise.
+            noise: draws of it, (draws, entries).
+
+        Returns:
+            (draws,).
+        """
+        return None
 
     def label_figures(self, task: Task, vector: Vector) -> dict[str, dict[str, float]]:
         """Compute scores for each label, as `by_label` does, from a sum of rows."""

@@ -32,8 +32,8 @@ class Tokens(NamedTuple):
 
 
 def examples_in(sums: Sums) -> float:
-    """Return the number of examples in sums: the total of a confusion matrix, or else the first entry."""
-    return float(sums.sum() if sums.ndim == 2 else sums[0])
+    """Return the number of examples in sums: the first entry."""
+    return float(sums[0])
 
 
 def scores_by_name(names: Sequence[str], counts: Sums) -> dict[str, dict[str, float]]:

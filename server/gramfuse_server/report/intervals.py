@@ -3,8 +3,9 @@
 The noise's distribution is public, so we draw plausible exact vectors: the released one minus noise. The metric's
 spread over these draws shows its uncertainty, and, where the metric is not linear, its bias. An interval is the hull of
 the central draws and of their mirror image about the released value, widened by the bias on both sides; it contains the
-exact metric in at least 95% of cases. Where the data cannot support that, the interval is the metric's whole range. The
-effect of clipping is not included.
+exact metric in at least 95% of cases. A metric that noise only ever adds to, as a sum of absolute values is, has an
+interval as wide as the noise can have moved it. Where the data cannot support that, the interval is the metric's whole
+range. The effect of clipping is not included.
 """
 
 from __future__ import annotations
@@ -46,10 +47,15 @@ def with_intervals(plan: Plan, name: str, task: Task, vector: Vector, silos: int
     draws = vector - np.random.default_rng(seed).normal(0.0, 1.0, (DRAWS, vector.size)) * noise
     measured = figures(task, vector)
     drawn = [figures(task, draw) for draw in draws]
-    intervals = {
-        metric: _interval(value, np.array([each[metric] for each in drawn]), range_of(task, metric))
-        for metric, value in measured.items()
-    }
+    intervals = {}
+    for metric, value in measured.items():
+        moved = kind_of(task).moved(task, metric, vector, vector - draws)
+        limits = range_of(task, metric)
+        if moved is None:
+            intervals[metric] = _interval(value, np.array([each[metric] for each in drawn]), limits)
+        else:
+            most = float(np.quantile(moved, COVERAGE))
+            intervals[metric] = (max(limits[0], value - most), min(limits[1], value + most))
     if "macro-f1" in measured and _unclear(task, vector, noise):
         intervals["macro-f1"] = SHARE
     spent_in_all = spent(plan)

@@ -7,21 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import BertModel
 
-from tests.conftest import WORDS, save_model
 from tests.exchange.rounds.conftest import trainings  # noqa: F401  # a fixture
 from tests.exchange.rounds.runs import QUICK, Site
-from tests.projects import bert_config
-
-
-@pytest.fixture(scope="session")
-def loud_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pico BERT with large weights."""
-    torch.manual_seed(13)
-    config = bert_config(4 + len(WORDS), initializer_range=0.3)
-    return save_model(BertModel(config), tmp_path_factory.mktemp("loud-bert"))
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal
 
 from gramfuse_protocol.tasks.registry import kind_of
@@ -12,9 +12,9 @@ from gramfuse_server.merging.methods.registry import (
     MASKED,
     MethodSums,
     NotAllowed,
-    Options,
     Silos,
     method,
+    one_of,
 )
 
 PAPER = "Fisher 1936; shrinkage: Chen et al., IEEE TSP 2010"
@@ -25,17 +25,6 @@ NO_DISCRIMINANT = NotAllowed(
 )
 
 REFUSALS = (DIFFERENT_TASKS, MASKED, NO_DISCRIMINANT)
-
-
-def _one_of(name: str, default: str, other: str, words: str) -> Options:
-    """Return the options of a method with one choice between two words."""
-
-    def parse(values: Sequence[str]) -> dict[str, Any]:
-        if len(values) > 1 or not set(values) <= {default, other}:
-            raise ValueError(f"{name} is {default} or {other}")
-        return {name: values[0] if values else default}
-
-    return Options(f"[:{name.upper()}]", words, parse)
 
 
 def _fit_and_measure(silos: Silos, deltas: Any, pooling: str) -> MethodSums:
@@ -51,7 +40,7 @@ def _fit_and_measure(silos: Silos, deltas: Any, pooling: str) -> MethodSums:
     label="head only",
     words="a head in closed form on the features of the base model, which is not fine-tuned",
     paper=PAPER,
-    options=_one_of("pooling", "head", "mean", "head takes the input of the last layer, mean the mean over tokens"),
+    options=one_of("pooling", "head", "mean", "head takes the input of the last layer, mean the mean over tokens"),
     needs=("data",),
     refusals=REFUSALS,
 )
@@ -66,7 +55,7 @@ def probe(silos: Silos, pooling: Literal["head", "mean"]) -> MethodSums:
     label="head fitted again",
     words="the merge, with a head fitted in closed form on its features",
     paper=PAPER,
-    options=_one_of(
+    options=one_of(
         "body", "regmean", "simple", "regmean takes the body of the merge, simple that of the simple average"
     ),
     needs=("data",),

@@ -87,8 +87,8 @@ class Silos(Protocol):
     def ask_together(self) -> Mapping[str, Sums]:
         """Return the held-out sums of the ensemble of all silos' own models, by silo."""
 
-    def train_jointly(self) -> Mapping[str, Sums]:
-        """Return the held-out sums of the base fine-tuned on all silos' data, by silo."""
+    def train_jointly(self, *, cold: bool) -> Mapping[str, Sums]:
+        """Return the held-out sums of a model trained on all silos' data, by silo; it starts as silos do, or cold."""
 
     def merged(self) -> Differences:
         """Return the run's merge: its differences from the base."""
@@ -169,6 +169,17 @@ def _nothing(values: Sequence[str]) -> dict[str, Any]:
 
 
 NOTHING = Options("", "", _nothing)
+
+
+def one_of(name: str, default: str, other: str, words: str) -> Options:
+    """Return the options of a method with one choice between two words."""
+
+    def parse(values: Sequence[str]) -> dict[str, Any]:
+        if len(values) > 1 or not set(values) <= {default, other}:
+            raise ValueError(f"{name} is {default} or {other}")
+        return {name: values[0] if values else default}
+
+    return Options(f"[:{name.upper()}]", words, parse)
 
 
 def number(name: str, default: float, most: float, words: str) -> Options:
