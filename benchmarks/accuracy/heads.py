@@ -89,7 +89,7 @@ class Heads:
 
         def make() -> tuple[Mapping[str, Sums], ResultRow]:
             body = deltas()
-            head = fit_head(laboratory.head_sums(body, pooling), prior=True)
+            head = fit_head(laboratory.head_sums(body, pooling), prior=True).calibrated
             benches = laboratory.benches.items()
             sums = {name: bench.measure_head(body, head.weight, head.bias, pooling) for name, bench in benches}
             return sums, {"shrinkage": round(head.shrinkage, 4)}
@@ -101,7 +101,7 @@ class Heads:
 
         def make() -> tuple[Mapping[str, Sums], ResultRow]:
             merged = deltas()
-            head = fit_head(warm.laboratory.head_sums(merged, "head"), prior=True)
+            head = fit_head(warm.laboratory.head_sums(merged, "head"), prior=True).calibrated
             benches = warm.laboratory.benches.items()
             again = {
                 name: bench.measure_head(merged, head.weight, head.bias, "head", "validation")

@@ -79,6 +79,25 @@ def test_without_prior_a_rare_label_counts_as_much_as_a_frequent_one() -> None:
     assert np.allclose(with_prior.bias - without.bias, np.log(np.bincount(y) / len(y)))
 
 
+@pytest.mark.parametrize("labels", [2, 10, 40])
+def test_its_probabilities_are_about_as_sure_as_they_should_be(labels: int) -> None:
+    rng = np.random.default_rng(7)
+    y = rng.integers(0, labels, 3600)
+    x = 0.4 * rng.normal(size=(labels, 60))[y] + rng.normal(size=(3600, 60))
+    train, test = slice(0, 600), slice(600, None)
+    head = fit_head(sums_of(x[train], y[train], labels), prior=True)
+
+    def loss(factor: float) -> float:
+        outputs = factor * (x[test] @ head.weight.T + head.bias)
+        likelihoods = outputs - np.logaddexp.reduce(outputs, axis=1, keepdims=True)
+        return float(-likelihoods[np.arange(len(y[test])), y[test]].mean())
+
+    best = min(loss(factor) for factor in np.geomspace(0.02, 2, 60))
+    assert loss(head.certainty) < best + 0.1
+    assert labels == 2 or loss(head.certainty) < loss(1)
+    assert np.array_equal(head.calibrated.weight, head.certainty * head.weight)
+
+
 def test_shrinkage_falls_with_examples_and_is_bounded() -> None:
     covariance = np.diag(np.arange(1.0, 9.0))
     few, many = approximating_shrinkage(covariance, 10), approximating_shrinkage(covariance, 10_000)

@@ -9,6 +9,12 @@ This is Fisher's linear discriminant for features that are normal within labels 
 examples only, so silos' sums give the head of all examples together. λ is set by the oracle approximating shrinkage of
 Chen, Wiesel, Eldar and Hero ("Shrinkage algorithms for MMSE covariance estimation", IEEE TSP 2010), which needs nothing
 but Σ_w and N.
+
+Such a head is too sure of itself: a mean of n_c examples is off by noise of covariance Σ_w / n_c, which adds about
+p / n_c to the squared distances that its outputs are made of, with p the directions that shrinkage leaves free,
+tr(Σ_w Σ̃⁻¹). Averaged over examples that is p C / N for C labels, and outputs are divided by 1 + p C / N. On the untouched
+MiniLM, with 2 to 150 labels, the loss on validation examples is then within 0.02 of the least over all factors
+(`benchmarks/accuracy/calibration.py`).
 """
 
 from __future__ import annotations
@@ -30,17 +36,24 @@ class Head:
         weight: (C, D), float64.
         bias: (C,), float64.
         shrinkage: λ.
+        certainty: factor on its outputs, in (0, 1], with which its probabilities are neither too sure nor too unsure.
         absent: labels without an example: their weights are zero, and their bias is below all others.
     """
 
     weight: Float64
     bias: Float64
     shrinkage: float
+    certainty: float
     absent: tuple[int, ...] = ()
 
     def scaled(self, factor: float) -> Head:
         """Return this head with outputs that are smaller or larger by a factor."""
         return replace(self, weight=factor * self.weight, bias=factor * self.bias)
+
+    @property
+    def calibrated(self) -> Head:
+        """This head with the outputs that its certainty allows."""
+        return replace(self.scaled(self.certainty), certainty=1.0)
 
 
 def fit_head(sums: HeadSums, *, prior: bool) -> Head:
@@ -65,14 +78,17 @@ def fit_head(sums: HeadSums, *, prior: bool) -> Head:
         raise MergeError("the features that enter the head do not vary within labels, so no head can be fitted to them")
     shrinkage = approximating_shrinkage(within, total)
     apart = means - center[:, None]
-    directions = np.linalg.solve(within + shrinkage * variance * np.eye(len(within)), apart)
+    regular = within + shrinkage * variance * np.eye(len(within))
+    solved = np.linalg.solve(regular, np.concatenate([apart, within], axis=1))
+    directions, free = solved[:, : apart.shape[1]], float(np.trace(solved[:, apart.shape[1] :]))
     weight, bias = np.zeros((len(counts), len(within))), np.empty(len(counts))
     weight[present] = directions.T
     bias[present] = -0.5 * (apart * directions).sum(axis=0) - center @ directions
     if prior:
         bias[present] += np.log(counts[present] / total)
     bias[~present] = bias[present].min() - np.log(2 * total)
-    return Head(weight, bias, shrinkage, tuple(np.flatnonzero(~present).tolist()))
+    certainty = 1 / (1 + free * int(present.sum()) / total)
+    return Head(weight, bias, shrinkage, certainty, tuple(np.flatnonzero(~present).tolist()))
 
 
 def without_bias(head: Head, sums: HeadSums) -> Head:

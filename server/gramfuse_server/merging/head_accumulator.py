@@ -80,14 +80,14 @@ class HeadAccumulator:
             start += block.entries
 
     def fit(self) -> Head:
-        """Fit the head to the sums, scaled as training needs it.
+        """Fit the head to the sums, scaled as training needs it, or so that its probabilities are right.
 
         Raises:
             MergeError: if the sums allow no head (`gramfuse_server.merging.closed_form_head.fit_head`).
         """
         head = fit_head(self.sums, prior=not self.trains)
         head = without_bias(head, self.sums) if self.head.bias is None else head
-        return head.scaled(START_SCALE) if self.trains else head
+        return head.scaled(START_SCALE) if self.trains else head.calibrated
 
     def merge(self, start: Mapping[str, NDArray[np.float32]]) -> Merged:
         """Fit the head, and return the model with it.

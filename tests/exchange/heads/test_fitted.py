@@ -78,7 +78,7 @@ def test_the_head_is_fitted_again_to_the_merged_body(site: Callable[..., Site], 
         name.removeprefix("delta:"): base[name.removeprefix("delta:")].numpy() + delta
         for name, delta in sent[2, "regmean"].items()
     }
-    head = fit_head(sums_by_hand(here, merged), prior=True)
+    head = fit_head(sums_by_hand(here, merged), prior=True).calibrated
     expected = {**merged, "classifier.weight": head.weight, "classifier.bias": head.bias}
     assert_close({name: here.weights[name] for name in expected}, expected, 1e-4)
     assert [one["work"] for one in report["rounds"]] == ["fit", "train", "refit"]
@@ -90,7 +90,7 @@ def test_the_head_is_fitted_again_to_the_merged_body(site: Callable[..., Site], 
 def test_without_training_the_fitted_head_on_the_base_is_the_result(site: Callable[..., Site], secure: bool) -> None:
     here = site("training.epochs=0", secure=secure)
     report = here.run()
-    head = fit_head(sums_by_hand(here), prior=True)
+    head = fit_head(sums_by_hand(here), prior=True).calibrated
     base = load_base(here.plan, here.project.directory).model.state_dict()
     expected = {name: value.numpy() for name, value in base.items()}
     expected |= {"classifier.weight": head.weight, "classifier.bias": head.bias}

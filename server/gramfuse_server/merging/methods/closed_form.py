@@ -30,7 +30,7 @@ REFUSALS = (DIFFERENT_TASKS, MASKED, NO_DISCRIMINANT)
 def _fit_and_measure(silos: Silos, deltas: Any, pooling: str) -> MethodSums:
     from gramfuse_server.merging.closed_form_head import fit_head
 
-    head = fit_head(silos.head_sums(deltas, pooling), prior=True)
+    head = fit_head(silos.head_sums(deltas, pooling), prior=True).calibrated
     more = {"note": f"shrinkage {head.shrinkage:.3g}"}
     return MethodSums(silos.measure_head(deltas, head, pooling), more=more)
 
