@@ -18,8 +18,8 @@ class _Shrunk:
 
     def fit(self, x: np.ndarray) -> _Shrunk:
         within = np.cov(x.T, bias=True)
-        shrinkage = self.shrinkage * np.trace(self.whole) / len(within)
-        self.covariance_ = within + shrinkage * np.eye(len(within))
+        shrunk = self.shrinkage * np.trace(self.whole) / len(within)
+        self.covariance_ = (1 - self.shrinkage) * within + shrunk * np.eye(len(within))
         return self
 
     def __init__(self, shrinkage: float = 0.0, whole: Any = None) -> None:
@@ -102,7 +102,7 @@ def test_shrinkage_falls_with_examples_and_is_bounded() -> None:
     covariance = np.diag(np.arange(1.0, 9.0))
     few, many = approximating_shrinkage(covariance, 10), approximating_shrinkage(covariance, 10_000)
     assert 0 < many < few
-    assert approximating_shrinkage(np.eye(4), 100) == 1e6
+    assert approximating_shrinkage(np.eye(4), 100) == 1
 
 
 def test_what_gives_no_head_is_refused() -> None:

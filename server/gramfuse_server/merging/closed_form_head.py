@@ -2,11 +2,11 @@
 
 With N examples, n_c of label c, their means μ_c, the mean m of all, and Σ_w the covariance within labels,
 
-    Σ_w = (Σ x xᵀ − Σ_c n_c μ_c μ_cᵀ) / N        Σ̃ = Σ_w + λ · mean(diag Σ_w) · I
+    Σ_w = (Σ x xᵀ − Σ_c n_c μ_c μ_cᵀ) / N        Σ̃ = (1 − ρ) Σ_w + ρ · mean(diag Σ_w) · I
     w_c = Σ̃⁻¹ (μ_c − m)                          b_c = −½ (μ_c − m)ᵀ w_c − mᵀ w_c + log(n_c / N)
 
 This is Fisher's linear discriminant for features that are normal within labels with one covariance. It needs sums over
-examples only, so silos' sums give the head of all examples together. λ is set by the oracle approximating shrinkage of
+examples only, so silos' sums give the head of all examples together. ρ is set by the oracle approximating shrinkage of
 Chen, Wiesel, Eldar and Hero ("Shrinkage algorithms for MMSE covariance estimation", IEEE TSP 2010), which needs nothing
 but Σ_w and N.
 
@@ -35,7 +35,7 @@ class Head:
     Args:
         weight: (C, D), float64.
         bias: (C,), float64.
-        shrinkage: λ.
+        shrinkage: ρ, in [0, 1].
         certainty: factor on its outputs, in (0, 1], with which its probabilities are neither too sure nor too unsure.
         absent: labels without an example: their weights are zero, and their bias is below all others.
     """
@@ -78,7 +78,7 @@ def fit_head(sums: HeadSums, *, prior: bool) -> Head:
         raise MergeError("the features that enter the head do not vary within labels, so no head can be fitted to them")
     shrinkage = approximating_shrinkage(within, total)
     apart = means - center[:, None]
-    regular = within + shrinkage * variance * np.eye(len(within))
+    regular = (1 - shrinkage) * within + shrinkage * variance * np.eye(len(within))
     solved = np.linalg.solve(regular, np.concatenate([apart, within], axis=1))
     directions, free = solved[:, : apart.shape[1]], float(np.trace(solved[:, apart.shape[1] :]))
     weight, bias = np.zeros((len(counts), len(within))), np.empty(len(counts))
@@ -108,15 +108,13 @@ def without_bias(head: Head, sums: HeadSums) -> Head:
 
 
 def approximating_shrinkage(covariance: Float64, examples: float) -> float:
-    """Return the λ of Σ + λ · mean(diag Σ) · I by oracle approximating shrinkage, 0 or more.
+    """Return the ρ of (1 − ρ) Σ + ρ · mean(diag Σ) · I by oracle approximating shrinkage, in [0, 1].
 
-    With p features, n examples and ρ the share of the identity in (1 − ρ) Σ + ρ · mean(diag Σ) · I,
-    ρ = min(1, ((1 − 2/p) tr Σ² + tr² Σ) / ((n + 1 − 2/p) (tr Σ² − tr² Σ / p))), and λ = ρ / (1 − ρ); of ρ = 1, 10⁶.
+    With p features and n examples, ρ = ((1 − 2/p) tr Σ² + tr² Σ) / ((n + 1 − 2/p) (tr Σ² − tr² Σ / p)), and 1 at most.
 
     Source: Chen et al. 2010, equation 23.
     """
     p = len(covariance)
     square, trace = float((covariance * covariance).sum()), float(np.trace(covariance))
     spread = (examples + 1 - 2 / p) * (square - trace * trace / p)
-    rho = 1.0 if spread <= 0 else min(1.0, ((1 - 2 / p) * square + trace * trace) / spread)
-    return min(1e6, rho / (1 - rho)) if rho < 1 else 1e6
+    return 1.0 if spread <= 0 else min(1.0, ((1 - 2 / p) * square + trace * trace) / spread)
