@@ -12,6 +12,7 @@ from gramfuse_model.head_features import features_of
 from gramfuse_model.heads import last_linear
 from gramfuse_model.loading.base_model import Base, load_base
 from gramfuse_model.loading.zero_head import plan_for
+from gramfuse_model.probing.lengths import check_lengths
 from gramfuse_model.probing.public_batch import check_long_texts, public_batch, trying
 from gramfuse_model.probing.rows import find_rows
 from gramfuse_protocol.contract.head_layout import HeadLayout
@@ -65,8 +66,8 @@ def derive_head(base: Base, batch: Mapping[str, torch.Tensor], labels: int) -> H
     )
 
 
-def open_for_head(model: str, task: Task, directory: Path) -> tuple[Base, HeadLayout]:
-    """Load a model whose head is to be fitted, fine-tuned or not, and return it with the layout of the head.
+def load_for_head(model: str, task: Task, directory: Path) -> Base:
+    """Load a model whose head is to be fitted, fine-tuned or not.
 
     Where its files have no head for the task, the head is new, seeded as that of a base.
 
@@ -76,12 +77,24 @@ def open_for_head(model: str, task: Task, directory: Path) -> tuple[Base, HeadLa
         directory: relative paths start here.
 
     Raises:
-        ModelError: if it cannot be loaded, its outputs depend on the rest of a batch, or its head has no closed form.
+        ModelError: if it cannot be loaded.
     """
-    plan = plan_for("model", model, task)
-    base = load_base(plan, directory)
-    check_long_texts(plan, base)
+    return load_base(plan_for("model", model, task), directory)
+
+
+def probe_for_head(model: str, base: Base, task: Task) -> HeadLayout:
+    """Return the layout of the head of such a model.
+
+    Args:
+        model: the name that it was loaded by.
+
+    Raises:
+        ModelError: if its outputs depend on the rest of a batch, or on lengths, or its head has no closed form.
+        PlanError: if the task's texts are longer than the model takes.
+    """
+    check_lengths(base, [task], trains=False)
+    check_long_texts(plan_for("model", model, task), base)
     batch = public_batch(base)
     with trying(base, batch):
         find_rows(base.model, batch, {})
-        return base, derive_head(base, batch, len(task.labels))
+        return derive_head(base, batch, len(task.labels))

@@ -15,10 +15,10 @@ from gramfuse_client.data.examples import Examples
 from gramfuse_client.measuring.checkpoint import config_of_model
 from gramfuse_client.measuring.failing_rows import naming_rows
 from gramfuse_client.measuring.head_sums import collect_head_sums, frequent
-from gramfuse_model.derive_head import open_for_head
+from gramfuse_model.derive_head import load_for_head, probe_for_head
 from gramfuse_model.loading.auto_classes import kind_of_checkpoint
 from gramfuse_model.loading.base_model import Base
-from gramfuse_model.probing.lengths import check_lengths, shortened
+from gramfuse_model.probing.lengths import shortened
 from gramfuse_protocol.contract.head_layout import HeadLayout
 from gramfuse_protocol.contract.task import Task, TaskName
 from gramfuse_protocol.documents import build
@@ -102,13 +102,12 @@ def open_headed(model: str, task: Task, directory: Path, *, shorten: bool) -> He
         shorten: reduce the task's lengths to what the model takes, instead of raising PlanError.
 
     Raises:
-        ModelError: as `gramfuse_model.derive_head.open_for_head`, or if the model fails on texts of some length.
+        ModelError: if it cannot be loaded, or its head has no closed form.
         PlanError: if the task's texts are longer than the model takes.
     """
-    base, head = open_for_head(model, task, directory)
+    base = load_for_head(model, task, directory)
     task = shortened(base, task) if shorten else task
-    check_lengths(base, [task], trains=False)
-    return Headed(base, head, task)
+    return Headed(base, probe_for_head(model, base, task), task)
 
 
 def measure_head(

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from gramfuse_model.derive_head import open_for_head
+from gramfuse_model.derive_head import load_for_head, probe_for_head
 from gramfuse_model.digests import tensor_digests
 from gramfuse_model.loading.auto_classes import FORMS
 from gramfuse_model.loading.base_model import Base
@@ -94,15 +94,16 @@ def fit_files(model: str, paths: Sequence[Path], out: Path, directory: Path) -> 
 
     Raises:
         ContributionError: naming the file, if it is damaged, its sums are impossible, or it does not fit the others.
-        ModelError: naming a file, if the model cannot be loaded, or is not the one that was measured.
+        ModelError: if the model cannot be loaded, is not the one that was measured, or its head has no closed form.
         MergeError: if the sums allow no head.
         RunDirectoryError: if `out` exists already, or cannot be written.
     """
     files = sorted((read_head(path) for path in paths), key=lambda file: file.name)
     check_together(files)
     task = files[0].about.task
-    base, head = open_for_head(model, task, directory)
-    _check_measured(files[0], model, base, head)
+    base = load_for_head(model, task, directory)
+    _check_measured(files[0], model, base)
+    head = _head_of(files[0], model, base)
     for file in files:
         _check_possible(file, head)
     sums = functools.reduce(operator.add, (file.sums for file in files))
@@ -185,25 +186,34 @@ def _odd(one: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
     return sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
 
 
-def _check_measured(file: HeadFile, name: str, base: Base, head: HeadLayout) -> None:
+def _check_measured(file: HeadFile, name: str, base: Base) -> None:
     """Raise ModelError unless a model is the one that a file was measured on."""
     about = file.about
     lead = f"{name!r} is not the model that {file.path} was measured on, which names {quoted(about.model.name)}"
-    if (head.weight, head.bias, head.features) != (about.weight, about.bias, about.features):
-        raise ModelError(f"{lead}: its last layer is {head.weight!r} of {head.features} features; pass the right model")
-    digests = {key: sha256 for key, sha256 in tensor_digests(base.model).items() if key not in head.tensors}
+    digests = {key: sha256 for key, sha256 in tensor_digests(base.model).items() if key not in about.head.tensors}
     odd = _odd(digests, about.model.weights)
     if odd:
-        fresh = (
-            " (new in this model, and random: use the version of torch that measured)" if odd[0] in base.fresh else ""
-        )
-        raise ModelError(f"{lead}: {len(odd)} tensors differ, the first is {odd[0]!r}{fresh}; pass the right model")
+        new = f"{odd[0]!r} (not in its files, but random: use the version of torch that measured)"
+        which = new if odd[0] in base.fresh else repr(odd[0])
+        raise ModelError(f"{lead}: {len(odd)} tensors differ, the first is {which}; pass the right model")
     for key, title in PINNED.items():
         if getattr(base.pins, key) != getattr(about.model, key):
             raise ModelError(
                 f"{lead}: their {title} differ; pass the right model, and use the version of transformers that "
                 "measured the file"
             )
+
+
+def _head_of(file: HeadFile, name: str, base: Base) -> HeadLayout:
+    """Return the layout of a model's head; raise ContributionError if a file's is another."""
+    about = file.about
+    head = probe_for_head(name, base, about.task)
+    if (head.weight, head.bias, head.features) != (about.weight, about.bias, about.features):
+        raise ContributionError(
+            f"{file.path}: fits {about.weight!r} of {about.features} features, but the last layer of {name!r} is "
+            f"{head.weight!r} of {head.features}; measure again"
+        )
+    return head
 
 
 def _check_possible(file: HeadFile, head: HeadLayout) -> None:
