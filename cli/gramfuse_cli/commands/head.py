@@ -20,7 +20,8 @@ def head() -> None:
     name the labels: that takes seconds, and is a first thing to try.
 
     The head is computed in closed form from sums over the silos' examples: no training, and no data in one place. It
-    is for one label an example (classification, image-classification). A file has 0.4 to 5 MB.
+    is for one label an example (classification, image-classification). A file has 1 MB at 384
+    features, 3 MB at 768.
 
     In a network, a plan does the same: model.head = "fitted" and merge.refit.
     """
