@@ -35,7 +35,7 @@ from gramfuse_simulation.labelled_rows import parse_names, skip_bad
 @click.option(
     "--task",
     type=click.Choice([name for name, kind in TASK_KINDS.items() if kind.discriminant]),
-    help="The task of the head.  [default: from MODEL's config, or classification]",
+    help="The task of the head.  [default: from MODEL's config]",
 )
 @click.option(
     "--labels",

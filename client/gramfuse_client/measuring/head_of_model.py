@@ -17,7 +17,7 @@ from gramfuse_client.measuring.failing_rows import naming_rows
 from gramfuse_client.measuring.head_sums import collect_head_sums, frequent
 from gramfuse_model.derive_head import load_for_head, probe_for_head
 from gramfuse_model.loading.auto_classes import kind_of_checkpoint
-from gramfuse_model.loading.base_model import Base
+from gramfuse_model.loading.base_model import Base, has_class
 from gramfuse_model.probing.lengths import shortened
 from gramfuse_protocol.contract.head_layout import HeadLayout
 from gramfuse_protocol.contract.task import Task, TaskName
@@ -66,7 +66,7 @@ def task_of_head(
     Args:
         model: hub id, directory or bundled name; fine-tuned or not.
         directory: relative paths start here.
-        kind: by default that of the model's configuration, or `classification` if the model has no head.
+        kind: by default that of the model's configuration, or if it has no head, the first that it can have one for.
         labels: of the head, in order; by default those of the configuration.
         settings: further keys of the task, in kebab case.
 
@@ -77,15 +77,15 @@ def task_of_head(
     config = config_of_model(model, directory)
     own = kind_of_checkpoint(config)
     own = None if own is not None and TASK_KINDS[own].headless else own
-    kind = kind or own or "classification"
-    if not TASK_KINDS[kind].discriminant:
-        fitting = " or ".join(name for name, each in TASK_KINDS.items() if each.discriminant)
+    fitting = [name for name, each in TASK_KINDS.items() if each.discriminant]
+    kind = kind or own or next((name for name in fitting if has_class(config, name)), fitting[0])
+    if kind not in fitting:
         raise PlanError(
-            f"model {model!r} is for {kind}; a head can be fitted in closed form for {fitting} only. To fit one of "
-            "these to its features, name it with --task, and the labels with --labels"
+            f"model {model!r} is for {kind}; a head can be fitted in closed form for {' or '.join(fitting)} only. To "
+            "fit one of these to its features, name it with --task, and the labels with --labels"
         )
     if labels is None:
-        if own is None or not TASK_KINDS[own].discriminant:
+        if own not in fitting:
             raise PlanError(
                 f"model {model!r} has no labels in its configuration; name those of the head with --labels, at all "
                 "silos in the same order"

@@ -247,7 +247,7 @@ def _card(report: Fitted, files: Sequence[HeadFile]) -> str:
             f"{code(about.model.name)} with another head: {layer} are fitted with gramfuse in closed form, as a linear "
             f"discriminant with a shrunk covariance (λ = {report.shrinkage:.3g}), to the model's features of the "
             "silos' training examples. All else is as it was. The silos' data was not pooled; each gave a file "
-            f"with sums over its examples: {OF_HEAD}.",
+            f"with sums over its examples {OF_HEAD}.",
             "",
             "| silo | examples | SHA-256 of its head file |",
             "|---|---|---|",
