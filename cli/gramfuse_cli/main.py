@@ -34,7 +34,7 @@ def cli() -> None:
     Run the coordinator:    gramfuse server start DIR
     Run a silo:             gramfuse silo start silo.toml
     Merge real silos:       gramfuse run my-merge DIR
-    Without a network:      gramfuse measure, gramfuse merge
+    Without a network:      gramfuse measure, gramfuse merge, gramfuse head
     Remake a run's page:    gramfuse report RUN
     Explain an error:       gramfuse explain CODE
 

@@ -63,6 +63,27 @@ def columns(command: F) -> F:
     return command
 
 
+def machine(command: F) -> F:
+    """Add --batch-size, --threads and --device."""
+    for option in (
+        click.option(
+            "--device",
+            type=click.Choice(["auto", "cpu", "cuda", "mps"]),
+            default="auto",
+            show_default=True,
+            help="Device to run on.",
+        ),
+        click.option(
+            "--threads", type=click.IntRange(0), default=0, help="CPU threads.  [default: torch's own choice]"
+        ),
+        click.option(
+            "--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Examples in a batch."
+        ),
+    ):
+        command = option(command)
+    return command
+
+
 def open_mode(command: F) -> F:
     """Add --open."""
     return click.option(

@@ -1,18 +1,23 @@
-"""Derives which layer of a base model is its head, for a plan that fits it in closed form."""
+"""Derives which layer of a model is its head, to fit it in closed form."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 
 from gramfuse_model.exponents import exponents_of
 from gramfuse_model.head_features import features_of
 from gramfuse_model.heads import last_linear
-from gramfuse_model.loading.base_model import Base
-from gramfuse_model.probing.public_batch import public_batch, trying
+from gramfuse_model.loading.base_model import Base, load_base
+from gramfuse_model.loading.zero_head import plan_for
+from gramfuse_model.probing.lengths import check_lengths
+from gramfuse_model.probing.public_batch import check_long_texts, public_batch, trying
+from gramfuse_model.probing.rows import find_rows
 from gramfuse_protocol.contract.head_layout import HeadLayout
 from gramfuse_protocol.contract.plan import Plan
+from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.errors import ModelError
 from gramfuse_protocol.tasks.registry import kind_of
 
@@ -59,3 +64,37 @@ def derive_head(base: Base, batch: Mapping[str, torch.Tensor], labels: int) -> H
         labels=labels,
         exponents=exponents_of(features.double().square().mean(dim=0)),
     )
+
+
+def load_for_head(model: str, task: Task, directory: Path) -> Base:
+    """Load a model whose head is to be fitted, fine-tuned or not.
+
+    Where its files have no head for the task, the head is new, seeded as that of a base.
+
+    Args:
+        model: hub id, directory or bundled name.
+        task: with the labels of the head.
+        directory: relative paths start here.
+
+    Raises:
+        ModelError: if it cannot be loaded.
+    """
+    return load_base(plan_for("model", model, task), directory)
+
+
+def probe_for_head(model: str, base: Base, task: Task) -> HeadLayout:
+    """Return the layout of the head of such a model.
+
+    Args:
+        model: the name that it was loaded by.
+
+    Raises:
+        ModelError: if its outputs depend on the rest of a batch, or on lengths, or its head has no closed form.
+        PlanError: if the task's texts are longer than the model takes.
+    """
+    check_lengths(base, [task], trains=False)
+    check_long_texts(plan_for("model", model, task), base)
+    batch = public_batch(base)
+    with trying(base, batch):
+        find_rows(base.model, batch, {})
+        return derive_head(base, batch, len(task.labels))

@@ -19,6 +19,22 @@ COLUMNS = ("--text", "--text-pair", "--image", "--label")
 """Options that name columns."""
 
 
+def skip_bad(command: F, lead: str = "") -> F:
+    """Add --skip-bad.
+
+    Args:
+        lead: prefix of its help text.
+    """
+    return click.option(
+        "--skip-bad",
+        type=click.IntRange(0),
+        default=0,
+        show_default=True,
+        metavar="N",
+        help=f"{lead}Skip at most N bad rows of DATA.",
+    )(command)
+
+
 def row_options(lead: str = "") -> Callable[[F], F]:
     """Return a decorator that adds --labels and --skip-bad.
 
@@ -27,33 +43,30 @@ def row_options(lead: str = "") -> Callable[[F], F]:
     """
 
     def add(command: F) -> F:
-        skip = click.option(
-            "--skip-bad",
-            type=click.IntRange(0),
-            default=0,
-            show_default=True,
-            metavar="N",
-            help=f"{lead}Skip at most N bad rows of DATA.",
-        )
         names = click.option(
             "--labels",
             metavar="NAME,…",
             help=f"{lead}Names in DATA of MODEL's outputs, in order.  [default: those of its config, or 0, 1, …]",
         )
-        return names(skip(command))
+        return names(skip_bad(command, lead))
 
     return add
 
 
+def parse_names(option: str) -> tuple[str, ...]:
+    """Return names that are separated by commas; those with commas are in double quotes."""
+    return tuple(next(csv.reader([option], skipinitialspace=True), []))
+
+
 def label_names(option: str | None, task: Task) -> tuple[str, ...]:
-    """Parse --labels; names with commas are in double quotes. Empty if the option is missing.
+    """Parse --labels; empty if the option is missing.
 
     Raises:
         PlanError: unless there is one distinct name for each output of the task's model.
     """
     if option is None:
         return ()
-    names = tuple(next(csv.reader([option], skipinitialspace=True), []))
+    names = parse_names(option)
     if len(names) != len(task.labels) or len({*names, ""}) <= len(names):
         raise PlanError(
             f"--labels {option}: expected {len(task.labels)} different names, one for each output of MODEL: "

@@ -2,41 +2,39 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from gramfuse_cli.measuring import (
+    FEW,
+    LENGTH,
+    check_absent,
+    name_of_file,
+    prepare,
+    say_left_out,
+    show_progress,
+    silo_of,
+)
 from gramfuse_cli.options import as_json as json_option
 from gramfuse_cli.options import columns as column_options
+from gramfuse_cli.options import machine
 from gramfuse_client.data.formats import READABLE
-from gramfuse_deployment.terminal import bars, say, show_json
+from gramfuse_deployment.terminal import say, show_json
 from gramfuse_model.project import Project
 from gramfuse_protocol.contract.coverage import Coverage, coverage, coverage_lines, unchanged
 from gramfuse_protocol.contract.layout import Layout
 from gramfuse_protocol.contract.plan_sections import Merge
-from gramfuse_protocol.contract.task import Task
-from gramfuse_protocol.errors import PlanError, RunDirectoryError
+from gramfuse_protocol.errors import PlanError
 from gramfuse_protocol.tasks.registry import TASK_KINDS
 from gramfuse_protocol.text import listed
-from gramfuse_simulation.labelled_rows import COLUMNS, label_names, row_options
+from gramfuse_simulation.labelled_rows import label_names, row_options
 
 if TYPE_CHECKING:
     from gramfuse_client.measuring.checkpoint import Checkpoint
     from gramfuse_client.state.state import State
     from gramfuse_protocol.statistics.contribution import Contribution
-
-LENGTH = Task.model_fields["max_length"].default
-"""Default maximum number of tokens in an example."""
-
-FEW = 100
-"""Warn if there are fewer examples; also the default of a silo's `limits.minimum-examples`."""
-
-EVERY = 50
-"""Steps between two lines of progress without a terminal."""
 
 
 @click.command()
@@ -78,15 +76,7 @@ EVERY = 50
     metavar="PATTERN",
     help="Leave out parameters that fine-tuning did not change, such as 'embeddings'. Can be repeated.",
 )
-@click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Examples in a batch.")
-@click.option("--threads", type=click.IntRange(0), default=0, help="CPU threads.  [default: torch's own choice]")
-@click.option(
-    "--device",
-    type=click.Choice(["auto", "cpu", "cuda", "mps"]),
-    default="auto",
-    show_default=True,
-    help="Device to run on.",
-)
+@machine
 @click.option(
     "--plan",
     type=click.Path(path_type=Path, exists=True),
@@ -148,8 +138,7 @@ def measure(context: click.Context, /, model: str | None, out: Path, as_json: bo
     if as_json:
         show_json(report)
         return
-    if report.get("left_out"):
-        say(f"left out {len(report['left_out'])} bad rows:", *report["left_out"], err=True)
+    say_left_out(report.get("left_out", ()))
     say(
         f"{out} ({report['bytes'] / 1e6:,.1f} MB): {report['name']!r}, measured on {report['examples']:,} examples.",
         f"sha256 {report['sha256']}",
@@ -169,32 +158,20 @@ def _measure_model(model: str, out: Path, options: dict[str, Any], *, labelled: 
         labelled: whether the user named a label column; then every row must have a label.
     """
     structures = _structures(options["gram"])
-    name = options["name"] or re.sub(r"[^a-z0-9]+", "-", Path(model).resolve().name.lower()).strip("-")[:63]
-    if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,62}", name):
-        raise click.UsageError(f"--name {name!r}: expected at most 63 lowercase letters, digits and '-'")
+    name = name_of_file(options["name"], model)
     check_absent(out)
-    import torch
-
     from gramfuse_client.data.examples import load_measured
-    from gramfuse_client.data.setting_names import option_settings
     from gramfuse_client.measuring.checkpoint import measure as measure_checkpoint
     from gramfuse_client.measuring.checkpoint import open_checkpoint, task_of_model
-    from gramfuse_client.silo_file import Data, Silo, SiloFile
-    from gramfuse_client.training.finetune import choose_device
     from gramfuse_model.heads import head_parameters
     from gramfuse_protocol.statistics.file import write_statistics
 
     directory = Path.cwd()
-    device = choose_device(options["device"])
-    if options["threads"]:
-        torch.set_num_threads(options["threads"])
+    device = prepare(options)
     settings = {"pair": options["text_pair"] is not None, "max-length": options["max_length"] or LENGTH}
     task = task_of_model(model, directory, options["task"], **settings)
-    columns = {key: options[key] for key in ("text", "text_pair", "image", "label")}
-    data = Data(train=options["data"], held_out=0.5, skip_bad=options["skip_bad"], **columns)
     names = label_names(options["labels"], task)
-    words = option_settings(COLUMNS, unlabelled=not labelled)
-    silo = Silo(directory / "--data", SiloFile(name=name, data=data), words=words)
+    silo = silo_of(name, options, labelled=labelled)
     examples = load_measured(silo, task, names, labelled=labelled)
     checkpoint = open_checkpoint(
         model,
@@ -209,7 +186,7 @@ def _measure_model(model: str, out: Path, options: dict[str, Any], *, labelled: 
         say(f"cutting examples to {checkpoint.task.max_length} tokens, the most that MODEL takes", err=True)
     added = checkpoint.added
     _say_growth(checkpoint)
-    with _progress() as show:
+    with show_progress() as show:
         statistics = measure_checkpoint(
             checkpoint,
             examples,
@@ -265,7 +242,7 @@ def _measure_silo(directory: Path, name: str, out: Path) -> dict[str, Any]:
     path = Path(name) if name.endswith(".toml") else project.directory / "silos" / f"{name}.toml"
     silo = Silo(path, Silo.read(path).file, project.directory)
     plan = project.plan
-    with _progress() as show:
+    with show_progress() as show:
         sha256 = contribute(silo, plan, layout, out, _with_progress(State(silo.state, plan.digest), show))
     statistics = State(silo.state, plan.digest).contribution()
     return {
@@ -284,14 +261,6 @@ def _with_progress(state: State, show: Any) -> State:
 
     state.progress = progress  # type: ignore[method-assign]
     return state
-
-
-def check_absent(out: Path) -> None:
-    """Raise RunDirectoryError if a file exists already, or its directory does not."""
-    if out.exists():
-        raise RunDirectoryError(f"{out} exists already; choose another -o, or remove it")
-    if not out.absolute().parent.is_dir():
-        raise RunDirectoryError(f"{out}: no directory {out.absolute().parent}; make it first")
 
 
 def _structures(settings: tuple[str, ...]) -> dict[str, str]:
@@ -323,20 +292,3 @@ def _report(
         "sha256": sha256,
         **coverage(layout, same=unchanged(layout, [statistics]))._asdict(),
     }
-
-
-@contextmanager
-def _progress() -> Iterator[Any]:
-    """Yield a function (phase, done, total) that shows a phase's progress on standard error."""
-    names = {"train": "fine-tune", "measure": "measure"}
-    with bars("{task.description:<10}") as progress:
-        tasks: dict[str, Any] = {}
-
-        def show(phase: str, done: int, total: int) -> None:
-            if phase not in tasks:
-                tasks[phase] = progress.add_task(names.get(phase, phase), total=total)
-            progress.update(tasks[phase], completed=done)
-            if not progress.console.is_terminal and (done % EVERY == 0 or done == total):
-                say(f"{names.get(phase, phase)}: {done} of {total}", err=True)
-
-        yield show

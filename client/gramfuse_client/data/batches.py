@@ -95,9 +95,7 @@ def batches(
         by_length: sort by length, which saves padding; otherwise keep the order.
         seed: shuffle with this seed, so that the first examples are a random sample; None keeps the order.
     """
-    order = batch_order(len(encoded), seed)
-    if by_length:
-        order.sort(key=encoded.lengths().__getitem__)
+    order = batch_order(encoded, by_length=by_length, seed=seed)
     for start in range(0, len(order), size):
         rows = [encoded[i] for i in order[start : start + size]]
         batch = encoded.collate(rows)
@@ -107,9 +105,11 @@ def batches(
         yield {key: value.to(device) for key, value in batch.items()}
 
 
-def batch_order(count: int, seed: int | None) -> list[int]:
-    """Return the order of `count` examples in batches that are not sorted by length; None does not shuffle."""
-    order = list(range(count))
+def batch_order(encoded: Encoded, *, by_length: bool = False, seed: int | None = None) -> list[int]:
+    """Return the order of examples in batches; arguments as in `batches`."""
+    order = list(range(len(encoded)))
     if seed is not None:
         random.Random(seed).shuffle(order)  # noqa: S311  # a sample, not a secret
+    if by_length:
+        order.sort(key=encoded.lengths().__getitem__)
     return order

@@ -6,8 +6,7 @@ Flower starts a new process for every message. Only three phases use this module
 from __future__ import annotations
 
 import shutil
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from gramfuse_client.data.batches import Encoded, batches
 from gramfuse_client.data.examples import Examples
 from gramfuse_client.dry_run.of_machine import lacking_memory
 from gramfuse_client.measuring.collect import collect_statistics
-from gramfuse_client.measuring.head_sums import collect_head_sums
+from gramfuse_client.measuring.head_sums import collect_head_sums, frequent
 from gramfuse_client.silo_file import Silo
 from gramfuse_client.state.state import State
 from gramfuse_client.training.evaluate import evaluate, evaluate_for_sum
@@ -34,7 +33,7 @@ from gramfuse_model.rescaling import fold
 from gramfuse_protocol.contract.layout import Layout, delta_block
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.contract.task import Task
-from gramfuse_protocol.errors import ContributionError, DataError, RefusalError
+from gramfuse_protocol.errors import ContributionError, RefusalError
 from gramfuse_protocol.files import make_private_directory
 from gramfuse_protocol.held_out.metrics import Sums
 from gramfuse_protocol.statistics.contribution import Statistics
@@ -117,7 +116,8 @@ class Workbench:
         if start:
             add_differences(base.model, _by_parameter(layout, start))
         device = choose_device(self.silo.file.device)
-        kept = examples.take(frequent(examples.labels, self.silo.file.limits.minimum_label_examples))
+        least = self.silo.file.limits.minimum_label_examples
+        kept = examples.take(frequent(examples.labels, least, "'limits.minimum-label-examples'"))
         encoded, model = Encoded(kept, base.tokenizer, self.task), base.model.to(device)
         total = -(-len(encoded) // EVALUATION_BATCH)
         sums = collect_head_sums(
@@ -187,22 +187,6 @@ class Workbench:
         """Return the base model for the caller to modify: the loaded one if it is unmodified, or a new copy."""
         loaded, self._loaded = self._loaded, None
         return loaded or load_base(self.plan, self.silo.project, silo=self.silo.name, override=self.silo.base)
-
-
-def frequent(labels: Sequence[Any], least: int) -> list[int]:
-    """Return the indices of the examples whose label at least so many examples have.
-
-    Raises:
-        DataError: if there are none.
-    """
-    counts = Counter(labels)
-    indices = [index for index, label in enumerate(labels) if counts[label] >= least]
-    if not indices:
-        raise DataError(
-            f"no label has {least} training examples or more ('limits.minimum-label-examples'), so none can be in the "
-            "sums that a head is fitted from"
-        )
-    return indices
 
 
 def save_privately(base: Base, task: Task, directory: Path) -> None:

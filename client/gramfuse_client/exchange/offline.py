@@ -60,7 +60,7 @@ def contribute(silo: Silo, plan: Plan, layout: Layout, path: Path, state: State)
         raise PlanError(
             f"the plan has {len(plan.stages)} exchanges: {', '.join(map(describe_stage, plan.stages))}; a file has "
             'only the statistics of one round; agree on a plan with merge.rounds = 1, model.head = "same" and '
-            "merge.refit = false"
+            "merge.refit = false. The head of the merged model can be fitted by files too: gramfuse head"
         )
     check_plan(silo, plan)
     if path.exists():

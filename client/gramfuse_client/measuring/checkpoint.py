@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from transformers import AutoConfig
 from gramfuse_client.data.batches import Encoded, batch_order, batches
 from gramfuse_client.data.examples import Examples
 from gramfuse_client.measuring.collect import collect_statistics
+from gramfuse_client.measuring.failing_rows import naming_rows
 from gramfuse_model.added_tokens import Growth, growth_of
 from gramfuse_model.buffers import first_difference, saved_buffers
 from gramfuse_model.derive_layout import plan_layout
@@ -25,23 +26,20 @@ from gramfuse_model.loading.same_inputs import new_tokens, other_inputs
 from gramfuse_model.loading.source import check_files, download, locate
 from gramfuse_model.loading.zero_head import load_zero_headed, plan_for
 from gramfuse_model.parameters import trainable
-from gramfuse_model.probing.lengths import check_lengths, room_of
+from gramfuse_model.probing.lengths import check_lengths, shortened
 from gramfuse_model.probing.suitable import check_suitable
 from gramfuse_protocol.contract.layout import Layout, delta_block
 from gramfuse_protocol.contract.plan_sections import Training
 from gramfuse_protocol.contract.task import Task, TaskName
 from gramfuse_protocol.documents import build
-from gramfuse_protocol.errors import GramfuseError, ModelError
+from gramfuse_protocol.errors import ModelError
 from gramfuse_protocol.statistics.about import AddedTokens
 from gramfuse_protocol.statistics.contribution import Statistics
 from gramfuse_protocol.tasks.registry import TASK_KINDS
-from gramfuse_protocol.text import one_line, quoted
+from gramfuse_protocol.text import quoted
 
 IGNORED_KEYS = {"use_cache", "return_dict", "output_hidden_states", "initializer_range", "initializer_factor"}
 """Configuration keys that affect neither what a model computes from its weights nor how it is trained."""
-
-MOST_ROWS = 64
-"""Maximum number of rows that an error names."""
 
 
 @dataclass(frozen=True)
@@ -79,12 +77,7 @@ def task_of_model(model: str, directory: Path, override: TaskName | None = None,
         ModelError: if there is no such model, or its configuration does not name a known task.
         PlanError: if its labels are not valid for such a task.
     """
-    where = locate(model, directory, "model")
-    source = where if Path(where).is_dir() else download(where, called="model").directory
-    try:
-        config = AutoConfig.from_pretrained(check_files(source), trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"model {model!r} ({source}) cannot be loaded: {library_message(error)}") from None
+    config = config_of_model(model, directory)
     kind = override or kind_of_checkpoint(config)
     if kind is None:
         raise ModelError(
@@ -94,6 +87,23 @@ def task_of_model(model: str, directory: Path, override: TaskName | None = None,
         )
     labels = [config.id2label[index] for index in sorted(config.id2label)] if TASK_KINDS[kind].least_labels else []
     return build(Task, {"task": kind, "labels": labels, **settings}, f"model {model!r}")
+
+
+def config_of_model(model: str, directory: Path) -> Any:
+    """Return the configuration of a model.
+
+    Args:
+        model, directory: as in `task_of_model`.
+
+    Raises:
+        ModelError: if there is no such model, or its configuration cannot be loaded.
+    """
+    where = locate(model, directory, "model")
+    source = where if Path(where).is_dir() else download(where, called="model").directory
+    try:
+        return AutoConfig.from_pretrained(check_files(source), trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"model {model!r} ({source}) cannot be loaded: {library_message(error)}") from None
 
 
 def open_checkpoint(
@@ -124,10 +134,7 @@ def open_checkpoint(
     origin = load_zero_headed(plan, directory)
     growth = _check_belong_together(model, base, tuned, origin)
     if shorten:
-        rooms = room_of(origin, task.max_length, task.target_length)
-        keys = {"input": "max_length", "target": "target_length"}
-        least = {keys[kind]: min(room.tokens, getattr(task, keys[kind])) for kind, room in rooms.items()}
-        task = task.model_copy(update=least)
+        task = shortened(origin, task)
         plan = plan_for("base", base, task, freeze=freeze, gram=gram)
     check_lengths(origin, [task], trains=False)
     check_suitable(origin, task)
@@ -279,15 +286,8 @@ def measure(
     """
     growth = checkpoint.growth
     encoded = Encoded(examples, (checkpoint.base if growth is None else checkpoint.tuned).tokenizer, checkpoint.task)
-    total = -(-len(encoded) // batch_size)
-    done = 0
-
-    def note(batches: int) -> None:
-        nonlocal done
-        done = batches
-        progress(done, total)
-
-    try:
+    order = batch_order(encoded, seed=Training().seed)
+    with naming_rows(names, encoded, order, batch_size) as done:
         statistics = collect_statistics(
             checkpoint.tuned.model.to(device),
             batches(encoded, batch_size, device, seed=Training().seed),
@@ -295,34 +295,9 @@ def measure(
             base=_start(checkpoint),
             examples=len(examples),
             limit=limit,
-            progress=note,
+            progress=lambda batches: progress(done(batches), -(-len(encoded) // batch_size)),
         )
-    except GramfuseError:
-        raise
-    except Exception as error:  # models can raise anything
-        batch = batch_order(len(encoded), Training().seed)[done * batch_size : (done + 1) * batch_size]
-        rows = sorted(examples.numbers[i] for i in batch) if examples.numbers else []
-        raise ModelError(
-            f"model {names[0]!r} cannot compute a batch of {names[1]}, {_list_rows(rows)}: {type(error).__name__}: "
-            f"{one_line(str(error), 1000)}. {_remedy(checkpoint.task)}; use --batch-size 1 to find the row that fails"
-        ) from error
     return statistics if growth is None else _without_added_rows(statistics, growth)
-
-
-def _remedy(task: Task) -> str:
-    """Return what to try if a model cannot compute a batch."""
-    if task.task == "image-classification":
-        return "The device may have too little memory: try another --batch-size"
-    return (
-        "The texts may be too long for it, or the device may have too little memory: try another --max-length or "
-        "--batch-size"
-    )
-
-
-def _list_rows(rows: Sequence[int]) -> str:
-    """List row numbers, at most MOST_ROWS."""
-    more = f" and {len(rows) - MOST_ROWS:,} more" if len(rows) > MOST_ROWS else ""
-    return f"row {', '.join(map(str, rows[:MOST_ROWS]))}{more}"
 
 
 def _start(checkpoint: Checkpoint) -> dict[str, NDArray[np.float32]]:

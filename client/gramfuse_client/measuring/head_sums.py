@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from gramfuse_model.head_features import Pooling, features_of
-from gramfuse_protocol.errors import ContributionError
+from gramfuse_protocol.errors import ContributionError, DataError
 from gramfuse_protocol.statistics.head_sums import HeadSums
 
 
@@ -48,3 +50,22 @@ def collect_head_sums(
     if sums is None:
         raise ContributionError("no example was measured: there are no batches")
     return sums
+
+
+def frequent(labels: Sequence[Any], least: int, setting: str) -> list[int]:
+    """Return the indices of the examples whose label at least so many examples have.
+
+    Args:
+        setting: name of the setting with this minimum, for the error.
+
+    Raises:
+        DataError: if there are none.
+    """
+    counts = Counter(labels)
+    indices = [index for index, label in enumerate(labels) if counts[label] >= least]
+    if not indices:
+        raise DataError(
+            f"no label has {least} training examples or more ({setting}), so none can be in the sums that a head is "
+            "fitted from"
+        )
+    return indices

@@ -26,7 +26,7 @@ from gramfuse_model.rescaling import unfold
 from gramfuse_protocol.canonical import digest
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.contract.plan_sections import Pins
-from gramfuse_protocol.contract.task import Task
+from gramfuse_protocol.contract.task import Task, TaskName
 from gramfuse_protocol.errors import GramfuseError, ModelError
 from gramfuse_protocol.statistics.about import Origin
 from gramfuse_protocol.text import one_line
@@ -232,6 +232,11 @@ def _configuration(directory: str, task: Task) -> Any:
     return config
 
 
+def has_class(config: Any, kind: TaskName) -> bool:
+    """Return whether transformers has a model class for a kind of task and models with such a configuration."""
+    return type(config) in getattr(transformers, FORMS[kind].auto)._model_mapping
+
+
 def _auto(directory: str, config: Any, task: Task) -> Any:
     """Return the auto class that loads a task's models.
 
@@ -239,7 +244,7 @@ def _auto(directory: str, config: Any, task: Task) -> Any:
         ModelError: if it does not support this model type.
     """
     auto = getattr(transformers, FORMS[task.task].auto)
-    if type(config) not in auto._model_mapping:
+    if not has_class(config, task.task):
         raise ModelError(
             f"{directory}: model type {config.model_type!r} does not support {task.task}: transformers' "
             f"{auto.__name__} has no class for it; use a base model of another type, or another task"

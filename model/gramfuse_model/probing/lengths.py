@@ -131,6 +131,19 @@ def room_of(base: Base, longest: int, target: int) -> Mapping[str, Room]:
     return rooms
 
 
+def shortened(base: Base, task: Task) -> Task:
+    """Return a task with its lengths reduced to what a model takes.
+
+    Raises:
+        ModelError: if the model fails on short texts.
+    """
+    rooms = room_of(base, task.max_length, task.target_length)
+    keys = {"input": "max_length", "target": "target_length"}
+    return task.model_copy(
+        update={keys[kind]: min(room.tokens, getattr(task, keys[kind])) for kind, room in rooms.items()}
+    )
+
+
 def _rotary(config: Mapping[str, Any], length: int | None = None) -> Iterator[Room]:
     """Yield the maximum lengths up to which rotary embeddings are independent of the batch, if they are bounded.
 

@@ -113,8 +113,12 @@ FACTS: Mapping[str, Fact] = {
         (*MASKS, NETWORK),
     ),
     "head": Fact(
-        f"if the plan fits the head: sums over its examples {OF_HEAD}",
-        {"secure": Read("masked", SUMMED), "open": Read("upload", COORDINATOR)},
+        f"if the head is fitted: sums over its examples {OF_HEAD}",
+        {
+            "secure": Read("masked", SUMMED),
+            "open": Read("upload", COORDINATOR),
+            "files": Read("head measure", "whoever has the file"),
+        },
         (*MASKS, NETWORK),
     ),
     "added": Fact(

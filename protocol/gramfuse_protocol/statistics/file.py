@@ -1,16 +1,13 @@
 """Statistics files, for silos without a network and for publishers of fine-tuned models.
 
-A statistics file is a safetensors file whose bytes are determined by its content; docs/statistics-format.md specifies
-them. A reader recomputes the header and compares, so a truncated, edited or differently assembled file is refused.
+docs/statistics-format.md specifies their bytes.
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,19 +18,9 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from gramfuse_protocol.arguments import check_argument, check_contribution, check_path
-from gramfuse_protocol.bounds import (
-    FEATURES,
-    HEADER_CHARACTERS,
-    LAYOUT_CHARACTERS,
-    PLAN_CHARACTERS,
-    check_keys,
-    parse_json,
-)
-from gramfuse_protocol.contract.form import Block
-from gramfuse_protocol.contract.layout import ITEM_BYTES, Layout
+from gramfuse_protocol.contract.layout import Layout
 from gramfuse_protocol.contract.task import Task
-from gramfuse_protocol.errors import ContributionError, RunDirectoryError, disk_is_full
-from gramfuse_protocol.files import replacing
+from gramfuse_protocol.errors import ContributionError, RunDirectoryError
 from gramfuse_protocol.statistics.about import (
     About,
     Added,
@@ -44,13 +31,10 @@ from gramfuse_protocol.statistics.about import (
     own_block,
 )
 from gramfuse_protocol.statistics.contribution import Contribution, check_counts
-from gramfuse_protocol.text import one_line, quoted
+from gramfuse_protocol.statistics.sealed_file import Kind, check_finite
+from gramfuse_protocol.text import one_line
 
-HEADER_LIMIT = 2 * (LAYOUT_CHARACTERS + PLAN_CHARACTERS + HEADER_CHARACTERS)
-"""Maximum number of bytes of a header: a layout, a plan, and two lines for each tensor."""
-
-CHUNK = 2**20
-"""Number of elements that are read at a time."""
+STATISTICS = Kind("gramfuse", About, "float32")
 
 
 @dataclass(frozen=True)
@@ -186,30 +170,7 @@ def write_statistics(
     )
     kept = {own_block(parameter): array for parameter, array in own.items()}
     kept |= {added_block(parameter): array for parameter, array in (added.rows if added else {}).items()}
-    return _write(path, about, lambda: _tensors(path, about, statistics, kept))
-
-
-def _write(path: Path, about: About, tensors: Callable[[], Iterator[NDArray[np.float32]]]) -> str:
-    """Write a file and return its digest.
-
-    Args:
-        tensors: yields the tensors in the file's order; called twice, for the digest and for the file.
-    """
-    text = about.model_dump_json(by_alias=True)
-    hasher = hashlib.sha256(text.encode())
-    for array in tensors():
-        hasher.update(array.data)
-    sha256 = hasher.hexdigest()
-    header = _header(text, sha256, about.blocks)
-    try:
-        with replacing(path, private=True) as temporary, temporary.open("wb") as file:
-            file.write(len(header).to_bytes(8, "little") + header)
-            for array in tensors():
-                file.write(array.data)
-    except OSError as error:
-        reason = "no space left on the disk; make room" if disk_is_full(error) else str(error)
-        raise RunDirectoryError(f"{path}: cannot be written: {reason}") from None
-    return sha256
+    return STATISTICS.write(path, about, lambda: _tensors(path, about, statistics, kept))
 
 
 def _tensors(
@@ -229,7 +190,7 @@ def _tensors(
             raise ContributionError(
                 f"{path}: tensor {block.name!r} is {array.dtype} {array.shape}, expected float32 {block.shape}"
             )
-        _check_finite(path, block, array.size - int(np.count_nonzero(np.isfinite(array))))
+        check_finite(path, block, array.size - int(np.count_nonzero(np.isfinite(array))))
         yield np.ascontiguousarray(array, "<f4")
 
 
@@ -257,113 +218,6 @@ def read_statistics(path: Path | str) -> StatisticsFile:
     """
     check_path("read_statistics: path", path)
     path = Path(path)
-    try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or not 2 <= length <= min(HEADER_LIMIT, size - 8):
-                raise ContributionError(
-                    f"{path}: is not a statistics file, or is truncated: its header claims {length:,} bytes, but the "
-                    f"file has {size:,}"
-                )
-            header = file.read(length)
-            text, sha256 = _metadata(path, header)
-            about = _about(path, text)
-            _check_header(path, header, text, sha256, about.blocks)
-            start = 8 + length
-            expected = start + sum(ITEM_BYTES * block.entries for block in about.blocks)
-            if size != expected:
-                raise ContributionError(
-                    f"{path}: has {size:,} bytes, expected {expected:,}: "
-                    + ("it is truncated; copy it again" if size < expected else "there is extra data at its end")
-                )
-            check_counts(about.layout, about.examples, about.tokens, str(path))
-            hasher = hashlib.sha256(text.encode())
-            bad_values = []
-            for block in about.blocks:
-                bad = 0
-                for first in range(0, block.entries, CHUNK):
-                    values = np.fromfile(file, "<f4", min(CHUNK, block.entries - first))
-                    hasher.update(values.data)
-                    bad += values.size - int(np.count_nonzero(np.isfinite(values)))
-                bad_values.append((block, bad))
-    except OSError as error:
-        raise ContributionError(f"{path}: cannot be read: {error.strerror or error}") from None
-    if hasher.hexdigest() != sha256:
-        raise ContributionError(
-            f"{path}: was changed after it was written: its SHA-256 does not match the one in its header; copy it "
-            "again, or measure again"
-        )
-    for block, bad in bad_values:
-        _check_finite(path, block, bad)
-    return StatisticsFile(path, about, start, sha256)
-
-
-def _header(text: str, sha256: str, blocks: tuple[Block, ...]) -> bytes:
-    """Return the header that these tensors must have, padded with spaces to a multiple of 8."""
-    header: dict[str, Any] = {"__metadata__": {"gramfuse": text, "sha256": sha256}}
-    start = 0
-    for block in blocks:
-        stop = start + ITEM_BYTES * block.entries
-        header[block.name] = {"dtype": "F32", "shape": list(block.shape), "data_offsets": [start, stop]}
-        start = stop
-    encoded = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    return encoded + b" " * (-len(encoded) % 8)
-
-
-def _metadata(path: Path, header: bytes) -> tuple[str, str]:
-    """Return the metadata document and the digest in a header."""
-    try:
-        metadata = parse_json(header, HEADER_LIMIT, FEATURES)["__metadata__"]
-        text, sha256 = metadata["gramfuse"], metadata["sha256"]
-    except (ValueError, KeyError, TypeError):
-        text = sha256 = None
-    if not isinstance(text, str) or not isinstance(sha256, str) or any("\ud800" <= c <= "\udfff" for c in text):
-        raise ContributionError(
-            f"{path}: is not a statistics file: its header has no gramfuse metadata; make one with: gramfuse measure"
-        )
-    return text, sha256
-
-
-def _about(path: Path, text: str) -> About:
-    try:
-        document = parse_json(text, HEADER_LIMIT, FEATURES)
-        version = document.get("version", 1) if isinstance(document, dict) else 1
-        if type(version) is not int or version != 1:
-            raise ContributionError(
-                f"{path}: has format version {repr(version)[:50]}, but this gramfuse reads version 1; use the gramfuse "
-                "that wrote it, or measure again"
-            )
-        check_keys(document, About)
-        return About.model_validate_json(text, by_alias=True, by_name=False)
-    except ValidationError as error:
-        problem = error.errors(include_url=False, include_input=False)[0]
-        key = quoted(".".join(map(str, problem["loc"])) or "the document")
-        raise ContributionError(f"{path}: its metadata is invalid: {key}: {one_line(problem['msg'], 1000)}") from None
-    except ValueError as error:
-        raise ContributionError(f"{path}: its metadata is invalid: {one_line(str(error), 1000)}") from None
-
-
-def _check_header(path: Path, header: bytes, text: str, sha256: str, blocks: tuple[Block, ...]) -> None:
-    expected = _header(text, sha256, blocks)
-    if header == expected:
-        return
-    actual, wanted = json.loads(header), json.loads(expected)
-    for name in sorted(actual.keys() | wanted.keys()):
-        if actual.get(name) != wanted.get(name):
-            raise ContributionError(
-                f"{path}: tensor {quoted(name)} is {_entry_text(actual.get(name), 'missing')}, but the layout in the "
-                f"file expects {_entry_text(wanted.get(name), 'no such tensor')}; measure again"
-            )
-    raise ContributionError(f"{path}: its header differs from what gramfuse writes; do not edit it; measure again")
-
-
-def _entry_text(entry: Any, absent: str) -> str:
-    return absent if entry is None else json.dumps(entry)[:200]
-
-
-def _check_finite(path: Path, block: Block, bad: int) -> None:
-    if bad:
-        raise ContributionError(
-            f"{path}: tensor {block.name!r} has {bad} NaN or infinite values out of {block.entries}; training diverged"
-        )
+    sealed = STATISTICS.read(path)
+    check_counts(sealed.about.layout, sealed.about.examples, sealed.about.tokens, str(path))
+    return StatisticsFile(path, sealed.about, sealed.start, sealed.sha256)

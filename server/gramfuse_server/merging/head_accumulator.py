@@ -108,12 +108,26 @@ class HeadAccumulator:
             tensor.name: np.asarray(start[delta_block(tensor.name)] if start else np.zeros(tensor.shape), np.float64)
             for tensor in self.layout.tensors
         }
-        values = {self.head.weight: fitted.weight} | ({} if self.head.bias is None else {self.head.bias: fitted.bias})
-        for name, value in values.items():
-            if not (np.abs(value) <= np.finfo(np.float32).max / 2).all():
-                raise ContributionError(
-                    f"tensor {name!r}: the fitted head exceeds float32: a silo's sums are wrong; fit heads of the "
-                    "silos alone to find out whose"
-                )
+        for name, value in values_of(fitted, self.head).items():
             deltas[name] = value - self.base[name].astype(np.float64)
         return Merged(deltas, deltas, ())
+
+
+def values_of(fitted: Head, head: HeadLayout) -> dict[str, Float64]:
+    """Return the values of a layer's parameters, by name.
+
+    Args:
+        fitted: without a bias other than zero, if the layer has none.
+        head: the layer.
+
+    Raises:
+        ContributionError: naming the tensor, if a value is too large for float32.
+    """
+    values = {head.weight: fitted.weight} | ({} if head.bias is None else {head.bias: fitted.bias})
+    for name, value in values.items():
+        if not (np.abs(value) <= np.finfo(np.float32).max / 2).all():
+            raise ContributionError(
+                f"tensor {name!r}: the fitted head exceeds float32: a silo's sums are wrong; fit heads of the silos "
+                "alone to find out whose"
+            )
+    return values

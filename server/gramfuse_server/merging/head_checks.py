@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 
+from gramfuse_protocol.contract.head_layout import HeadLayout
 from gramfuse_protocol.secure_sum.scales import MOST_WEIGHED
+from gramfuse_protocol.statistics.head_sums import HeadSums
 from gramfuse_server.merging.checks import POWER, ROUNDING, worth_reporting
-from gramfuse_server.merging.head_accumulator import HeadAccumulator
 from gramfuse_server.report.schema import Check
 from gramfuse_server.report.verdicts import check_of
 
 
-def check_head(accumulator: HeadAccumulator, survivors: Sequence[str], *, secure: bool) -> list[Check]:
+def check_head(sums: HeadSums, head: HeadLayout, silos: int, *, secure: bool) -> list[Check]:
     """Check the sums of a head.
 
     Args:
-        accumulator: the sums.
-        survivors: the silos in the sums.
+        sums: over silos.
+        head: the layer to fit.
+        silos: number of silos in the sums.
         secure: whether they are a secure sum, in which a silo has at most so many examples.
     """
-    return worth_reporting(_checks(accumulator, len(survivors), secure=secure))
+    return worth_reporting(_checks(sums, head, silos, secure=secure))
 
 
-def _checks(accumulator: HeadAccumulator, silos: int, *, secure: bool) -> Iterator[Check]:
-    sums, head = accumulator.sums, accumulator.head
+def _checks(sums: HeadSums, head: HeadLayout, silos: int, *, secure: bool) -> Iterator[Check]:
     examples = sums.examples
     counted: tuple[float | None, float | None] = (silos, MOST_WEIGHED * silos if secure else None)
     yield check_of("counts", "examples", examples, counted, counted)

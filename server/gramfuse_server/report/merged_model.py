@@ -21,6 +21,9 @@ from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.contract.who_sees_what import seen
 from gramfuse_server.report.schema import Chosen, Measured, Step
 
+TAGS = ("gramfuse", "regmean", "merge", "federated-learning")
+"""Tags of a merged model's card."""
+
 
 def write_model(
     directory: Path,
@@ -178,12 +181,13 @@ def _kept_heads(plan: Plan) -> list[str]:
     return ["This is the body that all silos share. Each silo has its own head for it, which it kept to itself.", ""]
 
 
-def front_matter(base: str, form: Form) -> list[str]:
+def front_matter(base: str, form: Form, tags: Sequence[str] = TAGS) -> list[str]:
     """Return the card's YAML front matter, as lines.
 
     Args:
         base: as named in a plan.
         form: the model's class and pipeline.
+        tags: for the hub.
     """
     hub_id = BUNDLED[base].hub_id if base in BUNDLED else base
     # A local directory means nothing to others.
@@ -192,7 +196,7 @@ def front_matter(base: str, form: Form) -> list[str]:
         **({"base_model": hub_id} if public else {}),
         "library_name": "transformers",
         "pipeline_tag": form.pipeline,
-        "tags": ["gramfuse", "regmean", "merge", "federated-learning"],
+        "tags": list(tags),
     }
     text = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True, width=float("inf"))
     return ["---", *text.strip().split("\n"), "---"]

@@ -108,7 +108,8 @@ class Round:
     def _merged(self) -> Merged:
         """Return the merge of the sums, as differences from the base, and check them."""
         if isinstance(self.accumulator, HeadAccumulator):
-            self.checks = check_head(self.accumulator, self.survivors, secure=self.secure is not None)
+            sums, head = self.accumulator.sums, self.accumulator.head
+            self.checks = check_head(sums, head, len(self.survivors), secure=self.secure is not None)
             return self.accumulator.merge(self.start)
         merged = self.accumulator.merge()
         self.checks = check_merge(self.accumulator, merged, self.plan, self.survivors)

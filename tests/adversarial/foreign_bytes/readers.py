@@ -15,6 +15,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from gramfuse_client.guard.ledger import Ledger
 from gramfuse_client.guard.ledger_lines import Entry, Item
 from gramfuse_client.silo_file import Silo
+from gramfuse_protocol.contract.head_layout import HeadLayout
 from gramfuse_protocol.contract.layout import Layout
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.contract.task import Task
@@ -25,6 +26,8 @@ from gramfuse_protocol.secure_sum import member as secure_sum
 from gramfuse_protocol.statistics.about import Origin
 from gramfuse_protocol.statistics.contribution import Statistics
 from gramfuse_protocol.statistics.file import read_statistics, write_statistics
+from gramfuse_protocol.statistics.head_file import read_head, write_head
+from gramfuse_protocol.statistics.head_sums import HeadSums
 from gramfuse_server.run_directory import checkpoint_text, partial_of, read_checkpoint
 from tests.adversarial.foreign_bytes.changes import changed_bytes, changed_document, changed_text, written
 from tests.adversarial.foreign_bytes.documents import (
@@ -153,17 +156,39 @@ def read_statistics_file(draw: random.Random, place: Path) -> None:
             head=["head.weight"],
             own={"head.weight": np.ones((1, 2), np.float32)},
         )
-    good = path.read_bytes()
+    file = read_statistics(_changed_file(draw, path.read_bytes(), "gramfuse", place))
+    assert [file.block(block.name).shape for block in file.about.blocks] == [b.shape for b in file.about.blocks]
+
+
+def read_head_file(draw: random.Random, place: Path) -> None:
+    path = place / "north.head.safetensors"
+    if not path.exists():
+        rng = np.random.default_rng(1)
+        write_head(
+            path,
+            HeadSums.of(rng.normal(size=(12, 3)), np.arange(12) % 2, 2),
+            name="north",
+            model=Origin(name="some/base", weights={"a.weight": "0" * 64}, config="2" * 64, processor="3" * 64),
+            task=Task(task="classification", labels=("yes", "no")),
+            head=HeadLayout(weight="head.weight", bias="head.bias", features=3, labels=2, exponents=(0, 0, 0)),
+            least=2,
+        )
+    file = read_head(_changed_file(draw, path.read_bytes(), "gramfuse-head", place))
+    assert file.sums.examples == file.about.examples == file.sums.counts.sum()
+
+
+def _changed_file(draw: random.Random, good: bytes, key: str, place: Path) -> Path:
+    """Write a changed statistics file or head file."""
     size = int.from_bytes(good[:8], "little")
     if draw.random() < 0.3:
         data = changed_bytes(draw, good, LAYOUT.to_json().encode())
     else:  # with a length and a digest that fit, so that more than these is read
         header = json.loads(good[8 : 8 + size])
         if draw.random() < 0.7:
-            about = json.loads(header["__metadata__"]["gramfuse"])
+            about = json.loads(header["__metadata__"][key])
             text = written(draw, changed_document(draw, about))
             text = changed_text(draw, text, PLAN) if draw.random() < 0.2 else text
-            header["__metadata__"]["gramfuse"] = text
+            header["__metadata__"][key] = text
             digest = hashlib.sha256(text.encode("utf-8", "surrogatepass") + good[8 + size :])
             header["__metadata__"]["sha256"] = digest.hexdigest()
         else:
@@ -174,8 +199,7 @@ def read_statistics_file(draw: random.Random, place: Path) -> None:
         data = len(raw).to_bytes(8, "little") + raw + good[8 + size :]
     changed = place / "changed.safetensors"
     changed.write_bytes(data)
-    file = read_statistics(changed)
-    assert [file.block(block.name).shape for block in file.about.blocks] == [b.shape for b in file.about.blocks]
+    return changed
 
 
 def read_ledger(draw: random.Random, place: Path) -> None:
@@ -243,6 +267,7 @@ READERS: dict[str, Callable[[random.Random, Path], None]] = {
     "plan": read_plan,
     "silo file": read_silo_file,
     "statistics file": read_statistics_file,
+    "head file": read_head_file,
     "ledger": read_ledger,
     "checkpoint": read_a_checkpoint,
     "transcript": read_transcript,

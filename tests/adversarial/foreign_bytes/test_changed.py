@@ -25,6 +25,7 @@ CASES = {
     "plan": 2000,
     "silo file": 1500,
     "statistics file": 1500,
+    "head file": 1500,
     "ledger": 1500,
     "checkpoint": 500,
     "transcript": 1000,

@@ -18,6 +18,7 @@ from gramfuse_protocol.errors import GramfuseError
 from gramfuse_protocol.messages import npy
 from gramfuse_protocol.messages.wire import Frame, unpack
 from gramfuse_protocol.statistics.file import read_statistics
+from gramfuse_protocol.statistics.head_file import read_head
 from tests.adversarial.foreign_bytes.documents import EVERY_REPLY, MEGABYTES, PLAN, SECONDS
 
 
@@ -38,13 +39,22 @@ def _plan(text: str) -> Callable[[Path], Any]:
     return lambda place: Plan.parse(text)
 
 
-def _file(data: bytes) -> Callable[[Path], Any]:
+def _file(data: bytes, reader: Callable[[Path], Any] = read_statistics) -> Callable[[Path], Any]:
     def read(place: Path) -> Any:
         path = place / "big.safetensors"
         path.write_bytes(len(data).to_bytes(8, "little") + data)
-        return read_statistics(path)
+        return reader(path)
 
     return read
+
+
+def _head(features: int, labels: int) -> bytes:
+    """The header of a head file, without its tensors."""
+    task = {"task": "classification", "labels": [str(n) for n in range(labels)]}
+    model = {"name": "a", "revision": None, "weights": {"a": "0" * 64}, "config": "0" * 64, "processor": "0" * 64}
+    about = {"name": "a", "model": model, "task": task, "weight": "w", "bias": None, "features": features}
+    text = json.dumps({**about, "least": 1, "examples": 9, "made-by": "0"})
+    return json.dumps({"__metadata__": {"gramfuse-head": text, "sha256": "0" * 64}}).encode()
 
 
 def _ledger(data: bytes) -> Callable[[Path], Any]:
@@ -128,6 +138,8 @@ DEAR: dict[str, Callable[[Path], Any]] = {
     "a statistics file whose document is large where it should not be": _file(
         json.dumps({"__metadata__": {"gramfuse": '{"layout":{"x":[' + "1," * 2**20 + "1]}}", "sha256": "0"}}).encode()
     ),
+    "a head file of as many features and labels as there may be": _file(_head(2**14, 2**16), read_head),
+    "a head file of a billion features": _file(_head(10**9, 2), read_head),
     "a ledger of one line": _ledger(b'{"number":' + b"9" * 20_000_000),
     "a ledger of brackets": _ledger(b"[" * 4_000_000 + b"\n"),
     "a ledger line of empty lists": _ledger(b'{"entry":[' + b"[]," * 1_000_000 + b"[]]}\n"),
