@@ -28,15 +28,19 @@ QUIETEST_BUFFER = 1.0
 
 
 def changes(
-    model: nn.Module, differences: Mapping[str, NDArray[Any]], head: HeadLayout | None = None
+    model: nn.Module,
+    differences: Mapping[str, NDArray[Any]],
+    head: HeadLayout | None = None,
+    start: Mapping[str, NDArray[Any]] | None = None,
 ) -> dict[str, float]:
     """Return the relative change of each tensor: the norm of its difference over the norm of the base's tensor.
 
     Args:
         model: the base.
         differences: differences from the base by name of a parameter or buffer, in its shape.
-        head: the head that is fitted in closed form; it is omitted, because the base's random one says nothing about
-            its size.
+        head: the head that is fitted in closed form. It is compared with the start instead, because the base's random
+            head says nothing about its size, and omitted without one.
+        start: the model that silos trained from, as differences from the base by block name.
 
     Returns:
         The root mean square of each difference, divided by the larger of QUIETEST and that of the base's tensor; NaN or
@@ -45,15 +49,25 @@ def changes(
     tensors, buffers = model.state_dict(), dict(model.named_buffers())
     relative = {}
     for name, difference in differences.items():
-        if head is not None and name in head.tensors:
+        fitted = head is not None and name in head.tensors
+        if fitted and not start:
             continue
         base, quietest = tensors[name].cpu().numpy(), QUIETEST_BUFFER if name in buffers else QUIETEST
+        if fitted and start:
+            begun = start[delta_block(name)]
+            base, difference = base + begun, difference - begun
         if np.issubdtype(base.dtype, np.floating):
             relative[name] = _root_mean_square(difference) / max(_root_mean_square(base), quietest)
     return relative
 
 
-def check_changes(model: nn.Module, layout: Layout, arrays: Mapping[str, NDArray[Any]], limit: float) -> None:
+def check_changes(
+    model: nn.Module,
+    layout: Layout,
+    arrays: Mapping[str, NDArray[Any]],
+    limit: float,
+    start: Mapping[str, NDArray[Any]] | None = None,
+) -> None:
     """Refuse a model that differs from the base by more than the plan allows.
 
     The result depends on the base, the plan and the coordinator's message, not on data, so the reason may be sent.
@@ -63,12 +77,13 @@ def check_changes(model: nn.Module, layout: Layout, arrays: Mapping[str, NDArray
         layout: the plan's layout.
         arrays: the received model's differences from the base, `delta:<parameter>`.
         limit: the plan's `merge.maximum-change`.
+        start: as for `changes`.
 
     Raises:
-        RefusalError: if a tensor other than a fitted head changes more than that; names the one that changes most.
+        RefusalError: if a tensor changes more than that; names the one that changes most.
     """
     differences = {tensor.name: arrays[delta_block(tensor.name)] for tensor in layout.tensors}
-    relative = changes(model, differences, layout.head)
+    relative = changes(model, differences, layout.head, start)
     worst = max(relative, key=lambda name: np.nan_to_num(relative[name], nan=np.inf), default=None)
     if worst is not None and not relative[worst] <= limit:
         reason = (
@@ -80,6 +95,23 @@ def check_changes(model: nn.Module, layout: Layout, arrays: Mapping[str, NDArray
             "use this model",
             reason=reason,
         )
+
+
+def check_only_head(layout: Layout, arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Refuse a model that differs from the base in anything but its head.
+
+    Args:
+        layout: with a head.
+        arrays: the received model's differences from the base, `delta:<parameter>`.
+
+    Raises:
+        RefusalError: naming the first such tensor.
+    """
+    head = () if layout.head is None else layout.head.tensors
+    other = next((t.name for t in layout.tensors if t.name not in head and np.any(arrays[delta_block(t.name)])), None)
+    if other is not None:
+        reason = f"the model with the fitted head differs from the base in tensor {other!r}; only the head may differ"
+        raise RefusalError(f"{reason}. The coordinator sent a model of its own making", reason=reason)
 
 
 def _root_mean_square(values: NDArray[Any]) -> float:

@@ -23,12 +23,16 @@ from gramfuse_protocol.tasks.registry import kind_of
 
 
 def suits_fit(plan: Plan, base: Base) -> bool:
-    """Return whether a head should be fitted before training: one task, one label an example, and a base without head.
+    """Return whether a head should be fitted: one task, one label an example, and a base without head.
+
+    Without training it always should, since it is the only result.
 
     Args:
         base: the plan's.
     """
     task = next(iter(plan.tasks.values()))
+    if plan.training.epochs == 0:
+        return True
     if plan.task or not kind_of(task).discriminant or any(silo.labels for silo in plan.silo):
         return False
     batch = public_batch(base)
@@ -37,7 +41,8 @@ def suits_fit(plan: Plan, base: Base) -> bool:
             head = derive_head(base, batch, len(task.labels))
     except ModelError:
         return False
-    return head.weight in base.fresh
+    trained = {name for name, parameter in base.model.named_parameters() if parameter.requires_grad}
+    return head.weight in base.fresh and trained.issuperset(head.tensors)
 
 
 def derive_head(base: Base, batch: Mapping[str, torch.Tensor], labels: int) -> HeadLayout:

@@ -31,7 +31,7 @@ def summands(
 
     Args:
         silo: the silo's name; required if the layout has parts.
-        counted: whether to count examples and token rows; if not, these are 0.
+        counted: whether to count examples and token rows; if not, these are 0, and so are counters.
 
     Source: Jin et al., "Dataless Knowledge Fusion by Merging Weights of Language Models", ICLR 2023, equation 2
     and section 3.3, written for the differences from a common base.
@@ -57,6 +57,8 @@ def summands(
         yield next(blocks), t.numpy()
     for tensor in layout.tensors:
         values = contribution.block(delta_block(tensor.name)).astype(np.float64)
+        if tensor.merge == "sum" and not counted:
+            values = np.zeros_like(values)  # a counter of batches counts examples too
         yield next(blocks), np.asarray(tensor_weight(layout, tensor, c, held) * values)
 
 

@@ -164,12 +164,16 @@ class Bench:
             return trainable(model)
 
     def head_sums(self, deltas: Deltas, pooling: Pooling) -> HeadSums:
-        """Return the moments of the features of the silo's training examples, for the base with differences added."""
+        """Return the moments of the features of the silo's training examples, for the base with differences added.
+
+        Examples of labels that are rare at the silo are left out, as in an exchange.
+        """
         from gramfuse_client.data.batches import batches
         from gramfuse_client.exchange.local_model import EVALUATION_BATCH
-        from gramfuse_client.measuring.head_sums import collect_head_sums
+        from gramfuse_client.measuring.head_sums import collect_head_sums, frequent
 
-        encoded = self.encoded(self.examples[0])
+        train, least = self.examples[0], self.silo.file.limits.minimum_label_examples
+        encoded = self.encoded(train.take(frequent(train, least, "'limits.minimum-label-examples'")))
         with self.model(deltas) as model:
             given = batches(encoded, EVALUATION_BATCH, self.device, by_length=True)
             return collect_head_sums(model, given, len(self.task.labels), pooling=pooling)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,17 @@ import numpy as np
 import pytest
 import torch
 
+from gramfuse_client.guard.releases import Cohort, Release, Releases, Survivor
 from gramfuse_model.head_features import features_of
 from gramfuse_model.loading.base_model import load_base
+from gramfuse_model.normal_equations import summands
+from gramfuse_protocol.contract.layout import Layout, Tensor
 from gramfuse_protocol.contract.stages import subtractable
 from gramfuse_protocol.errors import GramfuseError
-from gramfuse_protocol.messages.phases import EvaluateRequest, TrainRequest
+from gramfuse_protocol.messages.flower_records import from_record, to_record
+from gramfuse_protocol.messages.phases import REPLIES, EvaluateRequest, TrainRequest, UploadReply
+from gramfuse_protocol.messages.wire import pack, unpack
+from gramfuse_protocol.statistics.contribution import Statistics
 from gramfuse_protocol.statistics.head_sums import HeadSums
 from gramfuse_server.merging.head_accumulator import HeadAccumulator
 from tests.conftest import messages, write_jsonl
@@ -146,6 +153,82 @@ def test_a_head_other_than_the_one_that_was_fitted_is_not_trained_from(
     with pytest.raises(GramfuseError, match="the starting model is not"):
         here.run(change=change)
     assert not [reply for _, reply in here.replies if reply.round == 2 and reply.phase == "keys"]
+
+
+WEIGHT = "delta:classifier.weight"
+BODY = "delta:bert.encoder.layer.1.output.dense.weight"
+
+
+@pytest.mark.parametrize(
+    ("arrays", "named"),
+    [
+        ({BODY: 1e-3 * np.ones((16, 24), np.float32)}, r"bert\.encoder\.layer\.1\.output\.dense\.weight"),
+        ({WEIGHT: 1e6 * np.ones((3, 16), np.float32)}, "largest output"),
+        ({WEIGHT: np.full((3, 16), 3e38, np.float32)}, "largest output"),
+    ],
+    ids=["a body of its own", "a huge head", "a head that overflows"],
+)
+def test_a_model_of_the_coordinators_own_making_is_not_taken_for_the_fitted_head(
+    site: Callable[..., Site],  # noqa: F811
+    arrays: dict[str, np.ndarray],
+    named: str,
+) -> None:
+    here = site(silos=4, secure=True)
+
+    def change(_: str, request: Any) -> Any:
+        if brings_the_head(request):
+            return request.model_copy(update={"arrays": {**request.arrays, **arrays}})
+        return request
+
+    with pytest.raises(GramfuseError):
+        here.run(change=change)
+    refusals = [reply.reason for _, reply in here.replies if reply.phase == "refusal" and reply.round == 1]
+    assert len(refusals) >= 2  # then too few are left
+    assert all(re.search(named, reason) for reason in refusals)
+    assert not [reply for _, reply in here.replies if reply.round == 2 and reply.phase != "join"][4:]
+
+
+def test_a_silo_that_lies_about_its_head_in_training_is_seen(
+    site: Callable[..., Site],  # noqa: F811
+) -> None:
+    here = site(silos=4)
+
+    def lie(visit: Any, deliver: Any) -> Any:
+        content = deliver()
+        reply = unpack(from_record(content), REPLIES)
+        if visit.node == "silo-a" and isinstance(reply, UploadReply) and reply.round == 2:
+            wrong = {**reply.arrays, "delta:classifier.bias": np.array([200, 0, 0], np.float32)}
+            return to_record(pack(reply.model_copy(update={"arrays": wrong})))
+        return content
+
+    report = here.run(fault=lie)
+    bad = {check["where"] for check in report["checks"] if check["verdict"] == "bad"}
+    assert "classifier.bias" in bad
+
+
+def test_sums_that_count_no_examples_count_no_batches_either() -> None:
+    layout = Layout(
+        groups=(),
+        tensors=(Tensor(name="w", shape=(2,), merge="mean"), Tensor(name="n", shape=(), merge="sum", buffer=True)),
+        frozen=(),
+    )
+    blocks = {"delta:w": np.ones(2, np.float32), "delta:n": np.float32(35)}
+    for counted, expected in ((True, [1, 7, 35]), (False, [1, 0, 0])):
+        found = dict(summands(layout, Statistics(7, {}, blocks), alpha=1, weighting="uniform", counted=counted))
+        values = {block.name: array for block, array in found.items()}
+        assert [*values["count"].tolist(), float(values["m:n"])] == expected
+
+
+def test_another_minimum_of_examples_is_another_way_to_read_rows(tmp_path: Path) -> None:
+    survivor = Survivor(name="silo-a", key="0" * 64, terms="0" * 64)
+    releases = Releases(tmp_path)
+    rows = releases.keep_rows([("one", None), ("two", None)])
+    cohort = Cohort(plan="1" * 64, reading="2" * 64, colluding=1, least=2, silo=survivor, others=())
+    releases.add(Release(round=1, session="3" * 32, sum_of="head", cohort=cohort, rows=rows))
+    assert releases.conflict(releases.rows([("one", None)]), "head", cohort) is None
+    other = cohort.model_copy(update={"least": 1})
+    assert "minimum-label-examples" in (releases.conflict(releases.rows([("one", None)]), "head", other) or "")
+    assert releases.conflict(releases.rows([("three", None)]), "head", other) is None
 
 
 @pytest.mark.parametrize("candidate", ["regmean", "simple", "refitted"])

@@ -184,10 +184,16 @@ def check_releases(findings: Findings, silo: Silo, plan: Plan, examples: Example
         if examples is None:
             findings.skip("earlier sums", f"this silo was in {len(earlier)}; its data were not read")
             return
-        cohort = Cohort.of(plan, silo.name, plan.names)
         rows = releases.rows(examples.input_keys)
-        subjects = dict.fromkeys(stages.subject(plan, stage, "statistics") for stage in plan.stages)
-        conflicts = (releases.conflict(rows, about, cohort) for about in subjects)
+        least = silo.file.limits.minimum_label_examples
+        conflicts = (
+            releases.conflict(
+                rows,
+                stages.subject(plan, stage, "statistics"),
+                Cohort.of(plan, silo.name, plan.names, least=least if stage.fits_head else 0),
+            )
+            for stage in plan.stages
+        )
         conflict = next((conflict for conflict in conflicts if conflict), None)
     except (OSError, ValueError, PlanError) as error:
         findings.problem(

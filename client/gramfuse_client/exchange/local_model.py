@@ -23,8 +23,9 @@ from gramfuse_client.state.state import State
 from gramfuse_client.training.evaluate import evaluate, evaluate_for_sum
 from gramfuse_client.training.finetune import choose_device, finetune
 from gramfuse_model.buffers import first_difference, saved_buffers
-from gramfuse_model.change import check_changes
+from gramfuse_model.change import check_changes, check_only_head
 from gramfuse_model.derive_layout import plan_layout
+from gramfuse_model.head_size import check_outputs
 from gramfuse_model.loading.base_model import Base, load_base, own_head
 from gramfuse_model.parameters import add_differences, set_values, trainable
 from gramfuse_model.probing.lengths import check_lengths
@@ -33,6 +34,7 @@ from gramfuse_model.rescaling import fold
 from gramfuse_protocol.contract.layout import Layout, delta_block
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.contract.task import Task
+from gramfuse_protocol.contract.whole_model import with_zeros
 from gramfuse_protocol.errors import ContributionError, RefusalError
 from gramfuse_protocol.files import make_private_directory
 from gramfuse_protocol.held_out.metrics import Sums
@@ -74,17 +76,29 @@ class Workbench:
             raise RefusalError(f"{self.silo.path}: {lack}", reason="this silo has too little memory for the plan")
         return layout
 
-    def check_model(self, layout: Layout, arrays: Mapping[str, NDArray[Any]]) -> None:
-        """Check that a model changes no tensor by more than the plan's `merge.maximum-change`.
+    def check_model(self, layout: Layout, arrays: Mapping[str, NDArray[Any]], state: State) -> None:
+        """Check that a model can be what the session ends with.
+
+        No tensor changes by more than the plan's `merge.maximum-change`, compared with the base, or for a fitted head
+        with the one that silos trained from. A head that was just fitted has outputs of a usual size. Before training,
+        nothing but the head differs from the base.
 
         Args:
             arrays: differences from the base (`delta:<parameter>`, float32).
+            state: of the session; it has the model that training started from.
 
         Raises:
             RefusalError: naming the tensor. It does not depend on the silo's data.
         """
+        stage = self.plan.stage(state.round)
         self._loaded = self._base()
-        check_changes(self._loaded.model, layout, arrays, self.plan.merge.maximum_change)
+        if stage.work == "fit":
+            check_only_head(layout, arrays)
+        start = {} if stage.fits_head else state.start()
+        begun = with_zeros(layout, start) if start else None
+        check_changes(self._loaded.model, layout, arrays, self.plan.merge.maximum_change, begun)
+        if stage.fits_head:
+            check_outputs(self._loaded, _by_parameter(layout, arrays))
 
     def measure(
         self, layout: Layout, examples: Examples, state: State, start: Mapping[str, NDArray[Any]]
@@ -117,7 +131,7 @@ class Workbench:
             add_differences(base.model, _by_parameter(layout, start))
         device = choose_device(self.silo.file.device)
         least = self.silo.file.limits.minimum_label_examples
-        kept = examples.take(frequent(examples.labels, least, "'limits.minimum-label-examples'"))
+        kept = examples.take(frequent(examples, least, "'limits.minimum-label-examples'"))
         encoded, model = Encoded(kept, base.tokenizer, self.task), base.model.to(device)
         total = -(-len(encoded) // EVALUATION_BATCH)
         sums = collect_head_sums(

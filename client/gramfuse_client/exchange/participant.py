@@ -284,7 +284,7 @@ class Participant:
             raise SecurityError(f"the coordinator sent two different models as {request.candidate!r}")
         workbench = self._workbench(plan)
         if measurement is None:
-            workbench.check_model(layout, whole.arrays)
+            workbench.check_model(layout, whole.arrays, state)
             if not unmeasured:
                 check_hours(self.silo, datetime.now())
         with state.attempts.attempt(request, f"evaluate {request.candidate}", model):

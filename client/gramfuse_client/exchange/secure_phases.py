@@ -228,11 +228,13 @@ class Membership:
             RefusalError: if its difference from an earlier sum would be the contribution of a few silos.
         """
         rows = record.rows if request.sum_of == "statistics" else self.state.measurements.held_out().rows
+        heads = self.stage.fits_head and request.sum_of == "statistics"
+        least = self.silo.file.limits.minimum_label_examples if heads else 0
         release = Release(
             round=self.state.round,
             session=request.session,
             sum_of=subject(self.plan, self.stage, request.sum_of),
-            cohort=Cohort.of(self.plan, self.silo.name, request.survivors),
+            cohort=Cohort.of(self.plan, self.silo.name, request.survivors, least=least),
             rows=rows,
         )
         if not self.silo.file.limits.differing_survivors:

@@ -57,6 +57,7 @@ class Cohort(Frozen):
         plan: the plan's digest.
         reading: digest of the settings that determine which rows are used, and how (`Plan.reading`).
         colluding: number of silos that may collude.
+        least: of the sums of a head, this silo's `limits.minimum-label-examples`, which decides on rows too; else 0.
         silo: this silo, which is in the sum.
         others: the other silos, in roster order.
     """
@@ -64,15 +65,17 @@ class Cohort(Frozen):
     plan: Sha256
     reading: Sha256
     colluding: int
+    least: int = 0
     silo: Survivor
     others: tuple[Survivor, ...]
 
     @classmethod
-    def of(cls, plan: Plan, silo: str, survivors: Iterable[str]) -> Cohort:
+    def of(cls, plan: Plan, silo: str, survivors: Iterable[str], *, least: int = 0) -> Cohort:
         """Return the cohort of a plan's survivors; raise PlanError if a silo has no key.
 
         Args:
             silo: this silo's name.
+            least: as of the cohort.
         """
         keys, members = plan.roster.keys, {silo, *survivors}
         silos = {
@@ -84,9 +87,14 @@ class Cohort(Frozen):
             plan=plan.digest,
             reading=plan.reading,
             colluding=plan.privacy.colluding,
+            least=least,
             silo=silos.pop(silo),
             others=tuple(silos.values()),
         )
+
+    def reads_as(self, other: Cohort) -> bool:
+        """Return whether both sums read this silo's rows in the same way."""
+        return self.reading == other.reading and (0 in (self.least, other.least) or self.least == other.least)
 
     def differing(self, other: Cohort) -> int:
         """Return by how many silos two sums of this silo differ."""
@@ -183,15 +191,16 @@ class Releases:
         for earlier in self.read():
             differing = cohort.differing(earlier.cohort)
             most = max(earlier.cohort.colluding, cohort.colluding) + 1
-            read_differently = differing == 0 and cohort.reading != earlier.cohort.reading
+            read_differently = differing == 0 and not cohort.reads_as(earlier.cohort)
             if not subtractable(earlier.sum_of, sum_of) or not (1 <= differing <= most or read_differently):
                 continue
             shared = len(np.intersect1d(self._load(earlier.rows), rows, assume_unique=True))
             if shared:
                 problem = (
-                    "the silos are the same, but the plan reads rows differently ([model], [[task]], 'merge.tokens', "
-                    "'training.batch-size' or 'training.seed'): if that changes only one silo's rows, the difference "
-                    "of the two sums is that silo's own contribution. Keep the earlier values of these keys"
+                    "the silos are the same, but rows are read differently ([model], [[task]], 'merge.tokens', "
+                    "'training.batch-size' or 'training.seed' of the plan, or this silo's "
+                    "'limits.minimum-label-examples'): if that changes only one silo's rows, the difference of the two "
+                    "sums is that silo's own contribution. Keep the earlier values of these keys"
                     if read_differently
                     else f"the silos, or their terms in the plan, differ by {differing}: the difference of the two "
                     "sums is the contribution of those silos. Use the same silos as in that sum, or at least "

@@ -134,7 +134,7 @@ def measure_head(
         ContributionError: if a feature is NaN or infinite.
     """
     counts = Counter(headed.task.labels[label] for label in examples.labels if isinstance(label, int))
-    kept = examples.take(frequent(examples.labels, least, "--minimum-label-examples"))
+    kept = examples.take(frequent(examples, least, "--minimum-label-examples"))
     encoded = Encoded(kept, headed.model.tokenizer, headed.task)
     order = batch_order(encoded, by_length=True)
     with naming_rows(names, encoded, order, batch_size) as done:

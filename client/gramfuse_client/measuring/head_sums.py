@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from gramfuse_client.data.examples import Examples
 from gramfuse_model.head_features import Pooling, features_of
 from gramfuse_protocol.errors import ContributionError, DataError
 from gramfuse_protocol.statistics.head_sums import HeadSums
@@ -52,8 +52,8 @@ def collect_head_sums(
     return sums
 
 
-def frequent(labels: Sequence[Any], least: int, setting: str) -> list[int]:
-    """Return the indices of the examples whose label at least so many examples have.
+def frequent(examples: Examples, least: int, setting: str) -> list[int]:
+    """Return the indices of the examples whose label at least so many different texts or images have.
 
     Args:
         setting: name of the setting with this minimum, for the error.
@@ -61,11 +61,11 @@ def frequent(labels: Sequence[Any], least: int, setting: str) -> list[int]:
     Raises:
         DataError: if there are none.
     """
-    counts = Counter(labels)
-    indices = [index for index, label in enumerate(labels) if counts[label] >= least]
+    counts = Counter(label for _, label in {*zip(examples.input_keys, examples.labels, strict=True)})
+    indices = [index for index, label in enumerate(examples.labels) if counts[label] >= least]
     if not indices:
         raise DataError(
-            f"no label has {least} training examples or more ({setting}), so none can be in the sums that a head is "
-            "fitted from"
+            f"no label has {least} different training examples or more ({setting}), so none can be in the sums that a "
+            "head is fitted from"
         )
     return indices

@@ -114,7 +114,7 @@ def load_base(
             source.revision,
         )
     _check_pins(plan, source, pins)
-    freeze(model, plan.training.freeze)
+    freeze(model, plan.training.freeze if plan.training.epochs else ())
     return Base(model.eval(), tokenizer, pins, shared, fresh)
 
 

@@ -284,7 +284,7 @@ class Plan(Section):
     @property
     def reading(self) -> str:
         """SHA-256 of the settings that decide which of a silo's rows are used and how they are converted to tensors."""
-        model = self.model.model_dump(mode="json", by_alias=True, exclude={"base", "revision"})
+        model = self.model.model_dump(mode="json", by_alias=True, exclude={"base", "revision", "head"})
         tasks = [task.model_dump(mode="json", by_alias=True) for task in self.task]
         drawn = {"tokens": self.merge.tokens, "batch": self.training.batch_size, "seed": self.training.seed}
         return digest({"model": model, "task": tasks, **drawn})

@@ -104,9 +104,9 @@ def stages_of(model: Model, training: Training, merge: Merge, privacy: Privacy) 
         stages.append(Stage("fit", 0, FITTED, (FITTED,) if measured and not trains else (), last=not trains))
     if trains:
         merged = "regmean" if merge.method == "regmean" else "simple"
-        candidates = tuple(name for name in privacy.candidates if name in ("simple", merged)) if measured else ()
+        candidates = privacy.candidates if merged == "regmean" else (merged,)
         stages += [
-            Stage("train", n, merged, candidates, last=n == merge.rounds and not merge.refit)
+            Stage("train", n, merged, candidates if measured else (), last=n == merge.rounds and not merge.refit)
             for n in range(1, merge.rounds + 1)
         ]
     if merge.refit:

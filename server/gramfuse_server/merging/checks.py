@@ -7,8 +7,10 @@ whose contribution has the size of honest ones (docs/threat-model.md).
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import nn
 
 from gramfuse_model.change import changes
@@ -67,13 +69,20 @@ def check_sums(accumulator: Accumulator, merged: Merged) -> list[Check]:
     return worth_reporting(_group_checks(accumulator, merged))
 
 
-def check_model(model: nn.Module, merged: Merged, layout: Layout, maximum: float) -> list[Check]:
-    """Check how much the merged model and the simple average change, except for a fitted head.
+def check_model(
+    model: nn.Module,
+    merged: Merged,
+    layout: Layout,
+    maximum: float,
+    start: Mapping[str, NDArray[Any]] | None = None,
+) -> list[Check]:
+    """Check how much the merged model and the simple average change.
 
     Args:
         model: the base.
         merged: differences from it.
         layout: of the merge.
+        start: the model that silos trained from, by block name, with which a fitted head is compared.
         maximum: `merge.maximum-change` of the plan.
     """
     checks = []
@@ -81,7 +90,7 @@ def check_model(model: nn.Module, merged: Merged, layout: Layout, maximum: float
     targets = ("average", merged.mean, AVERAGE), ("change", merged.deltas, maximum / 2)
     for name, deltas, usual in targets:
         limits: tuple[Bounds, Bounds] = (None, min(usual, maximum)), (None, maximum)
-        found = changes(model, deltas, layout.head)
+        found = changes(model, deltas, layout.head, start)
         checks += [check_of(name, tensor, change, *limits) for tensor, change in found.items()]
     return worth_reporting(checks)
 

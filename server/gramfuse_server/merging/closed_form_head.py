@@ -12,9 +12,9 @@ but Σ_w and N.
 
 Such a head is too sure of itself: a mean of n_c examples is off by noise of covariance Σ_w / n_c, which adds about
 p / n_c to the squared distances that its outputs are made of, with p the directions that shrinkage leaves free,
-tr(Σ_w Σ̃⁻¹). Averaged over examples that is p C / N for C labels, and outputs are divided by 1 + p C / N. That is a rule,
-not a theorem: normal features would allow more. On the untouched MiniLM, with 2 to 150 labels, the loss on validation
-examples is then within 0.02 of the least over all factors (`benchmarks/accuracy/calibration.py`).
+tr(Σ_w Σ̃⁻¹). Averaged over examples that is p C / N for C labels, and outputs are divided by 1 + p C / N. That is a
+rule, not a theorem: normal features would allow more. On the untouched MiniLM, with 2 to 150 labels, the loss on
+validation examples is then within 0.02 of the least over all factors (`benchmarks/accuracy/calibration.py`).
 """
 
 from __future__ import annotations

@@ -6,12 +6,18 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from gramfuse_model.head_size import MOST, largest_output
+from gramfuse_model.loading.base_model import Base
 from gramfuse_protocol.contract.head_layout import HeadLayout
 from gramfuse_protocol.secure_sum.scales import MOST_WEIGHED
 from gramfuse_protocol.statistics.head_sums import HeadSums
+from gramfuse_server.merging.accumulator import Merged
 from gramfuse_server.merging.checks import POWER, ROUNDING, worth_reporting
 from gramfuse_server.report.schema import Check
 from gramfuse_server.report.verdicts import check_of
+
+USUAL = 200.0
+"""Largest usual output of a fitted head on public data."""
 
 
 def check_head(sums: HeadSums, head: HeadLayout, silos: int, *, secure: bool) -> list[Check]:
@@ -24,6 +30,17 @@ def check_head(sums: HeadSums, head: HeadLayout, silos: int, *, secure: bool) ->
         secure: whether they are a secure sum, in which a silo has at most so many examples.
     """
     return worth_reporting(_checks(sums, head, silos, secure=secure))
+
+
+def check_outputs(base: Base, merged: Merged, head: HeadLayout) -> list[Check]:
+    """Check the largest output of a fitted head on public data.
+
+    Args:
+        base: the base model.
+        merged: differences from it of the model with the head.
+        head: the layer.
+    """
+    return [check_of("outputs", head.weight, largest_output(base, merged.rounded()), (None, USUAL), (None, MOST))]
 
 
 def _checks(sums: HeadSums, head: HeadLayout, silos: int, *, secure: bool) -> Iterator[Check]:

@@ -37,7 +37,7 @@ Verdict = Literal["ok", "look", "bad"]
 """`ok`: usual for honest merges. `look`: rare for honest merges. `bad`: impossible, or forbidden by the plan."""
 
 Outcome = Literal["clean", "jitter", "mean", "unused", "empty"]
-CheckName = Literal["counts", "share", "power", "eigenvalue", "ratio", "average", "change"]
+CheckName = Literal["counts", "share", "power", "eigenvalue", "ratio", "average", "change", "outputs"]
 
 
 class BaseOfReport(ReportPart):

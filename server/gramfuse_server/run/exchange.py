@@ -22,7 +22,7 @@ from gramfuse_protocol.contract.layout import ITEM_BYTES, Layout, delta_block
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.contract.stages import Stage, describe_stage
 from gramfuse_protocol.contract.whole_model import with_zeros, without_zeros
-from gramfuse_protocol.errors import GramfuseError, MergeError, RunDirectoryError
+from gramfuse_protocol.errors import FederationError, GramfuseError, MergeError, RefusalError, RunDirectoryError
 from gramfuse_protocol.files import replacing
 from gramfuse_protocol.held_out.metrics import Sums
 from gramfuse_server.merging.accumulator import Merged, rounded
@@ -161,19 +161,44 @@ class Exchange:
         while True:
             if of_round(OUTCOME, number) not in self.run.done:
                 current = self._begin(number)
-                merged = current.merge()
-                if current.stage.last or self._ends_with(current):
+                try:
+                    merged = current.merge()
+                except (FederationError, RefusalError) as error:
+                    if current.stage.work != "refit":
+                        raise
+                    return self._ended_before(current, str(error))
+                if not current.stage.last:
+                    current.unfitted = self._why_unfitted(current)
+                if current.stage.last or current.unfitted is not None:
                     return current, merged
                 self._pass_on(current, merged)
             number += 1
 
-    def _ends_with(self, current: Round) -> bool:
-        """Whether the run ends here, because silos are missing whose sums a later fit of the head would need."""
+    def _why_unfitted(self, current: Round) -> str | None:
+        """Return why the head cannot be fitted after a session, because silos are missing that a fit would need."""
         following = self.plan.stage(current.conductor.round + 1)
-        if self.plan.privacy.secure_aggregation and following.work == "refit":
-            needed = self._conductor(number=current.conductor.round + 1).only
-            current.missing = tuple(silo for silo in needed if silo not in current.survivors)
-        return bool(current.missing)
+        if not self.plan.privacy.secure_aggregation or following.work != "refit":
+            return None
+        needed = self._conductor(number=current.conductor.round + 1).only
+        missing = [silo for silo in needed if silo not in current.survivors]
+        if not missing:
+            return None
+        return (
+            f"{', '.join(missing)} had part in the first fit of the head, and not in the merge; the difference of two "
+            "fits would be about them alone"
+        )
+
+    def _ended_before(self, current: Round, why: str) -> tuple[Round, Merged]:
+        """Return the session before a fit of the head that failed, with its merge: the run ends with that."""
+        number = current.conductor.round - 1
+        last = Round(self._conductor(number=number), self.layout, self._head, {}, self.piece_bytes)
+        start = self._read_start(number + 1)
+        deltas = {tensor.name: start[delta_block(tensor.name)].astype(np.float64) for tensor in self.layout.tensors}
+        report = RoundOfReport.read(self.run.done[of_round(OUTCOME, number)])
+        merged = Merged(deltas, deltas, report.solve)
+        last.conclude(report, merged)
+        last.unfitted = why
+        return last, merged
 
     def _begin(self, number: int) -> Round:
         """Return a session: a new one, or an interrupted one with its completed phases."""
@@ -192,7 +217,7 @@ class Exchange:
 
     def _pass_on(self, current: Round, merged: Merged) -> None:
         """End a session that is not the last, and save the model that the next one starts from."""
-        current.check(self.base.model, merged)
+        current.check(self.base, merged)
         if not current.sound:
             raise MergeError(
                 f"{describe_stage(current.stage)}: {describe_bad(current.checks)}. The run stops at this merge"
@@ -220,8 +245,9 @@ class Exchange:
             with conductor.phase("study"):
                 merged, studied = self.study(current.survivors, merged, conductor.observer)
             current.merged = merged
-        current.check(self.base.model, merged)
-        self._measure(current, merged)
+        if not current.concluded:
+            current.check(self.base, merged)
+            self._measure(current, merged)
         current.models += studied.models
         with conductor.phase("write"):
             measured = next((model for model in current.models if model.kind == current.stage.merged), None)

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import nn
 
+from gramfuse_model.loading.base_model import Base
 from gramfuse_protocol.contract.layout import Layout
 from gramfuse_protocol.contract.stages import describe_stage
 from gramfuse_protocol.contract.whole_model import without_zeros
@@ -19,7 +19,7 @@ from gramfuse_protocol.statistics.contribution import check_counts, check_slices
 from gramfuse_server.merging.accumulator import Accumulator, Merged
 from gramfuse_server.merging.checks import check_merge, check_model, check_shares
 from gramfuse_server.merging.head_accumulator import HeadAccumulator
-from gramfuse_server.merging.head_checks import check_head
+from gramfuse_server.merging.head_checks import check_head, check_outputs
 from gramfuse_server.report.schema import Check, Loss, Measured, RoundOfReport, SiloOfReport
 from gramfuse_server.report.verdicts import worst
 from gramfuse_server.run.conductor import Conductor
@@ -50,7 +50,9 @@ class Round:
         models: the measured models.
         measured: the silos whose held-out examples were used, in roster order.
         unmeasured: why nothing was measured, or None.
-        missing: silos without which the head cannot be fitted again, so that the run ends here.
+        examples: training examples of the survivors together; 0 if the sum does not count them.
+        unfitted: why the head is not fitted again after this session, the run's last, though the plan asks for it.
+        concluded: whether the session was over before, and only the run's result is missing.
     """
 
     def __init__(self, conductor: Conductor, layout: Layout, base: Arrays, start: Arrays, piece_bytes: int) -> None:
@@ -77,7 +79,9 @@ class Round:
         self.models: list[Measured] = []
         self.measured: tuple[str, ...] = ()
         self.unmeasured: str | None = None
-        self.missing: tuple[str, ...] = ()
+        self.examples = 0
+        self.unfitted: str | None = None
+        self.concluded = False
 
     def merge(self) -> Merged:
         """Have the silos work, collect what they contribute, and merge it.
@@ -103,6 +107,7 @@ class Round:
             ) from None
         with conductor.phase("merge"):
             self.merged = self._merged()
+            self.examples = self.accumulator.examples
         return self.merged
 
     def _merged(self) -> Merged:
@@ -118,14 +123,27 @@ class Round:
             self.checks += check_shares(examples, self.plan.merge.weighting)
         return merged.after(self.start)
 
-    def check(self, model: nn.Module, merged: Merged) -> None:
+    def conclude(self, report: RoundOfReport, merged: Merged) -> None:
+        """Take the results of this session from its report, if it was over before.
+
+        Args:
+            merged: the model that it ended with.
+        """
+        self.trained, self.survivors, self.merged = self.conductor.done("train"), report.survivors, merged
+        self.checks, self.models, self.unmeasured = list(report.checks), list(report.models), report.unmeasured
+        self.examples, self.concluded = report.examples, True
+
+    def check(self, base: Base, merged: Merged) -> None:
         """Add checks of the model that the session ends with.
 
         Args:
-            model: the base.
+            base: the base model.
             merged: differences from it of the model to measure and write.
         """
-        self.checks += check_model(model, merged, self.layout, self.plan.merge.maximum_change)
+        start = {} if self.stage.fits_head else self.start
+        self.checks += check_model(base.model, merged, self.layout, self.plan.merge.maximum_change, start)
+        if self.stage.fits_head and self.layout.head is not None:
+            self.checks += check_outputs(base, merged, self.layout.head)
 
     @property
     def sound(self) -> bool:
@@ -164,16 +182,6 @@ class Round:
             self.unmeasured = str(error)
 
     @property
-    def unfitted(self) -> str | None:
-        """Why the head is not fitted again, if silos are missing for it."""
-        if not self.missing:
-            return None
-        return (
-            f"{', '.join(self.missing)} had part in the first fit of the head, and not in the merge; the difference of "
-            "two fits would be about them alone"
-        )
-
-    @property
     def lost(self) -> dict[str, str]:
         """Why silos are not in the merge, or were lost after it."""
         conductor = self.conductor
@@ -201,7 +209,7 @@ class Round:
         )
         if self.merged is not None:
             report = report.updated(
-                examples=self.accumulator.examples,
+                examples=self.examples,
                 survivors=self.survivors,
                 solve=self.merged.steps,
                 checks=tuple(self.checks),

@@ -16,11 +16,11 @@ from tests.exchange.rounds.runs import QUICK, Site
 def site(pico_project: Any, loud_bert: Path, in_process_grid: Any, tmp_path: Path) -> Callable[..., Site]:
     """Return a function that makes a site of a plan with a fitted head, if its settings do not say otherwise."""
 
-    def make(*settings: str, silos: int = 3, rounds: int = 1, secure: bool = False) -> Site:
-        project = pico_project(silos=silos, examples=24, base=loud_bert, secure=secure)
+    def make(*settings: str, silos: int = 3, rounds: int = 1, secure: bool = False, name: str = "pico") -> Site:
+        project = pico_project(silos=silos, examples=24, base=loud_bert, secure=secure, name=name)
         for silo in project.names if secure else ():
             project.replace(project.silo(silo), "open-uploads = false", "open-uploads = true\nexact-metrics = true")
         chosen = ('model.head="fitted"', "training.learning-rate=1e-3", *QUICK, *settings)
-        return Site(project, in_process_grid, tmp_path / "place", rounds, *chosen)
+        return Site(project, in_process_grid, tmp_path / f"place-{name}", rounds, *chosen)
 
     return make

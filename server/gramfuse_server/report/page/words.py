@@ -44,6 +44,7 @@ CHECKS = {
     "eigenvalue": "smallest eigenvalue of the sum of the Gram matrices: impossible below zero, made up if far above",
     "ratio": "size of the merged difference over that of the simple average, on the silos' inputs",
     "average": "norm of the simple average's difference over that of the base, by tensor",
+    "outputs": "largest output of a fitted head on public data",
     "change": "norm of the merged difference over that of the base, by tensor; the plan sets the limit",
 }
 """One-line description of each check of the merge."""
