@@ -17,6 +17,7 @@ from gramfuse_protocol.contract.layout import Layout, delta_block
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.held_out.metrics import Sums, sums_shape
 from gramfuse_protocol.statistics.contribution import Contribution
+from gramfuse_protocol.tasks.registry import kind_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -172,7 +173,7 @@ class Bench:
         encoded = self.encoded(self.examples[0])
         with self.model(deltas) as model:
             given = batches(encoded, EVALUATION_BATCH, self.device, by_length=True)
-            return collect_head_sums(model, given, len(self.task.labels), pooling=pooling)
+            return collect_head_sums(model, given, self.task, pooling=pooling)
 
     def measure_head(
         self,
@@ -185,8 +186,8 @@ class Bench:
         """Return the sums of the base with differences added and another last layer, on a part of the examples.
 
         Args:
-            weight: (labels, features).
-            bias: (labels,).
+            weight: (outputs, features).
+            bias: (outputs,).
         """
         import torch
 
@@ -197,7 +198,7 @@ class Bench:
         total: Sums = np.zeros(sums_shape(self.task), np.float64)
         with self.model(deltas) as model:
             for batch in self.batches(part):
-                features = features_of(model, batch, len(self.task.labels), pooling).double().cpu()
+                features = features_of(model, batch, kind_of(self.task).outputs(self.task), pooling).double().cpu()
                 logits = features @ torch.from_numpy(weight.T.copy()) + torch.from_numpy(bias)
                 total += count(batch, Outputs(logits), self.task, self.base.tokenizer)
         return total

@@ -41,7 +41,7 @@ def examples(seed: int, count: int = 400, features: int = 12, labels: int = 5) -
 
 
 def sums_of(x: np.ndarray, y: np.ndarray, labels: int = 5) -> HeadSums:
-    return HeadSums.of(x, y, labels)
+    return HeadSums.of(x, np.eye(labels)[y])
 
 
 @pytest.mark.parametrize("seed", range(5))

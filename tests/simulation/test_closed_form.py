@@ -48,7 +48,7 @@ def features(silos: AllSilos, deltas: Any, part: int, pooling: str) -> tuple[np.
 
 def accuracy(silos: AllSilos, deltas: Any, pooling: str = "head") -> float:
     x, y = features(silos, deltas, 0, pooling)
-    head = fit_head(HeadSums.of(x, y, len(silos.plan.task_of("silo-a").labels)), prior=True)
+    head = fit_head(HeadSums.of(x, np.eye(len(silos.plan.task_of("silo-a").labels))[y]), prior=True)
     x, y = features(silos, deltas, 1, pooling)
     return float(((x @ head.weight.T + head.bias).argmax(axis=1) == y).mean())
 
@@ -66,9 +66,12 @@ def test_heads_in_closed_form_are_fitted_to_all_silos_examples(run: tuple[dict[s
     assert all("shrinkage" in note for note in notes)
 
 
-def test_a_head_is_fitted_to_one_label_for_each_example_only(pico_project: Callable[..., Any]) -> None:
+def test_a_task_without_a_closed_form_is_refused(pico_project: Callable[..., Any]) -> None:
     project = pico_project(silos=3)
-    plan = Plan.read(project.plan).override(["privacy.secure-aggregation=false", "model.task=multi-label"])
+    tags = 'model.labels=["O", "B-X", "I-X"]'
+    plan = Plan.read(project.plan).override(
+        ["privacy.secure-aggregation=false", "model.task=token-classification", tags]
+    )
     for term in ("probe", "refit"):
         with pytest.raises(PlanError, match=term):
             check_terms(parse_terms(term), plan)

@@ -6,8 +6,7 @@ Flower starts a new process for every message. Only three phases use this module
 from __future__ import annotations
 
 import shutil
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from gramfuse_client.measuring.collect import collect_statistics
 from gramfuse_client.measuring.head_sums import collect_head_sums
 from gramfuse_client.silo_file import Silo
 from gramfuse_client.state.state import State
+from gramfuse_client.tasks.registry import at_silo
 from gramfuse_client.training.evaluate import evaluate, evaluate_for_sum
 from gramfuse_client.training.finetune import choose_device, finetune
 from gramfuse_model.buffers import first_difference, saved_buffers
@@ -106,24 +106,34 @@ class Workbench:
     ) -> Statistics:
         """Sum the moments of the features of the silo's examples, from which a head is fitted.
 
-        Examples of labels with fewer than `limits.minimum-label-examples` are left out.
+        Examples of labels with fewer than `limits.minimum-label-examples` are left out
+        (`gramfuse_client.tasks.registry.TaskAtSilo.common`).
 
         Args:
             start: the model whose features count, as differences from the base (`delta:<parameter>`, float32); empty
                 for the base.
+
+        Raises:
+            DataError: if all examples are left out.
         """
         base, head = self._base(), layout.head
         assert head is not None  # noqa: S101  # the stage has its form
         if start:
             add_differences(base.model, _by_parameter(layout, start))
         device = choose_device(self.silo.file.device)
-        kept = examples.take(frequent(examples.labels, self.silo.file.limits.minimum_label_examples))
+        least = self.silo.file.limits.minimum_label_examples
+        kept = examples.take(at_silo(self.task).common(examples, self.task, least))
+        if not kept:
+            raise DataError(
+                f"{self.silo.path}: no example is left for the sums that a head is fitted from: each has a label of "
+                f"which there are fewer than {least} examples ('limits.minimum-label-examples')"
+            )
         encoded, model = Encoded(kept, base.tokenizer, self.task), base.model.to(device)
         total = -(-len(encoded) // EVALUATION_BATCH)
         sums = collect_head_sums(
             model,
             batches(encoded, EVALUATION_BATCH, device, by_length=True),
-            head.labels,
+            self.task,
             progress=lambda done: state.progress("measure", done, total),
         )
         return Statistics(len(kept), {}, sums.blocks(head))
@@ -187,22 +197,6 @@ class Workbench:
         """Return the base model for the caller to modify: the loaded one if it is unmodified, or a new copy."""
         loaded, self._loaded = self._loaded, None
         return loaded or load_base(self.plan, self.silo.project, silo=self.silo.name, override=self.silo.base)
-
-
-def frequent(labels: Sequence[Any], least: int) -> list[int]:
-    """Return the indices of the examples whose label at least so many examples have.
-
-    Raises:
-        DataError: if there are none.
-    """
-    counts = Counter(labels)
-    indices = [index for index, label in enumerate(labels) if counts[label] >= least]
-    if not indices:
-        raise DataError(
-            f"no label has {least} training examples or more ('limits.minimum-label-examples'), so none can be in the "
-            "sums that a head is fitted from"
-        )
-    return indices
 
 
 def save_privately(base: Base, task: Task, directory: Path) -> None:

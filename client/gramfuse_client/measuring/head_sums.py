@@ -9,14 +9,16 @@ import torch
 from transformers import PreTrainedModel
 
 from gramfuse_model.head_features import Pooling, features_of
+from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.errors import ContributionError
 from gramfuse_protocol.statistics.head_sums import HeadSums
+from gramfuse_protocol.tasks.registry import kind_of
 
 
 def collect_head_sums(
     model: PreTrainedModel,
     batches: Iterable[Mapping[str, torch.Tensor]],
-    labels: int,
+    task: Task,
     *,
     pooling: Pooling = "head",
     progress: Callable[[int], None] | None = None,
@@ -24,9 +26,8 @@ def collect_head_sums(
     """Run a model over batches, in evaluation mode and without autograd, and sum the moments of its features.
 
     Args:
-        model: with exactly one label for each example.
-        batches: keyword arguments of its forward, including `labels`, int (batch,).
-        labels: number of labels.
+        batches: keyword arguments of the model's forward, including `labels`: the task's training targets.
+        task: the silo's, of a kind whose head can be fitted.
         progress: called with the number of batches done.
 
     Returns:
@@ -36,12 +37,13 @@ def collect_head_sums(
         ModelError: as `features_of`.
         ContributionError: if there are no batches, or a feature is NaN or infinite.
     """
+    kind = kind_of(task)
     sums: HeadSums | None = None
     for done, batch in enumerate(batches, 1):
-        features = features_of(model, batch, labels, pooling).double().cpu().numpy()
+        features = features_of(model, batch, kind.outputs(task), pooling).double().cpu().numpy()
         if not np.isfinite(features).all():
             raise ContributionError("the features of the head have NaN or infinite values")
-        of_batch = HeadSums.of(features, batch["labels"].cpu().numpy(), labels)
+        of_batch = HeadSums.of(features, kind.targets(task, batch["labels"].cpu().numpy()))
         sums = of_batch if sums is None else sums + of_batch
         if progress is not None:
             progress(done)

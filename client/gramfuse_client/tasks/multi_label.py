@@ -75,6 +75,32 @@ class MultiLabelAtSilo(TaskAtSilo):
             for applying in by_example
         ]
 
+    def common(self, examples: Examples, task: Task, least: int) -> list[int]:
+        """Return the indices of the examples of whose labels each applies to at least so many of these examples.
+
+        The same holds of the examples that an annotated label does not apply to. An example that is left out counts for
+        none of its labels any more.
+        """
+        kept: list[int] = list(range(len(examples)))
+        while kept:
+            counts = Counter(label for index in kept for label in self._applying(examples, index))
+            rare = {label for label, count in counts.items() if count < least}
+            usual = {label for label, count in counts.items() if len(kept) - least < count < len(kept)}
+            left = [
+                index
+                for index in kept
+                if not rare & (applying := self._applying(examples, index)) and usual <= applying
+            ]
+            if len(left) == len(kept):
+                break
+            kept = left
+        return kept
+
+    @staticmethod
+    def _applying(examples: Examples, index: int) -> set[int]:
+        labels: Any = examples.labels[index]
+        return set(labels)
+
     def loss(self, task: Task) -> Loss:
         """Return the mean of the binary cross-entropies of the labels that are not NaN."""
         from torch.nn.functional import binary_cross_entropy_with_logits

@@ -54,6 +54,10 @@ class TokenClassification(TaskKind):
     )
     least_labels = 2
     unit = ("entity type", "entity types")
+    unfit = (
+        "whose features are those of tokens: a tag's mean over a silo's few tokens of a kind would show which words "
+        "they are, and a closed form does not know that a word's tag depends on that of the word before"
+    )
     first_label = 4
 
     def check(self, task: Task) -> None:

@@ -1,5 +1,7 @@
 """Fits the last layer of a classifier in closed form: a linear discriminant with a shrunk covariance.
 
+For tasks with exactly one label for each example; `ridge_head` and `label_heads` are for others.
+
 With N examples, n_c of label c, their means μ_c, the mean m of all, and Σ_w the covariance within labels,
 
     Σ_w = (Σ x xᵀ − Σ_c n_c μ_c μ_cᵀ) / N        Σ̃ = Σ_w + λ · mean(diag Σ_w) · I
@@ -24,13 +26,13 @@ from gramfuse_protocol.statistics.head_sums import HeadSums
 
 @dataclass(frozen=True, eq=False)
 class Head:
-    """A last linear layer.
+    """A last linear layer with C outputs.
 
     Args:
         weight: (C, D), float64.
         bias: (C,), float64.
         shrinkage: λ.
-        absent: labels without an example: their weights are zero, and their bias is below all others.
+        absent: labels that no example tells anything about: their weights are zero, and their bias makes them unlikely.
     """
 
     weight: Float64
@@ -75,19 +77,19 @@ def fit_head(sums: HeadSums, *, prior: bool) -> Head:
     return Head(weight, bias, shrinkage, tuple(np.flatnonzero(~present).tolist()))
 
 
-def without_bias(head: Head, sums: HeadSums) -> Head:
+def without_bias(head: Head, sums: HeadSums, *, relative: bool) -> Head:
     """Return a head for a layer without bias: its bias as a linear function of the features.
 
-    With Σ x xᵀ u ≈ Σ x, uᵀ x is 1 for an average example, so W + b uᵀ stands for W and b. A constant in all biases is
-    taken out first, which changes no probability.
+    With Σ x xᵀ u ≈ Σ x, uᵀ x is 1 for an average example, so W + b uᵀ stands for W and b.
 
     Args:
         sums: those that the head was fitted from.
+        relative: whether only differences of outputs count; a constant in all biases is then taken out first.
     """
     second, ones = sums.second[:-1, :-1], sums.second[:-1, -1]
     ridge = 1e-6 * float(np.trace(second)) / len(second)
     direction = np.linalg.solve(second + ridge * np.eye(len(second)), ones)
-    bias = head.bias - head.bias.mean()
+    bias = head.bias - head.bias.mean() if relative else head.bias
     return replace(head, weight=head.weight + bias[:, None] * direction, bias=np.zeros_like(bias))
 
 

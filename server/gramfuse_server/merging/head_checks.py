@@ -9,6 +9,7 @@ import numpy as np
 from gramfuse_protocol.secure_sum.scales import MOST_WEIGHED
 from gramfuse_server.merging.checks import POWER, ROUNDING, worth_reporting
 from gramfuse_server.merging.head_accumulator import HeadAccumulator
+from gramfuse_server.merging.head_solvers import SOLVERS
 from gramfuse_server.report.schema import Check
 from gramfuse_server.report.verdicts import check_of
 
@@ -29,9 +30,7 @@ def _checks(accumulator: HeadAccumulator, silos: int, *, secure: bool) -> Iterat
     examples = sums.examples
     counted: tuple[float | None, float | None] = (silos, MOST_WEIGHED * silos if secure else None)
     yield check_of("counts", "examples", examples, counted, counted)
-    yield check_of("counts", "fewest of a label", float(sums.counts.min()), (0, None), (-0.5, None))
-    off = float(sums.counts.sum()) - examples
-    yield check_of("counts", "labels less examples", off, (-0.5, 0.5), (-0.5, 0.5))
+    yield from SOLVERS[head.fit].checks(sums)
     second = sums.second[:-1, :-1]
     diagonal = second.diagonal()
     scale = np.sqrt(np.maximum(diagonal, np.finfo(np.float64).tiny))
