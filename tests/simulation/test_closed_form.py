@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -15,8 +16,10 @@ from gramfuse_protocol.errors import PlanError
 from gramfuse_protocol.statistics.head_sums import HeadSums
 from gramfuse_server.merging.closed_form_head import fit_head
 from gramfuse_server.merging.methods.arithmetic import weighted_mean
+from gramfuse_server.merging.ridge_head import fit_ridge
 from gramfuse_simulation.all_silos import AllSilos
 from gramfuse_simulation.terms import check_terms, parse_terms
+from tests.conftest import write_jsonl
 from tests.projects import Simulated
 
 CPU = torch.device("cpu")
@@ -64,6 +67,31 @@ def test_heads_in_closed_form_are_fitted_to_all_silos_examples(run: tuple[dict[s
     notes = [model["note"] for model in report["models"] if model["kind"] in ("probe", "refit")]
     assert len(notes) == 4
     assert all("shrinkage" in note for note in notes)
+
+
+def test_a_regression_has_a_head_in_closed_form_too(
+    pico_project: Callable[..., Any], tmp_path: Any, in_process_grid: Any
+) -> None:
+    project = pico_project(silos=3, examples=40)
+    for path in project.directory.glob("data/*/*.jsonl"):
+        found = [json.loads(line)["text"] for line in path.read_text().splitlines()]
+        write_jsonl(path, [{"text": text, "label": 1.0 + len(text.split())} for text in found])
+    numbers = ('model.task="regression"', "model.labels=[]", "model.centre=5", "model.scale=2")
+    here = Simulated(project.directory, tmp_path, *numbers)
+    wanted = {"compare": "probe,refit", "opened": False}
+    report = here.run(in_process_grid, study=here.study(**wanted)).document()
+    silos = here.laboratory(**wanted)(1, here.plan.names)
+    merged = {tensor.name: np.zeros(tensor.shape) for tensor in silos.layout.tensors}
+    x, _ = features(silos, merged, 0, "head")
+    truth = [
+        np.array([label for bench in silos.benches.values() for label in bench.examples[n].labels]) for n in (0, 1)
+    ]
+    head = fit_ridge(HeadSums.of(x, (truth[0][:, None] - 5) / 2))
+    x, _ = features(silos, merged, 1, "head")
+    measured = {model["name"]: model["metrics"] for model in report["models"]}
+    expected = float(np.sqrt(np.mean((5 + 2 * (x @ head.weight[0] + head.bias[0]) - truth[1]) ** 2)))
+    assert measured["head only"]["rmse"] == pytest.approx(expected, rel=1e-5)
+    assert "head fitted again" in measured
 
 
 def test_a_task_without_a_closed_form_is_refused(pico_project: Callable[..., Any]) -> None:

@@ -55,8 +55,8 @@ class TokenClassification(TaskKind):
     least_labels = 2
     unit = ("entity type", "entity types")
     unfit = (
-        "whose features are those of tokens: a tag's mean over a silo's few tokens of a kind would show which words "
-        "they are, and a closed form does not know that a word's tag depends on that of the word before"
+        "whose features are those of tokens: the mean of a tag over a silo's few tokens of a kind would show which "
+        "words they are"
     )
     first_label = 4
 
