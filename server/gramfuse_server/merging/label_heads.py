@@ -10,9 +10,12 @@ so that σ(w_lᵀ x + b_l) is the probability of the label for features that are
 μ₀. The prior log(n₁ / n₀) belongs to it: `threshold` is one on that probability. All labels share Σ x xᵀ, so one matrix
 is solved for all of them: with S the covariance of all examples, Σ_l = S − U Uᵀ, where U has two columns,
 
-    √(n₁ n₀ / (n₁ + n₀) N) (μ₁ − μ₀)        √((n₁ + n₀) nᵤ) / N (μₐ − μᵤ)        μₐ: the mean of both
+    √(n₁ n₀ / ((n₁ + n₀) N)) (μ₁ − μ₀)        (√((n₁ + n₀) nᵤ) / N) (μₐ − μᵤ)        μₐ: the mean of both
 
 and Σ̃_l⁻¹ follows from S̃⁻¹ by Woodbury's identity. λ is that of oracle approximating shrinkage for S and N.
+
+Among the nᵤ examples are some that would have the label, so Σ_l is too large along μ₁ − μ₀. Where silos are alike, that
+makes the label's outputs smaller, and leaves the direction of w_l as it is.
 
 Before training, a label's output is its prior for an average example and varies little around it:
 w = s · w_l and b = log(n₁ / n₀) − μₐᵀ w. Otherwise each silo would first have to teach its head how rare labels are.

@@ -6,8 +6,8 @@ With N examples, the means m and ȳ of features and targets, and S = Σ x xᵀ /
 
 Features are centred, so the intercept is not shrunk: the average example is predicted to have the average target,
 whatever λ is. λ is set by the same oracle approximating shrinkage as that of the other heads. The error of w comes from
-that of S, whose small eigenvalues are too small if there are few examples for the number of features; this rule has the
-least expected error of S, and needs nothing but S and N, no sum of squared targets and no validation data.
+that of S, whose small eigenvalues are too small if there are few examples for the number of features; this rule is made
+for the least expected error of S, and needs nothing but S and N: no sum of squared targets, and no validation data.
 
 The head is the least-squares fit on the features as they are, so training that starts from it has no first steps to
 make in the head; it is not scaled down, which would only bring the error back.
