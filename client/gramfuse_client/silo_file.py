@@ -88,7 +88,8 @@ class Limits(Section):
 
     minimum_examples: Annotated[int, Field(ge=1)] = 100
     minimum_label_examples: Annotated[int, Field(ge=1)] = 2
-    """Least training examples of a label for which they are in the sums that a head is fitted from.
+    """Least training examples of a label for which they are in the sums that a head is fitted from; with
+    `multi-label`, the least that do not have it, too.
 
     For a label that only this silo has, the sum is this silo's own: the features of a single example, for instance.
     """

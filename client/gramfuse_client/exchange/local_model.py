@@ -17,9 +17,10 @@ from gramfuse_client.data.batches import Encoded, batches
 from gramfuse_client.data.examples import Examples
 from gramfuse_client.dry_run.of_machine import lacking_memory
 from gramfuse_client.measuring.collect import collect_statistics
-from gramfuse_client.measuring.head_sums import collect_head_sums, frequent
+from gramfuse_client.measuring.head_sums import collect_head_sums
 from gramfuse_client.silo_file import Silo
 from gramfuse_client.state.state import State
+from gramfuse_client.tasks.registry import at_silo
 from gramfuse_client.training.evaluate import evaluate, evaluate_for_sum
 from gramfuse_client.training.finetune import choose_device, finetune
 from gramfuse_model.buffers import first_difference, saved_buffers
@@ -35,7 +36,7 @@ from gramfuse_protocol.contract.layout import Layout, delta_block
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.contract.whole_model import with_zeros
-from gramfuse_protocol.errors import ContributionError, RefusalError
+from gramfuse_protocol.errors import ContributionError, DataError, RefusalError
 from gramfuse_protocol.files import make_private_directory
 from gramfuse_protocol.held_out.metrics import Sums
 from gramfuse_protocol.statistics.contribution import Statistics
@@ -119,11 +120,15 @@ class Workbench:
     ) -> Statistics:
         """Sum the moments of the features of the silo's examples, from which a head is fitted.
 
-        Examples of labels with fewer than `limits.minimum-label-examples` are left out.
+        Examples of labels with fewer than `limits.minimum-label-examples` are left out
+        (`gramfuse_client.tasks.registry.TaskAtSilo.common`).
 
         Args:
             start: the model whose features count, as differences from the base (`delta:<parameter>`, float32); empty
                 for the base.
+
+        Raises:
+            DataError: if all examples are left out.
         """
         base, head = self._base(), layout.head
         assert head is not None  # noqa: S101  # the stage has its form
@@ -131,13 +136,18 @@ class Workbench:
             add_differences(base.model, _by_parameter(layout, start))
         device = choose_device(self.silo.file.device)
         least = self.silo.file.limits.minimum_label_examples
-        kept = examples.take(frequent(examples, least, "'limits.minimum-label-examples'"))
+        kept = examples.take(at_silo(self.task).common(examples, self.task, least))
+        if not kept:
+            raise DataError(
+                f"{self.silo.path}: no example is left for the sums that a head is fitted from: each has a label of "
+                f"which there are fewer than {least} examples ('limits.minimum-label-examples')"
+            )
         encoded, model = Encoded(kept, base.tokenizer, self.task), base.model.to(device)
         total = -(-len(encoded) // EVALUATION_BATCH)
         sums = collect_head_sums(
             model,
             batches(encoded, EVALUATION_BATCH, device, by_length=True),
-            head.labels,
+            self.task,
             progress=lambda done: state.progress("measure", done, total),
         )
         return Statistics(len(kept), {}, sums.blocks(head))

@@ -27,7 +27,6 @@ from gramfuse_protocol.contract.who_sees_what import (
     FACTS,
     MODEL_SAYS,
     OF_HEAD,
-    OF_ONE_LABEL,
     STATISTICS_SAY,
     SUM_SAYS,
     SUMMED,
@@ -204,7 +203,7 @@ def _masked_run(about: Mapping[str, Any], plan: Plan, layout: Layout, stage: Sta
         to=f"{COORDINATOR}, which passes each to its recipient",
         readers=f"its recipient; {plan.threshold} of {len(plan.names)} shares recover a secret",
     )
-    parts = _parts(stage.form(layout).sums, "uint64", layout)
+    parts = _parts(stage.form(layout).sums, "uint64", layout, plan)
     yield from _masked_sum("statistics", "its contribution", about, plan, parts)
     if plan.privacy.metrics != "sum" or not stage.measured:
         yield from _results(about, plan, stage)
@@ -278,7 +277,7 @@ def _open_run(about: Mapping[str, Any], plan: Plan, layout: Layout, stage: Stage
         readers=COORDINATOR
         if stage.fits_head
         else f"{COORDINATOR}: base model plus differences give this silo's own model",
-        parts=_parts(form.blocks, form.dtype, layout),
+        parts=_parts(form.blocks, form.dtype, layout, plan),
     )
     yield from _results(about, plan, stage)
 
@@ -333,8 +332,9 @@ def _blank(dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
     return np.broadcast_to(np.zeros((), dtype), shape)
 
 
-def _parts(blocks: tuple[Block, ...], dtype: str, layout: Layout) -> tuple[SentArray, ...]:
-    return tuple(_array(block.name, dtype, block.shape, _content(block, layout)) for block in blocks)
+def _parts(blocks: tuple[Block, ...], dtype: str, layout: Layout, plan: Plan) -> tuple[SentArray, ...]:
+    says = "" if plan.task else kind_of(plan.model.single_task).fit_says
+    return tuple(_array(block.name, dtype, block.shape, _content(block, layout, says)) for block in blocks)
 
 
 def _vector_parts(plan: Plan, silo: str, stage: Stage) -> tuple[SentArray, ...]:
@@ -351,13 +351,17 @@ def _array(name: str, dtype: str, shape: tuple[int, ...], what: str) -> SentArra
     return SentArray(name, dtype, shape, np.dtype(dtype).itemsize * math.prod(shape), what)
 
 
-def _content(block: Block, layout: Layout) -> str:
-    """Describe the content of a block of a contribution."""
+def _content(block: Block, layout: Layout, says: str) -> str:
+    """Describe the content of a block of a contribution.
+
+    Args:
+        says: what the targets add to the sums of a head.
+    """
     kind, _, name = block.name.partition(":")
     if block.name == SECOND:
         return "for each pair of the head's input features, the sum of their product over the training examples"
     if block.name == FIRST:
-        return "for each label, the sum of the head's input features over its training examples, and their number"
+        return says
     if kind == "count":
         return "this silo's weight in the merge, and its numbers of examples and of tokens for each Gram matrix"
     if kind in ("m", "delta"):
@@ -392,7 +396,8 @@ def _claims(plan: Plan) -> tuple[str, ...]:
             "silos in a sum continued from the same model.",
         )
     )
-    head = (OF_ONE_LABEL,) if plan.fits_head else ()
+    tells = kind_of(plan.model.single_task).fit_tells if plan.fits_head else ""
+    head = (tells,) if tells else ()
     asked = f" The plan asks for {plan.privacy.colluding}." if most != plan.privacy.colluding else ""
     return (
         f"Masked: {seen('secure', least=f'{minimum} of the {silos}')}. From each silo it gets random words. Other "

@@ -14,7 +14,8 @@ from gramfuse_client.data.batches import Encoded, batch_order, batches
 from gramfuse_client.data.examples import Examples
 from gramfuse_client.measuring.checkpoint import config_of_model
 from gramfuse_client.measuring.failing_rows import naming_rows
-from gramfuse_client.measuring.head_sums import collect_head_sums, frequent
+from gramfuse_client.measuring.head_sums import collect_head_sums
+from gramfuse_client.tasks.registry import at_silo
 from gramfuse_model.derive_head import load_for_head, probe_for_head
 from gramfuse_model.loading.auto_classes import kind_of_checkpoint
 from gramfuse_model.loading.base_model import Base, has_class
@@ -22,7 +23,8 @@ from gramfuse_model.probing.lengths import shortened
 from gramfuse_protocol.contract.head_layout import HeadLayout
 from gramfuse_protocol.contract.task import Task, TaskName
 from gramfuse_protocol.documents import build
-from gramfuse_protocol.errors import PlanError
+from gramfuse_protocol.errors import DataError, PlanError
+from gramfuse_protocol.statistics.head_file import FIT
 from gramfuse_protocol.statistics.head_sums import HeadSums
 from gramfuse_protocol.tasks.registry import TASK_KINDS
 
@@ -77,7 +79,7 @@ def task_of_head(
     config = config_of_model(model, directory)
     own = kind_of_checkpoint(config)
     own = None if own is not None and TASK_KINDS[own].headless else own
-    fitting = [name for name, each in TASK_KINDS.items() if each.discriminant]
+    fitting = [name for name, each in TASK_KINDS.items() if each.fit == FIT]
     kind = kind or own or next((name for name in fitting if has_class(config, name)), fitting[0])
     if kind not in fitting:
         raise PlanError(
@@ -134,14 +136,19 @@ def measure_head(
         ContributionError: if a feature is NaN or infinite.
     """
     counts = Counter(headed.task.labels[label] for label in examples.labels if isinstance(label, int))
-    kept = examples.take(frequent(examples, least, "--minimum-label-examples"))
+    kept = examples.take(at_silo(headed.task).common(examples, headed.task, least))
+    if not kept:
+        raise DataError(
+            f"{names[1]}: no example is left for the sums that a head is fitted from: each has a label of which there "
+            f"are fewer than {least} different examples (--minimum-label-examples)"
+        )
     encoded = Encoded(kept, headed.model.tokenizer, headed.task)
     order = batch_order(encoded, by_length=True)
     with naming_rows(names, encoded, order, batch_size) as done:
         sums = collect_head_sums(
             headed.model.model.to(device),
             batches(encoded, batch_size, device, by_length=True),
-            headed.head.labels,
+            headed.task,
             progress=lambda batches: progress(done(batches), -(-len(encoded) // batch_size)),
         )
     return Measured(sums, {label: count for label, count in counts.items() if count < least})

@@ -36,6 +36,11 @@ class ClassificationAtSilo(TaskAtSilo):
     def label(self, row: Row, given: Input, reader: Reader, where: str) -> int:
         return reader.index(reader.value(row, reader.columns.label, where), where)
 
+    def common(self, examples: Examples, task: Task, least: int) -> list[int]:
+        """Return the indices of the examples whose label at least so many different inputs have."""
+        counts = Counter(label for _, label in {*zip(examples.input_keys, examples.labels, strict=True)})
+        return [index for index, label in enumerate(examples.labels) if counts[label] >= least]
+
     def loss(self, task: Task) -> Loss | None:
         """Return the cross-entropy of the softmax over the silo's own labels; None if it annotates all labels."""
         import torch

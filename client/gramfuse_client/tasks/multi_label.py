@@ -75,6 +75,35 @@ class MultiLabelAtSilo(TaskAtSilo):
             for applying in by_example
         ]
 
+    def common(self, examples: Examples, task: Task, least: int) -> list[int]:
+        """Return the indices of the examples of whose labels each applies to at least so many different ones of these.
+
+        The same holds of the examples that an annotated label does not apply to. An example that is left out counts for
+        none of its labels any more.
+        """
+        kept: list[int] = list(range(len(examples)))
+        keys = examples.input_keys
+        while kept:
+            different = len({keys[index] for index in kept})
+            pairs = {(keys[index], label) for index in kept for label in self._applying(examples, index)}
+            counts = Counter(label for _, label in pairs)
+            rare = {label for label, count in counts.items() if count < least}
+            usual = {label for label, count in counts.items() if different - least < count < different}
+            left = [
+                index
+                for index in kept
+                if not rare & (applying := self._applying(examples, index)) and usual <= applying
+            ]
+            if len(left) == len(kept):
+                break
+            kept = left
+        return kept
+
+    @staticmethod
+    def _applying(examples: Examples, index: int) -> set[int]:
+        labels: Any = examples.labels[index]
+        return set(labels)
+
     def loss(self, task: Task) -> Loss:
         """Return the mean of the binary cross-entropies of the labels that are not NaN."""
         from torch.nn.functional import binary_cross_entropy_with_logits

@@ -137,6 +137,16 @@ class TaskAtSilo(ABC):
 
         return {"labels": torch.tensor(labels)}
 
+    # Fitting a head in closed form
+
+    def common(self, examples: Examples, task: Task, least: int) -> list[int]:
+        """Return the indices of the examples that may be in the sums that a head is fitted from: by default all.
+
+        Args:
+            least: the silo's `limits.minimum-label-examples`.
+        """
+        return list(range(len(examples)))
+
     # Training
 
     def loss(self, task: Task) -> Loss | None:

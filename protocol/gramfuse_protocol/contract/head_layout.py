@@ -18,29 +18,34 @@ SECOND = "head:second"
 """Block of Σ [x; 1] [x; 1]ᵀ, packed as a Gram matrix is."""
 
 FIRST = "head:first"
-"""Block of Σ [x; 1] yᵀ, (features + 1, labels)."""
+"""Block of Σ [x; 1] yᵀ, (features + 1, columns)."""
 
 
 class HeadLayout(LegibleFrozen, Form):
-    """The last linear layer of a classifier, and the form of the sums that a silo contributes to fit it.
+    """The last linear layer of a model, and the form of the sums that a silo contributes to fit it.
 
-    With x the features that enter the layer, (features,), and y the label as a one-hot vector, (labels,), the blocks
-    are SECOND and FIRST. Their last row and column count examples.
+    With x the features that enter the layer, (features,), and y what the kind of task makes of an example's target
+    (`gramfuse_protocol.tasks.registry.TaskKind.targets`), (columns,), the blocks are SECOND and FIRST. The last row and
+    column of the first count examples.
 
     Args:
-        weight: name of the layer's weight, (labels, features).
-        bias: name of its bias, (labels,); None if it has none.
+        fit: how the head is fitted (`gramfuse_protocol.tasks.registry.TaskKind.fit`).
+        weight: name of the layer's weight, (outputs, features).
+        bias: name of its bias, (outputs,); None if it has none.
         features: number of input features.
-        labels: number of outputs.
+        outputs: number of outputs.
+        columns: number of columns of y.
         exponents: for each feature, the power of two above its root mean square on public text.
     """
 
     dtype: ClassVar[str] = "float64"
 
+    fit: Word
     weight: Word
     bias: Word | None
     features: Annotated[int, Field(ge=1, lt=FEATURES)]
-    labels: Annotated[int, Field(ge=2, lt=FEATURES)]
+    outputs: Annotated[int, Field(ge=1, lt=FEATURES)]
+    columns: Annotated[int, Field(ge=1, lt=FEATURES)]
     exponents: Many[Exponent]
 
     @model_validator(mode="after")
@@ -69,7 +74,7 @@ class HeadLayout(LegibleFrozen, Form):
         """SECOND and FIRST."""
         return (
             Block(SECOND, (self.packing.entries,)),
-            Block(FIRST, (self.features + 1, self.labels)),
+            Block(FIRST, (self.features + 1, self.columns)),
         )
 
     @property

@@ -217,9 +217,9 @@ class Layout(LegibleFrozen, Form):
 
     def _check_head(self, head: HeadLayout) -> None:
         shapes = {tensor.name: tensor.shape for tensor in self.tensors if not tensor.buffer}
-        if self.parts or shapes.get(head.weight) != (head.labels, head.features):
-            raise ValueError("the weight of the head is not a tensor of its shape, or its labels have parts")
-        if head.bias is not None and shapes.get(head.bias) != (head.labels,):
+        if shapes.get(head.weight) != (head.outputs, head.features):
+            raise ValueError("the weight of the head is not a tensor of its shape")
+        if head.bias is not None and shapes.get(head.bias) != (head.outputs,):
             raise ValueError("the bias of the head is not a tensor of its shape")
 
     def _parts_of(self, tensor: Tensor) -> Iterable[int | None]:

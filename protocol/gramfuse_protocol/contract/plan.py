@@ -121,9 +121,13 @@ class Plan(Section):
             )
         if self.task or self.model.head == "own":
             raise ValueError(f"{wanted} fits one head for all silos, but in this plan silos keep their own heads")
-        if not kind_of(self.model.single_task).discriminant:
-            kinds = " or ".join(f'"{kind.name}"' for kind in TASK_KINDS.values() if kind.discriminant)
-            raise ValueError(f"{wanted} fits a head for tasks with exactly one of several labels: {kinds}")
+        kind = kind_of(self.model.single_task)
+        if kind.fit is None:
+            kinds = ", ".join(f'"{name}"' for name, other in TASK_KINDS.items() if other.fit)
+            raise ValueError(
+                f"{wanted} fits a head in closed form, which tasks {kinds} have; this plan's is {kind.name!r}, "
+                f"{kind.unfit}"
+            )
         return self
 
     @model_validator(mode="after")
@@ -140,6 +144,11 @@ class Plan(Section):
                 raise ValueError(f"[[silo]] {silo.name!r}: {unknown[0]!r} is not among 'model.labels'")
         if self.model.head == "own":
             return self
+        if self.fits_head and TASK_KINDS[self.model.task].exclusive:
+            raise ValueError(
+                f"[[silo]] {masked[0].name!r} annotates some of the labels only, so its examples may belong to another "
+                'silo\'s class, and no head is fitted to them: use model.head = "same" and merge.refit = false'
+            )
         dropouts = len(self.silo) - self.minimum_survivors
         secure = self.privacy.secure_aggregation
         needed = self.privacy.colluding + 2 + dropouts if secure else 1
@@ -157,7 +166,33 @@ class Plan(Section):
                         else ""
                     )
                 )
+        if secure and self.fits_head:
+            self._check_alike(needed)
         return self
+
+    def _check_alike(self, needed: int) -> None:
+        """Check that the sums of a head, over the silos that annotate a label, differ by many silos or by none.
+
+        Each label has a sum of features over the examples of the silos that annotate it. Silos that annotate the same
+        labels are in the same sums, so no combination of sums is about fewer than all of them.
+
+        Args:
+            needed: least number of silos that annotate the same labels.
+
+        Raises:
+            ValueError: naming silos that too few others are like.
+        """
+        alike: dict[frozenset[str], list[str]] = {}
+        for silo in self.silo:
+            alike.setdefault(frozenset(silo.labels or self.model.labels), []).append(silo.name)
+        few = min(alike.values(), key=len)
+        if len(few) < needed:
+            raise ValueError(
+                f"silos that annotate exactly the labels of {', '.join(few)}: {len(few)}; to fit a head (model.head = "
+                f'"fitted", merge.refit), at least {needed} must annotate the same ones, or the difference of two '
+                'labels\' sums would be about these alone: set secure-aggregation = false, or model.head = "same" and '
+                "merge.refit = false"
+            )
 
     def task_of(self, silo: str) -> Task:
         """Return a silo's task, with the labels that it annotates.

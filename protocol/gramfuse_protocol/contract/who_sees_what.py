@@ -38,10 +38,6 @@ MODEL_SAYS = (
     "The merged model's weights can reveal information about the silos' data. No noise is added to them: the model has "
     "no differential privacy."
 )
-OF_ONE_LABEL = (
-    "The sums of a head have a column for each label. For a label that only one silo has, it is that silo's own: the "
-    "mean of its features, and how many examples it has."
-)
 SUM_SAYS = "The sum is not anonymous: it reveals something about the combined data of the silos in it."
 
 SOFTWARE, COLLUDE, KEYS = "Software", "Few collude", "Keys"

@@ -13,7 +13,7 @@ exceed that on public text, an element is multiplied by 2^f with
 and, for the sums of a head, in which the silo's examples add up and the last feature is 1, so that e = 0:
 
     second, features j and k    f = K − 18 − 12 − e_j − e_k
-    first, feature j            f = K − 18 − 6 − e_j
+    first, feature j            f = K − 18 − 12 − e_j      a target is about 1 in size, so that its e is 0 too
 
 The features of a head are bounded, as those of a pooler are, or normalised: 6 bits are enough. They need the precision:
 a covariance is a small difference of large sums.
@@ -65,11 +65,11 @@ def scales(form: Form, silos: int, weighting: Literal["uniform", "examples"]) ->
 
 
 def _scales_of_head(head: HeadLayout, silos: int) -> Iterator[tuple[Block, Scale]]:
-    room = capacity(silos) - MOST_BITS
+    product = 2.0 ** (capacity(silos) - MOST_BITS - 2 * HEAD_BITS)
     second, first = head.sums
     powers = np.exp2(-np.array((*head.exponents, 0), np.float64))
-    yield second, head.packing.outer(powers, 2.0 ** (room - 2 * HEAD_BITS))
-    yield first, 2.0 ** (room - HEAD_BITS) * powers[:, None]
+    yield second, head.packing.outer(powers, product)
+    yield first, product * powers[:, None]
 
 
 def _scales_of_layout(

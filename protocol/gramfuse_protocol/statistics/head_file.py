@@ -37,6 +37,10 @@ ROUNDING = 1e-6
 """How far sums may be off each other, relative to the largest value that they can have."""
 
 
+FIT = "discriminant"
+"""How heads are fitted from files: for tasks with exactly one label for each example."""
+
+
 class AboutHead(Section):
     """The metadata of a head file.
 
@@ -65,7 +69,7 @@ class AboutHead(Section):
 
     @model_validator(mode="after")
     def _has_a_closed_form(self) -> AboutHead:
-        if not kind_of(self.task).discriminant:
+        if kind_of(self.task).fit != FIT:
             raise ValueError(f"a head for task {self.task.task!r} cannot be fitted in closed form")
         return self
 
@@ -76,7 +80,9 @@ class AboutHead(Section):
             weight=self.weight,
             bias=self.bias,
             features=self.features,
-            labels=len(self.task.labels),
+            fit=FIT,
+            outputs=kind_of(self.task).outputs(self.task),
+            columns=kind_of(self.task).columns(self.task),
             exponents=(0,) * self.features,
         )
 

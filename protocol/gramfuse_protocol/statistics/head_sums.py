@@ -18,28 +18,27 @@ from gramfuse_protocol.statistics.contribution import Float64
 class HeadSums:
     """First and second moments of the features that enter a model's last linear layer.
 
-    With x̃ = [x; 1], where x are the features of an example, (D,), and y its label as a one-hot vector, (C,), sums over
-    examples. The last row and column of both count examples.
+    With x̃ = [x; 1], where x are the features of an example, (D,), and y what the kind of task makes of its target,
+    (K,), sums over examples. The last row and column of `second` count examples.
 
     Args:
         second: Σ x̃ x̃ᵀ, float64 (D + 1, D + 1), symmetric.
-        first: Σ x̃ yᵀ, float64 (D + 1, C).
+        first: Σ x̃ yᵀ, float64 (D + 1, K).
     """
 
     second: Float64
     first: Float64
 
     @staticmethod
-    def of(features: Float64, labels: NDArray[Any], count: int) -> HeadSums:
+    def of(features: Float64, targets: Float64) -> HeadSums:
         """Return the sums over examples.
 
         Args:
             features: float64 (examples, D).
-            labels: the label of each, int (examples,), 0 ≤ label < count.
-            count: number of labels, C.
+            targets: y of each, float64 (examples, K), as `gramfuse_protocol.tasks.registry.TaskKind.targets` has them.
         """
         extended = np.concatenate([features, np.ones((len(features), 1))], axis=1)
-        return HeadSums(extended.T @ extended, extended.T @ np.eye(count)[labels])
+        return HeadSums(extended.T @ extended, extended.T @ targets)
 
     @staticmethod
     def read(layout: HeadLayout, block: Callable[[str], NDArray[Any]]) -> HeadSums:
@@ -55,16 +54,16 @@ class HeadSums:
         """Return the blocks of a contribution, by name.
 
         Raises:
-            ContributionError: if the sums have other numbers of features or labels than the layout.
+            ContributionError: if the sums have other numbers of features or columns than the layout.
         """
-        expected = (layout.features + 1, layout.labels)
+        expected = (layout.features + 1, layout.columns)
         if self.first.shape != expected:
             raise ContributionError(f"sums of a head are {self.first.shape}, but the layout expects {expected}")
         return {SECOND: layout.packing.pack([self.second[None]]), FIRST: self.first}
 
     @property
     def counts(self) -> Float64:
-        """Σ y: examples of each label, (C,)."""
+        """Σ y: for a classifier, the examples of each label, (K,)."""
         counts: Float64 = self.first[-1]
         return counts
 

@@ -63,9 +63,19 @@ class Classification(TaskKind):
     least_labels = 2
     partial_labels = True
     exclusive = True
-    discriminant = True
+    fit = "discriminant"
+    fit_says = "for each label, the sum of the head's input features over its training examples, and their number"
+    fit_tells = (
+        "The sums of a head have a column for each label. For a label that only one silo has, it is that silo's own: "
+        "the mean of its features, and how many examples it has."
+    )
     options = frozenset({"pair"})
     first_label = 2 + CALIBRATION
+
+    def targets(self, task: Task, labels: NDArray[Any]) -> NDArray[np.float64]:
+        """Return each example's label as a one-hot vector."""
+        one_hot: NDArray[np.float64] = np.eye(len(task.labels))[labels]
+        return one_hot
 
     def shape(self, task: Task) -> tuple[int, ...]:
         return (1 + CALIBRATION + len(task.labels) ** 2,)

@@ -45,6 +45,24 @@ class MultiLabel(TaskKind):
     partial_labels = True
     options = frozenset({"pair"})
     first_label = 1
+    fit = "labels"
+    fit_says = (
+        "for each label, two sums of the head's input features, with the numbers of examples in them: over its "
+        "examples, and over all whose silo annotates it"
+    )
+    fit_tells = (
+        "The sums of a head have two columns for each label. For a label that only one silo has, the first is that "
+        "silo's own: the mean of its features, and how many examples it has. Where one label's examples are all among "
+        "another's, the difference of two columns is about the rest of them, however few."
+    )
+
+    def columns(self, task: Task) -> int:
+        return 2 * len(task.labels)
+
+    def targets(self, task: Task, labels: NDArray[Any]) -> NDArray[np.float64]:
+        """Return for each example which labels it has, and then which are annotated."""
+        annotated = ~np.isnan(labels)
+        return np.concatenate([np.where(annotated, labels, 0.0), annotated], axis=1).astype(np.float64)
 
     def shape(self, task: Task) -> tuple[int, ...]:
         return (1 + 4 * len(task.labels),)

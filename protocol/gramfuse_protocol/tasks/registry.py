@@ -22,6 +22,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
+import numpy as np
 from numpy.typing import NDArray
 
 from gramfuse_protocol.tasks.rows import RowGroup, Vector
@@ -68,8 +69,14 @@ class TaskKind(ABC):
     """Whether a silo may annotate only some of the labels."""
     exclusive: ClassVar[bool] = False
     """Whether an example has exactly one label, so that all others are absent."""
-    discriminant: ClassVar[bool] = False
-    """Whether an example has one label and one row of features, so that a head can be fitted as a discriminant."""
+    fit: ClassVar[str | None] = None
+    """How a head is fitted in closed form (`gramfuse_server.merging.head_solvers`); None if it cannot be."""
+    unfit: ClassVar[str] = "of which no head is fitted in closed form"
+    """Why a head cannot be fitted: the end of a sentence that begins with the task."""
+    fit_says: ClassVar[str] = ""
+    """What `targets` add to the sums of features that a head is fitted from, in words."""
+    fit_tells: ClassVar[str] = ""
+    """What those sums tell of a single silo in a secure sum, as a sentence; empty if it is nothing in particular."""
     headless: ClassVar[bool] = False
     """Whether the task needs no new head: the base model's pretrained output layer predicts tokens."""
     options: ClassVar[frozenset[str]] = frozenset()
@@ -95,6 +102,25 @@ class TaskKind(ABC):
     def generation(self, task: Task) -> dict[str, Any] | None:
         """Return the generation settings of evaluation, for reports; None if no text is generated."""
         return None
+
+    def outputs(self, task: Task) -> int:
+        """Return the number of outputs of the head's last layer."""
+        return len(task.labels)
+
+    def columns(self, task: Task) -> int:
+        """Return the number of columns of `targets`."""
+        return self.outputs(task)
+
+    def targets(self, task: Task, labels: NDArray[Any]) -> NDArray[np.float64]:
+        """Return what features are multiplied with in the sums that a head is fitted from.
+
+        Args:
+            labels: the training target of each example, as a model's loss takes them, (examples, …).
+
+        Returns:
+            float64 (examples, columns); about 1 in size, or smaller.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def shape(self, task: Task) -> tuple[int, ...]:

@@ -46,6 +46,19 @@ class Regression(TaskKind):
     summed = "eight moments of truth, prediction and error, summed over the held-out examples"
     options = frozenset({"pair", "centre", "scale"})
 
+    fit = "ridge"
+    fit_says = (
+        "the sum of the head's input features, each times the example's target on the plan's scale, and the sum of the "
+        "targets"
+    )
+
+    def outputs(self, task: Task) -> int:
+        return 1
+
+    def targets(self, task: Task, labels: NDArray[Any]) -> NDArray[np.float64]:
+        """Return each example's target on the scale that models learn."""
+        return np.asarray(labels, np.float64).reshape(-1, 1)
+
     def for_sum(self, task: Task) -> Task:
         """Return the task with a range; the default is one `scale` on each side of `centre`."""
         if task.range is not None:

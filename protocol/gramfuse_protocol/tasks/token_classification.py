@@ -54,6 +54,10 @@ class TokenClassification(TaskKind):
     )
     least_labels = 2
     unit = ("entity type", "entity types")
+    unfit = (
+        "whose features are those of tokens: the mean of a tag over a silo's few tokens of a kind would show which "
+        "words they are"
+    )
     first_label = 4
 
     def check(self, task: Task) -> None:

@@ -15,10 +15,11 @@ from gramfuse_protocol.secure_sum.scales import scales
 from gramfuse_protocol.statistics.contribution import Contribution, Float64, check_counts
 from gramfuse_protocol.statistics.head_sums import HeadSums
 from gramfuse_server.merging.accumulator import Merged
-from gramfuse_server.merging.closed_form_head import Head, fit_head, without_bias
+from gramfuse_server.merging.closed_form_head import Head, without_bias
+from gramfuse_server.merging.head_solvers import SOLVERS
 
 START_SCALE = 0.2
-"""Factor on a head that training starts from.
+"""Factor on a classifier's head that training starts from.
 
 A closed-form head is sure of its answers; with weights as large as that, the first steps of training would change the
 body a lot for each example that it gets wrong.
@@ -31,7 +32,7 @@ class HeadAccumulator:
     Args:
         layout: with a head.
         base: values of the base model's parameters by name, with at least those of the head.
-        trains: whether training starts from the head: it is then scaled down, and all labels count the same.
+        trains: whether training starts from the head.
     """
 
     def __init__(self, layout: Layout, base: Mapping[str, NDArray[np.float32]], *, trains: bool) -> None:
@@ -83,11 +84,11 @@ class HeadAccumulator:
         """Fit the head to the sums, scaled as training needs it, or so that its probabilities are right.
 
         Raises:
-            MergeError: if the sums allow no head (`gramfuse_server.merging.closed_form_head.fit_head`).
+            MergeError: if the sums allow no head (`gramfuse_server.merging.head_solvers`).
         """
-        head = fit_head(self.sums, prior=not self.trains)
-        head = without_bias(head, self.sums) if self.head.bias is None else head
-        return head.scaled(START_SCALE) if self.trains else head.calibrated
+        solver = SOLVERS[self.head.fit]
+        head = solver.fit(self.sums, start=START_SCALE if self.trains else None)
+        return without_bias(head, self.sums, relative=solver.relative) if self.head.bias is None else head
 
     def merge(self, start: Mapping[str, NDArray[np.float32]]) -> Merged:
         """Fit the head, and return the model with it.

@@ -13,6 +13,7 @@ from gramfuse_protocol.secure_sum.scales import MOST_WEIGHED
 from gramfuse_protocol.statistics.head_sums import HeadSums
 from gramfuse_server.merging.accumulator import Merged
 from gramfuse_server.merging.checks import POWER, ROUNDING, worth_reporting
+from gramfuse_server.merging.head_solvers import SOLVERS
 from gramfuse_server.report.schema import Check
 from gramfuse_server.report.verdicts import check_of
 
@@ -47,9 +48,7 @@ def _checks(sums: HeadSums, head: HeadLayout, silos: int, *, secure: bool) -> It
     examples = sums.examples
     counted: tuple[float | None, float | None] = (silos, MOST_WEIGHED * silos if secure else None)
     yield check_of("counts", "examples", examples, counted, counted)
-    yield check_of("counts", "fewest of a label", float(sums.counts.min()), (0, None), (-0.5, None))
-    off = float(sums.counts.sum()) - examples
-    yield check_of("counts", "labels less examples", off, (-0.5, 0.5), (-0.5, 0.5))
+    yield from SOLVERS[head.fit].checks(sums)
     second = sums.second[:-1, :-1]
     diagonal = second.diagonal()
     scale = np.sqrt(np.maximum(diagonal, np.finfo(np.float64).tiny))

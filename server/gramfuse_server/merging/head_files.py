@@ -227,10 +227,10 @@ def _check_possible(file: HeadFile, head: HeadLayout) -> None:
 
 def _fit(sums: HeadSums, head: HeadLayout, files: Sequence[HeadFile]) -> Head:
     try:
-        fitted = fit_head(sums, prior=True)
+        fitted = fit_head(sums, prior=True).calibrated
     except MergeError as error:
         raise MergeError(f"{', '.join(str(file.path) for file in files)}: {error}") from None
-    return without_bias(fitted, sums) if head.bias is None else fitted
+    return without_bias(fitted, sums, relative=True) if head.bias is None else fitted
 
 
 def _card(report: Fitted, files: Sequence[HeadFile]) -> str:

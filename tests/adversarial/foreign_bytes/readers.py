@@ -166,7 +166,7 @@ def read_head_file(draw: random.Random, place: Path) -> None:
         rng = np.random.default_rng(1)
         write_head(
             path,
-            HeadSums.of(rng.normal(size=(12, 3)), np.arange(12) % 2, 2),
+            HeadSums.of(rng.normal(size=(12, 3)), np.eye(2)[np.arange(12) % 2]),
             name="north",
             model=Origin(name="some/base", weights={"a.weight": "0" * 64}, config="2" * 64, processor="3" * 64),
             task=Task(task="classification", labels=("yes", "no")),

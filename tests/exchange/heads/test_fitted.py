@@ -33,7 +33,7 @@ def sums_by_hand(here: Site, weights: dict[str, np.ndarray] | None = None) -> He
         examples = load(here.silo(name), task)[0]
         kept = [n for n, label in enumerate(examples.labels) if examples.labels.count(label) > 1]
         encoded = Encoded(examples.take(kept), base.tokenizer, task)
-        sums = collect_head_sums(base.model, batches(encoded, 8, torch.device("cpu")), len(task.labels))
+        sums = collect_head_sums(base.model, batches(encoded, 8, torch.device("cpu")), task)
         total = sums if total is None else total + sums
     assert total is not None
     return total

@@ -17,20 +17,20 @@ from gramfuse_server.merging.methods.registry import (
     one_of,
 )
 
-PAPER = "Fisher 1936; shrinkage: Chen et al., IEEE TSP 2010"
+PAPER = "Fisher 1936; ridge: Hoerl & Kennard 1970; shrinkage: Chen et al., IEEE TSP 2010"
 
-NO_DISCRIMINANT = NotAllowed(
-    lambda plan: any(not kind_of(task).discriminant for task in plan.tasks.values()),
-    "fits a head for exactly one of several labels for each example, and the plan's task is another; leave it out",
+NO_CLOSED_FORM = NotAllowed(
+    lambda plan: any(kind_of(task).fit is None for task in plan.tasks.values()),
+    "fits a head in closed form, which the plan's task has none of; leave it out",
 )
 
-REFUSALS = (DIFFERENT_TASKS, MASKED, NO_DISCRIMINANT)
+REFUSALS = (DIFFERENT_TASKS, MASKED, NO_CLOSED_FORM)
 
 
 def _fit_and_measure(silos: Silos, deltas: Any, pooling: str) -> MethodSums:
-    from gramfuse_server.merging.closed_form_head import fit_head
+    from gramfuse_server.merging.head_solvers import SOLVERS
 
-    head = fit_head(silos.head_sums(deltas, pooling), prior=True).calibrated
+    head = SOLVERS[silos.head_fit].fit(silos.head_sums(deltas, pooling), start=None)
     more = {"note": f"shrinkage {head.shrinkage:.3g}"}
     return MethodSums(silos.measure_head(deltas, head, pooling), more=more)
 

@@ -93,6 +93,10 @@ class Silos(Protocol):
     def merged(self) -> Differences:
         """Return the run's merge: its differences from the base."""
 
+    @property
+    def head_fit(self) -> str:
+        """How a head of the silos' task is fitted in closed form (`gramfuse_protocol.tasks.registry.TaskKind.fit`)."""
+
     def head_sums(self, deltas: Differences, pooling: str) -> HeadSums:
         """Return the moments of the features of all silos' training examples, for the base with differences added."""
 

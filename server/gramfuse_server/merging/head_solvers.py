@@ -1,0 +1,83 @@
+"""How the head of each kind of task is fitted from its sums, and what can be checked of them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import ClassVar
+
+from gramfuse_protocol.statistics.head_sums import HeadSums
+from gramfuse_server.merging.closed_form_head import Head, fit_head
+from gramfuse_server.merging.label_heads import fit_labels
+from gramfuse_server.merging.ridge_head import fit_ridge
+from gramfuse_server.report.schema import Check
+from gramfuse_server.report.verdicts import check_of
+
+
+class Solver(ABC):
+    """One way of fitting a head."""
+
+    relative: ClassVar[bool] = False
+    """Whether only the differences of a head's outputs count, as in a softmax."""
+
+    @abstractmethod
+    def fit(self, sums: HeadSums, *, start: float | None) -> Head:
+        """Return the head of the examples that the sums are over.
+
+        Args:
+            start: of a head that training starts from, how sure of itself a classifier is: a factor on its outputs;
+                None for a finished head.
+
+        Raises:
+            MergeError: if the sums allow no head.
+        """
+
+    def checks(self, sums: HeadSums) -> Iterator[Check]:
+        """Yield checks of the counts of examples."""
+        yield from ()
+
+
+class Discriminant(Solver):
+    """Exactly one label for each example; before training, all labels count the same."""
+
+    relative = True
+
+    def fit(self, sums: HeadSums, *, start: float | None) -> Head:
+        """Return the linear discriminant."""
+        head = fit_head(sums, prior=start is None)
+        return head.calibrated if start is None else head.scaled(start)
+
+    def checks(self, sums: HeadSums) -> Iterator[Check]:
+        """Check that each example has one label."""
+        yield check_of("counts", "fewest of a label", float(sums.counts.min()), (0, None), (-0.5, None))
+        off = float(sums.counts.sum()) - sums.examples
+        yield check_of("counts", "labels less examples", off, (-0.5, 0.5), (-0.5, 0.5))
+
+
+class Ridge(Solver):
+    """One number for each example. Its fit is not surer than the data are, so training starts from it as it is."""
+
+    def fit(self, sums: HeadSums, *, start: float | None) -> Head:
+        """Return the ridge regression."""
+        return fit_ridge(sums)
+
+
+class Labels(Solver):
+    """Any number of labels for each example."""
+
+    def fit(self, sums: HeadSums, *, start: float | None) -> Head:
+        """Return a two-class discriminant for each label."""
+        return fit_labels(sums, start=start)
+
+    def checks(self, sums: HeadSums) -> Iterator[Check]:
+        """Check that no more examples have a label than are annotated for it."""
+        having, annotated = sums.counts.reshape(2, -1)
+        yield check_of("counts", "fewest of a label", float(having.min()), (0, None), (-0.5, None))
+        most = float((having - annotated).max())
+        yield check_of("counts", "examples of a label less annotated ones", most, (None, 0), (None, 0.5))
+        beyond = float(annotated.max()) - sums.examples
+        yield check_of("counts", "annotated examples less all", beyond, (None, 0.5), (None, 0.5))
+
+
+SOLVERS: dict[str, Solver] = {"discriminant": Discriminant(), "ridge": Ridge(), "labels": Labels()}
+"""Solvers by `gramfuse_protocol.tasks.registry.TaskKind.fit`; another package can add one."""
