@@ -33,14 +33,16 @@ class HeadAccumulator:
         layout: with a head.
         base: values of the base model's parameters by name, with at least those of the head.
         trains: whether training starts from the head.
+        seen: whether the body was trained on the same examples.
     """
 
-    def __init__(self, layout: Layout, base: Mapping[str, NDArray[np.float32]], *, trains: bool) -> None:
+    def __init__(self, layout: Layout, base: Mapping[str, NDArray[np.float32]], *, trains: bool, seen: bool) -> None:
         assert layout.head is not None  # noqa: S101  # the caller asks for a head only if the plan has one
         self.layout = layout
         self.head: HeadLayout = layout.head
         self.base = base
         self.trains = trains
+        self.seen = seen
         self._sums: dict[str, Float64] = {block.name: np.zeros(block.shape) for block in self.head.sums}
 
     @property
@@ -87,7 +89,7 @@ class HeadAccumulator:
             MergeError: if the sums allow no head (`gramfuse_server.merging.head_solvers`).
         """
         solver = SOLVERS[self.head.fit]
-        head = solver.fit(self.sums, start=START_SCALE if self.trains else None)
+        head = solver.fit(self.sums, start=START_SCALE if self.trains else None, seen=self.seen)
         return without_bias(head, self.sums, relative=solver.relative) if self.head.bias is None else head
 
     def merge(self, start: Mapping[str, NDArray[np.float32]]) -> Merged:

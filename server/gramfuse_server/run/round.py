@@ -69,7 +69,9 @@ class Round:
             self.secure = SecureSums(conductor, piece_bytes, digest)
         self.accumulator: Accumulator | HeadAccumulator
         if self.stage.fits_head:
-            self.accumulator = HeadAccumulator(layout, base, trains=not self.stage.last)
+            self.accumulator = HeadAccumulator(
+                layout, base, trains=not self.stage.last, seen=self.stage.work == "refit"
+            )
         else:
             self.accumulator = Accumulator(layout, alpha=self.plan.merge.alpha, weighting=self.plan.merge.weighting)
         self.trained: Mapping[str, Mapping[str, Any]] = {}

@@ -19,6 +19,7 @@ from gramfuse_protocol.messages.phases import EvaluateRequest, TrainRequest
 from gramfuse_protocol.statistics.head_sums import HeadSums
 from gramfuse_server.merging.closed_form_head import fit_head
 from gramfuse_server.merging.head_accumulator import START_SCALE
+from gramfuse_server.merging.head_solvers import SEEN
 from tests.exchange.rounds.runs import Site, assert_close
 
 
@@ -78,7 +79,7 @@ def test_the_head_is_fitted_again_to_the_merged_body(site: Callable[..., Site], 
         name.removeprefix("delta:"): base[name.removeprefix("delta:")].numpy() + delta
         for name, delta in sent[2, "regmean"].items()
     }
-    head = fit_head(sums_by_hand(here, merged), prior=True).calibrated
+    head = fit_head(sums_by_hand(here, merged), prior=True).calibrated.scaled(SEEN)
     expected = {**merged, "classifier.weight": head.weight, "classifier.bias": head.bias}
     assert_close({name: here.weights[name] for name in expected}, expected, 1e-4)
     assert [one["work"] for one in report["rounds"]] == ["fit", "train", "refit"]

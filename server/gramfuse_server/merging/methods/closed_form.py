@@ -27,10 +27,10 @@ NO_CLOSED_FORM = NotAllowed(
 REFUSALS = (DIFFERENT_TASKS, MASKED, NO_CLOSED_FORM)
 
 
-def _fit_and_measure(silos: Silos, deltas: Any, pooling: str) -> MethodSums:
+def _fit_and_measure(silos: Silos, deltas: Any, pooling: str, *, seen: bool) -> MethodSums:
     from gramfuse_server.merging.head_solvers import SOLVERS
 
-    head = SOLVERS[silos.head_fit].fit(silos.head_sums(deltas, pooling), start=None)
+    head = SOLVERS[silos.head_fit].fit(silos.head_sums(deltas, pooling), start=None, seen=seen)
     more = {"note": f"shrinkage {head.shrinkage:.3g}"}
     return MethodSums(silos.measure_head(deltas, head, pooling), more=more)
 
@@ -46,7 +46,7 @@ def _fit_and_measure(silos: Silos, deltas: Any, pooling: str) -> MethodSums:
 )
 def probe(silos: Silos, pooling: Literal["head", "mean"]) -> MethodSums:
     """Measure the base model with a closed-form head: the control for all fine-tuning."""
-    measured = _fit_and_measure(silos, {}, pooling)
+    measured = _fit_and_measure(silos, {}, pooling, seen=False)
     return MethodSums(measured.sums, ("mean-pooled",) if pooling == "mean" else (), measured.more)
 
 
@@ -67,5 +67,5 @@ def refit(silos: Silos, body: Literal["regmean", "simple"]) -> MethodSums:
         "regmean": silos.merged,
         "simple": lambda: weighted_mean(*silos.parents()),
     }
-    measured = _fit_and_measure(silos, bodies[body](), "head")
+    measured = _fit_and_measure(silos, bodies[body](), "head", seen=True)
     return MethodSums(measured.sums, ("simple average",) if body == "simple" else (), measured.more)
