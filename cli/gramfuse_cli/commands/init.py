@@ -55,7 +55,7 @@ def init(directory: Path, targets: str | None, text: str, label: str, as_json: b
         say(f"  name the silos' data in {directory}/silos/*.toml; the demo's data are not for regression")
     say(f"  gramfuse plan show {directory}", f"  gramfuse simulate {directory}", copied=True)
     if lines is None:
-        say("  or first, in seconds, only a head in closed form on the base model, without fine-tuning:")
+        say("  or first only a head in closed form on the base model, without fine-tuning:")
         say(f"  gramfuse simulate {directory} --set training.epochs=0", copied=True)
 
 

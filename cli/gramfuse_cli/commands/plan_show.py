@@ -50,9 +50,33 @@ def show(directory: Path, as_json: bool) -> None:
 
 def _show_model(plan: Plan, preview: dict[str, Any]) -> None:
     """Print what a plan trains and merges, and what it costs."""
-    say(f"base {quoted(plan.model.base)}, alpha {plan.merge.alpha}, silos {', '.join(plan.names)}")
+    alpha = f", alpha {plan.merge.alpha}" if plan.closed_form else ""
+    say(f"base {quoted(plan.model.base)}{alpha}, silos {', '.join(plan.names)}")
     say(*(f"  {name:<9} {value}" for name, value in pins(plan).items()), copied=True)
-    say(*_tasks(plan), f"weighting {plan.merge.weighting}: {WEIGHTING[plan.merge.weighting]}", "")
+    weighting = f"weighting {plan.merge.weighting}: {WEIGHTING[plan.merge.weighting]}"
+    say(*_tasks(plan), *([weighting] if plan.training.epochs else []), "")
+    if plan.closed_form:
+        _show_groups(preview)
+    say("", *_extent(plan, preview))
+    cost = preview["cost"]
+    say(
+        "",
+        *_uploads(cost),
+        *([_gram_cost(plan, cost)] if plan.closed_form else []),
+        f"The coordinator holds {cost['coordinator_memory_bytes'] / 1e6:.0f} MB of sums in memory, whatever the number "
+        f"of silos, and {cost['coordinator_disk_bytes'] / 1e6:.0f} MB on disk.",
+    )
+
+
+def _gram_cost(plan: Plan, cost: dict[str, Any]) -> str:
+    return (
+        f"Each silo needs {cost['silo_memory_bytes'] / 1e6:.0f} MB of memory besides training; Gram matrices of "
+        f"{plan.merge.tokens:,} tokens, the plan's maximum, take about {cost['gram_seconds']:.0f} s on this machine."
+    )
+
+
+def _show_groups(preview: dict[str, Any]) -> None:
+    """Print the Gram matrices."""
     table = Table("Merged in closed form; one row for each Gram matrix, or for all experts of a layer")
     table.column("modules", fold=True)
     for column in ("d_in", "structure", "entries", "bytes"):
@@ -63,29 +87,29 @@ def _show_model(plan: Plan, preview: dict[str, Any]) -> None:
         note += f" ({group['experts']} experts, one Gram matrix each)" if group["experts"] else ""
         table.row(_modules(group["weights"]) + note, *numbers)
     table.show()
-    say(
-        "",
-        *coverage_lines(Coverage(preview["closed"], preview["unmatched"])),
-        f"Averaged: {families(preview['averaged'])}",
-    )
+
+
+def _extent(plan: Plan, preview: dict[str, Any]) -> list[str]:
+    """Describe what is merged in closed form, averaged, frozen or kept."""
+    lines = []
+    if not plan.training.epochs:
+        lines.append(f"Nothing is trained. Fitted in closed form: {families(preview['averaged'])}")
+    else:
+        if plan.closed_form:
+            lines += coverage_lines(Coverage(preview["closed"], preview["unmatched"]))
+        lines.append(f"Averaged: {families(preview['averaged'])}")
     if preview["summed"]:
-        say(f"Summed, as counters: {families(preview['summed'])}")
-    if preview["context_free"]:
+        lines.append(f"Summed, as counters: {families(preview['summed'])}")
+    if preview["context_free"] and plan.closed_form:
         modules = families([name.removesuffix(".weight") for name in preview["context_free"]])
-        say(f"See tokens or patches without context, {CONTEXT_FREE[plan.merge.context_free]}: {modules}")
-    say(f"Frozen, never sent: {families(preview['frozen'])}")
-    for task, names in preview["kept"].items():
-        if names:
-            say(f"Kept at the silos, never sent{f' ({task})' if task else ''}: {families(names)}")
-    cost = preview["cost"]
-    say(
-        "",
-        *_uploads(cost),
-        f"Each silo needs {cost['silo_memory_bytes'] / 1e6:.0f} MB of memory besides training; Gram matrices of "
-        f"{plan.merge.tokens:,} tokens, the plan's maximum, take about {cost['gram_seconds']:.0f} s on this machine.",
-        f"The coordinator holds {cost['coordinator_memory_bytes'] / 1e6:.0f} MB of sums in memory, whatever the number "
-        f"of silos, and {cost['coordinator_disk_bytes'] / 1e6:.0f} MB on disk.",
-    )
+        lines.append(f"See tokens or patches without context, {CONTEXT_FREE[plan.merge.context_free]}: {modules}")
+    lines.append(f"Frozen, never sent: {families(preview['frozen'])}")
+    lines += [
+        f"Kept at the silos, never sent{f' ({task})' if task else ''}: {families(names)}"
+        for task, names in preview["kept"].items()
+        if names
+    ]
+    return lines
 
 
 WEIGHTING = {
@@ -108,7 +132,7 @@ SINGLE_EXPERTS = (
 """Shown for a secure plan with Gram matrices of experts."""
 
 HEADS = {
-    "fitted": "an exchange before training fits it in closed form; all silos start from it, and it is averaged",
+    "fitted": "an exchange fits it in closed form before training; all silos start from it, and it is averaged",
     "same": "all silos start from the same head, and it is merged",
     "different": "each silo starts from its own head, and the heads are merged",
     "own": "each silo keeps its own head; only bodies are merged, and the coordinator writes a body",
@@ -128,7 +152,12 @@ def _tasks(plan: Plan) -> list[str]:
         for silo in plan.silo
         if silo.labels
     ]
-    return [*lines, f"head {plan.model.head}: {HEADS[plan.model.head or 'same']}"]
+    head = HEADS[plan.model.head or "same"]
+    if not plan.training.epochs:
+        head = "an exchange fits it in closed form, on the base as it is; that is the result"
+    again = ["head refitted: after training, an exchange fits it again, to the merged body"] if plan.merge.refit else []
+    average = ["merge average: all weights are averaged"] if plan.merge.method == "average" else []
+    return [*lines, f"head {plan.model.head}: {head}", *average, *again]
 
 
 def _targets(task: Task) -> str:
@@ -187,14 +216,14 @@ def _noise(plan: Plan) -> str:
 
 def _uploads(cost: dict[str, Any]) -> list[str]:
     """Describe what each silo sends in each exchange; rounds of training send equally much."""
-    parts = (
-        f" (Gram matrices {cost['gram_bytes'] / 1e6:.1f}, differences {cost['delta_bytes'] / 1e6:.1f}{_products(cost)})"
-    )
+    grams, deltas = cost["gram_bytes"] / 1e6, cost["delta_bytes"] / 1e6
+    parts = f" (Gram matrices {grams:.1f}, differences {deltas:.1f}{_products(cost)})" if grams else ""
     lines = []
     for exchange in cost["exchanges"]:
         where = f"In {exchange['name']}, each silo" if len(cost["exchanges"]) > 1 else "Each silo"
         size, detail = exchange["upload_bytes"], parts if exchange["work"] == "train" else ""
-        lines.append(f"{where} sends {size / 1e6:.1f} MB{detail}: about {size / 20e6:.0f} s at 20 MB/s.")
+        amount = f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
+        lines.append(f"{where} sends {amount}{detail}: about {size / 20e6:.0f} s at 20 MB/s.")
     return lines
 
 

@@ -158,7 +158,8 @@ def _print_parts(departure: Departure, complete: bool) -> None:
     lines = [(part.name, part, 1) for part in departure.parts]
     if len(lines) > MOST_LINES and not complete:
         lines = _alike(departure.parts)
-    title = f"In detail: {departure.what.partition(',')[0]}"
+    where = departure.what.partition("; in ")[2]
+    title = f"In detail: {departure.what.partition(',')[0]}{f', in {where}' if where else ''}"
     if len(lines) < len(departure.parts):
         title += f"; arrays that differ only in a number share a row, --all lists all {len(departure.parts)}"
     table = Table(title, footer=True)

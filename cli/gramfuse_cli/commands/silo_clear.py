@@ -15,13 +15,15 @@ from gramfuse_protocol.errors import PlanError
 @click.command()
 @click.argument("file", metavar="SILO_TOML", type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @click.option("--plan", metavar="DIGEST", help="Clear the failures under the plan with this digest.")
-@click.option("--round", "number", type=click.IntRange(1), metavar="N", help="Clear only the failures of round N.")
+@click.option(
+    "--exchange", "number", type=click.IntRange(1), metavar="N", help="Clear only the failures of exchange N."
+)
 @click.option("--releases", is_flag=True, help="Forget which rows were in which sums.")
 @json_option
 def clear(file: Path, plan: str | None, number: int | None, releases: bool, as_json: bool) -> None:
     """Clear failures of the silo of SILO_TOML, or forget which rows were in which sums.
 
-    A silo that fails while it works on its data takes no further part in that round of the plan. Otherwise a
+    A silo that fails while it works on its data takes no further part in that exchange of the plan. Otherwise a
     coordinator could try again and again, and learn about the data from what fails. Look into the silo's log, remove
     the cause, and clear the failure if you trust that the coordinator did not provoke it.
 
@@ -54,8 +56,8 @@ def clear(file: Path, plan: str | None, number: int | None, releases: bool, as_j
             note = f"sums forgotten by the silo's owner: {count}"
         else:
             count = State(silo.state, plan).attempts.clear(number)
-            of_round = f" of round {number}" if number else ""
-            note = f"failures{of_round} cleared by the silo's owner: {count}"
+            of_exchange = f" of exchange {number}" if number else ""
+            note = f"failures{of_exchange} cleared by the silo's owner: {count}"
         if count:
             entry = Entry(plan=plan or "", phase="clear", kind="clear", form="no data", note=note)
             Ledger(silo.ledger, silo.name).append(entry)

@@ -70,7 +70,8 @@ def show(file: Path, last: int | None, items: bool, as_json: bool) -> None:
         entry = line.entry
         style = "" if entry.kind == "reply" else "yellow"
         time = line.time.replace("T", " ").removesuffix("Z")
-        cells = [f"{line.number:,}", time, entry.phase, entry.kind, entry.form, f"{entry.bytes:,}", entry.note]
+        phase = f"{entry.phase} ({entry.round})" if entry.round > 1 else entry.phase  # a later exchange of the run
+        cells = [f"{line.number:,}", time, phase, entry.kind, entry.form, f"{entry.bytes:,}", entry.note]
         table.row(*cells, style=style)
         for item in entry.items if items else ():
             table.row("", "", "", "", f"  {item.name}", f"{item.bytes:,}", _summary(item), style="dim")

@@ -82,6 +82,7 @@ def check(
         progress("reading the data")
         data = of_inputs.check_data(findings, silo, located.plan, contributed, offline, skip_bad)
         examples = None if data is None else data[0]
+        of_inputs.check_common(findings, silo, located.plan, examples)
         of_plan.check_releases(findings, silo, located.plan, examples)
         progress("reading the base model, and deriving the layout from it; this takes some seconds")
         base = of_inputs.check_base(findings, silo, located.plan)

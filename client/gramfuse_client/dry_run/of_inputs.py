@@ -135,6 +135,20 @@ def _disclosed_counts(plan: Plan, task: Task) -> str:
     return f"the number of training examples leaves {training}; the number of held-out examples{each}, in the clear"
 
 
+def check_common(findings: Findings, silo: Silo, plan: Plan, train: Examples | None) -> None:
+    """Check how many examples are in the sums that a head is fitted from."""
+    if train is None or not plan.fits_head:
+        return
+    task, least = plan.task_of(silo.name), silo.file.limits.minimum_label_examples
+    kept = len(at_silo(task).common(train, task, least))
+    about = f"{kept:,} of {len(train):,} training examples are in the sums that the head is fitted from"
+    rare = f"; the others have labels of which this silo has fewer than {least} ('limits.minimum-label-examples')"
+    if not kept:
+        findings.problem("head", about, "add data, or lower 'limits.minimum-label-examples' knowingly")
+    else:
+        findings.ok("head", about + (rare if kept < len(train) else ""))
+
+
 def check_base(findings: Findings, silo: Silo, plan: Plan) -> Base | None:
     """Load the base model from this machine; nothing is downloaded."""
     import torch

@@ -166,7 +166,7 @@ def check_attempts(findings: Findings, silo: Silo, plan: Plan) -> None:
         return
     failed = [attempt for attempt in attempts if attempt.outcome == "failed"]
     if failed:
-        works = ", ".join(f"{attempt.work} in round {attempt.round}" for attempt in failed)
+        works = ", ".join(f"{attempt.work} in exchange {attempt.round}" for attempt in failed)
         findings.problem("failures", f"this silo failed, so it takes no further part: {works}", clear)
     else:
         findings.ok("failures", "none under this plan")

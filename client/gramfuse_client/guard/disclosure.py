@@ -333,8 +333,7 @@ def _blank(dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
 
 
 def _parts(blocks: tuple[Block, ...], dtype: str, layout: Layout, plan: Plan) -> tuple[SentArray, ...]:
-    says = "" if plan.task else kind_of(plan.model.single_task).fit_says
-    return tuple(_array(block.name, dtype, block.shape, _content(block, layout, says)) for block in blocks)
+    return tuple(_array(block.name, dtype, block.shape, _content(block, layout, plan)) for block in blocks)
 
 
 def _vector_parts(plan: Plan, silo: str, stage: Stage) -> tuple[SentArray, ...]:
@@ -351,24 +350,24 @@ def _array(name: str, dtype: str, shape: tuple[int, ...], what: str) -> SentArra
     return SentArray(name, dtype, shape, np.dtype(dtype).itemsize * math.prod(shape), what)
 
 
-def _content(block: Block, layout: Layout, says: str) -> str:
-    """Describe the content of a block of a contribution.
-
-    Args:
-        says: what the targets add to the sums of a head.
-    """
+def _content(block: Block, layout: Layout, plan: Plan) -> str:
+    """Describe the content of a block of a contribution."""
     kind, _, name = block.name.partition(":")
     if block.name == SECOND:
         return "for each pair of the head's input features, the sum of their product over the training examples"
     if block.name == FIRST:
-        return says
+        return kind_of(plan.model.single_task).fit_says
     if kind == "count":
+        if not plan.counted:
+            return "this silo's weight in the merge; numbers of examples and tokens are left out"
         return "this silo's weight in the merge, and its numbers of examples and of tokens for each Gram matrix"
     if kind in ("m", "delta"):
         tensor = next(tensor for tensor in layout.tensors if tensor.name == name)
         if not tensor.buffer:
             return "change of a parameter"
-        return "number of batches trained on" if tensor.merge == "sum" else "change of a running mean"
+        if tensor.merge == "sum":
+            return "number of batches trained on" if plan.counted else "nothing: a counter is left out"
+        return "change of a running mean"
     group = next(group for group in layout.groups if group.name == name)
     if kind == "t":
         return "Gram matrix times change of the layer's weights"

@@ -77,8 +77,8 @@ class Attempts:
             raise FailureError(f"{self.path}: cannot be read: {_problem(error)}", phase=request.phase) from None
         if failed:
             raise FailureError(
-                f"{self.path}: {failed[0].work} failed earlier in round {request.round}, and a failure is final; look "
-                "into this silo's log, remove the cause, and clear it with: gramfuse silo clear",
+                f"{self.path}: {failed[0].work} failed earlier in exchange {request.round}, and a failure is final; "
+                "look into this silo's log, remove the cause, and clear it with: gramfuse silo clear",
                 phase=request.phase,
             )
 
@@ -112,8 +112,8 @@ class Attempts:
         ]
         if any(attempt.content != content for attempt in attempts):
             raise SecurityError(
-                f"the coordinator sent a second, different request for {work} in round {request.round}, after one was "
-                "attempted"
+                f"the coordinator sent a second, different request for {work} in exchange {request.round}, after one "
+                "was attempted"
             )
         earlier = attempts[0] if attempts else None
         begun = earlier or Attempt(

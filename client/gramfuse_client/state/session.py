@@ -105,7 +105,7 @@ class Session:
                 f"{self.directory}: this session is over: {record.ended}", reason="the session is over at this silo"
             )
         if record.round != self.round:
-            raise SecurityError(f"a message of round {self.round} came in a session of round {record.round}")
+            raise SecurityError(f"a message of exchange {self.round} came in a session of exchange {record.round}")
         return record
 
     def write(self, record: Record) -> None:

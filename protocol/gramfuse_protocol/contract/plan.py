@@ -236,6 +236,11 @@ class Plan(Section):
         return stages_of(self.model, self.training, self.merge, self.privacy)
 
     @property
+    def closed_form(self) -> bool:
+        """Whether weights of fine-tuned models are merged in closed form."""
+        return self.merge.method == "regmean" and self.training.epochs > 0
+
+    @property
     def fits_head(self) -> bool:
         """Whether silos contribute the sums of a head in one of the stages."""
         return any(stage.fits_head for stage in self.stages)

@@ -26,8 +26,8 @@ SUMMED = "nobody: random words. Only the sum over at least {least} silos can be 
 EXAMPLES = "texts, labels, single predictions"
 STATISTICS = "Gram matrices of its layers' inputs, weight differences, numbers of examples and of token rows"
 OF_HEAD = (
-    "of the features that enter the head: their products in pairs, their sum for each label, and the number of "
-    "examples of each label"
+    "of the features that enter the head: their products in pairs, their sum for each label (or times the targets), "
+    "and the number of examples of each label"
 )
 ADDED = "tokens added to its model, as text, with their embedding rows"
 STATISTICS_SAY = (

@@ -71,7 +71,10 @@ def fit_head(sums: HeadSums, *, prior: bool) -> Head:
     total = float(counts[present].sum())
     second, first = sums.second[:-1, :-1], sums.first[:-1]
     if present.sum() < 2:
-        raise MergeError("a head is fitted from examples of two labels at least; there are fewer")
+        raise MergeError(
+            "a head is fitted from examples of two labels at least, and the silos' sums have fewer; check their "
+            'labels, and limits.minimum-label-examples, or use model.head = "same"'
+        )
     means = first[:, present] / counts[present]
     center = first[:, present].sum(axis=1) / total
     within = (second - (means * counts[present]) @ means.T) / total

@@ -13,7 +13,6 @@ from gramfuse_server.merging.ridge_head import fit_ridge
 from gramfuse_server.report.schema import Check
 from gramfuse_server.report.verdicts import check_of
 
-
 SEEN = 0.5
 """Factor on a discriminant's outputs if the body was trained on the same examples.
 

@@ -36,6 +36,8 @@ def write_model(
     doubt: str = "",
     layout: Layout | None = None,
     steps: Sequence[Step] = (),
+    *,
+    refitted: bool = False,
 ) -> None:
     """Write base + deltas; the base model in memory becomes the merged one.
 
@@ -50,6 +52,7 @@ def write_model(
         doubt: why the model must not be used, if a check of the merge is bad.
         layout: of the merge; the card then states how much of the model is merged in closed form.
         steps: how its groups were solved; the card then names the experts without measured tokens.
+        refitted: whether its head was fitted again after the merge.
     """
     add_differences(base.model, deltas)
     model = base.model
@@ -61,7 +64,8 @@ def write_model(
         fold(model, next(iter(plan.tasks.values())))
     model.save_pretrained(directory)
     base.tokenizer.save_pretrained(directory)
-    (directory / "README.md").write_text(card(plan, silos, measured, chosen, doubt, layout, steps), encoding="utf-8")
+    text = card(plan, silos, measured, chosen, doubt, layout, steps, refitted=refitted)
+    (directory / "README.md").write_text(text, encoding="utf-8")
 
 
 def card(
@@ -72,22 +76,22 @@ def card(
     doubt: str = "",
     layout: Layout | None = None,
     steps: Sequence[Step] = (),
+    *,
+    refitted: bool = False,
 ) -> str:
     """Return the model card, made from the plan; arguments as in `write_model`."""
     form = merged_form(plan)
-    exchanges = "one exchange" if plan.merge.rounds == 1 else f"{plan.merge.rounds} exchanges"
     lines = [*front_matter(plan.model.base, form), "", f"# {plan.plan.name}", ""]
     if doubt:
         lines += [f"**Do not use this model: {doubt}.**", ""]
     lines += [
-        f"{code(plan.model.base)}, fine-tuned separately at {len(silos)} silos ({', '.join(silos)}) and merged "
-        f"in {exchanges} by RegMean (Jin et al., ICLR 2023) with gramfuse: {_settings(plan, chosen)}. "
-        f"The silos' data was not pooled; {seen('secure' if plan.privacy.secure_aggregation else 'open', past=True)}.",
+        f"{_how(plan, silos, chosen, refitted=refitted)} The silos' data was not pooled; "
+        f"{seen('secure' if plan.privacy.secure_aggregation else 'open', past=True)}.",
         "",
         *_kept_heads(plan),
         f"Plan digest: `{plan.digest}`",
         "",
-        *(extent(coverage(layout, steps), steps) if layout else ()),
+        *(extent(coverage(layout, steps), steps) if layout and plan.closed_form else ()),
         *usage(form),
     ]
     if measured:
@@ -126,9 +130,31 @@ def _generation(plan: Plan) -> list[str]:
     ]
 
 
+def _how(plan: Plan, silos: Sequence[str], chosen: Chosen | None, *, refitted: bool) -> str:
+    """Return how a model was made, in sentences."""
+    base, among = code(plan.model.base), f"{len(silos)} silos ({', '.join(silos)})"
+    if not plan.training.epochs:
+        return (
+            f"{base}, not fine-tuned, with a head that was fitted in closed form to the examples of {among} with "
+            "gramfuse, in one exchange."
+        )
+    rounds = "one round" if plan.merge.rounds == 1 else f"{plan.merge.rounds} rounds"
+    way = "by RegMean (Jin et al., ICLR 2023)" if plan.closed_form else "by averaging all weights"
+    first = f"{base}, fine-tuned separately at {among} and merged in {rounds} {way} with gramfuse: "
+    text = f"{first}{_settings(plan, chosen)}."
+    if plan.model.head == "fitted":
+        text += (
+            " Before training, one head was fitted in closed form to all silos' examples; all silos started from it."
+        )
+    if refitted:
+        text += " After the merge, the head was fitted in closed form to the merged body's features."
+    return text
+
+
 def _settings(plan: Plan, chosen: Chosen | None) -> str:
     if chosen is None:
-        return f"alpha {plan.merge.alpha}, {plan.merge.weighting} weighting"
+        alpha = f"alpha {plan.merge.alpha}, " if plan.closed_form else ""
+        return f"{alpha}{plan.merge.weighting} weighting"
     weights = ", ".join(f"{silo} × {weight:g}" for silo, weight in chosen.weights.items())
     return (
         f"alpha {chosen.alpha}, {plan.merge.weighting} weighting with {weights}, chosen on held-out examples "

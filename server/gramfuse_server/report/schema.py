@@ -424,7 +424,8 @@ class Report(ReportPart):
     silos: tuple[SiloOfReport, ...]
     """Silos in the merge, in roster order; in a failed run, the whole roster."""
     examples: Count = 0
-    """Training examples of all silos in the merge together; 0 if no sum over exactly these silos counts them."""
+    """Training examples of all silos in the merge together. With a fitted head under secure aggregation, those in its
+    sums, without labels that are rare at a silo; 0 if no sum over exactly these silos counts them."""
     added_tokens: AddedTokensOfReport | None = None
     """Files: which added tokens the merged model has."""
     closed: Share | None = None

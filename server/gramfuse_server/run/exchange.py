@@ -257,7 +257,8 @@ class Exchange:
                 doubt = "" if current.sound else describe_bad(current.checks)
                 about = (current.survivors, measured, chosen, doubt, self.layout, merged.steps)
                 deltas = merged.rounded()
-                write_model(place, self.base, deltas, self.plan, *about)
+                refitted = current.stage.work == "refit"
+                write_model(place, self.base, deltas, self.plan, *about, refitted=refitted)
                 if self.own_heads is not None and self.plan.model.head == "own":
                     arrays = {delta_block(name): delta for name, delta in deltas.items()}
                     for silo in current.survivors:
@@ -302,7 +303,8 @@ class Exchange:
     def _report(self, current: Round, earlier: list[RoundOfReport]) -> Report:
         """Return the report of the last round, with the traffic and seconds of all rounds."""
         rounds = (*earlier, current.report())
-        silos = tuple(SiloOfReport(name=name, examples=current.trained[name]["examples"]) for name in current.survivors)
+        trained = self.run.done.get(of_round("train", self.plan.trained_session)) or current.trained
+        silos = tuple(SiloOfReport(name=name, examples=trained[name]["examples"]) for name in current.survivors)
         return Report(**self._settings(), **self._results(current, rounds), silos=silos, rounds=rounds)
 
     def _failure_texts(self, current: Round, error: GramfuseError, resumable: bool) -> dict[str, str]:
@@ -348,7 +350,8 @@ class Exchange:
 
     def _results(self, current: Round, rounds: Sequence[RoundOfReport]) -> dict[str, Any]:
         """Return the keys of the report that the rounds filled; of a failed run, those that exist."""
-        counted = [one.examples for one in rounds if one.examples and one.survivors == current.survivors]
+        same = [one for one in rounds if one.examples and one.survivors == current.survivors]
+        counted = [one.examples for one in same if one.work == "train"] or [one.examples for one in same]
         examples = {"examples": counted[-1] if counted else 0} if current.merged is not None else {}
         late = [one for one in rounds if one.round >= min(self.plan.trained_session or 1, rounds[-1].round)]
         return {

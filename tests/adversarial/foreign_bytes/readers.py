@@ -170,7 +170,15 @@ def read_head_file(draw: random.Random, place: Path) -> None:
             name="north",
             model=Origin(name="some/base", weights={"a.weight": "0" * 64}, config="2" * 64, processor="3" * 64),
             task=Task(task="classification", labels=("yes", "no")),
-            head=HeadLayout(weight="head.weight", bias="head.bias", features=3, labels=2, exponents=(0, 0, 0)),
+            head=HeadLayout(
+                fit="discriminant",
+                weight="head.weight",
+                bias="head.bias",
+                features=3,
+                outputs=2,
+                columns=2,
+                exponents=(0, 0, 0),
+            ),
             least=2,
         )
     file = read_head(_changed_file(draw, path.read_bytes(), "gramfuse-head", place))

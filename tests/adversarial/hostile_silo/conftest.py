@@ -29,7 +29,7 @@ def federation(_made: list[Federation], pico_project: Any, monkeypatch: pytest.M
         _made.append(Federation(pico_project(silos=4, name="hostile", secure=True)))
     federation = _made[0]
 
-    def write_model(directory: Path, _: Any, deltas: Mapping[str, Any], *__: Any) -> None:
+    def write_model(directory: Path, _: Any, deltas: Mapping[str, Any], *__: Any, **___: Any) -> None:
         directory.mkdir(exist_ok=True)
         save_file({name: np.ascontiguousarray(delta) for name, delta in deltas.items()}, directory / "deltas")
 

@@ -96,9 +96,8 @@ def test_secure_rounds_are_the_open_ones(site: Callable[..., Site]) -> None:
     for one, other in zip(reports[0]["rounds"], reports[1]["rounds"], strict=True):
         assert one["unmeasured"] is other["unmeasured"] is None
         pairs = list(zip(one["models"], other["models"], strict=True))
-        assert [Measured.read(masked).without_noise.metrics for masked, _ in pairs] == [
-            plain["metrics"] for _, plain in pairs
-        ]
+        for masked, plain in pairs:
+            assert Measured.read(masked).without_noise.metrics == pytest.approx(plain["metrics"], rel=1e-6)
         for masked, plain in pairs[-2:]:
             assert masked["metrics"] != plain["metrics"], "what was summed has noise"
             assert masked["intervals"].keys() == plain["metrics"].keys()

@@ -73,7 +73,7 @@ def test_another_start_than_before_is_refused(site: Callable[..., Site], trainin
     for key in ("train-2", "session-2"):
         del done[key]  # as if they had been trained, and the coordinator did not know
     (partial / "checkpoint.json").write_text(checkpoint_text(done))
-    with pytest.raises(RefusalError, match=r"second, different .* train .*round 2"):
+    with pytest.raises(RefusalError, match=r"second, different .* train .*exchange 2"):
         here.run(resume=True)
     assert set(trainings.values()) == {1}
     report = read_back(here.out.with_name("run.failed"))
@@ -122,5 +122,5 @@ def test_a_session_belongs_to_one_round(site: Callable[..., Site]) -> None:
     about: dict[str, Any] = {"plan": here.plan.digest, "session": "a" * 32}
     join = JoinRequest(**about, plan_text=here.plan.to_toml(), layout=here.layout.to_json())
     assert isinstance(Participant(silo).answer(join), JoinReply)
-    assert "round 2" in refused(here, join.model_copy(update={"round": 2}))
+    assert "exchange 2" in refused(here, join.model_copy(update={"round": 2}))
     assert "session is over" in refused(here, TrainRequest(**about))

@@ -75,7 +75,7 @@ def watched(site: Site, monkeypatch: pytest.MonkeyPatch) -> Watched:
             seen.shares |= set(leaves([document["own_shares"], document["held"]]))
         write(session, record)
 
-    def write_model(directory: Path, _: Any, deltas: Arrays, *__: Any) -> None:
+    def write_model(directory: Path, _: Any, deltas: Arrays, *__: Any, **___: Any) -> None:
         directory.mkdir(exist_ok=True)
         save_file({name: np.ascontiguousarray(delta) for name, delta in deltas.items()}, directory / "deltas")
 

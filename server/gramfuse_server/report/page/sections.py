@@ -100,35 +100,26 @@ def _terms(reading: Reading) -> list[tuple[str, str | Markup]]:
     entries += [("Base model", base.name), ("Base model's SHA-256", _digest(base.sha256))]
     entries += [(f"Task “{name}”" if name else "Task", _task(reading, name)) for name in reading.tasks]
     heads = {
-        "fitted": "fitted to all silos' examples in closed form before training, and merged",
+        "fitted": "fitted to all silos' examples in closed form before training"
+        + (", then averaged" if plan is None or plan.training.epochs else ""),
         "same": "merged, from one start",
         "different": "merged, each from its own start",
         "own": "not merged",
     }
     head = report.heads if report.mode == "files" else report.head
-    entries.append(("Heads", heads.get(head, "merged") + (": each silo keeps its own" if head == "own" else "")))
+    again = "; fitted again after the merge" if report.merged == "refitted" else ""
+    kept = ": each silo keeps its own" if head == "own" else again
+    entries.append(("Heads", heads.get(head, "merged") + kept))
     alpha = plan.merge.alpha if plan is not None else report.alpha
     if tuned:
         before = f" instead of the plan's {alpha:g}" if plan is not None and alpha != tuned.alpha else ""
         entries.append(("α", f"{tuned.alpha:g}, chosen by the search{before}"))
-    elif alpha is not None:
+    elif alpha is not None and (plan is None or plan.closed_form):
         entries.append(("α", f"{alpha:g}, the share of each Gram matrix's off-diagonal that is kept"))
-    entries.append(("Weighting", _weighting(reading)))
+    if plan is None or plan.training.epochs:
+        entries.append(("Weighting", _weighting(reading)))
     if plan is not None:
-        gram = plan.merge.gram
-        shapes = (f"{structure} for {pattern}" for pattern, structure in gram.items())
-        entries.append(("Gram matrices", gram["*"] if list(gram) == ["*"] else ", ".join(shapes)))
-        entries.append(("Token rows", f"at most {plan.merge.tokens:,} per Gram matrix and silo"))
-        training = plan.training
-        entries.append(
-            (
-                "Training",
-                f"{count(training.epochs, 'epochs')}, learning rate {training.learning_rate:g}, seed {training.seed}",
-            )
-        )
-        entries.append(("Frozen", ", ".join(training.freeze) or "nothing"))
-        if plan.merge.rounds > 1:
-            entries.append(("Rounds", str(plan.merge.rounds)))
+        entries += _of_training(plan)
     entries.append(("Mode", f"{report.mode}: {seen(report.mode)}"))
     if plan is not None and report.mode == "secure":
         dropouts = len(plan.silo) - plan.minimum_survivors
@@ -140,6 +131,24 @@ def _terms(reading: Reading) -> list[tuple[str, str | Markup]]:
             )
         )
         entries.append(("Silos' keys", report.identities or ""))
+    return entries
+
+
+def _of_training(plan: Plan) -> list[tuple[str, str | Markup]]:
+    training, gram = plan.training, plan.merge.gram
+    if not training.epochs:
+        return [("Training", "none: the fitted head on the base is the result")]
+    entries: list[tuple[str, str | Markup]] = []
+    if plan.closed_form:
+        shapes = (f"{structure} for {pattern}" for pattern, structure in gram.items())
+        entries.append(("Gram matrices", gram["*"] if list(gram) == ["*"] else ", ".join(shapes)))
+        entries.append(("Token rows", f"at most {plan.merge.tokens:,} per Gram matrix and silo"))
+    else:
+        entries.append(("Merge", "the plain average of all weights; no Gram matrices were sent"))
+    settings = f"{count(training.epochs, 'epochs')}, learning rate {training.learning_rate:g}, seed {training.seed}"
+    entries += [("Training", settings), ("Frozen", ", ".join(training.freeze) or "nothing")]
+    if plan.merge.rounds > 1:
+        entries.append(("Rounds", str(plan.merge.rounds)))
     return entries
 
 

@@ -18,6 +18,8 @@ from gramfuse_protocol.messages.phases import REQUESTS, SecureRequest
 from gramfuse_server.report.page.blocks import Side
 from gramfuse_server.report.schema import Report
 
+WEIGHTS = "weight differences, numbers of examples"
+
 SIMULATED = (
     "This was a simulation: all silos ran on one machine, and the person who ran it had all their data. Between real "
     "silos, each side sees only the following."
@@ -108,9 +110,11 @@ def _coordinator(plan: Plan, survivors: int, *, opened: bool = True, measured: b
     secure, noise = plan.privacy.secure_aggregation, plan.epsilon is not None
     shown = results(plan.privacy.metrics if measured else "none", secure=secure, noise=noise)
     if not secure:
+        content = [STATISTICS if plan.closed_form else WEIGHTS] if plan.training.epochs else []
+        content += [f"sums {OF_HEAD}"] if plan.fits_head else []
         return Side(
             "The coordinator",
-            f"Of each silo by itself: {STATISTICS}. {STATISTICS_SAY} {shown}",
+            f"Of each silo by itself: {'; '.join(content)}. {STATISTICS_SAY} {shown}",
             f"{EXAMPLES.capitalize()}{own}.",
         )
     who = "Who took part, when, and how many bytes each sent; "
