@@ -30,6 +30,7 @@ from gramfuse_protocol.contract.plan_sections import Training
 from gramfuse_protocol.contract.task import MaskedTask, Task
 from gramfuse_protocol.errors import DataError, ModelError
 from gramfuse_protocol.held_out.metrics import metrics
+from gramfuse_protocol.tasks.classification import confusion
 from gramfuse_protocol.tasks.token_classification import ENTITIES
 
 CPU = torch.device("cpu")
@@ -304,7 +305,7 @@ def test_a_class_that_a_silo_does_not_annotate_is_in_no_softmax() -> None:
     assert float(found) == pytest.approx(expected, rel=1e-6)
     # Nor is it predicted: "a" has the highest logit in the second example.
     sums = count({"labels": torch.tensor([2, 1])}, Outputs(LOGITS), task, None)
-    assert sums.tolist() == [[0, 0, 0], [0, 1, 0], [0, 0, 1]]
+    assert confusion(sums).tolist() == [[0, 0, 0], [0, 1, 0], [0, 0, 1]]
 
 
 def test_where_all_is_annotated_the_loss_is_the_models_own() -> None:
