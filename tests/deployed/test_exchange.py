@@ -40,6 +40,30 @@ def test_silos_and_a_coordinator_merge(deploy: Run, pico_project: Run) -> None:
 
 
 @pytest.mark.timeout(900)
+def test_a_head_is_fitted_before_training_and_after_the_merge(deploy: Run, pico_project: Run, loud_bert: Path) -> None:
+    project = pico_project(silos=3, base=loud_bert, secure=True)
+    plan = project.plan.read_text()
+    project.plan.write_text(
+        plan.replace('head = "same"', 'head = "fitted"')
+        .replace("[merge]", "[merge]\nrefit = true")
+        .replace("learning-rate = 2e-3", "learning-rate = 1e-3")
+        .replace('metrics = "sum"', 'metrics = "none"')
+    )
+    deployment = deploy(project)
+    deployment.start_server()
+    silos = {name: deployment.start_silo(name, "--once", connected=False) for name in project.names}
+    report = deployment.run()
+    assert [one["work"] for one in report["rounds"]] == ["fit", "train", "refit"]
+    assert (report["mode"], report["unfitted"], report["lost"]) == ("secure", None, [])
+    for name, silo in silos.items():
+        assert silo.process.wait(60) == 0, silo.said
+        phases = [line.entry.phase for line in Ledger(Silo.read(project.silo(name)).ledger, name).lines()]
+        assert phases.count("masked") == 3
+        assert phases[-1] == "finish"
+    deployment.check_silos()
+
+
+@pytest.mark.timeout(900)
 def test_a_run_survives_that_all_of_the_coordinators_processes_but_the_serverapp_are_killed(
     deploy: Run, pico_project: Run, tmp_path: Path
 ) -> None:
