@@ -22,7 +22,14 @@ from gramfuse_protocol.contract.layout import ITEM_BYTES, Layout, delta_block
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.contract.stages import Stage, describe_stage
 from gramfuse_protocol.contract.whole_model import with_zeros, without_zeros
-from gramfuse_protocol.errors import FederationError, GramfuseError, MergeError, RefusalError, RunDirectoryError
+from gramfuse_protocol.errors import (
+    ContributionError,
+    FederationError,
+    GramfuseError,
+    MergeError,
+    RefusalError,
+    RunDirectoryError,
+)
 from gramfuse_protocol.files import replacing
 from gramfuse_protocol.held_out.metrics import Sums
 from gramfuse_server.merging.accumulator import Merged, rounded
@@ -163,7 +170,7 @@ class Exchange:
                 current = self._begin(number)
                 try:
                     merged = current.merge()
-                except (FederationError, RefusalError) as error:
+                except (FederationError, RefusalError, MergeError, ContributionError) as error:
                     if current.stage.work != "refit":
                         raise
                     return self._ended_before(current, str(error))

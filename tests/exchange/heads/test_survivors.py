@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 from flwr.app import Error, RecordDict
 
-from gramfuse_protocol.errors import FederationError
+from gramfuse_protocol.errors import FederationError, MergeError
 from gramfuse_protocol.messages.phases import UnmaskReply
 from gramfuse_server.merging.accumulator import Accumulator
+from gramfuse_server.merging.head_accumulator import HeadAccumulator
 from gramfuse_server.run.conductor import Conductor
 from tests.exchange.rounds.runs import Answer, Site
 
@@ -101,3 +102,19 @@ def test_weights_by_examples_need_the_same_silos(site: Callable[..., Site]) -> N
         here.run(fault=gone("silo-d", phase="train", work="train", here=here))
     report = here.run(resume=True)
     assert report["examples"] == 4 * 24
+
+
+def test_sums_that_allow_no_second_head_end_the_run_with_the_merge(
+    site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit = HeadAccumulator.fit
+
+    def fail(self: HeadAccumulator) -> Any:
+        if self.seen:
+            raise MergeError("the features do not vary")
+        return fit(self)
+
+    monkeypatch.setattr(HeadAccumulator, "fit", fail)
+    report = site("merge.refit=true", secure=True).run()
+    assert report["merged"] == "regmean"
+    assert "do not vary" in report["unfitted"]
