@@ -24,12 +24,13 @@ def demo(settings: tuple[str, ...], seed: int | None, out: Path | None, as_json:
     """Merge four front desks: a hospital, a bank, a telephone company and a town hall, simulated on this machine.
 
     All four classify incoming messages by what the writer wants, with the same eight labels, but each sees mostly two
-    of them. Each fine-tunes MiniLM (22 million parameters) on about 300 messages; one exchange merges the models.
+    of them. One exchange fits a head for all. Each fine-tunes MiniLM (22 million parameters) with it, on about 300
+    messages; another exchange merges the models.
     """
     project = Project.read(DESK, options.all_settings(settings, seed))
     say(
         "Four silos, about 300 messages each; eight labels, of which each silo sees mostly two.",
-        "Each silo fine-tunes MiniLM; one exchange merges the models.",
+        "One exchange fits a head for all; each silo fine-tunes MiniLM with it; another exchange merges the models.",
         "",
         err=True,
     )

@@ -69,8 +69,12 @@ class RunProgress:
 
     @staticmethod
     def _title(event: Mapping[str, Any]) -> str:
-        heads = event["phase"] == "train" and event.get("work", "train") != "train"
-        return "silos measure features, for the head" if heads else PHASE_TITLES[event["phase"]]
+        work, phase = event.get("work"), event["phase"]
+        if phase == "train" and work in ("fit", "refit"):
+            return "silos measure features, for the head"
+        if phase == "evaluate" and work == "fit":  # nobody measures a head before training
+            return "silos receive the head"
+        return PHASE_TITLES[phase]
 
     @staticmethod
     def _place(event: Mapping[str, Any]) -> str:
