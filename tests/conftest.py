@@ -80,10 +80,13 @@ def save_model(model: Any, directory: Path) -> Path:
     return directory
 
 
-@pytest.fixture(scope="session")
-def pico_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A BERT of two layers, 16 features wide, with a tokenizer for WORDS."""
-    torch.manual_seed(11)
+def small_bert(directory: Path, seed: int, **more: Any) -> Path:
+    """Save a BERT of two layers, 16 features wide, with a tokenizer for WORDS; return its directory.
+
+    Args:
+        more: further settings of its configuration.
+    """
+    torch.manual_seed(seed)
     config = BertConfig(
         vocab_size=4 + len(WORDS),
         hidden_size=16,
@@ -93,26 +96,21 @@ def pico_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
         max_position_embeddings=32,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
+        **more,
     )
-    return save_model(BertModel(config), tmp_path_factory.mktemp("pico-bert"))
+    return save_model(BertModel(config), directory)
+
+
+@pytest.fixture(scope="session")
+def pico_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BERT of two layers, 16 features wide, with a tokenizer for WORDS."""
+    return small_bert(tmp_path_factory.mktemp("pico-bert"), 11)
 
 
 @pytest.fixture(scope="session")
 def loud_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A BERT like `pico_bert` with large weights: the features of its head differ from text to text."""
-    torch.manual_seed(13)
-    config = BertConfig(
-        vocab_size=4 + len(WORDS),
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=24,
-        max_position_embeddings=32,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        initializer_range=0.3,
-    )
-    return save_model(BertModel(config), tmp_path_factory.mktemp("loud-bert"))
+    return small_bert(tmp_path_factory.mktemp("loud-bert"), 13, initializer_range=0.3)
 
 
 @pytest.fixture(scope="session")

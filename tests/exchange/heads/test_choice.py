@@ -13,9 +13,8 @@ from transformers import BertForSequenceClassification
 
 from gramfuse_model.project import Project
 from gramfuse_protocol.errors import ModelError, PlanError
-from gramfuse_protocol.messages.phases import EvaluateRequest
 from tests.conftest import LABELS, WORDS, save_model
-from tests.exchange.rounds.runs import Site
+from tests.exchange.rounds.runs import Models, Site
 from tests.projects import bert_config
 
 
@@ -74,14 +73,9 @@ def test_a_frozen_head_is_not_fitted(pico_project: Callable[..., Any]) -> None:
 
 @pytest.mark.parametrize("secure", [False, True], ids=["open", "secure"])
 def test_the_plain_average_is_a_merge_without_gram_matrices(site: Callable[..., Site], secure: bool) -> None:
-    here, sent = site('merge.method="average"', secure=secure), {}
+    here, models = site('merge.method="average"', secure=secure), Models()
 
-    def look(_: str, request: Any) -> Any:
-        if isinstance(request, EvaluateRequest):
-            sent[request.round, request.candidate] = dict(request.arrays)
-        return request
-
-    report = here.run(change=look, simulated=here.laboratory)
+    report = here.run(change=models, simulated=here.laboratory)
     assert not here.layout.groups
     trained = sum(tensor.entries for tensor in (block.block for block in here.layout.deltas))
     assert here.layout.sum_entries == trained + 2
@@ -90,7 +84,7 @@ def test_the_plain_average_is_a_merge_without_gram_matrices(site: Callable[..., 
     alone = [here.laboratory(2, here.plan.names).deltas(name) for name in here.plan.names]
     for tensor in here.layout.tensors:
         mean = np.mean([deltas[tensor.name] for deltas in alone], axis=0)
-        found = sent[2, "simple"].get(f"delta:{tensor.name}", np.zeros(tensor.shape))
+        found = models.sent[2, "simple"].get(f"delta:{tensor.name}", np.zeros(tensor.shape))
         assert np.allclose(found, mean, atol=1e-6), tensor.name
 
 

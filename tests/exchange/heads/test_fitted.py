@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,12 +14,11 @@ from gramfuse_client.data.examples import load
 from gramfuse_client.measuring.head_sums import collect_head_sums
 from gramfuse_model.loading.base_model import load_base
 from gramfuse_model.parameters import set_values
-from gramfuse_protocol.messages.phases import EvaluateRequest, TrainRequest
 from gramfuse_protocol.statistics.head_sums import HeadSums
 from gramfuse_server.merging.closed_form_head import fit_head
 from gramfuse_server.merging.head_accumulator import START_SCALE
 from gramfuse_server.merging.head_solvers import SEEN
-from tests.exchange.rounds.runs import Site, assert_close
+from tests.exchange.rounds.runs import Models, Site, assert_close
 
 
 def sums_by_hand(here: Site, weights: dict[str, np.ndarray] | None = None) -> HeadSums:
@@ -42,18 +40,13 @@ def sums_by_hand(here: Site, weights: dict[str, np.ndarray] | None = None) -> He
 
 @pytest.mark.parametrize("secure", [False, True], ids=["open", "secure"])
 def test_all_silos_start_from_the_head_of_all_examples_together(site: Callable[..., Site], secure: bool) -> None:
-    here, starts = site(secure=secure), []
+    here, models = site(secure=secure), Models()
 
-    def look(_: str, request: Any) -> Any:
-        if isinstance(request, TrainRequest) and request.round == 2:
-            starts.append(dict(request.arrays))
-        return request
-
-    report = here.run(change=look)
+    report = here.run(change=models)
     head = fit_head(sums_by_hand(here), prior=False).scaled(START_SCALE)
     base = load_base(here.plan, here.project.directory).model.state_dict()
-    assert len(starts) == 3
-    for start in starts:
+    assert len(models.starts) == 3
+    for start in models.starts:
         assert set(start) == {"delta:classifier.weight", "delta:classifier.bias"}  # nothing else differs
         for name, value in (("classifier.weight", head.weight), ("classifier.bias", head.bias)):
             found = base[name].numpy() + start[f"delta:{name}"]
@@ -66,18 +59,13 @@ def test_all_silos_start_from_the_head_of_all_examples_together(site: Callable[.
 
 @pytest.mark.parametrize("secure", [False, True], ids=["open", "secure"])
 def test_the_head_is_fitted_again_to_the_merged_body(site: Callable[..., Site], secure: bool) -> None:
-    here, sent = site("merge.refit=true", secure=secure), {}
+    here, models = site("merge.refit=true", secure=secure), Models()
 
-    def look(_: str, request: Any) -> Any:
-        if isinstance(request, EvaluateRequest):
-            sent[request.round, request.candidate] = dict(request.arrays)
-        return request
-
-    report = here.run(change=look)
+    report = here.run(change=models)
     base = load_base(here.plan, here.project.directory).model.state_dict()
     merged = {
         name.removeprefix("delta:"): base[name.removeprefix("delta:")].numpy() + delta
-        for name, delta in sent[2, "regmean"].items()
+        for name, delta in models.sent[2, "regmean"].items()
     }
     head = fit_head(sums_by_hand(here, merged), prior=True).calibrated.scaled(SEEN)
     expected = {**merged, "classifier.weight": head.weight, "classifier.bias": head.bias}

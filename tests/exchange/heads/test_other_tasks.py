@@ -18,13 +18,12 @@ from gramfuse_model.derive_layout import plan_layout
 from gramfuse_model.loading.base_model import load_base
 from gramfuse_model.parameters import set_values
 from gramfuse_protocol.errors import ModelError
-from gramfuse_protocol.messages.phases import EvaluateRequest, TrainRequest
 from gramfuse_protocol.statistics.head_sums import HeadSums
 from gramfuse_server.merging.head_accumulator import START_SCALE
 from gramfuse_server.merging.label_heads import fit_labels
 from gramfuse_server.merging.ridge_head import fit_ridge
 from tests.conftest import LABELS, TOPICS, write_jsonl
-from tests.exchange.rounds.runs import QUICK, Site, assert_close
+from tests.exchange.rounds.runs import QUICK, Models, Site, assert_close
 
 Relabel = Callable[[str, str, str], Any]
 """(silo, text, label) → the label of another task."""
@@ -87,21 +86,14 @@ REGRESSION = ('model.task="regression"', "model.labels=[]", "model.centre=60", "
 def test_a_regression_starts_from_the_ridge_and_ends_with_that_of_the_merged_body(
     make: Callable[..., Site], secure: bool
 ) -> None:
-    here, starts, sent = make(target, "merge.refit=true", *REGRESSION, silos=3, secure=secure), [], {}
+    here, models = make(target, "merge.refit=true", *REGRESSION, silos=3, secure=secure), Models()
 
-    def look(_: str, request: Any) -> Any:
-        if isinstance(request, TrainRequest) and request.round == 2:
-            starts.append(dict(request.arrays))
-        if isinstance(request, EvaluateRequest):
-            sent[request.round, request.candidate] = dict(request.arrays)
-        return request
-
-    report = here.run(change=look)
+    report = here.run(change=models)
     base, head = base_of(here), fit_ridge(sums_by_hand(here))
-    start = {name: base[name] + starts[0][f"delta:{name}"] for name in ("classifier.weight", "classifier.bias")}
+    start = {name: base[name] + models.starts[0][f"delta:{name}"] for name in ("classifier.weight", "classifier.bias")}
     assert_close(start, {"classifier.weight": head.weight, "classifier.bias": head.bias}, 1e-5)
 
-    merged = {name[6:]: base[name[6:]] + delta for name, delta in sent[2, "regmean"].items()}
+    merged = {name[6:]: base[name[6:]] + delta for name, delta in models.sent[2, "regmean"].items()}
     refitted = fit_ridge(sums_by_hand(here, merged))
     expected = {"classifier.weight": 40 * refitted.weight, "classifier.bias": 40 * refitted.bias + 60}
     assert_close({name: here.weights[name] for name in expected}, expected, 1e-4)  # on the targets' own scale
@@ -132,20 +124,13 @@ SEVERAL = ('model.task="multi-label"', EXACT)
 def test_several_labels_start_from_how_often_they_occur_and_end_with_a_discriminant_each(
     make: Callable[..., Site], secure: bool
 ) -> None:
-    here, starts, sent = make(applying, "merge.refit=true", *SEVERAL, silos=3, secure=secure), [], {}
+    here, models = make(applying, "merge.refit=true", *SEVERAL, silos=3, secure=secure), Models()
 
-    def look(_: str, request: Any) -> Any:
-        if isinstance(request, TrainRequest) and request.round == 2:
-            starts.append(dict(request.arrays))
-        if isinstance(request, EvaluateRequest):
-            sent[request.round, request.candidate] = dict(request.arrays)
-        return request
-
-    report = here.run(change=look)
+    report = here.run(change=models)
     base, head = base_of(here), fit_labels(sums_by_hand(here), start=START_SCALE)
-    start = {name: base[name] + starts[0][f"delta:{name}"] for name in ("classifier.weight", "classifier.bias")}
+    start = {name: base[name] + models.starts[0][f"delta:{name}"] for name in ("classifier.weight", "classifier.bias")}
     assert_close(start, {"classifier.weight": head.weight, "classifier.bias": head.bias}, 1e-5)
-    merged = {name[6:]: base[name[6:]] + delta for name, delta in sent[2, "regmean"].items()}
+    merged = {name[6:]: base[name[6:]] + delta for name, delta in models.sent[2, "regmean"].items()}
     refitted = fit_labels(sums_by_hand(here, merged), start=None)
     expected = {"classifier.weight": refitted.weight, "classifier.bias": refitted.bias}
     assert_close({name: here.weights[name] for name in expected}, expected, 1e-4)

@@ -23,7 +23,7 @@ from gramfuse_model.loading.base_model import load_base
 from gramfuse_model.parameters import trainable
 from gramfuse_model.project import Project
 from gramfuse_protocol.messages.flower_records import from_record, to_record
-from gramfuse_protocol.messages.phases import REPLIES, REQUESTS, TrainRequest
+from gramfuse_protocol.messages.phases import REPLIES, REQUESTS, EvaluateRequest, TrainRequest
 from gramfuse_protocol.messages.wire import pack, unpack
 from gramfuse_server.app import coordinate
 from gramfuse_server.merging.accumulator import Accumulator
@@ -130,6 +130,26 @@ def by_hand(site: Site, survivors: tuple[tuple[str, ...], ...]) -> Arrays:
             accumulator.fold(statistics, name, silo=name)
         moved = {key: start.get(key, 0) + delta for key, delta in accumulator.merge().deltas.items()}
     return {key: (value + moved.get(key, 0)).astype(value.dtype) for key, value in first.items()}
+
+
+class Models:
+    """Keeps the models that a run sends, as differences from the base; give it to `Site.run` as its change.
+
+    Attributes:
+        starts: those that silos train from in the second session.
+        sent: those that silos receive to measure or to go on from, by session and candidate.
+    """
+
+    def __init__(self) -> None:
+        self.starts: list[dict[str, np.ndarray]] = []
+        self.sent: dict[tuple[int, str], dict[str, np.ndarray]] = {}
+
+    def __call__(self, _: str, request: Any) -> Any:
+        if isinstance(request, TrainRequest) and request.round == 2:
+            self.starts.append(dict(request.arrays))
+        if isinstance(request, EvaluateRequest):
+            self.sent[request.round, request.candidate] = dict(request.arrays)
+        return request
 
 
 def assert_close(found: Arrays, expected: Arrays, tolerance: float) -> None:
