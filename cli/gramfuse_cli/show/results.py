@@ -13,6 +13,7 @@ from gramfuse_server.report.page.view import Reading
 from gramfuse_server.report.page.words import (
     MERGES,
     columns,
+    describe_choice,
     explain,
     explain_check,
     name_of,
@@ -44,6 +45,8 @@ def show_report(report: Report, run: Path, as_json: bool) -> None:
         say(f"No metrics: {report.unmeasured}", style="yellow")
     if report.unfitted:
         say(f"The head was not fitted again: {report.unfitted}", style="yellow")
+    if report.head_choice is not None:
+        say(f"Head kept: {describe_choice(report.head_choice)}")
     for lost in report.lost:
         say(f"Lost during the run: {lost.name}: {lost.reason}", style="yellow")
     show_steps(report.solve)

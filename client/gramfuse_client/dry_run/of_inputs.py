@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from gramfuse_client.data.examples import Examples, left_out, load
+from gramfuse_client.data.examples import Examples, left_out, load, load_validation
 from gramfuse_client.data.formats import HUB, Dataset
 from gramfuse_client.dry_run.findings import Findings
 from gramfuse_client.dry_run.of_plan import LocatedPlan
@@ -147,6 +147,11 @@ def check_common(findings: Findings, silo: Silo, plan: Plan, train: Examples | N
         findings.problem("head", about, "add data, or lower 'limits.minimum-label-examples' knowingly")
     else:
         findings.ok("head", about + (rare if kept < len(train) else ""))
+    if any(stage.judged for stage in plan.stages) and silo.file.data.validation is not None:
+        try:
+            findings.ok("validation", f"{len(load_validation(silo, task)):,} examples help to choose the head")
+        except DataError as error:
+            findings.error("validation", error)
 
 
 def check_base(findings: Findings, silo: Silo, plan: Plan) -> Base | None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from gramfuse_client.data.examples import load
+from gramfuse_client.data.examples import Examples, load, load_validation
 from gramfuse_client.exchange.secure_phases import Membership, check_range
 from gramfuse_client.guard.policy import check_bytes, check_data, check_disk, check_hours, check_plan, check_repeat
 from gramfuse_client.guard.releases import Releases
@@ -23,6 +23,7 @@ from gramfuse_protocol.canonical import text_digest
 from gramfuse_protocol.contract.layout import Layout
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.contract.stages import describe_stage
+from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.contract.whole_model import with_zeros
 from gramfuse_protocol.errors import (
     DataError,
@@ -33,8 +34,9 @@ from gramfuse_protocol.errors import (
     SecurityError,
 )
 from gramfuse_protocol.files import exclusive
-from gramfuse_protocol.held_out.metrics import sums_shape
+from gramfuse_protocol.held_out.metrics import Sums, sums_shape
 from gramfuse_protocol.held_out.noise import noisy_words
+from gramfuse_protocol.held_out.sums import size
 from gramfuse_protocol.messages.phases import (
     EvaluateReply,
     EvaluateRequest,
@@ -188,6 +190,8 @@ class Participant:
             return
         check_hours(self.silo, datetime.now())
         stage, workbench = plan.stage(request.round), self._workbench(plan)
+        if stage.judged:
+            self._validation(plan)  # an error in it comes before any work
         work = workbench.measure_head if stage.fits_head else workbench.measure
         statistics = work(layout, examples, state, with_zeros(layout, request.arrays) if start else {})
         if plan.privacy.secure_aggregation:
@@ -293,8 +297,12 @@ class Participant:
         reply = EvaluateReply(**request.about, silo=self.silo.name, candidate=request.candidate)
         if not measurement.sums:
             return reply
-        shape = sums_shape(plan.task_of(self.silo.name))
-        return reply.model_copy(update={"arrays": {"sums": np.array(measurement.sums).reshape(shape)}})
+        shape, stored = sums_shape(plan.task_of(self.silo.name)), state.measurements.of(request.round)
+        arrays = {"sums": np.array(measurement.sums).reshape(shape)}
+        if stage.judged and request.candidate == stage.merged:
+            judged = [stored[name].sums for name in stage.results[len(stage.measured) :]]
+            arrays["judged"] = np.array(judged).reshape(len(judged), *shape)
+        return reply.model_copy(update={"arrays": arrays})
 
     def _measure(
         self, workbench: Workbench, state: State, layout: Layout, request: EvaluateRequest, whole: WholeModel
@@ -316,17 +324,27 @@ class Participant:
                 f"{self.silo.path}: this silo measured on other held-out examples under this plan before; the "
                 "difference of the two sums would reveal what changed. Restore the earlier examples"
             )
+        keys = held_out.input_keys
+        if stage.judged and request.candidate == stage.merged:
+            validation = self._validation(plan)
+            keys += validation.input_keys
+            start = WholeModel(with_zeros(layout, state.start()), state.origin().start)
+            for name, judged in zip(stage.results[len(stage.measured) :], (start, whole), strict=True):
+                nothing: Sums = np.zeros(size(task) if plan.summed else sums_shape(task))
+                sums = workbench.evaluate(layout, judged.arrays, state, validation) if validation else nothing
+                state.measurements.keep(request.round, name, _as_it_leaves(plan, task, judged.digest, sums))
         sums = workbench.evaluate(layout, whole.arrays, state, held_out, keep=finished)
-        if plan.privacy.secure_aggregation and plan.privacy.metrics == "sum":
-            words = noisy_words(plan, task, sums, secrets.token_bytes)
-            measurement = Measurement(model=model, words=tuple(words.tolist()))
-            rows = self.releases.keep_rows(held_out.input_keys)
-        else:
-            measurement = Measurement(model=model, sums=tuple(np.nan_to_num(sums).reshape(-1).tolist()))
-            rows = ""
-        measured_on = HeldOut(data=held_out.digest, rows=rows)
+        measurement = _as_it_leaves(plan, task, model, sums)
+        measured_on = HeldOut(data=held_out.digest, rows=self.releases.keep_rows(keys) if plan.summed else "")
         state.measurements.keep(request.round, request.candidate, measurement, measured_on)
         return measurement
+
+    def _validation(self, plan: Plan) -> Examples:
+        """Return the validation examples; none if the silo file names none, since all others are held out."""
+        task = plan.task_of(self.silo.name)
+        if self.silo.file.data.validation is None:
+            return load(self.silo, task)[1].take([])
+        return load_validation(self.silo, task)
 
     def _check_released(self, state: State, plan: Plan, request: EvaluateRequest) -> None:
         """Raise RefusalError if this session has not yet released this silo's contribution to the round."""
@@ -380,3 +398,16 @@ class Participant:
 
     def _state(self, request: Message) -> State:
         return State(self.silo.state, request.plan, request.round)
+
+
+def _as_it_leaves(plan: Plan, task: Task, model: str, sums: Sums) -> Measurement:
+    """Return a measurement with its noise, if it leaves in a secure sum.
+
+    Args:
+        model: digest of the measured model.
+        sums: of `Workbench.evaluate`.
+    """
+    if plan.summed:
+        words = noisy_words(plan, task, sums, secrets.token_bytes)
+        return Measurement(model=model, words=tuple(words.tolist()))
+    return Measurement(model=model, sums=tuple(np.nan_to_num(sums).reshape(-1).tolist()))

@@ -153,7 +153,7 @@ class Membership:
         else:
             if self.plan.privacy.metrics != "sum":
                 raise SecurityError("the coordinator asked for a sum of metrics, but the plan has none")
-            if request.candidates != self.stage.measured or set(self._measured()) != set(request.candidates):
+            if request.candidates != self.stage.results or set(self._measured()) != set(request.candidates):
                 raise SecurityError("a sum of metrics was requested for other models than this silo measured")
         check_space(self.silo, 8 * self._entries(name))
         with self.state.attempts.attempt(request, key, whole, anew=True):
@@ -184,7 +184,7 @@ class Membership:
         if name == "statistics":
             return self.form.digest
         measured = self._measured()
-        return metrics_context({candidate: measured[candidate].model for candidate in self.stage.measured})
+        return metrics_context({candidate: measured[candidate].model for candidate in self.stage.results})
 
     def _survivors(self, record: Record, request: SurvivorsRequest) -> tuple[Message, Member]:
         name = request.sum_of

@@ -209,7 +209,7 @@ def _masked_run(about: Mapping[str, Any], plan: Plan, layout: Layout, stage: Sta
         yield from _results(about, plan, stage)
     else:
         yield _departure(
-            f"that it measured {_models(stage.measured)}; no numbers",
+            f"that it measured {_models(stage.measured)}{_also_judged(stage)}; no numbers",
             *(EvaluateReply(**about, candidate=name) for name in stage.measured),
         )
         noise = ", noise and masks" if plan.epsilon is not None else ", masks"
@@ -290,15 +290,24 @@ def _results(about: Mapping[str, Any], plan: Plan, stage: Stage) -> Iterator[Dep
             yield _departure(f"that it has {got}; no numbers", EvaluateReply(**about, candidate=stage.merged))
         return
     task = plan.task_of(about["silo"])
-    sums = _blank("float64", sums_shape(task))
+    sums, count = _blank("float64", sums_shape(task)), len(stage.judged)
+    judged = {"judged": _blank("float64", (count, *sums_shape(task)))} if count else {}
     shown = "reported as a sum, but read silo by silo" if plan.privacy.metrics == "sum" else "reported silo by silo"
     yield _departure(
-        f"its held-out results, for {_models(stage.measured)}: {kind_of(task).summed}; {shown}",
-        *(EvaluateReply(**about, candidate=name, arrays={"sums": sums}) for name in stage.measured),
+        f"its held-out results, for {_models(stage.measured)}{_also_judged(stage)}: {kind_of(task).summed}; {shown}",
+        *(
+            EvaluateReply(**about, candidate=name, arrays={"sums": sums, **(judged if name == stage.merged else {})})
+            for name in stage.measured
+        ),
         parts=tuple(
-            _array(f"sums of {name}", "float64", sums_shape(task), kind_of(task).summed) for name in stage.measured
+            _array(f"sums of {name}", "float64", sums_shape(task), kind_of(task).summed) for name in stage.results
         ),
     )
+
+
+def _also_judged(stage: Stage) -> str:
+    """Name what a silo measures on validation examples, to choose between two models."""
+    return f", and {_models(stage.judged)} on validation examples, if it has any" if stage.judged else ""
 
 
 def _models(measured: Iterable[str]) -> str:
@@ -341,7 +350,7 @@ def _vector_parts(plan: Plan, silo: str, stage: Stage) -> tuple[SentArray, ...]:
     task = plan.task_of(silo)
     return tuple(
         _array(f"{group.name} of {candidate}", "uint64", (group.size,), group.words)
-        for candidate in stage.measured
+        for candidate in stage.results
         for group in groups(task)
     )
 

@@ -265,7 +265,10 @@ class Plan(Section):
 
     @property
     def releases(self) -> int:
-        """Number of times that held-out results leave a silo: once for each model that is measured."""
+        """Number of times that results about one held-out example leave a silo: once for each model that is measured.
+
+        A validation example is not held out, and fewer models are measured on it.
+        """
         return sum(len(stage.measured) for stage in self.stages)
 
     @property

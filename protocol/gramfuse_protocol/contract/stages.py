@@ -30,8 +30,10 @@ class Stage(NamedTuple):
         work: what silos do.
         round: the round of training: the same for `train`; 0 before the first; the last for `refit`.
         merged: name of the model that it ends with.
-        measured: names of the models that silos measure, in order.
+        measured: names of the models that silos measure on held-out examples, in order.
         last: whether it is the run's last.
+        judged: names of the models that silos measure on validation examples, in order: the model that the session
+            started from, and the one that it ends with. The better one is the run's result.
     """
 
     work: Work
@@ -39,6 +41,12 @@ class Stage(NamedTuple):
     merged: str
     measured: tuple[str, ...]
     last: bool
+    judged: tuple[str, ...] = ()
+
+    @property
+    def results(self) -> tuple[str, ...]:
+        """Names of all results of the session, in the order of their sums."""
+        return (*self.measured, *(f"{name}-validation" for name in self.judged))
 
     @property
     def fits_head(self) -> bool:
@@ -110,5 +118,6 @@ def stages_of(model: Model, training: Training, merge: Merge, privacy: Privacy) 
             for n in range(1, merge.rounds + 1)
         ]
     if merge.refit:
-        stages.append(Stage("refit", merge.rounds, REFITTED, (REFITTED,) if measured else (), last=True))
+        models, judged = ((REFITTED,), (stages[-1].merged, REFITTED)) if measured else ((), ())
+        stages.append(Stage("refit", merge.rounds, REFITTED, models, last=True, judged=judged))
     return tuple(stages)

@@ -203,7 +203,8 @@ class MaskedRequest(SecureRequest):
 
     Args:
         sealed: the peers' encrypted shares for this silo, the same with every piece; only for the sum of statistics.
-        candidates: the measured models whose metrics are summed, in order; only for the sum of metrics.
+        candidates: the results that are summed, in order (`gramfuse_protocol.contract.stages.Stage.results`); only for
+            the sum of metrics.
     """
 
     phase = "masked"
@@ -299,10 +300,12 @@ class EvaluateReply(Message):
     """The model is measured.
 
     `arrays` has `sums`, float64 (`gramfuse_protocol.held_out.metrics`), or is empty if results leave in a secure sum.
+    With the last model of a session that chooses between two, it also has `judged`: the sums of both on validation
+    examples, (2, …) in the order of the stage (`gramfuse_protocol.contract.stages.Stage.judged`).
     """
 
     phase = "evaluate"
-    carries: ClassVar[Mapping[str, str]] = {"sums": "float64"}
+    carries: ClassVar[Mapping[str, str]] = {"sums": "float64", "judged": "float64"}
     silo: Name
     candidate: Candidate
 

@@ -330,6 +330,19 @@ class Tuning(ReportPart):
     """The merge that was written to disk."""
 
 
+class HeadChoice(ReportPart):
+    """Which head was kept: the one that the merge had, or the one that was fitted again."""
+
+    kept: Literal["regmean", "simple", "refitted"]
+    """Kind of the model that was written to disk."""
+    metric: str
+    """The metric that decided; higher is better."""
+    examples: Amount
+    """Number of validation examples of all silos together; not a whole number if released with noise."""
+    scores: Mapping[str, float]
+    """The metric on them, by kind of model. The fitted head is kept unless the other is better by more than noise."""
+
+
 class AddedToken(ReportPart):
     """A token that was added to the vocabulary of some models."""
 
@@ -379,7 +392,11 @@ REQUIRED = {
 }
 """Required keys of a report, by its subject: a complete run, a failed run, or a merge of files."""
 
-OPTIONAL = {"complete": ("tuning",), "failed": OF_MERGES, "files": ("tasks", "models", "tuning", "left_out")}
+OPTIONAL = {
+    "complete": ("tuning", "head_choice"),
+    "failed": OF_MERGES,
+    "files": ("tasks", "models", "tuning", "left_out"),
+}
 """Optional keys beside those."""
 
 
@@ -440,6 +457,8 @@ class Report(ReportPart):
     """Why nothing was measured in the last session, for people; null if something was."""
     unfitted: str | None = None
     """Why the head was not fitted again, though the plan asks for it, for people; null if it was, or need not be."""
+    head_choice: HeadChoice | None = None
+    """Which of two heads was kept, if silos have validation examples and the head was fitted again."""
     solve: tuple[Step, ...] = ()
     """How each group of weights was solved in the last round of training."""
     checks: tuple[Check, ...] = ()

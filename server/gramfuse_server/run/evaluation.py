@@ -13,7 +13,7 @@ from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.contract.whole_model import with_zeros, without_zeros
 from gramfuse_protocol.errors import FederationError, SecurityError
-from gramfuse_protocol.held_out.metrics import Sums, are_sums, by_label, metrics, primary, sums_shape
+from gramfuse_protocol.held_out.metrics import Sums, are_sums, by_label, examples_in, metrics, primary, sums_shape
 from gramfuse_protocol.held_out.sums import Vector, figures, is_sum, label_figures, size
 from gramfuse_protocol.messages.phases import EvaluateReply, EvaluateRequest
 from gramfuse_protocol.secure_sum.fixed_point import decode
@@ -38,24 +38,30 @@ class Evaluation:
     Args:
         layout: the plan's.
         secure: the secure sums, used for metrics if the plan shows them as a sum only; None in open mode.
+        start: digest of the model that the session started from; empty in the first.
 
     Attributes:
         silos: those whose held-out examples were measured, in roster order.
     """
 
-    def __init__(self, conductor: Conductor, layout: Layout, secure: SecureSums | None) -> None:
+    def __init__(self, conductor: Conductor, layout: Layout, secure: SecureSums | None, start: str) -> None:
         self.conductor = conductor
+        self.stage = conductor.stage
+        self.start = start
         self.layout = layout
         self.plan = conductor.plan
-        measures = bool(conductor.stage.measured)
+        measures = bool(self.stage.measured)
         self.secure = secure if self.plan.privacy.metrics == "sum" else None
         self.in_the_clear = measures and self.secure is None
         self.silos: tuple[str, ...] = ()
 
     def measure(self, candidates: Iterable[NamedModel], survivors: tuple[str, ...]) -> list[Measured]:
-        """Return the report's entry for each model (`to_measured`).
+        """Return the report's entry for each result of the stage (`to_measured`), in order.
+
+        Those on validation examples are missing if no silo has any.
 
         Args:
+            candidates: the models that the stage measures; the one that it ends with comes last.
             survivors: the silos whose contributions are in the merge.
 
         Raises:
@@ -63,16 +69,23 @@ class Evaluation:
         """
         digests: dict[str, str] = {}
         sums: dict[str, dict[str, Sums]] = {}
+        results, measured = self.stage.results, len(self.stage.measured)
         with self.conductor.phase("evaluate"):
             for candidate in candidates:
-                digests[candidate.name], sums[candidate.name] = self._ask(candidate)
+                digests[candidate.name], sums[candidate.name], judged = self._ask(candidate)
+                for place, name in enumerate(results[measured:]):
+                    sums[name] = {silo: both[place] for silo, both in judged.items()}
                 self.conductor.tell("evaluate", "measured", name=candidate.name)
+        if self.stage.judged:
+            digests |= zip(results[measured:], (self.start, digests[self.stage.merged]), strict=True)
         if self.secure is not None:
-            return self._summed({name: digests[name] for name in self.conductor.stage.measured}, survivors)
+            return self._summed({name: digests[name] for name in results}, survivors)
         # A silo that was lost midway would be in the metrics of some models only.
-        self.silos = tuple(silo for silo in self.conductor.nodes if all(silo in by_silo for by_silo in sums.values()))
-        complete = {name: {silo: by_silo[silo] for silo in self.silos} for name, by_silo in sums.items()}
-        return [to_measured(self.plan, name, name, by_silo) for name, by_silo in complete.items()]
+        self.silos = tuple(silo for silo in self.conductor.nodes if all(silo in sums[name] for name in results))
+        complete = {name: {silo: sums[name][silo] for silo in self.silos} for name in results}
+        for name in results[measured:]:
+            complete[name] = {silo: own for silo, own in complete[name].items() if examples_in(own)}
+        return [to_measured(self.plan, name, name, by_silo) for name, by_silo in complete.items() if by_silo]
 
     def hand_over(self, merged: NamedModel) -> None:
         """Send the merged model to the silos in a session that measures none.
@@ -85,8 +98,8 @@ class Evaluation:
         with self.conductor.phase("evaluate"):
             self._ask(merged)
 
-    def _ask(self, candidate: NamedModel) -> tuple[str, dict[str, Sums]]:
-        """Return a model's digest, and the sums by silo if they leave in the clear."""
+    def _ask(self, candidate: NamedModel) -> tuple[str, dict[str, Sums], dict[str, Sums]]:
+        """Return a model's digest, and by silo the sums, and those on validation examples, that leave in the clear."""
         arrays = without_zeros(candidate.arrays)
         request = EvaluateRequest(**self.conductor.about, candidate=candidate.name, arrays=arrays)
         requests = {silo: [request] for silo in self.conductor.nodes}
@@ -95,7 +108,9 @@ class Evaluation:
         )
         whole = with_zeros(self.layout, arrays)  # as silos have it: zeros have no sign
         digest = model_digest(whole[piece.name] for piece in self.layout.deltas)
-        return digest, {silo: reply.arrays["sums"] for silo, _, reply in replies if self.in_the_clear}
+        arrays_of = {silo: reply.arrays for silo, _, reply in replies if self.in_the_clear}
+        judged = {silo: sums["judged"] for silo, sums in arrays_of.items() if "judged" in sums}
+        return digest, {silo: sums["sums"] for silo, sums in arrays_of.items()}, judged
 
     def _check(self, silo: str, request: EvaluateRequest, reply: EvaluateReply) -> None:
         name, sums = request.candidate, reply.arrays.get("sums")
@@ -104,13 +119,18 @@ class Evaluation:
                 allowed = "only allows a secure sum" if self.secure else "lets none leave now"
                 raise FederationError(f"silo {silo!r} sent metrics of {name!r} in the clear; the plan {allowed}")
             return
-        task = self.plan.task_of(silo)
-        if reply.candidate != name or sums is None or sums.shape != sums_shape(task):
+        task, judged = self.plan.task_of(silo), reply.arrays.get("judged")
+        shape = sums_shape(task)
+        both = (len(self.stage.judged), *shape) if self.stage.judged and name == self.stage.merged else None
+        if reply.candidate != name or sums is None or sums.shape != shape or (judged is None) != (both is None):
             raise FederationError(
                 f"silo {silo!r} sent metrics of {reply.candidate!r} that do not fit; expected float64 sums of "
-                f"shape {sums_shape(task)} of {name!r}"
+                f"shape {shape} of {name!r}{'' if both is None else ', and its results on validation examples'}"
             )
-        if not are_sums(task, sums):
+        if judged is not None and judged.shape != both:
+            raise FederationError(f"silo {silo!r} sent results on validation examples of another shape than {both}")
+        of_some = [] if judged is None else [each for each in judged if each.any()]
+        if not all(are_sums(task, each) for each in (sums, *of_some)):
             raise FederationError(f"silo {silo!r} sent metrics of {name!r} that cannot be sums over examples")
 
     def _summed(self, digests: Mapping[str, str], survivors: tuple[str, ...]) -> list[Measured]:
@@ -128,6 +148,7 @@ class Evaluation:
         return [
             _from_vector(self.plan, name, task, total, len(self.silos))
             for name, total in zip(digests, values, strict=True)
+            if total.any()
         ]
 
 

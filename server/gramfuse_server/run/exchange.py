@@ -20,7 +20,7 @@ from gramfuse_model.loading.base_model import Base
 from gramfuse_protocol.contract.form import PIECE_BYTES
 from gramfuse_protocol.contract.layout import ITEM_BYTES, Layout, delta_block
 from gramfuse_protocol.contract.plan import Plan
-from gramfuse_protocol.contract.stages import Stage, describe_stage
+from gramfuse_protocol.contract.stages import REFITTED, Stage, describe_stage
 from gramfuse_protocol.contract.whole_model import with_zeros, without_zeros
 from gramfuse_protocol.errors import (
     ContributionError,
@@ -50,6 +50,7 @@ from gramfuse_server.report.studies import Studied
 from gramfuse_server.report.verdicts import describe_bad
 from gramfuse_server.run.conductor import Conductor, Observer
 from gramfuse_server.run.evaluation import NamedModel, silo_models, to_measured
+from gramfuse_server.run.head_choice import choose
 from gramfuse_server.run.patience import Patience
 from gramfuse_server.run.round import Round
 from gramfuse_server.run_directory import PAGE, PLAN, REPORT, START, RunDirectory, of_round
@@ -199,13 +200,18 @@ class Exchange:
         """Return the session before a fit of the head that failed, with its merge: the run ends with that."""
         number = current.conductor.round - 1
         last = Round(self._conductor(number=number), self.layout, self._head, {}, self.piece_bytes)
-        start = self._read_start(number + 1)
-        deltas = {tensor.name: start[delta_block(tensor.name)].astype(np.float64) for tensor in self.layout.tensors}
         report = RoundOfReport.read(self.run.done[of_round(OUTCOME, number)])
-        merged = Merged(deltas, deltas, report.solve)
+        merged = self._merged_before(current)
         last.conclude(report, merged)
         last.unfitted = why
         return last, merged
+
+    def _merged_before(self, current: Round) -> Merged:
+        """Return the merge that a session started from."""
+        number = current.conductor.round
+        start = self._read_start(number)
+        deltas = {tensor.name: start[delta_block(tensor.name)].astype(np.float64) for tensor in self.layout.tensors}
+        return Merged(deltas, deltas, RoundOfReport.read(self.run.done[of_round(OUTCOME, number - 1)]).solve)
 
     def _begin(self, number: int) -> Round:
         """Return a session: a new one, or an interrupted one with its completed phases."""
@@ -255,16 +261,20 @@ class Exchange:
         if not current.concluded:
             current.check(self.base, merged)
             self._measure(current, merged)
+            current.choice = choose(self.plan, current.stage, current.judged)
         current.models += studied.models
+        models = [*(model for one in earlier for model in one.models), *current.models]
+        if current.result != current.stage.merged:
+            merged = self._merged_before(current)
         with conductor.phase("write"):
-            measured = next((model for model in current.models if model.kind == current.stage.merged), None)
+            measured = next((model for model in reversed(models) if model.kind == current.result), None)
             with self.run.writing():
                 chosen = None if studied.tuning is None else studied.tuning.chosen
                 place = self.run.partial / "model"
                 doubt = "" if current.sound else describe_bad(current.checks)
                 about = (current.survivors, measured, chosen, doubt, self.layout, merged.steps)
                 deltas = merged.rounded()
-                refitted = current.stage.work == "refit"
+                refitted = current.result == REFITTED
                 write_model(place, self.base, deltas, self.plan, *about, refitted=refitted)
                 if self.own_heads is not None and self.plan.model.head == "own":
                     arrays = {delta_block(name): delta for name, delta in deltas.items()}
@@ -363,8 +373,9 @@ class Exchange:
         late = [one for one in rounds if one.round >= min(self.plan.trained_session or 1, rounds[-1].round)]
         return {
             **examples,
-            "merged": current.stage.merged,
+            "merged": current.result,
             "unfitted": current.unfitted,
+            **({} if current.choice is None else {"head_choice": current.choice}),
             **{key: getattr(rounds[-1], key) for key in ("lost", "unmeasured") if rounds[-1].has(key)},
             **{
                 key: tuple(item for one in late for item in getattr(one, key))

@@ -20,7 +20,7 @@ from gramfuse_server.merging.accumulator import Accumulator, Merged
 from gramfuse_server.merging.checks import check_merge, check_model, check_shares
 from gramfuse_server.merging.head_accumulator import HeadAccumulator
 from gramfuse_server.merging.head_checks import check_head, check_outputs
-from gramfuse_server.report.schema import Check, Loss, Measured, RoundOfReport, SiloOfReport
+from gramfuse_server.report.schema import Check, HeadChoice, Loss, Measured, RoundOfReport, SiloOfReport
 from gramfuse_server.report.verdicts import worst
 from gramfuse_server.run.conductor import Conductor
 from gramfuse_server.run.evaluation import Evaluation, NamedModel
@@ -47,7 +47,9 @@ class Round:
         survivors: the silos whose contributions are in the merge, in roster order.
         merged: the merge to measure and report, as differences from the base; None until it exists.
         checks: checks of the merge; empty until it exists.
-        models: the measured models.
+        models: the models measured on held-out examples.
+        judged: the models measured on validation examples, to choose between.
+        choice: which of them is the run's result; None if there was nothing to choose.
         measured: the silos whose held-out examples were used, in roster order.
         unmeasured: why nothing was measured, or None.
         examples: training examples of the survivors together; 0 if the sum does not count them.
@@ -64,9 +66,9 @@ class Round:
         self.start = start
         self.piece_bytes = piece_bytes
         self.secure: SecureSums | None = None
+        self.start_digest = model_digest(start[piece.name] for piece in layout.deltas) if start else ""
         if self.plan.privacy.secure_aggregation:
-            digest = model_digest(start[piece.name] for piece in layout.deltas) if start else ""
-            self.secure = SecureSums(conductor, piece_bytes, digest)
+            self.secure = SecureSums(conductor, piece_bytes, self.start_digest)
         self.accumulator: Accumulator | HeadAccumulator
         if self.stage.fits_head:
             self.accumulator = HeadAccumulator(
@@ -79,6 +81,8 @@ class Round:
         self.merged: Merged | None = None
         self.checks: list[Check] = []
         self.models: list[Measured] = []
+        self.judged: list[Measured] = []
+        self.choice: HeadChoice | None = None
         self.measured: tuple[str, ...] = ()
         self.unmeasured: str | None = None
         self.examples = 0
@@ -148,6 +152,11 @@ class Round:
             self.checks += check_outputs(base, merged, self.layout.head)
 
     @property
+    def result(self) -> str:
+        """Name of the model that the run ends with, if it ends here."""
+        return self.stage.merged if self.choice is None else self.choice.kept
+
+    @property
     def sound(self) -> bool:
         """Whether no check of the merge is `bad`."""
         return worst(self.checks) != "bad"
@@ -166,7 +175,7 @@ class Round:
         self.conductor.keep_only(self.survivors)
         if self.secure is not None:
             self.secure.release_late(self.survivors)
-        evaluation = Evaluation(self.conductor, self.layout, self.secure)
+        evaluation = Evaluation(self.conductor, self.layout, self.secure, self.start_digest)
         try:
             if not self.stage.measured:
                 self.unmeasured = (
@@ -178,7 +187,9 @@ class Round:
                     *_, merged = candidates
                     evaluation.hand_over(merged)
             else:
-                self.models = evaluation.measure(candidates, self.survivors)
+                results = evaluation.measure(candidates, self.survivors)
+                self.models = [model for model in results if model.name in self.stage.measured]
+                self.judged = [model for model in results if model.name not in self.stage.measured]
                 self.measured = evaluation.silos
         except GramfuseError as error:
             self.unmeasured = str(error)

@@ -26,6 +26,7 @@ from gramfuse_server.report.page.charts import count
 from gramfuse_server.report.page.history import checks, failure, losses, solve, traffic
 from gramfuse_server.report.page.results import by_label, by_silo, models, result, search
 from gramfuse_server.report.page.view import Reading
+from gramfuse_server.report.page.words import describe_choice
 from gramfuse_server.report.schema import Report
 
 STATES = {
@@ -110,6 +111,8 @@ def _terms(reading: Reading) -> list[tuple[str, str | Markup]]:
     again = "; fitted again after the merge" if report.merged == "refitted" else ""
     kept = ": each silo keeps its own" if head == "own" else again
     entries.append(("Heads", heads.get(head, "merged") + kept))
+    if report.head_choice is not None:
+        entries.append(("Head kept", describe_choice(report.head_choice)))
     alpha = plan.merge.alpha if plan is not None else report.alpha
     if tuned:
         before = f" instead of the plan's {alpha:g}" if plan is not None and alpha != tuned.alpha else ""

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from gramfuse_protocol.contract.coverage import experts
+from gramfuse_protocol.contract.stages import REFITTED
 from gramfuse_protocol.contract.task import TaskName
 from gramfuse_protocol.held_out.metrics import primary
 from gramfuse_protocol.messages.phases import REQUESTS, Refusal
 from gramfuse_protocol.tasks.registry import TASK_KINDS
 from gramfuse_server.merging.methods.registry import METHODS
-from gramfuse_server.report.schema import Check, Measured, Report, Step
+from gramfuse_server.report.schema import Check, HeadChoice, Measured, Report, Step
 
 NAMES = {
     "silo": "{name} alone",
@@ -48,6 +49,14 @@ CHECKS = {
     "change": "norm of the merged difference over that of the base, by tensor; the plan sets the limit",
 }
 """One-line description of each check of the merge."""
+
+
+def describe_choice(choice: HeadChoice) -> str:
+    """Say which head was kept, and why."""
+    before, after = (choice.scores[name] for name in choice.scores)
+    which = "fitted again" if choice.kept == REFITTED else "as merged"
+    return f"{which}: {choice.metric} on validation examples {before:.3f} as merged, {after:.3f} fitted again"
+
 
 VERDICTS = {
     "ok": "usual for honest merges",
