@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
 
 from architectures import ARCHITECTURES
 from families import Workplace, line, make
@@ -44,3 +46,25 @@ def test_a_base_that_gives_no_logits_is_refused_before_anything_is_trained(tmp_p
             continue
         with pytest.raises(ModelError, match=r"PPLCNetForImageClassification .*last_hidden_state .*no logits"):
             check_answers(base)
+
+
+@pytest.mark.parametrize("name", ["modernbert", "eurobert"])
+def test_a_new_head_takes_the_mean_over_tokens_where_the_class_can(name: str, tmp_path: Path) -> None:
+    place = Workplace(tmp_path, ARCHITECTURES[name])
+    whole = make(name)
+    trained = load_base(place.plan(place.save("trained", whole)), tmp_path).model
+    assert trained.config.classifier_pooling == whole.config.classifier_pooling != "mean"
+
+    base = load_base(place.plan(place.save("base", whole.base_model)), tmp_path)
+    tokens = base.tokenizer(["cow sheep", "a horse with old dog near"], padding=True, return_tensors="pt")
+    states = base.model.eval().base_model(**tokens).last_hidden_state
+    mask = tokens["attention_mask"][:, :, None]
+    mean = (states * mask).sum(dim=1) / mask.sum(dim=1)
+    inputs: list[torch.Tensor] = []
+    first = base.model.head if name == "modernbert" else base.model.dense
+    first.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
+    logits = base.model(**tokens).logits
+    assert torch.allclose(inputs[0], mean, atol=1e-6)
+    base.model.save_pretrained(tmp_path / "written")
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "written").eval()
+    assert torch.allclose(again(**tokens).logits, logits, atol=1e-6)

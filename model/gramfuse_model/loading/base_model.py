@@ -16,7 +16,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from gramfuse_model.buffers import saved_buffers
 from gramfuse_model.digests import config_digest, processor_digest, tensor_digests, weights_digest
-from gramfuse_model.heads import head_parameters
+from gramfuse_model.heads import head_parameters, pool_by_mean
 from gramfuse_model.loading.auto_classes import FORMS, head_settings
 from gramfuse_model.loading.checkpoint_keys import Keys, check_keys
 from gramfuse_model.loading.source import BUNDLED, Source, source_of
@@ -217,6 +217,7 @@ def _load_model(
     check_keys(model, keys, directory, labels=labels, whole=whole)
     if not whole:
         unfold(model, task, keys.fresh)
+        pool_by_mean(model, keys.fresh)
     return model, keys.fresh
 
 
