@@ -196,19 +196,22 @@ class Experiment:
         for name in self.everyone:
             self.row("alone", (name,), lambda name=name: (self.measure(self.laboratory.deltas(name), (name,)), {}))
 
-    def merges(self, silos: Silos, *, transport: bool) -> None:
+    def merges(self, silos: Silos, *, transport: bool, few: bool = False) -> None:
         """Measure all ways of merging some silos' models without further training.
 
         Methods with settings are measured with their usual settings and, for merges of all silos, with those that are
         best on validation data.
+
+        Args:
+            few: measure the simple average, RegMean, Fisher and the ensemble with their usual settings only.
         """
         laboratory, layout = self.laboratory, self.layout
         parents = [laboratory.deltas(name) for name in silos]
         differences, weights = self._parents(silos)
         sums = self.sums({name: laboratory.contributions[name] for name in silos})
         self.row("simple", silos, lambda: (self.measure(sums.at(self.plan.merge.alpha).mean(), silos), {}))
-        self.regmean("regmean", silos, lambda: sums)
-        if silos == self.everyone and not self.quick:
+        self.regmean("regmean", silos, lambda: sums, alpha=not few)
+        if silos == self.everyone and not self.quick and not few:
             by_examples = Between(layout, laboratory.contributions, "examples").merge
             alpha = self.plan.merge.alpha
             self.row("regmean, by examples", silos, lambda: (self.measure(by_examples(alpha).deltas, silos), {}))
@@ -218,21 +221,25 @@ class Experiment:
             for norm in self.norms
         }
         self.row("fisher", silos, lambda: (self.measure(norms[NORMS[0]](), silos), {"norm": NORMS[0]}))
-        if silos == self.everyone:
+        if silos == self.everyone and not few:
             scales = {scale: lambda scale=scale: task_arithmetic(parents, scale) for scale in self.scales}
             self.choose("fisher, norm chosen", silos, "norm", norms)
             self.choose("task-arithmetic", silos, "scale", scales)
-        self.row("ties", silos, lambda: (self.measure(ties(parents), silos), {}))
+        if not few:
+            self.row("ties", silos, lambda: (self.measure(ties(parents), silos), {}))
         if not self.plan.task:
             self.row("ensemble", silos, lambda: (self._ensemble(silos), {}))
         if transport and len(silos) == 2:
             self.row("transport", silos, lambda: (self.measure(self._transport(silos), silos), {}))
 
-    def regmean(self, model: str, silos: Silos, sums: Callable[[], Between], **more: Any) -> None:
+    def regmean(
+        self, model: str, silos: Silos, sums: Callable[[], Between], *, alpha: bool = True, **more: Any
+    ) -> None:
         """Measure RegMean with the plan's α, and with the α that is best on validation data.
 
         Args:
             sums: called only if a row is missing.
+            alpha: whether to choose an α too.
         """
         solved: dict[float, Merged] = {}
 
@@ -248,8 +255,9 @@ class Experiment:
             return self.measure(merged.deltas, silos), {"not-clean": odd, **more}
 
         self.row(model, silos, plain)
-        makes = {alpha: lambda alpha=alpha: at(alpha).deltas for alpha in self.choices}
-        self.choose(f"{model}, α chosen", silos, "alpha", makes)
+        if alpha:
+            makes = {alpha: lambda alpha=alpha: at(alpha).deltas for alpha in self.choices}
+            self.choose(f"{model}, α chosen", silos, "alpha", makes)
 
     def joint(self) -> None:
         """Measure one model trained on all silos' data."""
@@ -458,7 +466,7 @@ def run(experiment: Experiment, subsets: Iterable[Silos], parts: Sequence[str], 
     """
     experiment.alone()
     for silos in subsets:
-        experiment.merges(silos, transport="transport" in parts)
+        experiment.merges(silos, transport="transport" in parts, few="heads" in parts)
     if "joint" in parts:
         experiment.joint()
     if "alphas" in parts:

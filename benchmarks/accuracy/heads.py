@@ -15,8 +15,9 @@ from gramfuse_model.heads import last_linear
 from gramfuse_model.loading.base_model import load_base
 from gramfuse_model.parameters import set_values
 from gramfuse_protocol.held_out.metrics import Sums
-from gramfuse_server.merging.closed_form_head import fit_head
+from gramfuse_protocol.tasks.registry import kind_of
 from gramfuse_server.merging.head_accumulator import START_SCALE
+from gramfuse_server.merging.head_solvers import SOLVERS, Solver
 from gramfuse_simulation.all_silos import AllSilos, Deltas
 from projects import Setting
 
@@ -32,16 +33,23 @@ def with_fitted_head(silos: AllSilos, setting: Setting, place: Path) -> Setting:
         silos: the silos of the setting with a random head.
         place: directory for the base.
     """
-    base = load_base(silos.plan, silos.directory)
-    last = last_linear(base.model, len(silos.plan.model.labels))
+    base, task = load_base(silos.plan, silos.directory), silos.plan.model.single_task
+    last = last_linear(base.model, kind_of(task).outputs(task))
     assert last is not None
-    head = fit_head(silos.head_sums({}, "head"), prior=False).scaled(START_SCALE)
+    head = solver(silos).fit(silos.head_sums({}, "head"), start=START_SCALE)
     bias = f"{last.weight.removesuffix('weight')}bias"
     set_values(base.model, {last.weight: head.weight, bias: head.bias})
     shutil.rmtree(place, ignore_errors=True)
     base.model.save_pretrained(place)
     base.tokenizer.save_pretrained(place)
     return replace(setting, base=str(place.resolve()), merge={**setting.merge, "exclude": [last.weight]})
+
+
+def solver(silos: AllSilos) -> Solver:
+    """Return the solver of a setting's task."""
+    fit = kind_of(silos.plan.model.single_task).fit
+    assert fit is not None
+    return SOLVERS[fit]
 
 
 class Heads:
@@ -60,8 +68,8 @@ class Heads:
     def run(self) -> None:
         """Measure everything that is not in the store."""
         cold = self.cold.laboratory
-        self._fitted("probe", cold, lambda: {}, "head")
-        self._fitted("probe, mean-pooled", cold, lambda: {}, "mean")
+        self._fitted("probe", cold, lambda: {}, "head", seen=False)
+        self._fitted("probe, mean-pooled", cold, lambda: {}, "mean", seen=False)
         self._fitted("regmean, refit", cold, self._merged(self.cold, "regmean"), "head")
         names = ["alone, fitted", *(f"{body}, {way}" for body in BODIES for way in ("fitted", "both", "chosen"))]
         if all(self.cold.store.find(name, self.silos) for name in (*names, "joint, fitted")):
@@ -84,12 +92,18 @@ class Heads:
 
         return make
 
-    def _fitted(self, model: str, laboratory: AllSilos, deltas: Callable[[], Deltas], pooling: Any) -> None:
-        """Measure a body with a head that is fitted to its features."""
+    def _fitted(
+        self, model: str, laboratory: AllSilos, deltas: Callable[[], Deltas], pooling: Any, *, seen: bool = True
+    ) -> None:
+        """Measure a body with a head that is fitted to its features.
+
+        Args:
+            seen: whether the body was trained on the same examples.
+        """
 
         def make() -> tuple[Mapping[str, Sums], ResultRow]:
             body = deltas()
-            head = fit_head(laboratory.head_sums(body, pooling), prior=True).calibrated
+            head = solver(laboratory).fit(laboratory.head_sums(body, pooling), start=None, seen=seen)
             benches = laboratory.benches.items()
             sums = {name: bench.measure_head(body, head.weight, head.bias, pooling) for name, bench in benches}
             return sums, {"shrinkage": round(head.shrinkage, 4)}
@@ -101,7 +115,7 @@ class Heads:
 
         def make() -> tuple[Mapping[str, Sums], ResultRow]:
             merged = deltas()
-            head = fit_head(warm.laboratory.head_sums(merged, "head"), prior=True).calibrated
+            head = solver(warm.laboratory).fit(warm.laboratory.head_sums(merged, "head"), start=None, seen=True)
             benches = warm.laboratory.benches.items()
             again = {
                 name: bench.measure_head(merged, head.weight, head.bias, "head", "validation")

@@ -289,9 +289,18 @@ EXPERIMENTS: dict[str, Experiment] = {
     "decoder": Experiment(decoder, fedavg=5, base="decoder"),
     "desk": Experiment(desk, parts=("joint",), fedavg=5),
 }
+HEADS: Mapping[str, tuple[str, ...]] = {
+    "heads": ("hwu64", "hwu64-8", "clinc150", "clinc150-8", "desk"),
+    "heads-skew": tuple(name for name in EXPERIMENTS if name.startswith("skew-")),
+    "heads-glue": tuple(f"glue-{name}" for name in GLUE),
+    "heads-domains": ("emotion", "sent"),
+}
+"""The experiments that are repeated with heads in closed form, by table."""
+
 EXPERIMENTS |= {
     f"heads-{name}": replace(EXPERIMENTS[name], subsets=(), parts=("heads", "joint"), fedavg=0)
-    for name in ("hwu64", "hwu64-8", "clinc150", "clinc150-8", "skew-25", "desk", "glue-sst2")
+    for names in HEADS.values()
+    for name in names
 }
 """All experiments by name."""
 
@@ -305,6 +314,6 @@ TABLES: Mapping[str, tuple[str, ...]] = {
     "tasks": ("tasks",),
     "generation": ("t5", "decoder"),
     "desk": ("desk",),
-    "heads": tuple(name for name in EXPERIMENTS if name.startswith("heads-")),
+    **{table: tuple(f"heads-{name}" for name in names) for table, names in HEADS.items()},
 }
 """The experiments in each table."""

@@ -56,7 +56,7 @@ def table(name: str, experiments: Sequence[str], out: Path) -> str:
     elif name == "tasks":
         parts.append(pairs(results["tasks"]))
     else:
-        parts += [columns(results), versus(results)]
+        parts += [columns(results), versus(results), behind(results)]
     parts.append(alphas(results))
     parts += [line for experiment, contents in results.items() if (line := fedavg(experiment, contents))]
     parts.append(_cost([content for contents in results.values() for content in contents]))
@@ -105,6 +105,23 @@ def versus(results: dict[str, list[Content]]) -> str:
     if not lines:
         return ""
     return f"RegMean, α = 0.9, mean ± standard error over experiments and seeds: {'; '.join(lines)}."
+
+
+def behind(results: dict[str, list[Content]]) -> str:
+    """Return a sentence on how far models with fitted heads are from joint training that starts from the same head."""
+    lines = []
+    for model in ("regmean, fitted", "regmean, chosen", "simple, chosen"):
+        by_experiment = {
+            experiment: _measured([_whole(content, "joint, fitted") - _whole(content, model) for content in contents])
+            for experiment, contents in results.items()
+        }
+        means = {experiment: statistics.fmean(each) for experiment, each in by_experiment.items() if each}
+        if means:
+            most = max(means, key=lambda experiment: means[experiment])
+            name = NAMES[model].replace("*", "")
+            mean = f"{statistics.fmean(means.values()):.3f} in the mean"
+            lines.append(f"{name}: {mean}, {means[most]:.3f} at most ({most})")
+    return f"Behind joint training from the fitted head: {'; '.join(lines)}." if lines else ""
 
 
 def alphas(results: dict[str, list[Content]]) -> str:
