@@ -69,7 +69,8 @@ class Heads:
         """Measure everything that is not in the store."""
         cold = self.cold.laboratory
         self._fitted("probe", cold, lambda: {}, "head", seen=False)
-        self._fitted("probe, mean-pooled", cold, lambda: {}, "mean", seen=False)
+        if not kind_of(cold.plan.model.single_task).fits_words:
+            self._fitted("probe, mean-pooled", cold, lambda: {}, "mean", seen=False)
         self._fitted("regmean, refit", cold, self._merged(self.cold, "regmean"), "head")
         names = ["alone, fitted", *(f"{body}, {way}" for body in BODIES for way in ("fitted", "both", "chosen"))]
         if all(self.cold.store.find(name, self.silos) for name in (*names, "joint, fitted")):

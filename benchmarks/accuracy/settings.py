@@ -293,7 +293,7 @@ HEADS: Mapping[str, tuple[str, ...]] = {
     "heads": ("hwu64", "hwu64-8", "clinc150", "clinc150-8", "desk"),
     "heads-skew": tuple(name for name in EXPERIMENTS if name.startswith("skew-")),
     "heads-glue": tuple(f"glue-{name}" for name in GLUE),
-    "heads-domains": ("emotion", "sent"),
+    "heads-domains": ("emotion", "ner", "sent"),
 }
 """The experiments that are repeated with heads in closed form, by table."""
 

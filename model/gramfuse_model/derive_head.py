@@ -21,9 +21,12 @@ from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.errors import ModelError
 from gramfuse_protocol.tasks.registry import kind_of
 
+DISCRIMINANT = "discriminant"
+"""The way of fitting heads that is chosen by default."""
+
 
 def suits_fit(plan: Plan, base: Base) -> bool:
-    """Return whether a head should be fitted: one task, one label an example, and a base without head.
+    """Return whether a head should be fitted: one task, one label for each example or word, and a base without head.
 
     Without training it always should, since it is the only result.
 
@@ -34,7 +37,7 @@ def suits_fit(plan: Plan, base: Base) -> bool:
     kind = kind_of(task)
     if plan.training.epochs == 0:
         return True
-    if plan.task or kind.fit is None or not kind.exclusive or any(silo.labels for silo in plan.silo):
+    if plan.task or kind.fit != DISCRIMINANT or any(silo.labels for silo in plan.silo):
         return False
     batch = public_batch(base)
     try:
@@ -61,6 +64,8 @@ def derive_head(base: Base, batch: Mapping[str, torch.Tensor], task: Task) -> He
     assert kind.fit is not None  # noqa: S101  # the plan is valid
     outputs = kind.outputs(task)
     features = features_of(model, batch, outputs, "head")
+    if kind.fits_words:
+        features = features[batch["attention_mask"].bool()]
     last = last_linear(model, outputs)
     if last is None or not last.kind.transposed:
         raise ModelError(f"the head of {type(model).__name__} does not end with a linear layer, so it cannot be fitted")

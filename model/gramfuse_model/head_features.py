@@ -24,6 +24,8 @@ def features_of(
 ) -> torch.Tensor:
     """Return the features of a batch's examples, (batch, D), in evaluation mode and without autograd.
 
+    Of a model with outputs for each token, they are those of the tokens, padding included: (batch, length, D).
+
     Args:
         outputs: number of outputs of the last layer.
 
@@ -51,7 +53,7 @@ def features_of(
 
 
 def _rows(model: PreTrainedModel, module: nn.Module, x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """Return the rows of the last layer's input that the logits come from, one for each example: (batch, D)."""
+    """Return the rows of the last layer's input that the logits come from, one for each example or token."""
     outputs = module(x)
     if outputs.shape == logits.shape:
         rows = x

@@ -175,7 +175,7 @@ class Bench:
         from gramfuse_client.tasks.registry import at_silo
 
         train, least = self.examples[0], self.silo.file.limits.minimum_label_examples
-        encoded = self.encoded(train.take(at_silo(self.task).common(train, self.task, least)))
+        encoded = self.encoded(train.take(at_silo(self.task).common(train, self.task, least))).hide_rare(least)
         with self.model(deltas) as model:
             given = batches(encoded, EVALUATION_BATCH, self.device, by_length=True)
             return collect_head_sums(model, given, self.task, pooling=pooling)

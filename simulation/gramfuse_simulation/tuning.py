@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from gramfuse_server.merging.files import Collection
     from gramfuse_server.merging.regmean import Weighting
     from gramfuse_server.merging.search import Judgement, Trial, Trials
-    from gramfuse_server.report.schema import Report, TriedOrder, Tuning
+    from gramfuse_server.report.choices import TriedOrder, Tuning
+    from gramfuse_server.report.schema import Report
     from gramfuse_server.report.studies import Studied
     from gramfuse_server.run.conductor import Observer
     from gramfuse_simulation.all_silos import AllSilos, Bench, Deltas, Split
@@ -204,7 +205,7 @@ def search(
         preferred: the α that wins ties; by default the plan's.
     """
     from gramfuse_server.merging.search import best, given_order, greedy_order, leave_one_out, search_weights, sweep
-    from gramfuse_server.report.schema import Chosen, Influence, ReportedOn, TriedAlpha, TriedWeights, Tuning
+    from gramfuse_server.report.choices import Chosen, Influence, ReportedOn, TriedAlpha, TriedWeights, Tuning
     from gramfuse_server.run.evaluation import ranked_by
 
     curve = sweep(trials, wanted.alphas)
@@ -252,7 +253,7 @@ def _sizes(sums: Mapping[str, Sums]) -> dict[str, int]:
 
 
 def _order(steps: Iterable[Trial]) -> tuple[TriedOrder, ...]:
-    from gramfuse_server.report.schema import TriedOrder
+    from gramfuse_server.report.choices import TriedOrder
 
     silos: list[str] = []
     order = []

@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 from gramfuse_cli.commands.tune import show_tuning
 from gramfuse_cli.main import cli
 from gramfuse_protocol.errors import DataError, GramfuseError, PlanError
-from gramfuse_server.report.schema import Tuning
+from gramfuse_server.report.choices import Tuning
 from loopback import BIN
 
 

@@ -15,7 +15,7 @@ from gramfuse_deployment.terminal import Table, say, show_json
 from gramfuse_model.project import Project
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.errors import PlanError
-from gramfuse_server.report.schema import Tuning
+from gramfuse_server.report.choices import Tuning
 from gramfuse_simulation.labelled_rows import row_options
 from gramfuse_simulation.simulate import run_simulation
 from gramfuse_simulation.terms import Term

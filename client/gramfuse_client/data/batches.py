@@ -38,6 +38,12 @@ class Encoded(Dataset[dict[str, Any]]):
         self.kind = at_silo(task)
         self.rows = self.kind.encode(examples, tokenizer, task)
 
+    def hide_rare(self, least: int) -> Encoded:
+        """Take out what may not be in the sums that a head is fitted from (`TaskAtSilo.hide_rare`), and return self."""
+        if self.rows is not None:
+            self.kind.hide_rare(self.examples, self.rows, least)
+        return self
+
     def __len__(self) -> int:
         return len(self.examples)
 

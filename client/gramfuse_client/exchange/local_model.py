@@ -142,7 +142,7 @@ class Workbench:
                 f"{self.silo.path}: no example is left for the sums that a head is fitted from: each has a label of "
                 f"which there are fewer than {least} examples ('limits.minimum-label-examples')"
             )
-        encoded, model = Encoded(kept, base.tokenizer, self.task), base.model.to(device)
+        encoded, model = Encoded(kept, base.tokenizer, self.task).hide_rare(least), base.model.to(device)
         total = -(-len(encoded) // EVALUATION_BATCH)
         sums = collect_head_sums(
             model,

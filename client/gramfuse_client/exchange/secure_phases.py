@@ -50,6 +50,7 @@ from gramfuse_protocol.secure_sum.member import Member
 from gramfuse_protocol.secure_sum.scales import MOST_WEIGHED, Scale, scales
 from gramfuse_protocol.secure_sum.statements import Sum, metrics_context, round_digest
 from gramfuse_protocol.statistics.contribution import Contribution
+from gramfuse_protocol.statistics.head_sums import HeadSums
 
 
 class Membership:
@@ -277,10 +278,13 @@ def statistics_blocks(
 ) -> Iterator[tuple[str, NDArray[np.float64], Scale]]:
     """Yield (name, values, scale) of each block that a silo adds to the sum of statistics, or to that of a head."""
     merge, scaled = plan.merge, scales(form, len(plan.silo), plan.merge.weighting)
-    if (merge.weighting == "examples" or isinstance(form, HeadLayout)) and contribution.examples > MOST_WEIGHED:
+    rows = contribution.examples if merge.weighting == "examples" else 0.0
+    if isinstance(form, HeadLayout):
+        rows = HeadSums.read(form, contribution.block).examples
+    if rows > MOST_WEIGHED:
         raise ContributionError(
-            f"{contribution.examples} examples are more than the {MOST_WEIGHED} that a secure sum can weigh; "
-            "agree on merge.weighting = 'uniform' and model.head = 'same'"
+            f"{rows:.0f} examples are more than the {MOST_WEIGHED} that a secure sum can weigh; agree on "
+            "merge.weighting = 'uniform' and model.head = 'same'"
         )
     if not isinstance(form, Layout):
         for block, scale in scaled:

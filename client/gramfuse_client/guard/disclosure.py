@@ -363,7 +363,8 @@ def _content(block: Block, layout: Layout, plan: Plan) -> str:
     """Describe the content of a block of a contribution."""
     kind, _, name = block.name.partition(":")
     if block.name == SECOND:
-        return "for each pair of the head's input features, the sum of their product over the training examples"
+        over = "words" if kind_of(plan.model.single_task).fits_words else "examples"
+        return f"for each pair of the head's input features, the sum of their product over the training {over}"
     if block.name == FIRST:
         return kind_of(plan.model.single_task).fit_says
     if kind == "count":

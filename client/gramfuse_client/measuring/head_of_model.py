@@ -24,7 +24,7 @@ from gramfuse_protocol.contract.head_layout import HeadLayout
 from gramfuse_protocol.contract.task import Task, TaskName
 from gramfuse_protocol.documents import build
 from gramfuse_protocol.errors import DataError, PlanError
-from gramfuse_protocol.statistics.head_file import FIT
+from gramfuse_protocol.statistics.head_file import fitted_by_files
 from gramfuse_protocol.statistics.head_sums import HeadSums
 from gramfuse_protocol.tasks.registry import TASK_KINDS
 
@@ -79,7 +79,7 @@ def task_of_head(
     config = config_of_model(model, directory)
     own = kind_of_checkpoint(config)
     own = None if own is not None and TASK_KINDS[own].headless else own
-    fitting = [name for name, each in TASK_KINDS.items() if each.fit == FIT]
+    fitting = [name for name, each in TASK_KINDS.items() if fitted_by_files(each)]
     kind = kind or own or next((name for name in fitting if has_class(config, name)), fitting[0])
     if kind not in fitting:
         raise PlanError(

@@ -147,6 +147,17 @@ class TaskAtSilo(ABC):
         """
         return list(range(len(examples)))
 
+    def hide_rare(self, examples: Examples, rows: Sequence[dict[str, Any]], least: int) -> None:
+        """Take out of encoded examples, in place, what may not be in the sums that a head is fitted from.
+
+        That is for targets that are only parts of an example; `common` leaves out whole ones.
+
+        Args:
+            rows: of `encode`.
+            least: the silo's `limits.minimum-label-examples`.
+        """
+        return
+
     # Training
 
     def loss(self, task: Task) -> Loss | None:

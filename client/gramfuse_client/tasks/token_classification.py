@@ -13,7 +13,7 @@ import re
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import accumulate
+from itertools import accumulate, count
 from typing import TYPE_CHECKING, Any
 
 from gramfuse_client.data.columns import Input, Reader, check_characters, unpacked
@@ -22,6 +22,7 @@ from gramfuse_client.tasks.registry import TaskAtSilo, Terms, Variant, register
 from gramfuse_client.tasks.words import list_counts
 from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.errors import DataError
+from gramfuse_protocol.secure_sum.scales import MOST_WEIGHED
 from gramfuse_protocol.tasks.token_classification import OUTSIDE, entities
 from gramfuse_protocol.text import quoted
 
@@ -102,6 +103,25 @@ class TokenClassificationAtSilo(TaskAtSilo):
                 row["labels"], seen = _aligned(tokens, tags), set(tokens)
                 row["words"] = [(word in seen, tag) for word, tag in enumerate(tags)]
         return rows
+
+    def common(self, examples: Examples, task: Task, least: int) -> list[int]:
+        """Return the indices of all examples, or of every second, third, …, if a secure sum cannot add up all words."""
+        lengths = [len(words) for words in examples.inputs if isinstance(words, tuple)]
+        step = next(n for n in count(1) if sum(lengths[::n]) <= MOST_WEIGHED or n == len(lengths))
+        return list(range(0, len(examples), step))
+
+    def hide_rare(self, examples: Examples, rows: Sequence[dict[str, Any]], least: int) -> None:
+        """Ignore the words of tags that fewer than so many different words have, not counting words without a token."""
+        from gramfuse_model.probing.batch import IGNORED
+
+        different = set()
+        for words, row in zip(examples.inputs, rows, strict=True):
+            assert isinstance(words, tuple)  # noqa: S101
+            seen = zip(words, row["words"], strict=True)
+            different |= {(word.casefold(), tag) for word, (has_token, tag) in seen if has_token}
+        counts = Counter(tag for _, tag in different)
+        for row in rows:
+            row["labels"] = [IGNORED if counts[tag] < least else tag for tag in row["labels"]]
 
     def unlearnable(self, rows: Sequence[Mapping[str, Any]]) -> int:
         return sum(not any(seen for seen, _ in row["words"]) for row in rows)

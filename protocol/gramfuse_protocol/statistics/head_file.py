@@ -27,7 +27,7 @@ from gramfuse_protocol.errors import ContributionError, RunDirectoryError
 from gramfuse_protocol.statistics.about import Origin
 from gramfuse_protocol.statistics.head_sums import HeadSums
 from gramfuse_protocol.statistics.sealed_file import Kind, check_finite
-from gramfuse_protocol.tasks.registry import kind_of
+from gramfuse_protocol.tasks.registry import TaskKind, kind_of
 from gramfuse_protocol.text import Word, quoted
 
 MOST_FEATURES = 2**14
@@ -38,7 +38,12 @@ ROUNDING = 1e-6
 
 
 FIT = "discriminant"
-"""How heads are fitted from files: for tasks with exactly one label for each example."""
+"""How heads are fitted from files."""
+
+
+def fitted_by_files(kind: TaskKind) -> bool:
+    """Return whether heads for a kind of task are fitted from files: if each example has exactly one label."""
+    return kind.exclusive and kind.fit == FIT
 
 
 class AboutHead(Section):
@@ -69,7 +74,7 @@ class AboutHead(Section):
 
     @model_validator(mode="after")
     def _has_a_closed_form(self) -> AboutHead:
-        if kind_of(self.task).fit != FIT:
+        if not fitted_by_files(kind_of(self.task)):
             raise ValueError(f"a head for task {self.task.task!r} cannot be fitted in closed form")
         return self
 

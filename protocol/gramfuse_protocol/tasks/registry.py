@@ -73,6 +73,8 @@ class TaskKind(ABC):
     """How a head is fitted in closed form (`gramfuse_server.merging.head_solvers`); None if it cannot be."""
     unfit: ClassVar[str] = "of which no head is fitted in closed form"
     """Why a head cannot be fitted: the end of a sentence that begins with the task."""
+    fits_words: ClassVar[bool] = False
+    """Whether the rows that a head is fitted from are words, so that their number is not that of examples."""
     fit_says: ClassVar[str] = ""
     """What `targets` add to the sums of features that a head is fitted from, in words."""
     fit_tells: ClassVar[str] = ""
@@ -115,10 +117,11 @@ class TaskKind(ABC):
         """Return what features are multiplied with in the sums that a head is fitted from.
 
         Args:
-            labels: the training target of each example, as a model's loss takes them, (examples, …).
+            labels: the training target of each row, as a model's loss takes them, (rows, …). A row is an example, or
+                a word (`fits_words`).
 
         Returns:
-            float64 (examples, columns); about 1 in size, or smaller.
+            float64 (rows, columns); about 1 in size, or smaller.
         """
         raise NotImplementedError
 

@@ -22,6 +22,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gramfuse_protocol.tasks.registry import Measure, TaskKind, register
 from gramfuse_protocol.tasks.rows import EXAMPLES, RowGroup, Vector, counts_of, sum_rows
@@ -54,9 +55,12 @@ class TokenClassification(TaskKind):
     )
     least_labels = 2
     unit = ("entity type", "entity types")
-    unfit = (
-        "whose features are those of tokens: the mean of a tag over a silo's few tokens of a kind would show which "
-        "words they are"
+    fit = "discriminant"
+    fits_words = True
+    fit_says = "for each tag, the sum of the head's input features over its training words, and their number"
+    fit_tells = (
+        "The sums of a head have a column for each tag. For a tag that only one silo has, it is that silo's own: the "
+        "mean of the features of its words, which tells which words they are if they are few."
     )
     first_label = 4
 
@@ -70,6 +74,11 @@ class TokenClassification(TaskKind):
                 'the labels of task \'token-classification\' must be IOB2 tags: "O", and "B-X" and "I-X" for each '
                 "entity type X" + (f"; found {invalid[0]!r}" if invalid else "")
             )
+
+    def targets(self, task: Task, labels: NDArray[Any]) -> NDArray[np.float64]:
+        """Return each word's tag as a one-hot vector."""
+        one_hot: NDArray[np.float64] = np.eye(len(task.labels))[labels]
+        return one_hot
 
     def names(self, task: Task) -> tuple[str, ...]:
         """Return the entity types."""

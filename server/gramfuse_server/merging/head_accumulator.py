@@ -52,7 +52,7 @@ class HeadAccumulator:
 
     @property
     def examples(self) -> int:
-        """Training examples of all silos together."""
+        """Rows of all silos together: training examples, or words (`TaskKind.fits_words`)."""
         return round(self.sums.examples)
 
     def fold(self, contribution: Contribution, source: str, *, silo: str | None = None) -> None:

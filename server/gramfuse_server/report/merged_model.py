@@ -19,7 +19,8 @@ from gramfuse_protocol.contract.coverage import Covered, coverage, coverage_line
 from gramfuse_protocol.contract.layout import Layout
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.contract.who_sees_what import seen
-from gramfuse_server.report.schema import Chosen, Measured, Step
+from gramfuse_server.report.choices import Chosen
+from gramfuse_server.report.schema import Measured, Step
 
 TAGS = ("gramfuse", "regmean", "merge", "federated-learning")
 """Tags of a merged model's card."""

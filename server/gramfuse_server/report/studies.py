@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from gramfuse_protocol.contract.task import TaskName
-from gramfuse_server.report.schema import Measured, Tuning
+from gramfuse_server.report.choices import Tuning
+from gramfuse_server.report.schema import Measured
 
 
 class Studied(NamedTuple):

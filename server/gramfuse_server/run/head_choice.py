@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.contract.stages import Stage
-from gramfuse_server.report.schema import HeadChoice, Measured
+from gramfuse_server.report.choices import HeadChoice
+from gramfuse_server.report.schema import Measured
 from gramfuse_server.run.evaluation import ranked_by
 
 

@@ -16,11 +16,13 @@ from gramfuse_protocol.errors import FederationError, GramfuseError, RefusalErro
 from gramfuse_protocol.messages.phases import TrainReply, TrainRequest, UploadReply, UploadRequest
 from gramfuse_protocol.secure_sum.statements import model_digest
 from gramfuse_protocol.statistics.contribution import check_counts, check_slices
+from gramfuse_protocol.tasks.registry import kind_of
 from gramfuse_server.merging.accumulator import Accumulator, Merged
 from gramfuse_server.merging.checks import check_merge, check_model, check_shares
 from gramfuse_server.merging.head_accumulator import HeadAccumulator
 from gramfuse_server.merging.head_checks import check_head, check_outputs
-from gramfuse_server.report.schema import Check, HeadChoice, Loss, Measured, RoundOfReport, SiloOfReport
+from gramfuse_server.report.choices import HeadChoice
+from gramfuse_server.report.schema import Check, Loss, Measured, RoundOfReport, SiloOfReport
 from gramfuse_server.report.verdicts import worst
 from gramfuse_server.run.conductor import Conductor
 from gramfuse_server.run.evaluation import Evaluation, NamedModel
@@ -113,8 +115,13 @@ class Round:
             ) from None
         with conductor.phase("merge"):
             self.merged = self._merged()
-            self.examples = self.accumulator.examples
+            self.examples = self._count()
         return self.merged
+
+    def _count(self) -> int:
+        """Return the number of training examples in the sums; 0 if they do not tell it."""
+        words = self.stage.fits_head and kind_of(self.plan.model.single_task).fits_words
+        return 0 if words else self.accumulator.examples
 
     def _merged(self) -> Merged:
         """Return the merge of the sums, as differences from the base, and check them."""

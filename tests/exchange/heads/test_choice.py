@@ -31,6 +31,13 @@ def test_a_new_head_is_fitted_unless_the_plan_says_otherwise(pico_project: Calla
     assert Project.read(project.directory).locked()[0].model.head == "same"
 
 
+def test_a_new_head_for_words_is_fitted_too(pico_project: Callable[..., Any]) -> None:
+    project = pico_project(silos=2)
+    project.replace(project.plan, '"classification"', '"token-classification"')
+    project.replace(project.plan, '["animals", "weather", "kitchen"]', '["O", "B-X", "I-X"]')
+    assert chosen(project) == "fitted"
+
+
 def test_the_head_that_a_base_brings_is_kept(pico_project: Callable[..., Any], tmp_path: Path) -> None:
     torch.manual_seed(3)
     labels = {"id2label": dict(enumerate(LABELS)), "label2id": {label: n for n, label in enumerate(LABELS)}}

@@ -11,15 +11,18 @@ import pytest
 import torch
 
 from gramfuse_client.data.batches import Encoded, batches
-from gramfuse_client.data.examples import load
+from gramfuse_client.data.examples import Examples, load
 from gramfuse_client.measuring.head_sums import collect_head_sums
 from gramfuse_client.tasks.registry import at_silo
 from gramfuse_model.derive_layout import plan_layout
 from gramfuse_model.loading.base_model import load_base
 from gramfuse_model.parameters import set_values
+from gramfuse_model.probing.batch import IGNORED
 from gramfuse_protocol.errors import ModelError
 from gramfuse_protocol.statistics.head_sums import HeadSums
+from gramfuse_server.merging.closed_form_head import fit_head
 from gramfuse_server.merging.head_accumulator import START_SCALE
+from gramfuse_server.merging.head_solvers import SEEN
 from gramfuse_server.merging.label_heads import fit_labels
 from gramfuse_server.merging.ridge_head import fit_ridge
 from tests.conftest import LABELS, TOPICS, write_jsonl
@@ -54,6 +57,12 @@ def make(pico_project: Any, loud_bert: Any, in_process_grid: Any, tmp_path: Any)
     return make
 
 
+def encoded_of(examples: Examples, base: Any, task: Any) -> Encoded:
+    """What may be in the sums of a head."""
+    kept = examples.take(at_silo(task).common(examples, task, 2))
+    return Encoded(kept, base.tokenizer, task).hide_rare(2)
+
+
 def sums_by_hand(here: Site, weights: dict[str, np.ndarray] | None = None) -> HeadSums:
     """The sums over all silos' examples, for the base or other weights."""
     parts = []
@@ -62,8 +71,7 @@ def sums_by_hand(here: Site, weights: dict[str, np.ndarray] | None = None) -> He
         if weights is not None:
             set_values(base.model, weights)
         examples = load(here.silo(name), task)[0]
-        kept = examples.take(at_silo(task).common(examples, task, 2))
-        encoded = Encoded(kept, base.tokenizer, task)
+        encoded = encoded_of(examples, base, task)
         parts.append(collect_head_sums(base.model, batches(encoded, 8, torch.device("cpu")), task))
     return sum(parts[1:], parts[0])
 
@@ -153,6 +161,48 @@ def test_labels_are_fitted_to_the_silos_that_annotate_them(make: Callable[..., S
     assert sums.counts[5] < sums.counts[3] == sums.examples
     expected = {"classifier.weight": head.weight, "classifier.bias": head.bias}
     assert_close({name: here.weights[name] for name in expected}, expected, 1e-5)
+
+
+TAGS = ["O", "B-A", "I-A", "B-W", "I-W"]
+WORDS = ('model.task="token-classification"', f"model.labels={json.dumps(TAGS)}", EXACT)
+
+
+def tags(silo: str, text: str, _: str) -> list[str]:
+    """A tag for each word; one silo alone has a word that continues an entity."""
+    known = {word: f"B-{topic[0].upper()}" for topic in ("animals", "weather") for word in TOPICS[topic].split()}
+    found = [known.get(word, "O") for word in text.split()]
+    if silo == "silo-b" and text.startswith("cow"):
+        found[0] = "I-A"
+    return found
+
+
+@BOTH
+def test_tags_are_fitted_to_words_and_rare_ones_stay_out(make: Callable[..., Site], secure: bool) -> None:
+    here, models = make(tags, "merge.refit=true", *WORDS, silos=3, secure=secure), Models()
+    report = here.run(change=models)
+    sums = sums_by_hand(here)
+    assert sums.counts[1] > 2
+    assert sums.counts[[2, 4]].tolist() == [0, 0]  # "cow" is one word, however often it occurs
+    base, head = base_of(here), fit_head(sums, prior=False).scaled(START_SCALE)
+    assert head.absent == (2, 4)
+    start = {name: base[name] + models.starts[0][f"delta:{name}"] for name in ("classifier.weight", "classifier.bias")}
+    assert_close(start, {"classifier.weight": head.weight, "classifier.bias": head.bias}, 1e-5)
+    merged = {name[6:]: base[name[6:]] + delta for name, delta in models.sent[2, "regmean"].items()}
+    refitted = fit_head(sums_by_hand(here, merged), prior=True).calibrated.scaled(SEEN)
+    expected = {"classifier.weight": refitted.weight, "classifier.bias": refitted.bias}
+    assert_close({name: here.weights[name] for name in expected}, expected, 1e-4)
+    assert report["examples"] in (0, 120)  # never the number of words
+    assert {check["verdict"] for one in report["rounds"] for check in one["checks"]} == {"ok"}
+
+
+def test_a_tag_of_which_all_words_but_one_were_cut_off_stays_out(make: Callable[..., Site]) -> None:
+    here = make(tags, "training.epochs=0", *WORDS, silos=3)
+    base, task = load_base(here.plan, here.project.directory), here.plan.task_of("silo-a")
+    texts, labels = ["cow dog", "the " * 40 + "dog"], [(2, 0), (0,) * 40 + (2,)]
+    examples = Examples([tuple(text.split()) for text in texts], None, labels)
+    rows = Encoded(examples, base.tokenizer, task).hide_rare(2).rows
+    assert rows is not None
+    assert {tag for row in rows for tag in row["labels"]} == {0, IGNORED}
 
 
 def test_a_body_trained_from_heads_of_masked_labels_is_merged(make: Callable[..., Site]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from gramfuse_protocol.held_out.metrics import primary
 from gramfuse_protocol.tasks.registry import TASK_KINDS
+from gramfuse_server.report.choices import Tried, Tuning
 from gramfuse_server.report.page import charts
 from gramfuse_server.report.page.blocks import (
     Block,
@@ -25,7 +26,7 @@ from gramfuse_server.report.page.charts import count, score
 from gramfuse_server.report.page.view import Reading
 from gramfuse_server.report.page.words import MERGES, columns, name_of, noise, off_by, words_of, words_of_metric
 from gramfuse_server.report.ranges import Metrics
-from gramfuse_server.report.schema import LabelFigures, Measured, Tried, Tuning
+from gramfuse_server.report.schema import LabelFigures, Measured
 
 OPENLY = 24
 """Most labels to show unfolded."""

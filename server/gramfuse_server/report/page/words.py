@@ -11,7 +11,8 @@ from gramfuse_protocol.held_out.metrics import primary
 from gramfuse_protocol.messages.phases import REQUESTS, Refusal
 from gramfuse_protocol.tasks.registry import TASK_KINDS
 from gramfuse_server.merging.methods.registry import METHODS
-from gramfuse_server.report.schema import Check, HeadChoice, Measured, Report, Step
+from gramfuse_server.report.choices import HeadChoice
+from gramfuse_server.report.schema import Check, Measured, Report, Step
 
 NAMES = {
     "silo": "{name} alone",
