@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 from flwr.app import Error, RecordDict
 
+from gramfuse_model.loading.base_model import load_base
 from gramfuse_protocol.errors import FederationError, MergeError
 from gramfuse_protocol.messages.phases import UnmaskReply
 from gramfuse_server.merging.accumulator import Accumulator
 from gramfuse_server.merging.head_accumulator import HeadAccumulator
 from gramfuse_server.run.conductor import Conductor
-from tests.exchange.rounds.runs import Answer, Site
+from tests.exchange.rounds.runs import Answer, Models, Site, assert_close
 
 
 def gone(*silos: str, phase: str, work: str, here: Site) -> Callable[[Any, Answer], RecordDict | Error]:
@@ -28,18 +29,9 @@ def gone(*silos: str, phase: str, work: str, here: Site) -> Callable[[Any, Answe
 
 
 @pytest.mark.parametrize("phase", ["train", "masked"])
-def test_a_silo_that_drops_out_after_the_head_was_fitted_is_left_out(site: Callable[..., Site], phase: str) -> None:
-    here = site(silos=4, secure=True)
-    report = here.run(fault=gone("silo-d", phase=phase, work="train", here=here))
-    assert [one["survivors"] for one in report["rounds"]] == [
-        ["silo-a", "silo-b", "silo-c", "silo-d"],
-        ["silo-a", "silo-b", "silo-c"],
-    ]
-    assert [lost["name"] for lost in report["lost"]] == ["silo-d"]
-    assert report["examples"] == 0  # nothing counts the examples of these three
-
-
-def test_what_could_be_subtracted_is_in_no_sum(site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_silo_that_drops_out_after_the_head_was_fitted_is_left_out_and_nothing_can_be_subtracted(
+    site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch, phase: str
+) -> None:
     loaded: list[Accumulator] = []
     load = Accumulator.load
 
@@ -49,7 +41,13 @@ def test_what_could_be_subtracted_is_in_no_sum(site: Callable[..., Site], monkey
 
     monkeypatch.setattr(Accumulator, "load", keep)
     here = site(silos=4, secure=True)
-    here.run(fault=gone("silo-d", phase="train", work="train", here=here))
+    report = here.run(fault=gone("silo-d", phase=phase, work="train", here=here))
+    assert [one["survivors"] for one in report["rounds"]] == [
+        ["silo-a", "silo-b", "silo-c", "silo-d"],
+        ["silo-a", "silo-b", "silo-c"],
+    ]
+    assert [lost["name"] for lost in report["lost"]] == ["silo-d"]
+    assert report["examples"] == 0  # nothing counts the examples of these three
     (sums,) = loaded
     weight, *counts = sums.counts
     assert weight == 3
@@ -74,14 +72,22 @@ def test_the_head_is_not_fitted_again_without_a_silo_of_the_first_fit(site: Call
 def test_without_a_silo_that_a_second_fit_needs_the_merge_is_the_result(
     site: Callable[..., Site], secure: bool, phase: str, work: str
 ) -> None:
-    here = site("merge.refit=true", "privacy.minimum-survivors=4", silos=4, secure=secure)
-    report = here.run(fault=gone("silo-b", phase=phase, work=work, here=here))
+    here, models = site("merge.refit=true", "privacy.minimum-survivors=4", silos=4, secure=secure), Models()
+    report = here.run(fault=gone("silo-b", phase=phase, work=work, here=here), change=models)
     assert report["merged"] == "regmean"
     assert "silo-b" in report["unfitted"]
     assert [model["kind"] for model in report["models"]] == (["simple", "regmean"] if work == "refit" else [])
     assert report["rounds"][-1]["work"] == "train"
-    undisturbed = site(silos=4, secure=secure, name="undisturbed").run()
-    assert report["solve"] == undisturbed["solve"]
+    assert {step["outcome"] for step in report["solve"]} == {"clean"}
+    base = load_base(here.plan, here.project.directory).model.state_dict()
+    merged = {
+        name[6:]: base[name[6:]].numpy() + delta
+        for name, delta in models.sent.get((2, "regmean"), {}).items()
+        if name.startswith("delta:classifier")
+    }
+    assert bool(merged) == (work == "refit")  # if it was away, it was sent the simple average and nothing after it
+    if merged:
+        assert_close({name: here.weights[name] for name in merged}, merged, 1e-6)
 
 
 def test_silos_sign_no_second_sum_of_a_head_over_others(
