@@ -38,6 +38,9 @@ NAMES = {
 
 DOMAINS = ("emotion", "ner", "sent")
 
+ELSEWHERE = ("task-arithmetic", "ties", "fisher, norm chosen", "regmean, α chosen", "regmean, by examples")
+"""Models that the tables of heads leave to the others."""
+
 
 def read(experiment: str, out: Path) -> list[Content]:
     """Return the results of an experiment, sorted by seed."""
@@ -50,6 +53,9 @@ def table(name: str, experiments: Sequence[str], out: Path) -> str:
     results = {experiment: contents for experiment in experiments if (contents := read(experiment, out))}
     if not results:
         return f"{name}: no results yet"
+    if name.startswith("heads"):
+        for content in (content for contents in results.values() for content in contents):
+            content["rows"] = [row for row in content["rows"] if row["model"] not in ELSEWHERE]
     parts = [_seeded(results)]
     if name in DOMAINS:
         parts += [domains(contents) for contents in results.values()]
