@@ -97,20 +97,28 @@ def check_changes(
         )
 
 
-def check_only_head(layout: Layout, arrays: Mapping[str, NDArray[Any]]) -> None:
-    """Refuse a model that differs from the base in anything but its head.
+def check_only_head(
+    layout: Layout, arrays: Mapping[str, NDArray[Any]], start: Mapping[str, NDArray[Any]] | None = None
+) -> None:
+    """Refuse a model that differs in anything but its head from the one whose features the head was fitted to.
 
     Args:
         layout: with a head.
         arrays: the received model's differences from the base, `delta:<parameter>`.
+        start: those of the model whose features were summed, all tensors; by default it is the base.
 
     Raises:
         RefusalError: naming the first such tensor.
     """
     head = () if layout.head is None else layout.head.tensors
-    other = next((t.name for t in layout.tensors if t.name not in head and np.any(arrays[delta_block(t.name)])), None)
+    body = [tensor.name for tensor in layout.tensors if tensor.name not in head]
+    before = {name: start[delta_block(name)] if start else 0 for name in body}
+    other = next((name for name in body if np.any(arrays[delta_block(name)] != before[name])), None)
     if other is not None:
-        reason = f"the model with the fitted head differs from the base in tensor {other!r}; only the head may differ"
+        reason = (
+            f"the model with the fitted head differs in tensor {other!r} from the one that it was fitted to; only the "
+            "head may differ"
+        )
         raise RefusalError(f"{reason}. The coordinator sent a model of its own making", reason=reason)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
-
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -39,24 +37,6 @@ def last_linear(model: PreTrainedModel, outputs: int) -> LinearModule | None:
     head = head_parameters(model)
     matches = [linear for linear in linear_modules(model) if linear.weight in head and linear.d_out == outputs]
     return matches[-1] if matches else None
-
-
-def pool_by_mean(model: PreTrainedModel, fresh: Container[str]) -> None:
-    """Have a new head take the mean over tokens, if the model's class can, in place.
-
-    Some classes have a choice, `classifier_pooling` in their configuration, and most bases leave it at the first token.
-    A mean needs no training to describe a text, so a head that is fitted in closed form is better on it.
-
-    Args:
-        fresh: newly initialised parameters. A head from the files is left as it is.
-    """
-    chosen = getattr(model.config, "classifier_pooling", None)
-    head = head_parameters(model)
-    if chosen is None or not head or not any(name in fresh for name in head):
-        return
-    model.config.classifier_pooling = "mean"
-    if hasattr(model, "classifier_pooling"):  # some classes read their configuration once
-        model.classifier_pooling = "mean"
 
 
 def pooler_parameters(model: PreTrainedModel) -> frozenset[str]:

@@ -60,6 +60,20 @@ def test_no_model_of_the_coordinators_choice_is_measured_on_validation_examples(
     assert [reply.error for reply in refusals] == ["SecurityError"] * len(refusals) != []
 
 
+def test_only_the_head_may_differ_from_the_model_that_it_was_fitted_to(here: Site) -> None:
+    body = "delta:bert.encoder.layer.1.output.dense.weight"
+
+    def change(_: str, request: Any) -> Any:
+        if isinstance(request, EvaluateRequest) and request.round == REFIT:
+            arrays = {**request.arrays, body: request.arrays[body] + np.float32(0.5)}
+            return request.model_copy(update={"arrays": arrays})
+        return request
+
+    report = here.run(change=change)
+    assert "only the head may differ" in report["unmeasured"]
+    assert not [one for _, one in here.replies if one.round == REFIT and getattr(one, "sum_of", "") == "metrics"]
+
+
 def test_each_result_has_noise_of_its_own_and_its_rows_are_on_record(here: Site) -> None:
     report = here.run()
     assert "head_choice" in report

@@ -11,6 +11,7 @@ from transformers import AutoModelForSequenceClassification
 from architectures import ARCHITECTURES
 from families import Workplace, line, make
 from gramfuse_model.loading.base_model import load_base
+from gramfuse_model.loading.zero_head import load_zero_headed
 from gramfuse_model.probing.suitable import check_answers
 from gramfuse_protocol.errors import ModelError
 
@@ -68,3 +69,11 @@ def test_a_new_head_takes_the_mean_over_tokens_where_the_class_can(name: str, tm
     base.model.save_pretrained(tmp_path / "written")
     again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "written").eval()
     assert torch.allclose(again(**tokens).logits, logits, atol=1e-6)
+
+
+def test_the_base_of_a_model_that_others_fine_tuned_pools_as_it_was_saved(tmp_path: Path) -> None:
+    place = Workplace(tmp_path, ARCHITECTURES["modernbert"])
+    base = place.save("base", make("modernbert").base_model)
+    plan = place.plan(base)
+    assert load_zero_headed(plan, tmp_path).model.config.classifier_pooling == "cls"
+    assert load_base(plan, tmp_path).model.config.classifier_pooling == "mean"

@@ -11,6 +11,7 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from gramfuse_protocol.errors import ContributionError, MergeError
 from gramfuse_protocol.statistics.head_sums import HeadSums
 from gramfuse_server.merging.closed_form_head import approximating_shrinkage, fit_head
+from gramfuse_server.merging.head_solvers import SOLVERS
 
 
 class _Shrunk:
@@ -60,6 +61,20 @@ def test_it_is_the_discriminant_of_all_examples_together(seed: int) -> None:
     theirs = oracle.decision_function(x)
     differences = (ours - ours[:, :1]) - (theirs - theirs[:, :1])  # softmax and argmax see no common term
     assert np.abs(differences).max() < 1e-8 * np.abs(theirs).max()
+
+
+@pytest.mark.parametrize("loud", [1.0, 1e2, 1e4])
+def test_one_feature_that_is_much_louder_than_the_others_does_not_drown_them(loud: float) -> None:
+    x, y = examples(1, count=800, features=64)
+    quiet = SOLVERS["discriminant"].fit(sums_of(x, y), start=None)
+    x[:, 3] *= loud
+    head = SOLVERS["discriminant"].fit(sums_of(x, y), start=None)
+    accuracy = float(np.mean((x @ head.weight.T + head.bias).argmax(axis=1) == y))
+    x[:, 3] /= loud
+    assert accuracy >= float(np.mean((x @ quiet.weight.T + quiet.bias).argmax(axis=1) == y)) - 0.01
+    if loud == 1:
+        plain = fit_head(sums_of(x, y), prior=True).calibrated
+        assert np.allclose(plain.weight, head.weight)
 
 
 def test_labels_without_examples_are_never_predicted_and_others_are_as_without_them() -> None:

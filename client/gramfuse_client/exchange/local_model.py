@@ -81,8 +81,8 @@ class Workbench:
         """Check that a model can be what the session ends with.
 
         No tensor changes by more than the plan's `merge.maximum-change`, compared with the base, or for a fitted head
-        with the one that silos trained from. A head that was just fitted has outputs of a usual size. Before training,
-        nothing but the head differs from the base.
+        with the one that silos trained from. A head that was just fitted has outputs of a usual size, and nothing but
+        the head differs from the model whose features it was fitted to.
 
         Args:
             arrays: differences from the base (`delta:<parameter>`, float32).
@@ -93,11 +93,12 @@ class Workbench:
         """
         stage = self.plan.stage(state.round)
         self._loaded = self._base()
-        if stage.work == "fit":
-            check_only_head(layout, arrays)
-        start = {} if stage.fits_head else state.start()
+        start = state.start()
         begun = with_zeros(layout, start) if start else None
-        check_changes(self._loaded.model, layout, arrays, self.plan.merge.maximum_change, begun)
+        if stage.fits_head:
+            check_only_head(layout, arrays, begun)
+        compared = None if stage.fits_head else begun
+        check_changes(self._loaded.model, layout, arrays, self.plan.merge.maximum_change, compared)
         if stage.fits_head:
             check_outputs(self._loaded, _by_parameter(layout, arrays))
 

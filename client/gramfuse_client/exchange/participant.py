@@ -190,7 +190,7 @@ class Participant:
             return
         check_hours(self.silo, datetime.now())
         stage, workbench = plan.stage(request.round), self._workbench(plan)
-        if stage.judged:
+        if any(each.judged for each in plan.stages):
             self._validation(plan)  # an error in it comes before any work
         work = workbench.measure_head if stage.fits_head else workbench.measure
         statistics = work(layout, examples, state, with_zeros(layout, request.arrays) if start else {})

@@ -300,7 +300,8 @@ def _results(about: Mapping[str, Any], plan: Plan, stage: Stage) -> Iterator[Dep
             for name in stage.measured
         ),
         parts=tuple(
-            _array(f"sums of {name}", "float64", sums_shape(task), kind_of(task).summed) for name in stage.results
+            _array(f"sums of {name}", "float64", sums_shape(task), _of_part(kind_of(task).summed, name, stage))
+            for name in stage.results
         ),
     )
 
@@ -349,10 +350,15 @@ def _vector_parts(plan: Plan, silo: str, stage: Stage) -> tuple[SentArray, ...]:
     """Return the parts of a silo's held-out results in a secure sum, one for each group of numbers."""
     task = plan.task_of(silo)
     return tuple(
-        _array(f"{group.name} of {candidate}", "uint64", (group.size,), group.words)
+        _array(f"{group.name} of {candidate}", "uint64", (group.size,), _of_part(group.words, candidate, stage))
         for candidate in stage.results
         for group in groups(task)
     )
+
+
+def _of_part(words: str, result: str, stage: Stage) -> str:
+    """Return what a group of numbers is, for the examples that a result is on."""
+    return words if result in stage.measured else words.replace("held-out", "validation")
 
 
 def _array(name: str, dtype: str, shape: tuple[int, ...], what: str) -> SentArray:
@@ -432,11 +438,13 @@ def _noise(plan: Plan) -> Iterator[str]:
             "held-out examples, with their labels, from the difference of two sums."
         )
         return
+    judged = any(stage.judged for stage in plan.stages)
     times = _models(plan.measured) + (f", in each of {plan.merge.rounds} rounds" if plan.merge.rounds > 1 else "")
     yield (
         "The sum of held-out results has noise, to which all silos contribute: for any model, one sum is "
         f"differentially private in a single held-out example, with epsilon = {plan.epsilon:g} and delta = {DELTA:g}. "
         f"There is one for {times}; together they cost epsilon = {spent(plan):.2f}."
+        + (" A validation example is in two other sums, and so costs no more." if judged else "")
     )
 
 

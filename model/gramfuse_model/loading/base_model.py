@@ -16,9 +16,10 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from gramfuse_model.buffers import saved_buffers
 from gramfuse_model.digests import config_digest, processor_digest, tensor_digests, weights_digest
-from gramfuse_model.heads import head_parameters, pool_by_mean
+from gramfuse_model.heads import head_parameters
 from gramfuse_model.loading.auto_classes import FORMS, head_settings
 from gramfuse_model.loading.checkpoint_keys import Keys, check_keys
+from gramfuse_model.loading.new_head import pool_by_mean, replace_head_of_others
 from gramfuse_model.loading.source import BUNDLED, Source, source_of
 from gramfuse_model.loading.vocabulary import check_files_of, check_tokenizer, pad
 from gramfuse_model.parameters import freeze
@@ -76,7 +77,13 @@ class Base:
 
 
 def load_base(
-    plan: Plan, directory: Path | None, *, silo: str | None = None, override: str | None = None, whole: bool = False
+    plan: Plan,
+    directory: Path | None,
+    *,
+    silo: str | None = None,
+    override: str | None = None,
+    whole: bool = False,
+    as_saved: bool = False,
 ) -> Base:
     """Load the base model with a head for a task, seeded by `training.seed`, in float32.
 
@@ -85,6 +92,8 @@ def load_base(
         silo: the silo whose task determines the head; by default the plan's only or first task.
         override: local path of the base model, in place of the plan's; its content must be the same.
         whole: whether it is a fine-tuned model, whose files must include its head.
+        as_saved: whether it is the base of a model that others fine-tuned, so that what its head is for does not
+            matter (`gramfuse_model.loading.new_head`).
 
     Raises:
         ModelError: if it cannot be loaded, its files do not match its configuration
@@ -94,7 +103,7 @@ def load_base(
     task = next(iter(plan.tasks.values())) if silo is None else plan.task_of(silo)
     source = _find(plan, directory, override)
     with _reporting_errors(plan, source, whole=whole):
-        model, fresh = _load_model(source.directory, task, plan.training.seed, whole=whole)
+        model, fresh = _load_model(source.directory, task, plan.training.seed, whole=whole, as_saved=as_saved)
         tokenizer = _load_processor(source.directory, task)
         if FORMS[task.task].offsets and not tokenizer.is_fast:
             raise ModelError(
@@ -193,7 +202,7 @@ def own_head(plan: Plan, directory: Path | None, silo: str, *, override: str | N
 
 
 def _load_model(
-    directory: str, task: Task, seed: int, *, whole: bool = False
+    directory: str, task: Task, seed: int, *, whole: bool = False, as_saved: bool = False
 ) -> tuple[PreTrainedModel, frozenset[str]]:
     """Return a task's model and the names of its fresh parameters, which are not in the files but seeded.
 
@@ -213,12 +222,16 @@ def _load_model(
             use_safetensors=True,
         )
     keys = Keys.of(loaded)
-    labels = AutoConfig.from_pretrained(directory, trust_remote_code=False).num_labels
-    check_keys(model, keys, directory, labels=labels, whole=whole)
-    if not whole:
-        unfold(model, task, keys.fresh)
-        pool_by_mean(model, keys.fresh)
-    return model, keys.fresh
+    own = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    check_keys(model, keys, directory, labels=own.num_labels, whole=whole)
+    if whole or as_saved:
+        if not whole:
+            unfold(model, task, keys.fresh)
+        return model, keys.fresh
+    fresh = keys.fresh | replace_head_of_others(model, own.id2label, task, directory, keys.fresh, seed)
+    unfold(model, task, fresh)
+    pool_by_mean(model, keys.missing)
+    return model, fresh
 
 
 def _configuration(directory: str, task: Task) -> Any:

@@ -50,7 +50,7 @@ def load_zero_headed(plan: Plan, directory: Path) -> Base:
     Raises:
         ModelError: if the base model cannot be loaded.
     """
-    base = load_base(plan, directory)
+    base = load_base(plan, directory, as_saved=True)
     head = head_parameters(base.model)
     with torch.no_grad():
         for name, parameter in base.model.named_parameters():

@@ -72,6 +72,11 @@ class HeadSums:
         """How many examples there are."""
         return float(self.second[-1, -1])
 
+    def scaled(self, factors: Float64) -> HeadSums:
+        """Return the sums of features that are multiplied by a factor each, (D,)."""
+        extended = np.append(factors, 1.0)
+        return HeadSums(self.second * np.outer(extended, extended), self.first * extended[:, None])
+
     def __add__(self, other: HeadSums) -> HeadSums:
         """Return the sums over both sides' examples."""
         if self.first.shape != other.first.shape:

@@ -23,10 +23,11 @@ from gramfuse_protocol.errors import ContributionError, MergeError, ModelError
 from gramfuse_protocol.statistics.head_file import HeadFile, read_head
 from gramfuse_protocol.statistics.head_sums import HeadSums
 from gramfuse_protocol.text import listed, quoted
-from gramfuse_server.merging.closed_form_head import Head, fit_head, without_bias
+from gramfuse_server.merging.closed_form_head import Head, without_bias
 from gramfuse_server.merging.files import PINNED
 from gramfuse_server.merging.head_accumulator import values_of
 from gramfuse_server.merging.head_checks import check_head
+from gramfuse_server.merging.head_solvers import SOLVERS
 from gramfuse_server.report.merged_model import code, front_matter, usage
 from gramfuse_server.report.schema import Check
 from gramfuse_server.report.verdicts import describe_bad, worst
@@ -227,7 +228,7 @@ def _check_possible(file: HeadFile, head: HeadLayout) -> None:
 
 def _fit(sums: HeadSums, head: HeadLayout, files: Sequence[HeadFile]) -> Head:
     try:
-        fitted = fit_head(sums, prior=True).calibrated
+        fitted = SOLVERS[head.fit].fit(sums, start=None)
     except MergeError as error:
         raise MergeError(f"{', '.join(str(file.path) for file in files)}: {error}") from None
     return without_bias(fitted, sums, relative=True) if head.bias is None else fitted

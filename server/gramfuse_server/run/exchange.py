@@ -171,6 +171,8 @@ class Exchange:
                 current = self._begin(number)
                 try:
                     merged = current.merge()
+                    if current.stage.work == "refit":
+                        self._check_refit(current, merged)
                 except (FederationError, RefusalError, MergeError, ContributionError) as error:
                     if current.stage.work != "refit":
                         raise
@@ -181,6 +183,12 @@ class Exchange:
                     return current, merged
                 self._pass_on(current, merged)
             number += 1
+
+    def _check_refit(self, current: Round, merged: Merged) -> None:
+        """Raise MergeError if a check of a head that was fitted again is bad: the merge before it is still good."""
+        current.check(self.base, merged)
+        if not current.sound:
+            raise MergeError(f"{describe_stage(current.stage)}: {describe_bad(current.checks)}")
 
     def _why_unfitted(self, current: Round) -> str | None:
         """Return why the head cannot be fitted after a session, because silos are missing that a fit would need."""
@@ -259,7 +267,8 @@ class Exchange:
                 merged, studied = self.study(current.survivors, merged, conductor.observer)
             current.merged = merged
         if not current.concluded:
-            current.check(self.base, merged)
+            if current.stage.work != "refit":
+                current.check(self.base, merged)
             self._measure(current, merged)
             current.choice = choose(self.plan, current.stage, current.judged)
         current.models += studied.models
@@ -272,7 +281,7 @@ class Exchange:
                 chosen = None if studied.tuning is None else studied.tuning.chosen
                 place = self.run.partial / "model"
                 doubt = "" if current.sound else describe_bad(current.checks)
-                about = (current.survivors, measured, chosen, doubt, self.layout, merged.steps)
+                about = (self._contributors(current), measured, chosen, doubt, self.layout, merged.steps)
                 deltas = merged.rounded()
                 refitted = current.result == REFITTED
                 write_model(place, self.base, deltas, self.plan, *about, refitted=refitted)
@@ -320,9 +329,22 @@ class Exchange:
     def _report(self, current: Round, earlier: list[RoundOfReport]) -> Report:
         """Return the report of the last round, with the traffic and seconds of all rounds."""
         rounds = (*earlier, current.report())
-        trained = self.run.done.get(of_round("train", self.plan.trained_session)) or current.trained
-        silos = tuple(SiloOfReport(name=name, examples=trained[name]["examples"]) for name in current.survivors)
+        trained = {**current.trained, **(self.run.done.get(of_round("train", self.plan.trained_session)) or {})}
+        names = self._contributors(current)
+        silos = tuple(SiloOfReport(name=name, examples=trained[name]["examples"]) for name in names)
         return Report(**self._settings(), **self._results(current, rounds), silos=silos, rounds=rounds)
+
+    def _contributors(self, current: Round) -> tuple[str, ...]:
+        """Return the silos that the result is made from, in roster order: its body's, and those of a head fitted again.
+
+        In open mode, others may have trained than had part in the last session.
+        """
+        number = self.plan.trained_session
+        if not number or number >= current.conductor.round:
+            return current.survivors
+        (trained,) = (one.survivors for one in self._earlier(current.conductor.round) if one.round == number)
+        both = {*trained, *(current.survivors if current.result == REFITTED else ())}
+        return tuple(name for name in self.plan.names if name in both)
 
     def _failure_texts(self, current: Round, error: GramfuseError, resumable: bool) -> dict[str, str]:
         """Return the files of a failed run: its page, its report as far as it got, and the plan."""
@@ -367,9 +389,11 @@ class Exchange:
 
     def _results(self, current: Round, rounds: Sequence[RoundOfReport]) -> dict[str, Any]:
         """Return the keys of the report that the rounds filled; of a failed run, those that exist."""
-        same = [one for one in rounds if one.examples and one.survivors == current.survivors]
-        counted = [one.examples for one in same if one.work == "train"] or [one.examples for one in same]
-        examples = {"examples": counted[-1] if counted else 0} if current.merged is not None else {}
+        examples = {}
+        if current.merged is not None:
+            same = [one for one in rounds if one.examples and one.survivors == self._contributors(current)]
+            counted = [one.examples for one in same if one.work == "train"] or [one.examples for one in same]
+            examples = {"examples": counted[-1] if counted else 0}
         late = [one for one in rounds if one.round >= min(self.plan.trained_session or 1, rounds[-1].round)]
         return {
             **examples,

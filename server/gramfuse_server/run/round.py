@@ -107,7 +107,7 @@ class Round:
             self.trained = conductor.step("train", self._train)
             self.survivors = self._sum_open() if self.secure is None else self._sum_masked(self.secure)
         except (FederationError, RefusalError) as error:
-            if not conductor.only:
+            if not conductor.only or self.stage.work == "refit":  # a run ends well without a second fit
                 raise
             raise type(error)(
                 f"{error}\nWith secure aggregation, {describe_stage(self.stage)} needs exactly the silos of an earlier "

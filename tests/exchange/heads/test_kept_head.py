@@ -8,11 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from flwr.app import Error, RecordDict
 
 from gramfuse_model.loading.base_model import load_base
 from gramfuse_model.parameters import add_differences
+from gramfuse_protocol.errors import GramfuseError
+from gramfuse_protocol.statistics.head_sums import HeadSums
+from gramfuse_server.report.schema import Measured
+from gramfuse_server.run.head_choice import choose
 from tests.conftest import LABELS, messages, write_jsonl
-from tests.exchange.rounds.runs import Models, Site
+from tests.exchange.rounds.runs import Answer, Models, Site
 
 
 def with_validation(site: Site, rows: dict[str, list[Any]]) -> None:
@@ -68,9 +73,81 @@ def test_the_head_that_is_better_on_validation_examples_is_kept(site: Callable[.
             assert np.allclose(found[name], expected[name].numpy(), atol=1e-7), name
 
 
-def test_validation_examples_that_are_wrong_end_the_run_before_its_last_sums(site: Callable[..., Site]) -> None:
+def test_validation_examples_that_are_wrong_are_refused_before_any_work(site: Callable[..., Site]) -> None:
     here = site("merge.refit=true")
     with_validation(here, {"silo-a": [{"text": "a cow", "label": "furniture"}]})
-    report = here.run()
+    with pytest.raises(GramfuseError, match="silo-a"):
+        here.run()
+    assert {event["work"] for event in here.events} == {"fit"}
+
+
+def measured(name: str, accuracy: float, examples: float, noise: float = 0.0) -> Measured:
+    figures = {"accuracy": accuracy, "examples": examples}
+    widths = {"accuracy": noise, "examples": 100 * noise}
+    intervals = (
+        {key: (max(0.0, value - widths[key]), value + widths[key]) for key, value in figures.items()} if noise else {}
+    )
+    return Measured(name=name, kind=name, metrics=figures, intervals=intervals)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "examples", "noise", "kept"),
+    [
+        (0.9, 0.8, 50.0, 0.0, "regmean"),
+        (0.8, 0.8, 50.0, 0.0, "refitted"),
+        (0.9, 0.8, 50.0, 0.04, "regmean"),
+        (0.9, 0.8, 50.0, 0.06, "refitted"),
+        (0.9, 0.1, 3.0, 0.06, None),  # no more examples than noise alone would give
+    ],
+)
+def test_noise_alone_decides_nothing(
+    site: Callable[..., Site], before: float, after: float, examples: float, noise: float, kept: str | None
+) -> None:
+    plan = site("merge.refit=true").plan
+    results = [measured("a", before, examples, noise), measured("b", after, examples, noise)]
+    choice = choose(plan, plan.stages[-1], results)
+    assert (None if choice is None else choice.kept) == kept
+
+
+def away(here: Site, silo: str, work: str) -> Callable[[Any, Answer], RecordDict | Error]:
+    def fault(visit: Any, deliver: Answer) -> RecordDict | Error:
+        if visit.node == silo and visit.phase == "train" and here.events[-1].get("work") == work:
+            return Error(5, "it is away")
+        return deliver()
+
+    return fault
+
+
+@pytest.mark.parametrize("work", ["train", "refit"])
+def test_in_open_mode_the_result_is_that_of_all_who_trained_or_fitted_again(
+    site: Callable[..., Site], work: str
+) -> None:
+    here = site("merge.refit=true", "privacy.minimum-survivors=2")
+    report = here.run(fault=away(here, "silo-c", work))
+    assert report["merged"] == "refitted"
+    without = ["silo-a", "silo-b"]
+    assert [one["survivors"] for one in report["rounds"]][1:] == [
+        without if work == "train" else [*without, "silo-c"],
+        without if work == "refit" else [*without, "silo-c"],
+    ]
+    assert [silo["name"] for silo in report["silos"]] == [*without, "silo-c"]
+    assert all(name in (here.out / "model" / "README.md").read_text() for name in [*without, "silo-c"])
+
+
+def test_a_bad_second_fit_leaves_the_good_merge(site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch) -> None:
+    def lie(self: HeadSums, layout: Any) -> Any:
+        more = HeadSums(1.2 * self.second, self.first) if lying else self
+        return blocks(more, layout)
+
+    def watch(event: dict[str, Any]) -> None:
+        if event.get("work") == "refit":
+            lying.append(True)
+
+    lying: list[bool] = []
+    blocks = HeadSums.blocks
+    monkeypatch.setattr(HeadSums, "blocks", lie)
+    here = site("merge.refit=true")
+    report = here.run(watch=watch)
     assert report["merged"] == "regmean"
-    assert report["unfitted"]
+    assert "labels less examples" in report["unfitted"]
+    assert "Do not use" not in (here.out / "model" / "README.md").read_text()

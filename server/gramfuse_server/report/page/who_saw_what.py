@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from gramfuse_protocol.contract.plan import Plan
+from gramfuse_protocol.contract.stages import FITTED, REFITTED
 from gramfuse_protocol.contract.who_sees_what import (
     ADDED,
     EXAMPLES,
@@ -86,9 +87,15 @@ def _silo(plan: Plan, *, simulated: bool, measured: bool = True) -> Side:
     if not measured:
         models = "no model"
     elif plan.releases:
-        both = "the simple average and the merged model" if "simple" in plan.measured else "the merged model"
-        head = "the fitted head, " if plan.model.head == "fitted" and plan.training.epochs else ""
-        models = f"{head}{both}, which it measured on its held-out examples"
+        names = {"simple": "the simple average", "regmean": "the merged model", FITTED: "the base with the fitted head"}
+        names[REFITTED] = "the merged model with the head fitted again"
+        judged = any(stage.judged for stage in plan.stages)
+        *before, last = (names[name] for name in plan.measured)
+        models = f"{', '.join(before)} and {last}" if before else last
+        models += ", which it measured on its held-out examples"
+        models += ", the last two on validation examples too, if it has any" if judged else ""
+        if plan.model.head == "fitted" and plan.training.epochs:
+            models = f"the fitted head, which it trained from; {models}"
     elif plan.model.head == "own" or len(plan.stages) > 1:
         models = "the merged model"
     else:
