@@ -29,6 +29,7 @@ OWN = {
     "gramfuse_client.state.session",
     "gramfuse_client.state.state",
     "gramfuse_server.report.part",
+    "gramfuse_server.report.choices",
     "gramfuse_server.report.schema",
 }
 """Modules whose models a side writes for itself, of digests, numbers and names that were checked.

@@ -132,8 +132,8 @@ FACTS: Mapping[str, Fact] = {
         MASKS,
     ),
     "results": Fact(
-        "results on held-out examples, and if the head is fitted again on validation examples: counts (right, wrong, for "
-        "each label) or regression moments; with noise in a sum",
+        "results on held-out examples, and if the head is fitted again on validation examples: counts (right, wrong, "
+        "for each label) or regression moments; with noise in a sum",
         {"secure": Read("evaluate, masked", SUMMED), "open": Read("evaluate", COORDINATOR)},
         (*MASKS, NETWORK),
     ),
