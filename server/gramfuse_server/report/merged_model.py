@@ -82,7 +82,9 @@ def card(
 ) -> str:
     """Return the model card, made from the plan; arguments as in `write_model`."""
     form = merged_form(plan)
-    lines = [*front_matter(plan.model.base, form), "", f"# {plan.plan.name}", ""]
+    done = {"regmean": plan.closed_form, "merge": plan.training.epochs > 0}
+    tags = [tag for tag in TAGS if done.get(tag, True)]
+    lines = [*front_matter(plan.model.base, form, tags), "", f"# {plan.plan.name}", ""]
     if doubt:
         lines += [f"**Do not use this model: {doubt}.**", ""]
     lines += [
