@@ -11,6 +11,7 @@ from gramfuse_model.exponents import exponents_of
 from gramfuse_model.head_features import features_of
 from gramfuse_model.heads import last_linear
 from gramfuse_model.loading.base_model import Base, load_base
+from gramfuse_model.loading.new_head import pool_by_mean
 from gramfuse_model.loading.zero_head import plan_for
 from gramfuse_model.probing.lengths import check_lengths
 from gramfuse_model.probing.public_batch import check_long_texts, public_batch, trying
@@ -84,7 +85,8 @@ def derive_head(base: Base, batch: Mapping[str, torch.Tensor], task: Task) -> He
 def load_for_head(model: str, task: Task, directory: Path) -> Base:
     """Load a model whose head is to be fitted, fine-tuned or not.
 
-    Where its files have no head for the task, the head is new, seeded as that of a base.
+    Where its files have no head of its shape, the head is new, seeded as that of a base. Otherwise it stays, whatever
+    its labels are called: its last layer is replaced.
 
     Args:
         model: hub id, directory or bundled name.
@@ -94,7 +96,9 @@ def load_for_head(model: str, task: Task, directory: Path) -> Base:
     Raises:
         ModelError: if it cannot be loaded.
     """
-    return load_base(plan_for("model", model, task), directory)
+    base = load_base(plan_for("model", model, task), directory, as_saved=True)
+    pool_by_mean(base.model, base.fresh)
+    return base
 
 
 def probe_for_head(model: str, base: Base, task: Task) -> HeadLayout:

@@ -125,9 +125,8 @@ def test_a_regression_has_a_head_in_closed_form_too(
 
 def test_a_task_without_a_closed_form_is_refused(pico_project: Callable[..., Any]) -> None:
     project = pico_project(silos=3)
-    tags = 'model.labels=["O", "B-X", "I-X"]'
     plan = Plan.read(project.plan).override(
-        ["privacy.secure-aggregation=false", "model.task=token-classification", tags]
+        ["privacy.secure-aggregation=false", "model.task=causal-lm", "model.labels=[]"]
     )
     for term in ("probe", "refit"):
         with pytest.raises(PlanError, match=term):
