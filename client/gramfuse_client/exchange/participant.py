@@ -300,7 +300,7 @@ class Participant:
         shape, stored = sums_shape(plan.task_of(self.silo.name)), state.measurements.of(request.round)
         arrays = {"sums": np.array(measurement.sums).reshape(shape)}
         if stage.judged and request.candidate == stage.merged:
-            judged = [stored[name].sums for name in stage.results[len(stage.measured) :]]
+            judged = [stored[name].sums for name in stage.judgements]
             arrays["judged"] = np.array(judged).reshape(len(judged), *shape)
         return reply.model_copy(update={"arrays": arrays})
 
@@ -329,7 +329,7 @@ class Participant:
             validation = self._validation(plan)
             keys += validation.input_keys
             start = WholeModel(with_zeros(layout, state.start()), state.origin().start)
-            for name, judged in zip(stage.results[len(stage.measured) :], (start, whole), strict=True):
+            for name, judged in zip(stage.judgements, (start, whole), strict=True):
                 nothing: Sums = np.zeros(size(task) if plan.summed else sums_shape(task))
                 sums = workbench.evaluate(layout, judged.arrays, state, validation) if validation else nothing
                 state.measurements.keep(request.round, name, _as_it_leaves(plan, task, judged.digest, sums))

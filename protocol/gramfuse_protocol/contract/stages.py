@@ -46,7 +46,12 @@ class Stage(NamedTuple):
     @property
     def results(self) -> tuple[str, ...]:
         """Names of all results of the session, in the order of their sums."""
-        return (*self.measured, *(f"{name}-validation" for name in self.judged))
+        return (*self.measured, *self.judgements)
+
+    @property
+    def judgements(self) -> tuple[str, ...]:
+        """Names of the results on validation examples, in the order of `judged`."""
+        return tuple(f"{name}-validation" for name in self.judged)
 
     @property
     def fits_head(self) -> bool:

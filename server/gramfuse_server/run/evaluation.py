@@ -69,21 +69,21 @@ class Evaluation:
         """
         digests: dict[str, str] = {}
         sums: dict[str, dict[str, Sums]] = {}
-        results, measured = self.stage.results, len(self.stage.measured)
+        results, judgements = self.stage.results, self.stage.judgements
         with self.conductor.phase("evaluate"):
             for candidate in candidates:
                 digests[candidate.name], sums[candidate.name], judged = self._ask(candidate)
-                for place, name in enumerate(results[measured:]):
+                for place, name in enumerate(judgements):
                     sums[name] = {silo: both[place] for silo, both in judged.items()}
                 self.conductor.tell("evaluate", "measured", name=candidate.name)
         if self.stage.judged:
-            digests |= zip(results[measured:], (self.start, digests[self.stage.merged]), strict=True)
+            digests |= zip(judgements, (self.start, digests[self.stage.merged]), strict=True)
         if self.secure is not None:
             return self._summed({name: digests[name] for name in results}, survivors)
         # A silo that was lost midway would be in the metrics of some models only.
         self.silos = tuple(silo for silo in self.conductor.nodes if all(silo in sums[name] for name in results))
         complete = {name: {silo: sums[name][silo] for silo in self.silos} for name in results}
-        for name in results[measured:]:
+        for name in judgements:
             complete[name] = {silo: own for silo, own in complete[name].items() if examples_in(own)}
         return [to_measured(self.plan, name, name, by_silo) for name, by_silo in complete.items() if by_silo]
 
