@@ -111,6 +111,7 @@ def base_of(plan: Plan, mode: str) -> dict[str, Any]:
         "layout_digest": DIGEST,
         "base": {"name": "bundled:minilm", "sha256": DIGEST},
         "auto_class": "AutoModelForSequenceClassification",
+        "outputs": ["model"],
         "head": plan.model.head or "same",
         "merged": "regmean",
         "unfitted": None,
@@ -222,6 +223,7 @@ def merged_files() -> tuple[dict[str, Any], None]:
     for key in (
         "name",
         "auto_class",
+        "outputs",
         "head",
         "tasks",
         "generation",

@@ -346,7 +346,7 @@ def undisturbed(tmp_path: Path) -> Callable[..., bytes]:
         accumulator.load(total, len(plan.silo))
         base = load_base(plan, project.directory)
         write_model(tmp_path / "undisturbed", base, accumulator.merge().rounded(), plan, silos, None)
-        return (tmp_path / "undisturbed" / "model.safetensors").read_bytes()
+        return (tmp_path / "undisturbed" / "model" / "model.safetensors").read_bytes()
 
     return merge
 

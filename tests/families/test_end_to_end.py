@@ -203,7 +203,7 @@ def merge(case: Case, directory: Path, out: Path) -> Outcome:
     base = load_base(plan, Path())
     write_model(out, base, merged.deltas, plan, plan.names, None)
     found["merged"] = measure(base.model, base.tokenizer, task)
-    return Outcome(out, task, found)
+    return Outcome(out / "model", task, found)
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from gramfuse_deployment.terminal import Table, say, say_text, show_json
 from gramfuse_protocol.contract import who_sees_what
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.errors import MergeError
+from gramfuse_server.report.loading import loading_of
 from gramfuse_server.report.page.view import Reading
 from gramfuse_server.report.page.words import (
     MERGES,
@@ -127,8 +128,7 @@ def _spread(model: Measured, title: str) -> str:
 
 
 def _how_to_load(report: Report, run: Path) -> str:
-    auto = report.auto_class
-    lines = f'from transformers import {auto}\nmodel = {auto}.from_pretrained("{run / "model"}")'
+    lines = loading_of(report, str(run))
     if report.head != "own":
         return lines
     models = run / "models"

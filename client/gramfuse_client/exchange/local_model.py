@@ -23,6 +23,7 @@ from gramfuse_client.state.state import State
 from gramfuse_client.tasks.registry import at_silo
 from gramfuse_client.training.evaluate import evaluate, evaluate_for_sum
 from gramfuse_client.training.finetune import choose_device, finetune
+from gramfuse_model.adapters.attach import check_trained
 from gramfuse_model.buffers import first_difference, saved_buffers
 from gramfuse_model.change import check_changes, check_only_head
 from gramfuse_model.derive_layout import plan_layout
@@ -32,6 +33,7 @@ from gramfuse_model.parameters import add_differences, set_values, trainable
 from gramfuse_model.probing.lengths import check_lengths
 from gramfuse_model.probing.suitable import check_suitable
 from gramfuse_model.rescaling import fold
+from gramfuse_model.saving import save_model
 from gramfuse_protocol.contract.layout import Layout, delta_block
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.contract.task import Task
@@ -198,8 +200,7 @@ class Workbench:
         """
         base = self._merged(layout, arrays, state)
         fold(base.model, self.task)
-        base.model.save_pretrained(directory)
-        base.tokenizer.save_pretrained(directory)
+        save_model(base, directory)
 
     def _merged(self, layout: Layout, arrays: Mapping[str, NDArray[Any]], state: State) -> Base:
         base = self._base()
@@ -220,8 +221,7 @@ def save_privately(base: Base, task: Task, directory: Path) -> None:
     temporary = directory.with_suffix(".partial")
     shutil.rmtree(temporary, ignore_errors=True)
     make_private_directory(temporary)
-    base.model.save_pretrained(temporary)
-    base.tokenizer.save_pretrained(temporary)
+    save_model(base, temporary)
     for path in temporary.iterdir():
         path.chmod(0o600)
     shutil.rmtree(directory, ignore_errors=True)
@@ -242,7 +242,7 @@ def train(
 
     Raises:
         ContributionError: naming the tensor, if training changes a buffer that all silos share and the layout does not
-            merge, or if a value is NaN or infinite.
+            merge, or if a value is NaN or infinite; or if training changes what is frozen in adapters, or no adapter.
     """
     device = choose_device(silo.file.device)
     merged = {tensor.name for tensor in layout.tensors}
@@ -262,6 +262,8 @@ def train(
         progress=None if state is None else lambda done, total: state.progress("train", done, total),
         owner=silo.name,
     )
+    if base.adapters is not None:
+        check_trained(base.model, base.adapters)
     changed = first_difference(fixed, saved_buffers(base.model))
     if changed is not None:
         raise ContributionError(

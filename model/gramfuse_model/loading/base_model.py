@@ -14,6 +14,7 @@ import torch
 import transformers
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from gramfuse_model.adapters.attach import Attached, attach, is_adapter, plain_name
 from gramfuse_model.buffers import saved_buffers
 from gramfuse_model.digests import config_digest, processor_digest, tensor_digests, weights_digest
 from gramfuse_model.heads import head_parameters
@@ -46,6 +47,7 @@ class Base:
         shared: names in the model's `state_dict` that are merged: all names, or, if silos keep their own heads, those
             that are outside the head and have the same shape in the models of all tasks.
         fresh: names of the parameters that are not in the base's files, but seeded.
+        adapters: the adapters of the model, if the plan trains any.
     """
 
     model: PreTrainedModel
@@ -53,6 +55,7 @@ class Base:
     pins: Pins
     shared: frozenset[str]
     fresh: frozenset[str] = frozenset()
+    adapters: Attached | None = None
 
     @property
     def takes_images(self) -> bool:
@@ -116,15 +119,16 @@ def load_base(
             check_tokenizer(model, tokenizer, source.directory)
             pad(model, tokenizer, source.directory)
         shared = _shared(plan, source.directory, model)
-        pins = Pins(
-            _weights(plan, source.directory, model, task, fresh, shared),
-            config_digest(model),
-            processor_digest(tokenizer),
-            source.revision,
-        )
+        weights = _weights(plan, source.directory, model, task, fresh, shared)
+        config, processor = config_digest(model), processor_digest(tokenizer)
+        lora = plan.training.lora
+        attached = None if lora is None else attach(model, lora, plan.training.seed, fresh)
+        if attached is not None:
+            shared = frozenset(name for name in model.state_dict() if is_adapter(name) or plain_name(name) in shared)
+        pins = Pins(weights, config, processor, source.revision, None if attached is None else attached.digest)
     _check_pins(plan, source, pins)
     freeze(model, plan.training.freeze if plan.training.epochs else ())
-    return Base(model.eval(), tokenizer, pins, shared, fresh)
+    return Base(model.eval(), tokenizer, pins, shared, fresh, attached)
 
 
 def _label(plan: Plan, source: Source, *, whole: bool = False) -> str:
@@ -145,6 +149,7 @@ def _check_pins(plan: Plan, source: Source, pins: Pins) -> None:
         "sha256": "weights",
         "config": "configuration (config.json, and generation_config.json for an encoder-decoder model)",
         "processor": "tokenizer or image processor",
+        "adapters": "frozen matrices of its adapters ([training.lora], training.seed)",
     }
     for key, name in names.items():
         actual, locked = getattr(pins, key), getattr(plan.model, key)

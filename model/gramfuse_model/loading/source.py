@@ -52,6 +52,11 @@ class Source(NamedTuple):
     revision: str | None
 
 
+def hub_id(base: str) -> str:
+    """Return a base's name on the hub; a base that is not bundled is named as it is."""
+    return BUNDLED[base].hub_id if base in BUNDLED else base
+
+
 def locate(base: str, directory: Path | None, called: str = "base") -> str:
     """Resolve a base to the path of a directory, or return a hub id unchanged.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tomlkit
 from pydantic import Field, model_validator
@@ -18,6 +18,7 @@ from gramfuse_protocol.bounds import SILOS, Many
 from gramfuse_protocol.canonical import digest
 from gramfuse_protocol.contract.plan_sections import (
     Header,
+    Lora,
     Merge,
     Model,
     NamedTask,
@@ -99,6 +100,17 @@ class Plan(Section):
         if self.privacy.metrics == "sum":
             raise ValueError(
                 'results of different tasks cannot be summed over silos: \'privacy.metrics\' must be "silo" or "none"'
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _adapters(self) -> Plan:
+        if self.training.lora is not None and self.training.epochs == 0:
+            raise ValueError("without training ('training.epochs' = 0), nothing trains the adapters of [training.lora]")
+        if self.training.lora is not None and self.model.head == "own" and self.outputs != ("model",):
+            raise ValueError(
+                "an adapter includes a head, and in this plan silos keep their own heads: write training.lora.output = "
+                '"merged"'
             )
         return self
 
@@ -241,6 +253,16 @@ class Plan(Section):
         return self.merge.method == "regmean" and self.training.epochs > 0
 
     @property
+    def outputs(self) -> tuple[Literal["adapter", "model"], ...]:
+        """What is written of the result: an adapter, a whole model, or both, in this order."""
+        match self.training.lora:
+            case Lora(output="adapter"):
+                return ("adapter",)
+            case Lora(output="both"):
+                return ("adapter", "model")
+        return ("model",)
+
+    @property
     def fits_head(self) -> bool:
         """Whether silos contribute the sums of a head in one of the stages."""
         return any(stage.fits_head for stage in self.stages)
@@ -347,7 +369,8 @@ class Plan(Section):
     def locked(self) -> bool:
         """Whether the base model (weights, configuration, processor), its head and the layout are pinned."""
         model = self.model
-        return None not in (model.sha256, model.config, model.processor, model.head, self.merge.layout)
+        adapters = self.training.lora is None or model.adapters is not None
+        return adapters and None not in (model.sha256, model.config, model.processor, model.head, self.merge.layout)
 
     @property
     def pins(self) -> Pins:
@@ -412,12 +435,14 @@ class Plan(Section):
                 raise PlanError(f"--set {setting}: expected section.key=value, for instance merge.alpha=1.0")
             table: Any = document
             for key in keys[:-1]:
-                table = table.setdefault(key, {}) if isinstance(table, dict) else None
+                if isinstance(table, dict) and table.get(key) is None:
+                    table[key] = {}  # a table that the plan lacks, such as [training.lora]
+                table = table[key] if isinstance(table, dict) else None
             if not isinstance(table, dict):
                 raise PlanError(f"--set {setting}: {'.'.join(keys[:-1])!r} is not a section of the plan")
             table[keys[-1]] = _toml_value(text.strip())
         if settings:
-            document["model"] |= dict.fromkeys(("sha256", "config", "processor"))
+            document["model"] |= dict.fromkeys(("sha256", "config", "processor", "adapters"))
             document["merge"]["layout"] = None
         return build(Plan, document, f"--set {' '.join(settings)}" if settings else "plan")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Annotated, Literal, NamedTuple
 
@@ -40,6 +41,27 @@ Experts = Literal["mean", "full"]
 
 Patterns = Annotated[Many[Word], Field(max_length=SILOS)]
 
+LARGEST_RANK = 4096
+
+ALL_LINEAR = "all-linear"
+
+UNSUPPORTED_LORA = {
+    "dora": "DoRA rescales the base's own weights, so the merge of adapters would not be exact",
+    "use-dora": "DoRA rescales the base's own weights, so the merge of adapters would not be exact",
+    "lora-bias": "a bias inside an adapter has no input that a Gram matrix could be measured on",
+    "dropout": "silos would draw their own masks, and the result would depend on the device",
+}
+"""Keys of other kinds of adapters, with the reason why a plan has none."""
+
+UNSUPPORTED_INIT = {
+    **dict.fromkeys(
+        ("pissa", "olora", "corda", "loftq", "lora-ga", "lora_ga"),
+        "it changes the base's own weights, which must stay the same at all silos",
+    ),
+    "eva": "it depends on one silo's data, and all silos must have the same A",
+}
+"""Values of `init` elsewhere, with the reason why a plan has none."""
+
 
 def _identity_key(text: str) -> str:
     check_identity_key(bytes.fromhex(text))
@@ -61,12 +83,14 @@ class Pins(NamedTuple):
         config: digest of the configuration.
         processor: digest of the tokenizer or image processor.
         revision: commit of the hub repository; None for a base model in a directory.
+        adapters: digest of the frozen matrices of all adapters; None without adapters.
     """
 
     sha256: str | None
     config: str | None
     processor: str | None
     revision: str | None = None
+    adapters: str | None = None
 
 
 class _Start(Section):
@@ -79,6 +103,8 @@ class _Start(Section):
     """Digest of the whole configuration, including generation settings; filled in by `plan lock`."""
     processor: Sha256 | None = None
     """Digest of the whole tokenizer or image processor; filled in by `plan lock`."""
+    adapters: Sha256 | None = None
+    """Digest of all matrices A of `[training.lora]`; filled in by `plan lock`."""
     task: TaskName | None = None
     head: Literal["fitted", "same", "different", "own"] | None = None
     """Where heads start from, and whether they are merged.
@@ -116,6 +142,56 @@ class NamedTask(Task):
     name: Name
 
 
+class Lora(Section):
+    """`[training.lora]`: silos train adapters (LoRA; Hu et al., ICLR 2022) instead of the base's own weights.
+
+    An adapter adds s · B A x to the output of a linear layer with input x. A, (rank, d_in), is the same at all silos
+    and frozen; B, (d_out, rank), starts at zero and is trained and merged. The head is trained whole.
+    """
+
+    rank: Annotated[int, Field(ge=1, le=LARGEST_RANK)] = 16
+    alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 32.0
+    """Scales the adapters: s = alpha / rank."""
+    rslora: bool = False
+    """Whether s = alpha / √rank instead."""
+    targets: Annotated[Many[Word], Field(min_length=1, max_length=SILOS)] = (ALL_LINEAR,)
+    """Names of the modules that get an adapter, or the ends of their names, as in PEFT's `target_modules`.
+
+    `"all-linear"` selects all linear layers of the body, but not those of a head or an output layer.
+    """
+    modules_to_save: Annotated[Many[Word], Field(max_length=SILOS)] = ()
+    """Modules to train whole, besides the head and what is new in the model; names or their ends, as in PEFT."""
+    init: Literal["kaiming", "gaussian", "orthogonal"] = "kaiming"
+    """How each A is drawn from `training.seed` and its module's name.
+
+    `kaiming`: uniform with variance 1 / (3 d_in), PEFT's default. `gaussian`: normal with variance 1 / rank², PEFT's
+    too. `orthogonal`: orthogonal rows, each as long as a row of `kaiming` is on average.
+    """
+    output: Literal["adapter", "merged", "both"] = "adapter"
+    """What is written: an adapter for PEFT, the merged model with the adapter folded in, or both."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_other_kinds(cls, values: object) -> object:
+        """Refuse other kinds of adapters with the reason; a single target need not be a list."""
+        if not isinstance(values, Mapping):
+            return values
+        for key, reason in UNSUPPORTED_LORA.items():
+            if key in values:
+                raise ValueError(f"{key!r} is not supported: {reason}")
+        init = values.get("init")
+        if isinstance(init, str) and init.lower() in UNSUPPORTED_INIT:
+            raise ValueError(f"init = {init!r} is not supported: {UNSUPPORTED_INIT[init.lower()]}")
+        listed = {"targets": [values["targets"]]} if isinstance(values.get("targets"), str) else {}
+        # What a "before" validator returns is no longer JSON, and strict types take no list for a tuple.
+        return {key: tuple(value) if isinstance(value, list) else value for key, value in {**values, **listed}.items()}
+
+    @property
+    def scale(self) -> float:
+        """The factor s on B A x."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
 class Training(Section):
     """`[training]`: AdamW with linear warm-up and decay, the same at every silo."""
 
@@ -136,6 +212,8 @@ class Training(Section):
     The word `embeddings` selects all parameters that turn tokens, positions and patches into features, whatever their
     names in the model.
     """
+    lora: Lora | None = None
+    """Adapters to train instead of the base's own weights."""
 
     def in_round(self, number: int) -> Training:
         """Return the settings of a round, counted from 1: each round has its own seed, and so its own batches."""

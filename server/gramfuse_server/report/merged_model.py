@@ -12,18 +12,25 @@ from numpy.typing import NDArray
 
 from gramfuse_model.loading.auto_classes import Form, merged_form
 from gramfuse_model.loading.base_model import Base
-from gramfuse_model.loading.source import BUNDLED
+from gramfuse_model.loading.source import BUNDLED, hub_id
 from gramfuse_model.parameters import add_differences
 from gramfuse_model.rescaling import fold
+from gramfuse_model.saving import save_adapter, save_model
 from gramfuse_protocol.contract.coverage import Covered, coverage, coverage_lines, unused_expert_lines
 from gramfuse_protocol.contract.layout import Layout
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.contract.who_sees_what import seen
 from gramfuse_server.report.choices import Chosen
+from gramfuse_server.report.loading import load_adapter
 from gramfuse_server.report.schema import Measured, Step
 
-TAGS = ("gramfuse", "regmean", "merge", "federated-learning")
+TAGS = ("gramfuse", "regmean", "merge", "lora", "federated-learning")
 """Tags of a merged model's card."""
+
+HERE = "path/to/this/directory"
+
+TAGS_OF_FILES = tuple(tag for tag in TAGS if tag != "lora")
+"""Tags of the card of a model that is merged from statistics files."""
 
 
 def write_model(
@@ -40,13 +47,13 @@ def write_model(
     *,
     refitted: bool = False,
 ) -> None:
-    """Write base + deltas; the base model in memory becomes the merged one.
+    """Write base + deltas into `model` or, as an adapter, into `adapter`; the base in memory becomes the merged model.
 
     If silos keep their heads, the written model has no head and no labels. A regression model predicts targets on the
     scale of the data (`gramfuse_model.rescaling`).
 
     Args:
-        directory: created if missing.
+        directory: where `model` and `adapter` are made, as the plan says.
         silos: the silos in the merge.
         measured: the model's entry in the report, for the card, if it was measured.
         chosen: the choice of the search, if the merge was chosen on held-out data.
@@ -63,10 +70,14 @@ def write_model(
             model.config.__dict__.pop(key, None)
     else:
         fold(model, next(iter(plan.tasks.values())))
-    model.save_pretrained(directory)
-    base.tokenizer.save_pretrained(directory)
-    text = card(plan, silos, measured, chosen, doubt, layout, steps, refitted=refitted)
-    (directory / "README.md").write_text(text, encoding="utf-8")
+    for output in plan.outputs:
+        place = directory / output
+        if output == "adapter":
+            save_adapter(base, plan, place)
+        else:
+            save_model(base, place, model)
+        text = card(plan, silos, measured, chosen, doubt, layout, steps, refitted=refitted, adapter=output == "adapter")
+        (place / "README.md").write_text(text, encoding="utf-8")
 
 
 def card(
@@ -79,12 +90,14 @@ def card(
     steps: Sequence[Step] = (),
     *,
     refitted: bool = False,
+    adapter: bool = False,
 ) -> str:
-    """Return the model card, made from the plan; arguments as in `write_model`."""
+    """Return the model card, made from the plan; arguments as in `write_model`, and whether it is for an adapter."""
     form = merged_form(plan)
-    done = {"regmean": plan.closed_form, "merge": plan.training.epochs > 0}
+    done = {"regmean": plan.closed_form, "merge": plan.training.epochs > 0, "lora": plan.training.lora is not None}
     tags = [tag for tag in TAGS if done.get(tag, True)]
-    lines = [*front_matter(plan.model.base, form, tags), "", f"# {plan.plan.name}", ""]
+    library = "peft" if adapter else "transformers"
+    lines = [*front_matter(plan.model.base, form, tags, library), "", f"# {plan.plan.name}", ""]
     if doubt:
         lines += [f"**Do not use this model: {doubt}.**", ""]
     lines += [
@@ -95,7 +108,7 @@ def card(
         f"Plan digest: `{plan.digest}`",
         "",
         *(extent(coverage(layout, steps), steps) if layout and plan.closed_form else ()),
-        *usage(form),
+        *(fenced("python", load_adapter(form.auto, plan.model.base, HERE)) if adapter else usage(form)),
     ]
     if measured:
         lines += [*_results(measured.without_noise), *_generation(plan)]
@@ -170,8 +183,8 @@ def usage(form: Form) -> list[str]:
     name = "processor" if form.processor == "AutoImageProcessor" else "tokenizer"
     text = (
         f"from transformers import {form.auto}, {form.processor}\n\n"
-        f'model = {form.auto}.from_pretrained("path/to/this/directory")\n'
-        f'{name} = {form.processor}.from_pretrained("path/to/this/directory")'
+        f'model = {form.auto}.from_pretrained("{HERE}")\n'
+        f'{name} = {form.processor}.from_pretrained("{HERE}")'
     )
     return [*fenced("python", text), ""]
 
@@ -210,20 +223,22 @@ def _kept_heads(plan: Plan) -> list[str]:
     return ["This is the body that all silos share. Each silo has its own head for it, which it kept to itself.", ""]
 
 
-def front_matter(base: str, form: Form, tags: Sequence[str] = TAGS) -> list[str]:
+def front_matter(
+    base: str, form: Form, tags: Sequence[str] = TAGS_OF_FILES, library: str = "transformers"
+) -> list[str]:
     """Return the card's YAML front matter, as lines.
 
     Args:
         base: as named in a plan.
         form: the model's class and pipeline.
         tags: for the hub.
+        library: that loads the model.
     """
-    hub_id = BUNDLED[base].hub_id if base in BUNDLED else base
     # A local directory means nothing to others.
     public = base in BUNDLED or not base.startswith((".", "/", "~"))
     metadata = {
-        **({"base_model": hub_id} if public else {}),
-        "library_name": "transformers",
+        **({"base_model": hub_id(base)} if public else {}),
+        "library_name": library,
         "pipeline_tag": form.pipeline,
         "tags": list(tags),
     }

@@ -287,7 +287,7 @@ class Failure(ReportPart):
 
 
 ALWAYS = ("schema", "run", "mode", "base", "layout_digest", "plan_digest", "silos", "versions")
-OF_PLANS = ("name", "auto_class", "head", "tasks", "generation", "identities")
+OF_PLANS = ("name", "auto_class", "outputs", "head", "tasks", "generation", "identities")
 OF_RUNS = (*OF_PLANS, "merged", "unfitted", "lost", "bytes", "bytes_to_silos", "seconds", "rounds")
 OF_SUMS = ("examples", "solve", "checks")
 OF_MERGES = (*OF_SUMS, "models", "unmeasured")
@@ -328,6 +328,8 @@ class Report(ReportPart):
     """The base model."""
     auto_class: str = ""
     """The transformers class that loads the merged model."""
+    outputs: tuple[Literal["adapter", "model"], ...] = ("model",)
+    """Runs: what was written, each in a directory of its name: a whole `model`, or an `adapter` for its base."""
     head: Literal["fitted", "same", "different", "own"] = "same"
     """Runs: whether heads were merged from one fitted start, from one random start or from different ones, or kept by
     the silos."""

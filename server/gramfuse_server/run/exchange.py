@@ -279,12 +279,11 @@ class Exchange:
             measured = next((model for model in reversed(models) if model.kind == current.result), None)
             with self.run.writing():
                 chosen = None if studied.tuning is None else studied.tuning.chosen
-                place = self.run.partial / "model"
                 doubt = "" if current.sound else describe_bad(current.checks)
                 about = (self._contributors(current), measured, chosen, doubt, self.layout, merged.steps)
                 deltas = merged.rounded()
                 refitted = current.result == REFITTED
-                write_model(place, self.base, deltas, self.plan, *about, refitted=refitted)
+                write_model(self.run.partial, self.base, deltas, self.plan, *about, refitted=refitted)
                 if self.own_heads is not None and self.plan.model.head == "own":
                     arrays = {delta_block(name): delta for name, delta in deltas.items()}
                     for silo in current.survivors:
@@ -379,6 +378,7 @@ class Exchange:
             "layout_digest": self.layout.digest,
             "base": BaseOfReport.read({"name": self.plan.model.base, "sha256": self.base.pins.sha256}),
             "auto_class": merged_form(self.plan).auto,
+            "outputs": self.plan.outputs,
             "head": self.plan.model.head,
             "tasks": {name: task.task for name, task in self.plan.tasks.items()},
             "generation": {name: Generation.read(settings) for name, settings in generation.items() if settings},

@@ -30,8 +30,8 @@ def federation(_made: list[Federation], pico_project: Any, monkeypatch: pytest.M
     federation = _made[0]
 
     def write_model(directory: Path, _: Any, deltas: Mapping[str, Any], *__: Any, **___: Any) -> None:
-        directory.mkdir(exist_ok=True)
-        save_file({name: np.ascontiguousarray(delta) for name, delta in deltas.items()}, directory / "deltas")
+        (directory / "model").mkdir(exist_ok=True)
+        save_file({name: np.ascontiguousarray(delta) for name, delta in deltas.items()}, directory / "model" / "deltas")
 
     monkeypatch.setattr(local_model, "train", lambda silo, *_: federation.statistics[silo.name])
     monkeypatch.setattr(local_model, "load_base", lambda *_, **__: copy.deepcopy(federation.base))

@@ -76,8 +76,8 @@ def watched(site: Site, monkeypatch: pytest.MonkeyPatch) -> Watched:
         write(session, record)
 
     def write_model(directory: Path, _: Any, deltas: Arrays, *__: Any, **___: Any) -> None:
-        directory.mkdir(exist_ok=True)
-        save_file({name: np.ascontiguousarray(delta) for name, delta in deltas.items()}, directory / "deltas")
+        (directory / "model").mkdir(exist_ok=True)
+        save_file({name: np.ascontiguousarray(delta) for name, delta in deltas.items()}, directory / "model" / "deltas")
 
     monkeypatch.setattr(local_model, "train", train)
     monkeypatch.setattr(local_model, "load_base", lambda *_, **__: copy.deepcopy(site.base))

@@ -67,6 +67,15 @@ batch-size = 1
 learning-rate = 3.0000000000000004e-5
 epochs = 9
 
+[training.lora]
+output = "both"
+init = "orthogonal"
+modules-to-save = ["pooler"]
+targets = ["query", "ö"]
+rslora = true
+alpha = 8.5
+rank = 3
+
 [model]
 head = "different"
 threshold = 0.3
@@ -76,6 +85,7 @@ range = [-2.5, 1e300]
 target-length = 9
 config = "SHA256"
 processor = "SHA256"
+adapters = "SHA256"
 revision = "COMMIT"
 pair = true
 max-length = 7

@@ -10,23 +10,24 @@ import pytest
 
 from gramfuse_protocol.canonical import canonical_json
 from gramfuse_protocol.contract.plan import Plan
+from gramfuse_protocol.contract.plan_sections import Lora
 from tests.protocol.plan.canonical import canonical
 from tests.protocol.plan.plans import EVERY_KEY, NODE_KEY, SMALL, TASKS
 
 SMALL_CANONICAL = (
     '{"merge":{"alpha":"0.9","context-free":"mean","exclude":[],"experts":null,"gram":{"*":"full"},"layout":null,"maximum-change":"32.0","method":"regmean","refit":false,"rounds":1,'
     '"tokens":100000,"weighting":"uniform"},'
-    '"model":{"base":"bundled:minilm","centre":"0.0","config":null,"first-token":null,"head":null,"labels":["no","yes"],"max-length":128,"pair":false,'
+    '"model":{"adapters":null,"base":"bundled:minilm","centre":"0.0","config":null,"first-token":null,"head":null,"labels":["no","yes"],"max-length":128,"pair":false,'
     '"processor":null,"range":null,"revision":null,"scale":"1.0","sha256":null,"target-length":32,"task":"classification","threshold":"0.5"},'
     '"plan":{"name":"small","version":1},'
     '"privacy":{"candidates":["simple","regmean"],"colluding":1,"metrics":"sum","metrics-epsilon":"2.0","minimum-survivors":null,"secure-aggregation":false,"threshold":null},'
     '"silo":[{"labels":[],"name":"a","node-key":null,"public-key":null,"task":null},'
     '{"labels":[],"name":"b","node-key":null,"public-key":null,"task":null}],"task":[],'
-    '"training":{"batch-size":16,"epochs":5,"freeze":["embeddings"],"learning-rate":"5e-05","precision":"float32","seed":1,"warmup":"0.06",'
+    '"training":{"batch-size":16,"epochs":5,"freeze":["embeddings"],"learning-rate":"5e-05","lora":null,"precision":"float32","seed":1,"warmup":"0.06",'
     '"weight-decay":"0.01"}}'
 )
 
-SMALL_DIGEST = "ddef07dbac19559f2159afe199ead777841a9a8b2e43562aac079f7a2a5a4086"
+SMALL_DIGEST = "ed2fb785291f7d3f3864a2530e247b0cf2e912afdca176e664c70cdfde6b9ce3"
 
 
 def leaves(document: Any, path: tuple[Any, ...] = ()) -> dict[tuple[Any, ...], Any]:
@@ -71,6 +72,7 @@ CHANGED: dict[tuple[str, ...], Any] = {
     ("model", "pair"): True,
     ("model", "config"): "0" * 64,
     ("model", "processor"): "0" * 64,
+    ("model", "adapters"): "0" * 64,
     ("model", "revision"): "0" * 40,
     ("model", "head"): "own",
     ("model", "target-length"): 33,
@@ -88,6 +90,7 @@ CHANGED: dict[tuple[str, ...], Any] = {
     ("training", "precision"): "bfloat16",
     ("training", "seed"): 0,
     ("training", "freeze"): [],
+    ("training", "lora"): Lora(),
     ("merge", "method"): "other",
     ("merge", "refit"): True,
     ("merge", "alpha"): math.nextafter(0.9, 0),
@@ -133,3 +136,23 @@ def test_the_digest_changes_when_any_key_changes() -> None:
     keys.append(plan.model_copy(update={"silo": (node_key, *plan.silo[1:])}))
     digests |= {keyed.digest for keyed in keys}
     assert len(digests) == 1 + len(CHANGED) + len(keys)
+
+
+ADAPTERS: dict[str, Any] = {
+    "rank": 17,
+    "alpha": 33.0,
+    "rslora": True,
+    "targets": ("query",),
+    "modules_to_save": ("pooler",),
+    "init": "gaussian",
+    "output": "merged",
+}
+
+
+def test_the_digest_changes_when_any_key_of_the_adapters_changes() -> None:
+    assert set(ADAPTERS) == set(Lora.model_fields)
+    plan = Plan.parse(SMALL)
+    adapters = [Lora(), *(Lora(**{key: value}) for key, value in ADAPTERS.items())]
+    trainings = [plan.training.model_copy(update={"lora": lora}) for lora in adapters]
+    digests = {plan.model_copy(update={"training": training}).digest for training in trainings}
+    assert len(digests) == 1 + len(ADAPTERS)

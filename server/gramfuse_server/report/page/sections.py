@@ -8,6 +8,7 @@ from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.contract.who_sees_what import EXAMPLES, seen
 from gramfuse_protocol.tasks.registry import kind_of
 from gramfuse_protocol.text import one_line
+from gramfuse_server.report.loading import load_model, loading_of
 from gramfuse_server.report.page import charts, who_saw_what
 from gramfuse_server.report.page.added_tokens import explain_added_tokens
 from gramfuse_server.report.page.blocks import (
@@ -233,22 +234,14 @@ def _load(reading: Reading) -> PageSection | None:
         blocks: list[Block] = [
             Text("Each silo's model, the merged body with its own head, is in a directory of its name:")
         ]
-        blocks += [Code(f"Loading {silo.name}", _loading(silo.auto_class or "", silo.name)) for silo in report.silos]
+        blocks += [Code(f"Loading {silo.name}", load_model(silo.auto_class or "", silo.name)) for silo in report.silos]
         return PageSection("load", "Load the model", blocks)
-    files = report.mode == "files"
-    auto, place = (report.silos[0].auto_class or "", ".") if files else (report.auto_class, "model")
-    blocks = [
-        Text("In the directory of this report:"),
-        Code("Loading the model", _loading(auto, place)),
-    ]
+    code = load_model(report.silos[0].auto_class or "", ".") if report.mode == "files" else loading_of(report)
+    blocks = [Text("In the directory of this report:"), Code("Loading the model", code)]
     if reading.own_heads:
         where = "here in models/" if report.simulated else "there, in model/ beside its statistics"
         blocks.append(Text(f"This is the body that all silos share. Each silo's model, with its own head, is {where}."))
     return PageSection("load", "Load the model", blocks)
-
-
-def _loading(auto: str, place: str) -> str:
-    return f'from transformers import {auto}\nmodel = {auto}.from_pretrained("{place}")'
 
 
 def _check(reading: Reading) -> PageSection:

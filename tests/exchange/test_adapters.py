@@ -1,0 +1,150 @@
+"""Exchanges in which silos train adapters: what leaves, what is merged, and what is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.numpy import load_file
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+from gramfuse_client.exchange import local_model
+from gramfuse_model.adapters.attach import adapters_of, frozen_matrices
+from gramfuse_model.loading.base_model import load_base
+from gramfuse_protocol.errors import ModelError, RefusalError
+from tests.exchange.rounds.runs import Site
+
+RANK = 4
+
+ADAPTERS = (
+    f"training.lora.rank={RANK}",
+    'training.lora.output="both"',
+    "training.learning-rate=1e-2",
+    "training.epochs=2",
+    "training.freeze=[]",
+)
+
+
+@pytest.fixture
+def site(pico_project: Any, in_process_grid: Any, tmp_path: Path) -> Callable[..., Site]:
+    """Return a function that makes a site whose silos train adapters."""
+
+    def make(*settings: str, silos: int = 3, rounds: int = 1, secure: bool = False, name: str = "adapters") -> Site:
+        project = pico_project(silos=silos, examples=16, name=name, secure=secure)
+        for silo in project.names if secure else ():
+            project.replace(project.silo(silo), "open-uploads = false", "open-uploads = true\nexact-metrics = true")
+        return Site(project, in_process_grid, tmp_path / name / "place", rounds, *ADAPTERS, *settings)
+
+    return make
+
+
+def adapter_of(here: Site) -> dict[str, np.ndarray]:
+    return load_file(here.out / "adapter" / "adapter_model.safetensors")
+
+
+def test_only_b_and_the_head_leave_and_b_is_merged_in_closed_form(site: Callable[..., Site]) -> None:
+    here = site()
+
+    here.run()
+    uploads = {reply.silo: dict(reply.arrays) for _, reply in here.replies if reply.phase == "upload"}
+    assert len(uploads) == 3
+    trained = {tensor.name for tensor in here.layout.tensors}
+    assert all(".lora_B." in name or name.startswith("classifier.") for name in trained)
+    assert all({tensor.name for tensor in here.layout.tensors} == trained for arrays in uploads.values())
+    adapter, closed = adapter_of(here), 0
+    for group in here.layout.groups:
+        if not group.name.endswith("lora_B.default"):
+            continue
+        closed += 1
+        assert group.d_in == RANK
+        (weight,) = group.weights
+        grams = []
+        for arrays in uploads.values():
+            gram = np.zeros((RANK, RANK))
+            gram[np.triu_indices(RANK)] = arrays[f"gram:{group.name}"]
+            gram = gram + np.triu(gram, 1).T
+            grams.append(here.plan.merge.alpha * gram + (1 - here.plan.merge.alpha) * np.diag(np.diag(gram)))
+        trained_b = [arrays[f"delta:{weight.weight}"].astype(np.float64) for arrays in uploads.values()]
+        products = sum(gram @ b.T for gram, b in zip(grams, trained_b, strict=True))
+        expected = np.linalg.solve(sum(grams), products).T
+        found = adapter[f"base_model.model.{weight.weight.replace('.default', '')}"]
+        assert np.abs(found - expected).max() <= 1e-6 * np.abs(expected).max()
+    assert closed
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # of PEFT's own use of transformers
+def test_peft_loads_the_adapter_onto_its_base_as_the_merged_model(site: Callable[..., Site]) -> None:
+    here = site("training.lora.rslora=true", 'training.lora.init="orthogonal"', rounds=2)
+
+    here.run()
+    adapter, model = here.out / "adapter", here.out / "model"
+    config = AutoConfig.from_pretrained(adapter)
+    base = AutoModelForSequenceClassification.from_pretrained(here.plan.model.base, config=config)
+    loaded = PeftModel.from_pretrained(base, adapter).eval()
+    merged = AutoModelForSequenceClassification.from_pretrained(model).eval()
+    inputs = AutoTokenizer.from_pretrained(adapter)(["the door is open", "no"], return_tensors="pt", padding=True)
+    untouched = AutoModelForSequenceClassification.from_pretrained(here.plan.model.base, config=config).eval()
+    with torch.no_grad():
+        expected = merged(**inputs).logits
+        for other in (loaded, loaded.merge_and_unload()):
+            assert torch.allclose(other(**inputs).logits, expected, atol=1e-5)
+        assert not torch.allclose(untouched(**inputs).logits, expected, atol=1e-2)
+    assert loaded.peft_config["default"].use_rslora
+    assert merged.config.id2label == base.config.id2label
+
+
+def test_a_secure_run_merges_the_same_adapter_as_an_open_one(site: Callable[..., Site]) -> None:
+    adapters = []
+    for secure in (False, True):
+        here = site(secure=secure, name="secure" if secure else "open")
+        here.run()
+        adapters.append(adapter_of(here))
+    one, other = adapters
+    assert one.keys() == other.keys()
+    for name, expected in one.items():
+        assert np.abs(other[name] - expected).max() <= 1e-6 * max(1.0, np.abs(expected).max()), name
+
+
+def test_every_silo_has_the_same_frozen_matrices(site: Callable[..., Site]) -> None:
+    here = site()
+    first, second = (load_base(here.plan, here.project.directory).model for _ in range(2))
+    for (name, a), (other, b) in zip(frozen_matrices(first).items(), frozen_matrices(second).items(), strict=True):
+        assert name == other
+        assert torch.equal(a, b)
+        assert torch.equal(a, a.bfloat16().float())
+    matrices = list(frozen_matrices(first).values())
+    assert not torch.equal(matrices[0][:, :8], matrices[1][:, :8])
+
+
+@pytest.mark.parametrize("fault", ["frozen", "lost"])
+def test_a_silo_whose_training_spoils_adapters_sends_nothing(
+    site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    here, finetune = site(), local_model.finetune
+
+    def spoil(model: Any, *arguments: Any, **more: Any) -> None:
+        finetune(model, *arguments, **more)
+        with torch.no_grad():
+            for _, layer in adapters_of(model):
+                if fault == "frozen":
+                    layer.lora_A["default"].weight[0, 0] += 1
+                else:
+                    layer.lora_B["default"].weight.zero_()
+
+    monkeypatch.setattr(local_model, "finetune", spoil)
+    with pytest.raises(RefusalError):
+        here.run()
+    assert not [reply for _, reply in here.replies if reply.phase == "upload"]
+
+
+def test_a_plan_pins_the_frozen_matrices(site: Callable[..., Site]) -> None:
+    here = site()
+    lora = here.plan.training.lora.model_copy(update={"init": "gaussian"})
+    other = here.plan.model_copy(update={"training": here.plan.training.model_copy(update={"lora": lora})})
+    with pytest.raises(ModelError, match=r"model\.adapters"):
+        load_base(other, here.project.directory)
