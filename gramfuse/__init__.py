@@ -27,7 +27,7 @@ if TYPE_CHECKING:
         PlanError,
         RunDirectoryError,
     )
-    from gramfuse_protocol.statistics.about import About, Added, AddedTokens, Origin
+    from gramfuse_protocol.statistics.about import About, AdapterOfFile, Added, AddedTokens, FrozenOfAdapter, Origin
     from gramfuse_protocol.statistics.contribution import Statistics
     from gramfuse_protocol.statistics.file import StatisticsFile, read_statistics, write_statistics
     from gramfuse_server.merging.accumulator import Merged
@@ -53,6 +53,8 @@ _HOMES = {
     "StatisticsFile": "gramfuse_protocol.statistics.file",
     "About": "gramfuse_protocol.statistics.about",
     "AddedTokens": "gramfuse_protocol.statistics.about",
+    "AdapterOfFile": "gramfuse_protocol.statistics.about",
+    "FrozenOfAdapter": "gramfuse_protocol.statistics.about",
     "Added": "gramfuse_protocol.statistics.about",
     "Origin": "gramfuse_protocol.statistics.about",
     "Task": "gramfuse_protocol.contract.task",
@@ -68,9 +70,11 @@ _HOMES = {
 
 __all__ = [
     "About",
+    "AdapterOfFile",
     "Added",
     "AddedTokens",
     "ContributionError",
+    "FrozenOfAdapter",
     "GramfuseError",
     "Layout",
     "Merge",

@@ -223,7 +223,6 @@ def merged_files() -> tuple[dict[str, Any], None]:
     for key in (
         "name",
         "auto_class",
-        "outputs",
         "head",
         "tasks",
         "generation",
@@ -238,7 +237,13 @@ def merged_files() -> tuple[dict[str, Any], None]:
     for key in ("rounds", "bytes", "bytes_to_silos"):
         del report[key]
     added = {"kept": [{"token": "<b>", "silos": SILOS[:2]}], "left_out": [{"token": "<c d>", "silos": SILOS[2:]}]}
-    report |= {"closed": 0.9, "unmatched": [], "added_tokens": added, "left_out": ["test.jsonl, line 2: no label"]}
+    report |= {
+        "truncated": {},
+        "closed": 0.9,
+        "unmatched": [],
+        "added_tokens": added,
+        "left_out": ["test.jsonl, line 2: no label"],
+    }
     silos = [{"name": s, "examples": 100, "weight": 1.0, "sha256": DIGEST, "auto_class": "AutoModel"} for s in SILOS]
     return report | {"silos": silos, "heads": "own", "alpha": 0.7, "weighting": "examples", "seconds": 3.2}, None
 

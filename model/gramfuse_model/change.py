@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from gramfuse_model.adapters.attach import NAME, is_adapter
 from gramfuse_protocol.contract.head_layout import HeadLayout
 from gramfuse_protocol.contract.layout import Layout, delta_block
 from gramfuse_protocol.errors import RefusalError
@@ -44,13 +45,17 @@ def changes(
 
     Returns:
         The root mean square of each difference, divided by the larger of QUIETEST and that of the base's tensor; NaN or
-        infinity if the difference contains either. Counters are omitted.
+        infinity if the difference contains either. Counters are omitted. An adapter's B starts at zero; it counts by
+        what it adds to the weight that it belongs to, compared with that weight.
     """
     tensors, buffers = model.state_dict(), dict(model.named_buffers())
     relative = {}
     for name, difference in differences.items():
         fitted = head is not None and name in head.tensors
         if fitted and not start:
+            continue
+        if is_adapter(name):
+            relative[name] = _change_by_adapter(model, name, difference)
             continue
         base, quietest = tensors[name].cpu().numpy(), QUIETEST_BUFFER if name in buffers else QUIETEST
         if fitted and start:
@@ -59,6 +64,18 @@ def changes(
         if np.issubdtype(base.dtype, np.floating):
             relative[name] = _root_mean_square(difference) / max(_root_mean_square(base), quietest)
     return relative
+
+
+def _change_by_adapter(model: nn.Module, name: str, difference: NDArray[Any]) -> float:
+    """Return the relative change of a layer's weight, s B A, from the difference of its adapter's B."""
+    layer: Any = model.get_submodule(name.rpartition(".lora_B.")[0])
+    a = layer.lora_A[NAME].weight.detach().cpu().double().numpy()
+    weight = layer.get_base_layer().weight.detach().cpu().float().numpy()
+    with np.errstate(over="ignore", invalid="ignore"):  # NaN and infinity are results
+        b = np.asarray(difference, np.float64)
+        squares = float(np.sum((b.T @ b) * (a @ a.T)))  # of all entries of B A
+        added = layer.scaling[NAME] * np.sqrt(squares / weight.size)
+    return float(added / max(_root_mean_square(weight), QUIETEST))
 
 
 def check_changes(

@@ -17,7 +17,7 @@ from gramfuse_simulation.labelled_rows import COLUMNS, label_names
 
 if TYPE_CHECKING:
     from gramfuse_server.merging.accumulator import Merged
-    from gramfuse_server.merging.files import Collection
+    from gramfuse_server.merging.collection import Collection
     from gramfuse_server.merging.regmean import Weighting
     from gramfuse_server.merging.search import Judgement, Trial, Trials
     from gramfuse_server.report.choices import TriedOrder, Tuning
@@ -108,7 +108,8 @@ def tune_files(
             `gramfuse_client.data.examples.load`.
     """
     from gramfuse_protocol.statistics.file import read_statistics
-    from gramfuse_server.merging.files import Collection, Settings, merge_files
+    from gramfuse_server.merging.collection import Collection
+    from gramfuse_server.merging.files import Settings, merge_files
     from gramfuse_server.merging.search import Trials
     from gramfuse_server.report.studies import Studied
     from gramfuse_server.run.evaluation import to_measured

@@ -17,6 +17,7 @@ from gramfuse_client.exchange import local_model
 from gramfuse_model.adapters.attach import adapters_of, frozen_matrices
 from gramfuse_model.loading.base_model import load_base
 from gramfuse_protocol.errors import ModelError, RefusalError
+from tests.commands import gramfuse
 from tests.exchange.rounds.runs import Site
 
 RANK = 4
@@ -148,3 +149,23 @@ def test_a_plan_pins_the_frozen_matrices(site: Callable[..., Site]) -> None:
     other = here.plan.model_copy(update={"training": here.plan.training.model_copy(update={"lora": lora})})
     with pytest.raises(ModelError, match=r"model\.adapters"):
         load_base(other, here.project.directory)
+
+
+def test_files_of_silos_give_the_adapter_of_a_run_bit_for_bit(site: Callable[..., Site], tmp_path: Path) -> None:
+    here = site()
+
+    here.run()
+    project = here.project
+    document = here.plan.to_toml()
+    project.plan.write_text(document, encoding="utf-8")
+    (project.directory / "layout.json").write_text(here.layout.to_json(), encoding="utf-8")
+    files = []
+    for name in project.names:
+        project.replace(project.silo(name), "approved = []", f'approved = ["{here.plan.digest}"]')
+        files.append(tmp_path / f"{name}.safetensors")
+        gramfuse("measure", "--plan", project.directory, "--silo", name, "-o", files[-1])
+    gramfuse("merge", *files, "-o", tmp_path / "merged", "--base", here.plan.model.base)
+    for run, file in (("adapter", "adapter_model"), ("model", "model")):
+        place = tmp_path / "merged" / ("adapter" if run == "adapter" else "")
+        one, other = ((where / f"{file}.safetensors").read_bytes() for where in (here.out / run, place))
+        assert one == other, run

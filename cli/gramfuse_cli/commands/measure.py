@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,6 +77,14 @@ if TYPE_CHECKING:
     metavar="PATTERN",
     help="Leave out parameters that fine-tuning did not change, such as 'embeddings'. Can be repeated.",
 )
+@click.option(
+    "--beside",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="STATS",
+    help="MODEL is an adapter: measure it for a merge with adapters whose matrices A differ; STATS is the file of one "
+    "of them. Can be repeated.",
+)
 @machine
 @click.option(
     "--plan",
@@ -96,6 +105,10 @@ def measure(context: click.Context, /, model: str | None, out: Path, as_json: bo
     The first form takes an existing fine-tuned model. gramfuse merge merges its file with those of other models that
     were measured against the same base. All must use the same --gram and --freeze. Rows need no label, except where the
     label is a target text; a label that is present must be one of the model's. MODEL can have tokens added to BASE's.
+
+    MODEL can be an adapter (LoRA) that PEFT saved, in a directory. The file then has what the adapter trained, and is
+    small. Adapters that were trained with one frozen A merge at once. Otherwise measure each a second time, with
+    --beside for the files of all others: each file then covers the rows of all A.
 
     The second form is for a silo without a network, under a locked, open plan. The silo fine-tunes and measures as it
     would in a run, by the same rules of its silo file, and writes a line into the ledger. From the silos' files,
@@ -161,27 +174,42 @@ def _measure_model(model: str, out: Path, options: dict[str, Any], *, labelled: 
     name = name_of_file(options["name"], model)
     check_absent(out)
     from gramfuse_client.data.examples import load_measured
+    from gramfuse_client.measuring.adapter import open_adapter, task_of_adapter
     from gramfuse_client.measuring.checkpoint import measure as measure_checkpoint
     from gramfuse_client.measuring.checkpoint import open_checkpoint, task_of_model
+    from gramfuse_model.adapters.read import is_adapter_directory
     from gramfuse_model.heads import head_parameters
+    from gramfuse_protocol.statistics.about import FrozenOfAdapter
     from gramfuse_protocol.statistics.file import write_statistics
 
     directory = Path.cwd()
     device = prepare(options)
     settings = {"pair": options["text_pair"] is not None, "max-length": options["max_length"] or LENGTH}
-    task = task_of_model(model, directory, options["task"], **settings)
+    place = directory / Path(model).expanduser()
+    is_adapter = is_adapter_directory(place)
+    _check_for_adapters(is_adapter, options)
+    task = (
+        task_of_adapter(place, options["base"], directory, options["task"], **settings)
+        if is_adapter
+        else task_of_model(model, directory, options["task"], **settings)
+    )
     names = label_names(options["labels"], task)
     silo = silo_of(name, options, labelled=labelled)
     examples = load_measured(silo, task, names, labelled=labelled)
-    checkpoint = open_checkpoint(
-        model,
-        options["base"],
-        task,
-        directory,
-        freeze=options["freeze"],
-        gram=structures,
-        shorten=options["max_length"] is None,
-    )
+    shorten, adapter = options["max_length"] is None, None
+    if is_adapter:
+        beside = _matrices(options["beside"])
+        opened = open_adapter(place, options["base"], task, directory, beside=beside, gram=structures, shorten=shorten)
+        checkpoint = opened.checkpoint
+        adapter = FrozenOfAdapter(
+            matrices={name: matrix.numpy() for name, matrix in opened.adapter.frozen.items()},
+            saved=opened.adapter.saved,
+            adapters=opened.adapters,
+        )
+    else:
+        checkpoint = open_checkpoint(
+            model, options["base"], task, directory, freeze=options["freeze"], gram=structures, shorten=shorten
+        )
     if checkpoint.task.max_length < task.max_length:
         say(f"cutting examples to {checkpoint.task.max_length} tokens, the most that MODEL takes", err=True)
     added = checkpoint.added
@@ -205,12 +233,42 @@ def _measure_model(model: str, out: Path, options: dict[str, Any], *, labelled: 
         layout=checkpoint.layout,
         head=head_parameters(checkpoint.base.model),
         added=added,
+        adapter=adapter,
     )
     return {
         **_report(out, name, len(examples), sha256, checkpoint.layout, statistics),
         "left_out": list(examples.left_out),
         "added_tokens": list(added.tokens if added else ()),
     }
+
+
+def _check_for_adapters(is_adapter: bool, options: Mapping[str, Any]) -> None:
+    """Raise click.UsageError for options that only adapters take, or only whole models."""
+    if is_adapter and options["freeze"]:
+        raise click.UsageError("--freeze is for whole models; of an adapter, only what it trained is measured")
+    if options["beside"] and not is_adapter:
+        raise click.UsageError("--beside is for adapters (MODEL has no adapter_config.json)")
+
+
+def _matrices(files: Sequence[Path]) -> list[dict[str, Any]]:
+    """Read the matrices A of adapters from their statistics files.
+
+    Raises:
+        PlanError: naming a file that is not that of one adapter.
+    """
+    import torch
+
+    from gramfuse_protocol.statistics.file import read_statistics
+
+    matrices = []
+    for path in files:
+        file = read_statistics(path)
+        if file.about.adapter is None:
+            raise PlanError(f"{path}: is not the statistics file of an adapter, so there is nothing to measure beside")
+        if file.about.adapter.adapters > 1:
+            raise PlanError(f"{path}: was itself measured beside others; name the first file of its adapter")
+        matrices.append({name: torch.from_numpy(matrix) for name, matrix in file.frozen().items()})
+    return matrices
 
 
 def _say_growth(checkpoint: Checkpoint) -> None:

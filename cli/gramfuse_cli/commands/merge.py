@@ -11,6 +11,7 @@ from gramfuse_cli.show.results import check_sound, show_checks, show_steps
 from gramfuse_deployment.terminal import say, show_json
 from gramfuse_protocol.contract.coverage import coverage_lines
 from gramfuse_server.report.page.added_tokens import explain_added_tokens
+from gramfuse_server.report.schema import Report
 
 
 @click.command()
@@ -41,6 +42,11 @@ from gramfuse_server.report.page.added_tokens import explain_added_tokens
     metavar="DIR",
     help="Keep the added tokens that the tokenizer in DIR has besides BASE's.  [default: BASE's tokens only]",
 )
+@click.option(
+    "--rank",
+    type=click.IntRange(1),
+    help="Of a merged adapter: the best adapter of this rank.  [default: the rows of all A, which loses nothing]",
+)
 @click.option("--threads", type=click.IntRange(0), default=0, help="CPU threads.  [default: torch's own choice]")
 @json_option
 def merge(
@@ -52,6 +58,7 @@ def merge(
     weights: tuple[str, ...],
     heads: str | None,
     tokenizer: Path | None,
+    rank: int | None,
     threads: int,
     as_json: bool,
 ) -> None:
@@ -67,6 +74,10 @@ def merge(
 
     Models can have tokens that were added to BASE's (resize_token_embeddings). They are left out, unless --tokenizer
     names a tokenizer that has them. Then the row of each token is the weighted mean over the models that have it.
+
+    Files of adapters (LoRA) make one adapter, which PEFT loads. Adapters with different A are measured beside each
+    other first (gramfuse measure --beside). The merged adapter then has the rows of all A, and --rank makes a smaller
+    one: of that rank, the one whose outputs on the silos' data differ least.
 
     Files of a plan's silos (gramfuse measure --plan) give the same model that gramfuse simulate makes from that plan,
     bit for bit if all use the same number of threads.
@@ -88,6 +99,7 @@ def merge(
         heads=heads,  # type: ignore[arg-type]
         base=base,
         tokenizer=tokenizer,
+        rank=rank,
     )
     report = merge_files(files, out.absolute(), settings, Path.cwd())
     if len(files) == 1:
@@ -103,10 +115,21 @@ def merge(
     show_steps(report.solve, err=True)
     show_checks(report, err=True)
     names = ", ".join(silo.name for silo in report.silos)
-    say(*coverage_lines(report), *explain_added_tokens(report), err=True)
+    say(*coverage_lines(report), *explain_added_tokens(report), *_truncation(report), err=True)
     count = "1 model" if len(files) == 1 else f"{len(files)} models"
     say(f"merged {count} ({names}), alpha {report.alpha}, in {report.seconds:.0f} s: {out}")
     check_sound(report, out.absolute())
+
+
+def _truncation(report: Report) -> list[str]:
+    """Say what a smaller rank loses."""
+    if not report.truncated:
+        return []
+    worst = max(report.truncated, key=lambda module: report.truncated[module])
+    return [
+        f"The smaller rank loses {report.truncated[worst]:.1%} of the mean square of the adapter's outputs at {worst}, "
+        "and less at the others; report.json has all."
+    ]
 
 
 def _factor(setting: str) -> tuple[str, float]:

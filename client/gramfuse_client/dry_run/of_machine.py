@@ -210,9 +210,13 @@ def memory(plan: Plan, task: Task, layout: Layout, base: Base, examples: Example
     """
     parameters = _bytes_of(base)
     trained = ITEM_BYTES * sum(delta.block.entries for delta in layout.deltas)
+    from gramfuse_model.adapters.attach import adapters_of
+
     rows = plan.training.batch_size * at_silo(task).rows_of(base, task)
     each = getattr(base.model.config, "num_experts_per_tok", 1)
     uses = sum((group.d_in + group.d_out) * (each if group.experts else 1) for group in layout.groups)
+    if base.adapters is not None:  # activations of the frozen layers are kept too
+        uses += sum(layer.in_features + layer.out_features for _, layer in adapters_of(base.model))
     kept = 2 * ITEM_BYTES * rows * uses
     texts = 0 if examples is None else sum(map(_characters, (*examples.inputs, *(examples.pairs or ()))))
     always = RUNTIME_BYTES + parameters + TEXT_BYTES * texts

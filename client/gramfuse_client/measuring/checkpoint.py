@@ -29,6 +29,7 @@ from gramfuse_model.parameters import trainable
 from gramfuse_model.probing.lengths import check_lengths, shortened
 from gramfuse_model.probing.suitable import check_suitable
 from gramfuse_protocol.contract.layout import Layout, delta_block
+from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.contract.plan_sections import Training
 from gramfuse_protocol.contract.task import Task, TaskName
 from gramfuse_protocol.documents import build
@@ -138,12 +139,17 @@ def open_checkpoint(
         plan = plan_for("base", base, task, freeze=freeze, gram=gram)
     check_lengths(origin, [task], trains=False)
     check_suitable(origin, task)
-    document = plan_layout(plan, origin).model_dump()
-    for group in document["groups"]:
-        group["exponents"] = ()
-    layout = Layout.model_validate(document)
+    layout = layout_of_files(plan, origin)
     _check_buffers(model, base, tuned, origin, layout, growth)
     return Checkpoint(tuned, origin, task, layout, growth)
+
+
+def layout_of_files(plan: Plan, base: Base) -> Layout:
+    """Return the layout of a statistics file without a plan: without scales, which only secure sums need."""
+    document = plan_layout(plan, base).model_dump()
+    for group in document["groups"]:
+        group["exponents"] = ()
+    return Layout.model_validate(document)
 
 
 def _check_belong_together(model: str, base: str, tuned: Base, origin: Base) -> Growth | None:

@@ -7,7 +7,7 @@ are linear layers, so layouts, Gram matrices and merges treat `lora_B` like any 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from gramfuse_model.adapters.frozen_matrix import derive_frozen, frozen_digest
 from gramfuse_model.heads import head_parameters
-from gramfuse_model.layers import linear_modules
+from gramfuse_model.layers import LinearModule, linear_modules
 from gramfuse_protocol.contract.plan_sections import ALL_LINEAR, Lora
 from gramfuse_protocol.errors import ContributionError, ModelError
 from gramfuse_protocol.text import quoted
@@ -47,7 +47,7 @@ class Attached(NamedTuple):
 
 
 def attach(model: PreTrainedModel, lora: Lora, seed: int, fresh: Collection[str]) -> Attached:
-    """Attach adapters to a model, in place; afterwards only B and the modules to save require gradients.
+    """Attach a plan's adapters to a model, in place; afterwards only B and the modules to save require gradients.
 
     Args:
         lora: the plan's settings.
@@ -63,10 +63,47 @@ def attach(model: PreTrainedModel, lora: Lora, seed: int, fresh: Collection[str]
         r=lora.rank,
         lora_alpha=int(lora.alpha) if lora.alpha.is_integer() else lora.alpha,  # type: ignore[arg-type]
         use_rslora=lora.rslora,
-        target_modules=sorted(targets),
-        modules_to_save=list(saved) or None,
-        init_lora_weights=False,
     )
+    return _inject(
+        model,
+        {name: derive_frozen(seed, name, lora.rank, one.d_in, lora.init) for name, one in targets.items()},
+        saved,
+        config,
+    )
+
+
+def attach_matrices(model: PreTrainedModel, matrices: Mapping[str, torch.Tensor], saved: Sequence[str]) -> Attached:
+    """Attach adapters with given matrices and scale 1 to a model, in place; each B starts at zero.
+
+    Args:
+        matrices: A, (rank, d_in), by the name of its module.
+        saved: names of the modules that are trained whole.
+
+    Raises:
+        ModelError: if a module does not exist, is not a linear layer with a weight of its own, or has other inputs.
+    """
+    linear = {one.weight.removesuffix(".weight"): one for one in linear_modules(model)}
+    for name, matrix in matrices.items():
+        inputs = linear[name].d_in if name in linear else None
+        if inputs != matrix.shape[1]:
+            found = "no linear layer with a weight of its own" if inputs is None else f"one with {inputs} inputs"
+            raise ModelError(
+                f"the adapter has a matrix for {matrix.shape[1]} inputs of {name!r}, where the base model has {found}; "
+                "--base must be the model that the adapter was trained on"
+            )
+    ranks = {name: len(matrix) for name, matrix in sorted(matrices.items())}
+    common = max(ranks.values())
+    others = {name: rank for name, rank in ranks.items() if rank != common}
+    config = LoraConfig(r=common, lora_alpha=common, rank_pattern=others, alpha_pattern=others)
+    return _inject(model, matrices, saved, config)
+
+
+def _inject(
+    model: PreTrainedModel, matrices: Mapping[str, torch.Tensor], saved: Sequence[str], config: LoraConfig
+) -> Attached:
+    config.target_modules = sorted(matrices)
+    config.modules_to_save = list(saved) or None
+    config.init_lora_weights = False
     injected = replace(config, modules_to_save=None)  # else PEFT would rename these modules
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -74,18 +111,17 @@ def attach(model: PreTrainedModel, lora: Lora, seed: int, fresh: Collection[str]
     config.target_modules = sorted(injected.target_modules or ())  # shortened to common endings
     config.fan_in_fan_out = injected.fan_in_fan_out  # true for transformers' Conv1D
     adapters = dict(adapters_of(model))
-    if adapters.keys() != targets:
+    if adapters.keys() != matrices.keys():
         raise ModelError(
-            f"training.lora.targets: PEFT gave an adapter to {len(adapters)} modules instead of {len(targets)}, for "
-            f"example {sorted(adapters.keys() ^ targets)[0]!r}"
+            f"PEFT gave an adapter to {len(adapters)} modules instead of {len(matrices)}, for example "
+            f"{sorted(adapters.keys() ^ matrices.keys())[0]!r}; name the targets in full"
         )
     with torch.no_grad():
         for name, layer in adapters.items():
-            matrix = derive_frozen(seed, name, lora.rank, layer.in_features, lora.init)
-            layer.lora_A[NAME].weight.copy_(matrix)
+            layer.lora_A[NAME].weight.copy_(matrices[name])
             layer.lora_B[NAME].weight.zero_()
     freeze_all_but(model, saved)
-    return Attached(config, saved, frozen_digest(frozen_matrices(model)))
+    return Attached(config, tuple(saved), frozen_digest(frozen_matrices(model)))
 
 
 def is_adapter(name: str) -> bool:
@@ -163,7 +199,8 @@ def _saved(model: PreTrainedModel, lora: Lora, fresh: Collection[str]) -> tuple[
     )
 
 
-def _targets(model: PreTrainedModel, lora: Lora, saved: Collection[str]) -> set[str]:
+def _targets(model: PreTrainedModel, lora: Lora, saved: Collection[str]) -> dict[str, LinearModule]:
+    """Return the linear layers that get an adapter, by the names of their modules."""
     linear = {one.weight.removesuffix(".weight"): one for one in linear_modules(model)}
     if lora.targets == (ALL_LINEAR,):
         output = model.get_output_embeddings()
@@ -189,7 +226,7 @@ def _targets(model: PreTrainedModel, lora: Lora, saved: Collection[str]) -> set[
             f"training.lora.targets: no linear layer of the base model is left for an adapter; {', '.join(saved)} are "
             "trained whole"
         )
-    return targets
+    return {name: linear[name] for name in linear if name in targets}
 
 
 def _named(model: nn.Module, endings: Collection[str]) -> set[str]:

@@ -304,6 +304,20 @@ def kept_parameters(plan: Plan, directory: Path | None, *, override: str | None 
     }
 
 
+def base_without_weights(plan: Plan, directory: Path | None) -> PreTrainedModel:
+    """Return a plan's base on the meta device: names and shapes only.
+
+    Args:
+        directory: see `load_base`.
+
+    Raises:
+        ModelError: if its configuration cannot be loaded.
+    """
+    source = _find(plan, directory, None)
+    with _reporting_errors(plan, source):
+        return _without_weights(source.directory, next(iter(plan.tasks.values())))
+
+
 def _shared(plan: Plan, directory: str, model: PreTrainedModel) -> frozenset[str]:
     if plan.model.head != "own":
         return frozenset(model.state_dict())

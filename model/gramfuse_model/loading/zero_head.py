@@ -7,10 +7,12 @@ W₀ + S⁻¹ Σ c Ĝ (W − W₀) = S⁻¹ Σ c Ĝ W, so every gramfuse uses ze
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from gramfuse_model.adapters.attach import attach_matrices
 from gramfuse_model.heads import head_parameters
 from gramfuse_model.loading.base_model import Base, load_base
 from gramfuse_protocol.contract.plan import Plan
@@ -57,3 +59,20 @@ def load_zero_headed(plan: Plan, directory: Path) -> Base:
             if name in head:
                 parameter.zero_()
     return base
+
+
+def load_with_adapter(plan: Plan, directory: Path, frozen: Mapping[str, torch.Tensor], saved: Iterable[str]) -> Base:
+    """Load a plan's base model with a head of zeros and with adapters that have given A; each B is zero.
+
+    Args:
+        plan: a plan of `plan_for`.
+        directory: base directory of relative paths.
+        frozen: A, (rank, d_in), by the name of its module.
+        saved: names of the modules that were trained whole.
+
+    Raises:
+        ModelError: if the base model cannot be loaded, or an A does not fit.
+    """
+    base = load_zero_headed(plan, directory)
+    attached = attach_matrices(base.model, frozen, tuple(saved))
+    return replace(base, shared=frozenset(base.model.state_dict()), adapters=attached)

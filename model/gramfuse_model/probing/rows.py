@@ -13,7 +13,8 @@ model's outputs, and nothing measured in batches would be correct.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -324,17 +325,39 @@ def _idle(model: nn.Module, batch: Batch, modules: Mapping[str, nn.Module]) -> f
         return lambda _, x, __: inputs.append((name, x)) if x.requires_grad else None
 
     images = batch["pixel_values"].clone().requires_grad_()
-    with observing(model, [(module, record(name)) for name, module in modules.items()], gradients=True):
+    with (
+        _without_zero_weights(modules.values()),
+        observing(model, [(module, record(name)) for name, module in modules.items()], gradients=True),
+    ):
         features = run(body, {"pixel_values": images}, "images")[0]
-    if not inputs:
-        return frozenset()
-    weights = torch.randn(features.shape, generator=torch.Generator().manual_seed(0)).to(features.device)
-    gradients = torch.autograd.grad((features * weights).sum(), [x for _, x in inputs], allow_unused=True)
+        if not inputs:
+            return frozenset()
+        weights = torch.randn(features.shape, generator=torch.Generator().manual_seed(0)).to(features.device)
+        gradients = torch.autograd.grad((features * weights).sum(), [x for _, x in inputs], allow_unused=True)
     return frozenset(
         name
         for (name, x), gradient in zip(inputs, gradients, strict=True)
         if gradient is None or _has_zero_row(x, len(images)) or _has_zero_row(gradient, len(images))
     )
+
+
+@contextmanager
+def _without_zero_weights(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Give weights that are all zero, as those of new adapters are, random values; on exit they are zero again.
+
+    Behind a weight of zeros, nothing would seem to affect the output.
+    """
+    zero = [
+        weight for module in modules if (weight := getattr(module, "weight", None)) is not None and not weight.any()
+    ]
+    generator = torch.Generator().manual_seed(0)
+    try:
+        for weight in zero:
+            weight.data = torch.randn(weight.shape, generator=generator).to(weight)
+        yield
+    finally:
+        for weight in zero:
+            weight.data = torch.zeros_like(weight.data)
 
 
 def _has_zero_row(x: torch.Tensor, images: int) -> bool:

@@ -15,6 +15,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from gramfuse_protocol.bounds import (
     PLAN_CHARACTERS,
+    SILOS,
     TENSORS,
     VALUES,
     Many,
@@ -113,6 +114,51 @@ class AddedTokens:
     rows: Mapping[str, NDArray[np.float32]]
 
 
+class AdapterOfFile(Section):
+    """The part of an adapter that its statistics do not change: where it sits, and its matrices A.
+
+    Example:
+        >>> gramfuse.AdapterOfFile(frozen={"bert.encoder.layer.0.output.dense": (8, 24)}, saved=("classifier",)).saved
+        ('classifier',)
+
+    Args:
+        frozen: shape of A, (rank, d_in), by the name of its module. The product of B and A is scaled by 1.
+        saved: names of the modules that were trained whole.
+        adapters: number of different adapters whose A are stacked; 1 if it is the adapter's own A.
+    """
+
+    frozen: Annotated[
+        Mapping[Word, Annotated[Shape, Field(min_length=2, max_length=2)]], Field(min_length=1, max_length=TENSORS)
+    ]
+    saved: Annotated[Many[Word], Field(max_length=TENSORS)] = ()
+    adapters: Annotated[int, Field(ge=1, le=SILOS)] = 1
+
+
+@dataclass(frozen=True)
+class FrozenOfAdapter:
+    """The values of an `AdapterOfFile`.
+
+    Example:
+        >>> matrices = {"bert.encoder.layer.0.output.dense": np.zeros((8, 24), np.float32)}
+        >>> gramfuse.FrozenOfAdapter(matrices=matrices, saved=("classifier",)).adapters
+        1
+
+    Args:
+        matrices: A by the name of its module, float32 (rank, d_in).
+        saved, adapters: as there.
+    """
+
+    matrices: Mapping[str, NDArray[np.float32]]
+    saved: tuple[str, ...] = ()
+    adapters: int = 1
+
+    @property
+    def about(self) -> AdapterOfFile:
+        """Its description."""
+        shapes = {module: matrix.shape for module, matrix in self.matrices.items()}
+        return AdapterOfFile(frozen=shapes, saved=self.saved, adapters=self.adapters)
+
+
 class About(Section):
     """The metadata of a statistics file.
 
@@ -130,6 +176,7 @@ class About(Section):
         head: names of the parameters outside the body, whether merged or not.
         own: shapes of the silo's own parameters, which are not merged.
         added: tokens that the base does not have; None if there are none.
+        adapter: what an adapter leaves as it is; None for a whole model, and under a plan, which determines it.
         plan: text of the plan that the silo followed; empty without a plan.
         made_by: version of gramfuse that wrote the file.
     """
@@ -146,6 +193,7 @@ class About(Section):
     head: Annotated[Many[Word], Field(max_length=TENSORS)] = ()
     own: Annotated[Mapping[Word, Shape], Field(max_length=TENSORS)] = {}
     added: Added | None = None
+    adapter: AdapterOfFile | None = None
     plan: Annotated[str, Field(max_length=PLAN_CHARACTERS)] = ""
     made_by: Title
 
@@ -154,7 +202,11 @@ class About(Section):
         """All tensors of the file, sorted by the bytes of their names, as in the file."""
         kept = (Block(own_block(name), shape) for name, shape in self.own.items())
         added = (Block(added_block(name), shape) for name, shape in (self.added.rows if self.added else {}).items())
-        return tuple(sorted((*self.layout.blocks, *kept, *added), key=lambda block: block.name.encode()))
+        frozen = (
+            Block(frozen_block(name), shape) for name, shape in (self.adapter.frozen if self.adapter else {}).items()
+        )
+        every = (*self.layout.blocks, *kept, *added, *frozen)
+        return tuple(sorted(every, key=lambda block: block.name.encode()))
 
     @cached_property
     def places(self) -> Mapping[str, tuple[int, Block]]:
@@ -171,3 +223,8 @@ def own_block(parameter: str) -> str:
 def added_block(parameter: str) -> str:
     """Return the name of the tensor with a parameter's rows of added tokens."""
     return f"added:{parameter}"
+
+
+def frozen_block(module: str) -> str:
+    """Return the name of the tensor with a module's matrix A."""
+    return f"frozen:{module}"

@@ -25,9 +25,11 @@ from gramfuse_protocol.statistics.about import (
     About,
     Added,
     AddedTokens,
+    FrozenOfAdapter,
     Origin,
     added_block,
     escaped,
+    frozen_block,
     own_block,
 )
 from gramfuse_protocol.statistics.contribution import Contribution, check_counts
@@ -89,6 +91,12 @@ class StatisticsFile:
         """Read the parameters that are not merged, by name."""
         return {name: self.block(own_block(name)) for name in self.about.own}
 
+    def frozen(self) -> dict[str, NDArray[np.float32]]:
+        """Read an adapter's matrices A by module, float32 (rank, d_in); empty if it is not an adapter's file."""
+        return {
+            name: self.block(frozen_block(name)) for name in (self.about.adapter.frozen if self.about.adapter else ())
+        }
+
     @cached_property
     def added(self) -> tuple[str, ...]:
         """The tokens that the model has and its base does not."""
@@ -111,6 +119,7 @@ def write_statistics(
     head: Iterable[str] = (),
     own: Mapping[str, NDArray[Any]] | None = None,
     added: AddedTokens | None = None,
+    adapter: FrozenOfAdapter | None = None,
     plan: str = "",
 ) -> str:
     """Write a statistics file atomically; only its owner can read it.
@@ -137,6 +146,7 @@ def write_statistics(
         statistics: the result of `gramfuse.collect_statistics`.
         own: parameters that are not merged, float32, by name.
         added: tokens that the base does not have, with their rows.
+        adapter: the matrices A of an adapter; None for a whole model.
         name, base, task, layout, head, plan: see `About`.
 
     Returns:
@@ -165,10 +175,12 @@ def write_statistics(
         head=tuple(sorted(head)),
         own={parameter: array.shape for parameter, array in own.items()},
         added=_added(path, added),
+        adapter=None if adapter is None else adapter.about,
         plan=plan,
         made_by=importlib.metadata.version("gramfuse"),
     )
     kept = {own_block(parameter): array for parameter, array in own.items()}
+    kept |= {frozen_block(module): array for module, array in (adapter.matrices if adapter else {}).items()}
     kept |= {added_block(parameter): array for parameter, array in (added.rows if added else {}).items()}
     return STATISTICS.write(path, about, lambda: _tensors(path, about, statistics, kept))
 

@@ -24,7 +24,7 @@ from gramfuse_protocol.statistics.head_file import HeadFile, read_head
 from gramfuse_protocol.statistics.head_sums import HeadSums
 from gramfuse_protocol.text import listed, quoted
 from gramfuse_server.merging.closed_form_head import Head, without_bias
-from gramfuse_server.merging.files import PINNED
+from gramfuse_server.merging.collection import PINNED
 from gramfuse_server.merging.head_accumulator import values_of
 from gramfuse_server.merging.head_checks import check_head
 from gramfuse_server.merging.head_solvers import SOLVERS

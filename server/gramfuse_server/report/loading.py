@@ -21,6 +21,14 @@ def loading_of(report: Report, directory: str = "") -> str:
     return load_model(report.auto_class, str(place / "model"))
 
 
+def loading_of_files(report: Report) -> str:
+    """Return code that loads what a merge of files wrote, from the directory of its report."""
+    auto = report.silos[0].auto_class or ""
+    if report.outputs == ("adapter",):
+        return load_adapter(auto, report.base.name, ".")
+    return load_model(auto, ".")
+
+
 def load_model(auto: str, place: str) -> str:
     """Return code that loads a model with one of transformers' automatic classes."""
     return f"from transformers import {auto}\n\nmodel = {auto}.from_pretrained({_literal(place)})"

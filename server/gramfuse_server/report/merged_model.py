@@ -73,7 +73,8 @@ def write_model(
     for output in plan.outputs:
         place = directory / output
         if output == "adapter":
-            save_adapter(base, plan, place)
+            task = next(iter(plan.tasks.values())).task
+            save_adapter(base, plan.model.base, place, task=task, revision=plan.model.revision)
         else:
             save_model(base, place, model)
         text = card(plan, silos, measured, chosen, doubt, layout, steps, refitted=refitted, adapter=output == "adapter")

@@ -286,12 +286,12 @@ class Failure(ReportPart):
     """Whether `gramfuse run --resume` can resume it."""
 
 
-ALWAYS = ("schema", "run", "mode", "base", "layout_digest", "plan_digest", "silos", "versions")
-OF_PLANS = ("name", "auto_class", "outputs", "head", "tasks", "generation", "identities")
+ALWAYS = ("schema", "run", "mode", "base", "outputs", "layout_digest", "plan_digest", "silos", "versions")
+OF_PLANS = ("name", "auto_class", "head", "tasks", "generation", "identities")
 OF_RUNS = (*OF_PLANS, "merged", "unfitted", "lost", "bytes", "bytes_to_silos", "seconds", "rounds")
 OF_SUMS = ("examples", "solve", "checks")
 OF_MERGES = (*OF_SUMS, "models", "unmeasured")
-OF_FILES = (*OF_SUMS, "heads", "alpha", "weighting", "added_tokens", "closed", "unmatched", "seconds")
+OF_FILES = (*OF_SUMS, "heads", "alpha", "weighting", "added_tokens", "truncated", "closed", "unmatched", "seconds")
 
 REQUIRED = {
     "complete": (*ALWAYS, *OF_RUNS, *OF_MERGES),
@@ -329,7 +329,8 @@ class Report(ReportPart):
     auto_class: str = ""
     """The transformers class that loads the merged model."""
     outputs: tuple[Literal["adapter", "model"], ...] = ("model",)
-    """Runs: what was written, each in a directory of its name: a whole `model`, or an `adapter` for its base."""
+    """What was written: a whole `model`, or an `adapter` for its base. A run makes a directory of this name for each; a
+    merge of files writes the last into its directory, and the other into one of its name."""
     head: Literal["fitted", "same", "different", "own"] = "same"
     """Runs: whether heads were merged from one fitted start, from one random start or from different ones, or kept by
     the silos."""
@@ -355,6 +356,9 @@ class Report(ReportPart):
     sums, without labels that are rare at a silo; 0 if no sum over exactly these silos counts them."""
     added_tokens: AddedTokensOfReport | None = None
     """Files: which added tokens the merged model has."""
+    truncated: Mapping[str, Share] = Field(default={})
+    """Files: what a smaller rank of a merged adapter loses, as a share of the mean square of its outputs, by module;
+    modules that lose nothing are left out."""
     closed: Share | None = None
     """Files: share of the trained parameters that were merged in closed form, 0 to 1; the others were averaged."""
     unmatched: tuple[str, ...] = ()

@@ -8,7 +8,7 @@ from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.contract.who_sees_what import EXAMPLES, seen
 from gramfuse_protocol.tasks.registry import kind_of
 from gramfuse_protocol.text import one_line
-from gramfuse_server.report.loading import load_model, loading_of
+from gramfuse_server.report.loading import load_model, loading_of, loading_of_files
 from gramfuse_server.report.page import charts, who_saw_what
 from gramfuse_server.report.page.added_tokens import explain_added_tokens
 from gramfuse_server.report.page.blocks import (
@@ -236,7 +236,7 @@ def _load(reading: Reading) -> PageSection | None:
         ]
         blocks += [Code(f"Loading {silo.name}", load_model(silo.auto_class or "", silo.name)) for silo in report.silos]
         return PageSection("load", "Load the model", blocks)
-    code = load_model(report.silos[0].auto_class or "", ".") if report.mode == "files" else loading_of(report)
+    code = loading_of_files(report) if report.mode == "files" else loading_of(report)
     blocks = [Text("In the directory of this report:"), Code("Loading the model", code)]
     if reading.own_heads:
         where = "here in models/" if report.simulated else "there, in model/ beside its statistics"
