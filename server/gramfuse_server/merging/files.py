@@ -209,7 +209,7 @@ def _write_models(
     settings: Settings,
     here: Path,
 ) -> None:
-    """Write the merged model, or one for each file that keeps its own head; arguments as in `_write` and `load_base`."""
+    """Write the merged model, or one for each file with its own head; arguments as in `_write` and `load_base`."""
     if collection.heads == "merged":
         _write(place, base, merged, collection, added, report)
         return
