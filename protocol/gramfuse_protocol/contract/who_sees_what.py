@@ -30,6 +30,7 @@ OF_HEAD = (
     "and the number of examples of each label"
 )
 ADDED = "tokens added to its model, as text, with their embedding rows"
+MATRICES = "the matrices A of an adapter that was trained elsewhere"
 STATISTICS_SAY = (
     "A contribution in the clear is not harmless: the Gram matrix of few examples reveals which tokens occurred where, "
     "and the base model plus the weight differences is the silo's own fine-tuned model."
@@ -118,7 +119,7 @@ FACTS: Mapping[str, Fact] = {
         (*MASKS, NETWORK),
     ),
     "added": Fact(
-        f"{ADDED}, if any",
+        f"{ADDED}, and {MATRICES}, if any",
         {"files": Read("measure", "whoever has the file")},
     ),
     "signature": Fact(
