@@ -131,6 +131,9 @@ def test_of_a_number() -> None:
     assert_same(found, by_definition(model, batches, terms))
 
 
+CAUSAL = ("causal-lm", "prompt-completion")
+
+
 def of_tokens(kind: str, variant: str) -> tuple[Any, list[Batch], Task, Terms]:
     """A model whose likelihood is a product over tokens, and its definition by transformers' own mean loss."""
     torch.manual_seed(4)
@@ -139,11 +142,12 @@ def of_tokens(kind: str, variant: str) -> tuple[Any, list[Batch], Task, Terms]:
     if kind == "token-classification":
         model: Any = BertForTokenClassification(BertConfig(**BERT, num_labels=3)).eval()
         task, batches = Task(task=kind, labels=tags), examples(*ignored)
-    elif kind == "causal-lm":
+    elif kind in CAUSAL:
         model = GPT2LMHeadModel(
             GPT2Config(vocab_size=16, n_embd=8, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=1)
         )
-        task, batches = Task(task=kind), examples(*(ids.unsqueeze(0) for ids in IDS))
+        labels = [ids.unsqueeze(0) for ids in IDS] if kind == "causal-lm" else ignored
+        task, batches = Task(task=kind), examples(*labels)
     else:
         config = {"vocab_size": 16, "d_model": 8, "d_kv": 4, "d_ff": 12, "num_layers": 1, "num_heads": 2}
         model = T5ForConditionalGeneration(T5Config(**config, decoder_start_token_id=0))
@@ -154,7 +158,7 @@ def of_tokens(kind: str, variant: str) -> tuple[Any, list[Batch], Task, Terms]:
         if variant == "hard":
             labels = torch.where(labels == -100, labels, logits_of(model, batch).argmax(dim=-1))
         loss = model(**{**batch, "labels": labels}).loss
-        predicted = (labels[:, 1:] if kind == "causal-lm" else labels) != -100
+        predicted = (labels[:, 1:] if kind in CAUSAL else labels) != -100
         return [(torch.tensor(1.0), -loss * int(predicted.sum()))]
 
     return model.eval(), batches, task, terms
@@ -166,6 +170,7 @@ def of_tokens(kind: str, variant: str) -> tuple[Any, list[Batch], Task, Terms]:
         ("token-classification", "hard"),
         ("token-classification", "empirical"),
         ("causal-lm", "empirical"),
+        ("prompt-completion", "empirical"),
         ("sequence-to-sequence", "empirical"),
     ],
 )

@@ -17,6 +17,7 @@ from gramfuse_model.loading.base_model import load_base
 from gramfuse_model.probing.public_batch import public_batch
 from gramfuse_model.saving import save_adapter, save_model
 from gramfuse_protocol.contract.plan import Plan
+from gramfuse_protocol.errors import ModelError
 
 Pico = Callable[[str], Path]
 
@@ -74,3 +75,22 @@ def test_plain_peft_loads_what_a_family_saves(pico: Pico, tmp_path: Path, family
             found = model(**batch).logits
             assert torch.allclose(found, expected, atol=1e-4 * float(expected.abs().max())), family
     assert not torch.allclose(untouched, expected, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("family", "lora", "named"),
+    [
+        ("llama-tied", 'modules-to-save = ["embed_tokens"]', "lm_head"),
+        ("llama", 'modules-to-save = ["nothing"]', "nothing"),
+        ("llama", 'targets = ["nothing"]', "nothing"),
+        ("llama", 'targets = ["embed_tokens"]', "Embedding"),
+        ("llama", "rank = 17", "16 inputs"),
+        ("bert", 'targets = ["classifier"]', "classifier"),
+    ],
+)
+def test_targets_and_modules_that_cannot_be_are_refused_and_named(
+    pico: Pico, family: str, lora: str, named: str
+) -> None:
+    plan = plan_of(pico(family), LABELLED if family == "bert" else 'task = "causal-lm"', lora)
+    with pytest.raises(ModelError, match=named):
+        load_base(plan, Path())

@@ -32,7 +32,8 @@ TAGS = ("O", "B-PER", "I-PER", "B-LOC", "I-LOC")
 TAG = Task(task="token-classification", labels=TAGS)
 WRITE = Task(task="sequence-to-sequence")
 SPEAK = Task(task="causal-lm")
-ALL = (CLASSIFY, REGRESS, APPLY, TAG, WRITE, SPEAK, Task(task="image-classification", labels=("a", "b")))
+COMPLETE = Task(task="prompt-completion")
+ALL = (CLASSIFY, REGRESS, APPLY, TAG, WRITE, SPEAK, COMPLETE, Task(task="image-classification", labels=("a", "b")))
 PAIRS = st.lists(st.tuples(st.integers(0, LABELS - 1), st.integers(0, LABELS - 1)), min_size=1, max_size=40)
 
 

@@ -36,7 +36,9 @@ from gramfuse_protocol.secure_sum.scales import METRICS_SCALE
 from gramfuse_protocol.tasks.causal_lm import language_rows, language_sums
 from gramfuse_protocol.tasks.classification import Answers, class_rows, classification_sums
 from gramfuse_protocol.tasks.multi_label import label_rows, multi_label_sums
+from gramfuse_protocol.tasks.registry import kind_of
 from gramfuse_protocol.tasks.regression import moment_rows, regression_sums
+from gramfuse_protocol.tasks.scores import Tokens
 from gramfuse_protocol.tasks.sequence_to_sequence import generation_rows, generation_sums
 from gramfuse_protocol.tasks.token_classification import entity_rows, entity_sums
 from tests.answers import sure
@@ -56,7 +58,13 @@ TASK_SETTINGS = {
     "token-classification": f"labels = {list(TAGS)}",
     "sequence-to-sequence": "target-length = 6",
     "causal-lm": "max-length = 16",
+    "prompt-completion": "target-length = 6",
 }
+
+
+def tokens_of(targets: Any, losses: Any, correct: Any) -> Tokens:
+    """Predictions whose losses need no clipping."""
+    return Tokens(*(np.array(values, np.float64) for values in (targets, losses, losses, correct)))
 
 
 def plan(kind: str, silos: int = 4, **privacy: Any) -> Plan:
@@ -197,6 +205,11 @@ def example(task: Task, draw: st.DrawFn) -> Vector:
             tokens = draw(st.integers(1, 9))  # more than the plan allows: no tokenizer is trusted
             losses = draw(st.floats(0, 1)) * tokens * LOSS
             return generation_rows(task, texts[:1], texts[1:], np.array([tokens]), np.array([losses]))
+        case "prompt-completion":
+            texts = [" ".join(draw(st.lists(word, max_size=6))) for _ in range(2)]
+            tokens = draw(st.integers(1, 9))
+            right, losses = draw(st.integers(0, tokens)), draw(st.floats(0, 1)) * tokens * LOSS
+            return kind_of(task).rows(task, texts[:1], texts[1:], tokens_of([tokens], [losses], [right]))
         case "causal-lm":
             tokens = draw(st.integers(1, 40))
             right, losses = draw(st.integers(0, tokens)), draw(st.floats(0, 1)) * tokens * LOSS
@@ -269,6 +282,11 @@ def measured(kind: str, count: int = 40) -> tuple[Task, Any, Vector]:
             tokens, losses = rng.integers(1, 6, count), rng.uniform(0, 5, count)
             sums = generation_sums(*texts, int(tokens.sum()), float(losses.sum()))
             return task, sums, generation_rows(task, *texts, tokens, losses)
+        case "prompt-completion":
+            texts = [[" ".join(row) for row in rng.choice(["red", "cat"], (count, 3))] for _ in range(2)]
+            tokens, losses = rng.integers(1, 6, count), rng.uniform(0, 5, count)
+            facts = *texts, tokens_of(tokens, losses, rng.binomial(tokens, 0.4))
+            return task, kind_of(task).sums(task, *facts), kind_of(task).rows(task, *facts)
         case _:
             tokens, losses = rng.integers(1, 15, count), rng.uniform(0, 9, count)
             right = rng.binomial(tokens, 0.4)

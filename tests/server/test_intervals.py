@@ -18,7 +18,9 @@ from gramfuse_protocol.held_out.sums import Vector, figures
 from gramfuse_protocol.tasks.causal_lm import language_rows
 from gramfuse_protocol.tasks.classification import class_rows
 from gramfuse_protocol.tasks.multi_label import label_rows
+from gramfuse_protocol.tasks.registry import kind_of
 from gramfuse_protocol.tasks.regression import moment_rows
+from gramfuse_protocol.tasks.scores import Tokens
 from gramfuse_protocol.tasks.sequence_to_sequence import generation_rows
 from gramfuse_protocol.tasks.token_classification import entity_rows
 from gramfuse_server.report.intervals import with_intervals
@@ -72,6 +74,13 @@ def written(count: int, rng: np.random.Generator) -> Made:
     return plan, lambda task: generation_rows(task, truth, said, tokens, 2 * tokens)
 
 
+def completed(count: int, rng: np.random.Generator) -> Made:
+    truth = [" ".join(rng.choice(list("abcd"), 5)) for _ in range(count)]
+    said = [" ".join(word if rng.random() < 0.8 else "z" for word in text.split()) for text in truth]
+    tokens = Tokens(*np.array([[9.0, 18.0, 18.0, 6.0]] * count).T)
+    return secure('task = "prompt-completion"'), lambda task: kind_of(task).rows(task, truth, said, tokens)
+
+
 def several(count: int, rng: np.random.Generator) -> Made:
     truth = rng.random((count, 5)) < 0.3
     predicted = truth ^ (rng.random((count, 5)) < 0.1)
@@ -88,6 +97,7 @@ CASES: dict[str, Callable[[np.random.Generator], Made]] = {
     "entities": lambda rng: tagged(800, rng),
     "tokens": lambda rng: spoken(800, rng),
     "texts": lambda rng: written(500, rng),
+    "completions": lambda rng: completed(500, rng),
     "several labels": lambda rng: several(800, rng),
 }
 

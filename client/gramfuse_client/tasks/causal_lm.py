@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from gramfuse_client.data.columns import Input, Reader
+from gramfuse_client.data.columns import Input, Reader, Target
 from gramfuse_client.data.formats import Row
 from gramfuse_client.tasks.registry import TaskAtSilo, Terms, Variant, register
 from gramfuse_protocol.contract.task import Task
@@ -34,7 +34,7 @@ class CausalLMAtSilo(TaskAtSilo):
     learns_inputs = True
     nothing_to_learn = "texts have only one token, so there is no next token to learn"
 
-    def label(self, row: Row, given: Input, reader: Reader, where: str) -> None:
+    def label(self, row: Row, given: Input, reader: Reader, where: str) -> Target:
         return None
 
     def targets(self, examples: Examples, encoded: Any, tokenizer: Any, task: Task) -> list[list[int]]:

@@ -55,7 +55,8 @@ def attach(model: PreTrainedModel, lora: Lora, seed: int, fresh: Collection[str]
         fresh: names of parameters that are not in the base's files; their modules are trained whole.
 
     Raises:
-        ModelError: if a target does not exist or is not a linear layer, or if the rank exceeds a target's inputs.
+        ModelError: if a target does not exist or is not a linear layer, if the rank exceeds a target's inputs, or if a
+            module to save does not exist or shares a parameter with another.
     """
     saved = _saved(model, lora, fresh)
     targets = _targets(model, lora, saved)
@@ -194,9 +195,27 @@ def _saved(model: PreTrainedModel, lora: Lora, fresh: Collection[str]) -> tuple[
                 f"training.lora: parameter {parameter!r} is new and in no module, so an adapter cannot save it"
             )
         wanted.add(module)
-    return tuple(
+    saved = tuple(
         name for name in modules if name in wanted and not any(name.startswith(f"{outer}.") for outer in wanted)
     )
+    _check_untied(model, saved)
+    return saved
+
+
+def _check_untied(model: nn.Module, saved: Sequence[str]) -> None:
+    """Raise ModelError if a module to train whole shares a parameter with another: PEFT would not load it back so."""
+    whole = tuple(f"{name}." for name in saved)
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    for same in names.values():
+        inside = [name for name in same if name.startswith(whole)]
+        if inside and len(inside) < len(same):
+            other = next(name for name in same if name not in inside)
+            raise ModelError(
+                f"training.lora.modules-to-save: {inside[0]!r} is the same parameter as {other!r}; PEFT would train "
+                "and save only one of them; leave its module out"
+            )
 
 
 def _targets(model: PreTrainedModel, lora: Lora, saved: Collection[str]) -> dict[str, LinearModule]:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from gramfuse_model.adapters.attach import NAME, adapters_of
 from gramfuse_model.adapters.frozen_matrix import frozen_digest
 from gramfuse_model.adapters.write import PREFIX, TASK_TYPES, WEIGHTS
+from gramfuse_model.loading.auto_classes import FORMS
 from gramfuse_protocol.contract.task import TaskName
 from gramfuse_protocol.errors import ModelError
 from gramfuse_protocol.text import one_line, quoted
@@ -76,7 +77,8 @@ def is_adapter_directory(directory: Path) -> bool:
 def kind_of_adapter(directory: Path) -> TaskName | None:
     """Return the kind of task that an adapter's configuration names; None if it names none."""
     named = _configuration(directory).get("task_type")
-    return next((kind for kind, of_peft in TASK_TYPES.items() if of_peft.value == named), None)
+    auto = next((auto for auto, of_peft in TASK_TYPES.items() if of_peft.value == named), None)
+    return next((kind for kind, form in FORMS.items() if form.auto == auto), None)
 
 
 def rows_of_head(directory: Path, weight: str) -> int | None:

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from gramfuse_model.adapters.attach import NAME, Attached, adapters_of, is_adapter
+from gramfuse_model.loading.auto_classes import FORMS
 from gramfuse_protocol.contract.task import TaskName
 
 WEIGHTS = "adapter_model.safetensors"
@@ -19,14 +20,12 @@ PREFIX = "base_model.model."
 """With what PEFT's names of a model's parameters begin."""
 
 TASK_TYPES = {
-    "classification": TaskType.SEQ_CLS,
-    "regression": TaskType.SEQ_CLS,
-    "multi-label": TaskType.SEQ_CLS,
-    "token-classification": TaskType.TOKEN_CLS,
-    "causal-lm": TaskType.CAUSAL_LM,
-    "sequence-to-sequence": TaskType.SEQ_2_SEQ_LM,
+    "AutoModelForSequenceClassification": TaskType.SEQ_CLS,
+    "AutoModelForTokenClassification": TaskType.TOKEN_CLS,
+    "AutoModelForCausalLM": TaskType.CAUSAL_LM,
+    "AutoModelForSeq2SeqLM": TaskType.SEQ_2_SEQ_LM,
 }
-"""PEFT's names of tasks; it has none for images."""
+"""PEFT's names of tasks, by transformers' classes; it has none for images."""
 
 
 def write_adapter(
@@ -42,7 +41,7 @@ def write_adapter(
     config = attached.config
     config.base_model_name_or_path = base
     config.revision = revision
-    config.task_type = TASK_TYPES.get(task)
+    config.task_type = TASK_TYPES.get(FORMS[task].auto)
     config.inference_mode = True
     config.save_pretrained(str(directory))
     save_file(adapter_tensors(model, attached), directory / WEIGHTS, metadata={"format": "pt"})

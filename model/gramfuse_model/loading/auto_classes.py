@@ -69,6 +69,7 @@ FORMS = _Forms(
             "AutoModelForSeq2SeqLM", "text2text-generation", classes=("ForConditionalGeneration",)
         ),
         "causal-lm": Form("AutoModelForCausalLM", "text-generation", classes=("ForCausalLM", "LMHeadModel")),
+        "prompt-completion": Form("AutoModelForCausalLM", "text-generation"),
         "image-classification": Form(
             "AutoModelForImageClassification",
             "image-classification",

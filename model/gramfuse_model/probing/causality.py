@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from gramfuse_model.loading.auto_classes import FORMS
 from gramfuse_model.loading.base_model import Base
 from gramfuse_model.probing.hooks import observing, run
 from gramfuse_model.probing.public_text import PUBLIC_TEXT
@@ -18,12 +19,12 @@ TOLERANCE = 1e-4
 
 
 def check_causal(base: Base, task: Task) -> None:
-    """Check that a base model's logits do not depend on later tokens, if the task is causal language modelling.
+    """Check that a base model's logits do not depend on later tokens, if the task is for a causal language model.
 
     Raises:
         ModelError: if they do: the model would learn to copy, and metrics would be meaningless.
     """
-    if task.task != "causal-lm":
+    if FORMS[task.task].auto != FORMS["causal-lm"].auto:
         return
     model = base.model
     settings = {"truncation": True, "max_length": min(LONGEST, task.max_length), "return_tensors": "pt"}
@@ -39,6 +40,6 @@ def check_causal(base: Base, task: Task) -> None:
     if bool(((other - original).norm(dim=-1) > TOLERANCE * size).any()):
         raise ModelError(
             f"{type(model).__name__} sees the tokens that it should predict: its logits depend on later tokens, so it "
-            "would learn to copy, and its accuracy would be meaningless. Use a decoder for causal-lm; some classes "
+            "would learn to copy, and its accuracy would be meaningless. Use a decoder for {task.task}; some classes "
             'become one with "is_decoder": true in config.json (XLM: "causal": true)'
         )

@@ -20,11 +20,16 @@ def check_suitable(base: Base, task: Task) -> None:
 
     Raises:
         ModelError: if its head cannot absorb the task's `centre` and `scale`, its vocabulary lacks the `first-token`,
-            or it sees the tokens that it should predict.
+            it sees the tokens that it should predict, or completions would have no end.
     """
     check_foldable(base, task)
     first_token(base.tokenizer, task)
     check_causal(base, task)
+    if task.task == "prompt-completion" and base.tokenizer.eos_token_id is None:
+        raise ModelError(
+            "the base model's tokenizer has no end-of-text token, so a model could not learn where a completion ends; "
+            "set tokenizer.eos_token to one of its tokens, and save it with save_pretrained"
+        )
 
 
 def check_answers(base: Base) -> None:

@@ -92,9 +92,14 @@ def generation_sums(truth: Sequence[str], generated: Sequence[str], tokens: int,
         truth, generated: texts, one each for each example.
         tokens, nll: number of target tokens in all texts, and their negative log-likelihood (natural logarithm).
     """
+    f1, exact = compared(truth, generated)
+    return np.array([len(f1), exact.sum(), f1.sum(), tokens, nll], np.float64)
+
+
+def compared(truth: Sequence[str], generated: Sequence[str]) -> tuple[Vector, Vector]:
+    """Return the token-F1 of each pair of texts, and whether their words are the same, float64 (examples,)."""
     pairs = [(t.split(), g.split()) for t, g in zip(truth, generated, strict=True)]
-    exact = sum(t == g for t, g in pairs)
-    return np.array([len(pairs), exact, sum(token_f1(t, g) for t, g in pairs), tokens, nll], np.float64)
+    return np.array([token_f1(t, g) for t, g in pairs]), np.array([t == g for t, g in pairs], np.float64)
 
 
 def token_f1(truth: Sequence[str], generated: Sequence[str]) -> float:
@@ -114,8 +119,6 @@ def generation_rows(
         tokens: number of target tokens, shape (examples,).
         losses: negative log-likelihood of the target tokens, each token's clipped to [0, LOSS], shape (examples,).
     """
-    pairs = [(t.split(), g.split()) for t, g in zip(truth, generated, strict=True)]
-    f1 = np.array([token_f1(t, g) for t, g in pairs])
-    exact = np.array([t == g for t, g in pairs], np.float64)
+    f1, exact = compared(truth, generated)
     targets, loss = shares(task.target_length, tokens, losses / LOSS)
     return sum_rows(np.stack([f1, 1 - f1, exact, targets, loss], axis=1))

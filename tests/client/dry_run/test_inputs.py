@@ -295,6 +295,7 @@ KINDS_OF_DATA = {
         "each entity type",
     ),
     "sequence-to-sequence": ('task = "sequence-to-sequence"', ["x", "y", "z"], "targets are texts", "exact matches"),
+    "prompt-completion": ('task = "prompt-completion"', ["x", "y", "z"], "completions are texts", "exact matches"),
     "causal-lm": ('task = "causal-lm"', ["", "", ""], "21 characters", "correctly predicted tokens"),
 }
 

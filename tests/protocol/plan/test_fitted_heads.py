@@ -24,6 +24,7 @@ TASKS = {
     "token-classification": 'labels = ["O", "B-X", "I-X"]',
     "causal-lm": "",
     "sequence-to-sequence": "",
+    "prompt-completion": "",
 }
 HEADS = {"fitted": 'head = "fitted"', "refit": "[merge]\nrefit = true", "alone": "[training]\nepochs = 0"}
 FITTED = ("classification", "image-classification", "multi-label", "regression", "token-classification")
