@@ -169,13 +169,15 @@ class Bench:
 
         Examples of labels that are rare at the silo are left out, as in an exchange.
         """
+        from gramfuse_client.data.alike import alike
         from gramfuse_client.data.batches import batches
         from gramfuse_client.exchange.local_model import EVALUATION_BATCH
         from gramfuse_client.measuring.head_sums import collect_head_sums
         from gramfuse_client.tasks.registry import at_silo
 
         train, least = self.examples[0], self.silo.file.limits.minimum_label_examples
-        encoded = self.encoded(train.take(at_silo(self.task).common(train, self.task, least))).hide_rare(least)
+        keys = alike(train, self.task, self.base.tokenizer)
+        encoded = self.encoded(train.take(at_silo(self.task).common(train, self.task, least, keys))).hide_rare(least)
         with self.model(deltas) as model:
             given = batches(encoded, EVALUATION_BATCH, self.device, by_length=True)
             return collect_head_sums(model, given, self.task, pooling=pooling)

@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
+from gramfuse_protocol.contract.head_layout import FIRST, SECOND, HeadLayout
 from gramfuse_protocol.errors import ContributionError, MergeError
+from gramfuse_protocol.secure_sum.scales import scales
 from gramfuse_protocol.statistics.head_sums import HeadSums
 from gramfuse_server.merging.closed_form_head import approximating_shrinkage, fit_head
-from gramfuse_server.merging.head_solvers import SOLVERS
+from gramfuse_server.merging.head_checks import check_head
+from gramfuse_server.merging.head_solvers import SOLVERS, quieting
 
 
 class _Shrunk:
@@ -118,3 +121,54 @@ def test_what_gives_no_head_is_refused() -> None:
         fit_head(sums_of(np.ones_like(x), y), prior=True)
     with pytest.raises(ContributionError):
         _ = sums_of(x, y) + sums_of(x[:, :3], y)
+
+
+@pytest.mark.parametrize("quiet", [0.0, 1e-12, 1e-8, 1e-6, 1e-4])
+@pytest.mark.parametrize("silos", [3, 100])
+def test_a_feature_that_is_quieter_than_on_public_data_is_no_bad_sum(quiet: float, silos: int) -> None:
+    x, y = examples(3)
+    x[:, 0] = quiet * (1 + 0.1 * (np.arange(len(x)) == 7))
+    head = HeadLayout(fit="discriminant", weight="w", bias="b", features=12, outputs=5, columns=5, exponents=(1,) * 12)
+    exact = sums_of(x, y)
+    (_, scale), _ = scales(head, silos, "uniform")
+    packed = head.packing.pack([exact.second[None]])
+    off = np.random.default_rng(1).integers(-silos, silos + 1, packed.shape)  # what each silo's rounding adds
+    blocks = {SECOND: np.rint(packed * scale + off) / scale, FIRST: exact.first}
+    rounded = HeadSums.read(head, blocks.__getitem__)
+    for sums in (exact, rounded):
+        assert [check for check in check_head(sums, head, silos, secure=True) if check.verdict == "bad"] == []
+    solver = SOLVERS["discriminant"]
+    open_head, secure_head = (solver.fit(sums, start=None) for sums in (exact, rounded))
+    difference = np.abs(secure_head.weight - open_head.weight).max()
+    assert difference <= 1e-6 * np.abs(open_head.weight).max()
+
+
+def test_sums_of_no_examples_are_bad_or_refused_and_never_break_down() -> None:
+    x, y = examples(3)
+    head = HeadLayout(fit="discriminant", weight="w", bias="b", features=12, outputs=5, columns=5, exponents=(1,) * 12)
+    second = sums_of(x, y).second
+    for size in (1e4, 1e150, 1e300):
+        wrong = second.copy()
+        wrong[0, 0] = wrong[1, 1] = -size
+        wrong[0, 1] = wrong[1, 0] = size
+        sums = HeadSums(wrong, sums_of(x, y).first)
+        assert "bad" in {check.verdict for check in check_head(sums, head, 3, secure=False)}
+    singular = HeadSums(np.zeros_like(second), np.zeros_like(sums_of(x, y).first))
+    with pytest.raises(MergeError):
+        SOLVERS["discriminant"].fit(singular, start=None)
+
+
+@pytest.mark.parametrize("constant", [0.0, 0.7, 5.0, 100.0])
+def test_constant_features_do_not_count_as_varying(constant: float) -> None:
+    x, y = examples(4)
+    more = np.concatenate([x, np.full((len(x), 40), constant)], axis=1)
+    assert quieting(sums_of(more, y)).min() > 0.5
+    head = SOLVERS["discriminant"].fit(sums_of(more, y), start=None)
+    assert (np.argmax(more @ head.weight.T + head.bias, axis=1) == y).mean() > 0.8
+
+
+def test_examples_that_are_all_the_same_within_labels_have_no_head() -> None:
+    x, y = examples(5)
+    first = np.array([np.flatnonzero(y == label)[0] for label in range(5)])
+    with pytest.raises(MergeError, match="vary"):
+        SOLVERS["discriminant"].fit(sums_of(np.repeat(x[first], 3, axis=0) + 0.3, np.repeat(y[first], 3)), start=None)

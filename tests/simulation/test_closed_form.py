@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from gramfuse_client.data.alike import alike
 from gramfuse_client.data.batches import batches
 from gramfuse_client.tasks.registry import at_silo
 from gramfuse_protocol.contract.plan import Plan
@@ -44,7 +45,9 @@ def features(silos: AllSilos, deltas: Any, part: int, pooling: str) -> tuple[np.
         with bench.model(deltas) as model, torch.no_grad():
             examples = bench.examples[part]
             if part == 0:  # labels that are rare at the silo are left out
-                examples = examples.take(at_silo(bench.task).common(examples, bench.task, 2))
+                examples = examples.take(
+                    at_silo(bench.task).common(examples, bench.task, 2, alike(examples, bench.task))
+                )
             for batch in batches(bench.encoded(examples), 1, CPU):
                 inputs = {name: value for name, value in batch.items() if name != "labels"}
                 outputs = model.eval().bert(**inputs)

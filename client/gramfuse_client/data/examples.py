@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from gramfuse_client.data.alike import alike
 from gramfuse_client.data.columns import Input, Reader, Target
 from gramfuse_client.data.formats import HUB, Dataset, Row, rows
 from gramfuse_client.data.setting_names import SettingNames
@@ -118,8 +119,8 @@ def load_validation(silo: Silo, task: Task, names: Mapping[str, int] | None = No
         validation = _read(source, silo, task, names)
     else:
         held_out, validation = _set_aside(held_out, HALF if source is None else source, silo, "validation")
-    used = {*train.input_keys, *held_out.input_keys}
-    unused = validation.take([i for i, key in enumerate(validation.input_keys) if key not in used])
+    used = {*alike(train, task), *alike(held_out, task)}
+    unused = validation.take([i for i, key in enumerate(alike(validation, task)) if key not in used])
     if not unused:
         raise DataError(silo.words.validation.format(path=silo.path, count=len(validation)))
     return unused

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from gramfuse_client.data.alike import alike
 from gramfuse_client.data.examples import Examples, left_out, load, load_validation
 from gramfuse_client.data.formats import HUB, Dataset
 from gramfuse_client.dry_run.findings import Findings
@@ -140,7 +141,7 @@ def check_common(findings: Findings, silo: Silo, plan: Plan, train: Examples | N
     if train is None or not plan.fits_head:
         return
     task, least = plan.task_of(silo.name), silo.file.limits.minimum_label_examples
-    kept = len(at_silo(task).common(train, task, least))
+    kept = len(at_silo(task).common(train, task, least, alike(train, task)))
     about = f"{kept:,} of {len(train):,} training examples are in the sums that the head is fitted from"
     rare = f"; the others have labels of which this silo has fewer than {least} ('limits.minimum-label-examples')"
     if not kept:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 
+from gramfuse_client.data.alike import alike
 from gramfuse_client.data.batches import Encoded, batches
 from gramfuse_client.data.examples import Examples
 from gramfuse_client.dry_run.of_machine import lacking_memory
@@ -139,7 +140,8 @@ class Workbench:
             add_differences(base.model, _by_parameter(layout, start))
         device = choose_device(self.silo.file.device)
         least = self.silo.file.limits.minimum_label_examples
-        kept = examples.take(at_silo(self.task).common(examples, self.task, least))
+        keys = alike(examples, self.task, base.tokenizer)
+        kept = examples.take(at_silo(self.task).common(examples, self.task, least, keys))
         if not kept:
             raise DataError(
                 f"{self.silo.path}: no example is left for the sums that a head is fitted from: each has a label of "

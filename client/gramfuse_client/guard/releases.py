@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
+from gramfuse_client.data.alike import normalised
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.contract.plan_sections import Name, Sha256
 from gramfuse_protocol.contract.stages import Subject, subtractable
@@ -263,4 +264,4 @@ def _normalised(key: InputKey) -> list[bytes]:
     """Return each text of an input, with case folded and white space collapsed."""
     text, pair = key
     texts = [text if isinstance(text, str) else " ".join(text), *([] if pair is None else [pair])]
-    return [" ".join(text.casefold().split()).encode("utf-8", "surrogatepass") for text in texts]
+    return [normalised(text).encode("utf-8", "surrogatepass") for text in texts]

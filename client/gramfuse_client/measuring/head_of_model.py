@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from gramfuse_client.data.alike import alike
 from gramfuse_client.data.batches import Encoded, batch_order, batches
 from gramfuse_client.data.examples import Examples
 from gramfuse_client.measuring.checkpoint import config_of_model
@@ -136,7 +137,8 @@ def measure_head(
         ContributionError: if a feature is NaN or infinite.
     """
     counts = Counter(headed.task.labels[label] for label in examples.labels if isinstance(label, int))
-    kept = examples.take(at_silo(headed.task).common(examples, headed.task, least))
+    keys = alike(examples, headed.task, headed.model.tokenizer)
+    kept = examples.take(at_silo(headed.task).common(examples, headed.task, least, keys))
     if not kept:
         raise DataError(
             f"{names[1]}: no example is left for the sums that a head is fitted from: each has a label of which there "

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gramfuse_client.data.columns import Input, Reader
@@ -36,9 +36,9 @@ class ClassificationAtSilo(TaskAtSilo):
     def label(self, row: Row, given: Input, reader: Reader, where: str) -> int:
         return reader.index(reader.value(row, reader.columns.label, where), where)
 
-    def common(self, examples: Examples, task: Task, least: int) -> list[int]:
+    def common(self, examples: Examples, task: Task, least: int, keys: Sequence[Hashable]) -> list[int]:
         """Return the indices of the examples whose label at least so many different inputs have."""
-        counts = Counter(label for _, label in {*zip(examples.input_keys, examples.labels, strict=True)})
+        counts = Counter(label for _, label in {*zip(keys, examples.labels, strict=True)})
         return [index for index, label in enumerate(examples.labels) if counts[label] >= least]
 
     def loss(self, task: Task) -> Loss | None:

@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gramfuse_client.data.columns import Input, Reader, unpacked
@@ -75,14 +75,13 @@ class MultiLabelAtSilo(TaskAtSilo):
             for applying in by_example
         ]
 
-    def common(self, examples: Examples, task: Task, least: int) -> list[int]:
+    def common(self, examples: Examples, task: Task, least: int, keys: Sequence[Hashable]) -> list[int]:
         """Return the indices of the examples of whose labels each applies to at least so many different ones of these.
 
         The same holds of the examples that an annotated label does not apply to. An example that is left out counts for
         none of its labels any more.
         """
         kept: list[int] = list(range(len(examples)))
-        keys = examples.input_keys
         while kept:
             different = len({keys[index] for index in kept})
             pairs = {(keys[index], label) for index in kept for label in self._applying(examples, index)}

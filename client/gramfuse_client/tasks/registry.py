@@ -14,7 +14,7 @@ A file here must not import torch at import time, because reading data does not 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -139,11 +139,12 @@ class TaskAtSilo(ABC):
 
     # Fitting a head in closed form
 
-    def common(self, examples: Examples, task: Task, least: int) -> list[int]:
+    def common(self, examples: Examples, task: Task, least: int, keys: Sequence[Hashable]) -> list[int]:
         """Return the indices of the examples that may be in the sums that a head is fitted from: by default all.
 
         Args:
             least: the silo's `limits.minimum-label-examples`.
+            keys: of `gramfuse_client.data.alike.alike`: examples with equal ones count as one.
         """
         return list(range(len(examples)))
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from itertools import accumulate, count
 from typing import TYPE_CHECKING, Any
 
@@ -104,7 +104,7 @@ class TokenClassificationAtSilo(TaskAtSilo):
                 row["words"] = [(word in seen, tag) for word, tag in enumerate(tags)]
         return rows
 
-    def common(self, examples: Examples, task: Task, least: int) -> list[int]:
+    def common(self, examples: Examples, task: Task, least: int, keys: Sequence[Hashable]) -> list[int]:
         """Return the indices of all examples, or of every second, third, …, if a secure sum cannot add up all words."""
         lengths = [len(words) for words in examples.inputs if isinstance(words, tuple)]
         step = next(n for n in count(1) if sum(lengths[::n]) <= MOST_WEIGHED or n == len(lengths))

@@ -29,6 +29,9 @@ from gramfuse_protocol.errors import MergeError
 from gramfuse_protocol.statistics.contribution import Float64
 from gramfuse_protocol.statistics.head_sums import HeadSums
 
+ROUNDING = 1e-13
+"""Variance of features, relative to their mean square, that can be rounding alone."""
+
 
 @dataclass(frozen=True, eq=False)
 class Head:
@@ -79,7 +82,7 @@ def fit_head(sums: HeadSums, *, prior: bool) -> Head:
     center = first[:, present].sum(axis=1) / total
     within = (second - (means * counts[present]) @ means.T) / total
     variance = float(np.trace(within)) / len(within)
-    if not np.isfinite(variance) or variance <= 0:
+    if not np.isfinite(variance) or variance <= ROUNDING * float(np.trace(second)) / total / len(within):
         raise MergeError("the features that enter the head do not vary within labels, so no head can be fitted to them")
     shrinkage = approximating_shrinkage(within, total)
     apart = means - center[:, None]

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from gramfuse_protocol.errors import MergeError
 from gramfuse_protocol.statistics.contribution import Float64
 from gramfuse_protocol.statistics.head_sums import HeadSums
 from gramfuse_server.merging.closed_form_head import Head, fit_head
@@ -33,12 +34,17 @@ Features of MiniLM and MPNet reach 1.4 times the median, those of Gemma 3 270M 6
 """
 
 
+CONSTANT = 1e-4
+"""A feature that varies by less than this share of its size is constant: the rest is rounding."""
+
+
 def quieting(sums: HeadSums) -> Float64:
     """Return a factor for each feature, (D,), 1 or less, with which none varies more than LOUDEST times the median."""
     rows = max(sums.examples, 1.0)
     mean = sums.second[:-1, -1] / rows
     deviation = np.sqrt(np.maximum(sums.second.diagonal()[:-1] / rows - mean * mean, 0.0))
-    varying = deviation[deviation > 0]
+    size = np.sqrt(np.maximum(sums.second.diagonal()[:-1] / rows, 0.0))
+    varying = deviation[deviation > CONSTANT * size]
     most = LOUDEST * float(np.median(varying)) if varying.size else 0.0
     factors: Float64 = most / np.maximum(deviation, most) if most else np.ones_like(deviation)
     return factors
@@ -64,7 +70,13 @@ class Solver(ABC):
             MergeError: if the sums allow no head.
         """
         quieter = quieting(sums)
-        head = self.solve(sums.scaled(quieter), start=start, seen=seen)
+        try:
+            head = self.solve(sums.scaled(quieter), start=start, seen=seen)
+        except np.linalg.LinAlgError as error:
+            raise MergeError(
+                f"the sums of the head are of no examples ({error}); a silo's sums are wrong: fit heads of the silos "
+                "alone to find out whose"
+            ) from None
         return replace(head, weight=head.weight * quieter)
 
     @abstractmethod

@@ -30,7 +30,7 @@ import numpy as np
 from gramfuse_protocol.errors import MergeError
 from gramfuse_protocol.statistics.contribution import Float64
 from gramfuse_protocol.statistics.head_sums import HeadSums
-from gramfuse_server.merging.closed_form_head import Head, approximating_shrinkage
+from gramfuse_server.merging.closed_form_head import ROUNDING, Head, approximating_shrinkage
 
 
 class _Groups(NamedTuple):
@@ -71,7 +71,9 @@ def fit_labels(sums: HeadSums, *, start: float | None) -> Head:
     center = sums.second[:-1, -1] / total
     covariance = sums.second[:-1, :-1] / total - np.outer(center, center)
     variance = float(np.trace(covariance)) / len(covariance)
-    if not np.isfinite(variance) or variance <= 0:
+    if not np.isfinite(variance) or variance <= ROUNDING * float(np.trace(sums.second[:-1, :-1])) / total / len(
+        covariance
+    ):
         raise MergeError("the features that enter the head do not vary, so no head can be fitted to them")
     shrinkage = approximating_shrinkage(covariance, total)
     one = groups.apart * np.sqrt(groups.with_it * groups.without_it / (annotated * total))

@@ -19,7 +19,7 @@ import numpy as np
 
 from gramfuse_protocol.errors import MergeError
 from gramfuse_protocol.statistics.head_sums import HeadSums
-from gramfuse_server.merging.closed_form_head import Head, approximating_shrinkage
+from gramfuse_server.merging.closed_form_head import ROUNDING, Head, approximating_shrinkage
 
 
 def fit_ridge(sums: HeadSums) -> Head:
@@ -34,7 +34,9 @@ def fit_ridge(sums: HeadSums) -> Head:
     center, average = sums.second[:-1, -1] / total, sums.counts / total
     covariance = sums.second[:-1, :-1] / total - np.outer(center, center)
     variance = float(np.trace(covariance)) / len(covariance)
-    if not np.isfinite(variance) or variance <= 0:
+    if not np.isfinite(variance) or variance <= ROUNDING * float(np.trace(sums.second[:-1, :-1])) / total / len(
+        covariance
+    ):
         raise MergeError("the features that enter the head do not vary, so no head can be fitted to them")
     shrinkage = approximating_shrinkage(covariance, total)
     together = sums.first[:-1] / total - np.outer(center, average)

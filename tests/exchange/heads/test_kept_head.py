@@ -134,10 +134,26 @@ def test_in_open_mode_the_result_is_that_of_all_who_trained_or_fitted_again(
     assert all(name in (here.out / "model" / "README.md").read_text() for name in [*without, "silo-c"])
 
 
-def test_a_bad_second_fit_leaves_the_good_merge(site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch) -> None:
+def more_examples(second: np.ndarray) -> np.ndarray:
+    return 1.2 * second
+
+
+def impossible_squares(second: np.ndarray) -> np.ndarray:
+    """Two features with negative squares and a large product."""
+    wrong = second.copy()
+    wrong[0, 0] = wrong[1, 1] = -1e4
+    wrong[0, 1] = wrong[1, 0] = 1e4
+    return wrong
+
+
+@pytest.mark.parametrize(
+    ("spoil", "named"), [(more_examples, "labels less examples"), (impossible_squares, "no head can be fitted")]
+)
+def test_a_bad_second_fit_leaves_the_good_merge(
+    site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch, spoil: Callable[[np.ndarray], np.ndarray], named: str
+) -> None:
     def lie(self: HeadSums, layout: Any) -> Any:
-        more = HeadSums(1.2 * self.second, self.first) if lying else self
-        return blocks(more, layout)
+        return blocks(HeadSums(spoil(self.second), self.first) if lying else self, layout)
 
     def watch(event: dict[str, Any]) -> None:
         if event.get("work") == "refit":
@@ -149,5 +165,5 @@ def test_a_bad_second_fit_leaves_the_good_merge(site: Callable[..., Site], monke
     here = site("merge.refit=true")
     report = here.run(watch=watch)
     assert report["merged"] == "regmean"
-    assert "labels less examples" in report["unfitted"]
+    assert named in report["unfitted"]
     assert "Do not use" not in (here.out / "model" / "README.md").read_text()

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from gramfuse_client.data.alike import alike
 from gramfuse_client.data.batches import Encoded, batches
 from gramfuse_client.data.examples import Examples, load
 from gramfuse_client.measuring.head_sums import collect_head_sums
@@ -59,7 +60,7 @@ def make(pico_project: Any, loud_bert: Any, in_process_grid: Any, tmp_path: Any)
 
 def encoded_of(examples: Examples, base: Any, task: Any) -> Encoded:
     """What may be in the sums of a head."""
-    kept = examples.take(at_silo(task).common(examples, task, 2))
+    kept = examples.take(at_silo(task).common(examples, task, 2, alike(examples, task)))
     return Encoded(kept, base.tokenizer, task).hide_rare(2)
 
 
