@@ -107,3 +107,13 @@ def test_all_else_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ot", None)
     with pytest.raises(PlanError, match="pip install"):
         check_terms(everything, plan())
+
+
+@pytest.mark.parametrize(
+    "text", ["joint", "joint:cold", "fedavg:2", "refit", "refit:simple", "best", "fisher", "ensemble"]
+)
+def test_without_training_only_what_needs_none_can_be_compared_with(text: str) -> None:
+    untrained = plan(training={"epochs": 0}, head="fitted")
+    with pytest.raises(PlanError, match=r"training\.epochs"):
+        check_terms(parse_terms(text), untrained)
+    check_terms(parse_terms("probe,probe:mean"), untrained)

@@ -18,12 +18,18 @@ from gramfuse_server.report.page.words import explain_check
 @click.option(
     "-o", "--out", required=True, type=click.Path(path_type=Path), help="Directory for the model; must not exist."
 )
+@click.option(
+    "--seen",
+    is_flag=True,
+    help="MODEL was trained on the examples of FILES: its head becomes half as sure, as features of such examples lie "
+    "too close to the means of their labels.",
+)
 @json_option
-def fit(model: str, files: tuple[Path, ...], out: Path, as_json: bool) -> None:
+def fit(model: str, files: tuple[Path, ...], out: Path, seen: bool, as_json: bool) -> None:
     """Fit the head of a model to the head files of all silos together, and write the model with it.
 
     \b
-    gramfuse head fit merged north.head.safetensors south.head.safetensors -o fitted
+    gramfuse head fit merged north.head.safetensors south.head.safetensors --seen -o fitted
 
     FILES are from gramfuse head measure. MODEL is the model that all of them were measured on; it stays as it is. OUT
     is an ordinary Hugging Face model with a model card and SHA256SUMS: MODEL with another last layer. Nothing remains
@@ -36,7 +42,7 @@ def fit(model: str, files: tuple[Path, ...], out: Path, as_json: bool) -> None:
     from gramfuse_server.merging.head_files import fit_files
 
     disable_progress_bar()
-    report = fit_files(model, files, out.absolute(), Path.cwd())
+    report = fit_files(model, files, out.absolute(), Path.cwd(), seen=seen)
     for check in report.checks:
         if check.verdict != "ok":
             say(explain_check(check), style="yellow", err=True)

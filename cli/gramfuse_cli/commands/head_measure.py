@@ -22,7 +22,7 @@ from gramfuse_cli.options import columns as column_options
 from gramfuse_cli.options import machine
 from gramfuse_client.data.formats import READABLE
 from gramfuse_deployment.terminal import say, show_json
-from gramfuse_protocol.statistics.head_file import FIT
+from gramfuse_protocol.statistics.head_file import fitted_by_files
 from gramfuse_protocol.tasks.registry import TASK_KINDS
 from gramfuse_protocol.text import listed
 from gramfuse_simulation.labelled_rows import parse_names, skip_bad
@@ -35,7 +35,7 @@ from gramfuse_simulation.labelled_rows import parse_names, skip_bad
 @click.option("--name", help="Name of the silo in the file.  [default: OUT's name up to the first dot]")
 @click.option(
     "--task",
-    type=click.Choice([name for name, kind in TASK_KINDS.items() if kind.fit == FIT]),
+    type=click.Choice([name for name, kind in TASK_KINDS.items() if fitted_by_files(kind)]),
     help="The task of the head.  [default: from MODEL's config]",
 )
 @click.option(

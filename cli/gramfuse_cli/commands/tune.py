@@ -156,7 +156,12 @@ def check_tunable(plan: Plan) -> None:
             'tune compares merges by held-out metrics, but under privacy.metrics = "none" silos send none; '
             "use --set privacy.metrics=sum"
         )
-    if plan.merge.rounds > 1 or plan.merge.refit or not plan.training.epochs:
+    if not plan.training.epochs:
+        raise PlanError(
+            "tune works on a merge of fine-tuned models, but training.epochs = 0 trains none; use --set "
+            "training.epochs=5, for instance"
+        )
+    if plan.merge.rounds > 1 or plan.merge.refit:
         raise PlanError(
             "tune works on the merge of one round of training; use --set merge.rounds=1 --set merge.refit=false, and "
             "then the α that it finds"

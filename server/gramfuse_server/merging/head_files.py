@@ -84,7 +84,7 @@ class Fitted:
         }
 
 
-def fit_files(model: str, paths: Sequence[Path], out: Path, directory: Path) -> Fitted:
+def fit_files(model: str, paths: Sequence[Path], out: Path, directory: Path, *, seen: bool = False) -> Fitted:
     """Fit the head of a model to the sums of head files together, and write the model with it.
 
     Args:
@@ -92,6 +92,7 @@ def fit_files(model: str, paths: Sequence[Path], out: Path, directory: Path) -> 
         paths: of the files; their order does not matter.
         out: directory for the model; must not exist.
         directory: where relative paths of models start.
+        seen: whether the model was trained on these examples.
 
     Raises:
         ContributionError: naming the file, if it is damaged, its sums are impossible, or it does not fit the others.
@@ -108,7 +109,7 @@ def fit_files(model: str, paths: Sequence[Path], out: Path, directory: Path) -> 
     for file in files:
         _check_possible(file, head)
     sums = functools.reduce(operator.add, (file.sums for file in files))
-    fitted = _fit(sums, head, files)
+    fitted = _fit(sums, head, files, seen=seen)
     report = Fitted(
         model=model,
         tensors=head.tensors,
@@ -152,9 +153,13 @@ def check_together(files: Sequence[HeadFile]) -> None:
             raise ContributionError(f"{first.path} and {file.path} do not fit each other: {difference}")
 
 
+SAME = 1e-5
+"""Relative difference of the sums of the same examples in other batches: rounding."""
+
+
 def _same_content(one: HeadFile, other: HeadFile) -> bool:
     pairs = (one.sums.second, other.sums.second), (one.sums.first, other.sums.first)
-    return all(np.array_equal(*pair) for pair in pairs)
+    return one.about.examples == other.about.examples and all(np.allclose(*pair, rtol=SAME, atol=0) for pair in pairs)
 
 
 def _differences(one: HeadFile, other: HeadFile) -> Iterator[str]:
@@ -226,9 +231,9 @@ def _check_possible(file: HeadFile, head: HeadLayout) -> None:
         )
 
 
-def _fit(sums: HeadSums, head: HeadLayout, files: Sequence[HeadFile]) -> Head:
+def _fit(sums: HeadSums, head: HeadLayout, files: Sequence[HeadFile], *, seen: bool) -> Head:
     try:
-        fitted = SOLVERS[head.fit].fit(sums, start=None)
+        fitted = SOLVERS[head.fit].fit(sums, start=None, seen=seen)
     except MergeError as error:
         raise MergeError(f"{', '.join(str(file.path) for file in files)}: {error}") from None
     return without_bias(fitted, sums, relative=True) if head.bias is None else fitted

@@ -45,7 +45,8 @@ def write_model(
     layout: Layout | None = None,
     steps: Sequence[Step] = (),
     *,
-    refitted: bool = False,
+    fitted: Sequence[str] = (),
+    refitted: Sequence[str] = (),
 ) -> None:
     """Write base + deltas into `model` or, as an adapter, into `adapter`; the base in memory becomes the merged model.
 
@@ -54,13 +55,14 @@ def write_model(
 
     Args:
         directory: where `model` and `adapter` are made, as the plan says.
-        silos: the silos in the merge.
+        silos: the silos that trained what was merged; without training, those whose examples the head was fitted to.
         measured: the model's entry in the report, for the card, if it was measured.
         chosen: the choice of the search, if the merge was chosen on held-out data.
         doubt: why the model must not be used, if a check of the merge is bad.
         layout: of the merge; the card then states how much of the model is merged in closed form.
         steps: how its groups were solved; the card then names the experts without measured tokens.
-        refitted: whether its head was fitted again after the merge.
+        fitted, refitted: the silos whose examples the head was fitted to before training, and after the merge; none if
+            it was not.
     """
     add_differences(base.model, deltas)
     model = base.model
@@ -77,7 +79,8 @@ def write_model(
             save_adapter(base, plan.model.base, place, task=task, revision=plan.model.revision)
         else:
             save_model(base, place, model)
-        text = card(plan, silos, measured, chosen, doubt, layout, steps, refitted=refitted, adapter=output == "adapter")
+        about = (measured, chosen, doubt, layout, steps)
+        text = card(plan, silos, *about, fitted=fitted, refitted=refitted, adapter=output == "adapter")
         (place / "README.md").write_text(text, encoding="utf-8")
 
 
@@ -90,7 +93,8 @@ def card(
     layout: Layout | None = None,
     steps: Sequence[Step] = (),
     *,
-    refitted: bool = False,
+    fitted: Sequence[str] = (),
+    refitted: Sequence[str] = (),
     adapter: bool = False,
 ) -> str:
     """Return the model card, made from the plan; arguments as in `write_model`, and whether it is for an adapter."""
@@ -102,7 +106,7 @@ def card(
     if doubt:
         lines += [f"**Do not use this model: {doubt}.**", ""]
     lines += [
-        f"{_how(plan, silos, chosen, refitted=refitted)} The silos' data was not pooled; "
+        f"{_how(plan, silos, chosen, fitted, refitted)} The silos' data was not pooled; "
         f"{seen('secure' if plan.privacy.secure_aggregation else 'open', past=True)}.",
         "",
         *_kept_heads(plan),
@@ -147,9 +151,11 @@ def _generation(plan: Plan) -> list[str]:
     ]
 
 
-def _how(plan: Plan, silos: Sequence[str], chosen: Chosen | None, *, refitted: bool) -> str:
+def _how(
+    plan: Plan, silos: Sequence[str], chosen: Chosen | None, fitted: Sequence[str], refitted: Sequence[str]
+) -> str:
     """Return how a model was made, in sentences."""
-    base, among = code(plan.model.base), f"{len(silos)} silos ({', '.join(silos)})"
+    base, among = code(plan.model.base), _among(silos)
     if not plan.training.epochs:
         return (
             f"{base}, not fine-tuned, with a head that was fitted in closed form to the examples of {among} with "
@@ -159,13 +165,26 @@ def _how(plan: Plan, silos: Sequence[str], chosen: Chosen | None, *, refitted: b
     way = "by RegMean (Jin et al., ICLR 2023)" if plan.closed_form else "by averaging all weights"
     first = f"{base}, fine-tuned separately at {among} and merged in {rounds} {way} with gramfuse: "
     text = f"{first}{_settings(plan, chosen)}."
-    if plan.model.head == "fitted":
+    if fitted:
         text += (
-            " Before training, one head was fitted in closed form to all silos' examples; all silos started from it."
+            f" Before training, one head was fitted in closed form to the examples of {_these(fitted, silos)}; all "
+            "silos started from it."
         )
     if refitted:
-        text += " After the merge, the head was fitted in closed form to the merged body's features."
+        text += (
+            " After the merge, the head was fitted in closed form to the merged body's features of the examples of "
+            f"{_these(refitted, silos)}."
+        )
     return text
+
+
+def _among(silos: Sequence[str]) -> str:
+    return f"{len(silos)} silos ({', '.join(silos)})"
+
+
+def _these(silos: Sequence[str], named: Sequence[str]) -> str:
+    """Name silos; those that were named last are only referred to."""
+    return "these silos" if tuple(silos) == tuple(named) else _among(silos)
 
 
 def _settings(plan: Plan, chosen: Chosen | None) -> str:

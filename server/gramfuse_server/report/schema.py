@@ -350,7 +350,7 @@ class Report(ReportPart):
     weighting: Literal["uniform", "examples"] = "uniform"
     """Files: whether silos are weighted equally or by their number of examples."""
     silos: tuple[SiloOfReport, ...]
-    """Silos in the merge, in roster order; in a failed run, the whole roster."""
+    """Silos whose examples are in the model, in roster order; in a failed run, the whole roster."""
     examples: Count = 0
     """Training examples of all silos in the merge together. With a fitted head under secure aggregation, those in its
     sums, without labels that are rare at a silo; 0 if no sum over exactly these silos counts them."""

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from flwr.serverapp import Grid
@@ -85,6 +85,19 @@ measure and write, and what to add to the report.
 Finish = Callable[[str, Mapping[str, NDArray[np.float32]], Path], None]
 """Writes a silo's finished model. Takes its name, the merged body's differences from the base by block name, and the
 directory to create."""
+
+
+class _Parts(NamedTuple):
+    """The silos that have part in a result.
+
+    Attributes:
+        trained: who fine-tuned, in any round; without training, those whose examples the head was fitted to.
+        fitted, refitted: those whose examples the head was fitted to, before training and after the merge.
+    """
+
+    trained: tuple[str, ...]
+    fitted: tuple[str, ...] = ()
+    refitted: tuple[str, ...] = ()
 
 
 class Exchange:
@@ -280,10 +293,12 @@ class Exchange:
             with self.run.writing():
                 chosen = None if studied.tuning is None else studied.tuning.chosen
                 doubt = "" if current.sound else describe_bad(current.checks)
-                about = (self._contributors(current), measured, chosen, doubt, self.layout, merged.steps)
+                parts = self._parts(current)
+                about = (parts.trained, measured, chosen, doubt, self.layout, merged.steps)
                 deltas = merged.rounded()
-                refitted = current.result == REFITTED
-                write_model(self.run.partial, self.base, deltas, self.plan, *about, refitted=refitted)
+                write_model(
+                    self.run.partial, self.base, deltas, self.plan, *about, fitted=parts.fitted, refitted=parts.refitted
+                )
                 if self.own_heads is not None and self.plan.model.head == "own":
                     arrays = {delta_block(name): delta for name, delta in deltas.items()}
                     for silo in current.survivors:
@@ -328,22 +343,33 @@ class Exchange:
     def _report(self, current: Round, earlier: list[RoundOfReport]) -> Report:
         """Return the report of the last round, with the traffic and seconds of all rounds."""
         rounds = (*earlier, current.report())
-        trained = {**current.trained, **(self.run.done.get(of_round("train", self.plan.trained_session)) or {})}
+        trained: dict[str, Any] = {}
+        for number in sorted(range(1, current.conductor.round + 1), key=lambda n: self.plan.stage(n).work == "train"):
+            trained |= self.run.done.get(of_round("train", number)) or {}
         names = self._contributors(current)
         silos = tuple(SiloOfReport(name=name, examples=trained[name]["examples"]) for name in names)
         return Report(**self._settings(), **self._results(current, rounds), silos=silos, rounds=rounds)
 
     def _contributors(self, current: Round) -> tuple[str, ...]:
-        """Return the silos that the result is made from, in roster order: its body's, and those of a head fitted again.
+        """Return the silos whose examples are in the result, in roster order."""
+        every = {name for silos in self._parts(current) for name in silos}
+        return tuple(name for name in self.plan.names if name in every)
 
-        In open mode, others may have trained than had part in the last session.
+    def _parts(self, current: Round) -> _Parts:
+        """Return the silos that have part in the result.
+
+        They differ where a silo was lost in between, or, in open mode, came back.
         """
-        number = self.plan.trained_session
-        if not number or number >= current.conductor.round:
-            return current.survivors
-        (trained,) = (one.survivors for one in self._earlier(current.conductor.round) if one.round == number)
-        both = {*trained, *(current.survivors if current.result == REFITTED else ())}
-        return tuple(name for name in self.plan.names if name in both)
+        number, plan = current.conductor.round, self.plan
+        sessions = {one.round: one.survivors for one in self._earlier(number)} | {number: current.survivors}
+
+        def of(work: str) -> tuple[str, ...]:
+            those = [survivors for each, survivors in sessions.items() if plan.stage(each).work == work]
+            return tuple(name for name in plan.names if any(name in survivors for survivors in those))
+
+        if not plan.training.epochs:
+            return _Parts(of("fit"))
+        return _Parts(of("train"), of("fit"), of("refit") if current.result == REFITTED else ())
 
     def _failure_texts(self, current: Round, error: GramfuseError, resumable: bool) -> dict[str, str]:
         """Return the files of a failed run: its page, its report as far as it got, and the plan."""

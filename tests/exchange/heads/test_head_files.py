@@ -224,6 +224,23 @@ def test_files_that_do_not_fit_are_refused_by_name(tmp_path: Path, place: Path, 
         gramfuse("head", "fit", model, north, "-o", place)
 
 
+def test_the_same_examples_in_other_batches_are_the_same_examples(tmp_path: Path, place: Path) -> None:
+    again = tmp_path / "again.head"
+    data = place / "north.jsonl"
+    gramfuse("head", "measure", place / "model", "--data", data, "-o", again, "--batch-size", 7, "--name", "other")
+    with pytest.raises(ContributionError, match="same sums"):
+        gramfuse("head", "fit", place / "model", place / "north.head", again, "-o", tmp_path / "fitted")
+
+
+def test_a_head_for_examples_that_the_body_has_seen_is_half_as_sure(tmp_path: Path, place: Path) -> None:
+    heads = {}
+    for name, options in (("unseen", ()), ("seen", ("--seen",))):
+        gramfuse("head", "fit", place / "model", place / "north.head", "-o", tmp_path / name, *options)
+        heads[name] = load_file(tmp_path / name / "model.safetensors")
+    for name in ("classifier.weight", "classifier.bias"):
+        assert np.allclose(heads["seen"][name], 0.5 * heads["unseen"][name], rtol=1e-5)
+
+
 def test_sums_that_no_examples_have_are_refused(tmp_path: Path, place: Path) -> None:
     good = read_head(place / "north.head")
 

@@ -47,7 +47,13 @@ def test_a_silo_that_drops_out_after_the_head_was_fitted_is_left_out_and_nothing
         ["silo-a", "silo-b", "silo-c"],
     ]
     assert [lost["name"] for lost in report["lost"]] == ["silo-d"]
-    assert report["examples"] == 0  # nothing counts the examples of these three
+    assert report["rounds"][1]["examples"] == 0  # nothing counts the examples of these three
+    assert report["examples"] == report["rounds"][0]["examples"]
+    assert [silo["name"] for silo in report["silos"]] == ["silo-a", "silo-b", "silo-c", "silo-d"]
+    card = (here.out / "model" / "README.md").read_text(encoding="utf-8")
+    assert "at 3 silos (silo-a, silo-b, silo-c)" in card
+    assert "the examples of 4 silos (silo-a, silo-b, silo-c, silo-d)" in card
+    assert "only in the fitted head" in (here.out / "report.html").read_text(encoding="utf-8")
     (sums,) = loaded
     weight, *counts = sums.counts
     assert weight == 3

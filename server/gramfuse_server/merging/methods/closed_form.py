@@ -10,6 +10,7 @@ from gramfuse_server.merging.methods.arithmetic import weighted_mean
 from gramfuse_server.merging.methods.registry import (
     DIFFERENT_TASKS,
     MASKED,
+    UNTRAINED,
     MethodSums,
     NotAllowed,
     Silos,
@@ -59,7 +60,7 @@ def probe(silos: Silos, pooling: Literal["head", "mean"]) -> MethodSums:
         "body", "regmean", "simple", "regmean takes the body of the merge, simple that of the simple average"
     ),
     needs=("data",),
-    refusals=REFUSALS,
+    refusals=(UNTRAINED, *REFUSALS),
 )
 def refit(silos: Silos, body: Literal["regmean", "simple"]) -> MethodSums:
     """Measure a merged model after its head was fitted again."""

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from gramfuse_server.merging.methods.registry import MethodSums, NotAllowed, Silos, method, number
+from gramfuse_server.merging.methods.registry import (
+    UNTRAINED,
+    MethodSums,
+    NotAllowed,
+    Silos,
+    method,
+    number,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -13,6 +20,7 @@ if TYPE_CHECKING:
     from gramfuse_server.merging.methods.arithmetic import Differences
 
 REFUSALS = (
+    UNTRAINED,
     NotAllowed(
         lambda plan: plan.model.head == "own",
         "Flower's FedAvg averages whole models, but heads stay at their silos here; leave it out",

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import Literal
 
-from gramfuse_server.merging.methods.registry import DIFFERENT_TASKS, MASKED, MethodSums, Silos, method, one_of
+from gramfuse_server.merging.methods.registry import (
+    DIFFERENT_TASKS,
+    MASKED,
+    UNTRAINED,
+    MethodSums,
+    Silos,
+    method,
+    one_of,
+)
 
 
 @method(
@@ -13,7 +21,7 @@ from gramfuse_server.merging.methods.registry import DIFFERENT_TASKS, MASKED, Me
     words="fine-tuned on the pooled examples of all silos, impossible if silos keep their data",
     options=one_of("start", "silos", "cold", "silos starts as they do, with a fitted head; cold from the base"),
     needs=("data",),
-    refusals=(DIFFERENT_TASKS, MASKED),
+    refusals=(UNTRAINED, DIFFERENT_TASKS, MASKED),
 )
 def joint(silos: Silos, start: Literal["silos", "cold"]) -> MethodSums:
     """Measure one model fine-tuned on all silos' data."""

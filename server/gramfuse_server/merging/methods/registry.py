@@ -268,6 +268,11 @@ MASKED = NotAllowed(
     "silo's class; leave it out",
 )
 
+UNTRAINED = NotAllowed(
+    lambda plan: plan.training.epochs == 0,
+    "needs fine-tuned models, but training.epochs = 0 trains none; use --set training.epochs=5, for instance",
+)
+
 OF_NEEDS: tuple[tuple[frozenset[Need], NotAllowed], ...] = (
     (
         frozenset(("models", "data", "fisher")),
@@ -293,10 +298,7 @@ OF_NEEDS: tuple[tuple[frozenset[Need], NotAllowed], ...] = (
     ),
     (
         frozenset(("models", "fisher")),
-        NotAllowed(
-            lambda plan: plan.training.epochs == 0,
-            "needs fine-tuned models, but training.epochs = 0 trains none; use --set training.epochs=5, for instance",
-        ),
+        UNTRAINED,
     ),
 )
 """Conditions under which methods with any of these needs are not available."""

@@ -23,6 +23,7 @@ from gramfuse_server.report.page.blocks import (
 from gramfuse_server.report.page.charts import count
 from gramfuse_server.report.page.view import Reading
 from gramfuse_server.report.page.words import CHECKS, PHASE_TITLES, VERDICTS, bounds, explain
+from gramfuse_server.report.schema import Report
 from gramfuse_server.report.verdicts import worst
 
 
@@ -61,11 +62,10 @@ def losses(reading: Reading) -> PageSection | None:
     report = reading.report
     blocks: list[Block] = []
     if reading.lost:
-        merged = {silo.name for silo in report.silos if silo.state == "merged"}
         several = len({number for number, _, _ in reading.lost}) > 1 or reading.last > 1
         rows = []
         for number, name, reason in reading.lost:
-            inside = "" if reading.failure else "in the merge" if name in merged else "not in the merge"
+            inside = "" if reading.failure else _part_of(name, report)
             note = ", ".join([*([f"round {number}"] if several else []), *([inside] if inside else [])])
             rows.append(TableRow(name, [Cell(reason)], note=note))
         silos = count(len({name for _, name, _ in reading.lost}), "silos")
@@ -74,6 +74,15 @@ def losses(reading: Reading) -> PageSection | None:
     if report.unmeasured and reading.models:
         blocks.append(Notice("Note", f"Metrics are missing: {report.unmeasured}"))
     return PageSection("lost", "Drop-outs and refusals", blocks) if blocks else None
+
+
+def _part_of(name: str, report: Report) -> str:
+    """Return what a lost silo has part in: the merge, only a head that was fitted, or nothing."""
+    trained = [one.survivors for one in report.rounds if one.work == "train"]
+    inside = {silo.name for silo in report.silos if silo.state == "merged"}
+    if name not in inside:
+        return "not in the merge"
+    return "in the merge" if not trained or any(name in silos for silos in trained) else "only in the fitted head"
 
 
 def solve(reading: Reading) -> PageSection | None:
