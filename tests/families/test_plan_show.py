@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from gramfuse_cli.main import cli
+from gramfuse_protocol.errors import PlanError
 
 LABELS = 'labels = ["a", "b", "c"]'
 
@@ -135,3 +137,38 @@ def test_what_is_averaged_since_its_rows_are_no_tokens_is_named(
     assert 0.2 < shown["closed"] < 0.7
     assert f"{shown['closed']:.1%} of the trained parameters" in text
     assert "identified: funnel.encoder.blocks.1.0.attention.q_head" in text
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+@pytest.mark.parametrize("secure", [False, True])
+def test_an_estimate_from_the_configuration_has_the_sizes_of_the_locked_layout(
+    tmp_path: Path, pico: Callable[[str], Path], family: str, secure: bool
+) -> None:
+    task = f'task = "classification"\n{LABELS}' if family == "bert" else 'task = "causal-lm"'
+    roster = "".join(f'[[silo]]\nname = "silo-{n}"\n' for n in range(4))
+    text = (
+        f'[plan]\nname = "shown"\n[model]\nbase = "BASE"\nmax-length = 16\n{task}\n[training]\nfreeze = []\n'
+        f'[training.lora]\nrank = 3\n[merge]\ncontext-free = "full"\n'
+        f'[privacy]\nsecure-aggregation = {str(secure).lower()}\nmetrics = "sum"\n{roster}'
+    )
+    costs = []
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(pico(family) / "config.json", bare)
+    for base, options in ((pico(family), ()), (bare, ("--estimate",))):
+        (tmp_path / "plan.toml").write_text(text.replace("BASE", str(base)))
+        result = CliRunner().invoke(cli, ["plan", "show", str(tmp_path), "--json", *options], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        costs.append(json.loads(result.stdout)["cost"])
+    locked, estimated = costs
+    for key in ("exchanges", "upload_bytes", "gram_bytes", "delta_bytes", "product_bytes", "coordinator_memory_bytes"):
+        assert locked[key] == estimated[key], key
+
+
+def test_an_estimate_is_for_adapters(tmp_path: Path, pico: Callable[[str], Path]) -> None:
+    (tmp_path / "plan.toml").write_text(
+        f'[plan]\nname = "x"\n[model]\nbase = "{pico("bert")}"\ntask = "classification"\n{LABELS}\n'
+        '[privacy]\nsecure-aggregation = false\n[[silo]]\nname = "a"\n'
+    )
+    with pytest.raises(PlanError, match="lora"):
+        CliRunner().invoke(cli, ["plan", "show", str(tmp_path), "--estimate"], catch_exceptions=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -27,14 +28,22 @@ from gramfuse_protocol.text import listed, quoted
 
 @click.command()
 @project_directory
+@click.option(
+    "--estimate",
+    is_flag=True,
+    help="From the base's config.json alone, for a plan with adapters: nothing is loaded, so any size fits.",
+)
 @json_option
-def show(directory: Path, as_json: bool) -> None:
+def show(directory: Path, estimate: bool, as_json: bool) -> None:
     """Show what DIR/plan.toml merges in closed form, what it averages, and what it costs.
 
     Nothing is sent or written. Times are estimates, from matrix products measured on this machine and an upload rate of
     20 MB/s; they do not include fine-tuning.
     """
     project = Project.read(directory)
+    if estimate:
+        _show_estimate(project, as_json=as_json)
+        return
     locked, layout = project.locked()
     preview = _preview(project, locked, layout)
     if as_json:
@@ -46,6 +55,31 @@ def show(directory: Path, as_json: bool) -> None:
     state = "locked" if project.plan.locked else "not locked yet; locking it would give this digest"
     say(*_privacy(locked), *_keys(locked), copied=True)
     say(f"plan {locked.plan.name}, version {locked.plan.version}, digest {locked.digest} ({state})", copied=True)
+
+
+def _show_estimate(project: Project, *, as_json: bool) -> None:
+    """Show what a plan with adapters costs, from its base's configuration alone."""
+    from gramfuse_model.adapters.estimate import estimate_layout
+
+    plan, layout, parameters = estimate_layout(project.plan, project.directory)
+    preview = _preview(project, plan, layout)
+    preview["cost"]["base_bytes"] = ITEM_BYTES * parameters
+    for unknown in ("plan_digest", "layout_digest"):
+        preview[unknown] = None
+    if as_json:
+        show_json(preview)
+        return
+    cost, trained = preview["cost"], sum(math.prod(tensor.shape) for tensor in layout.tensors)
+    say(
+        f"base {quoted(plan.model.base)}: {parameters:,} parameters, {cost['base_bytes'] / 1e9:.1f} GB in float32",
+        f"{len(layout.groups)} adapters{' and the head' if len(layout.tensors) > len(layout.groups) else ''}: "
+        f"{trained:,} trained parameters",
+        *_uploads(cost),
+        _gram_cost(plan, cost),
+        f"The coordinator holds {cost['coordinator_memory_bytes'] / 1e6:.0f} MB of sums in memory, whatever the number "
+        f"of silos, and {cost['coordinator_disk_bytes'] / 1e6:.0f} MB on disk; it loads the base to write the result.",
+        "This is an estimate from config.json: plan lock runs the base, and averages its first layers' adapters.",
+    )
 
 
 def _show_model(plan: Plan, preview: dict[str, Any]) -> None:

@@ -58,8 +58,8 @@ def attach(model: PreTrainedModel, lora: Lora, seed: int, fresh: Collection[str]
         ModelError: if a target does not exist or is not a linear layer, if the rank exceeds a target's inputs, or if a
             module to save does not exist or shares a parameter with another.
     """
-    saved = _saved(model, lora, fresh)
-    targets = _targets(model, lora, saved)
+    saved = modules_to_save(model, lora, fresh)
+    targets = targets_of(model, lora, saved)
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=int(lora.alpha) if lora.alpha.is_integer() else lora.alpha,  # type: ignore[arg-type]
@@ -173,7 +173,7 @@ def frozen_matrices(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: layer.lora_A[NAME].weight.detach() for name, layer in adapters_of(model)}
 
 
-def _saved(model: PreTrainedModel, lora: Lora, fresh: Collection[str]) -> tuple[str, ...]:
+def modules_to_save(model: PreTrainedModel, lora: Lora, fresh: Collection[str]) -> tuple[str, ...]:
     """Return the modules to train whole: those of the head and of fresh parameters, and the plan's; outermost only."""
     modules = [name for name, module in model.named_modules() if name]
     wanted = set()
@@ -218,7 +218,7 @@ def _check_untied(model: nn.Module, saved: Sequence[str]) -> None:
             )
 
 
-def _targets(model: PreTrainedModel, lora: Lora, saved: Collection[str]) -> dict[str, LinearModule]:
+def targets_of(model: PreTrainedModel, lora: Lora, saved: Collection[str]) -> dict[str, LinearModule]:
     """Return the linear layers that get an adapter, by the names of their modules."""
     linear = {one.weight.removesuffix(".weight"): one for one in linear_modules(model)}
     if lora.targets == (ALL_LINEAR,):

@@ -21,7 +21,7 @@ from gramfuse_model.heads import head_parameters
 from gramfuse_model.loading.auto_classes import FORMS, head_settings
 from gramfuse_model.loading.checkpoint_keys import Keys, check_keys
 from gramfuse_model.loading.new_head import pool_by_mean, replace_head_of_others
-from gramfuse_model.loading.source import BUNDLED, Source, source_of
+from gramfuse_model.loading.source import BUNDLED, Source, locate, source_of
 from gramfuse_model.loading.vocabulary import check_files_of, check_tokenizer, pad
 from gramfuse_model.parameters import freeze
 from gramfuse_model.rescaling import unfold
@@ -305,7 +305,7 @@ def kept_parameters(plan: Plan, directory: Path | None, *, override: str | None 
 
 
 def base_without_weights(plan: Plan, directory: Path | None) -> PreTrainedModel:
-    """Return a plan's base on the meta device: names and shapes only.
+    """Return a plan's base on the meta device: names and shapes only. It needs no more files than a `config.json`.
 
     Args:
         directory: see `load_base`.
@@ -313,9 +313,9 @@ def base_without_weights(plan: Plan, directory: Path | None) -> PreTrainedModel:
     Raises:
         ModelError: if its configuration cannot be loaded.
     """
-    source = _find(plan, directory, None)
-    with _reporting_errors(plan, source):
-        return _without_weights(source.directory, next(iter(plan.tasks.values())))
+    where = locate(plan.model.base, directory)
+    with _reporting_errors(plan, Source(where, plan.model.revision)):
+        return _without_weights(where, next(iter(plan.tasks.values())))
 
 
 def _shared(plan: Plan, directory: str, model: PreTrainedModel) -> frozenset[str]:
