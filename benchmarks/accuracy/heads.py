@@ -14,6 +14,7 @@ from experiment import Experiment, ResultRow, Silos
 from gramfuse_model.heads import last_linear
 from gramfuse_model.loading.base_model import load_base
 from gramfuse_model.parameters import set_values
+from gramfuse_model.saving import save_model
 from gramfuse_protocol.held_out.metrics import Sums
 from gramfuse_protocol.tasks.registry import kind_of
 from gramfuse_server.merging.head_accumulator import START_SCALE
@@ -40,8 +41,7 @@ def with_fitted_head(silos: AllSilos, setting: Setting, place: Path) -> Setting:
     bias = f"{last.weight.removesuffix('weight')}bias"
     set_values(base.model, {last.weight: head.weight, bias: head.bias})
     shutil.rmtree(place, ignore_errors=True)
-    base.model.save_pretrained(place)
-    base.tokenizer.save_pretrained(place)
+    save_model(base, place)  # without adapters, which have learned nothing yet
     return replace(setting, base=str(place.resolve()), merge={**setting.merge, "exclude": [last.weight]})
 
 

@@ -69,6 +69,16 @@ def intents(name: str, silos: int, skew: float, data: Source, seed: int) -> Sett
     )
 
 
+def adapters(rank: int | None, data: Source, seed: int) -> Setting:
+    """The intents of HWU64 under label skew, with adapters of a rank, or with the whole model."""
+    setting = intents("hwu64", 4, 0.85, data, seed)
+    if rank is None:
+        return replace(setting, title=f"{setting.title}, whole models", training={"epochs": 5, "learning-rate": 5e-5})
+    lora = {"rank": rank, "alpha": 2 * rank}
+    training = {"epochs": 5, "learning-rate": 2e-3, "lora": lora}
+    return replace(setting, title=f"{setting.title}, adapters of rank {rank}", training=training)
+
+
 def glue(name: str, data: Source, seed: int) -> Setting:
     """One GLUE task at two silos of about 1,000 examples, split like the RegMean authors."""
     rng = random.Random(seed)
@@ -289,6 +299,16 @@ EXPERIMENTS: dict[str, Experiment] = {
     "decoder": Experiment(decoder, fedavg=5, base="decoder"),
     "desk": Experiment(desk, parts=("joint",), fedavg=5),
 }
+RANKS = (8, 32, 64)
+
+EXPERIMENTS |= {
+    f"adapters-{'whole' if rank is None else f'r{rank}'}": Experiment(
+        lambda data, seed, rank=rank: adapters(rank, data, seed), parts=("heads", "joint")
+    )
+    for rank in (None, *RANKS)
+}
+"""Adapters of several ranks; name a base with --base."""
+
 HEADS: Mapping[str, tuple[str, ...]] = {
     "heads": ("hwu64", "hwu64-8", "clinc150", "clinc150-8", "desk"),
     "heads-skew": tuple(name for name in EXPERIMENTS if name.startswith("skew-")),
@@ -314,6 +334,7 @@ TABLES: Mapping[str, tuple[str, ...]] = {
     "tasks": ("tasks",),
     "generation": ("t5", "decoder"),
     "desk": ("desk",),
+    "adapters": ("adapters-whole", *(f"adapters-r{rank}" for rank in RANKS)),
     **{table: tuple(f"heads-{name}" for name in names) for table, names in HEADS.items()},
 }
 """The experiments in each table."""
