@@ -150,6 +150,19 @@ class Coordinator(Section):
     """
 
 
+class Memory(Section):
+    """`[memory]`: how a silo fine-tunes in less memory. The plan stays as it is, and so does what is computed, but for
+    rounding."""
+
+    batch: Annotated[int, Field(ge=0)] = 0
+    """Most examples of a batch that the model sees at once; 0 for the plan's whole batch. It must divide the plan's
+    `training.batch-size`. Gradients of the parts are added up."""
+    checkpointing: bool = False
+    """Whether activations are computed a second time for the gradients, instead of being kept."""
+    base: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the frozen weights, under a plan with adapters."""
+
+
 class SiloFile(Section):
     """A whole silo file. Paths are relative to the file's directory.
 
@@ -177,6 +190,7 @@ class SiloFile(Section):
     approved: tuple[Sha256, ...] = ()
     """Digests of the plans that this silo takes part in."""
     data: Data
+    memory: Memory = Memory()
     limits: Limits = Limits()
     coordinator: Coordinator | None = None
     """Needed by `gramfuse silo start`."""

@@ -13,7 +13,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from gramfuse_client.data.batches import Encoded
 from gramfuse_client.data.examples import load
-from gramfuse_client.silo_file import Silo
+from gramfuse_client.silo_file import Memory, Silo
 from gramfuse_client.training.finetune import choose_device, finetune
 from gramfuse_model.loading.base_model import load_base
 from gramfuse_protocol.contract.plan import Plan
@@ -23,17 +23,21 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def tuned(pico_project: Callable[..., Any]) -> Callable[..., dict[str, np.ndarray]]:
-    """Return a function that fine-tunes a fresh base model: `tuned(training.epochs=2)` as --set settings."""
-    project = pico_project(silos=2)
+def tuned(pico_project: Callable[..., Any], loud_bert: Path) -> Callable[..., dict[str, np.ndarray]]:
+    """Return a function that fine-tunes a fresh base model: `tuned(training.epochs=2)` as --set settings.
+
+    Its weights are large: of gradients that are rounding errors, AdamW makes whole steps.
+    """
+    project = pico_project(silos=2, base=loud_bert)
     silo = Silo.read(project.silo("silo-a"))
 
-    def run(*settings: str, progress: Callable[[int, int], None] | None = None) -> dict[str, np.ndarray]:
+    def run(*settings: str, progress: Callable[[int, int], None] | None = None, **memory: Any) -> dict[str, np.ndarray]:
         plan = Plan.read(project.plan).override(settings)
         base = load_base(plan, Path(project.directory))
         task = plan.task_of(silo.name)
         examples, _ = load(silo, task)
-        finetune(base.model, Encoded(examples, base.tokenizer, task), plan.training, CPU, progress)
+        encoded = Encoded(examples, base.tokenizer, task)
+        finetune(base.model, encoded, plan.training, CPU, progress, memory=Memory(**memory))
         assert not base.model.training
         return {name: p.detach().numpy() for name, p in base.model.named_parameters()}
 
@@ -68,6 +72,26 @@ def test_progress_counts_every_step(tuned: Callable[..., dict[str, np.ndarray]])
     seen: list[tuple[int, int]] = []
     tuned("training.epochs=3", "training.batch-size=10", progress=lambda done, total: seen.append((done, total)))
     assert seen == [(step, 9) for step in range(1, 10)]  # 24 examples in batches of 10, three times
+
+
+@pytest.mark.parametrize(
+    "memory", [{"batch": 4}, {"batch": 1}, {"checkpointing": True}, {"batch": 2, "checkpointing": True}]
+)
+def test_less_memory_changes_nothing_but_rounding(
+    tuned: Callable[..., dict[str, np.ndarray]], memory: dict[str, Any]
+) -> None:
+    settings = "training.batch-size=8", "training.learning-rate=1e-3"
+    start = tuned("training.learning-rate=1e-30", "training.weight-decay=0.0")
+    whole, parts = tuned(*settings), tuned(*settings, **memory)
+    for name, values in whole.items():
+        moved, apart = np.linalg.norm(values - start[name]), np.linalg.norm(parts[name] - values)
+        if not name.endswith("key.bias"):  # as above
+            assert apart <= 1e-3 * moved, (name, apart / moved)
+
+
+def test_parts_of_a_batch_must_divide_it(tuned: Callable[..., dict[str, np.ndarray]]) -> None:
+    with pytest.raises(PlanError, match=r"memory\.batch"):
+        tuned("training.batch-size=8", batch=3)
 
 
 def test_bfloat16_is_for_products_only(tuned: Callable[..., dict[str, np.ndarray]]) -> None:

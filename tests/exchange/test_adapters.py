@@ -14,9 +14,10 @@ from safetensors.numpy import load_file
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from gramfuse_client.exchange import local_model
+from gramfuse_client.exchange.local_model import Workbench
 from gramfuse_model.adapters.attach import adapters_of, frozen_matrices
 from gramfuse_model.loading.base_model import load_base
-from gramfuse_protocol.errors import ModelError, RefusalError
+from gramfuse_protocol.errors import ModelError, PlanError, RefusalError
 from tests.commands import gramfuse
 from tests.exchange.rounds.runs import Site
 
@@ -169,3 +170,31 @@ def test_files_of_silos_give_the_adapter_of_a_run_bit_for_bit(site: Callable[...
         place = tmp_path / "merged" / ("adapter" if run == "adapter" else "")
         one, other = ((where / f"{file}.safetensors").read_bytes() for where in (here.out / run, place))
         assert one == other, run
+
+
+def test_a_silo_can_keep_the_base_in_half_of_the_memory(site: Callable[..., Site]) -> None:
+    here = site()
+    for name in here.project.names:
+        here.project.replace(
+            here.project.silo(name), "[data]", '[memory]\nbase = "bfloat16"\ncheckpointing = true\n[data]'
+        )
+    report = here.run()
+    assert report["merged"] == "regmean"
+    exact = site(name="exact")
+    exact.run()
+    half, whole = adapter_of(here), adapter_of(exact)
+    for name, values in whole.items():
+        assert half[name].dtype == np.float32
+        if ".lora_A." in name:
+            assert np.array_equal(half[name], values), name
+    both = [np.concatenate([one[name].ravel() for name in whole if ".lora_A." not in name]) for one in (half, whole)]
+    assert 0 < np.linalg.norm(both[0] - both[1]) < 0.5 * np.linalg.norm(both[1])
+
+
+def test_a_silo_that_trains_the_whole_base_cannot_halve_it(site: Callable[..., Site]) -> None:
+    here = site()
+    plan = here.plan.override(["training.freeze=[]"])
+    whole = plan.model_copy(update={"training": plan.training.model_copy(update={"lora": None})})
+    here.project.replace(here.project.silo("silo-a"), "[data]", '[memory]\nbase = "bfloat16"\n[data]')
+    with pytest.raises(PlanError, match=r"memory\.base"):
+        Workbench(here.silo("silo-a"), whole).check_layout(here.layout)

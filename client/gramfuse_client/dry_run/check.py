@@ -95,7 +95,10 @@ def check(
             disclosure = disclose(silo.name, located.plan, layout)
             if base is not None:
                 task = located.plan.task_of(silo.name)
-                of_machine.check_memory(findings, located.plan, task, layout, base, examples, device, available)
+                settings = silo.file.memory
+                of_machine.check_memory(
+                    findings, located.plan, task, layout, base, examples, device, available, settings
+                )
     of_coordinator.check_clock(findings, moment, last)
     if not offline:
         progress("connecting to the coordinator")

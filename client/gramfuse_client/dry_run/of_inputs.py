@@ -120,7 +120,7 @@ def check_last_batch(findings: Findings, silo: Silo, plan: Plan, base: Base | No
 
     try:
         encoded = Encoded(train, base.tokenizer, plan.task_of(silo.name))
-        check_batches(base.model, encoded, plan.training.batch_size, silo.name)
+        check_batches(base.model, encoded, silo.file.memory.batch or plan.training.batch_size, silo.name)
     except DataError as error:
         findings.error("batches", error)
 

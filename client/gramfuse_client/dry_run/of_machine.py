@@ -14,7 +14,7 @@ from gramfuse_client.data.examples import Examples
 from gramfuse_client.dry_run.findings import Findings
 from gramfuse_client.guard.ledger import Ledger
 from gramfuse_client.guard.ledger_lines import Head
-from gramfuse_client.silo_file import Silo
+from gramfuse_client.silo_file import Memory, Silo
 from gramfuse_client.tasks.registry import at_silo
 from gramfuse_protocol.contract.layout import ITEM_BYTES, Layout
 from gramfuse_protocol.contract.plan import Plan
@@ -31,8 +31,9 @@ RUNTIME_BYTES = 2**30
 TEXT_BYTES = 16
 """Memory per character of an example, which is tokenised into Python lists."""
 LESS_MEMORY = (
-    "stop other programs on this machine; or ask for a plan with a smaller training.batch-size or model.max-length, or "
-    'with smaller Gram matrices: merge.gram = { "*" = "block:128" }'
+    "stop other programs on this machine; or use [memory] of the silo file: a smaller 'batch', or 'checkpointing'; or "
+    "ask for a plan with a smaller training.batch-size or model.max-length, or with smaller Gram matrices: "
+    'merge.gram = { "*" = "block:128" }'
 )
 
 
@@ -167,6 +168,7 @@ def check_memory(
     examples: Examples | None,
     device: str,
     available: int,
+    settings: Memory = Memory(),  # noqa: B008 - frozen
 ) -> None:
     """Check whether there is memory to fine-tune and measure, on the device and on this machine.
 
@@ -174,8 +176,9 @@ def check_memory(
         task: the silo's task.
         device: the device's type.
         available: free memory of this machine in bytes.
+        settings: of the silo file.
     """
-    needed = memory(plan, task, layout, base, examples)
+    needed = memory(plan, task, layout, base, examples, settings)
     about, enough = _compare_memory(needed, device, available)
     if enough:
         findings.ok("memory", about)
@@ -183,9 +186,9 @@ def check_memory(
         findings.problem("memory", about, LESS_MEMORY)
 
 
-def lacking_memory(plan: Plan, task: Task, layout: Layout, base: Base, device: str) -> str | None:
+def lacking_memory(plan: Plan, task: Task, layout: Layout, base: Base, device: str, settings: Memory) -> str | None:
     """Describe the lack of memory to fine-tune or measure, not counting the data; None if there is enough."""
-    about, enough = _compare_memory(memory(plan, task, layout, base, None), device, available_memory())
+    about, enough = _compare_memory(memory(plan, task, layout, base, None, settings), device, available_memory())
     return None if enough else f"{about}; {LESS_MEMORY}"
 
 
@@ -202,22 +205,27 @@ def _compare_memory(needed: tuple[int, int], device: str, available: int) -> tup
     return about, training <= free and measuring <= available
 
 
-def memory(plan: Plan, task: Task, layout: Layout, base: Base, examples: Examples | None) -> tuple[int, int]:
+def memory(
+    plan: Plan, task: Task, layout: Layout, base: Base, examples: Examples | None, settings: Memory
+) -> tuple[int, int]:
     """Estimate a silo's peak memory in bytes, while it fine-tunes and while it measures.
 
     Fine-tuning: all parameters; for trained ones, the original copy, gradients and AdamW's two moments; activations for
-    the backward pass. Measuring: all parameters; for trained ones, two copies; the statistics.
+    the backward pass, of two layers at a time if they are computed twice. Measuring: all parameters; for trained ones,
+    two copies; the statistics.
     """
     parameters = _bytes_of(base)
     trained = ITEM_BYTES * sum(delta.block.entries for delta in layout.deltas)
     from gramfuse_model.adapters.attach import adapters_of
 
-    rows = plan.training.batch_size * at_silo(task).rows_of(base, task)
+    rows = (settings.batch or plan.training.batch_size) * at_silo(task).rows_of(base, task)
     each = getattr(base.model.config, "num_experts_per_tok", 1)
     uses = sum((group.d_in + group.d_out) * (each if group.experts else 1) for group in layout.groups)
     if base.adapters is not None:  # activations of the frozen layers are kept too
         uses += sum(layer.in_features + layer.out_features for _, layer in adapters_of(base.model))
     kept = 2 * ITEM_BYTES * rows * uses
+    if settings.checkpointing:
+        kept = 2 * kept // max(2, getattr(base.model.config, "num_hidden_layers", 2))
     texts = 0 if examples is None else sum(map(_characters, (*examples.inputs, *(examples.pairs or ()))))
     always = RUNTIME_BYTES + parameters + TEXT_BYTES * texts
     return always + 4 * trained + kept, always + 2 * trained + statistics_memory(layout)

@@ -25,6 +25,7 @@ from gramfuse_client.tasks.registry import at_silo
 from gramfuse_client.training.evaluate import evaluate, evaluate_for_sum
 from gramfuse_client.training.finetune import choose_device, finetune
 from gramfuse_model.adapters.attach import check_trained
+from gramfuse_model.adapters.half import halve_frozen
 from gramfuse_model.buffers import first_difference, saved_buffers
 from gramfuse_model.change import check_changes, check_only_head
 from gramfuse_model.derive_layout import plan_layout
@@ -39,7 +40,7 @@ from gramfuse_protocol.contract.layout import Layout, delta_block
 from gramfuse_protocol.contract.plan import Plan
 from gramfuse_protocol.contract.task import Task
 from gramfuse_protocol.contract.whole_model import with_zeros
-from gramfuse_protocol.errors import ContributionError, DataError, RefusalError
+from gramfuse_protocol.errors import ContributionError, DataError, PlanError, RefusalError
 from gramfuse_protocol.files import make_private_directory
 from gramfuse_protocol.held_out.metrics import Sums
 from gramfuse_protocol.statistics.contribution import Statistics
@@ -75,7 +76,8 @@ class Workbench:
         check_lengths(of_task, [self.task], trains=True)
         layout = plan_layout(self.plan, base, received)
         check_suitable(of_task, self.task)
-        lack = lacking_memory(self.plan, self.task, layout, of_task, choose_device(self.silo.file.device).type)
+        device = choose_device(self.silo.file.device).type
+        lack = lacking_memory(self.plan, self.task, layout, of_task, device, self.silo.file.memory)
         if lack is not None:
             raise RefusalError(f"{self.silo.path}: {lack}", reason="this silo has too little memory for the plan")
         return layout
@@ -214,7 +216,17 @@ class Workbench:
     def _base(self) -> Base:
         """Return the base model for the caller to modify: the loaded one if it is unmodified, or a new copy."""
         loaded, self._loaded = self._loaded, None
-        return loaded or load_base(self.plan, self.silo.project, silo=self.silo.name, override=self.silo.base)
+        if loaded is not None:
+            return loaded
+        base = load_base(self.plan, self.silo.project, silo=self.silo.name, override=self.silo.base)
+        if self.silo.file.memory.base == "bfloat16":
+            if base.adapters is None:
+                raise PlanError(
+                    f"{self.silo.path}: 'memory.base' = \"bfloat16\" is for plans with adapters; this plan trains the "
+                    "base's own weights"
+                )
+            halve_frozen(base.model, base.adapters)
+        return base
 
 
 def save_privately(base: Base, task: Task, directory: Path) -> None:
@@ -263,6 +275,7 @@ def train(
         device,
         progress=None if state is None else lambda done, total: state.progress("train", done, total),
         owner=silo.name,
+        memory=silo.file.memory,
     )
     if base.adapters is not None:
         check_trained(base.model, base.adapters)

@@ -19,6 +19,7 @@ from transformers import (
 from transformers.utils import logging
 
 from gramfuse_client.data.batches import Encoded
+from gramfuse_client.silo_file import Memory
 from gramfuse_model.buffers import as_in_training
 from gramfuse_model.heads import is_encoder_decoder
 from gramfuse_model.probing.batch import inputs_of
@@ -50,6 +51,7 @@ def finetune(
     device: torch.device,
     progress: Progress | None = None,
     owner: str = "this silo",
+    memory: Memory = Memory(),  # noqa: B008 - frozen
 ) -> None:
     """Fine-tune `model` in place for the examples' task. Frozen parameters do not change.
 
@@ -57,17 +59,27 @@ def finetune(
 
     Args:
         owner: whose examples they are, for errors.
+        memory: whether a batch is computed in parts, and activations twice.
 
     Raises:
         DataError: if an example has nothing to learn, or the model cannot train on a batch of one example.
+        PlanError: if parts of a batch do not divide it.
     """
     encoded.check_learnable()
-    check_batches(model, encoded, training.batch_size, owner)
+    size = memory.batch or training.batch_size
+    if training.batch_size % size:
+        raise PlanError(
+            f"{owner}: 'memory.batch' = {size} does not divide the plan's training.batch-size = {training.batch_size}"
+        )
+    check_batches(model, encoded, size, owner)
     steps = -(-len(encoded) // training.batch_size) * training.epochs
     with tempfile.TemporaryDirectory(prefix="gramfuse-") as scratch, torch.random.fork_rng():
         arguments = TrainingArguments(
             output_dir=scratch,
-            per_device_train_batch_size=training.batch_size,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=training.batch_size // size,
+            activation_checkpointing=memory.checkpointing,
+            activation_checkpointing_kwargs={"use_reentrant": False} if memory.checkpointing else None,
             num_train_epochs=training.epochs,
             learning_rate=training.learning_rate,
             weight_decay=training.weight_decay,
@@ -100,6 +112,8 @@ def finetune(
             trainer.train()
             # Else the model would go on in autocast, and what is measured would be in the precision of training.
             trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+            if memory.checkpointing:
+                model.activation_checkpointing_disable()
         finally:
             logging.set_verbosity(level)
     model.eval()
