@@ -164,7 +164,11 @@ def test_a_file_from_a_stranger_does_not_say_what_is_loaded(
     hostile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, command: str
 ) -> None:
     """It names a model of the stranger's, and waits for `gramfuse merge` to load that."""
-    for loader in ("gramfuse_server.merging.files.load_base", "gramfuse_server.merging.files.load_zero_headed"):
+    for loader in (
+        "gramfuse_server.merging.collection.load_base",
+        "gramfuse_server.merging.collection.load_zero_headed",
+        "gramfuse_server.merging.collection.load_with_adapter",
+    ):
         monkeypatch.setattr(loader, lambda *_, **__: pytest.fail("the stranger's model was loaded"))
     monkeypatch.chdir(tmp_path)
     blocks = {block.name: torch.ones(block.shape).numpy() for block in LAYOUT.blocks}

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import ModulesToSaveWrapper
 from safetensors import safe_open
+from torch import nn
 from transformers import PreTrainedModel
 
 from gramfuse_model.adapters.attach import NAME, adapters_of
@@ -100,19 +101,9 @@ def read_adapter(model: PreTrainedModel, directory: Path) -> Adapter:
     Raises:
         ModelError: if it is an adapter of another kind, was trained on another base, or cannot be loaded.
     """
-    _check(directory, _configuration(directory))
-    _opened(directory)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        warnings.filterwarnings("error", message="Found missing adapter keys")
-        try:
-            loaded = PeftModel.from_pretrained(model, str(directory), use_safetensors=True)
-        except Exception as error:  # PEFT raises all kinds of errors for files that do not fit
-            raise ModelError(
-                f"{directory}: the adapter does not fit the base: {one_line(str(error), 300)}; --base must be the "
-                "model that it was trained on"
-            ) from error
-    adapted = loaded.get_base_model()
+    content = _configuration(directory)
+    _check(directory, content)
+    adapted = _loaded(model, directory, content)
     frozen, trained = {}, {}
     for name, layer in adapters_of(adapted):
         if type(layer.get_base_layer()).__name__ not in ("Linear", "Conv1D"):
@@ -134,6 +125,34 @@ def read_adapter(model: PreTrainedModel, directory: Path) -> Adapter:
     if odd is not None:
         raise ModelError(f"{directory}: {odd!r} has NaN or infinite values; training diverged")
     return Adapter(frozen, trained, whole, tuple(saved))
+
+
+def _loaded(model: PreTrainedModel, directory: Path, content: Mapping[str, Any]) -> nn.Module:
+    """Return a model with an adapter that has the values of the file, and no others."""
+    known = {field.name for field in fields(LoraConfig)}
+    with _opened(directory) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            config = LoraConfig(**{key: value for key, value in content.items() if key in known})
+            adapted = get_peft_model(model, config)
+            expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+            odd = next(iter(sorted(expected.keys() ^ tensors.keys())), None)
+            if odd is None:
+                set_peft_model_state_dict(adapted, tensors)
+        except Exception as error:  # PEFT raises all kinds of errors for files that do not fit
+            raise ModelError(
+                f"{directory}: the adapter does not fit the base: {one_line(str(error), 300)}; --base must be the "
+                "model that it was trained on"
+            ) from error
+    if odd is not None:
+        where = "is missing" if odd in expected else "has no place in the base"
+        raise ModelError(
+            f"{directory}: the adapter does not fit the base: {quoted(odd, 200)} {where}; --base must be the model "
+            "that it was trained on"
+        )
+    return adapted.get_base_model()
 
 
 def _configuration(directory: Path) -> dict[str, Any]:
