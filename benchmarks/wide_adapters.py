@@ -3,9 +3,9 @@
     python benchmarks/wide_adapters.py
     python benchmarks/wide_adapters.py --rank 32 --precision bfloat16
 
-Runs real processes on loopback: a SuperLink, two SuperNodes, one `gramfuse run` in open mode. The base is a Llama of
-one layer with the widths of Llama 3 8B (4,096 wide, 14,336 in the feed-forward layer, 8 of 32 heads for keys) and random
-weights, and a tokenizer of few words. Peaks are the kernel's high-water marks (VmHWM). Linux only; needs 8 GB.
+Runs real processes on loopback: a SuperLink, two SuperNodes, one `gramfuse run` in open mode. The base is a Llama
+of one layer with the widths of Llama 3 8B (4,096 wide, 14,336 in the feed-forward layer, 8 of 32 heads for keys) and
+random weights, and a tokenizer of few words. Peaks are the kernel's high-water marks (VmHWM). Linux only; needs 8 GB.
 """
 
 from __future__ import annotations
