@@ -26,6 +26,9 @@ from gramfuse_protocol.text import one_line, quoted
 
 CONFIG = "adapter_config.json"
 
+WHOLE = ("model.safetensors", "model.safetensors.index.json")
+"""Weights of a whole model. What an adapter beside them is for, nobody can know."""
+
 OTHER_KINDS = {
     "use_dora": "DoRA rescales the base's own weights",
     "lora_bias": "its adapters have biases",
@@ -71,8 +74,8 @@ class Adapter(NamedTuple):
 
 
 def is_adapter_directory(directory: Path) -> bool:
-    """Return whether a directory has an adapter instead of a model."""
-    return (directory / CONFIG).exists()
+    """Return whether a directory has an adapter, and no model beside it."""
+    return (directory / CONFIG).exists() and not any((directory / name).exists() for name in WHOLE)
 
 
 def kind_of_adapter(directory: Path) -> TaskName | None:
