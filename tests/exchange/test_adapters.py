@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from flwr.app import Error
 from peft import PeftModel
 from safetensors.numpy import load_file
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
@@ -198,3 +199,19 @@ def test_a_silo_that_trains_the_whole_base_cannot_halve_it(site: Callable[..., S
     here.project.replace(here.project.silo("silo-a"), "[data]", '[memory]\nbase = "bfloat16"\n[data]')
     with pytest.raises(PlanError, match=r"memory\.base"):
         Workbench(here.silo("silo-a"), whole).check_layout(here.layout)
+
+
+@pytest.mark.parametrize("phase", ["masked", "unmask"])
+def test_a_silo_that_is_lost_leaves_the_adapter_of_the_sum(site: Callable[..., Site], phase: str) -> None:
+    def away(at: str) -> Any:
+        return lambda visit, deliver: Error(5, "away") if (visit.node, visit.phase) == ("silo-d", at) else deliver()
+
+    here = site(silos=4, secure=True)
+    report = here.run(fault=away(phase))
+    in_sum = phase == "unmask"
+    assert len(report["rounds"][0]["survivors"]) == (4 if in_sum else 3)
+    known = site("privacy.minimum-survivors=3", silos=4, name="open")
+    known.run(fault=away("none" if in_sum else "train"))
+    expected = adapter_of(known)
+    for name, values in adapter_of(here).items():
+        assert np.abs(values - expected[name]).max() <= 1e-6 * max(1.0, np.abs(expected[name]).max()), name
