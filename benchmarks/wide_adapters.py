@@ -5,7 +5,7 @@
 
 Runs real processes on loopback: a SuperLink, two SuperNodes, one `gramfuse run` in open mode. The base is a Llama
 of one layer with the widths of Llama 3 8B (4,096 wide, 14,336 in the feed-forward layer, 8 of 32 heads for keys) and
-random weights, and a tokenizer of few words. Peaks are the kernel's high-water marks (VmHWM). Linux only; needs 8 GB.
+random weights, and a tokenizer of bytes. Peaks are the kernel's high-water marks (VmHWM). Linux only; needs 8 GB.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from typing import Any
 
 import psutil
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from loopback import BIN, CONNECTION, deployment
 from memory import high_water
 
-WORDS = [f"w{n}" for n in range(2000)]
-SPECIAL = ["<unk>", "<pad>", "<s>", "</s>"]
+WORDS = ("rain", "snow", "cat", "horse", "pan", "spoon", "the", "of")
+SPECIAL = ["<pad>", "<s>", "</s>"]
 ROWS = 64
 """Prompts of a silo."""
 
@@ -68,22 +68,22 @@ def main() -> None:
 
 def make_base(directory: Path, layers: int, width: int) -> int:
     """Write a Llama with random weights and its tokenizer; return its number of parameters."""
-    tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate([*SPECIAL, *WORDS])}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", bos_token="<s>", eos_token="</s>"
-    )
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({token: n for n, token in enumerate([*SPECIAL, *alphabet])}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
     wrapped.save_pretrained(directory)
     config = LlamaConfig(
-        vocab_size=len(SPECIAL) + len(WORDS),
+        vocab_size=len(wrapped),
         hidden_size=width,
         intermediate_size=14336 * width // 4096,
         num_hidden_layers=layers,
         num_attention_heads=width // 128,
         num_key_value_heads=max(1, width // 512),
-        pad_token_id=1,
-        bos_token_id=2,
-        eos_token_id=3,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
         tie_word_embeddings=False,
     )
     torch.manual_seed(1)
@@ -105,10 +105,7 @@ def make_project(directory: Path, rank: int, precision: str) -> Path:
         encoding="utf-8",
     )
     for name in names:
-        rows = [
-            {"text": " ".join(rng.choices(WORDS, k=40)), "label": " ".join(rng.choices(WORDS[:9], k=3))}
-            for _ in range(ROWS)
-        ]
+        rows = [{"text": " ".join(rng.choices(WORDS, k=12)), "label": rng.choice(WORDS)} for _ in range(ROWS)]
         data = directory / f"{name}.jsonl"
         data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     locked = subprocess.run(
@@ -117,7 +114,7 @@ def make_project(directory: Path, rank: int, precision: str) -> Path:
     digest = json.loads(locked.stdout)["plan_digest"]
     for name in names:
         (directory / "silos" / f"{name}.toml").write_text(
-            f'name = "{name}"\ndevice = "cpu"\nthreads = 1\napproved = ["{digest}"]\n'
+            f'name = "{name}"\nbase = "../../base"\ndevice = "cpu"\nthreads = 1\napproved = ["{digest}"]\n'
             f'[data]\ntrain = "../{name}.jsonl"\nheld-out = 0.5\n[memory]\nbase = "{precision}"\ncheckpointing = true\n'
             '[limits]\nminimum-examples = 1\nopen-uploads = true\nmetrics = "silo"\n',
             encoding="utf-8",
