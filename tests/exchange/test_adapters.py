@@ -59,6 +59,9 @@ def test_only_b_and_the_head_leave_and_b_is_merged_in_closed_form(site: Callable
     trained = {tensor.name for tensor in here.layout.tensors}
     assert all(".lora_B." in name or name.startswith("classifier.") for name in trained)
     assert all({tensor.name for tensor in here.layout.tensors} == trained for arrays in uploads.values())
+    without_context = [tensor.name for tensor in here.layout.tensors if tensor.context_free]
+    assert [name for name in without_context if ".layer.0.attention.self." in name] == without_context != []
+    assert not {weight.weight for group in here.layout.groups for weight in group.weights} & set(without_context)
     adapter, closed = adapter_of(here), 0
     for group in here.layout.groups:
         if not group.name.endswith("lora_B.default"):
