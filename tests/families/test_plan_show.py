@@ -172,3 +172,15 @@ def test_an_estimate_is_for_adapters(tmp_path: Path, pico: Callable[[str], Path]
     )
     with pytest.raises(PlanError, match="lora"):
         CliRunner().invoke(cli, ["plan", "show", str(tmp_path), "--estimate"], catch_exceptions=False)
+
+
+def test_a_plan_with_adapters_is_shown_by_kinds_of_layers(show: Callable[..., tuple[str, dict[str, Any]]]) -> None:
+    text, preview = show(
+        "bert",
+        f'task = "classification"\nmax-length = 16\n{LABELS}\n[training]\nfreeze = []\n[training.lora]\nrank = 3',
+    )
+    assert "adapters rank 3" in text
+    assert "bert.encoder.layer.*.output.dense" in text
+    assert "base_layer" not in text
+    assert {group["d_in"] for group in preview["groups"] if "lora_B" in group["name"]} == {3}
+    assert any("lora_A" in name for name in preview["frozen"])

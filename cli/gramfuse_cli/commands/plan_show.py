@@ -14,10 +14,11 @@ from gramfuse_cli.options import as_json as json_option
 from gramfuse_cli.options import project_directory
 from gramfuse_deployment.terminal import Table, say, show_json
 from gramfuse_model.project import Project
-from gramfuse_protocol.contract.coverage import Coverage, coverage, coverage_lines, families
+from gramfuse_protocol.contract.coverage import Coverage, coverage, coverage_lines, families, family
 from gramfuse_protocol.contract.layout import ITEM_BYTES, Layout
 from gramfuse_protocol.contract.node_key import fingerprint
 from gramfuse_protocol.contract.plan import Plan
+from gramfuse_protocol.contract.plan_sections import ALL_LINEAR
 from gramfuse_protocol.contract.roster import tolerated
 from gramfuse_protocol.contract.stages import describe_stage
 from gramfuse_protocol.contract.task import Task
@@ -90,7 +91,7 @@ def _show_model(plan: Plan, preview: dict[str, Any]) -> None:
     weighting = f"weighting {plan.merge.weighting}: {WEIGHTING[plan.merge.weighting]}"
     say(*_tasks(plan), *([weighting] if plan.training.epochs else []), "")
     if plan.closed_form:
-        _show_groups(preview)
+        _show_groups(preview, by_family=plan.training.lora is not None)
     say("", *_extent(plan, preview))
     cost = preview["cost"]
     say(
@@ -109,8 +110,16 @@ def _gram_cost(plan: Plan, cost: dict[str, Any]) -> str:
     )
 
 
-def _show_groups(preview: dict[str, Any]) -> None:
-    """Print the Gram matrices."""
+def _show_groups(preview: dict[str, Any], *, by_family: bool) -> None:
+    """Print the Gram matrices.
+
+    Args:
+        by_family: whether modules that differ only in the number of their layer share a row, since each of a model's
+            adapters has a Gram matrix of its own.
+    """
+    if by_family:
+        _show_families(preview)
+        return
     table = Table("Merged in closed form; one row for each Gram matrix, or for all experts of a layer")
     table.column("modules", fold=True)
     for column in ("d_in", "structure", "entries", "bytes"):
@@ -120,6 +129,23 @@ def _show_groups(preview: dict[str, Any]) -> None:
         note = f" (labels of {', '.join(group['silos'])})" if group["silos"] else ""
         note += f" ({group['experts']} experts, one Gram matrix each)" if group["experts"] else ""
         table.row(_modules(group["weights"]) + note, *numbers)
+    table.show()
+
+
+def _show_families(preview: dict[str, Any]) -> None:
+    """Print the Gram matrices, those of all layers in one row."""
+    table = Table("Merged in closed form; one Gram matrix for each adapter")
+    table.column("modules", fold=True)
+    for column in ("Gram matrices", "width", "bytes of each"):
+        table.column(column, justify="right")
+    members: dict[str, list[dict[str, Any]]] = {}
+    for group in preview["groups"]:
+        members.setdefault(f"{family(_modules(group['weights']).removesuffix(OF_ADAPTER))} {group['d_in']}", []).append(
+            group
+        )
+    for name, groups in members.items():
+        first = groups[0]
+        table.row(name.rpartition(" ")[0], f"{len(groups):,}", f"{first['d_in']:,}", f"{first['bytes']:,}")
     table.show()
 
 
@@ -137,7 +163,12 @@ def _extent(plan: Plan, preview: dict[str, Any]) -> list[str]:
     if preview["context_free"] and plan.closed_form:
         modules = families([name.removesuffix(".weight") for name in preview["context_free"]])
         lines.append(f"See tokens or patches without context, {CONTEXT_FREE[plan.merge.context_free]}: {modules}")
-    lines.append(f"Frozen, never sent: {families(preview['frozen'])}")
+    if plan.training.lora is None:
+        lines.append(f"Frozen, never sent: {families(preview['frozen'])}")
+    else:
+        lines.append(
+            "Frozen, never sent: all weights of the base but those named above, and the matrix A of each adapter"
+        )
     lines += [
         f"Kept at the silos, never sent{f' ({task})' if task else ''}: {families(names)}"
         for task, names in preview["kept"].items()
@@ -145,6 +176,9 @@ def _extent(plan: Plan, preview: dict[str, Any]) -> list[str]:
     ]
     return lines
 
+
+OF_ADAPTER = ".lora_B.default"
+"""With what PEFT's name of an adapter's B ends."""
 
 WEIGHTING = {
     "uniform": "all silos have the same weight, however few examples they have",
@@ -191,7 +225,24 @@ def _tasks(plan: Plan) -> list[str]:
         head = "an exchange fits it in closed form, on the base as it is; that is the result"
     again = ["head refitted: after training, an exchange fits it again, to the merged body"] if plan.merge.refit else []
     average = ["merge average: all weights are averaged"] if plan.merge.method == "average" else []
-    return [*lines, f"head {plan.model.head}: {head}", *average, *again]
+    return [*lines, f"head {plan.model.head}: {head}", *_adapters(plan), *average, *again]
+
+
+def _adapters(plan: Plan) -> list[str]:
+    """Describe the adapters that silos train."""
+    lora = plan.training.lora
+    if lora is None:
+        return []
+    targets = "all linear layers" if lora.targets == (ALL_LINEAR,) else listed(lora.targets)
+    written = {
+        "adapter": "an adapter for PEFT",
+        "merged": "the merged model",
+        "both": "an adapter and the merged model",
+    }
+    return [
+        f"adapters rank {lora.rank}, scaled by {lora.scale:g}, at {targets}: B is trained and merged, A is the same at "
+        f"all silos; what is written: {written[lora.output]}"
+    ]
 
 
 def _targets(task: Task) -> str:
