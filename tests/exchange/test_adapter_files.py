@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from gramfuse_model.adapters.attach import adapters_of
 from gramfuse_protocol.errors import ContributionError, GramfuseError, ModelError, PlanError
@@ -281,3 +281,15 @@ def test_files_of_adapters_and_models_do_not_mix_and_only_adapters_have_a_rank(b
         bench.merge(model, out="ranked", options=("--rank", "2"))
     with pytest.raises(PlanError, match="adapter"):
         bench.measure("one", "--beside", model, out="beside")
+
+
+def test_an_adapter_of_a_base_with_other_settings_is_refused(bench: Bench) -> None:
+    place = bench.adapter("one", 1)
+    labels = {"id2label": dict(enumerate(LABELS)), "label2id": {label: n for n, label in enumerate(LABELS)}}
+    config = AutoConfig.from_pretrained(bench.base, **labels)
+    config.save_pretrained(place)
+    bench.measure("one")
+    config.hidden_act = "relu"
+    config.save_pretrained(place)
+    with pytest.raises(ModelError, match="hidden_act"):
+        bench.measure("one", out="other")

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoConfig
 
-from gramfuse_client.measuring.checkpoint import Checkpoint, layout_of_files
+from gramfuse_client.measuring.checkpoint import IGNORED_KEYS, Checkpoint, layout_of_files
 from gramfuse_model.adapters.attach import NAME, adapters_of
 from gramfuse_model.adapters.frozen_matrix import frozen_digest
 from gramfuse_model.adapters.read import Adapter, kind_of_adapter, read_adapter, rows_of_head, stacked
+from gramfuse_model.digests import HEAD_SETTINGS, UNUSED_SETTINGS
 from gramfuse_model.heads import head_parameters, last_linear
 from gramfuse_model.loading.base_model import base_without_weights, load_base
 from gramfuse_model.loading.zero_head import load_with_adapter, plan_for
@@ -79,6 +81,31 @@ def _outputs(directory: Path, base: str, here: Path, kind: TaskName) -> int:
     return rows
 
 
+def _check_configuration(directory: Path, base: str, config: Any) -> None:
+    """Check that an adapter with a `config.json` beside it was trained on a base that computes as this one does.
+
+    Args:
+        config: of the base.
+
+    Raises:
+        ModelError: naming the first key that differs.
+    """
+    if not (directory / "config.json").exists():
+        return
+    own = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    keys = {field.name for field in fields(type(config))} - IGNORED_KEYS - HEAD_SETTINGS - UNUSED_SETTINGS
+    differing = sorted(
+        key for key in keys if "drop" not in key and getattr(own, key, None) != getattr(config, key, None)
+    )
+    if type(own) is not type(config) or differing:
+        what = repr(differing[0]) if differing else "their types"
+        raise ModelError(
+            f"{directory / 'config.json'}: the base that the adapter was trained on and {base!r} differ in {what}, so "
+            "the same weights do not compute the same function; --base must be the model that it was trained on, with "
+            "its settings"
+        )
+
+
 def open_adapter(
     directory: Path,
     base: str,
@@ -106,6 +133,7 @@ def open_adapter(
     """
     plan = plan_for("base", base, task, gram=gram)
     unchanged = load_base(plan, here, as_saved=True)
+    _check_configuration(directory, base, unchanged.model.config)
     new = head_parameters(unchanged.model) | unchanged.fresh
     own = read_adapter(unchanged.model, directory)
     lost = sorted(new - own.whole.keys())
