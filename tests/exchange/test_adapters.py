@@ -12,10 +12,11 @@ import torch
 from flwr.app import Error
 from peft import PeftModel
 from safetensors.numpy import load_file
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 from gramfuse_client.exchange import local_model
 from gramfuse_client.exchange.local_model import Workbench
+from gramfuse_client.state.state import State
 from gramfuse_model.adapters.attach import adapters_of, frozen_matrices
 from gramfuse_model.loading.base_model import load_base
 from gramfuse_protocol.errors import ModelError, PlanError, RefusalError
@@ -218,3 +219,18 @@ def test_a_silo_that_is_lost_leaves_the_adapter_of_the_sum(site: Callable[..., S
     expected = adapter_of(known)
     for name, values in adapter_of(here).items():
         assert np.abs(values - expected[name]).max() <= 1e-6 * max(1.0, np.abs(expected[name]).max()), name
+
+
+def test_silos_that_keep_their_heads_get_merged_models_with_them(site: Callable[..., Site]) -> None:
+    here = site('model.head="own"', 'training.lora.output="merged"')
+    report = here.run()
+    assert report["head"] == "own"
+    assert not (here.out / "adapter").exists()
+    body = AutoModel.from_pretrained(here.out / "model").state_dict()
+    heads = []
+    for name in here.project.names:
+        kept = AutoModelForSequenceClassification.from_pretrained(State(here.silo(name).state, here.plan.digest).model)
+        own = kept.bert.state_dict()
+        assert all(torch.allclose(own[key], values, atol=1e-6) for key, values in body.items() if "pooler" not in key)
+        heads.append(kept.classifier.weight)
+    assert not torch.equal(*heads)
