@@ -102,6 +102,10 @@ def test_peft_loads_the_adapter_onto_its_base_as_the_merged_model(site: Callable
             assert torch.allclose(other(**inputs).logits, expected, atol=1e-5)
         assert not torch.allclose(untouched(**inputs).logits, expected, atol=1e-2)
     assert loaded.peft_config["default"].use_rslora
+    page = (here.out / "report.html").read_text(encoding="utf-8")
+    assert f"rank {RANK}" in page
+    assert "PeftModel.from_pretrained" in page
+    assert "PeftModel.from_pretrained" in (adapter / "README.md").read_text(encoding="utf-8")
     assert merged.config.id2label == base.config.id2label
 
 

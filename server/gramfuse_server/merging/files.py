@@ -29,8 +29,7 @@ from gramfuse_server.merging.added_tokens import Additions
 from gramfuse_server.merging.checks import check_model, check_shares, check_sums
 from gramfuse_server.merging.collection import Collection, Heads
 from gramfuse_server.merging.regmean import Weighting
-from gramfuse_server.report.loading import load_adapter
-from gramfuse_server.report.merged_model import HERE, code, extent, fenced, front_matter, usage
+from gramfuse_server.report.merged_model import code, extent, front_matter, usage, usage_of_adapter
 from gramfuse_server.report.page.added_tokens import explain_added_tokens
 from gramfuse_server.report.page.page import page
 from gramfuse_server.report.schema import SCHEMA, BaseOfReport, Report, SiloOfReport
@@ -283,6 +282,6 @@ def _card(collection: Collection, report: Report, file: StatisticsFile | None) -
         "",
         *(line for sentence in explain_added_tokens(report, code) for line in (sentence, "")),
         *extent(report, report.solve),
-        *(fenced("python", load_adapter(form.auto, about.base.name, HERE)) if adapter else usage(form)),
+        *(usage_of_adapter(form, about.base.name) if adapter else usage(form)),
     ]
     return "\n".join(lines)

@@ -113,7 +113,7 @@ def card(
         f"Plan digest: `{plan.digest}`",
         "",
         *(extent(coverage(layout, steps), steps) if layout and plan.closed_form else ()),
-        *(fenced("python", load_adapter(form.auto, plan.model.base, HERE)) if adapter else usage(form)),
+        *(usage_of_adapter(form, plan.model.base) if adapter else usage(form)),
     ]
     if measured:
         lines += [*_results(measured.without_noise), *_generation(plan)]
@@ -207,6 +207,15 @@ def usage(form: Form) -> list[str]:
         f'{name} = {form.processor}.from_pretrained("{HERE}")'
     )
     return [*fenced("python", text), ""]
+
+
+def usage_of_adapter(form: Form, base: str) -> list[str]:
+    """Return instructions for loading an adapter onto its base, as lines of Markdown.
+
+    Args:
+        base: as named in a plan.
+    """
+    return [*fenced("python", load_adapter(form.auto, base, HERE)), ""]
 
 
 def extent(covered: Covered, steps: Iterable[Step]) -> list[str]:

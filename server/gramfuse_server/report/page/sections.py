@@ -150,7 +150,13 @@ def _of_training(plan: Plan) -> list[tuple[str, str | Markup]]:
     else:
         entries.append(("Merge", "the plain average of all weights; no Gram matrices were sent"))
     settings = f"{count(training.epochs, 'epochs')}, learning rate {training.learning_rate:g}, seed {training.seed}"
-    entries += [("Training", settings), ("Frozen", ", ".join(training.freeze) or "nothing")]
+    frozen = ", ".join(training.freeze) or "nothing"
+    if training.lora is not None:
+        entries.append(
+            ("Adapters", f"rank {training.lora.rank}, scaled by {training.lora.scale:g}; the head is trained whole")
+        )
+        frozen = "the base's own weights, and the matrix A of each adapter"
+    entries += [("Training", settings), ("Frozen", frozen)]
     if plan.merge.rounds > 1:
         entries.append(("Rounds", str(plan.merge.rounds)))
     return entries
